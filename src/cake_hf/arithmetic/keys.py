@@ -1,0 +1,55 @@
+"""Names for chunks: a digest chained over (namespace, parent key, token ids).
+
+Chunk `i`'s key fixes every token from the start of the prompt to the chunk's end. So equal keys mean equal prefixes,
+and a chunk can be used even where the chunks before it are not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Sequence
+
+KEY_BYTES = 20
+
+
+def namespace_digest(facts: str) -> str:
+    """Digest of everything but the tokens that must be equal for KV to be interchangeable.
+
+    Args:
+        facts: canonical text of those facts (the caller serialises them in one fixed way).
+
+    Returns:
+        40 hexadecimal digits.
+    """
+    return hashlib.blake2b(facts.encode(), digest_size=KEY_BYTES, person=b"cake-namespace").hexdigest()
+
+
+def chunk_keys(namespace: str, token_ids: Sequence[int], chunk_size: int, parent: str = "") -> list[str]:
+    """Keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
+
+    Args:
+        namespace: 40 hexadecimal digits from `namespace_digest`.
+        token_ids: the prompt, or what follows the chunk named by `parent`.
+        chunk_size: tokens per chunk.
+        parent: key of the chunk just before `token_ids`; empty at the start of a prompt.
+
+    Returns:
+        `len(token_ids) // chunk_size` keys of 40 hexadecimal digits.
+    """
+    root = bytes.fromhex(namespace)
+    previous = bytes.fromhex(parent or namespace)
+    tokens = array("q", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    raw = memoryview(tokens).cast("B")
+    step = chunk_size * tokens.itemsize
+    keys = []
+    for end in range(step, len(raw) + 1, step):
+        digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=b"cake-chunk")
+        digest.update(previous)
+        digest.update(raw[end - step : end])
+        previous = digest.digest()
+        keys.append(previous.hex())
+    return keys

@@ -1,0 +1,35 @@
+"""Every budget of the library, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_CHUNK_SIZE = 16
+"""Below this a chunk's fixed costs (one file, one forward) dwarf its tokens."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many threads, bytes and seconds a cache may take.
+
+    Attributes:
+        loader_threads: threads that read chunks while a prompt is being restored (they end with the restore).
+        read_timeout: seconds one chunk's read may take before the chunk is computed instead.
+        lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing.
+        save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted.
+        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    loader_threads: int = 2
+    read_timeout: float = 10.0
+    lookup_timeout: float = 10.0
+    save_queue_bytes: int = 2**30
+    exit_flush_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}.")

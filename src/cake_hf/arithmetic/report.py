@@ -1,0 +1,150 @@
+"""What happened to one prompt, as plain data that prints itself."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field, fields
+
+LANE_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class Span:
+    """One chunk's work by one actor.
+
+    Attributes:
+        actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
+        chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
+        start, end: seconds since the restore began.
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late".
+    """
+
+    actor: str
+    chunk: int
+    start: float
+    end: float
+    outcome: str
+
+
+@dataclass
+class Report:
+    """Counts, bytes, seconds and the timeline of the last prompt a cache has seen.
+
+    `chunks_computed + chunks_loaded` is the number of full chunks before the prompt's last, always computed, piece.
+    `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
+
+    Attributes:
+        tokens: length of the prompt.
+        chunk_size: tokens per chunk.
+        chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
+        chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
+        chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
+        bytes_loaded, bytes_saved: payload bytes.
+        prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
+        timeline: who did which chunk, from when to when.
+        reason: empty, or why the prompt was computed plainly instead of restored.
+    """
+
+    tokens: int = 0
+    chunk_size: int = 0
+    chunks_computed: int = 0
+    chunks_loaded: int = 0
+    chunks_missed: int = 0
+    chunks_failed: int = 0
+    chunks_saved: int = 0
+    chunks_unsaved: int = 0
+    bytes_loaded: int = 0
+    bytes_saved: int = 0
+    prefill_seconds: float = 0.0
+    timeline: list[Span] = field(default_factory=list, repr=False)
+    reason: str = ""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the table."""
+        rows = [
+            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}"),
+            ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed"),
+            ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
+            ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
+            ("loaded", _bytes(self.bytes_loaded)),
+            ("prefill", f"{self.prefill_seconds:.3f} s"),
+        ]
+        if self.chunks_unsaved:
+            rows.append(("not saved", f"{self.chunks_unsaved} chunks"))
+        if self.reason:
+            rows.append(("note", self.reason))
+        return rows
+
+    def lanes(self) -> dict[str, list[Span]]:
+        """The timeline by actor, the computing thread first."""
+        actors = sorted({span.actor for span in self.timeline})
+        return {actor: [span for span in self.timeline if span.actor == actor] for actor in actors}
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self.rows())
+        table = [f"{label:<{width}}  {value}" for label, value in self.rows()]
+        return "\n".join(["cake_hf report", *table, *self._text_lanes()])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
+            for label, value in self.rows()
+        )
+        return f"<table><caption>cake_hf report</caption>{rows}</table>{self._html_lanes()}"
+
+    def as_dict(self) -> dict[str, object]:
+        """All fields as JSON-ready values, the timeline as lists."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "timeline"}
+        spans = [[s.actor, s.chunk, round(s.start, 6), round(s.end, 6), s.outcome] for s in self.timeline]
+        return {**plain, "timeline": spans}
+
+    def _text_lanes(self) -> list[str]:
+        lanes = self.lanes()
+        total = max((span.end for span in self.timeline), default=0.0)
+        if not total:
+            return []
+        width = max(len(actor) for actor in lanes)
+        return [f"{actor:<{width}} |{_text_lane(spans, total)}|" for actor, spans in lanes.items()]
+
+    def _html_lanes(self) -> str:
+        total = max((span.end for span in self.timeline), default=0.0)
+        if not total:
+            return ""
+        lanes = "".join(
+            f"<div style='display:flex;align-items:center'><code style='width:6em'>{html.escape(actor)}</code>"
+            f"<div style='position:relative;height:1.4em;flex:1;background:#8882'>"
+            f"{''.join(_html_span(span, total) for span in spans)}</div></div>"
+            for actor, spans in self.lanes().items()
+        )
+        return f"<div style='max-width:60em'>{lanes}</div>"
+
+
+def _text_lane(spans: list[Span], total: float) -> str:
+    """One actor's lane: each span is drawn as its chunk number followed by '=' (or '!' where it was not usable)."""
+    cells = [" "] * LANE_WIDTH
+    for span in spans:
+        start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
+        end = max(start + 1, round(span.end / total * LANE_WIDTH))
+        fill = "=" if span.outcome in ("computed", "loaded") else "!"
+        label = "t" if span.chunk < 0 else str(span.chunk)
+        cells[start:end] = list((label + fill * (end - start))[: end - start])
+    return "".join(cells)
+
+
+def _html_span(span: Span, total: float) -> str:
+    colour = {"computed": "#e07b39", "loaded": "#3a7ca5"}.get(span.outcome, "#b00020")
+    label = "tail" if span.chunk < 0 else str(span.chunk)
+    return (
+        f"<div title='{html.escape(span.actor)}: {label}, {(span.end - span.start) * 1e3:.1f} ms, {span.outcome}' "
+        f"style='position:absolute;left:{span.start / total:.4%};width:{(span.end - span.start) / total:.4%};"
+        f"height:100%;background:{colour};outline:1px solid #fff8;overflow:hidden;font-size:.7em'>{label}</div>"
+    )
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,6 @@
+"""Floor 4: the cache itself. The only floor that knows transformers."""
+
+from cake_hf.cache.cake_cache import CakeCache
+from cake_hf.cache.generate import generate
+
+__all__ = ["CakeCache", "generate"]

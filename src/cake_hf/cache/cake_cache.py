@@ -1,0 +1,292 @@
+"""`CakeCache`: a drop-in for `DynamicCache` that remembers prompts across calls, processes and machines."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from cake_hf.arithmetic.errors import CakeError, ForeignModel
+from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.report import Report
+from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.restore import Progress, Prompt, look_up, off_schedule, record_tail, restore, save_computed
+from cake_hf.cache.session import Session
+from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.stores.base import Store
+from cake_hf.stores.opening import StoreSpec
+
+Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last piece of a prompt, while the model runs it.
+
+    Attributes:
+        prompt: whose piece it is.
+        begin: when the model got it.
+        key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
+    """
+
+    prompt: Prompt
+    begin: float
+    key: str
+
+
+class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+    """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
+
+        cache = CakeCache(model, store="~/.cache/cake_hf")
+        model.generate(**inputs, past_key_values=cache)
+
+    When the model is called with a prompt and this cache, the prompt's full chunks are restored: computed from the front
+    while background threads load from the back, until they meet. Chunks that were computed are saved in the background.
+    Use one cache per conversation, as with `DynamicCache`; any number of caches may share a model and a store.
+
+    Args:
+        model: a decoder-only transformers model (PEFT-wrapped ones, too), with its weights loaded.
+        store: a directory, a URL (`file:///path`, `memory:4GB`) or a `Store`. A store object stays open when the cache closes.
+        chunk_size: tokens per chunk, at least 16. Part of the key: other sizes do not share chunks.
+        salt: any text that separates tenants: chunks are found only under the salt they were saved with.
+        save: write new chunks to the store.
+        exact: use only KV made with the same numerics (device type, kernels, library versions, threads), which gives
+            bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
+        strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
+        limits: budgets of threads, seconds and bytes.
+
+    Attributes:
+        report: what happened to the last prompt.
+
+    Raises:
+        UnsupportedModel: the model is on the meta device, an encoder-decoder, or takes no `past_key_values`.
+        StoreError: the store cannot be opened, or not be written to while `save` is set.
+        ValueError: `chunk_size` is below 16, or `strategy` is none of the three.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: StoreSpec,
+        *,
+        chunk_size: int = 512,
+        salt: str = "",
+        save: bool = True,
+        exact: bool = True,
+        strategy: str = "both",
+        limits: Limits | None = None,
+    ) -> None:
+        model = resolve_model(model)
+        refuse_unusable(model)
+        session = Session(
+            model,
+            store,
+            chunk_size=chunk_size,
+            salt=salt,
+            save=save,
+            exact=exact,
+            strategy=Strategy(strategy),
+            limits=limits or Limits(),
+        )
+        self._start(session, layers_for(model))
+
+    def _start(self, session: Session, layers: list[Any]) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = None
+        self.layers = layers
+        self.report = Report()
+        self._session = session
+        self._model_reason = model_reason(session.model, layers)
+        self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
+        self._depth = 0  # how deep inside a forward of our own model we are
+        self._busy = False  # a restore is running: its forwards pass the hook untouched
+        self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
+        self._tail: Tail | None = None  # the last piece that is in the model now
+
+    def __repr__(self) -> str:
+        state = "closed, " if self.closed else ""
+        return f"CakeCache({state}{type(self._session.model).__name__}, {self.get_seq_length()} tokens, {self.store!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CakeCache:
+        """A cache with its own KV, on the same model, store and writer."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied._start(self._session, copy.deepcopy(self.layers, memo))
+        copied.report = copy.deepcopy(self.report, memo)
+        copied._known = list(self._known)
+        return copied
+
+    @property
+    def store(self) -> Store:
+        """The store behind this cache."""
+        return self._session.store
+
+    @property
+    def closed(self) -> bool:
+        """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
+        return self._session.closed
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice."""
+        return self._session.flush(timeout)
+
+    def close(self) -> None:
+        """Save what is queued (waiting `limits.exit_flush_seconds` at most) and let go of model and store. Idempotent."""
+        self._session.close()
+
+    def __enter__(self) -> CakeCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prefill(self, input_ids: torch.Tensor, *, whole: bool = False, progress: Progress | None = None) -> Report:
+        """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
+
+        Args:
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped.
+            whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
+            progress: called with (chunks that are there, all chunks).
+
+        Returns:
+            The report, also in `self.report`. Its `reason` says why nothing was done, if so.
+
+        Raises:
+            CakeError: the cache is closed.
+        """
+        if self.closed:
+            raise CakeError("This CakeCache is closed; make a new one.")
+        model, past = self._session.model, self.get_seq_length()
+        ids = input_ids[:, past:].to(next(model.parameters()).device)
+        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
+        with torch.no_grad():
+            call = ForwardCall.parse(model, (), arguments, past)
+            prompt = self._restore(call, leave=0 if whole else 1, progress=progress or _no_progress)
+        if prompt is not None:
+            self.report.prefill_seconds = time.monotonic() - prompt.started
+        self._prefilled = prompt
+        return self.report
+
+    # What changes the content changes what is known about it.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        del self._known[self.get_seq_length() // self._session.chunk_size :]
+
+    def reset(self) -> None:
+        super().reset()
+        self._known = []
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._known = []
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._known = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DynamicCache.update`.
+
+        Raises:
+            ForeignModel: another model than the cache's own brings KV.
+        """
+        if not self._depth and not self.closed:
+            raise self._foreign()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+
+    # Called by the hook.
+
+    def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
+        if model is not self._session.model:
+            raise self._foreign()
+        rewritten = None if self._busy else self._handle(model, args, kwargs)
+        self._depth += 1
+        return rewritten
+
+    def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
+        if model is not self._session.model or self._depth == 0:
+            return
+        self._depth -= 1
+        if self._busy or self._tail is None:
+            return
+        tail, self._tail = self._tail, None
+        if not failed:
+            self._finish(tail)
+
+    def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
+        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
+        self._tail = None
+        past = self.get_seq_length()
+        ids = args[0] if args else kwargs.get("input_ids")
+        if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
+            return None  # decoding: the hot path
+        call = ForwardCall.parse(model, args, kwargs, past)
+        if past and call.wants_all_logits:
+            return None  # candidates of assisted decoding, not a prompt
+        size, prefilled = self._session.chunk_size, self._prefilled
+        self._prefilled = None
+        if prefilled is not None and call.tokens < size and past == len(self._known) * size:
+            self._tail = Tail(prefilled, time.monotonic(), key="")
+            return None
+        prompt = self._restore(call, leave=call.wanted_logits, progress=_no_progress)
+        if prompt is None:
+            return None
+        is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
+        self._tail = Tail(prompt, time.monotonic(), key=prompt.keys[prompt.chunks] if is_full_chunk else "")
+        return (), call.piece(prompt.chunks * size, call.tokens)
+
+    def _restore(self, call: ForwardCall, *, leave: int, progress: Progress) -> Prompt | None:
+        """Restore the call's full chunks, but for its last `leave` tokens.
+
+        Returns:
+            None if the call is to be left as it is; the report says why.
+        """
+        session, started = self._session, time.monotonic()
+        reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
+        if not reason and call.tokens < session.chunk_size:
+            reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
+        if reason:
+            self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
+            return None
+        chunks = max(0, call.tokens - leave) // session.chunk_size
+        self._busy = True
+        try:
+            if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
+                prompt = look_up(session, call, chunks, self._known, started)
+            else:
+                prompt = off_schedule(session, call, chunks, started)
+            self.report = prompt.report
+            restore(session, self.layers, prompt, session.model, progress)
+        finally:
+            self._busy = False
+        self._known += prompt.keys[:chunks]
+        return prompt
+
+    def _finish(self, tail: Tail) -> None:
+        """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
+        record_tail(tail.prompt, self.layers, tail.begin)
+        if tail.key:
+            save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
+            self._known.append(tail.key)
+
+    def _foreign(self) -> ForeignModel:
+        name = type(self._session.model).__name__
+        return ForeignModel(
+            f"This CakeCache belongs to one {name} and is used outside of it; make a CakeCache for each model, with that "
+            "model as the first argument."
+        )
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Nobody is watching."""

@@ -1,0 +1,53 @@
+"""`generate` as a function: one call instead of a cache and a call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from cake_hf.cache.cake_cache import CakeCache
+from cake_hf.cache.support import resolve_model
+from cake_hf.stores.opening import StoreSpec
+
+_CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits")
+
+
+def generate(model: torch.nn.Module, inputs: torch.Tensor | None = None, *, store: StoreSpec, **kwargs: Any) -> Any:
+    """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
+
+    Serves models whose forward has no `logits_to_keep`, too (a `CakeCache` alone cannot tell their prompts from calls that want
+    all logits). Returns once what is new is durable (within `limits.exit_flush_seconds`).
+
+    Args:
+        model: a decoder-only transformers model.
+        inputs: `[batch, tokens]` token ids; or pass `input_ids=...`.
+        store: as for `CakeCache`.
+        **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits) and of `model.generate`.
+
+    Returns:
+        What `model.generate` returns.
+
+    Raises:
+        ValueError: `past_key_values` is given; use a `CakeCache` and `model.generate` for that.
+        CakeError: as `CakeCache` raises.
+    """
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "cake_hf.generate makes its own cache; to pass one, use model.generate(..., past_key_values=CakeCache(...))."
+        )
+    options = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
+    with CakeCache(model, store, **options) as cache:
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(ids, torch.Tensor) and not _keeps_logits(model) and _is_plain(kwargs.get("attention_mask")):
+            cache.prefill(ids)
+        return model.generate(inputs, past_key_values=cache, **kwargs)  # type: ignore[operator]
+
+
+def _keeps_logits(model: torch.nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(resolve_model(model).forward).parameters
+
+
+def _is_plain(mask: torch.Tensor | None) -> bool:
+    return mask is None or bool((mask == 1).all())

@@ -1,0 +1,91 @@
+"""The one hook on a model: it sees each forward, and hands those that bring a `CakeCache` to that cache.
+
+The hook is there as long as a session of the model is open. It holds no cache, and a forward with any other cache, or none,
+passes untouched.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from cake_hf.cache.cake_cache import CakeCache
+
+_hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+class ModelHook:
+    """Forward hooks on a model and on its decoder, counted: the last `detach` removes them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._users = 0
+        self._handles = [
+            model.register_forward_pre_hook(_enter, with_kwargs=True),
+            model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
+        ]
+        # The decoder may be called by itself; the cache then is in its own model, but nothing is restored.
+        decoder = getattr(model, "base_model", model)
+        if decoder is not model:
+            self._handles += [
+                decoder.register_forward_pre_hook(_enter_decoder, with_kwargs=True),
+                decoder.register_forward_hook(_leave_decoder, with_kwargs=True, always_call=True),
+            ]
+
+    @classmethod
+    def attach(cls, model: torch.nn.Module) -> ModelHook:
+        """The model's hook, with one user more."""
+        with _lock:
+            hook = _hooks.get(model)
+            if hook is None:
+                hook = _hooks[model] = cls(model)
+            hook._users += 1
+            return hook
+
+    def detach(self) -> None:
+        """One user less; the last one takes the hooks off the model."""
+        with _lock:
+            self._users -= 1
+            if self._users == 0:
+                for handle in self._handles:
+                    handle.remove()
+                for model in [model for model, hook in _hooks.items() if hook is self]:
+                    del _hooks[model]
+
+
+def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CakeCache | None:
+    from cake_hf.cache.cake_cache import CakeCache
+
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = next((arg for arg in args if isinstance(arg, CakeCache)), None)
+    return cache if isinstance(cache, CakeCache) and not cache.closed else None
+
+
+def _enter(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache = _cake_cache(args, kwargs)
+    return None if cache is None else cache._enter_model(model, args, kwargs)
+
+
+def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cake_cache(args, kwargs)
+    if cache is not None:
+        cache._leave_model(model, failed=output is None)
+
+
+def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _cake_cache(args, kwargs)
+    if cache is not None:
+        cache._depth += 1
+
+
+def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _cake_cache(args, kwargs)
+    if cache is not None:
+        cache._depth -= 1

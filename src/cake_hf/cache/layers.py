@@ -1,0 +1,183 @@
+"""A full-attention cache layer with room: token-major buffers that loads land in and decoding appends to.
+
+Each of K and V is one buffer `[batch, capacity, heads, head_dim]`. Attention is handed the transposed view
+`[batch, heads, length, head_dim]` of its first `length` tokens. So the tokens of a chunk are one contiguous piece, and what
+lies beyond `length` (chunks that are being loaded) is seen by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+HEADROOM_TOKENS = 256
+GROWTH = 8
+"""A full buffer grows by 1/8, at least by HEADROOM_TOKENS: a copy now and then instead of one per token."""
+
+
+class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed for us
+    """Behaves as `DynamicLayer`; only where the bytes lie is different.
+
+    `keys` and `values` may be replaced from outside, as with `DynamicLayer`; the next use takes them over.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._key_buffer: torch.Tensor | None = None
+        self._value_buffer: torch.Tensor | None = None
+        self._shown: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._key_buffer = _room_for(key_states.transpose(1, 2)[:, :0], 0)
+        self._value_buffer = _room_for(value_states.transpose(1, 2)[:, :0], 0)
+        self.is_initialized = True
+        self._show(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `[batch, heads, new, head_dim]` states; returns all states, old and new."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self._take_over()
+        self._key_buffer = _appended(self._key_buffer, length, key_states)
+        self._value_buffer = _appended(self._value_buffer, length, value_states)
+        self._show(length + key_states.shape[-2])
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove >= 0 or not self.is_initialized:
+            super().crop(tokens_to_remove)
+        else:
+            self._show(max(0, self._take_over() + tokens_to_remove))
+
+    def reset(self) -> None:
+        super().reset()
+        self._key_buffer = self._value_buffer = None
+        self._shown = (None, None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._per_row(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._per_row(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._per_row(lambda buffer: buffer[indices, ...])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMajorLayer:
+        copied = type(self)()
+        memo[id(self)] = copied
+        if self.is_initialized:
+            length = self._take_over()
+            copied.__dict__.update(self.__dict__)
+            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], length)
+            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], length)
+            copied._show(length)
+        return copied
+
+    # What the restore needs beyond DynamicLayer.
+
+    def reserve(self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int) -> None:
+        """Make room for `capacity` tokens, so that buffers stay where they are until it is used up.
+
+        Args:
+            key_like, value_like: `[1, heads, any, head_dim]` tensors of the right dtype and device.
+            capacity: tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
+        length = self._take_over()
+        if _given(self._key_buffer).shape[1] < capacity:
+            self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity)
+            self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity)
+            self._show(length)
+
+    def show(self, length: int) -> None:
+        """Make the first `length` tokens of the buffers the layer's content."""
+        self._show(length)
+
+    def move_out(self, length: int) -> None:
+        """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones."""
+        visible = _given(self.keys).shape[-2]
+        capacity = _given(self._key_buffer).shape[1]
+        self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity)
+        self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity)
+        self._show(min(visible, length))
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, `[batch, capacity, heads, head_dim]`."""
+        return _given(self._key_buffer), _given(self._value_buffer)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the content is what this layer was given by the model, and was not replaced from outside."""
+        return self.keys is self._shown[0] and self.values is self._shown[1]
+
+    def _take_over(self) -> int:
+        """Take replaced `keys` and `values` for our own; returns the length."""
+        if not self.is_own:
+            self._key_buffer = _room_for(_given(self.keys).transpose(1, 2), 0)
+            self._value_buffer = _room_for(_given(self.values).transpose(1, 2), 0)
+            self._show(_given(self.keys).shape[-2])
+        return int(_given(self.keys).shape[-2])
+
+    def _show(self, length: int) -> None:
+        self.keys = _given(self._key_buffer)[:, :length].transpose(1, 2)
+        self.values = _given(self._value_buffer)[:, :length].transpose(1, 2)
+        self._shown = (self.keys, self.values)
+
+    def _per_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.get_seq_length() > 0:
+            length = self._take_over()
+            self._key_buffer = change(_given(self._key_buffer))
+            self._value_buffer = change(_given(self._value_buffer))
+            self._show(length)
+
+
+def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) -> torch.Tensor:
+    buffer, states = _given(buffer), states.transpose(1, 2)
+    if buffer.shape[0] != states.shape[0] or buffer.shape[2:] != states.shape[2:]:
+        raise ValueError(
+            f"The cache holds KV of shape {_kv_shape(buffer)}, the model brings {_kv_shape(states)} [batch, heads, head_dim]."
+        )
+    if torch.is_grad_enabled() and (states.requires_grad or buffer.requires_grad):
+        return torch.cat([buffer[:, :length], states], dim=1)  # writing in place would break the graph
+    if buffer.dtype != states.dtype:
+        buffer = buffer.to(torch.promote_types(buffer.dtype, states.dtype))
+    end = length + states.shape[1]
+    if end > buffer.shape[1]:
+        buffer = _room_for(buffer[:, :length], end + max(HEADROOM_TOKENS, end // GROWTH))
+    buffer[:, length:end].copy_(states)
+    return buffer
+
+
+def _room_for(content: torch.Tensor, capacity: int) -> torch.Tensor:
+    """A new buffer that starts with the content `[batch, length, heads, head_dim]` and has `capacity` tokens or more.
+
+    Made outside inference mode, so that it can be written to from any mode and any thread later.
+    """
+    batch, length, heads, head_dim = content.shape
+    if content.requires_grad:
+        return content
+    with torch.inference_mode(False), torch.no_grad():
+        buffer = torch.empty(
+            (batch, max(length, capacity), heads, head_dim), dtype=content.dtype, device=content.device
+        )
+        buffer[:, :length].copy_(content)
+    return buffer
+
+
+def _given(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise RuntimeError("The layer has no content yet.")
+    return tensor
+
+
+def _kv_shape(buffer: torch.Tensor) -> list[int]:
+    return [buffer.shape[0], *buffer.shape[2:]]

@@ -1,0 +1,152 @@
+"""What a cache, and its copies, share: the model, the store, the writer, and what both ends agree on (keys, layout)."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.keys import namespace_digest
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
+from cake_hf.arithmetic.report import Report
+from cake_hf.cache.hook import ModelHook
+from cake_hf.movers.writer import SaveJob, Writer, pack
+from cake_hf.stores.base import Store
+from cake_hf.stores.opening import StoreSpec, open_store
+from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
+from cake_hf.tensors.fingerprint import autocast_facts, canonical, model_facts, numerics_facts
+from cake_hf.tensors.layout import ChunkLayout, Piece
+
+
+class Session:
+    """The long-lived half of a `CakeCache`; see there for the arguments."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: StoreSpec,
+        *,
+        chunk_size: int,
+        salt: str,
+        save: bool,
+        exact: bool,
+        strategy: Strategy,
+        limits: Limits,
+    ) -> None:
+        if chunk_size < MIN_CHUNK_SIZE:
+            raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
+        self.model = model
+        self.chunk_size = chunk_size
+        self.salt = salt
+        self.save = save
+        self.exact = exact
+        self.strategy = strategy
+        self.limits = limits
+        self.store: Store = open_store(store)
+        if save:
+            self.store.check_writable()
+        self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
+        self._kv_like: dict[object, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._count_lock = threading.Lock()
+        owned = None if self.store is store else self.store
+        # Runs once: on close(), or when the last cache of this session is gone.
+        self._release = weakref.finalize(self, _release, ModelHook.attach(model), self._writer, owned)
+        self._release.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._release.alive
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until all that is to be saved is durable; False on time-out."""
+        return self._writer.flush(timeout)
+
+    def close(self) -> bool:
+        """Remove the hook, save what is queued (with a bound), close the store if it is ours; False on time-out."""
+        flushed = True
+        if self._release.alive:
+            flushed = self._writer.close()
+            self._release()
+        return flushed
+
+    def namespace(self) -> str:
+        """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Made anew per prompt."""
+        facts = {
+            "format": FORMAT_VERSION,
+            "chunk_size": self.chunk_size,
+            "salt": self.salt,
+            "layout": self.layout().tensor_table,
+            "model": model_facts(self.model, portable=not self.exact),
+        }
+        if self.exact:
+            facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
+        return namespace_digest(canonical(facts))
+
+    def kv_like(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each layer a K and a V of one token, `[1, heads, 1, head_dim]`, as the model makes them at present.
+
+        Found out by running one token: no config says for all model families how many heads of which size are kept.
+        """
+        present = next(self.model.parameters())
+        mode = (present.dtype, present.device, autocast_facts(present.device.type))
+        if mode not in self._kv_like:
+            probe = DynamicCache(config=self.model.config)
+            token = torch.zeros((1, 1), dtype=torch.long, device=present.device)
+            with torch.no_grad():
+                self.model(input_ids=token, past_key_values=probe, use_cache=True)
+            self._kv_like = {mode: [(layer.keys, layer.values) for layer in probe.layers]}
+        return self._kv_like[mode]
+
+    def layout(self) -> ChunkLayout:
+        """The layout of this model's chunks."""
+        pieces = [
+            Piece(f"layers.{number}.{what}", tensor.shape[1], tensor.shape[3], tensor.dtype)
+            for number, pair in enumerate(self.kv_like())
+            for what, tensor in zip(("keys", "values"), pair, strict=True)
+        ]
+        return ChunkLayout(self.chunk_size, tuple(pieces))
+
+    def save_chunk(
+        self,
+        facts: ChunkFacts,
+        layout: ChunkLayout,
+        pieces: Callable[[], Sequence[torch.Tensor]],
+        report: Report,
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
+
+        Args:
+            facts: of the chunk, without its checksum.
+            layout: of the chunk.
+            pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
+            report: where the outcome is counted.
+            overwrite: replace a stored chunk that turned out to be unusable.
+        """
+
+        def done(saved: bool) -> None:
+            with self._count_lock:
+                report.chunks_saved += saved
+                report.chunks_unsaved += not saved
+                report.bytes_saved += layout.nbytes * saved
+
+        if not self._writer.has_room(layout.nbytes):
+            done(False)
+            return
+        if not self._writer.offer(SaveJob(facts, layout, pack(pieces(), layout), overwrite, done)):
+            done(False)
+
+
+def _release(hook: ModelHook, writer: Writer, owned: Store | None) -> None:
+    """What is left to do when nobody holds the session any more; knows nothing of the session itself."""
+    hook.detach()
+    writer.retire()
+    if owned is not None and writer.flush(0):
+        owned.close()

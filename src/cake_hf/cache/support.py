@@ -1,0 +1,71 @@
+"""What can be restored, and if not, why: the one place where the library says so.
+
+A model that no cache of ours can serve is refused with an error. Everything else that is not (yet) restored is computed
+plainly, and the sentence from here goes to `report.reason`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from cake_hf.arithmetic.errors import UnsupportedModel
+from cake_hf.cache.layers import TokenMajorLayer
+
+
+def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model itself, also when it is wrapped by PEFT."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
+
+
+def refuse_unusable(model: torch.nn.Module) -> None:
+    """Raise for a model that cannot be given a cache of ours.
+
+    Raises:
+        UnsupportedModel: on the meta device, encoder-decoder, or without `past_key_values`.
+    """
+    name = type(model).__name__
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"{name}.forward takes no `past_key_values`; CakeCache cannot be handed to it.")
+
+
+def layers_for(model: torch.nn.Module) -> list[Any]:
+    """The layers `DynamicCache` would have, with the plain full-attention ones replaced by ours."""
+    layers = DynamicCache(config=model.config).layers
+    return [TokenMajorLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+
+
+def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
+    """Why this model's prompts are computed plainly; empty if they can be restored."""
+    other = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, TokenMajorLayer)})
+    if other or not layers:
+        return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
+    if "dynamic" in _rope_types(model.config):
+        return "this model's dynamic rope scaling depends on earlier prompts"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model is spread over several devices, which cannot be restored yet"
+    return ""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """All rope types in a config's rope parameters, nested per layer type or not."""
+    found: set[str] = set()
+
+    def search(value: Any) -> None:
+        if isinstance(value, dict):
+            found.update(str(value[name]) for name in ("rope_type", "type") if isinstance(value.get(name), str))
+            for inner in value.values():
+                search(inner)
+
+    search(getattr(config, "rope_parameters", None))
+    search(getattr(config, "rope_scaling", None))
+    return found

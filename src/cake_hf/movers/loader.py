@@ -1,0 +1,81 @@
+"""Loader threads: claim a chunk from the back, read it, check it, put it into place, again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.arithmetic.frontier import Frontier, Outcome
+from cake_hf.movers.place import Place
+from cake_hf.stores.base import Store
+from cake_hf.tensors.codec import check_chunk, header_size
+from cake_hf.tensors.layout import ChunkLayout
+
+logger = logging.getLogger("cake_hf")
+
+Record = Callable[[str, int, float, float, Outcome], None]
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """What all loader threads of one restore share.
+
+    Attributes:
+        store: to read from.
+        keys: of the prompt's chunks, in order.
+        layout: of a chunk.
+        place: where chunks land.
+        frontier: the ledger.
+        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted.
+        clock: monotonic seconds.
+    """
+
+    store: Store
+    keys: Sequence[str]
+    layout: ChunkLayout
+    place: Place
+    frontier: Frontier
+    record: Record
+    clock: Callable[[], float]
+
+
+def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
+    """Start that many loader threads; they end by themselves when there is nothing more to claim."""
+    threads = [
+        threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
+        for n in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def run_loader(job: LoadJob, actor: str) -> None:
+    """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
+    header = memoryview(bytearray(header_size(job.layout)))
+    while (index := job.frontier.claim()) is not None:
+        start = job.clock()
+        outcome = _load(job, index, header)
+        if job.frontier.settle(index, outcome):
+            job.record(actor, index, start, job.clock(), outcome)
+
+
+def _load(job: LoadJob, index: int, header: memoryview) -> Outcome:
+    key = job.keys[index]
+    try:
+        parts = job.place.parts(index)
+        if job.store.read_into(key, [header, *parts]) is None:
+            return Outcome.MISSED
+        check_chunk(header, parts, key, job.layout)
+        job.place.commit(index)
+    except CorruptChunk as error:
+        logger.warning("A stored chunk is not usable and is computed instead. %s", error)
+        return Outcome.CORRUPT
+    except Exception as error:
+        # Whatever a store's client raises: the prompt must not suffer from it (law 3).
+        logger.warning("A stored chunk cannot be read and is computed instead. %s", error)
+        return Outcome.ERROR
+    return Outcome.LOADED

@@ -1,0 +1,151 @@
+"""Write-behind: chunks wait in a queue bounded in bytes, and one background thread makes them durable."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.movers.place import byte_view
+from cake_hf.stores.base import Store
+from cake_hf.tensors.codec import ChunkFacts, checksum, encode_header
+from cake_hf.tensors.layout import ChunkLayout
+
+logger = logging.getLogger("cake_hf")
+
+WRITER_NICENESS = 10
+"""The writer yields the processor to the model: what it does is never urgent."""
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """One chunk on its way to the store.
+
+    Attributes:
+        facts: what the chunk says about itself; the checksum is filled in by the writer.
+        layout: of the chunk.
+        payload: its bytes, one flat uint8 tensor on the host that nobody else changes.
+        overwrite: the store has a chunk of this key that turned out to be unusable.
+        done: called with whether the chunk is durable now.
+    """
+
+    facts: ChunkFacts
+    layout: ChunkLayout
+    payload: torch.Tensor
+    overwrite: bool
+    done: Callable[[bool], None]
+
+
+class Writer:
+    """Queue and thread in front of a store.
+
+    Invariant: `bytes of queued jobs + bytes of the job being written <= capacity`. An offer that would break it is
+    refused at once; nothing ever waits for room.
+
+    Args:
+        store: where chunks go.
+        capacity: bytes of payload that may be under way.
+        exit_flush_seconds: how long leaving the interpreter waits for what is queued.
+    """
+
+    def __init__(self, store: Store, capacity: int, exit_flush_seconds: float) -> None:
+        self._store = store
+        self._capacity = capacity
+        self._exit_flush_seconds = exit_flush_seconds
+        self._changed = threading.Condition()
+        self._queue: deque[SaveJob] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._told = False
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a chunk of that size would be taken now; asked before the chunk is copied out."""
+        with self._changed:
+            return not self._closed and self._bytes + nbytes <= self._capacity
+
+    def offer(self, job: SaveJob) -> bool:
+        """Queue a chunk; False, and nothing happens, when it does not fit or the writer is closed."""
+        with self._changed:
+            if self._closed or self._bytes + job.layout.nbytes > self._capacity:
+                return False
+            self._queue.append(job)
+            self._bytes += job.layout.nbytes
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="cake-writer", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+            self._changed.notify_all()
+            return True
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything offered so far, and what is offered meanwhile, is durable; False on time-out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._bytes == 0, timeout)
+
+    def close(self) -> bool:
+        """Take nothing more, wait for what is queued (with a bound), and end the thread; False on time-out."""
+        self.retire()
+        return self.flush(self._exit_flush_seconds)
+
+    def retire(self) -> None:
+        """Take nothing more; the thread ends by itself when the queue is empty."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        # Only Linux has a niceness per thread; elsewhere this lowers nothing or is refused.
+        with suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+        while (job := self._take()) is not None:
+            try:
+                job.done(self._save(job))
+            finally:
+                with self._changed:
+                    self._bytes -= job.layout.nbytes
+                    self._changed.notify_all()
+
+    def _take(self) -> SaveJob | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._queue:
+                return self._queue.popleft()
+            self._thread = None
+            atexit.unregister(self.close)
+            return None
+
+    def _save(self, job: SaveJob) -> bool:
+        payload = byte_view(job.payload)
+        facts = replace(job.facts, checksum=checksum([payload]))
+        try:
+            self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
+        except Exception as error:
+            self._tell(error)
+            return False
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        """One line for the first fault; a full disk would otherwise print one per chunk."""
+        if not self._told:
+            self._told = True
+            advice = error if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+            logger.warning("Chunks are not being saved (generation goes on). %s", advice)
+
+
+def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> torch.Tensor:
+    """Copy a chunk's pieces, wherever they are, into one flat host tensor in payload order."""
+    payload = torch.empty(layout.nbytes, dtype=torch.uint8)
+    offset = 0
+    for piece, size in zip(pieces, layout.sizes, strict=True):
+        payload[offset : offset + size].view(piece.dtype).view(piece.shape).copy_(piece)
+        offset += size
+    return payload

@@ -1,0 +1,8 @@
+"""Floor 2: where chunks live. One contract (`base`), and one file per kind of store."""
+
+from cake_hf.stores.base import Store
+from cake_hf.stores.local import LocalStore
+from cake_hf.stores.memory import MemoryStore
+from cake_hf.stores.opening import open_store
+
+__all__ = ["LocalStore", "MemoryStore", "Store", "open_store"]

@@ -1,0 +1,96 @@
+"""The contract that every store keeps. `cake_hf.testing.StoreContract` is the same text as tests."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+Part = bytes | bytearray | memoryview
+
+
+class Store(ABC):
+    """Keyed values of bytes. A store knows nothing of tensors: what a value means is the codec's business.
+
+    The contract:
+
+    * A key is 40 lower-case hexadecimal digits; equal keys mean equal values, so a value is never updated in part.
+    * All methods may be called from many threads, and the same place may be opened by many processes.
+    * A value that can be listed is complete: it appears at once, whole, or not at all, whenever a writer dies.
+    * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
+    * Buffers are scattered to and gathered from as they are; a store keeps no reference to them.
+    """
+
+    @abstractmethod
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """For each key, whether it is stored; a mask, since any chunk of a prompt may be missing."""
+
+    @abstractmethod
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        """Fill the writable byte buffers, in order, with the value.
+
+        Returns:
+            The value's bytes, or None for a miss.
+
+        Raises:
+            CorruptChunk: the value is not exactly as long as the buffers together (their content is then undefined).
+            StoreError: the value cannot be read.
+        """
+
+    @abstractmethod
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        """Store the parts, joined, durably: when this returns, the value survives the process and the machine.
+
+        Returns:
+            False if the key was there and `replace` is not asked for; then nothing was written.
+
+        Raises:
+            StoreError: the value cannot be written; nothing of it is listed then.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> bool:
+        """Remove a key; False if it was not there.
+
+        Raises:
+            StoreError: the value cannot be removed.
+        """
+
+    @abstractmethod
+    def keys(self) -> Iterator[str]:
+        """All keys, in any order. Keys written or deleted meanwhile may or may not appear."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of a value, or None for a miss."""
+
+    def read(self, key: str) -> bytearray | None:
+        """The whole value, or None for a miss.
+
+        Raises:
+            StoreError: the value cannot be read.
+        """
+        size = self.size(key)
+        if size is None:
+            return None
+        value = bytearray(size)
+        return None if self.read_into(key, [memoryview(value)]) is None else value
+
+    def check_writable(self) -> None:
+        """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
+
+    def close(self) -> None:
+        """Give back what the store holds open. May be called twice."""
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def total_bytes(parts: Sequence[Part]) -> int:
+    """Bytes of all parts together."""
+    return sum(memoryview(part).nbytes for part in parts)

@@ -1,0 +1,76 @@
+"""Chunks in this process's memory: for tests, and as the nearest place within one run."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store, total_bytes
+
+
+class MemoryStore(Store):
+    """A dict under a lock, with a byte budget; the least recently used values make room.
+
+    Args:
+        budget_bytes: most bytes of values kept at once.
+    """
+
+    def __init__(self, budget_bytes: int = 4 * 2**30) -> None:
+        if budget_bytes <= 0:
+            raise ValueError(f"budget_bytes must be positive, got {budget_bytes}.")
+        self._budget = budget_bytes
+        self._used = 0
+        self._values: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        with self._lock:
+            return [key in self._values for key in keys]
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is None:
+                return None
+            self._values.move_to_end(key)
+        if len(value) != total_bytes(parts):
+            raise CorruptChunk(f"Chunk {key} has {len(value)} bytes, {total_bytes(parts)} were expected.")
+        view, offset = memoryview(value), 0
+        for part in parts:
+            part[:] = view[offset : offset + part.nbytes]
+            offset += part.nbytes
+        return len(value)
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        value = b"".join(parts)
+        if len(value) > self._budget:
+            raise StoreError(f"A value of {len(value)} bytes is over the store's budget of {self._budget}; raise it.")
+        with self._lock:
+            if key in self._values and not replace:
+                return False
+            self._drop(key)
+            self._values[key] = value
+            self._used += len(value)
+            while self._used > self._budget:
+                self._drop(next(iter(self._values)))
+            return True
+
+    def delete(self, key: str) -> bool:
+        with self._lock:
+            return self._drop(key)
+
+    def keys(self) -> Iterator[str]:
+        with self._lock:
+            return iter(list(self._values))
+
+    def size(self, key: str) -> int | None:
+        with self._lock:
+            value = self._values.get(key)
+            return None if value is None else len(value)
+
+    def _drop(self, key: str) -> bool:
+        value = self._values.pop(key, None)
+        self._used -= len(value or b"")
+        return value is not None

@@ -1,0 +1,193 @@
+"""Stores around a store: one that is slow on purpose, one that fails on purpose, one with a gate.
+
+The throttled store serves demonstrations and benchmarks; the others are for tests, of this library and of yours.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.stores.base import Part, Store, total_bytes
+
+
+class WrapperStore(Store):
+    """Hands everything on to the store inside; subclasses change what they are about."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        return self.inner.contains(keys)
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return self.inner.read_into(key, parts)
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        return self.inner.write(key, parts, replace=replace)
+
+    def delete(self, key: str) -> bool:
+        return self.inner.delete(key)
+
+    def keys(self) -> Iterator[str]:
+        return self.inner.keys()
+
+    def size(self, key: str) -> int | None:
+        return self.inner.size(key)
+
+    def check_writable(self) -> None:
+        self.inner.check_writable()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class ThrottledStore(WrapperStore):
+    """Reads at a given bandwidth, shared by all threads, as if over a network.
+
+    Args:
+        inner: the store with the values.
+        bytes_per_second: of all reads together.
+        latency: seconds added to each read.
+    """
+
+    def __init__(self, inner: Store, bytes_per_second: float, latency: float = 0.0) -> None:
+        if bytes_per_second <= 0 or latency < 0:
+            raise ValueError("bytes_per_second must be positive and latency not negative.")
+        super().__init__(inner)
+        self._rate = bytes_per_second
+        self._latency = latency
+        self._line_free_at = 0.0
+        self._lock = threading.Lock()
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        arrival = self._book(total_bytes(parts)) + self._latency
+        count = self.inner.read_into(key, parts)
+        time.sleep(max(0.0, arrival - time.monotonic()))
+        return count
+
+    def _book(self, nbytes: int) -> float:
+        """When the last of these bytes comes off the line, which carries one value after the other."""
+        with self._lock:
+            begin = max(time.monotonic(), self._line_free_at)
+            self._line_free_at = begin + nbytes / self._rate
+            return self._line_free_at
+
+
+FAULTS = ("drop", "truncate", "flip", "error", "stall")
+
+
+class FaultStore(WrapperStore):
+    """Reads that go wrong, by choice or at random from a seed.
+
+    Args:
+        inner: the store with the values.
+        faults: key -> one of `FAULTS`: "drop" (a listed value is gone), "truncate" (the value ends early), "flip" (one
+            bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`).
+        rate: share of the other reads that get a random fault.
+        kinds: what random faults to choose from.
+        seed: of that choice.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        faults: dict[str, str] | None = None,
+        *,
+        rate: float = 0.0,
+        kinds: Sequence[str] = ("drop", "truncate", "flip", "error"),
+        seed: int = 0,
+    ) -> None:
+        unknown = {*(faults or {}).values(), *kinds} - set(FAULTS)
+        if unknown:
+            raise ValueError(f"Unknown faults {sorted(unknown)}; known are {', '.join(FAULTS)}.")
+        super().__init__(inner)
+        self.faults = dict(faults or {})
+        self._rate, self._kinds, self._random = rate, tuple(kinds), random.Random(seed)
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        self.injected: list[tuple[str, str]] = []
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        fault = self._choose(key)
+        if fault is None:
+            return self.inner.read_into(key, parts)
+        with self._lock:
+            self.injected.append((key, fault))
+        return getattr(self, f"_{fault}")(key, parts)  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""
+        self._released.set()
+
+    def _choose(self, key: str) -> str | None:
+        with self._lock:
+            if key in self.faults:
+                return self.faults[key]
+            return self._random.choice(self._kinds) if self._random.random() < self._rate else None
+
+    def _drop(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return None
+
+    def _truncate(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        count = self.inner.read_into(key, parts)
+        parts[-1][:] = bytes(parts[-1].nbytes)
+        return count
+
+    def _flip(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        count = self.inner.read_into(key, parts)
+        middle = parts[len(parts) // 2]
+        middle[middle.nbytes // 2] ^= 1
+        return count
+
+    def _error(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        raise StoreError(f"An injected fault at chunk {key}.")
+
+    def _stall(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        self._released.wait()
+        for part in parts:
+            part[:] = b"\xa5" * part.nbytes
+        return total_bytes(parts)
+
+
+class GateStore(WrapperStore):
+    """Reads wait at a gate, so that a test decides where the two sides meet.
+
+    Args:
+        inner: the store with the values.
+        timeout: seconds after which a waiting test fails instead of hanging.
+    """
+
+    def __init__(self, inner: Store, timeout: float = 60.0) -> None:
+        super().__init__(inner)
+        self._timeout = timeout
+        self._state = threading.Condition()
+        self._open = False
+        self._reads_done = 0
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        self._await(lambda: self._open)
+        try:
+            return self.inner.read_into(key, parts)
+        finally:
+            with self._state:
+                self._reads_done += 1
+                self._state.notify_all()
+
+    def open(self) -> None:
+        """Let the waiting reads, and all later ones, through."""
+        with self._state:
+            self._open = True
+            self._state.notify_all()
+
+    def await_reads(self, count: int) -> None:
+        """Block until that many reads are done."""
+        self._await(lambda: self._reads_done >= count)
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        with self._state:
+            if not self._state.wait_for(condition, self._timeout):
+                raise TimeoutError("The gate was waited for in vain.")

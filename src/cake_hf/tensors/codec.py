@@ -1,0 +1,175 @@
+"""A chunk at rest: a safetensors file, checked before a byte of it is used.
+
+    8 bytes          header length, little endian
+    header           JSON, padded with spaces so that the payload starts on a page: tensor table + metadata
+    payload          the layout's pieces, back to back
+
+All chunks of one layout have headers of one length. So a reader knows the whole file's shape beforehand and brings
+header and payload, scattered to their places, in a single positional read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.tensors.layout import ChunkLayout
+
+FORMAT_VERSION = "1"
+ALIGNMENT = 4096
+MAX_HEADER_BYTES = 16 * 2**20
+"""No header of ours comes near this; a larger one is refused before memory is taken for it."""
+
+MAX_MODEL_NAME = 128
+METADATA_ROOM = 1536
+"""Enough for all metadata, a model name of escaped characters included."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class ChunkFacts:
+    """What a chunk says about itself, beside its tensors.
+
+    Attributes:
+        key: its name in the store.
+        parent: key of the chunk before it; the namespace for chunk 0.
+        index: its place on the absolute grid.
+        namespace: digest of what makes KV interchangeable.
+        model: the model's name, for people only.
+        checksum: xxh3-128 of the payload, 32 hexadecimal digits.
+    """
+
+    key: str
+    parent: str
+    index: int
+    namespace: str
+    model: str
+    checksum: str
+
+
+def checksum(pieces: Iterable[Buffer]) -> str:
+    """xxh3-128 over the pieces in order; guards against accidents, not against an adversary."""
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
+    """The bytes that stand before the payload: `header_size(layout)` of them."""
+    metadata = {
+        "format": "cake_hf",
+        "version": FORMAT_VERSION,
+        "key": facts.key,
+        "parent": facts.parent,
+        "index": str(facts.index),
+        "namespace": facts.namespace,
+        "model": facts.model[-MAX_MODEL_NAME:],
+        "checksum": facts.checksum,
+    }
+    text = json.dumps({"__metadata__": metadata, **layout.tensor_table}, separators=(",", ":")).encode()
+    padded = header_size(layout) - 8
+    return struct.pack("<Q", padded) + text.ljust(padded)
+
+
+def header_size(layout: ChunkLayout) -> int:
+    """Bytes before the payload. Depends on the layout alone, so that a reader knows it before it reads."""
+    table = len(json.dumps(layout.tensor_table, separators=(",", ":")))
+    return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
+
+
+def parse_header(raw: Buffer) -> tuple[ChunkFacts, dict[str, dict[str, object]]]:
+    """Facts and tensor table from the start of a file; trusts nothing in it.
+
+    Args:
+        raw: at least the 8 length bytes and the header; what follows is ignored.
+
+    Raises:
+        CorruptChunk: not a header of this format and version.
+    """
+    if len(raw) < 8:
+        raise CorruptChunk("The chunk is shorter than a header.")
+    (length,) = struct.unpack("<Q", bytes(raw[:8]))
+    if length > MAX_HEADER_BYTES or length > len(raw) - 8:
+        raise CorruptChunk(f"The chunk's header claims {length} bytes.")
+    try:
+        table = json.loads(bytes(raw[8 : 8 + length]))
+        metadata = table.pop("__metadata__")
+        if (metadata["format"], metadata["version"]) != ("cake_hf", FORMAT_VERSION):
+            raise CorruptChunk("The file is not a chunk of this format version.")
+        facts = ChunkFacts(
+            key=str(metadata["key"]),
+            parent=str(metadata["parent"]),
+            index=int(metadata["index"]),
+            namespace=str(metadata["namespace"]),
+            model=str(metadata["model"]),
+            checksum=str(metadata["checksum"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+    return facts, table
+
+
+def check_chunk(raw_header: Buffer, pieces: Sequence[Buffer], key: str, layout: ChunkLayout) -> None:
+    """Refuse a chunk that is not exactly the one asked for, in the layout the model needs.
+
+    Raises:
+        CorruptChunk: another key, other tensors, or a payload that does not match its checksum.
+    """
+    facts, table = parse_header(raw_header)
+    if facts.key != key:
+        raise CorruptChunk(f"Asked for chunk {key}, got {facts.key}.")
+    if table != layout.tensor_table:
+        raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
+    if checksum(pieces) != facts.checksum:
+        raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+
+
+def check_file(raw: Buffer, key: str) -> ChunkFacts:
+    """Verify a whole chunk file without a model at hand.
+
+    Raises:
+        CorruptChunk: the header, the payload's length or its checksum is wrong, or the key is another.
+    """
+    facts, table = parse_header(raw)
+    view = memoryview(raw)
+    (length,) = struct.unpack("<Q", bytes(view[:8]))
+    payload = view[8 + length :]
+    if facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
+    if len(payload) != payload_size(table):
+        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {payload_size(table)}.")
+    if checksum([payload]) != facts.checksum:
+        raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+    return facts
+
+
+def payload_size(table: dict[str, dict[str, object]]) -> int:
+    """Bytes of payload that a tensor table describes.
+
+    Raises:
+        CorruptChunk: the table's offsets are not back to back from zero.
+    """
+    end = 0
+    try:
+        for start, stop in sorted(_offsets(entry) for entry in table.values()):
+            if start != end or stop < start:
+                raise CorruptChunk("The chunk's tensors overlap or leave holes.")
+            end = stop
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptChunk("The chunk's tensor table cannot be read.") from error
+    return end
+
+
+def _offsets(entry: dict[str, object]) -> tuple[int, int]:
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list):
+        raise TypeError("data_offsets is not a list")
+    start, stop = offsets
+    return int(start), int(stop)

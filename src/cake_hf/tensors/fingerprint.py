@@ -1,0 +1,205 @@
+"""What a model is, by its content: config facts, a checksum over all weights, active adapters, and the numerics.
+
+Two models with equal fingerprints give equal KV for equal tokens. Names and paths do not count, only content does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+HASHED_BLOCK = 2**15
+"""64-bit words per row of the on-device checksum."""
+SAMPLES_PER_TENSOR = 16
+
+_SILENT_CONFIG = {
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+}
+"""Config entries that do not shape the computation; the dtype that counts is that of the weights themselves."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    signature: int
+    digest: str
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
+_known_lock = threading.Lock()
+
+
+def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
+    """Everything about a model that changes its KV, but the numerics of the machine.
+
+    Args:
+        model: with a `config` that has `to_dict()`.
+        portable: make the weights' digest the same on every device (slower where weights are not on the CPU).
+
+    Returns:
+        JSON-ready facts.
+    """
+    return {
+        "class": type(model).__name__,
+        "config": config_facts(model.config),
+        "weights": weights_digest(model, portable=portable),
+        "adapters": adapter_facts(model),
+    }
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """The config without what says nothing about the computation (name, path, library version)."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): strip(v) for k, v in value.items() if k not in _SILENT_CONFIG}
+        if isinstance(value, (list, tuple)):
+            return [strip(item) for item in value]
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    return strip(config.to_dict())  # type: ignore[no-any-return]
+
+
+def adapter_facts(model: torch.nn.Module) -> list[str]:
+    """Which adapters take part, module by module. Their weights are parameters and counted there."""
+    facts = []
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
+            state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
+            facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
+    return facts
+
+
+def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
+    device = next(model.parameters()).device
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "experts": str(getattr(model.config, "_experts_implementation", None)),
+        "torch": torch.__version__,
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": autocast_facts(device.type),
+    }
+    if device.type == "cuda":
+        facts["hardware"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = [torch.version.cuda, torch.backends.cuda.matmul.allow_tf32]
+        facts["sdpa"] = _sdpa_facts()
+    elif device.type == "cpu":
+        facts["hardware"] = torch.backends.cpu.get_cpu_capability()
+        facts["threads"] = torch.get_num_threads()
+        facts["sdpa"] = _sdpa_facts()
+    return facts
+
+
+def autocast_facts(device_type: str) -> str:
+    """The dtype that autocast computes in at present, or "off"."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return "off"
+    return str(torch.get_autocast_dtype(device_type))
+
+
+def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
+    """Checksum over the names, shapes, dtypes and bytes of all parameters and persistent buffers.
+
+    Computed once per model and kept as long as the model lives; computed anew when a cheap look (addresses, version
+    counters, a few sampled values of every tensor) shows that a weight was changed or replaced. What that look cannot
+    see is a hand edit through `.data` of single values that happen not to be sampled.
+
+    Args:
+        model: any module.
+        portable: hash on the host, so that the result does not depend on the device.
+    """
+    signature = _signature(model)
+    with _known_lock:
+        known = _known.get(model, {}).get(portable)
+    if known is not None and known.signature == signature:
+        return known.digest
+    digest = xxhash.xxh3_128()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        on_host = portable or tensor.device.type == "cpu"
+        digest.update(_host_bytes(tensor) if on_host else _device_digest(tensor))
+    result = str(digest.hexdigest())
+    with _known_lock:
+        _known.setdefault(model, {})[portable] = _Known(signature, result)
+    return result
+
+
+def canonical(facts: Any) -> str:
+    """Facts as text, the same for equal facts."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers. Other buffers are derived from the config, some anew in each forward."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
+
+
+def _signature(model: torch.nn.Module) -> int:
+    """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
+    identity: list[Any] = []
+    samples: list[torch.Tensor] = []
+    for name, tensor in _tensors(model):
+        version = 0 if tensor.is_inference() else tensor._version
+        identity.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:0]
+        step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
+        samples.append(flat[::step][:SAMPLES_PER_TENSOR].contiguous().view(torch.uint8))
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for sample in samples:
+        by_device.setdefault(sample.device, []).append(sample)
+    values = [torch.cat(group).cpu().numpy().tobytes() for group in by_device.values()]
+    return hash((tuple(identity), *values))
+
+
+def _host_bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _device_digest(tensor: torch.Tensor) -> bytes:
+    """A checksum made where the tensor is: each row of 64-bit words is multiplied by fixed odd numbers and summed.
+
+    Arithmetic is modulo 2**64, so the order of summation does not matter; an odd factor is invertible, so any change of
+    a single word changes its row's sum, and the rows' sums are hashed in order on the host.
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    padding = -flat.numel() % (8 * HASHED_BLOCK)
+    rows = torch.nn.functional.pad(flat, (0, padding)).view(torch.int64).view(-1, HASHED_BLOCK)
+    factors = _factors().to(tensor.device)
+    sums = torch.cat([(part * factors).sum(dim=1) for part in rows.split(256)])
+    return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+def _factors() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0xCA4E)
+    return torch.randint(-(2**62), 2**62, (HASHED_BLOCK,), dtype=torch.int64, generator=generator) * 2 + 1
+
+
+def _sdpa_facts() -> list[bool]:
+    backends = torch.backends.cuda
+    return [
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+    ]

@@ -1,0 +1,84 @@
+"""The layout of one chunk: which tensors, in which order, how large. The same in memory pieces and at rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype.
+
+    Raises:
+        ValueError: safetensors has no such dtype, or KV is never kept in it.
+    """
+    if dtype not in _NAMES:
+        raise ValueError(f"KV of dtype {dtype} cannot be stored; known are {', '.join(map(str, _NAMES))}.")
+    return _NAMES[dtype]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One contiguous tensor of a chunk.
+
+    Attributes:
+        name: e.g. "layers.0.keys".
+        heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
+        dtype: of the KV.
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per token."""
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """All pieces of a chunk, in payload order: keys and values of layer 0, then of layer 1, and so on."""
+
+    chunk_size: int
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each piece."""
+        return tuple(piece.token_bytes * self.chunk_size for piece in self.pieces)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole payload."""
+        return sum(self.sizes)
+
+    @cached_property
+    def tensor_table(self) -> dict[str, dict[str, object]]:
+        """The safetensors header entries: dtype, shape and data offsets of each piece."""
+        table: dict[str, dict[str, object]] = {}
+        offset = 0
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            shape = [self.chunk_size, piece.heads, piece.head_dim]
+            table[piece.name] = {
+                "dtype": dtype_name(piece.dtype),
+                "shape": shape,
+                "data_offsets": [offset, offset + size],
+            }
+            assert math.prod(shape) * piece.dtype.itemsize == size
+            offset += size
+        return table
