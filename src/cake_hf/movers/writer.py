@@ -93,8 +93,13 @@ class Writer:
 
     def close(self) -> bool:
         """Take nothing more, wait for what is queued (with a bound), and end the thread; False on time-out."""
+        thread = self._thread
         self.retire()
-        return self.flush(self._exit_flush_seconds)
+        flushed = self.flush(self._exit_flush_seconds)
+        # A daemon thread that is still inside native code when the interpreter goes down can abort the process.
+        if flushed and thread is not None and thread is not threading.current_thread():
+            thread.join(self._exit_flush_seconds)
+        return flushed
 
     def retire(self) -> None:
         """Take nothing more; the thread ends by itself when the queue is empty."""
@@ -110,8 +115,10 @@ class Writer:
             try:
                 job.done(self._save(job))
             finally:
+                nbytes = job.layout.nbytes
+                del job  # and with it the payload, before the bytes count as free
                 with self._changed:
-                    self._bytes -= job.layout.nbytes
+                    self._bytes -= nbytes
                     self._changed.notify_all()
 
     def _take(self) -> SaveJob | None:

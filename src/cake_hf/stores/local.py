@@ -39,9 +39,9 @@ class LocalStore(Store):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser().absolute()
-        if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"The store path {self.root} is a file; give the path of a directory.")
         try:
+            if self.root.exists() and not self.root.is_dir():
+                raise StoreError(f"The store path {self.root} is a file; give the path of a directory.")
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"The store directory {self.root} cannot be made: {_advice(error)}") from error
@@ -99,6 +99,8 @@ class LocalStore(Store):
             return os.stat(self._path(key)).st_size
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StoreError(f"Chunk {key} cannot be looked at in {self.root}: {_advice(error)}") from error
 
     def check_writable(self) -> None:
         """Try to make a file.
@@ -118,7 +120,11 @@ class LocalStore(Store):
     def sweep(self) -> int:
         """Remove what killed writers left behind; returns how many files. Files of living writers stay."""
         swept = 0
-        for name in _listing(self.root / PARTIAL):
+        try:
+            leftovers = _listing(self.root / PARTIAL)
+        except StoreError:  # Somebody else's store: it can be read all the same.
+            return swept
+        for name in leftovers:
             path = self.root / PARTIAL / name
             with suppress(OSError), _opened(path, os.O_RDWR) as descriptor:
                 if _try_lock(descriptor):
@@ -210,6 +216,8 @@ def _listing(directory: Path) -> list[str]:
         return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise StoreError(f"The directory {directory} cannot be listed: {_advice(error)}") from error
 
 
 def _sync_directory(path: str) -> None:

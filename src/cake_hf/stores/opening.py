@@ -41,4 +41,6 @@ def _parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS:
         raise StoreError(f"{text!r} is not a size; write it like 4GB or 512MiB.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    if not (nbytes := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise StoreError(f"A store of {text!r} can hold nothing; give it a size like 4GB.")
+    return nbytes

@@ -26,8 +26,8 @@ MAX_HEADER_BYTES = 16 * 2**20
 """No header of ours comes near this; a larger one is refused before memory is taken for it."""
 
 MAX_MODEL_NAME = 128
-METADATA_ROOM = 1536
-"""Enough for all metadata, a model name of escaped characters included."""
+METADATA_ROOM = 2048
+"""Enough for all metadata: 310 bytes, an index, and a model name of characters that JSON escapes to 12 bytes each."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -70,7 +70,8 @@ def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
         "parent": facts.parent,
         "index": str(facts.index),
         "namespace": facts.namespace,
-        "model": facts.model[-MAX_MODEL_NAME:],
+        # A path may hold bytes that are no text (lone surrogates here); safetensors refuses a header with such.
+        "model": facts.model[-MAX_MODEL_NAME:].encode(errors="replace").decode(),
         "checksum": facts.checksum,
     }
     text = json.dumps({"__metadata__": metadata, **layout.tensor_table}, separators=(",", ":")).encode()
@@ -111,7 +112,7 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, dict[str, dict[str, object]]]
             model=str(metadata["model"]),
             checksum=str(metadata["checksum"]),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
     return facts, table
 
@@ -162,7 +163,7 @@ def payload_size(table: dict[str, dict[str, object]]) -> int:
             if start != end or stop < start:
                 raise CorruptChunk("The chunk's tensors overlap or leave holes.")
             end = stop
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptChunk("The chunk's tensor table cannot be read.") from error
     return end
 

@@ -1,0 +1,412 @@
+"""The call, as users make it: every option of `generate`, a second turn, copies, closing, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextIteratorStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import cake_hf
+from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
+
+QUIET = {"eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return shared_model("llama")
+
+
+@pytest.fixture
+def store(model: torch.nn.Module) -> MemoryStore:
+    """A store with all chunks of the prompt."""
+    filled = MemoryStore()
+    with CakeCache(model, filled, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+    return filled
+
+
+def both(model: torch.nn.Module, store: MemoryStore, ids: torch.Tensor, seed: int = 0, **options: object) -> list[object]:
+    """The same call with a `DynamicCache` on the chunked schedule, and with a `CakeCache`."""
+    results = []
+    for cache, more in (
+        (DynamicCache(config=model.config), {"prefill_chunk_size": CHUNK}),
+        (CakeCache(model, store, chunk_size=CHUNK), {}),
+    ):
+        torch.manual_seed(seed)
+        results.append(model.generate(ids, past_key_values=cache, **{**QUIET, **options, **more}))
+    return results
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.reshape(-1).tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False, "max_new_tokens": 12},
+        {"do_sample": True, "temperature": 0.9, "top_k": 20, "max_new_tokens": 12},
+        {"generation_config": GenerationConfig(max_new_tokens=9, do_sample=True, top_p=0.9, eos_token_id=None, pad_token_id=0)},
+        {"do_sample": False, "max_new_tokens": 8, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampling", "generation_config", "penalty"],
+)  # fmt: skip
+def test_generate_options(model: torch.nn.Module, store: MemoryStore, options: dict[str, object]) -> None:
+    expected, restored = both(model, store, prompt(), **options)
+    assert torch.equal(expected, restored)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}],
+    ids=["beams", "return_sequences", "prompt_lookup"],
+)
+def test_other_modes_give_what_dynamic_cache_gives(model: torch.nn.Module, store: MemoryStore, options: dict) -> None:
+    """Batches are computed plainly; prompt lookup is restored. In float32 the tokens are those of plain generate."""
+    torch.manual_seed(0)
+    expected = model.generate(prompt(), max_new_tokens=10, **QUIET, **options)
+    torch.manual_seed(0)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        assert torch.equal(model.generate(prompt(), past_key_values=cache, max_new_tokens=10, **QUIET, **options), expected)
+        if "prompt_lookup_num_tokens" in options:
+            assert cache.report.chunks_loaded + cache.report.chunks_computed == CHUNKS
+        else:
+            assert "batch" in cache.report.reason
+
+
+def test_streaming(model: torch.nn.Module, store: MemoryStore) -> None:
+    streamed = Collector()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        tokens = model.generate(prompt(), past_key_values=cache, streamer=streamed, max_new_tokens=6, do_sample=False, **QUIET)
+    assert streamed.tokens == [*tokens[0].tolist(), -1]
+    assert TextIteratorStreamer.put is not None  # the usual one has the same two methods
+
+
+def test_attention_mask_of_ones_is_a_plain_prompt(model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        outcome = run(model, prompt(), cache, attention_mask=torch.ones_like(prompt()))
+        assert cache.report.reason == ""
+    assert difference(outcome, oracle(model, prompt())) == ""
+
+
+def test_generate_function_returns_what_generate_returns(model: torch.nn.Module, store: MemoryStore) -> None:
+    expected = oracle(model, prompt())
+    for inputs in ((prompt(),), ()):
+        result = cake_hf.generate(
+            model, *inputs, store=store, chunk_size=CHUNK, max_new_tokens=16, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **QUIET, **({} if inputs else {"input_ids": prompt()}),
+        )  # fmt: skip
+        assert torch.equal(torch.stack(result.logits), expected.logits)
+        assert result.past_key_values.report.chunks_loaded > 0
+    plain = cake_hf.generate(model, prompt(), store=store, chunk_size=CHUNK, max_new_tokens=3, do_sample=False, **QUIET)
+    assert torch.equal(plain, expected.tokens[:, : plain.shape[1]])
+
+
+def test_generate_function_serves_models_without_logits_to_keep(
+    model: torch.nn.Module, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the hook cannot tell a prompt from a call that wants all logits, so the prefix is restored beforehand."""
+    full = type(model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):  # type: ignore[no-untyped-def]  # noqa: E501
+        return full(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    result = cake_hf.generate(
+        model, prompt(), store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=8, do_sample=False,
+        return_dict_in_generate=True, **QUIET,
+    )  # fmt: skip
+    assert result.past_key_values.report.chunks_loaded == CHUNKS
+    monkeypatch.undo()
+    assert torch.equal(result.sequences, oracle(model, prompt(), max_new_tokens=8).tokens)
+
+
+def test_generate_function_refuses_a_cache(model: torch.nn.Module, store: MemoryStore) -> None:
+    with pytest.raises(ValueError, match="makes its own cache"):
+        cake_hf.generate(model, prompt(), store=store, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("more", [5, CHUNK - 1, CHUNK, 3 * CHUNK + 4])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_second_turn(family: str, more: int) -> None:
+    """A cache passed again gives what a `DynamicCache` passed again gives, and saves nothing that is off the schedule."""
+    model, store = shared_model(family), MemoryStore()
+    outcomes = []
+    for cache, options in (
+        (DynamicCache(config=model.config), {"prefill_chunk_size": CHUNK}),
+        (CakeCache(model, store, chunk_size=CHUNK), {}),
+    ):
+        first = run(model, prompt(), cache, **options)
+        longer = torch.cat([first.tokens, prompt(more, seed=9)], dim=1)
+        outcomes.append(run(model, longer, cache, **options))
+    assert difference(*outcomes) == ""
+    assert isinstance(cache, CakeCache)
+    assert cache.flush(60)
+    assert len(list(store.keys())) == CHUNKS
+    cache.close()
+
+
+def test_chunks_given_one_by_one_are_on_the_schedule(model: torch.nn.Module) -> None:
+    """`prefill_chunk_size` equal to ours: each call brings one full chunk, and each is saved."""
+    store = MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        outcome = run(model, prompt(), cache, prefill_chunk_size=CHUNK)
+    assert len(list(store.keys())) == CHUNKS
+    assert difference(outcome, oracle(model, prompt())) == ""
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
+        assert cache.report.chunks_loaded == CHUNKS
+
+
+def test_cropped_to_the_end_of_a_chunk_it_goes_on_restoring(model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        run(model, prompt(), cache)
+        cache.crop(3 * CHUNK - cache.get_seq_length())
+        outcome = run(model, prompt(), cache)
+        assert cache.report.chunks_loaded == CHUNKS - 3
+    assert difference(outcome, oracle(model, prompt())) == ""
+
+
+def test_cropped_and_refilled_by_decoding_it_saves_nothing(model: torch.nn.Module, store: MemoryStore) -> None:
+    """The same length as before, but tokens that were decoded one by one: off the schedule."""
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        run(model, prompt(), cache)
+        cache.crop(3 * CHUNK - 2 - cache.get_seq_length())
+        with torch.no_grad():
+            for token in prompt()[0, 3 * CHUNK - 2 : 3 * CHUNK]:
+                model(token.view(1, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 3 * CHUNK
+        longer = torch.cat([prompt()[:, : 3 * CHUNK], prompt(2 * CHUNK, seed=5)], dim=1)
+        run(model, longer, cache)
+        assert "not from the end of a full chunk" in cache.report.reason
+    assert len(list(store.keys())) == CHUNKS
+
+
+def test_deepcopy_shares_the_store_and_nothing_else(model: torch.nn.Module, store: MemoryStore) -> None:
+    """Prefill a document once, then ask it several questions, each on a copy."""
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+        for seed in (3, 4):
+            ids = torch.cat([prompt()[:, : CHUNKS * CHUNK], prompt(9, seed)], dim=1)
+            assert difference(run(model, ids, copy.deepcopy(cache)), oracle(model, ids)) == ""
+        assert cache.get_seq_length() == CHUNKS * CHUNK
+
+
+def test_prefill_then_generate(model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        assert cache.prefill(prompt()).chunks_loaded == CHUNKS
+        outcome = run(model, prompt(), cache)
+        assert cache.report.chunks_loaded == CHUNKS
+        assert cache.report.timeline[-1].chunk == -1
+    assert difference(outcome, oracle(model, prompt())) == ""
+
+
+def test_several_caches_on_one_model_in_threads(model: torch.nn.Module, store: MemoryStore) -> None:
+    prompts = [prompt(seed=seed) for seed in (1, 2, 3, 1)]
+    outcomes: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        with CakeCache(model, store, chunk_size=CHUNK) as cache:
+            outcomes[number] = difference(run(model, prompts[number], cache), oracle(model, prompts[number]))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert outcomes == dict.fromkeys(range(len(prompts)), "")
+
+
+def test_under_inference_mode(model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        with torch.inference_mode():
+            run(model, prompt(), cache)
+        longer = torch.cat([prompt(), prompt(5, seed=8)], dim=1)
+        cache.crop(prompt().shape[1] - cache.get_seq_length())
+        run(model, longer, cache)
+
+
+def test_close_is_idempotent_and_takes_the_hook_away() -> None:
+    model = build("llama")
+    hooks = [module._forward_pre_hooks for module in (model, model.base_model)]
+    hooks += [module._forward_hooks for module in (model, model.base_model)]
+    one, two = CakeCache(model, MemoryStore()), CakeCache(model, MemoryStore())
+    assert all(hooks)
+    one.close()
+    one.close()
+    assert one.closed
+    assert all(hooks)
+    two.close()
+    assert not any(hooks)
+
+
+def test_the_hook_goes_with_the_last_cache() -> None:
+    model = build("llama")
+    cache = CakeCache(model, MemoryStore(), chunk_size=CHUNK)
+    run(model, prompt(), cache)
+    del cache
+    gc.collect()
+    assert not model._forward_pre_hooks
+    assert not any(thread.name == "cake-writer" and not thread.daemon for thread in threading.enumerate())
+
+
+def test_a_closed_cache_is_a_plain_cache(model: torch.nn.Module, store: MemoryStore) -> None:
+    cache = CakeCache(model, store, chunk_size=CHUNK)
+    cache.close()
+    single = run(model, prompt(), DynamicCache(config=model.config))
+    assert difference(run(model, prompt(), cache), single) == ""
+    with pytest.raises(CakeError, match="closed"):
+        cache.prefill(prompt())
+
+
+def test_a_call_that_wants_all_logits_is_left_alone(model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        logits = model(prompt(), past_key_values=cache).logits
+        assert "logits of all tokens" in cache.report.reason
+        assert torch.equal(logits, model(prompt(), past_key_values=DynamicCache(config=model.config)).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"input_ids": prompt(CHUNK - 1)}, "less than one chunk"),
+        ({"input_ids": prompt().repeat(2, 1)}, "batch of 2"),
+        ({"input_ids": prompt(), "attention_mask": (prompt() > 3).long()}, "mask"),
+        ({"inputs_embeds": torch.ones(1, 40, 64)}, "embeddings"),
+    ],
+)
+def test_what_is_computed_plainly_and_why(model: torch.nn.Module, arguments: dict, reason: str) -> None:
+    options = {**QUIET, **arguments, "max_new_tokens": 5, "do_sample": False}
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        result = model.generate(past_key_values=cache, **options)
+        assert reason in cache.report.reason
+        assert reason in str(cache.report)
+    assert torch.equal(result, model.generate(**options))
+
+
+def test_an_empty_store_is_said(model: torch.nn.Module) -> None:
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        run(model, prompt(), cache)
+        assert "none of the prompt's chunks" in cache.report.reason
+
+
+def test_training_mode_is_left_alone() -> None:
+    model = build("llama").train()
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        run(model, prompt(), cache)
+        assert "training mode" in cache.report.reason
+
+
+def test_a_layer_kind_that_cannot_be_restored_is_computed() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=24,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    store = MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        result = model.generate(prompt(), past_key_values=cache, max_new_tokens=8, do_sample=False, **QUIET)
+        assert "DynamicSlidingWindowLayer" in cache.report.reason
+    assert torch.equal(result, model.generate(prompt(), max_new_tokens=8, do_sample=False, **QUIET))
+    assert list(store.keys()) == []
+
+
+def test_another_models_cache_is_refused(model: torch.nn.Module) -> None:
+    other = build("llama", seed=7)
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        with pytest.raises(ForeignModel, match="make a CakeCache for each model"):
+            other.generate(prompt(), past_key_values=cache, max_new_tokens=2, **QUIET)
+        with CakeCache(other, MemoryStore()), pytest.raises(ForeignModel):
+            other.generate(prompt(), past_key_values=cache, max_new_tokens=2, **QUIET)
+        assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
+
+
+def test_the_decoder_alone_may_use_the_cache(model: torch.nn.Module) -> None:
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
+        model.model(prompt(), past_key_values=cache)
+        assert cache.get_seq_length() == prompt().shape[1]
+
+
+def test_models_that_are_refused() -> None:
+    with torch.device("meta"):
+        empty = build("llama")
+    with pytest.raises(UnsupportedModel, match="load the weights"):
+        CakeCache(empty, MemoryStore())
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=32))
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        CakeCache(t5, MemoryStore())
+
+    class Bare(torch.nn.Module):
+        config = shared_model("llama").config
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids
+
+    with pytest.raises(UnsupportedModel, match="past_key_values"):
+        CakeCache(Bare(), MemoryStore())
+
+
+def test_settings_that_are_refused(model: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 16"):
+        CakeCache(model, MemoryStore(), chunk_size=15)
+    with pytest.raises(ValueError, match="sideways"):
+        CakeCache(model, MemoryStore(), strategy="sideways")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="give the path of a directory"):
+        CakeCache(model, tmp_path / "file")
+    with pytest.raises(StoreError, match="known are"):
+        CakeCache(model, "ftp://somewhere/else")
+
+
+def test_a_read_only_store_serves_with_save_off(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+    real_open = __import__("os").open
+
+    def read_only(path: str, flags: int, *rest: int) -> int:
+        import errno
+        import os
+
+        if str(path).startswith(str(tmp_path)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "read-only", str(path))
+        return int(real_open(path, flags, *rest))
+
+    monkeypatch.setattr("os.open", read_only)
+    with pytest.raises(StoreError, match="save=False"):
+        CakeCache(model, tmp_path, chunk_size=CHUNK)
+    with CakeCache(model, tmp_path, chunk_size=CHUNK, save=False, strategy="load") as cache:
+        assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
+        assert cache.report.chunks_loaded == CHUNKS

@@ -1,0 +1,198 @@
+"""Law 3: no fault of a store raises into `generate`, hangs it or changes its result; each is counted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import pytest
+import torch
+from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+
+from cake_hf import CakeCache, Limits, MemoryStore, StoreError
+from cake_hf.stores.wrappers import FaultStore, WrapperStore
+from cake_hf.tensors.codec import parse_header
+
+PATIENT = Limits(loader_threads=2, read_timeout=60, lookup_timeout=60)
+IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=0.2)
+
+
+@cache
+def expected() -> Outcome:
+    return oracle(shared_model("llama"), prompt())
+
+
+def filled_store() -> tuple[MemoryStore, list[str]]:
+    """A store with all chunks of the prompt, and their keys in order."""
+    store = MemoryStore()
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
+        saving.prefill(prompt(), whole=True)
+    keys = sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
+    return store, keys
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("cake-load")]
+    assert left == []
+
+
+@pytest.mark.parametrize("position", range(CHUNKS))
+@pytest.mark.parametrize("fault", ["truncate", "flip", "drop", "error"])
+def test_a_broken_chunk_is_computed(fault: str, position: int) -> None:
+    inner, keys = filled_store()
+    store = FaultStore(inner, {keys[position]: fault})
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=PATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.flush(60)
+        report = warm.report
+    assert store.injected == [(keys[position], fault)]
+    assert difference(outcome, expected()) == ""
+    assert (report.chunks_loaded, report.chunks_computed) == (CHUNKS - 1, 1)
+    assert (report.chunks_missed, report.chunks_failed) == ((1, 0) if fault == "drop" else (0, 1))
+    healed = fault in ("truncate", "flip")
+    assert report.chunks_saved == healed  # a corrupt chunk is replaced by the good one
+
+
+@pytest.mark.parametrize("position", range(CHUNKS))
+def test_a_hanging_chunk_is_computed_and_may_write_later(position: int) -> None:
+    inner, keys = filled_store()
+    store = FaultStore(inner, {keys[position]: "stall"})
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=IMPATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert difference(outcome, expected()) == ""
+        assert warm.report.chunks_failed >= 1
+        assert warm.report.chunks_loaded + warm.report.chunks_computed == CHUNKS
+        # The late read now writes garbage to where it was told to: nothing of that may be in the cache.
+        store.release()
+        join_loaders()
+        for layer, keys_before, values_before in zip(warm.layers, outcome.keys, outcome.values, strict=True):
+            assert torch.equal(layer.keys, keys_before)
+            assert torch.equal(layer.values, values_before)
+
+
+def test_all_chunks_hang() -> None:
+    inner, keys = filled_store()
+    store = FaultStore(inner, dict.fromkeys(keys, "stall"))
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.report.chunks_computed == CHUNKS
+    assert difference(outcome, expected()) == ""
+    store.release()
+    join_loaders()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_faults(seed: int) -> None:
+    inner, _ = filled_store()
+    store = FaultStore(inner, rate=0.5, seed=seed)
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=PATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+    assert difference(outcome, expected()) == ""
+    assert report.chunks_loaded + report.chunks_computed == CHUNKS
+    assert report.chunks_missed + report.chunks_failed == len(store.injected)
+
+
+class BrokenLookup(WrapperStore):
+    """A store whose `contains` raises, hangs or lies."""
+
+    def __init__(self, inner: MemoryStore, how: str) -> None:
+        super().__init__(inner)
+        self.how = how
+        self.released = threading.Event()
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        if self.how == "raise":
+            raise ConnectionError("no route to the store")
+        if self.how == "hang":
+            self.released.wait(60)
+        return [True] * len(keys)
+
+
+@pytest.mark.parametrize("how", ["raise", "hang"])
+def test_a_store_that_cannot_be_asked(how: str) -> None:
+    store = BrokenLookup(filled_store()[0], how)
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.report.chunks_computed == CHUNKS
+        assert "the store could not be asked" in warm.report.reason
+    store.released.set()
+    assert difference(outcome, expected()) == ""
+
+
+def test_a_store_that_promises_what_it_does_not_have() -> None:
+    store = BrokenLookup(MemoryStore(), "lie")
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=PATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.report.chunks_computed == CHUNKS
+    assert difference(outcome, expected()) == ""
+
+
+class FullStore(WrapperStore):
+    def write(self, key: str, parts: Sequence[object], *, replace: bool = False) -> bool:
+        raise StoreError("No space left on device: free some space or choose another directory.")
+
+
+def test_a_full_store_is_said_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with CakeCache(shared_model("llama"), FullStore(MemoryStore()), chunk_size=CHUNK) as cache:
+        outcome = run(shared_model("llama"), prompt(), cache)
+        assert cache.flush(60)
+        assert (cache.report.chunks_saved, cache.report.chunks_unsaved) == (0, CHUNKS)
+    assert [record for record in caplog.messages if "free some space" in record] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert difference(outcome, expected()) == ""
+
+
+class SlowWrites(WrapperStore):
+    """Writes wait at a gate."""
+
+    def __init__(self, inner: MemoryStore) -> None:
+        super().__init__(inner)
+        self.gate = threading.Event()
+
+    def write(self, key: str, parts: Sequence[bytes], *, replace: bool = False) -> bool:
+        self.gate.wait(60)
+        return super().write(key, parts, replace=replace)
+
+
+def test_a_full_queue_skips_saving_and_never_waits() -> None:
+    model = shared_model("llama")
+    store = SlowWrites(MemoryStore())
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as scratch:
+        room_for_two = Limits(save_queue_bytes=2 * scratch._session.layout().nbytes)
+    with CakeCache(model, store, chunk_size=CHUNK, limits=room_for_two) as cache:
+        outcome = run(model, prompt(), cache)  # would hang here if it waited for room
+        store.gate.set()
+        assert cache.flush(60)
+        assert (cache.report.chunks_saved, cache.report.chunks_unsaved) == (2, CHUNKS - 2)
+    assert difference(outcome, expected()) == ""
+
+
+def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
+    """A forward that dies in the middle of a restore (out of memory, Ctrl-C) must not leave half a prompt behind."""
+    model, (store, _) = shared_model("llama"), filled_store()
+    forwards = 0
+
+    def fail(module: torch.nn.Module, args: object, kwargs: object) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 3:
+            raise MemoryError("simulated")
+
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="compute") as cache:
+        cache._session.kv_like()
+        handle = model.register_forward_pre_hook(fail, with_kwargs=True)
+        with pytest.raises(MemoryError):
+            run(model, prompt(), cache)
+        handle.remove()
+        assert cache.get_seq_length() == 0
+        assert difference(run(model, prompt(), cache), expected()) == ""
+
+
+def join_loaders() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-load"):
+            thread.join(60)
