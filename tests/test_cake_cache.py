@@ -131,15 +131,16 @@ def test_generate_function_serves_models_without_logits_to_keep(
     """There the hook cannot tell a prompt from a call that wants all logits, so the prefix is restored beforehand."""
     full = type(model).forward
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):  # type: ignore[no-untyped-def]  # noqa: E501
-        return full(
-            self,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-        )
+    def forward(
+        self: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> object:
+        return full(self, input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
 
     monkeypatch.setattr(type(model), "forward", forward)
     result = cake_hf.generate(
@@ -168,7 +169,8 @@ def test_second_turn(family: str, more: int) -> None:
     ):
         first = run(model, prompt(), cache, **options)
         longer = torch.cat([first.tokens, prompt(more, seed=9)], dim=1)
-        outcomes.append(run(model, longer, cache, **options))
+        # Said outright, since generate would take a generated token 0 for padding.
+        outcomes.append(run(model, longer, cache, attention_mask=torch.ones_like(longer), **options))
     assert difference(*outcomes) == ""
     assert isinstance(cache, CakeCache)
     assert cache.flush(60)

@@ -1,0 +1,363 @@
+"""The command line on a store of its own: what it prints, what it leaves behind, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+import cake_hf
+from cake_hf.people.cli import app
+from cake_hf.people.inspect_store import existing_store, prompts, take_inventory
+from cake_hf.stores import LocalStore, MemoryStore
+from models import build
+
+CHUNK = 16
+CHUNKS = 5
+WORDS = CHUNK * CHUNKS + 3
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model whose tokens are the words "w0" to "w127"."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build("llama").save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(128)}, unk_token="w3"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "document.txt", WORDS)
+
+
+@pytest.fixture
+def store(tmp_path: Path, model_folder: Path, document: Path, command: Command) -> Path:
+    """A store that was warmed with the document."""
+    folder = tmp_path / "store"
+    assert warm(command, model_folder, document, folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs `cake-hf` with these arguments."""
+    monkeypatch.setenv("COLUMNS", "120")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def write_text(path: Path, words: int, seed: int = 0) -> Path:
+    numbers = torch.randint(3, 128, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
+    path.write_text(" ".join(f"w{number}" for number in numbers))
+    return path
+
+
+def warm(command: Command, model: Path, file: Path, store: Path, *more: object) -> Result:
+    return command("warm", model, file, "--store", store, "--chunk-size", CHUNK, *more)
+
+
+def flip_payload(store: Path, key: str) -> None:
+    path = store / key[:2] / f"{key}.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 1
+    path.write_bytes(raw)
+
+
+def keys_of(store: Path) -> list[str]:
+    return sorted(LocalStore(store).keys())
+
+
+def flat(text: str) -> str:
+    """Without the tables' frames and line breaks."""
+    return re.sub(r"[\s│┃╭╮╰╯─━]+", " ", text)
+
+
+def test_version(command: Command) -> None:
+    result = command("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"cake-hf {cake_hf.__version__}"
+
+
+def test_help_names_every_command(command: Command) -> None:
+    result = command("--help")
+    assert result.exit_code == 0
+    for name in ("warm", "ls", "info", "verify", "demo"):
+        assert name in result.output
+
+
+def test_warming_twice_loads(tmp_path: Path, model_folder: Path, document: Path, command: Command) -> None:
+    folder = tmp_path / "store"
+    first = warm(command, model_folder, document, folder)
+    assert first.exit_code == 0, first.output
+    assert f"0 loaded, {CHUNKS} computed" in flat(first.output)
+    assert f"saved {CHUNKS} chunks" in flat(first.output)
+    assert f"store='{folder}', chunk_size={CHUNK}" in flat(first.output).replace("' ,", "',")
+    assert len(keys_of(folder)) == CHUNKS
+    second = warm(command, model_folder, document, folder)
+    assert second.exit_code == 0, second.output
+    assert "0 missed, 0 failed" in flat(second.output)
+    assert "saved 0 chunks" in flat(second.output)
+    assert len(keys_of(folder)) == CHUNKS
+
+
+def test_a_full_last_chunk_is_warmed_too(tmp_path: Path, model_folder: Path, command: Command) -> None:
+    exact = write_text(tmp_path / "exact.txt", CHUNK * 3)
+    assert warm(command, model_folder, exact, tmp_path / "store").exit_code == 0
+    assert len(keys_of(tmp_path / "store")) == 3
+
+
+def test_salt_dtype_exactness_and_length_choose_the_chunks(
+    store: Path, model_folder: Path, document: Path, command: Command
+) -> None:
+    options = [("--salt", "a"), ("--dtype", "bfloat16"), ("--no-exact",), ("--salt", "b", "--tokens", 2 * CHUNK)]
+    for more in options:
+        assert warm(command, model_folder, document, store, *more).exit_code == 0
+    assert len(keys_of(store)) == 4 * CHUNKS + 2
+    output = flat(command("ls", store).output)
+    assert "BF16" in output
+    assert output.count("tiny") == 10  # five namespaces, five prompts
+
+
+def test_ls_shows_namespaces_and_prompts(
+    tmp_path: Path, store: Path, model_folder: Path, document: Path, command: Command
+) -> None:
+    words = document.read_text().split()
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join([*words[: 2 * CHUNK], *(["w9"] * (2 * CHUNK))]))
+    assert warm(command, model_folder, other, store).exit_code == 0
+    result = command("ls", store)
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"tiny +F32 +{CHUNK} +{CHUNKS + 2} +{CHUNK * (CHUNKS + 2)} ", flat(result.output))
+    with existing_store(str(store)) as opened:
+        chains = prompts(take_inventory(opened, lambda done, total: None))
+    assert [(chain.leaf.tokens[1], chain.chunks) for chain in chains] == [
+        (CHUNK * CHUNKS, CHUNKS),
+        (CHUNK * 4, 4),
+    ]
+    for chain in chains:
+        assert chain.leaf.facts.key[:12] in result.output
+    assert "1 shorter prompt" in flat(command("ls", store, "--prompts", 1).output)
+
+
+def test_ls_says_where_a_prompt_has_a_hole(store: Path, command: Command) -> None:
+    with existing_store(str(store)) as opened:
+        chunks = take_inventory(opened, lambda done, total: None).chunks
+        key = next(key for key, chunk in chunks.items() if chunk.facts.index == 1)
+        opened.delete(key)
+        chains = prompts(take_inventory(opened, lambda done, total: None))
+    assert [(chain.leaf.facts.index, chain.first) for chain in chains] == [(4, 2), (0, 0)]
+    assert "chunk 1" in flat(command("ls", store).output)
+
+
+def test_listing_reads_headers_only(store: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a whole chunk was read")
+
+    monkeypatch.setattr(LocalStore, "read_into", refuse)
+    assert command("ls", store).exit_code == 0
+    assert command("info", store).exit_code == 0
+
+
+def test_any_store_can_be_listed(store: Path) -> None:
+    with LocalStore(store) as local, MemoryStore() as memory:
+        for key in local.keys():  # noqa: SIM118 - a store is no dict
+            memory.write(key, [local.read(key)])
+        inventories = [take_inventory(each, lambda done, total: None) for each in (local, memory)]
+    assert inventories[0] == inventories[1]
+
+
+def test_an_empty_store(tmp_path: Path, command: Command) -> None:
+    assert "empty" in command("ls", tmp_path).output
+    assert "0 chunks" in command("verify", tmp_path).output
+
+
+def test_info_of_a_store(store: Path, command: Command) -> None:
+    output = flat(command("info", store).output)
+    assert f"chunks {CHUNKS}" in output
+    assert f"tokens {CHUNK * CHUNKS}" in output
+    assert "prompts 1" in output
+
+
+def test_info_of_a_chunk(store: Path, command: Command) -> None:
+    key = keys_of(store)[0]
+    result = command("info", store, key[:12])
+    assert result.exit_code == 0, result.output
+    assert key in result.output
+    assert f"6 of F32, [{CHUNK}, 2, 16]" in flat(result.output)
+
+
+def test_info_wants_one_chunk(store: Path, command: Command) -> None:
+    for prefix, complaint in (("", None), ("zz", "No chunk's key starts with zz")):
+        result = command("info", store, prefix)
+        assert (result.exit_code == 2) is (complaint is not None)
+        assert complaint is None or complaint in flat(result.stderr)
+
+
+def test_an_ambiguous_key(tmp_path: Path, command: Command) -> None:
+    with LocalStore(tmp_path) as local:
+        for last in "ab":
+            local.write("0" * 39 + last, [b"x"])
+    result = command("info", tmp_path, "000")
+    assert result.exit_code == 2
+    assert "2 chunks have keys that start with 000" in flat(result.stderr)
+
+
+def test_verify_a_good_store(store: Path, command: Command) -> None:
+    result = command("verify", store)
+    assert result.exit_code == 0
+    assert f"All is well: {CHUNKS} chunks" in flat(result.output)
+
+
+def test_verify_names_a_damaged_chunk_and_delete_heals(
+    store: Path, model_folder: Path, document: Path, command: Command
+) -> None:
+    key = keys_of(store)[2]
+    flip_payload(store, key)
+    found = command("verify", store)
+    assert found.exit_code == 1
+    assert key in found.output
+    assert "--delete" in found.output
+    assert [other for other in keys_of(store) if other in found.output] == [key]
+    healed = command("verify", store, "--delete")
+    assert healed.exit_code == 0
+    assert "1 chunk deleted" in flat(healed.output)
+    assert command("verify", store).exit_code == 0
+    assert len(keys_of(store)) == CHUNKS - 1
+    assert warm(command, model_folder, document, store).exit_code == 0
+    assert len(keys_of(store)) == CHUNKS
+
+
+def test_a_chunk_that_cannot_be_read_is_not_deleted(
+    store: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """A failing disk or a wrong mode is no proof that the chunk is bad."""
+
+    def fail(self: LocalStore, key: str) -> None:
+        raise cake_hf.StoreError("The disk reports a fault; check it.")
+
+    monkeypatch.setattr(LocalStore, "read", fail)
+    result = command("verify", store, "--delete")
+    assert result.exit_code == 1
+    assert "check it" in flat(result.output)
+    assert len(keys_of(store)) == CHUNKS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: b"",
+        lambda raw: b"no safetensors at all",
+        lambda raw: raw[:-1],
+        lambda raw: struct.pack("<Q", 2**60) + raw[8:],
+        lambda raw: raw.replace(b'"shape"', b'"shabe"'),
+        lambda raw: raw.replace(b'"F32","shape":[16,2,16]', b'"F32","shape":["16",2,1]'),
+    ],
+    ids=["empty", "garbage", "cut", "huge header", "no shape", "odd shape"],
+)
+def test_ls_survives_damaged_headers(store: Path, damage: Callable[[bytes], bytes], command: Command) -> None:
+    key = keys_of(store)[0]
+    path = store / key[:2] / f"{key}.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    result = command("ls", store)
+    assert result.exit_code == 0, result.output
+    assert "1 chunk cannot be read" in flat(result.output)
+
+
+@pytest.mark.parametrize("name", ["ls", "info", "verify"])
+def test_looking_at_no_store_makes_none(tmp_path: Path, name: str, command: Command) -> None:
+    missing = tmp_path / "missing"
+    for spec in (missing, f"file://{missing}"):
+        result = command(name, spec)
+        assert result.exit_code == 2
+        assert f"There is no store at {missing}" in flat(result.stderr)
+        assert "Traceback" not in result.output
+    assert not missing.exists()
+
+
+def test_unknown_store_url(command: Command) -> None:
+    result = command("ls", "gopher://nowhere")
+    assert result.exit_code == 2
+    assert "Unknown store URL" in flat(result.stderr)
+
+
+def test_a_file_is_no_store(document: Path, command: Command) -> None:
+    result = command("verify", document)
+    assert result.exit_code == 2
+    assert "is a file" in flat(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("case", "complaint"),
+    [
+        ("model", "There is no folder"),
+        ("weights", "cannot be loaded"),
+        ("file", "cannot be read"),
+        ("binary", "is not UTF-8 text"),
+        ("short", "less than one chunk"),
+        ("long", "the model was made for 4,096"),
+        ("device", "device 'gpu9' cannot be used"),
+    ],
+)
+def test_what_cannot_be_warmed(
+    tmp_path: Path, model_folder: Path, document: Path, command: Command, case: str, complaint: str
+) -> None:
+    model, file, more = model_folder, document, []
+    if case == "model":
+        model = tmp_path / "no" / "model"
+    elif case == "weights":
+        model = tmp_path / "half"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    elif case == "file":
+        file = tmp_path / "no.txt"
+    elif case == "binary":
+        file = tmp_path / "binary.txt"
+        file.write_bytes(b"\xff\xfe\xfa")
+    elif case == "short":
+        file = write_text(tmp_path / "short.txt", CHUNK - 1)
+    elif case == "long":
+        file = write_text(tmp_path / "long.txt", 4097)
+    else:
+        more = ["--device", "gpu9"]
+    result = warm(command, model, file, tmp_path / "store", *more)
+    assert result.exit_code == 2, result.output
+    assert complaint in flat(result.stderr)
+    assert "Traceback" not in result.output
+
+
+def test_chunks_that_were_not_saved_are_an_error(
+    tmp_path: Path, model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    def full(*_: object, **__: object) -> bool:
+        raise cake_hf.StoreError("No space left on device: free some space.")
+
+    monkeypatch.setattr(LocalStore, "write", full)
+    result = warm(command, model_folder, document, tmp_path / "store")
+    assert result.exit_code == 2
+    assert f"{CHUNKS} chunks could not be saved" in flat(result.stderr)
+
+
+def test_a_store_slower_than_the_model_is_waited_for(
+    tmp_path: Path, model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """The queue has room for two chunks only; without waiting, the others would be counted as unsaved."""
+    monkeypatch.setattr("cake_hf.people.warm.QUEUE_BYTES", 2 * CHUNK * 6 * 2 * 16 * 4)
+    result = warm(command, model_folder, document, tmp_path / "store")
+    assert result.exit_code == 0, result.output
+    assert len(keys_of(tmp_path / "store")) == CHUNKS
