@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
+from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
 
@@ -41,7 +41,9 @@ def store(model: torch.nn.Module) -> MemoryStore:
     return filled
 
 
-def both(model: torch.nn.Module, store: MemoryStore, ids: torch.Tensor, seed: int = 0, **options: object) -> list[object]:
+def both(
+    model: torch.nn.Module, store: MemoryStore, ids: torch.Tensor, seed: int = 0, **options: object
+) -> list[object]:
     """The same call with a `DynamicCache` on the chunked schedule, and with a `CakeCache`."""
     results = []
     for cache, more in (
@@ -90,7 +92,9 @@ def test_other_modes_give_what_dynamic_cache_gives(model: torch.nn.Module, store
     expected = model.generate(prompt(), max_new_tokens=10, **QUIET, **options)
     torch.manual_seed(0)
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        assert torch.equal(model.generate(prompt(), past_key_values=cache, max_new_tokens=10, **QUIET, **options), expected)
+        assert torch.equal(
+            model.generate(prompt(), past_key_values=cache, max_new_tokens=10, **QUIET, **options), expected
+        )
         if "prompt_lookup_num_tokens" in options:
             assert cache.report.chunks_loaded + cache.report.chunks_computed == CHUNKS
         else:
@@ -100,7 +104,9 @@ def test_other_modes_give_what_dynamic_cache_gives(model: torch.nn.Module, store
 def test_streaming(model: torch.nn.Module, store: MemoryStore) -> None:
     streamed = Collector()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        tokens = model.generate(prompt(), past_key_values=cache, streamer=streamed, max_new_tokens=6, do_sample=False, **QUIET)
+        tokens = model.generate(
+            prompt(), past_key_values=cache, streamer=streamed, max_new_tokens=6, do_sample=False, **QUIET
+        )
     assert streamed.tokens == [*tokens[0].tolist(), -1]
     assert TextIteratorStreamer.put is not None  # the usual one has the same two methods
 
@@ -382,7 +388,7 @@ def test_models_that_are_refused() -> None:
 def test_settings_that_are_refused(model: torch.nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 16"):
         CakeCache(model, MemoryStore(), chunk_size=15)
-    with pytest.raises(ValueError, match="sideways"):
+    with pytest.raises(ValueError, match="choose one of both, compute, load"):
         CakeCache(model, MemoryStore(), strategy="sideways")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="give the path of a directory"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import cake_hf
+from cake_hf import CakeCache
 from cake_hf.people.cli import app
 from cake_hf.people.inspect_store import existing_store, prompts, take_inventory
 from cake_hf.stores import LocalStore, MemoryStore
@@ -25,18 +28,21 @@ from models import build
 CHUNK = 16
 CHUNKS = 5
 WORDS = CHUNK * CHUNKS + 3
+CHUNK_BYTES = CHUNK * 3 * 2 * 2 * 16 * 4
+"""3 layers, keys and values, 2 heads of 16 float32 numbers."""
 
 Command = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model whose tokens are the words "w0" to "w127"."""
+    """A tiny random model whose tokens are the words "w3" to "w127"."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     build("llama").save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(128)}, unk_token="w3"))
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 128)}}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
     words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     return folder
 
 
@@ -95,7 +101,7 @@ def test_version(command: Command) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.exit_code == 0
-    for name in ("warm", "ls", "info", "verify", "demo"):
+    for name in ("warm", "ls", "info", "verify", "demo", "bench"):
         assert name in result.output
 
 
@@ -356,8 +362,27 @@ def test_chunks_that_were_not_saved_are_an_error(
 def test_a_store_slower_than_the_model_is_waited_for(
     tmp_path: Path, model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    """The queue has room for two chunks only; without waiting, the others would be counted as unsaved."""
-    monkeypatch.setattr("cake_hf.people.warm.QUEUE_BYTES", 2 * CHUNK * 6 * 2 * 16 * 4)
+    """The queue has room for two chunks, and the store writes only while it is waited for."""
+    waiting, write, flush = threading.Event(), LocalStore.write, CakeCache.flush
+
+    def write_when_waited_for(self: LocalStore, *arguments: Any, **options: Any) -> bool:
+        assert waiting.wait(60)
+        return write(self, *arguments, **options)
+
+    def wait(self: CakeCache, timeout: float | None = None) -> bool:
+        waiting.set()
+        try:
+            return flush(self, timeout)
+        finally:
+            waiting.clear()
+
+    monkeypatch.setattr(LocalStore, "write", write_when_waited_for)
+    monkeypatch.setattr(CakeCache, "flush", wait)
+    monkeypatch.setattr("cake_hf.people.warm.QUEUE_BYTES", 2 * CHUNK_BYTES)
     result = warm(command, model_folder, document, tmp_path / "store")
     assert result.exit_code == 0, result.output
     assert len(keys_of(tmp_path / "store")) == CHUNKS
+    monkeypatch.setattr("cake_hf.people.warm.Pace", lambda *_: lambda done: None)
+    hurried = warm(command, model_folder, document, tmp_path / "hurried")
+    assert hurried.exit_code == 2
+    assert "could not be saved" in flat(hurried.stderr)

@@ -8,11 +8,11 @@ from functools import cache
 
 import pytest
 import torch
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
+from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
 
 PATIENT = Limits(loader_threads=2, read_timeout=60, lookup_timeout=60)
 IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=0.2)

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State, Strategy
+from cake_hf.movers.deadline import call_with_deadline
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TIMEOUT = 10
 PATIENCE = 60.0
+LONGER = 10 * PATIENCE
+"""A deadline that no waiting test lives to see: what ends such a wait is a call, not the time."""
 SETTLED = [Outcome.LOADED, Outcome.MISSED, Outcome.CORRUPT, Outcome.ERROR]
 
 masks = st.lists(st.booleans(), max_size=12)
@@ -279,6 +282,18 @@ def test_all_loads_in_flight_are_given_up_together() -> None:
     assert frontier.claim() is None
 
 
+def test_the_deadline_of_a_read_counts_from_its_own_claim() -> None:
+    """Other loads going well is no reason to wait longer for the one that hangs."""
+    clock = Clock()
+    frontier = Frontier([True, True], read_timeout=TIMEOUT, clock=clock)
+    assert [frontier.claim(), frontier.claim()] == [1, 0]
+    clock.now = TIMEOUT - 1
+    frontier.settle(1, Outcome.LOADED)
+    clock.now = TIMEOUT
+    assert call_with_deadline(frontier.advance, PATIENCE, "advance") == 0
+    assert frontier.outcomes() == {0: Outcome.LATE, 1: Outcome.LOADED}
+
+
 class SignallingClock(Clock):
     """Says when the frontier looks at it. `advance` does so with the lock held, just before it waits."""
 
@@ -310,7 +325,7 @@ class Advancing:
 def blocked_frontier(strategy: Strategy = Strategy.BOTH) -> tuple[Frontier, Advancing]:
     """Two stored chunks, the loader holds both, and the main thread waits for the first; the clock stands still."""
     clock = SignallingClock()
-    frontier = Frontier([True, True], strategy=strategy, read_timeout=PATIENCE, clock=clock)
+    frontier = Frontier([True, True], strategy=strategy, read_timeout=LONGER, clock=clock)
     assert [frontier.claim(), frontier.claim()] == [1, 0]
     return frontier, Advancing(frontier, clock)
 
@@ -338,7 +353,21 @@ def test_stop_wakes_a_waiting_main_thread() -> None:
 
 def test_load_alone_waits_for_a_loader_to_come() -> None:
     clock = SignallingClock()
-    frontier = Frontier([True], strategy=Strategy.LOAD, read_timeout=PATIENCE, clock=clock)
+    frontier = Frontier([True], strategy=Strategy.LOAD, read_timeout=LONGER, clock=clock)
+    advancing = Advancing(frontier, clock)
+    assert frontier.claim() == 0
+    frontier.settle(0, Outcome.LOADED)
+    assert advancing.returned() is None
+
+
+def test_load_alone_waits_as_long_as_the_loaders_get_on() -> None:
+    """The deadline of a chunk that nobody has claimed yet counts from the last load that ended."""
+    clock = SignallingClock()
+    frontier = Frontier([True, True], strategy=Strategy.LOAD, read_timeout=LONGER, clock=clock)
+    assert frontier.claim() == 1
+    clock.now = LONGER - 1
+    frontier.settle(1, Outcome.LOADED)
+    clock.now = LONGER + 1
     advancing = Advancing(frontier, clock)
     assert frontier.claim() == 0
     frontier.settle(0, Outcome.LOADED)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.tensors.fingerprint import _device_digest, weights_digest
+from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 
 
 def loaded(model: torch.nn.Module, store: MemoryStore, **options: object) -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, oracle, prompt, run, shared_model
 
 import cake_hf
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.codec import checksum, encode_header, parse_header
+from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, oracle, prompt, run, shared_model
 
 ATTENTIONS = ("eager", "sdpa")
 VARIANTS = list(itertools.product(FAMILIES, DTYPES, ATTENTIONS))

@@ -82,6 +82,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         strategy: str = "both",
         limits: Limits | None = None,
     ) -> None:
+        if strategy not in list(Strategy):
+            raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
         model = resolve_model(model)
         refuse_unusable(model)
         session = Session(

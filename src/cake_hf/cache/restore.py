@@ -65,8 +65,7 @@ class Prompt:
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What chunk `index` of the call says about itself (its checksum is not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
-        name = str(getattr(session.model.config, "_name_or_path", "") or type(session.model).__name__)
-        return ChunkFacts(self.keys[index], parent, self.first + index, self.namespace, name, "")
+        return ChunkFacts(self.keys[index], parent, self.first + index, self.namespace, session.model_name, "")
 
 
 def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], started: float) -> Prompt:

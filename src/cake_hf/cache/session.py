@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import transformers
@@ -74,6 +75,12 @@ class Session:
             flushed = self._writer.close()
             self._release()
         return flushed
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for people: its Hub id, or the last part of a local path (the rest is nobody's business)."""
+        name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+        return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
     def namespace(self) -> str:
         """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Made anew per prompt."""

@@ -113,7 +113,7 @@ class Writer:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         while (job := self._take()) is not None:
             try:
-                job.done(self._save(job))
+                self._report(job, self._save(job))
             finally:
                 nbytes = job.layout.nbytes
                 del job  # and with it the payload, before the bytes count as free
@@ -139,6 +139,13 @@ class Writer:
             self._tell(error)
             return False
         return True
+
+    def _report(self, job: SaveJob, durable: bool) -> None:
+        """Tell whoever offered the job. Were the thread to die of it, every later flush would wait for ever."""
+        try:
+            job.done(durable)
+        except Exception:
+            logger.exception("The saving of a chunk could not be reported.")
 
     def _tell(self, error: Exception) -> None:
         """One line for the first fault; a full disk would otherwise print one per chunk."""

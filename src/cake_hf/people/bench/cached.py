@@ -1,0 +1,89 @@
+"""How near does a full hit come to the bare disk? Everything stored, nothing throttled.
+
+The floor is what nobody can do without: reading the files' bytes (`preadv`, into memory that is there already, with as many
+threads as there are loaders) and running the prompt's last piece. What comes on top is ours: naming the chunks, the lookup,
+fresh memory for the KV (the kernel clears each page of it), checksums, threads. The files were written a moment ago, so
+they come from the page cache for both.
+
+The same prompt load-only shows what starting to compute at all costs here: with a store this fast, the best split is to
+compute nothing, and a computed chunk that is done after the last load makes everybody wait.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cake_hf.people.bench.results import Figure, Goal, Result
+from cake_hf.people.bench.timing import Sample, interleave
+from cake_hf.people.bench.workbench import Run, Workbench, median_parts
+
+NEVER_SLOWER = Goal(1.02)
+NEAR_THE_FLOOR = Goal(1.5)
+
+
+def measure(bench: Workbench) -> Result:
+    """Time full hits and bare reads, interleaved."""
+    store, runs = bench.filled_store(), _Runs()
+    with ThreadPoolExecutor(bench.settings.limits.loader_threads) as threads:
+        read = _reader(threads, sorted(store.root.glob("??/*")))
+        arms: dict[str, Callable[[], float]] = {
+            "read": read,
+            "both": lambda: runs.keep("both", bench.cake_run(store, "fully cached")),
+            "load": lambda: runs.keep("load", bench.cake_run(store, "fully cached, load-only", strategy="load")),
+        }
+        times = {name: Sample(tuple(found)) for name, found in interleave(arms, bench.settings.repeats).items()}
+    tails = Sample(tuple(run.tail_seconds for run in runs.load))
+    floor = Sample(tuple(r + t for r, t in zip(times["read"].values, tails.values, strict=True)))
+    return Result(
+        "Fully cached on the unthrottled local store",
+        {
+            "read_seconds": Figure.of("reading the bytes", times["read"]),
+            "suffix_seconds": Figure.of("the suffix, always computed", tails),
+            "seconds": Figure.of("first token", times["both"]),
+            "load_seconds": Figure.of("first token, load-only", times["load"]),
+            "over_read": Figure.ratio("first token over reading", times["both"], times["read"]),
+            "over_floor": Figure.ratio("first token over (reading + suffix)", times["both"], floor, NEAR_THE_FLOOR),
+            "load_over_floor": Figure.ratio("load-only over the same floor", times["load"], floor, NEAR_THE_FLOOR),
+            "over_load": Figure.ratio("first token over load-only", times["both"], times["load"], NEVER_SLOWER),
+        },
+        {"parts": median_parts(runs.both), "load_parts": median_parts(runs.load)},
+    )
+
+
+class _Runs:
+    """The runs behind the seconds, kept for a closer look."""
+
+    def __init__(self) -> None:
+        self.both: list[Run] = []
+        self.load: list[Run] = []
+
+    def keep(self, strategy: str, run: Run) -> float:
+        getattr(self, strategy).append(run)
+        return run.seconds
+
+
+def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], float]:
+    """A function that reads all files into the same memory each time, and returns the seconds."""
+    memory = [memoryview(bytearray(path.stat().st_size)) for path in paths]
+
+    def read() -> float:
+        begin = time.perf_counter()
+        list(threads.map(_read_file, paths, memory))
+        return time.perf_counter() - begin
+
+    read()  # the memory's pages are there from now on
+    return read
+
+
+def _read_file(path: Path, target: memoryview) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < target.nbytes:
+            done += os.preadv(descriptor, [target[done:]], done)
+    finally:
+        os.close(descriptor)

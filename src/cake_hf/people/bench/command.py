@@ -1,0 +1,116 @@
+"""`cake-hf bench`: settings in, a table for people and one line of JSON out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.people.bench import cached, decoding, memory, saving, strategies
+from cake_hf.people.bench.machine import describe
+from cake_hf.people.bench.models import build_model, build_prompt
+from cake_hf.people.bench.results import Result
+from cake_hf.people.bench.settings import Dtype, Settings, choose
+from cake_hf.people.bench.table import build_tables
+from cake_hf.people.bench.workbench import Workbench
+from cake_hf.people.console import WRONG, console, errors
+
+MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
+    "strategies": strategies.measure,
+    "saving": saving.measure,
+    "decoding": decoding.measure,
+    "memory": memory.measure,
+    "cached": cached.measure,
+}
+
+
+def bench(
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model, two rounds: only to see that it runs.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. [default: 5; 2 with --quick]")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the cached prefix. [default: 8192; 512 with --quick]")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk. [default: 512; 64 with --quick]")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.BFLOAT16,
+    store: Annotated[
+        Path | None, typer.Option(help="Make the (temporary) stores in this directory, to measure its disk.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Measure this machine: both ends against each alone, saving, decoding, memory, and a full hit against the bare disk.
+
+    The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is 1
+    only if a restored prompt gave other logits than a computed one, or something could not be measured.
+    """
+    settings = choose(quick=quick, repeats=repeats, tokens=tokens, chunk_size=chunk_size, dtype=dtype.value)
+    tell = _silent if as_json else _on_stderr
+    outcome, results = measure_all(settings, store, tell)
+    if not as_json:
+        console.print(build_tables(results))
+    line = json.dumps(outcome)
+    if out is not None:
+        out.write_text(line + "\n")
+    typer.echo(line)
+    faults = [*outcome["parity"]["mismatches"], *outcome["failures"]]
+    if faults:
+        errors.print(*faults, sep="\n", style="bold red", markup=False)
+        raise typer.Exit(WRONG)
+
+
+def measure_all(
+    settings: Settings, parent: Path | None, tell: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Result]]:
+    """Make the model, take all measurements, clean up.
+
+    Args:
+        settings: of the run.
+        parent: the directory to make stores in; None for the system's own temporary one.
+        tell: called with a line of progress.
+
+    Returns:
+        All that there is to say, JSON-ready; and the results for a table.
+    """
+    begin, machine = time.perf_counter(), describe()
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory(prefix="cake-bench-", dir=parent) as folder:
+        bench = Workbench(settings, build_model(settings), build_prompt(settings), Path(folder))
+        for name, measure in MEASUREMENTS.items():
+            tell(f"measuring {name} ...")
+            results[name] = _measured(name, measure, bench)
+    outcome = {
+        "machine": machine,
+        "settings": settings.as_dict(),
+        "results": {name: result.as_dict() for name, result in results.items()},
+        "parity": bench.parity.as_dict(),
+        "failures": [f"{name}: {result.failure}" for name, result in results.items() if result.failure],
+        "seconds": time.perf_counter() - begin,
+    }
+    return outcome, list(results.values())
+
+
+def _measured(name: str, measure: Callable[[Workbench], Result], bench: Workbench) -> Result:
+    """One measurement; if it cannot be taken, the others still count."""
+    try:
+        return measure(bench)
+    except CakeError as error:
+        return Result(name.capitalize(), {}, failure=str(error))
+
+
+def _on_stderr(line: str) -> None:
+    errors.print(line, style="dim")
+
+
+def _silent(line: str) -> None:
+    """Machines read no progress."""

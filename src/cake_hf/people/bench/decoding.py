@@ -1,0 +1,65 @@
+"""What does a token cost once the prompt is there? Decoding with a `CakeCache` against decoding with a `DynamicCache`.
+
+`DynamicCache` makes a new tensor and copies all KV for each token; `CakeCache` appends in place. Both start from the same KV
+of the same prompt and are given the same tokens. They take turns token by token, each going first every other time, and
+every step's logits are compared. One step is one forward of the model: what `generate` adds is the same for both.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from cake_hf.people.bench.models import plain_copy
+from cake_hf.people.bench.results import Figure, Goal, Result
+from cake_hf.people.bench.timing import Sample
+from cake_hf.people.bench.workbench import Workbench
+
+NOT_SLOWER = Goal(1.0)
+WARM_UP_STEPS = 2
+
+
+def measure(bench: Workbench) -> Result:
+    """Time single tokens, interleaved."""
+    with bench.cache(bench.filled_store()) as cake:
+        bench.generate(cake, "before decoding")
+        caches = {"cake": cake, "dynamic": plain_copy(bench.model, cake)}
+        seconds = _decode(bench, caches)
+    ours, theirs = (Sample(tuple(1e3 * s for s in seconds[name][WARM_UP_STEPS:])) for name in caches)
+    return Result(
+        f"Decoding at {bench.settings.tokens:,} tokens of context",
+        {
+            "cake_milliseconds": Figure.of("per token, CakeCache", ours, "ms"),
+            "dynamic_milliseconds": Figure.of("per token, DynamicCache", theirs, "ms"),
+            "ratio": Figure.ratio("CakeCache over DynamicCache", ours, theirs, NOT_SLOWER),
+        },
+    )
+
+
+def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each step, for each cache."""
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    names = list(caches)
+    token = torch.zeros((1, 1), dtype=torch.long)
+    for step in range(WARM_UP_STEPS + bench.settings.decode_steps):
+        logits = {}
+        for name in names if step % 2 == 0 else names[::-1]:
+            begin = time.perf_counter()
+            logits[name] = _forward(bench.model, token, caches[name])
+            seconds[name].append(time.perf_counter() - begin)
+        _compare(bench, logits, step)
+        token = logits[names[1]][:, -1:].argmax(-1)
+    return seconds
+
+
+def _forward(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # type: ignore[no-any-return]
+
+
+def _compare(bench: Workbench, logits: dict[str, torch.Tensor], step: int) -> None:
+    bench.parity.checks += 1
+    if not torch.equal(logits["cake"], logits["dynamic"]):
+        bench.parity.mismatches.append(f"decoding, step {step}: the logits differ from DynamicCache's")

@@ -1,0 +1,157 @@
+"""How much memory does a warm restore need beside the KV itself? In chunks per loader thread.
+
+How it is measured: a fresh process builds the same model, restores the prompt once with nothing watching (so that what
+is paid once per process is paid), then restores it into a second cache and looks at how far its resident memory (RSS)
+rose at the highest point of that. The KV that is there afterwards is subtracted; what is left is what reading, checking
+and placing took. The restore is load-only and without the prompt's last piece, since the working memory of a forward is
+the model's, not ours.
+
+What the number counts: pages that were touched, of any kind, by any thread, at one moment. What it does not: address
+space that was reserved and never touched (the buffers' headroom for tokens to come), and the operating system's page
+cache. malloc is told to give big blocks back at once, so that freed memory of the first restore cannot hide what the
+second one takes. On Linux the kernel itself keeps the highest point (VmHWM, reset through clear_refs), exact to a few dozen
+pages; where that is not allowed, a thread looks every half millisecond and may miss a short peak.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.people.bench.models import build_model, build_prompt
+from cake_hf.people.bench.results import Figure, Goal, Result
+from cake_hf.people.bench.settings import Settings
+from cake_hf.people.bench.timing import Sample
+from cake_hf.people.bench.workbench import Workbench
+from cake_hf.stores.local import LocalStore
+
+FEW_CHUNKS = Goal(3.0)
+SAMPLING_SECONDS = 0.0005
+GIVE_BACK_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
+
+
+@dataclass
+class Peak:
+    """Resident bytes before something, and at the highest point during it.
+
+    Attributes:
+        before, highest: bytes.
+        method: "kernel", or "sampled" where the kernel does not let us reset its own record.
+    """
+
+    before: int
+    highest: int = 0
+    method: str = "kernel"
+
+
+def measure(bench: Workbench) -> Result:
+    """Ask a fresh process, once per round, three times at most."""
+    title = "Memory of a warm restore beside the KV"
+    if not Path("/proc/self/status").exists():
+        return Result(title, {}, {"reason": "this system has no /proc"})
+    looks = [_ask_child(bench) for _ in range(min(3, bench.settings.repeats))]
+    threads = bench.settings.limits.loader_threads
+    extra = Sample(tuple(look["extra_bytes"] / look["chunk_bytes"] / threads for look in looks))
+    return Result(
+        title,
+        {"chunks_per_thread": Figure.of("chunks per loader thread", extra, "chunks", FEW_CHUNKS)},
+        {"loader_threads": threads, "looks": looks},
+    )
+
+
+def _ask_child(bench: Workbench) -> dict[str, Any]:
+    """Run this module in a new process; what it has to say is the last line of its output.
+
+    Raises:
+        CakeError: it failed.
+    """
+    question = {
+        "settings": bench.settings.as_dict(),
+        "store": str(bench.filled_store().root),
+        "threads": torch.get_num_threads(),
+    }
+    command = [sys.executable, "-m", "cake_hf.people.bench.memory", json.dumps(question)]
+    child = subprocess.run(command, env={**os.environ, **GIVE_BACK_AT_ONCE}, capture_output=True, text=True)
+    if child.returncode:
+        raise CakeError(f"The process that measures memory failed:\n{child.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return answer
+
+
+def look(question: dict[str, Any]) -> dict[str, Any]:
+    """In the fresh process: restore, forget, restore again under observation.
+
+    Raises:
+        CakeError: not every chunk was loaded, so that this would be the memory of something else.
+    """
+    torch.set_num_threads(question["threads"])
+    settings = Settings.from_dict(question["settings"])
+    store = LocalStore(question["store"])
+    bench = Workbench(settings, build_model(settings), build_prompt(settings), store.root)
+    _restore(bench, store)
+    gc.collect()
+    with bench.cache(store, strategy="load") as cache:
+        with peak() as seen:
+            report = cache.prefill(bench.ids)
+        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    if report.chunks_loaded != settings.chunks:
+        raise CakeError(f"{report.chunks_loaded} of {settings.chunks} chunks were loaded. {report.reason}")
+    return {
+        "extra_bytes": seen.highest - seen.before - kv,
+        "kv_bytes": kv,
+        "chunk_bytes": kv / settings.chunks,
+        "method": seen.method,
+    }
+
+
+def _restore(bench: Workbench, store: LocalStore) -> None:
+    with bench.cache(store, strategy="load") as cache:
+        cache.prefill(bench.ids)
+
+
+@contextmanager
+def peak() -> Iterator[Peak]:
+    """Watch this process's resident memory while the body runs."""
+    seen = Peak(_resident("VmRSS"))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the record of the highest point starts anew
+    except OSError:
+        seen.method = "sampled"
+    field, stop = ("VmHWM" if seen.method == "kernel" else "VmRSS"), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(seen, stop), name="bench-memory", daemon=True)
+    if seen.method == "sampled":
+        watcher.start()
+    try:
+        yield seen
+    finally:
+        seen.highest = max(seen.highest, _resident(field))
+        stop.set()
+
+
+def _watch(seen: Peak, stop: threading.Event) -> None:
+    while not stop.wait(SAMPLING_SECONDS):
+        seen.highest = max(seen.highest, _resident("VmRSS"))
+
+
+def _resident(field: str) -> int:
+    """Bytes that the kernel accounts to this process under that name."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise CakeError(f"/proc/self/status has no {field}.")
+
+
+if __name__ == "__main__":
+    print(json.dumps(look(json.loads(sys.argv[1]))))

@@ -1,0 +1,62 @@
+"""A model to measure with, made from a config: nothing is downloaded. The one file of the bench that knows transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from cake_hf.people.bench.settings import Settings
+
+SEED = 20240
+
+
+def build_model(settings: Settings) -> Any:
+    """A Llama with random weights, the same ones each time, in every process.
+
+    Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for
+    them alike. They have no end-of-text token, so that a generation always has its full length.
+    """
+    shape = settings.shape
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=settings.tokens + 4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return LlamaForCausalLM(config).to(getattr(torch, settings.dtype)).eval()
+
+
+def build_prompt(settings: Settings) -> torch.Tensor:
+    """`[1, tokens + suffix_tokens]` random token ids, the same each time."""
+    generator = torch.Generator().manual_seed(SEED)
+    length = settings.tokens + settings.suffix_tokens
+    return torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)
+
+
+def plain_cache(model: Any) -> Any:
+    """An empty `DynamicCache`: what transformers has by itself."""
+    return DynamicCache(config=model.config)
+
+
+def plain_copy(model: Any, cache: Any) -> Any:
+    """A `DynamicCache` with its own copy of a cache's KV."""
+    copied = plain_cache(model)
+    for number, layer in enumerate(cache.layers):
+        copied.update(layer.keys.contiguous().clone(), layer.values.contiguous().clone(), number)
+    return copied
+
+
+def transformers_version() -> str:
+    """Of the installed library."""
+    return str(transformers.__version__)

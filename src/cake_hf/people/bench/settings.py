@@ -1,0 +1,116 @@
+"""What a bench run is about, in numbers: the model's shape, the prompt, and how often each thing is timed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from cake_hf.arithmetic.limits import Limits
+
+READ_TIMEOUT = 600.0
+"""Seconds. A throttled read is slow on purpose; it must not be given up for that."""
+
+
+class Dtype(str, Enum):
+    """Of the weights, and so of the KV."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a Llama-like model with random weights.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, intermediate, vocabulary: as in the model's config; `heads` divides `hidden`.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+
+DEFAULT_SHAPE = Shape(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1536, vocabulary=4096)
+"""Small enough for two processor cores. At 8K tokens a late chunk costs some four times an early one, as with large
+models at long context, and a chunk's KV is 4 MiB in bfloat16: much more work to compute than to read from a local disk."""
+
+QUICK_SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One bench run.
+
+    Attributes:
+        shape: of the model.
+        tokens: of the prefix that is restored, a multiple of `chunk_size`.
+        suffix_tokens: of the prompt's last piece, which is always computed.
+        chunk_size: tokens.
+        dtype: torch's name of it.
+        repeats: rounds; each round times every arm once.
+        new_tokens: of the longer generation.
+        decode_steps: tokens decoded with each kind of cache.
+        load_to_compute: the throttled cells: load-only should take about that many times compute-only.
+        limits: of all caches. The deadline is out of the way, all else is as it is by default.
+    """
+
+    shape: Shape = DEFAULT_SHAPE
+    tokens: int = 8192
+    suffix_tokens: int = 64
+    chunk_size: int = 512
+    dtype: str = "bfloat16"
+    repeats: int = 5
+    new_tokens: int = 32
+    decode_steps: int = 48
+    load_to_compute: tuple[float, ...] = (0.5, 1.0, 2.0)
+    limits: Limits = field(default_factory=lambda: Limits(read_timeout=READ_TIMEOUT))
+
+    @property
+    def chunks(self) -> int:
+        """Full chunks of the prefix."""
+        return self.tokens // self.chunk_size
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """What `as_dict` gave, back from JSON."""
+        typed = {
+            "shape": Shape(**values["shape"]),
+            "limits": Limits(**values["limits"]),
+            "load_to_compute": tuple(values["load_to_compute"]),
+        }
+        return cls(**{**values, **typed})
+
+
+def choose(*, quick: bool, repeats: int | None, tokens: int | None, chunk_size: int | None, dtype: str) -> Settings:
+    """Settings from the command line's options; what is None is left to the default, or to the quick one.
+
+    Raises:
+        ValueError: the prefix has less than two chunks, or nothing is repeated.
+    """
+    size = chunk_size or (64 if quick else 512)
+    wanted = tokens or (512 if quick else 8192)
+    rounds = (2 if quick else 5) if repeats is None else repeats
+    if wanted < 2 * size:
+        raise ValueError(f"{wanted} tokens are less than two chunks of {size}; raise --tokens or lower --chunk-size.")
+    if rounds < 1:
+        raise ValueError("--repeats must be at least 1.")
+    return Settings(
+        shape=QUICK_SHAPE if quick else DEFAULT_SHAPE,
+        tokens=wanted // size * size,
+        suffix_tokens=min(64, size // 2),
+        chunk_size=size,
+        dtype=dtype,
+        repeats=rounds,
+        new_tokens=8 if quick else 32,
+        decode_steps=8 if quick else 48,
+    )

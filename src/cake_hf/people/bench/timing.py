@@ -1,0 +1,59 @@
+"""Timings that can be trusted a little: medians over rounds in which the arms take turns.
+
+A machine's speed drifts (other programs, heat), so two things are only comparable when they ran at about the same time.
+Each round runs every arm once, and each round begins with another arm, so that none always profits from its place.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+QUARTILES_FROM = 8
+"""So many readings have quartiles worth the name; fewer are described by the least and the greatest."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated readings of one quantity, in the order of the rounds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle reading: one slow round does not move it."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles, or, of few readings, the least and the greatest."""
+        if len(self.values) < QUARTILES_FROM:
+            return min(self.values), max(self.values)
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+
+def interleave(arms: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Run every arm once per round; round k begins with arm k (modulo their number).
+
+    Returns:
+        For each arm its results, in the order of the rounds.
+    """
+    results: dict[str, list[T]] = {name: [] for name in arms}
+    names = list(arms)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            results[name].append(arms[name]())
+    return results
+
+
+def ratio(above: Sample, below: Sample) -> tuple[float, float, float]:
+    """Ratio of the medians, and the spread of the ratios that the single rounds showed."""
+    by_round = Sample(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
+    return above.median / below.median, *by_round.spread

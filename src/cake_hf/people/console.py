@@ -1,0 +1,44 @@
+"""The two consoles, and how an error looks: one sentence, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from cake_hf.arithmetic.errors import CakeError
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+WRONG = 1
+"""Exit code of a command that did its work and found something wrong."""
+FAILED = 2
+"""Exit code of a command that could not do its work."""
+
+
+class PlainErrors(TyperGroup):
+    """A group of commands whose expected errors are one red sentence: these messages already say what to do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (CakeError, ValueError) as error:
+            errors.print(Text(str(error), style="bold red"))
+            raise typer.Exit(FAILED) from error
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is gone when its work is done; gives a function to be called with (done, all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    with bar as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

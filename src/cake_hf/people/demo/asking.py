@@ -1,0 +1,120 @@
+"""One timed `generate`: when the first token came, and the logits that every token was chosen from."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from cake_hf.arithmetic.report import Report, Span
+from cake_hf.cache import CakeCache
+
+_TENSORS = "answer.safetensors"
+_FACTS = "answer.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one `generate` brought.
+
+    Attributes:
+        tokens: `[new]` generated ids.
+        logits: `[new, vocabulary]`, raw.
+        ttft: seconds from the call to the first token.
+        report: of the cache; empty for a `DynamicCache`.
+    """
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    ttft: float
+    report: Report = field(default_factory=Report)
+
+    def same_logits(self, other: Answer) -> bool:
+        """Whether the logits are the same bit for bit (stricter than equal numbers: 0 is not -0)."""
+        return (
+            self.logits.dtype == other.logits.dtype
+            and self.logits.shape == other.logits.shape
+            and torch.equal(self.logits.view(torch.uint8), other.logits.view(torch.uint8))
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write it where another process finds it; no pickle."""
+        save_file({"tokens": self.tokens, "logits": self.logits}, folder / _TENSORS)
+        (folder / _FACTS).write_text(json.dumps({"ttft": self.ttft, "report": self.report.as_dict()}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Answer:
+        """Read what `save` wrote."""
+        tensors, facts = load_file(folder / _TENSORS), json.loads((folder / _FACTS).read_text())
+        spans = [Span(*span) for span in facts["report"].pop("timeline")]
+        return cls(tensors["tokens"], tensors["logits"], facts["ttft"], Report(**facts["report"], timeline=spans))
+
+
+class FirstToken(BaseStreamer):  # type: ignore[misc]  # transformers is not typed for us
+    """Notes when the first new token came; `generate` hands a streamer the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self._pieces = 0
+        self.at = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._pieces += 1
+        if self._pieces == 2:
+            self.at = time.monotonic()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> Answer:
+    """Generate greedily and take the time.
+
+    Args:
+        model: a causal language model.
+        ids: `[1, tokens]` of the prompt.
+        cache: a new `CakeCache` or `DynamicCache`.
+        new_tokens: to generate at most.
+        **options: more arguments of `generate`.
+    """
+    streamer, ids = FirstToken(), ids.to(model.device)
+    begin = time.monotonic()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=streamer,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    tokens = output.sequences[0, ids.shape[1] :].cpu().contiguous()
+    logits = torch.cat(output.logits).cpu().contiguous()
+    return Answer(tokens, logits, streamer.at - begin, getattr(cache, "report", None) or Report())
+
+
+def ask_plainly(model: Any, ids: torch.Tensor, new_tokens: int, chunk_size: int) -> Answer:
+    """The oracle: transformers alone, with the same cut of the prompt."""
+    return ask(model, ids, DynamicCache(config=model.config), new_tokens, prefill_chunk_size=chunk_size)
+
+
+def ask_with_store(model: Any, ids: torch.Tensor, new_tokens: int, cache: CakeCache) -> Answer:
+    """With a `CakeCache`, which is closed then; what was computed is durable before this returns."""
+    with cache:
+        answer = ask(model, ids, cache, new_tokens)
+        cache.flush()
+    return answer
+
+
+def warm_up(model: Any, ids: torch.Tensor, chunk_size: int) -> None:
+    """A few tokens of another prompt, so that starting up the libraries is not counted as anybody's work."""
+    other = ids[:, : chunk_size + 1].flip(1)
+    ask_plainly(model, other, 2, chunk_size)

@@ -1,0 +1,227 @@
+"""What lies in a store, read from the chunks' headers alone: by namespace, by prompt, and one chunk in full."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores import LocalStore, Store, open_store
+from cake_hf.stores.local import SUFFIX
+from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
+
+Table = dict[str, dict[str, object]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """One chunk as its header tells.
+
+    Attributes:
+        facts: key, parent, place on the grid, namespace, model, checksum.
+        table: safetensors' entries of its tensors.
+        file_bytes: header and payload.
+    """
+
+    facts: ChunkFacts
+    table: Table
+    file_bytes: int
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens in it: the first dimension of each of its tensors."""
+        return next(iter(_shapes(self.table)))[0]
+
+    @property
+    def dtypes(self) -> str:
+        """Dtypes of its tensors, as safetensors names them."""
+        return ", ".join(sorted({str(entry["dtype"]) for entry in self.table.values()}))
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """The different shapes of its tensors `[tokens, heads, head_dim]`."""
+        return [list(shape) for shape in sorted(set(_shapes(self.table)))]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """First token and the one after the last, in its prompt."""
+        return self.facts.index * self.chunk_size, (self.facts.index + 1) * self.chunk_size
+
+
+@dataclass
+class Inventory:
+    """All chunks of a store.
+
+    Attributes:
+        chunks: by key.
+        unreadable: key -> why, of those whose header makes no sense.
+    """
+
+    chunks: dict[str, StoredChunk] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all readable chunks."""
+        return sum(chunk.file_bytes for chunk in self.chunks.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV is stored; those of a prefix that prompts share count once."""
+        return sum(chunk.chunk_size for chunk in self.chunks.values())
+
+
+@dataclass
+class Namespace:
+    """The chunks that one model under one set of options can use."""
+
+    digest: str
+    chunks: list[StoredChunk] = field(default_factory=list)
+
+    @property
+    def first(self) -> StoredChunk:
+        """Any of them: model, dtype and chunk size are the same in all."""
+        return self.chunks[0]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A prompt's chunks, walked from its last one by parents.
+
+    Attributes:
+        leaf: the last chunk.
+        first: index of the first chunk that the walk came to; 0 where the prompt is whole.
+    """
+
+    leaf: StoredChunk
+    first: int
+
+    @property
+    def chunks(self) -> int:
+        """How many of them are stored."""
+        return self.leaf.facts.index + 1 - self.first
+
+
+def existing_store(spec: str) -> Store:
+    """Open a store that should be there already; looking must not make an empty one.
+
+    Raises:
+        StoreError: there is none.
+    """
+    path = Path(spec.removeprefix("file://")).expanduser()
+    is_path = spec.startswith("file://") or ("://" not in spec and not spec.startswith("memory:"))
+    if is_path and not path.exists():
+        raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
+    return open_store(spec)
+
+
+def take_inventory(store: Store, progress: Progress) -> Inventory:
+    """Read the headers of all chunks.
+
+    Args:
+        store: any.
+        progress: called with (chunks that were read, all chunks).
+    """
+    inventory, keys = Inventory(), list(store.keys())
+    for count, key in enumerate(keys, start=1):
+        try:
+            chunk = read_chunk(store, key)
+        except CorruptChunk as error:
+            inventory.unreadable[key] = str(error)
+        else:
+            if chunk is not None:
+                inventory.chunks[key] = chunk
+        progress(count, len(keys))
+    return inventory
+
+
+def read_chunk(store: Store, key: str) -> StoredChunk | None:
+    """A chunk's header, and whether the file fits to it; None if it is gone.
+
+    Raises:
+        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+        StoreError: it cannot be read.
+    """
+    size, raw = store.size(key), _read_start(store, key)
+    if size is None or raw is None:
+        return None
+    facts, table = parse_header(raw)
+    (length,) = struct.unpack("<Q", raw[:8])
+    if facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
+    if size != 8 + length + payload_size(table):
+        raise CorruptChunk(f"Chunk {key} has {size} bytes, its header says {8 + length + payload_size(table)}.")
+    if not table or any(len(shape) < 1 for shape in _shapes(table)):
+        raise CorruptChunk(f"Chunk {key} holds no tensors.")
+    return StoredChunk(facts, table, size)
+
+
+def namespaces(inventory: Inventory) -> list[Namespace]:
+    """The chunks by namespace, the largest first."""
+    found: dict[str, Namespace] = {}
+    for chunk in inventory.chunks.values():
+        found.setdefault(chunk.facts.namespace, Namespace(chunk.facts.namespace)).chunks.append(chunk)
+    return sorted(found.values(), key=lambda namespace: -sum(chunk.file_bytes for chunk in namespace.chunks))
+
+
+def prompts(inventory: Inventory) -> list[Chain]:
+    """The chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
+    chunks = inventory.chunks
+    parents = {chunk.facts.parent for chunk in chunks.values()}
+    chains = [Chain(leaf, _first_index(leaf, chunks)) for key, leaf in chunks.items() if key not in parents]
+    return sorted(chains, key=lambda chain: -chain.leaf.tokens[1])
+
+
+def find_chunk(store: Store, prefix: str) -> StoredChunk:
+    """The one chunk whose key starts so.
+
+    Raises:
+        StoreError: none does, or several do.
+        CorruptChunk: its header makes no sense.
+    """
+    keys = list(filter(lambda key: key.startswith(prefix.lower()), store.keys()))
+    if len(keys) > 1:
+        raise StoreError(f"{len(keys)} chunks have keys that start with {prefix}; give more digits.")
+    chunk = read_chunk(store, keys[0]) if keys else None
+    if chunk is None:
+        raise StoreError(f"No chunk's key starts with {prefix}; `cake-hf ls` lists them.")
+    return chunk
+
+
+def _first_index(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> int:
+    """Walk up from a leaf as far as parents are stored. Indices have to fall by one, so the walk ends on any input."""
+    current = leaf
+    while (parent := chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
+        current = parent
+    return current.facts.index
+
+
+def _read_start(store: Store, key: str) -> bytes | bytearray | None:
+    """A value's header at least. The contract only reads whole values; a file's start can be had for less."""
+    if not isinstance(store, LocalStore):
+        return store.read(key)
+    try:
+        with open(store.root / key[:2] / f"{key}{SUFFIX}", "rb") as file:
+            start = file.read(8)
+            (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+            return start + file.read(min(length, MAX_HEADER_BYTES))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"Chunk {key} cannot be read: {error.strerror}; check the disk.") from error
+
+
+def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
+    for name, entry in table.items():
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(isinstance(extent, int) for extent in shape):
+            raise CorruptChunk(f"The chunk's tensor {name} has no shape.")
+        yield tuple(shape)
+
+
+def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:
+    """Bytes of some chunks together."""
+    return sum(chunk.file_bytes for chunk in chunks)

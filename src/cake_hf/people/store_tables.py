@@ -1,0 +1,140 @@
+"""What `cake-hf ls`, `info` and `verify` print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cake_hf.people.console import console
+from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
+from cake_hf.people.units import bytes_text, count_text
+from cake_hf.people.verify import Verified
+
+SHORT = 12
+"""Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
+
+
+def listing(inventory: Inventory, most_prompts: int) -> RenderableType:
+    """All namespaces, then the longest prompts."""
+    if not inventory.chunks and not inventory.unreadable:
+        return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
+    chains = prompts(inventory)
+    parts: list[RenderableType] = [_namespace_table(namespaces(inventory)), _prompt_table(chains[:most_prompts])]
+    if len(chains) > most_prompts:
+        parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
+    return Group(*parts, *_unreadable_note(inventory))
+
+
+def totals(name: str, inventory: Inventory) -> RenderableType:
+    """A store as a whole."""
+    models = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
+    table = _facts_table(
+        [
+            ("store", name),
+            ("chunks", f"{len(inventory.chunks):,}"),
+            ("tokens", f"{inventory.tokens:,}"),
+            ("bytes", bytes_text(inventory.file_bytes)),
+            ("prompts", f"{len(prompts(inventory)):,}"),
+            ("namespaces", f"{len(namespaces(inventory)):,}"),
+            ("models", ", ".join(models) or "none"),
+        ]
+    )
+    return Group(table, *_unreadable_note(inventory))
+
+
+def chunk_facts(chunk: StoredChunk) -> RenderableType:
+    """All that one chunk says about itself."""
+    facts, (start, end) = chunk.facts, chunk.tokens
+    return _facts_table(
+        [
+            ("key", facts.key),
+            ("parent", facts.parent if facts.index else "none (the prompt's first chunk)"),
+            ("chunk", f"number {facts.index}, tokens {start:,} to {end - 1:,}"),
+            ("namespace", facts.namespace),
+            ("model", facts.model),
+            ("tensors", f"{len(chunk.table)} of {chunk.dtypes}, {' and '.join(map(str, chunk.shapes))}"),
+            ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
+            ("checksum", f"{facts.checksum} (xxh3-128 of the payload)"),
+        ]
+    )
+
+
+def show_verified(name: str, result: Verified, deleted: int) -> None:
+    """The damaged chunks, if any, and what to do about them."""
+    what = f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
+    if not result.bad:
+        console.print(f"[green]All is well:[/green] {what} checked.")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("damaged chunk", style="red", no_wrap=True)
+    table.add_column("why")
+    for chunk in result.bad:
+        table.add_row(chunk.key, Text(chunk.why))
+    console.print(table)
+    console.print(f"\n{len(result.bad)} damaged of {what} checked.", style="bold red")
+    if deleted:
+        console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
+    elif any(chunk.corrupt for chunk in result.bad):
+        console.print(
+            f"They are never used. Delete them with  [bold]cake-hf verify {name} --delete[/bold]", soft_wrap=True
+        )
+
+
+def _namespace_table(found: Sequence[Namespace]) -> Table:
+    table = Table(title="namespaces", title_justify="left", title_style="bold")
+    for heading in ("namespace", "model", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("chunk size", "chunks", "tokens", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for namespace in found:
+        first, count = namespace.first, len(namespace.chunks)
+        table.add_row(
+            namespace.digest[:SHORT],
+            Text(_short_name(first.facts.model)),
+            first.dtypes,
+            str(first.chunk_size),
+            f"{count:,}",
+            f"{count * first.chunk_size:,}",
+            bytes_text(total_file_bytes(namespace.chunks)),
+        )
+    return table
+
+
+def _prompt_table(chains: Sequence[Chain]) -> Table:
+    table = Table(title="prompts", title_justify="left", title_style="bold")
+    table.add_column("last chunk", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("chunks", justify="right", no_wrap=True)
+    table.add_column("missing")
+    for chain in chains:
+        facts = chain.leaf.facts
+        missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
+        table.add_row(
+            facts.key[:SHORT], Text(_short_name(facts.model)), f"{chain.leaf.tokens[1]:,}", f"{chain.chunks:,}", missing
+        )
+    return table
+
+
+def _facts_table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, Text(value))
+    return table
+
+
+def _short_name(model: str) -> str:
+    """A Hub name as it is, the last part of a path."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+
+
+def _unreadable_note(inventory: Inventory) -> list[Text]:
+    if not inventory.unreadable:
+        return []
+    count = count_text(len(inventory.unreadable), "chunk")
+    return [Text(f"{count} cannot be read; `cake-hf verify STORE` says why.", style="red")]

@@ -1,0 +1,122 @@
+"""`cake-hf warm`: put the KV of a document into a store, so that prompts that start with it need not be computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.panel import Panel
+from rich.syntax import Syntax
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.report import Report
+from cake_hf.cache import CakeCache
+from cake_hf.people.console import console, progress_bar
+from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.people.tables import Lanes, legend, report_table
+
+QUEUE_BYTES = Limits().save_queue_bytes
+"""Of chunks that wait to be written."""
+
+
+@dataclass(frozen=True)
+class WarmJob:
+    """What is to be warmed.
+
+    Attributes:
+        model: folder or name on the Hub.
+        file: the document, UTF-8 text.
+        store: as `CakeCache` takes it.
+        chunk_size, salt, exact: as `CakeCache` takes them.
+        dtype: of the weights; see `models.Dtype`.
+        device: as torch names it, or "auto".
+        tokens: only so many from the start; None for all.
+    """
+
+    model: str
+    file: Path
+    store: str
+    chunk_size: int = 512
+    salt: str = ""
+    exact: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    tokens: int | None = None
+
+
+def warm(job: WarmJob) -> Report:
+    """Prefill the document into the store and wait until all of it is durable.
+
+    Raises:
+        CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
+        ValueError: the model or the file cannot be used.
+    """
+    text = read_text(job.file)
+    with console.status("loading the model"):
+        tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
+    limits = Limits(save_queue_bytes=QUEUE_BYTES)
+    with CakeCache(model, job.store, chunk_size=job.chunk_size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+        pace = Pace(cache, QUEUE_BYTES // 2)
+        with progress_bar("prefill", "chunks") as show:
+
+            def progress(done: int, total: int) -> None:
+                show(done, total)
+                pace(done)
+
+            report = cache.prefill(ids, whole=True, progress=progress)
+        with console.status("waiting until all chunks are durable"):
+            cache.flush()
+    _refuse_unsaved(report)
+    return report
+
+
+class Pace:
+    """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait.
+
+    Args:
+        cache: that is being filled.
+        most: bytes that may be under way to the store.
+    """
+
+    def __init__(self, cache: CakeCache, most: int) -> None:
+        self._cache = cache
+        self._most = most
+
+    def __call__(self, done: int) -> None:
+        """Called after each computed chunk; waits for the writer where too much is queued."""
+        report = self._cache.report
+        if not report.chunks_saved:
+            self._cache.flush()  # from now on the size of a chunk is known
+            return
+        chunk_bytes = report.bytes_saved / report.chunks_saved
+        if (done - report.chunks_saved - report.chunks_unsaved) * chunk_bytes > self._most:
+            self._cache.flush()
+
+
+def show_warmed(job: WarmJob, report: Report) -> None:
+    """What was done, and what to do next."""
+    console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
+    if report.chunks_computed and report.chunks_loaded:
+        console.print(Lanes(report))
+        console.print(legend(report))
+    console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
+    console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
+    console.print(f"\nLook at it with  [bold]cake-hf ls {job.store}[/bold]", soft_wrap=True)
+
+
+def _snippet(job: WarmJob) -> str:
+    options = [f"store={job.store!r}"]
+    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size != 512 else []
+    options += [f"salt={job.salt!r}"] if job.salt else []
+    options += ["exact=False"] if not job.exact else []
+    return f"cache = CakeCache(model, {', '.join(options)})\nmodel.generate(**inputs, past_key_values=cache)"
+
+
+def _refuse_unsaved(report: Report) -> None:
+    if not report.chunks_computed + report.chunks_loaded:
+        raise CakeError(f"Nothing was warmed: {report.reason}.")
+    if report.chunks_unsaved:
+        raise CakeError(f"{report.chunks_unsaved} chunks could not be saved; see the warning above and run it again.")

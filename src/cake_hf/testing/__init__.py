@@ -1,0 +1,30 @@
+"""What others need to prove their own store: the contract as tests, and stores that are slow, broken or gated.
+
+    from cake_hf.testing import StoreContract
+
+    class TestMyStore(StoreContract):
+        def make_store(self, tmp_path):
+            return MyStore(...)
+
+The contract needs `pip install "cake-hf[test]"`; it is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cake_hf.stores.wrappers import FaultStore, GateStore, ThrottledStore, WrapperStore
+
+if TYPE_CHECKING:
+    from cake_hf.testing.contract import StoreContract, check_against_dict
+
+__all__ = ["FaultStore", "GateStore", "StoreContract", "ThrottledStore", "WrapperStore", "check_against_dict"]
+
+
+def __getattr__(name: str) -> Any:
+    """pytest and hypothesis come in with the contract alone, so the stores above need neither."""
+    if name in ("StoreContract", "check_against_dict"):
+        from cake_hf.testing import contract
+
+        return getattr(contract, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,205 @@
+"""The bench: that it runs to the end, that it notices wrong logits, and that its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.people.bench import bench
+from cake_hf.people.bench import command as bench_command
+from cake_hf.people.bench.optimum import optimum
+from cake_hf.people.bench.results import Figure, Goal, Result
+from cake_hf.people.bench.settings import Settings, choose
+from cake_hf.people.bench.table import build_tables
+from cake_hf.people.bench.timing import Sample, interleave, ratio
+from cake_hf.people.bench.workbench import Parity
+from cake_hf.people.console import console
+
+MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached"}
+GOALS = {
+    "strategies": {
+        *("compute_over_plain", "ratio_at_0.5", "ratio_at_1", "ratio_at_2", "eta_at_0.5", "eta_at_1", "eta_at_2"),
+        *("sigma_at_0.5", "sigma_at_1", "sigma_at_2"),
+    },
+    "saving": {"first_token_ratio", "generate_ratio"},
+    "decoding": {"ratio"},
+    "memory": {"chunks_per_thread"},
+    "cached": {"over_floor", "load_over_floor", "over_load"},
+}
+TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
+
+app = typer.Typer()
+app.command()(bench)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny model is faster on one thread, above all where other programs run, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_bench_end_to_end(tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app, [*TINY, "--json", "--store", str(tmp_path / "stores"), "--out", str(tmp_path / "out.json")]
+    )
+    assert run.exit_code == 0, run.output
+    assert len(run.stdout.splitlines()) == 1
+    outcome = json.loads(run.stdout)
+    assert json.loads((tmp_path / "out.json").read_text()) == outcome
+    assert outcome.keys() == {"machine", "settings", "results", "parity", "failures", "seconds"}
+    assert outcome["failures"] == []
+    assert outcome["machine"].keys() >= {"cpu", "cores", "memory_gib", "python", "torch", "transformers"}
+    assert Settings.from_dict(outcome["settings"]).tokens == 96
+    assert outcome["parity"]["checks"] > 10
+    assert outcome["parity"]["mismatches"] == []
+    _check_goals(outcome["results"])
+    _check_cells(outcome["results"]["strategies"]["details"]["cells"])
+    assert list((tmp_path / "stores").iterdir()) == []  # nothing is left behind
+    for private in (str(tmp_path), platform.node()):
+        assert private not in run.stdout
+
+
+def _check_goals(results: dict[str, Any]) -> None:
+    assert results.keys() == MEASUREMENTS
+    for name, wanted in GOALS.items():
+        figures = {key: figure for key, figure in results[name].items() if key != "details"}
+        if name == "memory" and not figures:
+            continue  # no /proc here
+        assert {key for key, figure in figures.items() if figure["goal"]} == wanted
+        assert all(isinstance(figure["met"], bool) == bool(figure["goal"]) for figure in figures.values())
+
+
+def _check_cells(cells: list[dict[str, Any]]) -> None:
+    assert [cell["load_to_compute"] for cell in cells] == [0.5, 1.0, 2.0]
+    rates = [cell["bytes_per_second"] for cell in cells]
+    assert rates == sorted(rates, reverse=True)
+    for cell in cells:
+        assert cell.keys() >= {"load_seconds", "both_seconds", "ratio", "eta", "sigma", "parts", "slowdown"}
+        assert cell["eta"]["value"] == pytest.approx(cell["limit_seconds"]["value"] / cell["both_seconds"]["value"])
+
+
+def test_wrong_logits_and_only_they_decide_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    missed = Result("Nothing", {"slow": Figure("slow", 9.0, 9.0, 9.0, "x", Goal(1.0))})
+    wrong = torch.tensor([1.0, 2.0])
+
+    def fake(bench: Any) -> Result:
+        bench.parity.check(torch.tensor([1.0, 2.0]), "first")
+        bench.parity.check(wrong, "second")
+        return missed
+
+    monkeypatch.setattr(bench_command, "MEASUREMENTS", {"fake": fake})
+    good = CliRunner().invoke(app, TINY)
+    assert good.exit_code == 0
+    assert json.loads(good.stdout.splitlines()[-1])["results"]["fake"]["slow"]["met"] is False
+    wrong[1] += 1e-6
+    bad = CliRunner().invoke(app, TINY)
+    assert bad.exit_code == 1
+    assert json.loads(bad.stdout.splitlines()[-1])["parity"]["mismatches"]
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: Any) -> Result:
+        raise StoreError("the disk is full")
+
+    fine = Result("Fine", {"one": Figure("one", 1.0, 1.0, 1.0, "s")})
+    monkeypatch.setattr(bench_command, "MEASUREMENTS", {"broken": broken, "fine": lambda bench: fine})
+    run = CliRunner().invoke(app, TINY)
+    outcome = json.loads(run.stdout.splitlines()[-1])
+    assert run.exit_code == 1
+    assert outcome["failures"] == ["broken: the disk is full"]
+    assert outcome["results"]["fine"]["one"]["value"] == 1.0
+
+
+def test_parity_sees_a_single_bit() -> None:
+    parity, logits = Parity(), torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
+    parity.check(logits, "reference")
+    parity.check(logits.clone(), "same")
+    assert parity.as_dict() == {"checks": 1, "mismatches": []}
+    flipped = logits.clone()
+    flipped.view(torch.int16)[0, 1] ^= 1
+    parity.check(flipped, "flipped")
+    assert len(parity.mismatches) == 1
+
+
+seconds = st.floats(min_value=1e-6, max_value=1e3)
+
+
+@given(st.lists(seconds, max_size=12), seconds, seconds)
+def test_optimum_is_the_best_of_all_splits(compute: list[float], load: float, suffix: float) -> None:
+    n = len(compute)
+    splits = [max(sum(compute[:m]), (n - m) * load) + suffix for m in range(n + 1)]
+    best = optimum(compute, load, suffix)
+    assert best == pytest.approx(min(splits))
+    assert best <= sum(compute) + suffix + 1e-9
+    assert best <= n * load + suffix + 1e-9
+
+
+def test_optimum_of_equal_chunks_is_the_harmonic_bound() -> None:
+    # Tc = 40 and Tl = 40 meet in the middle: Tc * Tl / (Tc + Tl).
+    assert optimum([1.0] * 40, 1.0) == pytest.approx(20.0)
+    assert optimum([], 1.0, 0.5) == 0.5
+
+
+@given(st.lists(seconds, min_size=1, max_size=20))
+def test_the_spread_is_around_the_median(values: list[float]) -> None:
+    sample = Sample(tuple(values))
+    low, high = sample.spread
+    assert min(values) <= low <= sample.median <= high <= max(values)
+
+
+def test_few_readings_are_described_by_their_ends_and_many_by_quartiles() -> None:
+    assert Sample((3.0, 1.0, 2.0)).spread == (1.0, 3.0)
+    assert Sample(tuple(float(v) for v in range(9))).spread == (2.0, 6.0)
+
+
+def test_a_ratio_compares_medians_and_spreads_over_rounds() -> None:
+    assert ratio(Sample((2.0, 4.0, 9.0)), Sample((1.0, 4.0, 3.0))) == (4.0 / 3.0, 1.0, 3.0)
+
+
+def test_arms_take_turns_and_none_is_always_first() -> None:
+    clock = count()
+    times = interleave({"a": lambda: next(clock), "b": lambda: next(clock)}, rounds=4)
+    assert times == {"a": [0, 3, 4, 7], "b": [1, 2, 5, 6]}
+
+
+def test_goals() -> None:
+    assert Goal(1.02).met_by(1.02)
+    assert not Goal(1.02).met_by(1.03)
+    assert Goal(0.9, at_most=False).met_by(0.95)
+    assert str(Goal(1.02)) == "<= 1.02"
+    assert Figure("x", 1.0, 1.0, 1.0, "s").met is None
+
+
+def test_tables_fit_a_narrow_terminal() -> None:
+    figure = Figure("first token over (reading + suffix)", 1234.567, 1.0, 9999.0, "x", Goal(1.02))
+    with console.capture() as capture:
+        console.print(build_tables([Result("Some title", {"a": figure}), Result("Other", {})]), width=80)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("1,234.567" in line and line.rstrip().endswith("no") for line in lines)
+
+
+@pytest.mark.parametrize(("tokens", "chunk_size"), [(100, 64), (31, 16)])
+def test_a_prefix_needs_two_chunks(tokens: int, chunk_size: int) -> None:
+    with pytest.raises(ValueError, match="less than two chunks"):
+        choose(quick=True, repeats=None, tokens=tokens, chunk_size=chunk_size, dtype="float32")
+
+
+def test_the_prefix_is_cut_to_full_chunks() -> None:
+    settings = choose(quick=False, repeats=None, tokens=1000, chunk_size=128, dtype="bfloat16")
+    assert (settings.tokens, settings.chunks, settings.suffix_tokens) == (896, 7, 64)
