@@ -186,7 +186,7 @@ def test_goals() -> None:
 
 
 def test_tables_fit_a_narrow_terminal() -> None:
-    figure = Figure("first token over (reading + suffix)", 1234.567, 1.0, 9999.0, "x", Goal(1.02))
+    figure = Figure("first token over reading + suffix", 1234.567, 1.0, 9999.0, "x", Goal(1.02))
     with console.capture() as capture:
         console.print(build_tables([Result("Some title", {"a": figure}), Result("Other", {})]), width=80)
     lines = capture.get().splitlines()

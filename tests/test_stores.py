@@ -650,6 +650,12 @@ def test_a_size_that_is_none_is_refused(spec: str) -> None:
         open_store(spec)
 
 
+@pytest.mark.parametrize("spec", ["", "file://"])
+def test_an_empty_path_is_refused(spec: str) -> None:
+    with pytest.raises(StoreError, match="give a directory"):
+        open_store(spec)
+
+
 def test_an_unknown_scheme_is_refused_with_what_is_known() -> None:
     expected = "Unknown store URL 'gopher://x'; known are a directory path"
     with pytest.raises(StoreError, match=re.escape(expected)):

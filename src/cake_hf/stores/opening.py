@@ -27,6 +27,8 @@ def open_store(spec: StoreSpec) -> Store:
     if isinstance(spec, Store):
         return spec
     text = os.fspath(spec)
+    if text in ("", "file://"):
+        raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
     scheme, colon, rest = text.partition(":")
     if colon and scheme == "memory":
         return MemoryStore(_parse_bytes(rest)) if rest else MemoryStore()

@@ -46,7 +46,7 @@ def measure(bench: Workbench) -> Result:
             "seconds": Figure.of("first token", times["both"]),
             "load_seconds": Figure.of("first token, load-only", times["load"]),
             "over_read": Figure.ratio("first token over reading", times["both"], times["read"]),
-            "over_floor": Figure.ratio("first token over (reading + suffix)", times["both"], floor, NEAR_THE_FLOOR),
+            "over_floor": Figure.ratio("first token over reading + suffix", times["both"], floor, NEAR_THE_FLOOR),
             "load_over_floor": Figure.ratio("load-only over the same floor", times["load"], floor, NEAR_THE_FLOOR),
             "over_load": Figure.ratio("first token over load-only", times["both"], times["load"], NEVER_SLOWER),
         },

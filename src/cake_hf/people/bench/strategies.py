@@ -61,7 +61,7 @@ def measure(bench: Workbench) -> Result:
     costs = Costs(_chunk_seconds(compute_runs), statistics.median(r.tail_seconds for r in compute_runs), chunk_bytes)
     compute, plain = _ttft(compute_runs), _ttft(runs["plain"])
     figures = {
-        "plain_seconds": Figure.of("plain transformers, same chunks", plain),
+        "plain_seconds": Figure.of("plain transformers, by chunks", plain),
         "compute_seconds": Figure.of("compute-only", compute),
         "compute_over_plain": Figure.ratio("compute-only over plain", compute, plain, NEVER_SLOWER),
     }

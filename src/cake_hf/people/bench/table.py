@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cake_hf.people.bench.results import Figure, Result
 
-LABEL_WIDTH = 36
+LABEL_WIDTH = 34
 NUMBER_WIDTH = 9
 
 

@@ -1,0 +1,83 @@
+"""The small model of our own: it recalls from a long context, so that a wrong KV shows as a wrong answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cake_hf import CakeCache, MemoryStore
+from cake_hf.people.haystack import KEYS, VALUES, hide, make_facts, question, real_text
+from cake_hf.people.models import RECALL_TINY
+from cake_hf.tensors.codec import checksum, parse_header
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+from eval_recall import accuracy
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(RECALL_TINY)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # type: ignore[no-untyped-def]
+    return AutoTokenizer.from_pretrained(RECALL_TINY)
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in RECALL_TINY.iterdir()) <= 4 * 2**20
+
+
+def test_it_recalls_from_2k_tokens(model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """96 questions; `training/eval_recall.py` asks more, at more lengths."""
+    assert accuracy(model, tokenizer, 2048, contexts=8) >= 0.95
+
+
+def test_keys_and_values_are_single_tokens(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    assert all(len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1 for word in KEYS + VALUES)
+
+
+def test_a_wrong_kv_shows_as_a_wrong_answer(model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Exchange the stored chunk with the fact for one from another text, hidden from the checksum."""
+    fact, other = make_facts(2)
+    filler = real_text(6000)
+    ids = {
+        name: tokenizer(hide(filler, [told], [0.5]) + question(told.key), return_tensors="pt").input_ids
+        for name, told in (("true", fact), ("false", other))
+    }
+    stores = {name: MemoryStore() for name in ids}
+
+    def answer(name: str) -> str:
+        with CakeCache(model, stores[name], chunk_size=64, strategy="load") as cache:
+            tokens = model.generate(ids[name], past_key_values=cache, max_new_tokens=1)
+            return str(tokenizer.decode(tokens[0, -1]))
+
+    assert [answer("true"), answer("false")] == [fact.answer, other.answer]
+    assert answer("true") == fact.answer  # from the store now
+    swap_payloads(stores["false"], stores["true"])
+    assert answer("true") != fact.answer
+
+
+def swap_payloads(source: MemoryStore, target: MemoryStore) -> None:
+    """Give the target's chunks the payloads of the source's chunks at the same places."""
+    by_index = {}
+    for key in source.keys():  # noqa: SIM118  # a store is no mapping
+        value = source.read(key)
+        assert value is not None
+        by_index[parse_header(value)[0].index] = value
+    for key in list(target.keys()):
+        value = target.read(key)
+        assert value is not None
+        facts, table = parse_header(value)
+        start = len(value) - max(entry["data_offsets"][1] for entry in table.values())  # type: ignore[index]
+        payload = by_index[facts.index][start:]
+        header = _with_checksum(bytes(value[:start]), facts.checksum, checksum([payload]))
+        target.write(key, [header, payload], replace=True)
+
+
+def _with_checksum(header: bytes, old: str, new: str) -> bytes:
+    return header.replace(old.encode(), new.encode())
