@@ -84,16 +84,19 @@ def test_all_chunks_hang() -> None:
     join_loaders()
 
 
+@pytest.mark.parametrize("strategy", ["load", "both"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_faults(seed: int) -> None:
+def test_random_faults(seed: int, strategy: str) -> None:
     inner, _ = filled_store()
     store = FaultStore(inner, rate=0.5, seed=seed)
-    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=PATIENT) as warm:
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=PATIENT, strategy=strategy) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
         report = warm.report
     assert difference(outcome, expected()) == ""
     assert report.chunks_loaded + report.chunks_computed == CHUNKS
-    assert report.chunks_missed + report.chunks_failed == len(store.injected)
+    unusable = report.chunks_missed + report.chunks_failed
+    # A bad load of a chunk that was computed meanwhile has harmed nobody, and is not counted.
+    assert unusable == len(store.injected) if strategy == "load" else unusable <= len(store.injected)
 
 
 class BrokenLookup(WrapperStore):

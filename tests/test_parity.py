@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +46,8 @@ def filled_store(family: str, dtype: str, attention: str) -> MemoryStore:
 def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int) -> Iterator[None]:
     """Let the two sides meet exactly there.
 
-    While chunk `meeting - 1` is being computed, the gate opens, and the forward goes on only when all later chunks are read.
+    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when they
+    are read. A contested load of that chunk waits at the gate until all is over.
     """
     forwards = 0
 
@@ -53,7 +55,7 @@ def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int) -> Iterato
         nonlocal forwards
         forwards += 1
         if forwards == meeting:
-            gate.open()
+            gate.open(CHUNKS - meeting)
             gate.await_reads(CHUNKS - meeting)
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
@@ -61,6 +63,10 @@ def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int) -> Iterato
         yield
     finally:
         handle.remove()
+        gate.open()
+        for thread in threading.enumerate():
+            if thread.name.startswith("cake-load"):
+                thread.join(60)
 
 
 @every_variant

@@ -7,6 +7,10 @@ object and nothing else.
             computed   |   computing       loading   loaded ...
             main thread ->                            <- loader threads
 
+Where they meet, both may work on one chunk: a loader that finds nothing else left loads the chunk that is being computed,
+and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
+so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
+
 Conservation law: every chunk is in exactly one `State`, so at any moment
 `computed + computing + loaded + loading + failed + absent + waiting = all`, and a chunk is claimed by one side at a time.
 """
@@ -18,6 +22,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
+
+SECOND_THOUGHTS = 0.005
+"""Seconds after which a waiting main thread asks again whether waiting is still the faster way."""
 
 
 class State(Enum):
@@ -57,6 +64,9 @@ class Frontier:
         present: for each chunk, whether the store has it.
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
+        near: how many chunks beyond the front are loaded aside and may be contested; 0 for no contest at all.
+        worth: called as `worth(chunk, loads_left, idle_seconds)` before a chunk is computed that could be loaded: False if the
+            loads that are left would be there before its computation ends. Idle is the time since a load last began or ended.
         clock: monotonic seconds; replaceable for tests.
     """
 
@@ -66,21 +76,29 @@ class Frontier:
         *,
         strategy: Strategy = Strategy.BOTH,
         read_timeout: float = 10.0,
+        near: int = 0,
+        worth: Callable[[int, int, float], bool] = lambda chunk, loads_left, idle_seconds: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         loadable = strategy is not Strategy.COMPUTE
         self._states = [State.WAITING if has and loadable else State.ABSENT for has in present]
+        self._stored = [has and loadable for has in present]
         self._outcomes: dict[int, Outcome] = {}
         self._strategy = strategy
         self._read_timeout = read_timeout
+        self._near = near if strategy is Strategy.BOTH else 0
+        self._worth = worth
         self._clock = clock
         self._changed = threading.Condition()
         self._front = 0
         self._back = len(self._states) - 1
         self._last_progress = clock()
         self._claimed_at: dict[int, float] = {}
+        self._aside: dict[int, bool] = {}  # loads in flight; whether they land aside
+        self._landed: list[int] = []  # loaded aside, not yet put into place
         self._open = True
         self._orphans = False
+        self._left_behind = False
 
     # Loader side.
 
@@ -91,23 +109,35 @@ class Frontier:
                 return None
             while self._back >= 0 and self._states[self._back] is not State.WAITING:
                 self._back -= 1
-            if self._back < 0:
+            if self._back >= 0:
+                index = self._back
+                self._states[index] = State.LOADING
+                self._aside[index] = index <= self._front + self._near and self._near > 0
+            elif self._can_be_contested(self._front):
+                index = self._front
+                self._aside[index] = True
+            else:
                 return None
-            index = self._back
-            self._states[index] = State.LOADING
             self._claimed_at[index] = self._last_progress = self._clock()
             self._changed.notify_all()
             return index
+
+    def lands_aside(self, index: int) -> bool:
+        """Whether a claimed chunk must be loaded into memory of its own; the main thread then puts it into place."""
+        with self._changed:
+            return self._aside.get(index, True)
 
     def settle(self, index: int, outcome: Outcome) -> bool:
         """Report how the load of a claimed chunk ended.
 
         Returns:
-            False where the main thread has given the load up meanwhile: then the loaded bytes are nobody's.
+            False where the load was given up or overtaken meanwhile: then the loaded bytes are nobody's.
         """
         with self._changed:
-            if self._states[index] is not State.LOADING:
+            if index not in self._aside:
                 return False
+            if self._aside[index] and outcome is Outcome.LOADED:
+                self._landed.append(index)
             self._finish(index, outcome)
             self._last_progress = self._clock()
             self._changed.notify_all()
@@ -118,27 +148,47 @@ class Frontier:
     def advance(self) -> int | None:
         """Walk over what is already there and claim the next chunk to compute; None when the two sides have met.
 
-        Blocks only for a chunk that a loader holds, and at most until that read's deadline; then all loads in
-        flight are given up (see `take_orphans`).
+        Blocks only while a load is the faster way (see `worth`) or the only safe one, and at most until that read's deadline;
+        then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost again (see `lost`).
         """
         with self._changed:
             while self._front < len(self._states):
                 state = self._states[self._front]
                 if state in (State.LOADED, State.COMPUTED):
                     self._front += 1
-                elif self._must_wait(state):
+                elif self._should_wait(self._front, state):
                     self._wait_for(self._front)
                 else:
                     self._states[self._front] = State.COMPUTING
                     return self._front
             return None
 
-    def computed(self, index: int) -> None:
-        """Report that the main thread has made a chunk that `advance` gave it."""
+    def lost(self, index: int) -> bool:
+        """Whether a chunk that `advance` gave out to be computed has arrived from the store meanwhile."""
         with self._changed:
-            if self._states[index] is not State.COMPUTING:
+            return self._states[index] is State.LOADED
+
+    def computed(self, index: int) -> None:
+        """Report that the main thread has made a chunk that `advance` gave it. That overtakes a load of the same chunk."""
+        with self._changed:
+            if index != self._front or self._states[index] not in (State.COMPUTING, State.LOADED):
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
             self._states[index] = State.COMPUTED
+            self._left_behind |= self._aside.pop(index, None) is not None
+            if index in self._landed:
+                self._landed.remove(index)
+                del self._outcomes[index]
+
+    def take_landed(self) -> list[int]:
+        """Chunks that were loaded aside since the last call and are for the main thread to put into place."""
+        with self._changed:
+            landed, self._landed = self._landed, []
+            return landed
+
+    def left_behind(self) -> bool:
+        """Whether a load was overtaken or given up, so that its thread may still be at it when all else is done."""
+        with self._changed:
+            return self._left_behind
 
     def take_orphans(self) -> bool:
         """Whether loads were given up since the last call. Their threads may still write to where they were told to."""
@@ -165,10 +215,21 @@ class Frontier:
 
     # Called with the lock held.
 
-    def _must_wait(self, state: State) -> bool:
-        held_by_loader = state is State.LOADING
-        left_to_loaders = state is State.WAITING and self._strategy is Strategy.LOAD and self._open
-        return held_by_loader or left_to_loaders
+    def _should_wait(self, index: int, state: State) -> bool:
+        if not self._open or state not in (State.WAITING, State.LOADING):
+            return state is State.LOADING
+        if self._strategy is Strategy.LOAD or not self._aside.get(index, True):
+            return True
+        # Nothing can be said about loads before the first one has begun.
+        if self._near == 0 or not self._claimed_at:
+            return state is State.LOADING
+        loads_left = sum(other in (State.WAITING, State.LOADING) for other in self._states)
+        return not self._worth(index, loads_left, self._clock() - self._last_progress)
+
+    def _can_be_contested(self, index: int) -> bool:
+        if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
+            return False
+        return self._states[index] is State.COMPUTING and self._stored[index]
 
     def _wait_for(self, index: int) -> None:
         since = self._claimed_at.get(index, self._last_progress)
@@ -176,16 +237,22 @@ class Frontier:
         if remaining <= 0:
             self._give_up()
         else:
-            self._changed.wait(remaining)
+            # Where the main thread could also compute the chunk, it looks again now and then.
+            self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near else remaining)
 
     def _give_up(self) -> None:
         self._open = False
-        for index, state in enumerate(self._states):
-            if state is State.LOADING:
-                self._finish(index, Outcome.LATE)
-                self._orphans = True
+        for index, aside in list(self._aside.items()):
+            self._orphans |= not aside
+            self._left_behind = True
+            self._finish(index, Outcome.LATE)
         self._changed.notify_all()
 
     def _finish(self, index: int, outcome: Outcome) -> None:
+        """A load has ended. A chunk that is also being computed stays with the main thread unless the load brought it."""
+        del self._aside[index]
         self._outcomes[index] = outcome
-        self._states[index] = State.LOADED if outcome is Outcome.LOADED else State.FAILED
+        if outcome is Outcome.LOADED:
+            self._states[index] = State.LOADED
+        elif self._states[index] is State.LOADING:
+            self._states[index] = State.FAILED

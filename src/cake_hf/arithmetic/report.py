@@ -16,7 +16,8 @@ class Span:
         actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
         chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
         start, end: seconds since the restore began.
-        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late".
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; or "left" where a forward was left because its
+            chunk had come from the store.
     """
 
     actor: str

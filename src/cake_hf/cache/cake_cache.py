@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,16 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.restore import Progress, Prompt, look_up, off_schedule, record_tail, restore, save_computed
+from cake_hf.cache.restore import (
+    ForwardLeft,
+    Progress,
+    Prompt,
+    look_up,
+    off_schedule,
+    record_tail,
+    restore,
+    save_computed,
+)
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
@@ -108,6 +118,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
+        self._lost: Callable[[], bool] = _never  # whether the chunk that is being computed has come from the store
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
         self._tail: Tail | None = None  # the last piece that is in the model now
 
@@ -202,9 +213,12 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
 
         Raises:
             ForeignModel: another model than the cache's own brings KV.
+            ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
         if not self._depth and not self.closed:
             raise self._foreign()
+        if self._lost():
+            raise ForwardLeft
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     # Called by the hook.
@@ -269,11 +283,18 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             else:
                 prompt = off_schedule(session, call, chunks, started)
             self.report = prompt.report
-            restore(session, self.layers, prompt, session.model, progress)
+            restore(session, self.layers, prompt, self._compute_chunk, progress)
         finally:
             self._busy = False
         self._known += prompt.keys[:chunks]
         return prompt
+
+    def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
+        self._lost = lost
+        try:
+            self._session.model(**arguments)
+        finally:
+            self._lost = _never
 
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
@@ -288,6 +309,10 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             f"This CakeCache belongs to one {name} and is used outside of it; make a CakeCache for each model, with that "
             "model as the first argument."
         )
+
+
+def _never() -> bool:
+    return False
 
 
 def _no_progress(done: int, total: int) -> None:

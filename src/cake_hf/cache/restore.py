@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,6 +33,11 @@ from cake_hf.tensors.layout import ChunkLayout
 logger = logging.getLogger("cake_hf")
 
 Progress = Callable[[int, int], None]
+Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
+
+
+class ForwardLeft(Exception):
+    """Not an error: the chunk that a forward computes has come from the store, so the forward is left where it is."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def off_schedule(session: Session, call: ForwardCall, chunks: int, started: floa
 
 
 def restore(
-    session: Session, layers: list[TokenMajorLayer], prompt: Prompt, forward: Callable[..., object], progress: Progress
+    session: Session, layers: list[TokenMajorLayer], prompt: Prompt, forward: Forward, progress: Progress
 ) -> None:
     """Bring the KV of the prompt's full chunks into the layers. On return they hold exactly those tokens more.
 
@@ -106,30 +113,37 @@ def restore(
         session: of the cache.
         layers: of the cache, all at the call's past length.
         prompt: from `look_up`.
-        forward: runs the model on one chunk, given keyword arguments, with the cache.
+        forward: runs the model on one chunk with the cache: `forward(lost, arguments)`. It raises `ForwardLeft` at the next
+            layer once `lost()` says that the chunk has come from the store meanwhile.
         progress: called with (chunks that are there, all chunks) now and then.
     """
     base, size = prompt.call.past, session.chunk_size
     for layer, (keys, values) in zip(layers, session.kv_like(), strict=True):
         layer.reserve(keys, values, base + prompt.call.tokens + HEADROOM_TOKENS)
     frontier = Frontier(
-        prompt.stored[: prompt.chunks], strategy=session.strategy, read_timeout=session.limits.read_timeout
+        prompt.stored[: prompt.chunks],
+        strategy=session.strategy,
+        read_timeout=session.limits.read_timeout,
+        near=session.limits.loader_threads,
     )
-    with _loading(session, layers, prompt, frontier):
+    with _loading(session, layers, prompt, frontier) as job:
         while (index := frontier.advance()) is not None:
-            if frontier.take_orphans():
-                _leave_buffers(layers, base + prompt.chunks * size)
+            _settle_in(layers, job, base + prompt.chunks * size)
             begin = time.monotonic()
             _show(layers, base + index * size)
-            forward(**prompt.call.chunk(index * size, (index + 1) * size))
+            try:
+                forward(partial(frontier.lost, index), prompt.call.chunk(index * size, (index + 1) * size))
+            except ForwardLeft:
+                _wait_for_device(layers)
+                _record(prompt, "compute", index, begin, time.monotonic(), "left")
+                continue
             _check_content(layers, base + (index + 1) * size, prompt.layout)
             _wait_for_device(layers)
             frontier.computed(index)
             _record(prompt, "compute", index, begin, time.monotonic(), "computed")
             save_computed(session, layers, prompt, index, corrupt=frontier.outcomes().get(index) is Outcome.CORRUPT)
             progress(index + 1, prompt.chunks)
-        if frontier.take_orphans():
-            _leave_buffers(layers, base + prompt.chunks * size)
+        _settle_in(layers, job, base + prompt.chunks * size)
         _show(layers, base + prompt.chunks * size)
     progress(prompt.chunks, prompt.chunks)
     _count(prompt, frontier)
@@ -158,26 +172,22 @@ def record_tail(prompt: Prompt, layers: list[TokenMajorLayer], begin: float) -> 
 
 
 @contextmanager
-def _loading(session: Session, layers: list[TokenMajorLayer], prompt: Prompt, frontier: Frontier) -> Iterator[None]:
+def _loading(session: Session, layers: list[TokenMajorLayer], prompt: Prompt, frontier: Frontier) -> Iterator[LoadJob]:
     """Loader threads while the body runs. Whatever ends the body, none of them goes on writing to the layers."""
+    job = LoadJob(
+        store=session.store,
+        keys=prompt.keys,
+        layout=prompt.layout,
+        place=place_for([buffer[:, prompt.call.past :] for layer in layers for buffer in layer.buffers], prompt.layout),
+        frontier=frontier,
+        record=lambda actor, index, begin, end, outcome: _record(prompt, actor, index, begin, end, outcome.value),
+        clock=time.monotonic,
+    )
     threads: list[threading.Thread] = []
     if session.strategy is not Strategy.COMPUTE and any(prompt.stored[: prompt.chunks]):
-        base = prompt.call.past
-        buffers = [buffer[:, base:] for layer in layers for buffer in layer.buffers]
-        job = LoadJob(
-            store=session.store,
-            keys=prompt.keys,
-            layout=prompt.layout,
-            place=place_for(buffers, prompt.layout),
-            frontier=frontier,
-            record=lambda actor, index, begin, end, outcome: _record(prompt, actor, index, begin, end, outcome.value),
-            clock=time.monotonic,
-        )
         threads = start_loaders(job, session.limits.loader_threads)
-    late = True
     try:
-        yield
-        late = Outcome.LATE in frontier.outcomes().values()
+        yield job
     except BaseException:
         frontier.stop()
         for layer in layers:
@@ -187,10 +197,9 @@ def _loading(session: Session, layers: list[TokenMajorLayer], prompt: Prompt, fr
             else:
                 layer.reset()
         raise
-    finally:
-        if not late:
-            for thread in threads:
-                thread.join()
+    if not frontier.left_behind():
+        for thread in threads:
+            thread.join()
 
 
 def _new_report(session: Session, call: ForwardCall) -> Report:
@@ -214,10 +223,15 @@ def _show(layers: list[TokenMajorLayer], length: int) -> None:
         layer.show(length)
 
 
-def _leave_buffers(layers: list[TokenMajorLayer], length: int) -> None:
-    """Late reads may still write to the present buffers: take what is good along to new ones."""
-    for layer in layers:
-        layer.move_out(length)
+def _settle_in(layers: list[TokenMajorLayer], job: LoadJob, length: int) -> None:
+    """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
+
+    After that nothing lands any more: giving up one load ends all loading.
+    """
+    job.adopt_landed()
+    if job.frontier.take_orphans():
+        for layer in layers:
+            layer.move_out(length)
 
 
 def _check_content(layers: list[TokenMajorLayer], length: int, layout: ChunkLayout) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.movers.place import Place
+from cake_hf.movers.place import Place, split_payload
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import check_chunk, header_size
 from cake_hf.tensors.layout import ChunkLayout
@@ -31,6 +33,7 @@ class LoadJob:
         frontier: the ledger.
         record: called as `record(actor, chunk, start, end, outcome)` after each load that counted.
         clock: monotonic seconds.
+        aside: chunks that were loaded into memory of their own, by index, until the main thread puts them into place.
     """
 
     store: Store
@@ -40,6 +43,12 @@ class LoadJob:
     frontier: Frontier
     record: Record
     clock: Callable[[], float]
+    aside: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def adopt_landed(self) -> None:
+        """Put the chunks into place that have arrived aside. Main thread only."""
+        for index in self.frontier.take_landed():
+            self.place.adopt(index, self.aside.pop(index))
 
 
 def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
@@ -61,16 +70,22 @@ def run_loader(job: LoadJob, actor: str) -> None:
         outcome = _load(job, index, header)
         if job.frontier.settle(index, outcome):
             job.record(actor, index, start, job.clock(), outcome)
+        else:
+            job.aside.pop(index, None)
 
 
 def _load(job: LoadJob, index: int, header: memoryview) -> Outcome:
     key = job.keys[index]
     try:
-        parts = job.place.parts(index)
+        payload = job.place.aside() if job.frontier.lands_aside(index) else None
+        parts = job.place.parts(index) if payload is None else split_payload(payload, job.layout)
         if job.store.read_into(key, [header, *parts]) is None:
             return Outcome.MISSED
         check_chunk(header, parts, key, job.layout)
-        job.place.commit(index)
+        if payload is None:
+            job.place.commit(index)
+        else:
+            job.aside[index] = payload
     except CorruptChunk as error:
         logger.warning("A stored chunk is not usable and is computed instead. %s", error)
         return Outcome.CORRUPT

@@ -13,7 +13,16 @@ from cake_hf.tensors.layout import ChunkLayout
 
 
 class Place(ABC):
-    """Destination of the chunks of one restore."""
+    """Destination of the chunks of one restore.
+
+    Args:
+        buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`.
+        layout: of a chunk.
+    """
+
+    def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout) -> None:
+        self._layout = layout
+        self._destinations = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
 
     @abstractmethod
     def parts(self, index: int) -> list[memoryview]:
@@ -23,21 +32,34 @@ class Place(ABC):
     def commit(self, index: int) -> None:
         """The parts hold a checked chunk: make it visible to the device. Called by the thread that filled them."""
 
+    def aside(self) -> torch.Tensor:
+        """Host memory `[layout.nbytes]` uint8 for a chunk that may not be put into place yet."""
+        return torch.empty(self._layout.nbytes, dtype=torch.uint8)
+
+    def adopt(self, index: int, payload: torch.Tensor) -> None:
+        """Put a chunk that was loaded aside into place. Called by the main thread, when it does not write there itself.
+
+        Args:
+            index: of the chunk.
+            payload: `[layout.nbytes]` uint8 on the host, checked.
+        """
+        offset = 0
+        for destination, size in zip(self._destinations, self._layout.sizes, strict=True):
+            source = payload[offset : offset + size]
+            destination[index * size : (index + 1) * size].copy_(source, non_blocking=True)
+            offset += size
+
 
 class HostPlace(Place):
-    """The layers' own buffers: reading a chunk is putting it into place.
-
-    Args:
-        buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]` on the CPU.
-        layout: of a chunk.
-    """
+    """The layers' own buffers: reading a chunk is putting it into place."""
 
     def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout) -> None:
+        super().__init__(buffers, layout)
         self._views = [byte_view(buffer) for buffer in buffers]
-        self._sizes = layout.sizes
 
     def parts(self, index: int) -> list[memoryview]:
-        return [view[index * size : (index + 1) * size] for view, size in zip(self._views, self._sizes, strict=True)]
+        sizes = self._layout.sizes
+        return [view[index * size : (index + 1) * size] for view, size in zip(self._views, sizes, strict=True)]
 
     def commit(self, index: int) -> None:
         """Nothing is left to do."""
@@ -50,32 +72,31 @@ class DevicePlace(Place):
     """
 
     def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout) -> None:
-        self._buffers = list(buffers)
-        self._layout = layout
+        super().__init__(buffers, layout)
+        self._device = buffers[0].device
         self._own = threading.local()
-        # Not under the caller's inference mode alone: the loader threads copy into views made here.
-        self._destinations = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
 
     def parts(self, index: int) -> list[memoryview]:
         if not hasattr(self._own, "staging"):
-            cuda = self._buffers[0].device.type == "cuda"
+            cuda = self._device.type == "cuda"
             self._own.staging = torch.empty(self._layout.nbytes, dtype=torch.uint8, pin_memory=cuda)
-            self._own.stream = torch.cuda.Stream(self._buffers[0].device) if cuda else None
+            self._own.stream = torch.cuda.Stream(self._device) if cuda else None
             if cuda:
-                self._own.stream.wait_stream(torch.cuda.default_stream(self._buffers[0].device))
-        staged = byte_view(self._own.staging)
-        ends = np.cumsum(self._layout.sizes).tolist()
-        return [staged[end - size : end] for end, size in zip(ends, self._layout.sizes, strict=True)]
+                self._own.stream.wait_stream(torch.cuda.default_stream(self._device))
+        return split_payload(self._own.staging, self._layout)
 
     def commit(self, index: int) -> None:
+        # The destinations may have been made in inference mode by the main thread; this one has to be in it, too.
         with torch.inference_mode(), torch.cuda.stream(self._own.stream):
-            offset = 0
-            for destination, size in zip(self._destinations, self._layout.sizes, strict=True):
-                source = self._own.staging[offset : offset + size]
-                destination[index * size : (index + 1) * size].copy_(source, non_blocking=True)
-                offset += size
+            self.adopt(index, self._own.staging)
         if self._own.stream is not None:
             self._own.stream.synchronize()
+
+
+def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview]:
+    """The pieces of a flat host payload, as writable byte buffers."""
+    view, ends = byte_view(payload), np.cumsum(layout.sizes).tolist()
+    return [view[end - size : end] for end, size in zip(ends, layout.sizes, strict=True)]
 
 
 def place_for(buffers: Sequence[torch.Tensor], layout: ChunkLayout) -> Place:

@@ -5,6 +5,7 @@ The throttled store serves demonstrations and benchmarks; the others are for tes
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -165,11 +166,15 @@ class GateStore(WrapperStore):
         super().__init__(inner)
         self._timeout = timeout
         self._state = threading.Condition()
-        self._open = False
+        self._let_through = 0.0
+        self._reads_begun = 0
         self._reads_done = 0
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        self._await(lambda: self._open)
+        with self._state:
+            self._reads_begun += 1
+            number = self._reads_begun
+        self._await(lambda: number <= self._let_through)
         try:
             return self.inner.read_into(key, parts)
         finally:
@@ -177,10 +182,10 @@ class GateStore(WrapperStore):
                 self._reads_done += 1
                 self._state.notify_all()
 
-    def open(self) -> None:
-        """Let the waiting reads, and all later ones, through."""
+    def open(self, reads: float = math.inf) -> None:
+        """Let so many reads through, counted from the first one on; all that wait and all later ones by default."""
         with self._state:
-            self._open = True
+            self._let_through = reads
             self._state.notify_all()
 
     def await_reads(self, count: int) -> None:

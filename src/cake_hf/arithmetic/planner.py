@@ -1,0 +1,162 @@
+"""Where the two ends should meet, what that will take, and whether one more compute step is worth it.
+
+The formulas are those of Cake (Jin et al., "Compute Or Load KV Cache? Why Not Both?", ICML 2025, arXiv 2410.03065); what is
+ours is how holes count, and the rule that a step is not begun if the loads will be there first. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from cake_hf.arithmetic.costs import Costs
+
+Decision = Literal["compute", "load", "both"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a prefix is best restored.
+
+    Attributes:
+        decision: "compute" (nothing is loaded), "load" (all that is stored is) or "both". Where a cost is not known it is
+            "both" as soon as anything is stored: meeting in the middle needs no costs.
+        split: m, the first m chunks are computed, from the others what is stored is loaded; None where a cost is not known.
+        predicted_seconds: to the first token with that split; None where a cost is not known.
+        curve: predicted seconds for each split 0..n; empty where a cost is not known.
+    """
+
+    decision: Decision
+    split: int | None = None
+    predicted_seconds: float | None = None
+    curve: tuple[float, ...] = ()
+
+    @property
+    def compute_seconds(self) -> float | None:
+        """Predicted if all is computed."""
+        return self.curve[-1] if self.curve else None
+
+    @property
+    def load_seconds(self) -> float | None:
+        """Predicted if all that is stored is loaded."""
+        return self.curve[0] if self.curve else None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster than the better of the two methods alone; at least 1."""
+        if not self.curve or self.predicted_seconds is None:
+            return None
+        better = min(self.curve[0], self.curve[-1])
+        return better / self.predicted_seconds if self.predicted_seconds else 1.0
+
+
+def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: float = 0.0) -> Plan:
+    """The split with the least predicted time to first token. O(n).
+
+    With all n chunks stored, a split m takes `max(f_0 + ... + f_(m-1), L(n - m)) + S` seconds (Cake's formula), where f_i is
+    the time to compute chunk i, L(k) that to load k chunks (`k * l` with one thread), S the suffix.
+
+    Holes, chunks that are not stored, are computed whatever the split. Computing one needs all chunks before it, and loads
+    arrive back to front; so a hole behind a loaded chunk waits for the last load. If chunk m is stored,
+    `T(m) = max(F(m), L(stored chunks in m..n-1)) + H(m) + S`, with F(m) the time to compute chunks 0..m-1 and H(m) that of the
+    holes in m..n-1. If chunk m is a hole, computing just goes on: `T(m) = T(m + 1)`. And `T(n) = F(n) + S`.
+
+    Both single methods are on that curve, as T(0) and T(n); so the prediction is never worse than the better of them.
+
+    Args:
+        costs: of this machine, model and store.
+        stored: for each chunk, whether the store has it.
+        first: index on the absolute grid of the first chunk (those before it are in the cache already).
+        suffix_seconds: S, seconds to run the prompt's last piece once its prefix is there.
+
+    Raises:
+        ValueError: `first` or `suffix_seconds` is negative or not a number.
+    """
+    if not (first >= 0 and suffix_seconds >= 0):
+        raise ValueError(f"first and suffix_seconds must not be negative, got {first} and {suffix_seconds}.")
+    if costs.compute is None or (costs.load is None and any(stored)):
+        return Plan("both" if any(stored) else "compute")
+    compute = [costs.compute.seconds(first + i) for i in range(len(stored))]
+    curve = _curve(compute, costs.load.finish if costs.load else lambda count: 0.0, stored, suffix_seconds)
+    predicted = min(curve)
+    split = curve.index(predicted)
+    return Plan(_decision(stored, split), split, predicted, tuple(curve))
+
+
+def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_seconds: float = 0.0) -> float:
+    """T*: the least time to first token when chunks are computed from the front and loaded from the back at once.
+
+    With the first m of n chunks computed and the others loaded, both sides are done after
+    `max(f_0 + ... + f_(m-1), (n - m) * l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025).
+    The suffix comes after it.
+
+    Args:
+        compute_seconds: f_i, seconds to compute chunk i.
+        load_seconds: l, seconds to load any one chunk (bytes over bandwidth).
+        suffix_seconds: S, seconds to run the prompt's last piece once its prefix is there.
+    """
+    all_stored = [True] * len(compute_seconds)
+    return min(_curve(compute_seconds, lambda count: count * load_seconds, all_stored, suffix_seconds))
+
+
+def worth_starting(costs: Costs, index: int, loads_left: int, busy_seconds: float) -> bool:
+    """Whether to compute chunk `index` now, rather than to wait for the loads.
+
+    False when all loads that are left would be there no later than the compute step ends. They are expected
+    `loads_left * interval - busy_seconds` from now. If they are overdue they are expected to be late by twice that, so that a
+    store that got stuck is not waited for. True where a cost is not known.
+
+    Proof that this rule is optimal when the costs hold. Let chunk i be stored, F(i) the time to compute all chunks before it,
+    L(i) the time at which all loads of chunks i.. would be there, H(i) the time of the holes in i.., and
+    `T(m) = max(F(m), L(m)) + H(m)` as in `plan`. The rule goes on while `F(i + 1) < L(i)` and stops at the first stored i with
+    `F(i + 1) >= L(i)`: it takes T(i). (1) m > i: all of F(i + 1) and the holes are computed, so
+    `T(m) >= F(m) + H(m) >= F(i + 1) + H(i + 1) >= T(i)`. (2) m < i: `T(m) >= L(m) + H(m) >= L(i) + H(i)`; and with j the last
+    stored chunk before i, whose step was begun, `F(i) + H(i) = F(j + 1) + H(j) < L(j) + H(j) <= T(m)`. Hence `T(i) = min T`:
+    as fast as the best split, and never slower than computing all, T(n), or loading all, T(0).
+
+    That holds for one loader thread and for learnt costs (loads that arrive every `interval` seconds), and where a chunk may be
+    computed although a loader holds it. Where such a chunk has to be waited for instead, at most one interval is lost: its
+    load was under way, so `L(i) <= F(i) + interval`, while every split takes at least F(i) + H(i), see (1) and (2).
+
+    If the compute costs g that the rule believes in are not the true f, it still stays within one step of the optimum (no holes,
+    true loads): `T <= T* + max(f_0.., g_0..)`. Let it stop at i, so `T = max(F(i), L(i))`. It waits only if
+    `L(i) <= F(i) + g_i`, and it began the step before at `F(i - 1) < L(i - 1)`, so `F(i) < L(i - 1) + f_(i-1)`; while every split
+    takes at least `min(F(i), L(i - 1))`. In the same way it is at most one true step slower than loading all.
+
+    If loads stop arriving, it waits at most `2 * g_i` before it computes, provided that it is asked again meanwhile.
+
+    Args:
+        costs: as believed.
+        index: of the chunk on the absolute grid.
+        loads_left: chunks that are not there yet and would be loaded, `index` among them and loaded last.
+        busy_seconds: since a load last arrived, or since loading began.
+    """
+    if costs.compute is None or costs.load is None or loads_left < 1:
+        return True
+    expected = loads_left * costs.load.interval - busy_seconds
+    return abs(expected) > costs.compute.seconds(index)
+
+
+def _curve(
+    compute: Sequence[float], finish: Callable[[int], float], stored: Sequence[bool], suffix: float
+) -> list[float]:
+    """T(m) for each split m in 0..n; see `plan`."""
+    fronts = list(accumulate(compute, initial=0.0))
+    curve = [fronts[-1] + suffix]
+    loads, holes = 0, 0.0
+    for m in reversed(range(len(compute))):
+        if stored[m]:
+            loads += 1
+            curve.append(max(fronts[m], finish(loads)) + holes + suffix)
+        else:
+            holes += compute[m]
+            curve.append(curve[-1])
+    return curve[::-1]
+
+
+def _decision(stored: Sequence[bool], split: int) -> Decision:
+    if not any(stored[split:]):
+        return "compute"
+    return "both" if any(stored[:split]) else "load"
