@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
 
@@ -270,7 +270,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
     if len(points) <= FIT_POINTS:
         return points
     edges = [len(points) * n // FIT_POINTS for n in range(FIT_POINTS + 1)]
-    groups = (points[start:end] for start, end in zip(edges, edges[1:], strict=False))
+    groups = (points[start:end] for start, end in pairwise(edges))
     return [(median(x for x, _ in group), median(y for _, y in group)) for group in groups]
 
 

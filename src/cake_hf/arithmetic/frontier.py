@@ -220,8 +220,7 @@ class Frontier:
             return state is State.LOADING
         if self._strategy is Strategy.LOAD or not self._aside.get(index, True):
             return True
-        # Nothing can be said about loads before the first one has begun.
-        if self._near == 0 or not self._claimed_at:
+        if self._near == 0:
             return state is State.LOADING
         loads_left = sum(other in (State.WAITING, State.LOADING) for other in self._states)
         return not self._worth(index, loads_left, self._clock() - self._last_progress)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from cake_hf.arithmetic.costs import Costs
+from cake_hf.arithmetic.costs import MAX_INDEX, MAX_SECONDS, Costs
 
 Decision = Literal["compute", "load", "both"]
 
@@ -72,10 +72,12 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
         suffix_seconds: S, seconds to run the prompt's last piece once its prefix is there.
 
     Raises:
-        ValueError: `first` or `suffix_seconds` is negative or not a number.
+        ValueError: `first` or `suffix_seconds` is negative, not a number or absurdly large.
     """
-    if not (first >= 0 and suffix_seconds >= 0):
-        raise ValueError(f"first and suffix_seconds must not be negative, got {first} and {suffix_seconds}.")
+    if not (0 <= first <= MAX_INDEX and 0 <= suffix_seconds <= MAX_SECONDS):
+        raise ValueError(
+            f"The first chunk ({first}) and the suffix's seconds ({suffix_seconds}) must not be negative or absurd."
+        )
     if costs.compute is None or (costs.load is None and any(stored)):
         return Plan("both" if any(stored) else "compute")
     compute = [costs.compute.seconds(first + i) for i in range(len(stored))]
@@ -120,10 +122,10 @@ def worth_starting(costs: Costs, index: int, loads_left: int, busy_seconds: floa
     computed although a loader holds it. Where such a chunk has to be waited for instead, at most one interval is lost: its
     load was under way, so `L(i) <= F(i) + interval`, while every split takes at least F(i) + H(i), see (1) and (2).
 
-    If the compute costs g that the rule believes in are not the true f, it still stays within one step of the optimum (no holes,
-    true loads): `T <= T* + max(f_0.., g_0..)`. Let it stop at i, so `T = max(F(i), L(i))`. It waits only if
-    `L(i) <= F(i) + g_i`, and it began the step before at `F(i - 1) < L(i - 1)`, so `F(i) < L(i - 1) + f_(i-1)`; while every split
-    takes at least `min(F(i), L(i - 1))`. In the same way it is at most one true step slower than loading all.
+    If the compute costs g that the rule believes in are not the true f, it still stays within one step of the optimum (true
+    loads, no holes): `T <= T* + max(f_0.., g_0..)`. Let it stop at i, so `T = max(F(i), L(i))`. It waits only if
+    `L(i) <= F(i) + g_i`, and it began the step before at `F(i - 1) < L(i - 1)`, so `F(i) < L(i - 1) + f_(i-1)`; while every
+    split takes at least `min(F(i), L(i - 1))`. In the same way it is at most one true step slower than loading all.
 
     If loads stop arriving, it waits at most `2 * g_i` before it computes, provided that it is asked again meanwhile.
 

@@ -21,6 +21,7 @@ from cake_hf.cache.restore import (
     ForwardLeft,
     Progress,
     Prompt,
+    learn_costs,
     look_up,
     off_schedule,
     record_tail,
@@ -43,11 +44,13 @@ class Tail:
         prompt: whose piece it is.
         begin: when the model got it.
         key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
+        prefilled: the prompt was brought by `prefill`, which has done all but this.
     """
 
     prompt: Prompt
     begin: float
     key: str
+    prefilled: bool = False
 
 
 class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
@@ -185,6 +188,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             prompt = self._restore(call, leave=0 if whole else 1, progress=progress or _no_progress)
         if prompt is not None:
             self.report.prefill_seconds = time.monotonic() - prompt.started
+            learn_costs(self._session, prompt)
         self._prefilled = prompt
         return self.report
 
@@ -253,7 +257,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
         if prefilled is not None and call.tokens < size and past == len(self._known) * size:
-            self._tail = Tail(prefilled, time.monotonic(), key="")
+            self._tail = Tail(prefilled, time.monotonic(), key="", prefilled=True)
             return None
         prompt = self._restore(call, leave=call.wanted_logits, progress=_no_progress)
         if prompt is None:
@@ -302,6 +306,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         if tail.key:
             save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
             self._known.append(tail.key)
+        if not tail.prefilled:
+            learn_costs(self._session, tail.prompt)
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

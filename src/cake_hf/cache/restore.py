@@ -20,6 +20,7 @@ import torch
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
 from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.planner import worth_starting
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
@@ -120,11 +121,17 @@ def restore(
     base, size = prompt.call.past, session.chunk_size
     for layer, (keys, values) in zip(layers, session.kv_like(), strict=True):
         layer.reserve(keys, values, base + prompt.call.tokens + HEADROOM_TOKENS)
+    costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
+
+    def worth(index: int, loads_left: int, idle_seconds: float) -> bool:
+        return worth_starting(costs, prompt.first + index, loads_left, idle_seconds)
+
     frontier = Frontier(
         prompt.stored[: prompt.chunks],
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
         near=session.limits.loader_threads,
+        worth=worth,
     )
     with _loading(session, layers, prompt, frontier) as job:
         while (index := frontier.advance()) is not None:
@@ -161,6 +168,13 @@ def save_computed(
         return [buffer[:, start : start + session.chunk_size] for layer in layers for buffer in layer.buffers]
 
     session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
+
+
+def learn_costs(session: Session, prompt: Prompt) -> None:
+    """Remember what the restore measured, for the next prompt's decisions."""
+    if prompt.keys:
+        memory = session.cost_memory(prompt.namespace)
+        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
 
 
 def record_tail(prompt: Prompt, layers: list[TokenMajorLayer], begin: float) -> None:

@@ -16,6 +16,7 @@ from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.hook import ModelHook
+from cake_hf.movers.cost_memory import CostMemory, recall_costs
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
@@ -118,6 +119,10 @@ class Session:
             for what, tensor in zip(("keys", "values"), pair, strict=True)
         ]
         return ChunkLayout(self.chunk_size, tuple(pieces))
+
+    def cost_memory(self, namespace: str) -> CostMemory:
+        """What computing and loading cost with this model, device and store."""
+        return recall_costs(self.store, namespace, str(next(self.model.parameters()).device))
 
     def save_chunk(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 
 Part = bytes | bytearray | memoryview
@@ -78,6 +79,10 @@ class Store(ABC):
 
     def check_writable(self) -> None:
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
+
+    def notes_folder(self) -> Path | None:
+        """A folder of this machine for small files about this store (it may not exist yet), or None if there is none."""
+        return None
 
     def close(self) -> None:
         """Give back what the store holds open. May be called twice."""

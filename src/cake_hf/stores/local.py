@@ -2,6 +2,7 @@
 
     <root>/3f/3fa9...e1.safetensors      a chunk; it appears by rename, so it is whole or not there
     <root>/partial/3fa9...e1.<random>    a chunk being written; its writer holds a lock on it while it lives
+    <root>/notes/...                     what was learnt about this store's speed; may be deleted at any time
 
 A partial file whose lock is free belongs to a dead writer. Opening the store sweeps those away. A reader opens the file
 once and reads from the descriptor, so another process may delete or replace the chunk meanwhile.
@@ -23,6 +24,7 @@ from cake_hf.stores.base import Part, Store, total_bytes
 
 SUFFIX = ".safetensors"
 PARTIAL = "partial"
+NOTES = "notes"
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 _KEY = re.compile(r"[0-9a-f]{40}")
 
@@ -116,6 +118,9 @@ class LocalStore(Store):
                 f"Nothing can be written to the store {self.root}: {_advice(error)} "
                 "To only read from it, pass save=False."
             ) from error
+
+    def notes_folder(self) -> Path:
+        return self.root / NOTES
 
     def sweep(self) -> int:
         """Remove what killed writers left behind; returns how many files. Files of living writers stay."""

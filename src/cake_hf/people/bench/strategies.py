@@ -106,9 +106,11 @@ def _arms(bench: Workbench, bandwidths: dict[float, float]) -> dict[str, Callabl
         "compute": lambda: bench.cake_run(store, "compute-only", strategy="compute"),
     }
 
+    # One store object per bandwidth, so that its costs are learnt as those of any store are.
+    stores = {wanted: ThrottledStore(store, bandwidth) for wanted, bandwidth in bandwidths.items()}
+
     def throttled(strategy: str, wanted: float) -> Callable[[], Run]:
-        label = f"{strategy} {wanted:g}"
-        return lambda: bench.cake_run(ThrottledStore(store, bandwidths[wanted]), label, strategy=strategy)
+        return lambda: bench.cake_run(stores[wanted], f"{strategy} {wanted:g}", strategy=strategy)
 
     for wanted in bandwidths:
         arms[f"load {wanted:g}"] = throttled("load", wanted)
@@ -119,10 +121,10 @@ def _arms(bench: Workbench, bandwidths: dict[float, float]) -> dict[str, Callabl
 def _calibrate(bench: Workbench, chunk_bytes: int) -> dict[float, float]:
     """For each wanted T_load / T_compute the bandwidth, bytes per second, that gives it about.
 
-    Load-only takes `n * l + S`; the better of two compute-only runs says what T_compute and S are here today.
+    Load-only takes `n * l + S`; the fastest of three compute-only runs says what T_compute and S are here today.
     """
     store = bench.filled_store()
-    runs = [bench.cake_run(store, "calibration", strategy="compute") for _ in range(2)]
+    runs = [bench.cake_run(store, "calibration", strategy="compute") for _ in range(3)]
     fastest = min(runs, key=lambda run: run.seconds)
     payload = bench.settings.chunks * chunk_bytes
 

@@ -1,0 +1,313 @@
+"""The cost model, and that it is learnt through noise, a cold start and outliers; what is damaged is ignored."""
+
+from __future__ import annotations
+
+import json
+import math
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cake_hf.arithmetic.costs import (
+    COMPUTE_WINDOW,
+    FIT_POINTS,
+    LOAD_WINDOW,
+    MAX_BYTES,
+    MAX_SECONDS,
+    ComputeCost,
+    CostLearner,
+    Costs,
+    LoadCost,
+    busy_seconds,
+    fit_line,
+)
+
+CHUNK = 2**20
+seeds = st.integers(0, 2**32)
+any_float = st.floats() | st.sampled_from([5e-324, 1e308, MAX_SECONDS, -0.0])
+any_int = st.integers(-5, 400) | st.integers(-(10**400), 10**400)
+json_values = st.recursive(
+    st.none() | st.booleans() | any_float | any_int | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def learn_steps(random: Random, cost: ComputeCost, indices: list[int]) -> CostLearner:
+    """A cold first step, 3 % of noise, and every tenth step 2 to 20 times too slow."""
+    learner = CostLearner()
+    learner.saw_compute(indices[0], 30 * cost.seconds(indices[0]))
+    slow = set(random.sample(range(len(indices)), len(indices) // 10))
+    for order, index in enumerate(indices):
+        factor = random.uniform(2, 20) if order in slow else random.uniform(0.97, 1.03)
+        learner.saw_compute(index, factor * cost.seconds(index))
+    return learner
+
+
+def flow(loads: int, threads: int, interval: float) -> list[tuple[float, float]]:
+    """Loads that begin and end in turns, one ending every `interval`, each as long as all threads need for one."""
+    return [(max(0, n - threads + 1) * interval, (n + 1) * interval) for n in range(loads)]
+
+
+def assert_sound(costs: Costs) -> None:
+    numbers = []
+    if costs.compute:
+        numbers += [costs.compute.base, costs.compute.slope]
+    if costs.load:
+        numbers += [costs.load.latency, costs.load.bandwidth - 1, costs.load.interval]
+    assert all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+# The model.
+
+
+def test_compute_cost_is_a_line() -> None:
+    assert ComputeCost(0.5, 0.25).seconds(0) == 0.5
+    assert ComputeCost(0.5, 0.25).seconds(6) == 2.0
+
+
+def test_load_cost_of_the_paper() -> None:
+    """Cake, 7B: 256 MiB per chunk at 32 Gbps (of 2^30 bits) take about 62.4 ms."""
+    load = LoadCost(0.0, 32 * 2**30 / 8, 256 * 2**20)
+    assert load.seconds == load.interval == pytest.approx(0.0624, rel=2e-3)
+    assert load.finish(0) == 0.0
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 5), st.integers(1, 30))
+def test_finish_is_what_threads_in_a_queue_need(latency: int, transfer: int, threads: int, count: int) -> None:
+    transfer += 1
+    free, path, arrivals = [0] * threads, 0, []
+    for _ in range(count):
+        thread = min(range(threads), key=lambda n: free[n])
+        path = max(path, free[thread] + latency) + transfer
+        free[thread] = path
+        arrivals.append(path)
+    load = LoadCost(latency, 1024.0, 1024.0 * transfer, threads)
+    assert [load.finish(n + 1) for n in range(count)] == pytest.approx(arrivals)
+    per_round = load.finish(count + threads) - load.finish(count)
+    assert per_round == pytest.approx(threads * load.interval)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, 1e300, 10**400, True])
+def test_costs_out_of_range_are_refused(bad: float) -> None:
+    good: dict[str, Any] = {"latency": 0.0, "bandwidth": 1e9, "chunk_bytes": 1e6, "threads": 1}
+    for name in good:
+        with pytest.raises(ValueError, match="must be between"):
+            LoadCost(**{**good, name: bad if bad is not True else False})
+    with pytest.raises(ValueError, match="compute base must be between 0 and 1e\\+06 seconds"):
+        ComputeCost(bad)
+    with pytest.raises(ValueError, match="compute slope"):
+        ComputeCost(0.0, bad)
+
+
+# What the estimates are made of.
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), max_size=12))
+def test_busy_seconds_is_the_length_of_the_union(lengths: list[tuple[int, int]]) -> None:
+    spans = [(float(start), float(start + length)) for start, length in lengths]
+    assert busy_seconds(spans) == len({tick for start, length in lengths for tick in range(start, start + length)})
+
+
+@given(
+    st.floats(0, 100),
+    st.floats(0, 10),
+    st.lists(st.integers(0, 300), min_size=10, max_size=40, unique=True),
+    st.lists(st.floats(0, 1e6), max_size=2),
+)
+def test_fit_line_ignores_a_few_wild_points(base: float, slope: float, xs: list[int], wild: list[float]) -> None:
+    points = [(float(x), base + slope * x) for x in xs]
+    for order, y in enumerate(wild):
+        points[order] = (points[order][0], y)
+    assert fit_line(points) == pytest.approx((base, slope), rel=1e-6, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1e6)), min_size=1, max_size=12))
+def test_fit_line_is_never_negative(points: list[tuple[float, float]]) -> None:
+    intercept, slope = fit_line(points)
+    assert intercept >= 0
+    assert slope >= 0
+
+
+def test_falling_and_too_steep_lines() -> None:
+    assert fit_line([(0, 3.0), (1, 2.0), (2, 1.0)]) == (2.0, 0.0)
+    assert fit_line([(1, 1.0), (2, 4.0), (3, 9.0)]) == (0.0, 2.0)
+
+
+# Learning.
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.floats(0.001, 1.0), st.floats(0, 0.1), st.integers(20, 300), st.booleans())
+def test_compute_is_recovered(seed: int, base: float, relative_slope: float, steps: int, again: bool) -> None:
+    random, cost = Random(seed), ComputeCost(base, base * relative_slope)
+    indices = [n % 20 for n in range(steps)] if again else list(range(steps))
+    learnt = learn_steps(random, cost, indices).costs().compute
+    assert learnt is not None
+    for index in (min(indices[-COMPUTE_WINDOW:]), indices[steps // 2], max(indices)):
+        assert learnt.seconds(index) == pytest.approx(cost.seconds(index), rel=0.1)
+    if steps >= 100 and not again and relative_slope > 0.01:
+        assert learnt.slope == pytest.approx(cost.slope, rel=0.15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.floats(1e6, 1e11), st.integers(1, 4), st.integers(5, 60))
+def test_bandwidth_is_recovered(seed: int, bandwidth: float, threads: int, restores: int) -> None:
+    random, learner = Random(seed), CostLearner()
+    slow = set(random.sample(range(1, restores + 1), restores // 5))
+    for order in range(restores + 1):
+        factor = 30.0 if order == 0 else random.uniform(3, 30) if order in slow else random.uniform(0.97, 1.03)
+        learner.saw_loads(CHUNK, flow(random.randint(8, 24), threads, factor * CHUNK / bandwidth))
+    load = learner.costs().load
+    assert load is not None
+    assert (load.latency, load.chunk_bytes, load.threads) == (0.0, CHUNK, 1)
+    assert load.bandwidth == pytest.approx(bandwidth, rel=0.04)
+    assert learner.costs(chunk_bytes=3 * CHUNK).load == LoadCost(0.0, load.bandwidth, 3 * CHUNK)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.floats(0.0005, 0.05))
+def test_latency_shows_where_chunks_differ_in_size(seed: int, latency: float) -> None:
+    random, learner, bandwidth = Random(seed), CostLearner(), 1e9
+    for order in range(24):
+        size = CHUNK * (1 + order % 12)
+        interval = (latency + size / bandwidth) * random.uniform(0.99, 1.01) * (20 if order in (0, 9) else 1)
+        learner.saw_loads(size, flow(10, 2, interval))
+    load = learner.costs().load
+    assert load is not None
+    assert load.interval == pytest.approx(latency + load.chunk_bytes / bandwidth, rel=0.05)
+    assert learner.costs(CHUNK).load == LoadCost(load.latency, load.bandwidth, CHUNK)
+
+
+def test_nothing_is_known_at_first_and_a_cold_measurement_is_better_than_none() -> None:
+    learner = CostLearner()
+    assert learner.costs() == Costs(None, None)
+    learner.saw_compute(2, 9.0)
+    learner.saw_loads(CHUNK, [(0.0, 1.0)])
+    assert learner.costs() == Costs(ComputeCost(9.0, 0.0), LoadCost(0.0, CHUNK, CHUNK))
+    learner.saw_compute(2, 1.0)
+    learner.saw_loads(CHUNK, [(0.0, 0.5)])
+    assert learner.costs() == Costs(ComputeCost(1.0, 0.0), LoadCost(0.0, 2 * CHUNK, CHUNK))
+
+
+def test_overlapping_loads_share_the_bandwidth() -> None:
+    learner = CostLearner()
+    learner.saw_loads(CHUNK, [(0.0, 2.0), (0.0, 2.0), (10.0, 11.0)])
+    assert learner.costs().load == LoadCost(0.0, CHUNK, CHUNK)
+
+
+def test_a_change_is_followed_and_memory_is_bounded() -> None:
+    learner = CostLearner()
+    for seconds in (1.0, 7.0):
+        for index in range(3 * COMPUTE_WINDOW):
+            learner.saw_compute(index, seconds)
+        for _ in range(3 * LOAD_WINDOW):
+            learner.saw_loads(CHUNK, [(0.0, seconds)])
+    assert learner.costs() == Costs(ComputeCost(7.0, 0.0), LoadCost(0.0, CHUNK / 7, CHUNK))
+    plain = json.loads(learner.to_json())
+    assert (len(plain["steps"]), len(plain["loads"])) == (COMPUTE_WINDOW, LOAD_WINDOW)
+
+
+def test_many_points_are_thinned_and_keep_their_line() -> None:
+    learner = CostLearner()
+    for index in range(2 * FIT_POINTS + 7):
+        learner.saw_compute(index, 1.0 + 0.5 * index)
+    compute = learner.costs().compute
+    assert compute is not None
+    assert (compute.base, compute.slope) == pytest.approx((1.0, 0.5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(any_int, any_float), max_size=8),
+    st.lists(st.tuples(any_int, st.lists(st.tuples(any_float, any_float), max_size=4)), max_size=6),
+)
+def test_no_measurement_makes_a_senseless_cost(
+    steps: list[tuple[int, float]], restores: list[tuple[int, list[tuple[float, float]]]]
+) -> None:
+    learner = CostLearner()
+    for index, seconds in steps:
+        learner.saw_compute(index, seconds)
+    for chunk_bytes, spans in restores:
+        learner.saw_loads(chunk_bytes, spans)
+    assert_sound(learner.costs())
+    again = CostLearner.from_json(learner.to_json())
+    assert again is not None
+    assert again.costs() == learner.costs()
+
+
+# At rest.
+
+
+def a_document() -> dict[str, Any]:
+    learner = learn_steps(Random(7), ComputeCost(0.1, 0.01), list(range(5)))
+    for _ in range(3):
+        learner.saw_loads(CHUNK, flow(4, 2, 0.01))
+    plain: dict[str, Any] = json.loads(learner.to_json())
+    return plain
+
+
+def test_what_comes_back_from_json_learns_on_from_there() -> None:
+    learner = CostLearner.from_json(json.dumps(a_document()))
+    assert learner is not None
+    before = learner.costs()
+    learner.saw_compute(3, 1e5)  # cold again: a new process
+    learner.saw_loads(CHUNK, [(0.0, 1e5)])
+    assert learner.costs() == before
+    for _ in range(COMPUTE_WINDOW):
+        learner.saw_compute(3, 5.0)
+    assert learner.costs().compute == ComputeCost(5.0, 0.0)
+
+
+@given(st.text() | json_values.map(json.dumps))
+def test_any_text_is_ignored(text: str) -> None:
+    assert CostLearner.from_json(text) is None
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(a_document())), json_values)
+def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
+    learner = CostLearner.from_json(json.dumps({**a_document(), name: value}))
+    if learner is not None:
+        assert_sound(learner.costs())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", "other"),
+        ("version", 2),
+        ("version", True),
+        ("steps", {}),
+        ("steps", [[0, -1.0]]),
+        ("steps", [[-1, 1.0]]),
+        ("steps", [[0.5, 1.0]]),
+        ("steps", [[0, math.nan]]),
+        ("steps", [[0, math.inf]]),
+        ("steps", [[0, 10**400]]),
+        ("steps", [[0, 1.0, 2.0]]),
+        ("steps", [[True, 1.0]]),
+        ("loads", [[CHUNK, 1]]),
+        ("loads", [[CHUNK, 0, 1.0]]),
+        ("loads", [[CHUNK, 1, 0.0]]),
+        ("loads", [[0, 1, 1.0]]),
+        ("loads", [[2 * MAX_BYTES, 1, 1.0]]),
+        ("loads", [[1.5, 1, 1.0]]),
+        ("loads", ["abc"]),
+        ("cold_step", [0]),
+        ("cold_load", 3),
+    ],
+)
+def test_absurd_content_is_ignored(name: str, value: Any) -> None:
+    assert CostLearner.from_json(json.dumps(a_document())) is not None
+    assert CostLearner.from_json(json.dumps({**a_document(), name: value})) is None
+
+
+def test_missing_fields_and_deep_nesting_are_ignored() -> None:
+    for name in a_document():
+        assert CostLearner.from_json(json.dumps({k: v for k, v in a_document().items() if k != name})) is None
+    assert CostLearner.from_json("[" * 100_000) is None
+    assert CostLearner.from_json("9" * 10_000) is None
