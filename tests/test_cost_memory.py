@@ -1,0 +1,128 @@
+"""Costs are learnt while prompts go by, remembered, and used; a bad note about them harms nobody."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf.arithmetic.report import Span
+from cake_hf.movers.cost_memory import CostMemory, recall_costs
+from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
+
+COMPUTED = [Span("compute", index, 10.0 * index, 10.0 * index + 5.0, "computed") for index in range(4)]
+LOADED = [Span("load-0", 7 - index, float(index), index + 1.0, "loaded") for index in range(4)]
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return shared_model("llama")
+
+
+def notes(root: Path) -> list[Path]:
+    return sorted((root / "notes").glob("*"))
+
+
+def test_what_was_learnt_is_remembered_beside_the_store(tmp_path: Path) -> None:
+    memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
+    assert memory.costs(100).compute is None
+    memory.learn(COMPUTED, first=2, chunk_bytes=100)
+    memory.learn(LOADED, first=0, chunk_bytes=100)
+    again = recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100)
+    assert again.compute is not None
+    assert again.load is not None
+    assert again.compute.seconds(0) == pytest.approx(5.0)
+    assert again.load.interval == pytest.approx(1.0)
+    for other in (
+        recall_costs(LocalStore(tmp_path), "other", "cpu"),
+        recall_costs(LocalStore(tmp_path), "ns", "cuda:0"),
+    ):
+        assert other.costs(100).compute is None
+
+
+def test_a_store_without_a_folder_remembers_as_long_as_it_lives() -> None:
+    store = MemoryStore()
+    recall_costs(store, "ns", "cpu").learn(COMPUTED, 0, 100)
+    assert recall_costs(store, "ns", "cpu").costs(100).compute is not None
+    assert recall_costs(MemoryStore(), "ns", "cpu").costs(100).compute is None
+
+
+def test_the_tail_left_forwards_and_failed_loads_are_not_learnt_from() -> None:
+    memory = CostMemory(None)
+    spans = [
+        Span("compute", -1, 0, 9, "computed"),
+        Span("compute", 3, 0, 9, "left"),
+        Span("load-0", 2, 0, 9, "corrupt"),
+    ]
+    memory.learn(spans, 0, 100)
+    assert memory.costs(100).compute is None
+    assert memory.costs(100).load is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b'{"format": "somebody else\'s"}', b'{"a": ' * 9999, b"9" * 2**21]
+)
+def test_a_damaged_note_is_ignored_and_rewritten(tmp_path: Path, content: bytes) -> None:
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    (note,) = notes(tmp_path)
+    note.write_bytes(content)
+    memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
+    assert memory.costs(100).compute is None
+    memory.learn(COMPUTED, 0, 100)
+    assert notes(tmp_path) == [note]
+    assert json.loads(note.read_text())["steps"]
+
+
+def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("os.replace", refuse)
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    assert notes(tmp_path) == []
+
+
+def test_prompts_teach_and_notes_are_no_chunks(model: torch.nn.Module, tmp_path: Path) -> None:
+    for _ in range(2):
+        with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
+            run(model, prompt(), cache)
+            costs = cache._session.cost_memory(cache._session.namespace()).costs(1)
+    assert costs.compute is not None
+    assert costs.load is not None
+    assert len(list(LocalStore(tmp_path).keys())) == CHUNKS
+
+
+def test_no_compute_step_is_begun_if_the_loads_will_be_there_first(model: torch.nn.Module) -> None:
+    """As learnt, a step takes hours and a load no time: the main thread leaves all to the loaders."""
+    store = MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as saving:
+        saving.prefill(prompt())
+        namespace, layout = saving._session.namespace(), saving._session.layout()
+    teacher = CostMemory(None)
+    teacher.learn([Span("compute", index, 0.0, 9000.0, "computed") for index in range(8)], 0, layout.nbytes)
+    teacher.learn(
+        [Span("load-0", index, index * 1e-6, (index + 1) * 1e-6, "loaded") for index in range(8)], 0, layout.nbytes
+    )
+    recall_costs(store, namespace, "cpu")._learner = teacher._learner
+    with CakeCache(model, store, chunk_size=CHUNK) as warm:
+        outcome = run(model, prompt(), warm)
+        assert (warm.report.chunks_loaded, warm.report.chunks_computed) == (CHUNKS, 0)
+        assert [span.outcome for span in warm.report.timeline if span.actor == "compute"] == ["computed"]  # the tail
+    assert difference(outcome, oracle(model, prompt())) == ""
+
+
+def test_learners_go_with_their_store() -> None:
+    from cake_hf.movers import cost_memory
+
+    gc.collect()
+    before = len(cost_memory._learners)
+    store = MemoryStore()
+    recall_costs(store, "ns", "cpu")
+    assert len(cost_memory._learners) == before + 1
+    del store
+    gc.collect()
+    assert len(cost_memory._learners) == before
