@@ -35,7 +35,7 @@ GOALS = {
     },
     "saving": {"first_token_ratio", "generate_ratio"},
     "decoding": {"ratio"},
-    "memory": {"chunks_per_thread"},
+    "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
     "cached": {"over_floor", "load_over_floor", "over_load"},
 }
 TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]

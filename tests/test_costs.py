@@ -220,7 +220,7 @@ def test_many_points_are_thinned_and_keep_their_line() -> None:
     assert (compute.base, compute.slope) == pytest.approx((1.0, 0.5))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(any_int, any_float), max_size=8),
     st.lists(st.tuples(any_int, st.lists(st.tuples(any_float, any_float), max_size=4)), max_size=6),
@@ -267,7 +267,7 @@ def test_any_text_is_ignored(text: str) -> None:
     assert CostLearner.from_json(text) is None
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(a_document())), json_values)
 def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
     learner = CostLearner.from_json(json.dumps({**a_document(), name: value}))

@@ -22,6 +22,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
+from types import TracebackType
+from typing import Protocol
 
 SECOND_THOUGHTS = 0.005
 """Seconds after which a waiting main thread asks again whether waiting is still the faster way."""
@@ -57,6 +59,22 @@ class Strategy(str, Enum):
     LOAD = "load"
 
 
+class Changed(Protocol):
+    """What the frontier needs of a `threading.Condition`."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> object: ...
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Until notified, or for that many seconds of the frontier's clock."""
+
+    def notify_all(self) -> None:
+        """Wake up whoever waits."""
+
+
 class Frontier:
     """Ledger of one restore. All methods may be called from any thread; `advance` only from the main one.
 
@@ -68,6 +86,8 @@ class Frontier:
         worth: called as `worth(chunk, loads_left, idle_seconds)` before a chunk is computed that could be loaded: False if the
             loads that are left would be there before its computation ends. Idle is the time since a load last began or ended.
         clock: monotonic seconds; replaceable for tests.
+        changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
+            `threading.Condition`.
     """
 
     def __init__(
@@ -79,6 +99,7 @@ class Frontier:
         near: int = 0,
         worth: Callable[[int, int, float], bool] = lambda chunk, loads_left, idle_seconds: True,
         clock: Callable[[], float] = time.monotonic,
+        changed: Changed | None = None,
     ) -> None:
         loadable = strategy is not Strategy.COMPUTE
         self._states = [State.WAITING if has and loadable else State.ABSENT for has in present]
@@ -89,7 +110,7 @@ class Frontier:
         self._near = near if strategy is Strategy.BOTH else 0
         self._worth = worth
         self._clock = clock
-        self._changed = threading.Condition()
+        self._changed: Changed = threading.Condition() if changed is None else changed
         self._front = 0
         self._back = len(self._states) - 1
         self._last_progress = clock()

@@ -121,19 +121,19 @@ class Report:
 
 
 def _text_lane(spans: list[Span], total: float) -> str:
-    """One actor's lane: each span is drawn as its chunk number followed by '=' (or '!' where it was not usable)."""
+    """One actor's lane: each span is its chunk's number, then '=' (or '~': it was left, '!': it was not usable)."""
     cells = [" "] * LANE_WIDTH
     for span in spans:
         start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
         end = max(start + 1, round(span.end / total * LANE_WIDTH))
-        fill = "=" if span.outcome in ("computed", "loaded") else "!"
+        fill = {"computed": "=", "loaded": "=", "left": "~"}.get(span.outcome, "!")
         label = "t" if span.chunk < 0 else str(span.chunk)
         cells[start:end] = list((label + fill * (end - start))[: end - start])
     return "".join(cells)
 
 
 def _html_span(span: Span, total: float) -> str:
-    colour = {"computed": "#e07b39", "loaded": "#3a7ca5"}.get(span.outcome, "#b00020")
+    colour = {"computed": "#e07b39", "loaded": "#3a7ca5", "left": "#8a8f98"}.get(span.outcome, "#b00020")
     label = "tail" if span.chunk < 0 else str(span.chunk)
     return (
         f"<div title='{html.escape(span.actor)}: {label}, {(span.end - span.start) * 1e3:.1f} ms, {span.outcome}' "

@@ -26,12 +26,13 @@ def plan_command(
     chunks: Annotated[int, typer.Option(min=1, max=100_000, help="Full chunks of the prompt, all of them stored.")],
     compute_base: Annotated[float | None, typer.Option(help="Seconds to compute the first chunk.")] = None,
     compute_slope: Annotated[
-        float | None, typer.Option(help="Seconds that each further chunk costs more than the one before. [default: 0]")
+        float | None,
+        typer.Option(help="Seconds that each further chunk costs more than the one before; 0 if not given."),
     ] = None,
     chunk_mib: Annotated[float | None, typer.Option(help="MiB of KV per chunk.")] = None,
     gbps: Annotated[float | None, typer.Option(help="Bandwidth of the store in 10^9 bits per second.")] = None,
     latency_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds until a load's first byte. [default: 0]")
+        float | None, typer.Option(help="Milliseconds until a load's first byte; 0 if not given.")
     ] = None,
     threads: Annotated[
         int, typer.Option(help="Loads at a time; they share the bandwidth and overlap the latency.")

@@ -14,8 +14,12 @@ from cake_hf.people.units import seconds_text
 
 COMPUTED = ("black on dark_orange", "black on orange3")
 LOADED = ("white on dodger_blue3", "white on deep_sky_blue4")
+LEFT = ("black on grey70", "black on grey62")
 FAILED = ("white on red3", "white on dark_red")
 """Two shades each, so that neighbouring chunks can be told apart."""
+
+
+STYLES = {"computed": COMPUTED, "loaded": LOADED, "left": LEFT}
 
 
 def report_table(report: Report) -> Table:
@@ -56,9 +60,8 @@ class Lanes:
 def legend(report: Report) -> Text:
     """What those colours mean that the report's lanes show."""
     outcomes = {span.outcome for span in report.timeline}
-    meanings = {"computed": COMPUTED, "loaded": LOADED}
-    shown = [(f" {outcome} ", style[0]) for outcome, style in meanings.items() if outcome in outcomes]
-    if outcomes - set(meanings):
+    shown = [(f" {outcome} ", style[0]) for outcome, style in STYLES.items() if outcome in outcomes]
+    if outcomes - set(STYLES):
         shown.append((" not usable ", FAILED[0]))
     return Text(" ").join(Text(*entry) for entry in shown)
 
@@ -115,7 +118,7 @@ def _lane(spans: Sequence[Span], total: float, width: int, fill: str) -> Text:
 
 
 def _style(span: Span, order: int) -> str:
-    shades = {"computed": COMPUTED, "loaded": LOADED}.get(span.outcome, FAILED)
+    shades = STYLES.get(span.outcome, FAILED)
     return shades[order % 2]
 
 

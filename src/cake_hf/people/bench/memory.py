@@ -2,9 +2,10 @@
 
 How it is measured: a fresh process builds the same model, restores the prompt once with nothing watching (so that what
 is paid once per process is paid), then restores it into a second cache and looks at how far its resident memory (RSS)
-rose at the highest point of that. The KV that is there afterwards is subtracted; what is left is what reading, checking
-and placing took. The restore is load-only and without the prompt's last piece, since the working memory of a forward is
-the model's, not ours.
+rose at the highest point of that. The KV that is there afterwards is subtracted. This is done twice. Load-only, what is left
+is what reading, checking and placing took. From both ends it is that, the chunks that are loaded aside because the main
+thread may be computing them, and the working memory of a forward: the model's, not ours, but there is no telling them
+apart, so this is the most that can be ours. The prompt's last piece is in neither.
 
 What the number counts: pages that were touched, of any kind, by any thread, at one moment. What it does not: address
 space that was reserved and never touched (the buffers' headroom for tokens to come), and the operating system's page
@@ -34,10 +35,11 @@ from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.settings import Settings
 from cake_hf.people.bench.timing import Sample
-from cake_hf.people.bench.workbench import Workbench
+from cake_hf.people.bench.workbench import Workbench, await_loaders
 from cake_hf.stores.local import LocalStore
 
 FEW_CHUNKS = Goal(3.0)
+STRATEGIES = ("load", "both")
 SAMPLING_SECONDS = 0.0005
 GIVE_BACK_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096"}
 
@@ -61,13 +63,21 @@ def measure(bench: Workbench) -> Result:
     title = "Memory of a warm restore beside the KV"
     if not Path("/proc/self/status").exists():
         return Result(title, {}, {"reason": "this system has no /proc"})
-    looks = [_ask_child(bench) for _ in range(min(3, bench.settings.repeats))]
+    answers = [_ask_child(bench) for _ in range(min(3, bench.settings.repeats))]
     threads = bench.settings.limits.loader_threads
-    extra = Sample(tuple(look["extra_bytes"] / look["chunk_bytes"] / threads for look in looks))
+    chunks = {
+        strategy: Sample(tuple(a[strategy]["extra_bytes"] / a[strategy]["chunk_bytes"] / threads for a in answers))
+        for strategy in STRATEGIES
+    }
     return Result(
         title,
-        {"chunks_per_thread": Figure.of("chunks per loader thread", extra, "chunks", FEW_CHUNKS)},
-        {"loader_threads": threads, "looks": looks},
+        {
+            "chunks_per_thread": Figure.of("load-only, chunks per thread", chunks["load"], "chunks", FEW_CHUNKS),
+            "chunks_per_thread_with_forward": Figure.of(
+                "both and forward, chunks per thread", chunks["both"], "chunks", FEW_CHUNKS
+            ),
+        },
+        {"loader_threads": threads, "looks": answers},
     )
 
 
@@ -90,35 +100,41 @@ def _ask_child(bench: Workbench) -> dict[str, Any]:
     return answer
 
 
-def look(question: dict[str, Any]) -> dict[str, Any]:
-    """In the fresh process: restore, forget, restore again under observation.
-
-    Raises:
-        CakeError: not every chunk was loaded, so that this would be the memory of something else.
-    """
+def answer_for(question: dict[str, Any]) -> dict[str, Any]:
+    """In the fresh process: what each strategy's restore takes."""
     torch.set_num_threads(question["threads"])
     settings = Settings.from_dict(question["settings"])
     store = LocalStore(question["store"])
     bench = Workbench(settings, build_model(settings), build_prompt(settings), store.root)
-    _restore(bench, store)
+    return {strategy: look(bench, store, strategy) for strategy in STRATEGIES}
+
+
+def look(bench: Workbench, store: LocalStore, strategy: str) -> dict[str, Any]:
+    """Restore, forget, restore again under observation.
+
+    Raises:
+        CakeError: nothing was loaded, so that this would be the memory of something else.
+    """
+    chunks = bench.settings.chunks
+    with bench.cache(store, strategy=strategy) as cache:
+        cache.prefill(bench.ids)
+    del cache
+    await_loaders()
     gc.collect()
-    with bench.cache(store, strategy="load") as cache:
+    with bench.cache(store, strategy=strategy) as cache:
         with peak() as seen:
             report = cache.prefill(bench.ids)
+            await_loaders()
         kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    if report.chunks_loaded != settings.chunks:
-        raise CakeError(f"{report.chunks_loaded} of {settings.chunks} chunks were loaded. {report.reason}")
+    if not report.chunks_loaded or report.chunks_loaded + report.chunks_computed != chunks:
+        raise CakeError(f"{report.chunks_loaded} of {chunks} chunks were loaded. {report.reason}")
     return {
         "extra_bytes": seen.highest - seen.before - kv,
         "kv_bytes": kv,
-        "chunk_bytes": kv / settings.chunks,
+        "chunk_bytes": kv / chunks,
+        "chunks_computed": report.chunks_computed,
         "method": seen.method,
     }
-
-
-def _restore(bench: Workbench, store: LocalStore) -> None:
-    with bench.cache(store, strategy="load") as cache:
-        cache.prefill(bench.ids)
 
 
 @contextmanager
@@ -154,4 +170,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(look(json.loads(sys.argv[1]))))
+    print(json.dumps(answer_for(json.loads(sys.argv[1]))))

@@ -6,6 +6,7 @@ import gc
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,8 +53,8 @@ class Run:
     report: Report
 
     def spans(self) -> list[Span]:
-        """The main thread's computed chunks, in order, without the last piece."""
-        return [span for span in self.report.timeline if span.actor == "compute" and span.chunk >= 0]
+        """The chunks that the main thread made, in order, without the last piece and without forwards that were left."""
+        return [span for span in self.report.timeline if span.outcome == "computed" and span.chunk >= 0]
 
     @property
     def tail_seconds(self) -> float:
@@ -64,16 +65,19 @@ class Run:
         """Where the seconds of a restored prompt went; the parts add up to the whole.
 
         before: from the call to the first chunk's start (keys, lookup, buffers, thread starts);
-        computing: the main thread's chunks; waiting: for loads, and whatever else is between the chunks;
+        computing: the main thread's chunks; left: chunks it began that then came from the store; waiting: for loads, and
+        whatever else is between the chunks;
         suffix: the prompt's last piece; outside: what `generate` does before and after.
         """
         tail = next(span for span in self.report.timeline if span.chunk < 0)
         first = min(span.start for span in self.report.timeline)
         computing = sum(span.end - span.start for span in self.spans())
+        left = sum(span.end - span.start for span in self.report.timeline if span.outcome == "left")
         return {
             "before": first,
             "computing": computing,
-            "waiting": max(0.0, tail.start - first - computing),
+            "left": left,
+            "waiting": max(0.0, tail.start - first - computing - left),
             "suffix": tail.end - tail.start,
             "outside": self.seconds - tail.end,
         }
@@ -139,6 +143,7 @@ class Workbench:
 
     def generate(self, cache: Any, label: str, *, new_tokens: int = 1, **options: Any) -> Run:
         """`model.generate` on the prompt with that cache, timed; the first token's logits are checked."""
+        await_loaders()
         gc.collect()
         clock = TokenClock()
         begin = time.perf_counter()
@@ -199,6 +204,13 @@ class Workbench:
                 f"{label}: {loaded} chunks loaded, {report.chunks_computed} computed, {report.chunks_failed} failed "
                 f"of {chunks}. {report.reason}"
             )
+
+
+def await_loaders() -> None:
+    """A load that was overtaken may still be under way when its prompt is done; it shall not disturb the next timing."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-load"):
+            thread.join()
 
 
 def remove(folder: Path) -> None:

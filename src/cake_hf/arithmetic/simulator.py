@@ -1,0 +1,359 @@
+"""Whole restores on a virtual clock: the frontier and the planner as they are, in settings that no machine here has.
+
+One thread plays all parts. Loaders are events on a clock that moves only when something is waited for, so a simulated hour
+takes no time, and the same setting always gives the same outcome. What stands in for the world:
+
+- Computing chunk i takes `f_i / s` seconds, s the share of the device. A forward is left at a layer's border only.
+- One line brings one chunk after the other, each in `chunk bytes / bandwidth` seconds; a read ends `latency` after its
+  chunk came off the line. (As in `stores.wrappers.ThrottledStore`.)
+- All else (checks, copies, locks, waking up) takes no time. So what is lost here is lost by the decisions alone.
+
+Source of the policy that is compared with: Cake (Jin et al., ICML 2025, arXiv 2410.03065).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import accumulate
+from types import TracebackType
+from typing import Literal
+
+from cake_hf.arithmetic.costs import MAX_SECONDS, CostLearner, Costs, LoadCost
+from cake_hf.arithmetic.frontier import Frontier, Strategy
+from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
+from cake_hf.arithmetic.planner import worth_starting
+from cake_hf.arithmetic.report import Span
+
+Policy = Literal["both", "compute", "load", "cake"]
+"""What is simulated: the three strategies of the library, or the paper's own policy as a reference."""
+
+MAX_CHUNKS = 100_000
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One prompt, all of whose full chunks are stored, on one machine.
+
+    Attributes:
+        compute: f_i, seconds to compute chunk i with the whole device. For a straight line see `steps`.
+        chunk_bytes: bytes of one chunk.
+        bandwidth: bytes per second of the line, shared by all loads.
+        latency: seconds added to each read.
+        threads: loader threads.
+        layers: of the model; a forward can be left at so many places.
+        suffix: S, seconds to compute the prompt's last piece with the whole device.
+        gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
+        costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
+        near: chunks beyond the front that are loaded aside (see `Frontier`); None for as many as there are threads, which
+            is what a restore takes.
+        read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
+
+    Raises:
+        ValueError: a number is out of range or not a number.
+    """
+
+    compute: tuple[float, ...]
+    chunk_bytes: float
+    bandwidth: float
+    latency: float = 0.0
+    threads: int = 2
+    layers: int = 32
+    suffix: float = 0.0
+    gpu_share: float = 1.0
+    costs_known: bool = True
+    near: int | None = None
+    read_timeout: float = math.inf
+
+    def __post_init__(self) -> None:
+        _ = self.line
+        _check("number of chunks", len(self.compute), 1, MAX_CHUNKS)
+        _check("number of layers", self.layers, 1, MAX_LAYERS)
+        _check("part of the device", self.gpu_share, 1e-6, 1)
+        _check("number of chunks loaded aside", self.near or 0, 0, MAX_CHUNKS)
+        _check("deadline of a read", self.read_timeout, 1e-9, math.inf)
+        _check("suffix's seconds", self.suffix / self.gpu_share, 0, MAX_SECONDS)
+        for seconds in self.compute:
+            _check("seconds to compute a chunk", seconds / self.gpu_share, 1e-9, MAX_SECONDS)
+
+    @property
+    def chunks(self) -> int:
+        """n, full chunks of the prompt."""
+        return len(self.compute)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """f_i / s, seconds that computing chunk i takes here."""
+        return [seconds / self.gpu_share for seconds in self.compute]
+
+    @property
+    def suffix_seconds(self) -> float:
+        """S / s, seconds that computing the prompt's last piece takes here."""
+        return self.suffix / self.gpu_share
+
+    @property
+    def line(self) -> LoadCost:
+        """What loading takes here. Its `finish(k)` is exact: all threads start at 0 and nothing else is on the line."""
+        return LoadCost(self.latency, self.bandwidth, self.chunk_bytes, self.threads)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one simulated restore came to.
+
+    Attributes:
+        seconds: to the first token: until the two ends meet, and the prompt's last piece after it.
+        computed, loaded: chunks; together all of them.
+        left: forwards that were left because their chunk had arrived.
+        spans: who did which chunk from when to when, as in a report's timeline.
+    """
+
+    seconds: float
+    computed: int
+    loaded: int
+    left: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting under all policies. All times are seconds to the first token.
+
+    Attributes:
+        both: T, what the library takes.
+        compute, load: Tc and Tl, the single methods.
+        cake: what the paper's policy takes.
+        best: T*, the least that any token-wise split could take.
+        outcome: of T.
+    """
+
+    both: float
+    compute: float
+    load: float
+    cake: float
+    best: float
+    outcome: Outcome
+
+    @property
+    def eta(self) -> float:
+        """`T* / T`: 1 is perfect."""
+        return self.best / self.both
+
+    @property
+    def sigma(self) -> float:
+        """`T / Tc + T / Tl`: 1 is the best for chunks that all cost the same to compute."""
+        return self.both / self.compute + self.both / self.load
+
+    @property
+    def ratio(self) -> float:
+        """`T / min(Tc, Tl)`: above 1 is slower than the better single method."""
+        return self.both / min(self.compute, self.load)
+
+
+def steps(chunks: int, base: float, slope: float = 0.0) -> tuple[float, ...]:
+    """f_i = base + slope * i, in seconds: the compute costs of Cake's model.
+
+    Args:
+        chunks: n.
+        base: seconds of the first chunk.
+        slope: seconds that each further chunk costs more than the one before it.
+    """
+    _check("number of chunks", chunks, 1, MAX_CHUNKS)
+    return tuple(base + slope * index for index in range(chunks))
+
+
+def evaluate(setting: Setting) -> Cell:
+    """All policies in one setting."""
+    compute, load = simulate(setting, "compute"), simulate(setting, "load")
+    outcome = _Restore(setting, "both", _learn(setting, compute, load)).run()
+    return Cell(
+        both=outcome.seconds,
+        compute=compute.seconds,
+        load=load.seconds,
+        cake=simulate(setting, "cake").seconds,
+        best=best_seconds(setting),
+        outcome=outcome,
+    )
+
+
+def simulate(setting: Setting, strategy: Policy) -> Outcome:
+    """One restore.
+
+    Args:
+        setting: where it happens.
+        strategy: "both", "compute" or "load" are the library's own. "cake" is the paper's policy: after each step it asks
+            whether the next chunk is already there and otherwise computes it, however soon it would come; no cost model,
+            and no forward is left.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    if strategy not in ("both", "compute", "load", "cake"):
+        raise ValueError(f"The strategy must be both, compute, load or cake, got {strategy!r}.")
+    costs = Costs()
+    if strategy == "both" and setting.costs_known:
+        costs = _learn(setting, simulate(setting, "compute"), simulate(setting, "load"))
+    return _Restore(setting, strategy, costs).run()
+
+
+def best_seconds(setting: Setting) -> float:
+    """T*, the least time of any token-wise split: `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
+
+    L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
+    order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
+    n - m others are loads over the same line.
+    """
+    fronts = accumulate(setting.step_seconds, initial=0.0)
+    finish = setting.line.finish
+    return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
+
+
+def _learn(setting: Setting, compute: Outcome, load: Outcome) -> Costs:
+    """What is believed after a prompt that was all computed and one that was all loaded, learnt as a restore learns it."""
+    learner = CostLearner()
+    if setting.costs_known:
+        for span in compute.spans:
+            learner.saw_compute(span.chunk, span.end - span.start)
+        learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in load.spans])
+    return learner.costs(round(setting.chunk_bytes))
+
+
+class _Clock:
+    """Seconds that pass only when somebody waits; what was planned for the time that passes then happens, in order."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    @property
+    def next(self) -> float:
+        """When the next thing happens; infinite if nothing will."""
+        return self._planned[0][0] if self._planned else math.inf
+
+    def plan(self, when: float, action: Callable[[], None]) -> None:
+        """Let something happen; of what is planned for one moment, what was planned first happens first."""
+        self._count += 1
+        heappush(self._planned, (when, self._count, action))
+
+    def step(self) -> None:
+        """Go to the next thing that happens."""
+        self.now, _, action = heappop(self._planned)
+        action()
+
+    def go_to(self, when: float) -> None:
+        """Let time pass, with all that happens up to and at that moment."""
+        while self.next <= when:
+            self.step()
+        self.now = when
+
+
+class _Changed:
+    """Stands in for a `threading.Condition`: there is one thread, so the lock is nothing and waiting lets time pass."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+        self._notified = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        end = self._clock.now + (math.inf if timeout is None else timeout)
+        self._notified = False
+        while not self._notified and self._clock.next <= end:
+            if self._clock.next == math.inf:
+                raise RuntimeError("The simulated main thread waits for what will never happen.")
+            self._clock.step()
+        if not self._notified:
+            self._clock.now = end
+        return self._notified
+
+    def notify_all(self) -> None:
+        self._notified = True
+
+
+class _Restore:
+    """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `cache.restore` and `movers.loader`."""
+
+    def __init__(self, setting: Setting, policy: Policy, costs: Costs) -> None:
+        self._setting = setting
+        self._policy = policy
+        self._clock = _Clock()
+        self._line_free_at = 0.0
+        self._spans: list[Span] = []
+        near = setting.threads if setting.near is None else setting.near
+        self._frontier = Frontier(
+            [True] * setting.chunks,
+            strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),
+            read_timeout=setting.read_timeout,
+            near=setting.chunks
+            if policy == "cake"
+            else near,  # Cake computes whatever is not there when it is asked for
+            worth=lambda index, loads_left, idle: worth_starting(costs, index, loads_left, idle),
+            clock=self._clock,
+            changed=_Changed(self._clock),
+        )
+
+    def run(self) -> Outcome:
+        for number in range(self._setting.threads if self._policy != "compute" else 0):
+            self._load_next(f"load-{number}")
+        left, seconds = 0, self._setting.step_seconds
+        while (index := self._frontier.advance()) is not None:
+            begin = self._clock.now
+            if self._forward(index, seconds[index]):
+                self._frontier.computed(index)
+                self._record("compute", index, begin, "computed")
+            else:
+                left += 1
+                self._record("compute", index, begin, "left")
+        loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
+        total = self._clock.now + self._setting.suffix_seconds
+        return Outcome(total, self._setting.chunks - loaded, loaded, left, tuple(self._spans))
+
+    def _forward(self, index: int, seconds: float) -> bool:
+        """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
+        begin, end = self._clock.now, self._clock.now + seconds
+        while self._policy != "cake" and self._clock.next <= end:
+            self._clock.step()
+            if self._frontier.lost(index):
+                layer = math.ceil((self._clock.now - begin) / seconds * self._setting.layers)
+                if layer < self._setting.layers:
+                    self._clock.go_to(max(self._clock.now, begin + seconds * layer / self._setting.layers))
+                    return False
+        self._clock.go_to(end)
+        return True
+
+    def _load_next(self, actor: str) -> None:
+        """A loader claims a chunk and books the line for it; what it does when the read ends is planned."""
+        index = self._frontier.claim()
+        if index is None:
+            return
+        begin = self._clock.now
+        self._line_free_at = max(begin, self._line_free_at) + self._setting.chunk_bytes / self._setting.bandwidth
+
+        def read_ends() -> None:
+            if self._frontier.settle(index, LoadOutcome.LOADED):
+                self._record(actor, index, begin, LoadOutcome.LOADED.value)
+            self._load_next(actor)
+
+        self._clock.plan(self._line_free_at + self._setting.latency, read_ends)
+
+    def _record(self, actor: str, index: int, begin: float, outcome: str) -> None:
+        self._spans.append(Span(actor, index, begin, self._clock.now, outcome))
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # so that NaN is refused, too
+        raise ValueError(f"The {name} must be between {low:g} and {high:g}, got {value:g}.")
