@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
+from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 
@@ -74,7 +75,7 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     gate = GateStore(filled_store(model))
     assert len(attentions(model)) == LAYERS
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
-        cache._session.kv_like()
+        kv_like(model)
 
         def arrive() -> None:
             gate.open()

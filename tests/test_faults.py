@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError
+from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
@@ -186,7 +187,7 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
             raise MemoryError("simulated")
 
     with CakeCache(model, store, chunk_size=CHUNK, strategy="compute") as cache:
-        cache._session.kv_like()
+        kv_like(model)
         handle = model.register_forward_pre_hook(fail, with_kwargs=True)
         with pytest.raises(MemoryError):
             run(model, prompt(), cache)

@@ -17,6 +17,7 @@ import torch
 
 import cake_hf
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.codec import checksum, encode_header, parse_header
 from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, oracle, prompt, run, shared_model
@@ -85,7 +86,7 @@ def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
         gate = GateStore(filled_store(family, dtype, attention))
         # One loader: a second one would hold the chunk before the meeting point.
         with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as warm:
-            warm._session.kv_like()  # runs the model once, which must not count
+            kv_like(model)  # runs the model once, which must not count
             with meeting_at(model, gate, meeting):
                 outcome = run(model, prompt(), warm)
             assert (warm.report.chunks_computed, warm.report.chunks_loaded) == (meeting, CHUNKS - meeting)

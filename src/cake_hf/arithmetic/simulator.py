@@ -294,6 +294,8 @@ class _Restore:
         self._line_free_at = 0.0
         self._spans: list[Span] = []
         near = setting.threads if setting.near is None else setting.near
+        if policy == "cake":
+            near = setting.chunks  # it computes whatever is not there when it asks
         self._frontier = Frontier(
             [True] * setting.chunks,
             strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),

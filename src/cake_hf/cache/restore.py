@@ -24,6 +24,7 @@ from cake_hf.arithmetic.planner import worth_starting
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
+from cake_hf.cache.probe import kv_like
 from cake_hf.cache.session import Session
 from cake_hf.movers.deadline import call_with_deadline
 from cake_hf.movers.loader import LoadJob, start_loaders
@@ -119,7 +120,7 @@ def restore(
         progress: called with (chunks that are there, all chunks) now and then.
     """
     base, size = prompt.call.past, session.chunk_size
-    for layer, (keys, values) in zip(layers, session.kv_like(), strict=True):
+    for layer, (keys, values) in zip(layers, kv_like(session.model), strict=True):
         layer.reserve(keys, values, base + prompt.call.tokens + HEADROOM_TOKENS)
     costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
 

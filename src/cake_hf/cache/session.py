@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import DynamicCache
 
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.hook import ModelHook
+from cake_hf.cache.probe import kv_like
 from cake_hf.movers.cost_memory import CostMemory, recall_costs
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
-from cake_hf.tensors.fingerprint import autocast_facts, canonical, model_facts, numerics_facts
+from cake_hf.tensors.fingerprint import canonical, model_facts, numerics_facts
 from cake_hf.tensors.layout import ChunkLayout, Piece
 
 
@@ -53,7 +53,6 @@ class Session:
         if save:
             self.store.check_writable()
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
-        self._kv_like: dict[object, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._count_lock = threading.Lock()
         owned = None if self.store is store else self.store
         # Runs once: on close(), or when the last cache of this session is gone.
@@ -96,26 +95,11 @@ class Session:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
         return namespace_digest(canonical(facts))
 
-    def kv_like(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each layer a K and a V of one token, `[1, heads, 1, head_dim]`, as the model makes them at present.
-
-        Found out by running one token: no config says for all model families how many heads of which size are kept.
-        """
-        present = next(self.model.parameters())
-        mode = (present.dtype, present.device, autocast_facts(present.device.type))
-        if mode not in self._kv_like:
-            probe = DynamicCache(config=self.model.config)
-            token = torch.zeros((1, 1), dtype=torch.long, device=present.device)
-            with torch.no_grad():
-                self.model(input_ids=token, past_key_values=probe, use_cache=True)
-            self._kv_like = {mode: [(layer.keys, layer.values) for layer in probe.layers]}
-        return self._kv_like[mode]
-
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""
         pieces = [
             Piece(f"layers.{number}.{what}", tensor.shape[1], tensor.shape[3], tensor.dtype)
-            for number, pair in enumerate(self.kv_like())
+            for number, pair in enumerate(kv_like(self.model))
             for what, tensor in zip(("keys", "values"), pair, strict=True)
         ]
         return ChunkLayout(self.chunk_size, tuple(pieces))

@@ -57,6 +57,7 @@ class CostMemory:
             loads = [(span.start, span.end) for span in timeline if span.outcome == "loaded"]
             if loads:
                 self._learner.saw_loads(chunk_bytes, loads)
+            self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
             text = self._learner.to_json()
         if self._file is not None:
             _write(self._file, text)

@@ -15,6 +15,7 @@ from cake_hf.people.demo.play import DemoOptions, play
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.people.models import Dtype
 from cake_hf.people.plan import plan_command
+from cake_hf.people.simulate import simulate_command
 from cake_hf.people.store_tables import chunk_facts, listing, show_verified, totals
 from cake_hf.people.verify import delete, verify
 from cake_hf.people.warm import WarmJob, show_warmed, warm
@@ -126,6 +127,7 @@ def demo_command(
 
 app.command("bench")(bench)
 app.command("plan")(plan_command)
+app.command("simulate")(simulate_command)
 
 
 def _show_version(asked: bool) -> None:
