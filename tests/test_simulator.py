@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.arithmetic.simulator import MAX_CHUNKS, Policy, Setting, best_seconds, evaluate, simulate, steps
+from cake_hf.arithmetic.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
 from cake_hf.people import simulate as command_module
 from cake_hf.people.cli import app
 from cake_hf.people.simulate import BEYOND, PAPER, setting_of
@@ -54,7 +55,7 @@ any_setting = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(where=any_setting, policy=st.sampled_from(POLICIES))
 def test_every_chunk_is_computed_or_loaded_once(where: Setting, policy: Policy) -> None:
     outcome = simulate(where, policy)
@@ -68,14 +69,14 @@ def test_every_chunk_is_computed_or_loaded_once(where: Setting, policy: Policy) 
     assert all(0 <= span.start <= span.end <= outcome.seconds + TINY for span in outcome.spans)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(where=any_setting)
 def test_nothing_is_faster_than_the_best_split(where: Setting) -> None:
     best = best_seconds(where)
     assert all(simulate(where, policy).seconds >= best * (1 - TINY) for policy in POLICIES)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(where=any_setting)
 def test_the_single_methods_take_what_their_formulas_say(where: Setting) -> None:
     compute = simulate(where, "compute")
@@ -86,7 +87,7 @@ def test_the_single_methods_take_what_their_formulas_say(where: Setting) -> None
     assert (load.computed, load.loaded) == (0, where.chunks)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(where=any_setting)
 def test_the_papers_policy_takes_what_a_loop_without_a_ledger_says(where: Setting) -> None:
     """Chunk i arrives as the (n - i)-th; the first that is there when it is asked for ends the walk."""
@@ -98,7 +99,7 @@ def test_the_papers_policy_takes_what_a_loop_without_a_ledger_says(where: Settin
     assert simulate(where, "cake").seconds == pytest.approx(now + where.suffix_seconds)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(where=any_setting)
 def test_the_same_setting_gives_the_same_outcome(where: Setting) -> None:
     assert evaluate(where) == evaluate(where)
@@ -146,7 +147,7 @@ def test_a_share_of_the_device_slows_computing_only() -> None:
 def grid(threads: tuple[int, ...], latencies: tuple[float, ...], **rest: float) -> Iterator[Setting]:
     """Tl/Tc from 1/100 to 100, costs from flat to steep; latencies in units of a chunk's time on the line."""
     ratios = (0.01, 0.1, 0.3, 0.55, 0.8, 1.0, 1.3, 1.9, 4.0, 10.0, 100.0)
-    for chunks, ratio, slope in product((1, 2, 4, 8, 16, 32, 64), ratios, (0.0, 0.02, 1.0)):
+    for chunks, ratio, slope in product((1, 2, 4, 8, 32), ratios, (0.0, 0.02, 1.0)):
         costs = steps(chunks, 0.05, 0.05 * slope)
         load = ratio * sum(costs) / chunks
         for count, latency, layers in product(threads, latencies, (1, 32)):
@@ -154,19 +155,23 @@ def grid(threads: tuple[int, ...], latencies: tuple[float, ...], **rest: float) 
             yield setting(chunks, 0.05, 0.05 * slope, load, latency * load, **where)
 
 
+@cache
+def cell_of(where: Setting) -> Cell:
+    return evaluate(where)
+
+
 def too_slow(cells: Iterator[Setting]) -> list[tuple[float, Setting]]:
-    return [(ratio, where) for where in cells if (ratio := evaluate(where).ratio) > NEVER_SLOWER]
+    return [(ratio, where) for where in cells if (ratio := cell_of(where).ratio) > NEVER_SLOWER]
 
 
 def wasteful(cells: Iterator[Setting]) -> list[tuple[float, Setting]]:
     """Both sides are worth using, there are enough chunks, and yet the best split is missed by far."""
-    found = []
-    for where in cells:
-        if where.chunks >= 8:
-            cell = evaluate(where)
-            if 0.5 <= cell.load / cell.compute <= 2 and cell.eta < NEAR_PERFECT:
-                found.append((cell.eta, where))
-    return found
+    worth_both = (
+        (cell.eta, where)
+        for where in cells
+        if where.chunks >= 8 and 0.5 <= (cell := cell_of(where)).load / cell.compute <= 2
+    )
+    return [(eta, where) for eta, where in worth_both if eta < NEAR_PERFECT]
 
 
 def test_never_slower_than_the_better_single_method_with_known_costs() -> None:
@@ -180,21 +185,29 @@ def test_near_perfect_with_known_costs() -> None:
     assert wasteful(grid((1,), (0.3, 3.0))) == []
 
 
-@pytest.mark.xfail(strict=True, reason="near is the number of threads: the main thread waits for chunks loaded in place")
+@pytest.mark.xfail(
+    strict=True, reason="near is the number of threads: the main thread waits for chunks loaded in place"
+)
 def test_never_slower_with_as_many_chunks_loaded_aside_as_a_restore_takes() -> None:
     assert too_slow(grid((2,), (0.0,), near=2)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="loads that overlap their latency arrive in bursts, which worth_starting does not know")
+@pytest.mark.xfail(
+    strict=True, reason="loads that overlap their latency arrive in bursts, which worth_starting does not know"
+)
 def test_never_slower_where_latency_is_most_of_a_load() -> None:
     assert too_slow(grid((2, 4), (3.0,))) == []
 
 
-def test_the_first_prompt_ever_is_at_most_one_step_from_the_best_split() -> None:
-    """No costs are known, so a step may be begun that ends after the loads: it is left at the next layer."""
-    for where in grid((1, 2), (0.0,), costs_known=False):
-        longest = max(where.step_seconds) / where.layers
-        assert evaluate(where).both <= best_seconds(where) + longest + TINY
+def test_the_first_prompt_ever_is_at_most_one_layer_from_the_best_split() -> None:
+    """No costs are known, so a step may be begun that ends after the loads: it is left at the next layer.
+
+    Let i be the chunk it is left in, F(i) when it was begun, L(i) when its load ends. Then `T = min(F(i + 1), L(i) + layer)`
+    and `T* >= min(F(i + 1), L(i))`.
+    """
+    for where in grid((1, 2, 4), (0.0, 0.3, 3.0), costs_known=False):
+        layer = max(where.step_seconds) / where.layers
+        assert simulate(where, "both").seconds <= best_seconds(where) + layer + TINY
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def measure(bench: Workbench) -> Result:
         {
             "chunks_per_thread": Figure.of("load-only, chunks per thread", chunks["load"], "chunks", FEW_CHUNKS),
             "chunks_per_thread_with_forward": Figure.of(
-                "both and forward, chunks per thread", chunks["both"], "chunks", FEW_CHUNKS
+                "both + forward, chunks per thread", chunks["both"], "chunks", FEW_CHUNKS
             ),
         },
         {"loader_threads": threads, "looks": answers},
