@@ -27,7 +27,7 @@ from cake_hf.people.bench.timing import Sample, interleave, ratio
 from cake_hf.people.bench.workbench import Parity
 from cake_hf.people.console import console
 
-MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached"}
+MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached", "identity"}
 GOALS = {
     "strategies": {
         *("compute_over_plain", "ratio_at_0.5", "ratio_at_1", "ratio_at_2", "eta_at_0.5", "eta_at_1", "eta_at_2"),

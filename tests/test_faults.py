@@ -175,6 +175,21 @@ def test_a_full_queue_skips_saving_and_never_waits() -> None:
     assert difference(outcome, expected()) == ""
 
 
+def test_a_system_without_threads_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("cake-load"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+    store, _ = filled_store()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.report.chunks_computed == CHUNKS
+    assert difference(outcome, expected()) == ""
+
+
 def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
     """A forward that dies in the middle of a restore (out of memory, Ctrl-C) must not leave half a prompt behind."""
     model, (store, _) = shared_model("llama"), filled_store()

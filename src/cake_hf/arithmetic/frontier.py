@@ -83,6 +83,8 @@ class Frontier:
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
         near: how many chunks beyond the front are loaded aside and may be contested; 0 for no contest at all.
+        most_aside: how many chunks may be on their way aside, or wait there to be put into place. The last third of that is for
+            the chunks nearest to the front, which the main thread will come to first; others then go into place.
         worth: called as `worth(chunk, loads_left, idle_seconds)` before a chunk is computed that could be loaded: False if the
             loads that are left would be there before its computation ends. Idle is the time since a load last began or ended.
         clock: monotonic seconds; replaceable for tests.
@@ -97,6 +99,7 @@ class Frontier:
         strategy: Strategy = Strategy.BOTH,
         read_timeout: float = 10.0,
         near: int = 0,
+        most_aside: int = 2**31,
         worth: Callable[[int, int, float], bool] = lambda chunk, loads_left, idle_seconds: True,
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
@@ -108,6 +111,8 @@ class Frontier:
         self._strategy = strategy
         self._read_timeout = read_timeout
         self._near = near if strategy is Strategy.BOTH else 0
+        self._most_aside = most_aside
+        self._loads_left = self._states.count(State.WAITING)  # how many chunks are waiting or loading
         self._worth = worth
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
@@ -132,8 +137,8 @@ class Frontier:
                 self._back -= 1
             if self._back >= 0:
                 index = self._back
-                self._states[index] = State.LOADING
-                self._aside[index] = index <= self._front + self._near and self._near > 0
+                self._aside[index] = self._goes_aside(index)
+                self._turn(index, State.LOADING)
             elif self._can_be_contested(self._front):
                 index = self._front
                 self._aside[index] = True
@@ -180,7 +185,7 @@ class Frontier:
                 elif self._should_wait(self._front, state):
                     self._wait_for(self._front)
                 else:
-                    self._states[self._front] = State.COMPUTING
+                    self._turn(self._front, State.COMPUTING)
                     return self._front
             return None
 
@@ -194,7 +199,7 @@ class Frontier:
         with self._changed:
             if index != self._front or self._states[index] not in (State.COMPUTING, State.LOADED):
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
-            self._states[index] = State.COMPUTED
+            self._turn(index, State.COMPUTED)
             self._left_behind |= self._aside.pop(index, None) is not None
             if index in self._landed:
                 self._landed.remove(index)
@@ -243,8 +248,14 @@ class Frontier:
             return True
         if self._near == 0:
             return state is State.LOADING
-        loads_left = sum(other in (State.WAITING, State.LOADING) for other in self._states)
-        return not self._worth(index, loads_left, self._clock() - self._last_progress)
+        return not self._worth(index, self._loads_left, self._clock() - self._last_progress)
+
+    def _goes_aside(self, index: int) -> bool:
+        if self._near == 0 or index > self._front + self._near:
+            return False
+        reserved = self._most_aside // 3
+        free = self._most_aside - sum(self._aside.values()) - len(self._landed)
+        return free > (0 if index <= self._front + reserved else reserved)
 
     def _can_be_contested(self, index: int) -> bool:
         if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
@@ -273,6 +284,12 @@ class Frontier:
         del self._aside[index]
         self._outcomes[index] = outcome
         if outcome is Outcome.LOADED:
-            self._states[index] = State.LOADED
+            self._turn(index, State.LOADED)
         elif self._states[index] is State.LOADING:
-            self._states[index] = State.FAILED
+            self._turn(index, State.FAILED)
+
+    def _turn(self, index: int, state: State) -> None:
+        """Every change of a chunk's state, so that the loads that are left need not be counted each time."""
+        to_load = (State.WAITING, State.LOADING)
+        self._loads_left += (state in to_load) - (self._states[index] in to_load)
+        self._states[index] = state

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ASIDE_PER_THREAD = 3
+"""Chunks per loader thread that may be in memory of their own, beside the KV, at any time."""
+
 MIN_CHUNK_SIZE = 16
 """Below this a chunk's fixed costs (one file, one forward) dwarf its tokens."""
 

@@ -6,6 +6,7 @@ ours is how holes count, and the rule that a step is not begun if the loads will
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -139,6 +140,26 @@ def worth_starting(costs: Costs, index: int, loads_left: int, busy_seconds: floa
         return True
     expected = loads_left * costs.load.interval - busy_seconds
     return abs(expected) > costs.compute.seconds(index)
+
+
+def nearness(costs: Costs, first: int, chunks: int, threads: int) -> int:
+    """How many chunks beyond the front should be loaded aside, so that the main thread need not wait for their loads.
+
+    While `threads` loads are under way, which takes `threads * interval` seconds, the main thread computes
+    `threads * interval / f` chunks; so many chunks nearer to the front may be reached before their load has ended. Twice
+    that is taken, for what is not as learnt, and one chunk per thread at least. All chunks where a cost is not known.
+
+    Args:
+        costs: as believed.
+        first: index on the absolute grid of the first chunk, the cheapest to compute.
+        chunks: of the prompt.
+        threads: that load.
+    """
+    if costs.compute is None or costs.load is None:
+        return chunks
+    reach = 2 * threads * costs.load.interval
+    step = costs.compute.seconds(first)
+    return chunks if reach >= step * chunks else min(chunks, threads + math.ceil(reach / step))
 
 
 def _curve(

@@ -24,7 +24,8 @@ from typing import Literal
 from cake_hf.arithmetic.costs import MAX_SECONDS, CostLearner, Costs, LoadCost
 from cake_hf.arithmetic.frontier import Frontier, Strategy
 from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
-from cake_hf.arithmetic.planner import worth_starting
+from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.arithmetic.planner import nearness, worth_starting
 from cake_hf.arithmetic.report import Span
 
 Policy = Literal["both", "compute", "load", "cake"]
@@ -48,8 +49,8 @@ class Setting:
         suffix: S, seconds to compute the prompt's last piece with the whole device.
         gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
         costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
-        near: chunks beyond the front that are loaded aside (see `Frontier`); None for as many as there are threads, which
-            is what a restore takes.
+        near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
+            restore does (`planner.nearness`, and at most ASIDE_PER_THREAD chunks aside per thread).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
 
     Raises:
@@ -293,16 +294,18 @@ class _Restore:
         self._clock = _Clock()
         self._line_free_at = 0.0
         self._spans: list[Span] = []
-        near = setting.threads if setting.near is None else setting.near
+        near, most_aside = setting.near, setting.chunks
         if policy == "cake":
             near = setting.chunks  # it computes whatever is not there when it asks
+        elif near is None:
+            near = nearness(costs, 0, setting.chunks, setting.threads)
+            most_aside = ASIDE_PER_THREAD * setting.threads
         self._frontier = Frontier(
             [True] * setting.chunks,
             strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),
             read_timeout=setting.read_timeout,
-            near=setting.chunks
-            if policy == "cake"
-            else near,  # Cake computes whatever is not there when it is asked for
+            near=near,
+            most_aside=most_aside,
             worth=lambda index, loads_left, idle: worth_starting(costs, index, loads_left, idle),
             clock=self._clock,
             changed=_Changed(self._clock),

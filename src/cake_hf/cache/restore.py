@@ -20,7 +20,8 @@ import torch
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
 from cake_hf.arithmetic.keys import chunk_keys
-from cake_hf.arithmetic.planner import worth_starting
+from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.arithmetic.planner import nearness, worth_starting
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
@@ -131,7 +132,8 @@ def restore(
         prompt.stored[: prompt.chunks],
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
-        near=session.limits.loader_threads,
+        near=nearness(costs, prompt.first, prompt.chunks, session.limits.loader_threads),
+        most_aside=ASIDE_PER_THREAD * session.limits.loader_threads,
         worth=worth,
     )
     with _loading(session, layers, prompt, frontier) as job:

@@ -52,13 +52,19 @@ class LoadJob:
 
 
 def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
-    """Start that many loader threads; they end by themselves when there is nothing more to claim."""
-    threads = [
-        threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
-        for n in range(count)
-    ]
-    for thread in threads:
-        thread.start()
+    """Start that many loader threads; they end by themselves when there is nothing more to claim.
+
+    A system that gives no more threads is no reason to fail: fewer of them, or none, only leave more to compute.
+    """
+    threads: list[threading.Thread] = []
+    for n in range(count):
+        thread = threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.warning("Only %d of %d loader threads can be started. %s", len(threads), count, error)
+            break
+        threads.append(thread)
     return threads
 
 

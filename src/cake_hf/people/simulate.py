@@ -98,7 +98,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        bits = "" if self.bits == 16 else f" {self.bits}-bit KV"
+        bits = "" if self.bits == 16 else f" {self.bits}-bit"
         share = "" if self.share == 1 else f" {self.share:.1%}"
         gpu = self.gpu if self.gpus == 1 else f"{self.gpus}x{self.gpu}"
         return f"{self.model.name} {gpu} {_tokens_text(self.tokens)} {self.gbps:g}G{share}{bits}"
@@ -158,17 +158,17 @@ class Own:
 def simulate_command(
     context: typer.Context,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The paper's cells, and some beyond. [default: without options below]")
+        bool, typer.Option("--paper", help="The paper's cells and some beyond; so, too, without any setting.")
     ] = False,
     bandwidth_gbps: Annotated[float, typer.Option(help="Of the line, in 10^9 bits per second.")] = Own.bandwidth_gbps,
     tokens: Annotated[int, typer.Option(help="Of the prompt.")] = Own.tokens,
     chunk: Annotated[int, typer.Option(help="Tokens per chunk.")] = Own.chunk,
     kv_kib_per_token: Annotated[float, typer.Option(help="KiB of KV per token.")] = Own.kv_kib_per_token,
     base_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds to compute the first chunk. [default: 7B on an A100]")
+        float | None, typer.Option(help="Milliseconds to compute the first chunk; by default as 7B on an A100.")
     ] = None,
     slope_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds each further chunk takes more. [default: 7B on an A100]")
+        float | None, typer.Option(help="Milliseconds each further chunk takes more; by default as 7B on an A100.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Of the model; a forward can be left between two.")] = Own.layers,
     gpu_share: Annotated[float, typer.Option(help="Part of the device, above 0 to 1.")] = Own.gpu_share,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.bench import cached, decoding, memory, saving, strategies
+from cake_hf.people.bench import cached, decoding, identity, memory, saving, strategies
 from cake_hf.people.bench.machine import describe
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
@@ -28,6 +28,7 @@ MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
     "decoding": decoding.measure,
     "memory": memory.measure,
     "cached": cached.measure,
+    "identity": identity.measure,
 }
 
 
@@ -45,6 +46,9 @@ def bench(
     store: Annotated[
         Path | None, typer.Option(help="Make the (temporary) stores in this directory, to measure its disk.")
     ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Take only this measurement: {', '.join(MEASUREMENTS)}. May be repeated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Measure this machine: both ends against each alone, saving, decoding, memory, and a full hit against the bare disk.
@@ -54,7 +58,7 @@ def bench(
     """
     settings = choose(quick=quick, repeats=repeats, tokens=tokens, chunk_size=chunk_size, dtype=dtype.value)
     tell = _silent if as_json else _on_stderr
-    outcome, results = measure_all(settings, store, tell)
+    outcome, results = measure_all(settings, store, tell, _chosen(only))
     if not as_json:
         console.print(build_tables(results))
     line = json.dumps(outcome)
@@ -68,7 +72,10 @@ def bench(
 
 
 def measure_all(
-    settings: Settings, parent: Path | None, tell: Callable[[str], None]
+    settings: Settings,
+    parent: Path | None,
+    tell: Callable[[str], None],
+    measurements: Mapping[str, Callable[[Workbench], Result]] = MEASUREMENTS,
 ) -> tuple[dict[str, Any], list[Result]]:
     """Make the model, take all measurements, clean up.
 
@@ -76,6 +83,7 @@ def measure_all(
         settings: of the run.
         parent: the directory to make stores in; None for the system's own temporary one.
         tell: called with a line of progress.
+        measurements: to take, by name.
 
     Returns:
         All that there is to say, JSON-ready; and the results for a table.
@@ -86,7 +94,7 @@ def measure_all(
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory(prefix="cake-bench-", dir=parent) as folder:
         bench = Workbench(settings, build_model(settings), build_prompt(settings), Path(folder))
-        for name, measure in MEASUREMENTS.items():
+        for name, measure in measurements.items():
             tell(f"measuring {name} ...")
             results[name] = _measured(name, measure, bench)
     outcome = {
@@ -98,6 +106,13 @@ def measure_all(
         "seconds": time.perf_counter() - begin,
     }
     return outcome, list(results.values())
+
+
+def _chosen(names: list[str] | None) -> dict[str, Callable[[Workbench], Result]]:
+    unknown = sorted(set(names or ()) - set(MEASUREMENTS))
+    if unknown:
+        raise ValueError(f"There is no measurement {unknown[0]!r}; choose from {', '.join(MEASUREMENTS)}.")
+    return {name: measure for name, measure in MEASUREMENTS.items() if not names or name in names}
 
 
 def _measured(name: str, measure: Callable[[Workbench], Result], bench: Workbench) -> Result:
