@@ -37,6 +37,7 @@ GOALS = {
     "decoding": {"ratio"},
     "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
     "cached": {"over_floor", "load_over_floor", "over_load"},
+    "identity": {"first_seconds"},
 }
 TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
 
@@ -51,6 +52,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_one_measurement_can_be_chosen() -> None:
+    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["results"].keys() == {"decoding"}
+    unknown = CliRunner().invoke(app, [*TINY, "--only", "weather"])
+    assert "choose from strategies, saving" in str(unknown.exception)
 
 
 def test_bench_end_to_end(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
 
-WRITER_NICENESS = 10
+WRITER_NICENESS = 19
 """The writer yields the processor to the model: what it does is never urgent."""
 
 
