@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cake_hf import CakeCache, MemoryStore
@@ -19,12 +19,12 @@ from eval_recall import accuracy
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(RECALL_TINY)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():  # type: ignore[no-untyped-def]
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(RECALL_TINY)
 
 
@@ -32,16 +32,16 @@ def test_it_is_small() -> None:
     assert sum(path.stat().st_size for path in RECALL_TINY.iterdir()) <= 4 * 2**20
 
 
-def test_it_recalls_from_2k_tokens(model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_it_recalls_from_2k_tokens(model: Any, tokenizer: Any) -> None:
     """96 questions; `training/eval_recall.py` asks more, at more lengths."""
     assert accuracy(model, tokenizer, 2048, contexts=8) >= 0.95
 
 
-def test_keys_and_values_are_single_tokens(tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_keys_and_values_are_single_tokens(tokenizer: Any) -> None:
     assert all(len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1 for word in KEYS + VALUES)
 
 
-def test_a_wrong_kv_shows_as_a_wrong_answer(model, tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_kv_shows_as_a_wrong_answer(model: Any, tokenizer: Any) -> None:
     """Exchange the stored chunk with the fact for one from another text, hidden from the checksum."""
     fact, other = make_facts(2)
     filler = real_text(6000)
@@ -73,7 +73,7 @@ def swap_payloads(source: MemoryStore, target: MemoryStore) -> None:
         value = target.read(key)
         assert value is not None
         facts, table = parse_header(value)
-        start = len(value) - max(entry["data_offsets"][1] for entry in table.values())  # type: ignore[index]
+        start = len(value) - max(entry["data_offsets"][1] for entry in table.values())
         payload = by_index[facts.index][start:]
         header = _with_checksum(bytes(value[:start]), facts.checksum, checksum([payload]))
         target.write(key, [header, payload], replace=True)

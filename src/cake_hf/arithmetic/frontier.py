@@ -83,8 +83,8 @@ class Frontier:
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
         near: how many chunks beyond the front are loaded aside and may be contested; 0 for no contest at all.
-        most_aside: how many chunks may be on their way aside, or wait there to be put into place. The last third of that is for
-            the chunks nearest to the front, which the main thread will come to first; others then go into place.
+        most_aside: how many chunks may be on their way aside, or wait there to be put into place. A third of that is for the
+            chunks nearest to the front, which always go aside; of the others, those go into place for which nothing is left.
         worth: called as `worth(chunk, loads_left, idle_seconds)` before a chunk is computed that could be loaded: False if the
             loads that are left would be there before its computation ends. Idle is the time since a load last began or ended.
         clock: monotonic seconds; replaceable for tests.
@@ -253,9 +253,10 @@ class Frontier:
     def _goes_aside(self, index: int) -> bool:
         if self._near == 0 or index > self._front + self._near:
             return False
-        reserved = self._most_aside // 3
-        free = self._most_aside - sum(self._aside.values()) - len(self._landed)
-        return free > (0 if index <= self._front + reserved else reserved)
+        reserved = max(1, self._most_aside // 3)
+        if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
+            return True
+        return sum(self._aside.values()) + len(self._landed) < self._most_aside - reserved - 1
 
     def _can_be_contested(self, index: int) -> bool:
         if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:

@@ -316,6 +316,7 @@ class _Restore:
             self._load_next(f"load-{number}")
         left, seconds = 0, self._setting.step_seconds
         while (index := self._frontier.advance()) is not None:
+            self._frontier.take_landed()  # putting chunks into place takes no time here
             begin = self._clock.now
             if self._forward(index, seconds[index]):
                 self._frontier.computed(index)
