@@ -36,6 +36,7 @@ def filled_store() -> tuple[MemoryStore, list[str]]:
 @pytest.fixture(autouse=True)
 def no_thread_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
+    join_loaders()  # one whose load was overtaken may still be about to notice
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("cake-load")]
     assert left == []
 
