@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.planner import optimum
 from cake_hf.people.bench import bench
 from cake_hf.people.bench import command as bench_command
-from cake_hf.people.bench.optimum import optimum
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.settings import Settings, choose
 from cake_hf.people.bench.table import build_tables

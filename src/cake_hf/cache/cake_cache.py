@@ -223,7 +223,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             raise self._foreign()
         if self._lost():
             raise ForwardLeft
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states
 
     # Called by the hook.
 

@@ -51,7 +51,8 @@ class ForwardCall:
     @property
     def ids(self) -> torch.Tensor:
         """`[1, tokens]`."""
-        return self.arguments["input_ids"]  # type: ignore[no-any-return]
+        ids: torch.Tensor = self.arguments["input_ids"]
+        return ids
 
     @property
     def tokens(self) -> int:

@@ -42,7 +42,8 @@ def generate(model: torch.nn.Module, inputs: torch.Tensor | None = None, *, stor
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and not _keeps_logits(model) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
-        return model.generate(inputs, past_key_values=cache, **kwargs)  # type: ignore[operator]
+        plain: Any = model.generate
+        return plain(inputs, past_key_values=cache, **kwargs)
 
 
 def _keeps_logits(model: torch.nn.Module) -> bool:

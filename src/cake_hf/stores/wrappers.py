@@ -118,7 +118,8 @@ class FaultStore(WrapperStore):
             return self.inner.read_into(key, parts)
         with self._lock:
             self.injected.append((key, fault))
-        return getattr(self, f"_{fault}")(key, parts)  # type: ignore[no-any-return]
+        misread: Callable[[str, Sequence[memoryview]], int | None] = getattr(self, f"_{fault}")
+        return misread(key, parts)
 
     def release(self) -> None:
         """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""

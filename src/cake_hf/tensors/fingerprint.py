@@ -70,7 +70,8 @@ def config_facts(config: Any) -> dict[str, Any]:
             return [strip(item) for item in value]
         return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
-    return strip(config.to_dict())  # type: ignore[no-any-return]
+    facts: dict[str, Any] = strip(config.to_dict())
+    return facts
 
 
 def adapter_facts(model: torch.nn.Module) -> list[str]:

@@ -56,7 +56,9 @@ def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
 
 def _forward(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # type: ignore[no-any-return]
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits: torch.Tensor = output.logits
+    return logits
 
 
 def _compare(bench: Workbench, logits: dict[str, torch.Tensor], step: int) -> None:

@@ -8,7 +8,7 @@ in the others, as with a new store; the median is that of a store in use.
 For each bandwidth:
 
 * ratio = T_both / min(T_compute, T_load): above 1 somebody would have been better off without us.
-* eta = T* / T_both: how near the run came to the best possible split (see `optimum`; 1 is perfect). f_i is each chunk's
+* eta = T* / T_both: how near the run came to the best possible split (see `planner.optimum`; 1 is perfect). f_i is each chunk's
   median time in the compute-only runs of the same rounds, l = a chunk's bytes / bandwidth, S the last piece's time.
 * sigma = T_both / T_compute + T_both / T_load: 1 is the bound if all chunks cost the same to compute; below 1 is a gain
   from the front being cheaper than the back.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from cake_hf.people.bench.optimum import optimum
+from cake_hf.arithmetic.planner import optimum
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample, interleave, ratio
 from cake_hf.people.bench.workbench import Run, Workbench, median_parts

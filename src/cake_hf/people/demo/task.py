@@ -73,4 +73,5 @@ def _ask(tokenizer: Any, text: str, asked: str) -> torch.Tensor:
 
 def _encode(tokenizer: Any, prompt: str, *, add_special_tokens: bool = True) -> torch.Tensor:
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=add_special_tokens, verbose=False)
-    return encoded.input_ids  # type: ignore[no-any-return]
+    ids: torch.Tensor = encoded.input_ids
+    return ids
