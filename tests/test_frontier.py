@@ -181,6 +181,15 @@ FrontierMachine.TestCase.settings = settings(patient, max_examples=150, stateful
 TestFrontierMachine = FrontierMachine.TestCase
 
 
+def test_a_loaded_chunk_at_the_front_was_not_computed_by_anybody() -> None:
+    frontier = Frontier([True, True])
+    assert frontier.claim() == 1
+    assert frontier.claim() == 0
+    frontier.settle(0, Outcome.LOADED)
+    with pytest.raises(RuntimeError, match="loaded, not computing"):
+        frontier.computed(0)
+
+
 @patient
 @given(masks)
 def test_compute_alone_loads_nothing(present: list[bool]) -> None:

@@ -117,6 +117,7 @@ class Frontier:
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
         self._front = 0
+        self._given_out: int | None = None  # the chunk that the main thread computes, even once a load has brought it
         self._back = len(self._states) - 1
         self._last_progress = clock()
         self._claimed_at: dict[int, float] = {}
@@ -178,6 +179,7 @@ class Frontier:
         then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost again (see `lost`).
         """
         with self._changed:
+            self._given_out = None
             while self._front < len(self._states):
                 state = self._states[self._front]
                 if state in (State.LOADED, State.COMPUTED):
@@ -186,6 +188,7 @@ class Frontier:
                     self._wait_for(self._front)
                 else:
                     self._turn(self._front, State.COMPUTING)
+                    self._given_out = self._front
                     return self._front
             return None
 
@@ -197,8 +200,9 @@ class Frontier:
     def computed(self, index: int) -> None:
         """Report that the main thread has made a chunk that `advance` gave it. That overtakes a load of the same chunk."""
         with self._changed:
-            if index != self._front or self._states[index] not in (State.COMPUTING, State.LOADED):
+            if index != self._given_out:
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
+            self._given_out = None
             self._turn(index, State.COMPUTED)
             self._left_behind |= self._aside.pop(index, None) is not None
             if index in self._landed:
