@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from cake_hf.arithmetic.errors import CorruptChunk
+
 Part = bytes | bytearray | memoryview
 
 
@@ -20,7 +22,12 @@ class Store(ABC):
     * A value that can be listed is complete: it appears at once, whole, or not at all, whenever a writer dies.
     * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
     * Buffers are scattered to and gathered from as they are; a store keeps no reference to them.
+
+    Attributes:
+        reads_ranges: whether `read_range` brings no more than it is asked for. Where it does not, nobody should call it often.
     """
+
+    reads_ranges: bool = False
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -77,6 +84,21 @@ class Store(ABC):
         value = bytearray(size)
         return None if self.read_into(key, [memoryview(value)]) is None else value
 
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        """Fill the writable byte buffers, in order, with the value's bytes from `offset` on. By default by reading it whole.
+
+        Returns:
+            False for a miss.
+
+        Raises:
+            CorruptChunk: the value ends before the buffers are full (their content is then undefined).
+            StoreError: the value cannot be read.
+        """
+        value = self.read(key)
+        if value is not None:
+            scatter(memoryview(value)[offset:], parts, key)
+        return value is not None
+
     def check_writable(self) -> None:
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
 
@@ -99,3 +121,18 @@ class Store(ABC):
 def total_bytes(parts: Sequence[Part]) -> int:
     """Bytes of all parts together."""
     return sum(memoryview(part).nbytes for part in parts)
+
+
+def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:
+    """Copy the start of a value's bytes into the parts, in order.
+
+    Raises:
+        CorruptChunk: there are not enough of them.
+    """
+    offset = 0
+    for part in parts:
+        piece = source[offset : offset + part.nbytes]
+        if piece.nbytes != part.nbytes:
+            raise CorruptChunk(f"Chunk {key} ended early.")
+        part[:] = piece
+        offset += part.nbytes

@@ -39,6 +39,8 @@ class LocalStore(Store):
         StoreError: `root` cannot be a directory of chunks; the message says what to do.
     """
 
+    reads_ranges = True
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser().absolute()
         try:
@@ -67,6 +69,16 @@ class LocalStore(Store):
             return None
         except OSError as error:
             raise StoreError(f"Chunk {key} cannot be read from {self.root}: {_advice(error)}") from error
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        try:
+            with _opened(self._path(key), os.O_RDONLY) as descriptor:
+                _read_scattered(descriptor, parts, key, offset)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreError(f"Chunk {key} cannot be read from {self.root}: {_advice(error)}") from error
+        return True
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         final = self._path(key)
@@ -189,9 +201,8 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _read_scattered(descriptor: int, parts: Sequence[memoryview], key: str) -> None:
-    """Fill the parts from the start of the file; preadv leaves the GIL alone and copies nothing twice."""
-    offset = 0
+def _read_scattered(descriptor: int, parts: Sequence[memoryview], key: str, offset: int = 0) -> None:
+    """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice."""
     pending = [part for part in parts if part.nbytes]
     while pending:
         count = os.preadv(descriptor, pending[:IOV_MAX], offset)

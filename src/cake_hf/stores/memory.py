@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import Part, Store, scatter, total_bytes
 
 
 class MemoryStore(Store):
@@ -16,6 +16,8 @@ class MemoryStore(Store):
     Args:
         budget_bytes: most bytes of values kept at once.
     """
+
+    reads_ranges = True
 
     def __init__(self, budget_bytes: int = 4 * 2**30) -> None:
         if budget_bytes <= 0:
@@ -30,18 +32,19 @@ class MemoryStore(Store):
             return [key in self._values for key in keys]
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        with self._lock:
-            value = self._values.get(key)
-            if value is None:
-                return None
-            self._values.move_to_end(key)
+        value = self._touched(key)
+        if value is None:
+            return None
         if len(value) != total_bytes(parts):
             raise CorruptChunk(f"Chunk {key} has {len(value)} bytes, {total_bytes(parts)} were expected.")
-        view, offset = memoryview(value), 0
-        for part in parts:
-            part[:] = view[offset : offset + part.nbytes]
-            offset += part.nbytes
+        scatter(memoryview(value), parts, key)
         return len(value)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        value = self._touched(key)
+        if value is not None:
+            scatter(memoryview(value)[offset:], parts, key)
+        return value is not None
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         value = b"".join(parts)
@@ -69,6 +72,13 @@ class MemoryStore(Store):
         with self._lock:
             value = self._values.get(key)
             return None if value is None else len(value)
+
+    def _touched(self, key: str) -> bytes | None:
+        with self._lock:
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+            return value
 
     def _drop(self, key: str) -> bool:
         value = self._values.pop(key, None)

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
@@ -20,12 +21,16 @@ class WrapperStore(Store):
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
+        self.reads_ranges = inner.reads_ranges
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         return self.inner.contains(keys)
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         return self.inner.read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        return self.inner.read_range(key, parts, offset)
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         return self.inner.write(key, parts, replace=replace)
@@ -65,10 +70,19 @@ class ThrottledStore(WrapperStore):
         self._lock = threading.Lock()
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        arrival = self._book(total_bytes(parts)) + self._latency
-        count = self.inner.read_into(key, parts)
+        with self._on_the_line(total_bytes(parts)):
+            return self.inner.read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        with self._on_the_line(total_bytes(parts)):
+            return self.inner.read_range(key, parts, offset)
+
+    @contextmanager
+    def _on_the_line(self, nbytes: int) -> Iterator[None]:
+        """The body's read ends no sooner than so many bytes can have come."""
+        arrival = self._book(nbytes) + self._latency
+        yield
         time.sleep(max(0.0, arrival - time.monotonic()))
-        return count
 
     def _book(self, nbytes: int) -> float:
         """When the last of these bytes comes off the line, which carries one value after the other."""
@@ -113,46 +127,46 @@ class FaultStore(WrapperStore):
         self.injected: list[tuple[str, str]] = []
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        fault = self._choose(key)
-        if fault is None:
-            return self.inner.read_into(key, parts)
-        with self._lock:
-            self.injected.append((key, fault))
-        misread: Callable[[str, Sequence[memoryview]], int | None] = getattr(self, f"_{fault}")
-        return misread(key, parts)
+        return total_bytes(parts) if self._misread(key, parts, lambda: self._inner_read(key, parts)) else None
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        return self._misread(key, parts, lambda: self.inner.read_range(key, parts, offset))
 
     def release(self) -> None:
         """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""
         self._released.set()
+
+    def _inner_read(self, key: str, parts: Sequence[memoryview]) -> bool:
+        return self.inner.read_into(key, parts) is not None
+
+    def _misread(self, key: str, parts: Sequence[memoryview], read: Callable[[], bool]) -> bool:
+        """Read, and let go wrong what shall; False for a miss."""
+        fault = self._choose(key)
+        if fault is not None:
+            with self._lock:
+                self.injected.append((key, fault))
+        if fault == "drop":
+            return False
+        if fault == "error":
+            raise StoreError(f"An injected fault at chunk {key}.")
+        if fault == "stall":
+            self._released.wait()
+            for part in parts:
+                part[:] = b"\xa5" * part.nbytes
+            return True
+        found = read()
+        if fault == "truncate":
+            parts[-1][:] = bytes(parts[-1].nbytes)
+        elif fault == "flip":
+            middle = parts[len(parts) // 2]
+            middle[middle.nbytes // 2] ^= 1
+        return found
 
     def _choose(self, key: str) -> str | None:
         with self._lock:
             if key in self.faults:
                 return self.faults[key]
             return self._random.choice(self._kinds) if self._random.random() < self._rate else None
-
-    def _drop(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        return None
-
-    def _truncate(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        count = self.inner.read_into(key, parts)
-        parts[-1][:] = bytes(parts[-1].nbytes)
-        return count
-
-    def _flip(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        count = self.inner.read_into(key, parts)
-        middle = parts[len(parts) // 2]
-        middle[middle.nbytes // 2] ^= 1
-        return count
-
-    def _error(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        raise StoreError(f"An injected fault at chunk {key}.")
-
-    def _stall(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        self._released.wait()
-        for part in parts:
-            part[:] = b"\xa5" * part.nbytes
-        return total_bytes(parts)
 
 
 class GateStore(WrapperStore):
@@ -161,10 +175,12 @@ class GateStore(WrapperStore):
     Args:
         inner: the store with the values.
         timeout: seconds after which a waiting test fails instead of hanging.
+        ranges: let values be read in ranges, each of which counts as a read; otherwise they are read whole.
     """
 
-    def __init__(self, inner: Store, timeout: float = 60.0) -> None:
+    def __init__(self, inner: Store, timeout: float = 60.0, *, ranges: bool = False) -> None:
         super().__init__(inner)
+        self.reads_ranges = ranges and inner.reads_ranges
         self._timeout = timeout
         self._state = threading.Condition()
         self._let_through = 0.0
@@ -172,12 +188,21 @@ class GateStore(WrapperStore):
         self._reads_done = 0
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        with self._through_the_gate():
+            return self.inner.read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        with self._through_the_gate():
+            return self.inner.read_range(key, parts, offset)
+
+    @contextmanager
+    def _through_the_gate(self) -> Iterator[None]:
         with self._state:
             self._reads_begun += 1
             number = self._reads_begun
         self._await(lambda: number <= self._let_through)
         try:
-            return self.inner.read_into(key, parts)
+            yield
         finally:
             with self._state:
                 self._reads_done += 1

@@ -148,6 +148,7 @@ class StoreContract:
         absent = key_of(2)
         assert store.read_into(absent, [memoryview(bytearray(10))]) is None
         assert read_whole(store, absent) is None
+        assert store.read_range(absent, [memoryview(bytearray(10))], 5) is False
         assert store.size(absent) is None
         assert store.delete(absent) is False
         assert store.contains([absent]) == [False]
@@ -158,6 +159,19 @@ class StoreContract:
         with pytest.raises(CorruptChunk):
             store.read_into(key_of(1), [memoryview(bytearray(size)) for size in sizes])
         assert read_parts(store, key_of(1), [1000]) == value_of(1)
+
+    @pytest.mark.parametrize(("offset", "sizes"), [(0, [1000]), (0, [10]), (1, [3, 0, 500]), (990, [10]), (1000, [])])
+    def test_a_range_comes_back(self, store: Store, offset: int, sizes: list[int]) -> None:
+        store.write(key_of(1), [value_of(1)])
+        buffers = [bytearray(size) for size in sizes]
+        assert store.read_range(key_of(1), [memoryview(buffer) for buffer in buffers], offset) is True
+        assert b"".join(buffers) == value_of(1)[offset : offset + sum(sizes)]
+
+    @pytest.mark.parametrize(("offset", "size"), [(0, 1001), (999, 2), (1000, 1), (5000, 1)])
+    def test_a_range_beyond_the_end_is_refused(self, store: Store, offset: int, size: int) -> None:
+        store.write(key_of(1), [value_of(1)])
+        with pytest.raises(CorruptChunk):
+            store.read_range(key_of(1), [memoryview(bytearray(size))], offset)
 
     def test_size_is_the_bytes_of_all_parts(self, store: Store) -> None:
         store.write(key_of(1), [b"123", b"", b"45"])
@@ -344,6 +358,14 @@ class StoreMachine(RuleBasedStateMachine):
         size = len(self.model.get(key, b""))
         first = int(size * cut)
         assert read_parts(self.store, key, [first, size - first]) == self.model.get(key)
+
+    @rule(key=_keys, begin=st.floats(0, 1), end=st.floats(0, 1))
+    def read_a_range(self, key: str, begin: float, end: float) -> None:
+        size = len(self.model.get(key, b""))
+        start, stop = sorted((int(size * begin), int(size * end)))
+        buffer = bytearray(stop - start)
+        assert self.store.read_range(key, [memoryview(buffer)], start) is (key in self.model)
+        assert bytes(buffer) == self.model.get(key, b"")[start:stop]
 
     @rule(key=_keys, difference=st.sampled_from([-1, 1]))
     def read_with_a_wrong_size(self, key: str, difference: int) -> None:
