@@ -18,12 +18,15 @@ from safetensors.torch import load, load_file
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.tensors.codec import (
     ALIGNMENT,
+    FORMAT_VERSION,
     MAX_HEADER_BYTES,
     MAX_MODEL_NAME,
     ChunkFacts,
-    check_chunk,
     check_file,
+    check_header,
+    check_pieces,
     checksum,
+    checksums,
     encode_header,
     header_size,
     parse_header,
@@ -57,7 +60,7 @@ def all_facts(draw: st.DrawFn) -> ChunkFacts:
         index=draw(st.integers(0, 2**40)),
         namespace=draw(hex_keys),
         model=draw(st.text(max_size=300)),
-        checksum=draw(st.text("0123456789abcdef", min_size=32, max_size=32)),
+        checksums=tuple(draw(st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), max_size=10))),
     )
 
 
@@ -69,13 +72,24 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def facts_of(pieces: list[bytes], model: str = "a model") -> ChunkFacts:
-    return ChunkFacts(KEY, PARENT, 3, SPACE, model, checksum(pieces))
+def facts_of(payload: bytes, model: str = "a model", layout: ChunkLayout | None = None) -> ChunkFacts:
+    return ChunkFacts(KEY, PARENT, 3, SPACE, model, checksums(payload, layout or LAYOUT))
+
+
+def take(raw: bytes, pieces: list[bytes], key: str, layout: ChunkLayout) -> None:
+    """As a loader does that reads a chunk whole."""
+    check_pieces(pieces, check_header(raw, key, layout))
+
+
+def parts_of(raw: bytes) -> tuple[bytes, list[bytes]]:
+    """Header and pieces of a file of our layout."""
+    size, keys_bytes = header_size(LAYOUT), LAYOUT.sizes[0]
+    return raw[:size], [raw[size : size + keys_bytes], raw[size + keys_bytes :]]
 
 
 def chunk_file(model: str = "a model") -> bytes:
     pieces = [bytes_of(value) for value in VALUES]
-    return encode_header(LAYOUT, facts_of(pieces, model)) + b"".join(pieces)
+    return encode_header(LAYOUT, facts_of(b"".join(pieces), model)) + b"".join(pieces)
 
 
 def file_with_header(header: object, payload: bytes = b"") -> bytes:
@@ -92,7 +106,7 @@ def test_a_header_comes_back_as_it_was(layout: ChunkLayout, facts: ChunkFacts) -
     read, table = parse_header(encode_header(layout, facts))
     assert table == layout.tensor_table
     assert read.model == facts.model[-MAX_MODEL_NAME:]
-    assert read == ChunkFacts(facts.key, facts.parent, facts.index, facts.namespace, read.model, facts.checksum)
+    assert read == ChunkFacts(facts.key, facts.parent, facts.index, facts.namespace, read.model, facts.checksums)
 
 
 @patient
@@ -109,7 +123,7 @@ def test_no_model_name_bursts_the_header(name: str) -> None:
     for layers in range(1, 200, 7):
         layout = ChunkLayout(16, tuple(Piece(f"layers.{n}.keys", 1, 1, torch.float32) for n in range(layers)))
         payload = bytes(layout.nbytes)
-        header = encode_header(layout, ChunkFacts(KEY, PARENT, 2**40, SPACE, name, checksum([payload])))
+        header = encode_header(layout, ChunkFacts(KEY, PARENT, 2**40, SPACE, name, checksums(payload, layout)))
         assert len(header) == header_size(layout)
         check_file(header + payload, KEY)
         assert len(load(header + payload)) == layers
@@ -119,7 +133,7 @@ def test_no_model_name_bursts_the_header(name: str) -> None:
 @given(layouts(), st.data())
 def test_the_safetensors_library_reads_what_we_write(layout: ChunkLayout, data: st.DataObject) -> None:
     payload = data.draw(st.binary(min_size=layout.nbytes, max_size=layout.nbytes))
-    raw = encode_header(layout, facts_of([payload])) + payload
+    raw = encode_header(layout, facts_of(payload, layout=layout)) + payload
     tensors = load(raw)
     assert set(tensors) == {piece.name for piece in layout.pieces}
     for piece in layout.pieces:
@@ -145,18 +159,35 @@ def test_the_payload_begins_on_a_page() -> None:
     assert (8 + length) % ALIGNMENT == 0
 
 
-def test_a_checksum_does_not_depend_on_the_pieces() -> None:
-    assert checksum([b"abc", b"", b"def"]) == checksum([b"abcdef"]) == checksum([memoryview(b"abcdef")])
-    assert checksum([b"abc"]) != checksum([b"abd"])
+def test_each_piece_has_a_checksum_of_its_own() -> None:
+    header, pieces = parts_of(chunk_file())
+    facts = check_header(header, KEY, LAYOUT)
+    assert facts.checksums == tuple(checksum(piece) for piece in pieces)
+    assert checksum(b"abc") == checksum(memoryview(b"abc")) != checksum(b"abd")
+    check_pieces(pieces[1:], facts, 1)
+    with pytest.raises(CorruptChunk):
+        check_pieces(pieces[1:], facts, 0)
+
+
+@patient
+@given(st.data())
+def test_any_wrong_letter_of_the_header_is_caught(data: st.DataObject) -> None:
+    """What it says beside its tensors (its place, its parent, the model's name) is as safe as these."""
+    header, _ = parts_of(chunk_file())
+    text = header.rstrip()
+    place = data.draw(st.integers(8, len(text) - 1))
+    letter = data.draw(st.integers(32, 126).filter(lambda letter: letter != text[place]))
+    wrong = header[:place] + bytes([letter]) + header[place + 1 :]
+    with pytest.raises(CorruptChunk):
+        check_header(wrong, KEY, LAYOUT)
 
 
 def test_a_file_that_is_right_is_taken() -> None:
     raw = chunk_file()
     size = header_size(LAYOUT)
-    assert check_file(raw, KEY) == facts_of([raw[size:]])
+    assert check_file(raw, KEY) == facts_of(raw[size:])
     assert check_file(memoryview(raw), KEY) == check_file(bytearray(raw), KEY)
-    keys_bytes = LAYOUT.sizes[0]
-    check_chunk(raw[:size], [raw[size : size + keys_bytes], raw[size + keys_bytes :]], KEY, LAYOUT)
+    take(*parts_of(raw), KEY, LAYOUT)
 
 
 # What is not exactly the chunk that was asked for is refused.
@@ -172,7 +203,7 @@ def test_any_wrong_bit_of_the_payload_is_caught(data: st.DataObject) -> None:
     with pytest.raises(CorruptChunk, match="checksum"):
         check_file(raw, KEY)
     with pytest.raises(CorruptChunk, match="checksum"):
-        check_chunk(raw[:size], [raw[size:]], KEY, LAYOUT)
+        take(*parts_of(raw), KEY, LAYOUT)
 
 
 @patient
@@ -189,11 +220,10 @@ def test_bytes_after_the_end_are_refused() -> None:
 
 def test_another_key_is_refused() -> None:
     raw = chunk_file()
-    size = header_size(LAYOUT)
     with pytest.raises(CorruptChunk, match=PARENT):
         check_file(raw, PARENT)
     with pytest.raises(CorruptChunk, match=PARENT):
-        check_chunk(raw[:size], [raw[size:]], PARENT, LAYOUT)
+        take(*parts_of(raw), PARENT, LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -210,33 +240,38 @@ def test_another_key_is_refused() -> None:
 )
 def test_another_layout_is_refused(other: ChunkLayout) -> None:
     raw = chunk_file()
-    size = header_size(LAYOUT)
     with pytest.raises(CorruptChunk, match="other tensors"):
-        check_chunk(raw[:size], [raw[size:]], KEY, other)
+        take(*parts_of(raw), KEY, other)
 
 
 METADATA = {
     "format": "cake_hf",
-    "version": "1",
+    "version": FORMAT_VERSION,
     "key": KEY,
     "parent": PARENT,
     "index": "0",
     "namespace": SPACE,
     "model": "m",
-    "checksum": checksum([b""]),
+    "checksums": "",
 }
+
+
+def sealed(metadata: dict[str, object], table: object = None) -> dict[str, object]:
+    """Metadata with a checksum that is right, so that it is not for that that it is refused."""
+    text = json.dumps([metadata, table or {}], sort_keys=True, separators=(",", ":"))
+    return {**metadata, "header": checksum(text.encode())}
 
 
 def test_the_hand_made_header_is_a_good_one() -> None:
     """The cases below differ from it in one thing each, so it is that thing that they are refused for."""
-    assert check_file(file_with_header({"__metadata__": METADATA}), KEY).index == 0
+    assert check_file(file_with_header({"__metadata__": sealed(METADATA)}), KEY).index == 0
 
 
 @pytest.mark.parametrize("missing", METADATA)
 def test_metadata_must_be_complete(missing: str) -> None:
     metadata = {name: value for name, value in METADATA.items() if name != missing}
     with pytest.raises(CorruptChunk):
-        check_file(file_with_header({"__metadata__": metadata}), KEY)
+        check_file(file_with_header({"__metadata__": sealed(metadata)}), KEY)
 
 
 @pytest.mark.parametrize(
@@ -251,13 +286,13 @@ def test_metadata_must_be_complete(missing: str) -> None:
         {"index": float("inf")},
         {"index": float("nan")},
         {"index": "9" * 5000},
-        {"checksum": "0" * 32},
-        {"checksum": 0},
+        {"checksums": "0" * 32},
+        {"checksums": 0},
     ],
 )
 def test_metadata_must_make_sense(change: dict[str, object]) -> None:
     with pytest.raises(CorruptChunk):
-        check_file(file_with_header({"__metadata__": {**METADATA, **change}}), KEY)
+        check_file(file_with_header({"__metadata__": sealed({**METADATA, **change})}), KEY)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +327,7 @@ def test_a_header_must_be_a_table(header: object) -> None:
 )
 def test_a_tensor_table_must_make_sense(entry: object) -> None:
     with pytest.raises(CorruptChunk):
-        check_file(file_with_header({"__metadata__": METADATA, "x": entry}), KEY)
+        check_file(file_with_header({"__metadata__": sealed(METADATA, {"x": entry}), "x": entry}), KEY)
 
 
 def test_tensors_lie_back_to_back() -> None:
@@ -371,26 +406,27 @@ json_values = st.recursive(
 def test_fuzz_a_header_of_the_right_shape(place: str, value: object) -> None:
     """JSON that is nearly ours reaches further into the parser than any random bytes do."""
     entry: object = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    metadata: dict[str, object] = {**METADATA, "checksum": checksum([b"1234"])}
+    metadata: dict[str, object] = {**METADATA, "checksums": checksum(b"1234")}
     if place in METADATA:
         metadata[place] = value
     elif place == "offsets":
         entry = {"dtype": "F32", "shape": [1], "data_offsets": value}
     elif place == "entry":
         entry = value
-    header: object = {"__metadata__": metadata, "x": entry, **({"y": value} if place == "extra" else {})}
+    table = {"x": entry, **({"y": value} if place == "extra" else {})}
+    header: object = {"__metadata__": sealed(metadata, table), **table}
     refuse_or_take(file_with_header(value if place == "table" else header, b"1234"))
 
 
 @patient
 @given(layouts(), layouts())
-def test_check_chunk_takes_its_own_layout_only(layout: ChunkLayout, other: ChunkLayout) -> None:
+def test_check_header_takes_its_own_layout_only(layout: ChunkLayout, other: ChunkLayout) -> None:
     payload = bytes(layout.nbytes)
-    header = encode_header(layout, facts_of([payload]))
-    check_chunk(header, [payload], KEY, layout)
+    header = encode_header(layout, facts_of(payload, layout=layout))
+    check_header(header, KEY, layout)
     assume(layout != other)
     with pytest.raises(CorruptChunk):
-        check_chunk(header, [payload], KEY, other)
+        check_header(header, KEY, other)
 
 
 # The layout itself.

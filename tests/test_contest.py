@@ -201,7 +201,7 @@ def test_without_nearness_there_is_no_contest() -> None:
 def test_worth_decides_between_waiting_and_computing() -> None:
     asked: list[tuple[int, int]] = []
 
-    def worth(chunk: int, loads_left: int, idle_seconds: float) -> bool:
+    def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
         asked.append((chunk, loads_left))
         return len(asked) > 2  # two times no, then yes
 

@@ -23,6 +23,7 @@ from cake_hf.arithmetic.costs import (
     LoadCost,
     busy_seconds,
     fit_line,
+    most_at_once,
 )
 
 CHUNK = 2**20
@@ -163,23 +164,39 @@ def test_bandwidth_is_recovered(seed: int, bandwidth: float, threads: int, resto
         learner.saw_loads(CHUNK, flow(random.randint(8, 24), threads, factor * CHUNK / bandwidth))
     load = learner.costs().load
     assert load is not None
-    assert (load.latency, load.chunk_bytes, load.threads) == (0.0, CHUNK, 1)
+    assert (load.chunk_bytes, load.threads) == (CHUNK, threads)
+    assert load.latency == pytest.approx(0.0, abs=1e-9)
     assert load.bandwidth == pytest.approx(bandwidth, rel=0.04)
-    assert learner.costs(chunk_bytes=3 * CHUNK).load == LoadCost(0.0, load.bandwidth, 3 * CHUNK)
+    assert learner.costs(chunk_bytes=3 * CHUNK).load == LoadCost(load.latency, load.bandwidth, 3 * CHUNK, threads)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seeds, st.floats(0.0005, 0.05))
-def test_latency_shows_where_chunks_differ_in_size(seed: int, latency: float) -> None:
-    random, learner, bandwidth = Random(seed), CostLearner(), 1e9
-    for order in range(24):
-        size = CHUNK * (1 + order % 12)
-        interval = (latency + size / bandwidth) * random.uniform(0.99, 1.01) * (20 if order in (0, 9) else 1)
-        learner.saw_loads(size, flow(10, 2, interval))
-    load = learner.costs().load
-    assert load is not None
-    assert load.interval == pytest.approx(latency + load.chunk_bytes / bandwidth, rel=0.05)
-    assert learner.costs(CHUNK).load == LoadCost(load.latency, load.bandwidth, CHUNK)
+def queue(loads: int, threads: int, latency: float, transfer: float) -> list[tuple[float, float]]:
+    """Each thread, when free, puts its next load on the path; the load ends a latency after it came off the path."""
+    free, path, spans = [0.0] * threads, 0.0, []
+    for _ in range(loads):
+        thread = free.index(min(free))
+        begin = free[thread]
+        path = max(path, begin) + transfer
+        free[thread] = path + latency
+        spans.append((begin, free[thread]))
+    return spans
+
+
+@given(st.floats(0, 1), st.floats(0.001, 1), st.integers(1, 4), st.integers(1, 40))
+def test_latency_is_told_from_bandwidth_by_how_loads_overlap(
+    latency: float, transfer: float, threads: int, loads: int
+) -> None:
+    learner, truth = CostLearner(), LoadCost(latency, CHUNK / transfer, CHUNK, threads)
+    learner.saw_loads(CHUNK, queue(loads, threads, latency, transfer))
+    found = learner.costs().load
+    assert found is not None
+    assert found.seconds == pytest.approx(truth.seconds)
+    assert found.finish(loads) == pytest.approx(truth.finish(loads))
+    if loads >= threads:
+        assert found.interval == pytest.approx(truth.interval)
+        assert found.finish(3 * loads) == pytest.approx(truth.finish(3 * loads), rel=1 / threads)
+    if loads > threads > 1 and (loads - 1) % threads:
+        assert found.latency == pytest.approx(latency, abs=1e-6)
 
 
 def test_nothing_is_known_at_first_and_a_cold_measurement_is_better_than_none() -> None:
@@ -196,7 +213,14 @@ def test_nothing_is_known_at_first_and_a_cold_measurement_is_better_than_none() 
 def test_overlapping_loads_share_the_bandwidth() -> None:
     learner = CostLearner()
     learner.saw_loads(CHUNK, [(0.0, 2.0), (0.0, 2.0), (10.0, 11.0)])
-    assert learner.costs().load == LoadCost(0.0, CHUNK, CHUNK)
+    assert learner.costs().load == LoadCost(0.0, CHUNK, CHUNK, 2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), max_size=12))
+def test_most_at_once_is_the_crowd_in_the_fullest_moment(lengths: list[tuple[int, int]]) -> None:
+    spans = [(float(start), float(start + length)) for start, length in lengths]
+    moments = [sum(start <= tick < start + length for start, length in lengths) for tick in range(40)]
+    assert most_at_once(spans) == max(moments)
 
 
 def test_a_change_is_followed_and_memory_is_bounded() -> None:
@@ -279,7 +303,7 @@ def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
     ("name", "value"),
     [
         ("format", "other"),
-        ("version", 2),
+        ("version", 1),
         ("version", True),
         ("steps", {}),
         ("steps", [[0, -1.0]]),
@@ -290,12 +314,16 @@ def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
         ("steps", [[0, 10**400]]),
         ("steps", [[0, 1.0, 2.0]]),
         ("steps", [[True, 1.0]]),
-        ("loads", [[CHUNK, 1]]),
-        ("loads", [[CHUNK, 0, 1.0]]),
-        ("loads", [[CHUNK, 1, 0.0]]),
-        ("loads", [[0, 1, 1.0]]),
-        ("loads", [[2 * MAX_BYTES, 1, 1.0]]),
-        ("loads", [[1.5, 1, 1.0]]),
+        ("loads", [[CHUNK, 1, 1.0]]),
+        ("loads", [[CHUNK, 0, 1.0, 1.0, 1]]),
+        ("loads", [[CHUNK, 1, 0.0, 0.0, 1]]),
+        ("loads", [[CHUNK, 1, 1.0, 0.0, 1]]),
+        ("loads", [[CHUNK, 1, 1.0, 2.0, 1]]),
+        ("loads", [[CHUNK, 2, 1.0, 0.5, 3]]),
+        ("loads", [[CHUNK, 2, 1.0, 0.5, 0]]),
+        ("loads", [[0, 1, 1.0, 1.0, 1]]),
+        ("loads", [[2 * MAX_BYTES, 1, 1.0, 1.0, 1]]),
+        ("loads", [[1.5, 1, 1.0, 1.0, 1]]),
         ("loads", ["abc"]),
         ("cold_step", [0]),
         ("cold_load", 3),

@@ -18,7 +18,7 @@ import torch
 import cake_hf
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.stores import LocalStore
-from cake_hf.tensors.codec import ChunkFacts, check_file, checksum, encode_header
+from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
 
 KILLS = 50
@@ -121,7 +121,7 @@ def make_chunks(folder: Path, count: int, tokens: int) -> list[str]:
     folder.mkdir()
     for number, key in enumerate(keys):
         payload = random.Random(number).randbytes(layout.nbytes)
-        facts = ChunkFacts(key, "0" * 40, number, "0" * 40, "a model", checksum([payload]))
+        facts = ChunkFacts(key, "0" * 40, number, "0" * 40, "a model", checksums(payload, layout))
         (folder / key).write_bytes(encode_header(layout, facts) + payload)
     return keys
 

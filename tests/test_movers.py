@@ -21,11 +21,12 @@ from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.movers.deadline import call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
-from cake_hf.movers.place import DevicePlace, HostPlace, Place, byte_view, place_for
+from cake_hf.movers.place import DevicePlace, HostPlace, Landing, Place, byte_view, place_for
+from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
-from cake_hf.tensors.codec import ChunkFacts, check_file, checksum, encode_header, header_size
+from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
 
 PATIENCE = 60.0
@@ -56,7 +57,7 @@ def payload_of(index: int) -> bytes:
 
 
 def facts_of(index: int, payload: bytes = b"") -> ChunkFacts:
-    return ChunkFacts(key_of(index), SPACE, index, SPACE, "a model", checksum([payload]) if payload else "")
+    return ChunkFacts(key_of(index), SPACE, index, SPACE, "a model", checksums(payload, LAYOUT) if payload else ())
 
 
 def filled_store() -> MemoryStore:
@@ -88,16 +89,21 @@ def untouched(buffers: Sequence[torch.Tensor], index: int) -> bool:
 # Places.
 
 
+def fill_parts(landing: Landing, index: int) -> None:
+    payload, offset = payload_of(index), 0
+    for part, size in zip(landing.parts, LAYOUT.sizes, strict=True):
+        assert part.nbytes == size
+        part[:] = payload[offset : offset + size]
+        offset += size
+
+
 def test_the_parts_of_a_host_place_are_the_memory_of_the_buffers() -> None:
     buffers = make_buffers()
     place = HostPlace(buffers, LAYOUT)
     for index in range(CHUNKS):
-        payload, offset = payload_of(index), 0
-        for part, size in zip(place.parts(index), LAYOUT.sizes, strict=True):
-            assert part.nbytes == size
-            part[:] = payload[offset : offset + size]
-            offset += size
-        place.commit(index)
+        landing = place.landing(index, aside=False)
+        fill_parts(landing, index)
+        landing.release()
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
     assert all(not buffer[0, CHUNKS * CHUNK :].any() for buffer in buffers)
 
@@ -107,14 +113,37 @@ def test_a_device_place_changes_the_buffers_on_commit_only(device: str) -> None:
     buffers = make_buffers(device)
     place = DevicePlace(buffers, LAYOUT)
     for index in (3, 1):
-        payload, offset = payload_of(index), 0
-        for part, size in zip(place.parts(index), LAYOUT.sizes, strict=True):
-            part[:] = payload[offset : offset + size]
-            offset += size
+        landing = place.landing(index, aside=False)
+        fill_parts(landing, index)
+        place.catch_up()
         assert untouched(buffers, index)
-        place.commit(index)
-        assert chunk_in(buffers, index) == payload
+        landing.commit(len(LAYOUT.pieces))
+        landing.release()
+        place.catch_up()
+        assert chunk_in(buffers, index) == payload_of(index)
     assert all(untouched(buffers, index) for index in (0, 2, 4, 5))
+
+
+@devices
+@pytest.mark.parametrize("kind", [place_for, DevicePlace])
+def test_what_is_aside_waits_for_the_main_thread_piece_by_piece(
+    device: str, kind: Callable[[list[torch.Tensor], ChunkLayout], Place]
+) -> None:
+    buffers = make_buffers(device)
+    place = kind(buffers, LAYOUT)
+    landing = place.landing(2, aside=True)
+    fill_parts(landing, 2)
+    landing.commit(len(LAYOUT.pieces))
+    place.catch_up()
+    assert untouched(buffers, 2)
+    first = LAYOUT.sizes[0]
+    landing.adopt(1)
+    place.catch_up()
+    assert chunk_in(buffers, 2) == payload_of(2)[:first] + bytes(LAYOUT.nbytes - first)
+    landing.adopt(len(LAYOUT.pieces))
+    landing.release()
+    place.catch_up()
+    assert chunk_in(buffers, 2) == payload_of(2)
 
 
 @devices
@@ -124,15 +153,50 @@ def test_threads_of_a_device_place_do_not_share_host_memory(device: str) -> None
     filled = threading.Barrier(CHUNKS)
 
     def load(index: int) -> None:
-        payload, offset = payload_of(index), 0
-        for part in place.parts(index):
-            part[:] = payload[offset : offset + part.nbytes]
-            offset += part.nbytes
+        landing = place.landing(index, aside=False)
+        fill_parts(landing, index)
         filled.wait(PATIENCE)
-        place.commit(index)
+        landing.commit(len(LAYOUT.pieces))
+        landing.release()
 
     run_all([threading.Thread(target=load, args=(index,), daemon=True) for index in range(CHUNKS)])
+    place.catch_up()
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
+
+
+def test_slots_go_round_once_there_are_enough() -> None:
+    ring = SlotRing(16, 2, pinned=False)
+    first, second = ring.take(), ring.take()
+    third = ring.take()  # all are taken: whoever takes more has a bound of its own
+    assert len({id(slot.memory) for slot in (first, second, third)}) == 3
+    for slot in (second, first, third):
+        ring.give_back(slot)
+    assert [ring.take() for _ in range(3)] == [second, first, third]
+
+
+def test_a_slot_is_not_taken_before_its_copy_is_done() -> None:
+    class Copy:
+        """Stands in for an event on a device."""
+
+        awaited = False
+
+        def synchronize(self) -> None:
+            self.awaited = True
+
+    class Stream:
+        def __init__(self) -> None:
+            self.copy = Copy()
+
+        def record_event(self, event: object) -> Copy:
+            return self.copy
+
+    ring, stream = SlotRing(16, 1, pinned=False), Stream()
+    slot = ring.take()
+    slot.copied_by(stream)  # type: ignore[arg-type]
+    ring.give_back(slot)
+    assert not stream.copy.awaited
+    assert ring.take() is slot
+    assert stream.copy.awaited
 
 
 @devices
@@ -183,7 +247,7 @@ class Restore:
     store: Store
     place: Place
     present: Sequence[bool] = (True,) * CHUNKS
-    records: list[tuple[str, int, float, float, Outcome]] = field(default_factory=list)
+    records: list[tuple[str, int, float, float, str]] = field(default_factory=list)
     now: float = 0.0
 
     def __post_init__(self) -> None:
@@ -205,7 +269,7 @@ def test_a_loader_brings_all_chunks_from_the_back(caplog: pytest.LogCaptureFixtu
     run_loader(restore.job, "load-7")
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
     assert restore.frontier.counts() == {State.LOADED: CHUNKS}
-    expected = [("load-7", chunk, 2.0 * n + 1, 2.0 * n + 2, Outcome.LOADED) for n, chunk in enumerate((4, 3, 2, 1, 0))]
+    expected = [("load-7", chunk, 2.0 * n + 1, 2.0 * n + 2, "loaded") for n, chunk in enumerate((4, 3, 2, 1, 0))]
     assert restore.records == expected
     assert caplog.records == []
 
@@ -266,7 +330,7 @@ def other_layout() -> MemoryStore:
         (lambda: FaultStore(filled_store(), {key_of(2): "truncate"}), Outcome.CORRUPT),
         (short_value, Outcome.CORRUPT),
         (lambda: other_header(2, key=key_of(3)), Outcome.CORRUPT),
-        (lambda: other_header(2, checksum="0" * 32), Outcome.CORRUPT),
+        (lambda: other_header(2, checksums=("0" * 32,) * len(LAYOUT.pieces)), Outcome.CORRUPT),
         (other_layout, Outcome.CORRUPT),
         (lambda: FaultStore(filled_store(), {key_of(2): "error"}), Outcome.ERROR),
         (lambda: Raising(filled_store(), OSError("the network is gone")), Outcome.ERROR),
@@ -281,19 +345,21 @@ def test_a_bad_read_is_an_outcome_and_the_next_chunk_is_loaded(
     restore = Restore(make_store(), DevicePlace(buffers, LAYOUT))
     run_loader(restore.job, "load-0")
     assert restore.frontier.outcomes() == {n: outcome if n == 2 else Outcome.LOADED for n in range(CHUNKS)}
-    assert [happened[-1] for happened in restore.records] == [Outcome.LOADED] * 2 + [outcome] + [Outcome.LOADED] * 2
+    assert [Outcome(happened[-1]) for happened in restore.records] == [Outcome.LOADED] * 2 + [outcome] + [
+        Outcome.LOADED
+    ] * 2
     assert untouched(buffers, 2), "a chunk that was refused came into the cache"
     assert all(chunk_in(buffers, n) == payload_of(n) for n in range(CHUNKS) if n != 2)
     assert len(caplog.records) == (0 if outcome is Outcome.MISSED else 1)
 
 
-@pytest.mark.parametrize("method", ["parts", "commit"])
-def test_a_place_that_fails_is_an_outcome_too(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(index: int) -> None:
+@pytest.mark.parametrize(("owner", "method"), [(HostPlace, "landing"), (Landing, "commit")])
+def test_a_place_that_fails_is_an_outcome_too(owner: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
+    monkeypatch.setattr(owner, method, fail)
     place = HostPlace(make_buffers(), LAYOUT)
-    monkeypatch.setattr(place, method, fail)
     restore = Restore(filled_store(), place)
     run_loader(restore.job, "load-0")
     assert set(restore.frontier.outcomes().values()) == {Outcome.ERROR}
@@ -560,6 +626,7 @@ package = types.ModuleType("cake_hf")
 package.__path__ = [sys.argv[1]]
 sys.modules["cake_hf"] = package
 import torch
+from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.writer import SaveJob, Writer
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts

@@ -19,7 +19,7 @@ import cake_hf
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
-from cake_hf.tensors.codec import checksum, encode_header, parse_header
+from cake_hf.tensors.codec import checksums, encode_header, parse_header
 from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, oracle, prompt, run, shared_model
 
 ATTENTIONS = ("eager", "sdpa")
@@ -202,5 +202,5 @@ def forge(store: LocalStore, key: str, layout: cake_hf.tensors.layout.ChunkLayou
     assert value is not None
     payload = value[-layout.nbytes :]
     payload[3] ^= 0x40
-    facts = replace(parse_header(value)[0], checksum=checksum([payload]))
+    facts = replace(parse_header(value)[0], checksums=checksums(payload, layout))
     store.write(key, [encode_header(layout, facts), payload], replace=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.people.haystack import KEYS, VALUES, hide, make_facts, question, real_text
 from cake_hf.people.models import RECALL_TINY
-from cake_hf.tensors.codec import checksum, parse_header
+from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header
+from cake_hf.tensors.layout import ChunkLayout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from eval_recall import accuracy
@@ -58,26 +60,22 @@ def test_a_wrong_kv_shows_as_a_wrong_answer(model: Any, tokenizer: Any) -> None:
 
     assert [answer("true"), answer("false")] == [fact.answer, other.answer]
     assert answer("true") == fact.answer  # from the store now
-    swap_payloads(stores["false"], stores["true"])
+    with CakeCache(model, stores["true"], chunk_size=64) as cache:
+        swap_payloads(stores["false"], stores["true"], cache._session.layout())
     assert answer("true") != fact.answer
 
 
-def swap_payloads(source: MemoryStore, target: MemoryStore) -> None:
+def swap_payloads(source: MemoryStore, target: MemoryStore, layout: ChunkLayout) -> None:
     """Give the target's chunks the payloads of the source's chunks at the same places."""
-    by_index = {}
+    payloads = {}
     for key in source.keys():  # noqa: SIM118  # a store is no mapping
         value = source.read(key)
         assert value is not None
-        by_index[parse_header(value)[0].index] = value
+        payloads[parse_header(value)[0].index] = value[header_size(layout) :]
     for key in list(target.keys()):
         value = target.read(key)
         assert value is not None
-        facts, table = parse_header(value)
-        start = len(value) - max(entry["data_offsets"][1] for entry in table.values())
-        payload = by_index[facts.index][start:]
-        header = _with_checksum(bytes(value[:start]), facts.checksum, checksum([payload]))
+        facts, _ = parse_header(value)
+        payload = payloads[facts.index]
+        header = encode_header(layout, replace(facts, checksums=checksums(payload, layout)))
         target.write(key, [header, payload], replace=True)
-
-
-def _with_checksum(header: bytes, old: str, new: str) -> bytes:
-    return header.replace(old.encode(), new.encode())

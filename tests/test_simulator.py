@@ -69,11 +69,22 @@ def test_every_chunk_is_computed_or_loaded_once(where: Setting, policy: Policy) 
     assert all(0 <= span.start <= span.end <= outcome.seconds + TINY for span in outcome.spans)
 
 
+def min_over_splits(where: Setting) -> float:
+    """The least time if the last piece needs to wait for what is computed only."""
+    fronts = [sum(where.step_seconds[:m]) for m in range(where.chunks + 1)]
+    finish = where.line.finish
+    return min(max(front + where.suffix_seconds, finish(where.chunks - m)) for m, front in enumerate(fronts))
+
+
 @settings(max_examples=100, deadline=None)
 @given(where=any_setting)
 def test_nothing_is_faster_than_the_best_split(where: Setting) -> None:
     best = best_seconds(where)
-    assert all(simulate(where, policy).seconds >= best * (1 - TINY) for policy in POLICIES)
+    for policy in POLICIES:
+        known = where.costs_known and policy in ("both", "load")
+        # Where costs are known, the last piece may run beside the last loads.
+        limit = min_over_splits(where) if known else best
+        assert simulate(where, policy).seconds >= limit * (1 - TINY)
 
 
 @settings(max_examples=100, deadline=None)
@@ -82,7 +93,7 @@ def test_the_single_methods_take_what_their_formulas_say(where: Setting) -> None
     compute = simulate(where, "compute")
     assert compute.seconds == pytest.approx((sum(where.compute) + where.suffix) / where.gpu_share)
     assert (compute.computed, compute.loaded) == (where.chunks, 0)
-    load = simulate(replace(where, read_timeout=float("inf")), "load")
+    load = simulate(replace(where, read_timeout=float("inf"), costs_known=False), "load")
     assert load.seconds == pytest.approx(where.line.finish(where.chunks) + where.suffix / where.gpu_share)
     assert (load.computed, load.loaded) == (0, where.chunks)
 
@@ -141,7 +152,8 @@ def test_threads_share_the_line_and_overlap_the_latency() -> None:
 
 
 def test_a_share_of_the_device_slows_computing_only() -> None:
-    whole, half = evaluate(setting(8, 1, 0, 1, suffix=1)), evaluate(setting(8, 1, 0, 1, suffix=1, gpu_share=0.5))
+    plain = setting(8, 1, 0, 1, suffix=1, costs_known=False)
+    whole, half = evaluate(plain), evaluate(replace(plain, gpu_share=0.5))
     assert half.compute == 2 * whole.compute
     assert half.load == whole.load + 1
 
@@ -177,19 +189,20 @@ def wasteful(cells: Iterator[Setting]) -> list[tuple[float, Setting]]:
 
 
 def test_never_slower_than_the_better_single_method_with_known_costs() -> None:
-    """Wherever the line is what limits loading, and with one thread always: there `worth_starting` is proven."""
-    assert too_slow(grid((1, 2, 4), (0.0,))) == []
-    assert too_slow(grid((1,), (0.3, 3.0))) == []
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0))) == []
 
 
 def test_near_perfect_with_known_costs() -> None:
-    assert wasteful(grid((1, 2, 4), (0.0,))) == []
-    assert wasteful(grid((1,), (0.3, 3.0))) == []
+    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0))) == []
 
 
 def test_never_slower_with_as_many_chunks_loaded_aside_as_a_restore_takes() -> None:
-    assert too_slow(grid((1, 2, 4), (0.0,), near=None)) == []
-    assert wasteful(grid((1, 2, 4), (0.0,), near=None)) == []
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None)) == []
+    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None)) == []
+
+
+def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk() -> None:
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3), near=None, suffix=0.05)) == []
 
 
 def test_too_few_chunks_aside_would_be_slower() -> None:
@@ -197,11 +210,13 @@ def test_too_few_chunks_aside_would_be_slower() -> None:
     assert too_slow(grid((2,), (0.0,), near=2))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="loads that overlap their latency arrive in bursts, which worth_starting does not know"
-)
-def test_never_slower_where_latency_is_most_of_a_load() -> None:
-    assert too_slow(grid((2, 4), (3.0,))) == []
+def test_the_last_piece_hides_behind_the_last_loads() -> None:
+    """Loading is all there is to do: 8 loads of 1 s, two at a time, and a last piece of 1 s that needs not wait for them."""
+    where = setting(8, 100, 0, 1, threads=2, layers=16, suffix=1.0)
+    assert simulate(replace(where, costs_known=False), "load").seconds == 9
+    for strategy in ("load", "both"):
+        assert simulate(where, strategy).seconds == pytest.approx(8 + 1 / 16)  # type: ignore[arg-type]
+    assert simulate(replace(where, layers=1), "load").seconds == 9
 
 
 def test_the_first_prompt_ever_is_at_most_one_layer_from_the_best_split() -> None:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 FORMAT = "cake_hf costs"
-VERSION = 1
+VERSION = 2
 
 MAX_SECONDS = 1e6
 MAX_BYTES = 2**50
@@ -67,7 +67,7 @@ class LoadCost:
         latency: seconds of a load in which the path is free for others.
         bandwidth: bytes per second of the path, shared by all loads.
         chunk_bytes: of one chunk.
-        threads: k, loads at a time. 1 for learnt costs: what threads bring is in the measured numbers already.
+        threads: k, loads at a time.
 
     Raises:
         ValueError: a number is out of range, not a number or absurdly large.
@@ -120,23 +120,48 @@ class Costs:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Loads that were measured together: `count` chunks of `chunk_bytes` in `busy` seconds."""
+    """Loads that were measured together.
+
+    Attributes:
+        chunk_bytes: of each.
+        count: of the loads.
+        busy: seconds in which anything was being loaded.
+        shortest: seconds of the quickest load.
+        threads: that loaded at the same time.
+    """
 
     chunk_bytes: int
     count: int
     busy: float
+    shortest: float
+    threads: int
 
-    @property
-    def interval(self) -> float:
-        return self.busy / self.count
+    def cost(self, chunk_bytes: int) -> LoadCost:
+        """The model that gives these numbers: `finish(count) = busy` and, in a steady flow, `seconds = shortest`.
+
+        If the path is the limit, n loads take `m + (n - 1) * D` seconds, with m the time of one alone. Otherwise each round of
+        k loads takes m, and the last one `m + p * D` with p the loads beyond the first in it; p = 0 says nothing of D but that
+        it is at most m / k. What m has beyond D is latency.
+        """
+        alone, transfer = self.shortest, self.shortest
+        if self.count > 1:
+            transfer = (self.busy - alone) / (self.count - 1)
+            if transfer * self.threads < alone:
+                rounds, beyond = divmod(self.count - 1, self.threads)
+                transfer = (self.busy - (rounds + 1) * alone) / beyond if beyond else alone / self.threads
+                transfer = min(max(transfer, 0.0), alone / self.threads)
+        per_byte = transfer / self.chunk_bytes
+        bandwidth = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
+        latency = min(max(alone - transfer, 0.0), MAX_SECONDS)
+        return LoadCost(latency, max(1.0, bandwidth), chunk_bytes, self.threads)
 
 
 class CostLearner:
     """Estimates costs from what is measured as prompts go by. Memory is bounded; one thread at a time.
 
     What a process measures first is cold (kernels are chosen, connections opened, files not cached): it counts only as long
-    as there is nothing else. Outliers are met with medians: see `fit_line` for computing; for loading, the median of the
-    batches' bandwidths, each batch weighing as much as it has loads. Measurements that can be none are ignored.
+    as there is nothing else. Outliers are met with medians: see `fit_line` for computing; for loading, the median batch by the
+    time from load to load, each batch weighing as much as it has loads. Measurements that can be none are ignored.
     """
 
     def __init__(self) -> None:
@@ -168,8 +193,7 @@ class CostLearner:
 
         Args:
             chunk_bytes: of each.
-            spans: start and end of each, in seconds of one clock. Where they overlap, that time counts once, so the
-                bandwidth is that of all loads together (bytes / seconds in which anything was being loaded).
+            spans: start and end of each, in seconds of one clock. How they overlap tells latency from bandwidth.
         """
         batch = _batch_of(chunk_bytes, list(spans))
         if batch is None:
@@ -237,6 +261,17 @@ def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
+    """How many of the spans (start, end) overlap at most; one that begins where another ends does not overlap it."""
+    under_way = most = 0
+    for _, change in sorted(
+        [(at, change) for start, end in spans if end > start for at, change in ((start, 1), (end, -1))]
+    ):
+        under_way += change
+        most = max(most, under_way)
+    return most
+
+
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Intercept and slope by Theil-Sen: the median slope of all pairs, then the median of `y - slope * x`.
 
@@ -275,29 +310,19 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _fit_load(batches: Sequence[_Batch], chunk_bytes: int | None) -> LoadCost | None:
-    """From one size of chunks only their bandwidth can be told; from several also what each chunk costs whatever its size."""
+    """The cost of the median batch, as a whole: its latency and its bandwidth belong together."""
     if not batches:
         return None
     size = batches[-1].chunk_bytes if chunk_bytes is None else chunk_bytes
-    latency, per_byte = 0.0, 0.0
-    if len({batch.chunk_bytes for batch in batches}) > 1:
-        latency, per_byte = fit_line([(batch.chunk_bytes, batch.interval) for batch in batches])
-    if per_byte <= 0:
-        latency = 0.0
-        per_byte = _weighted_median([(batch.interval / batch.chunk_bytes, batch.count) for batch in batches])
-    bandwidth = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
-    return LoadCost(min(latency, MAX_SECONDS), max(1.0, bandwidth), size)
-
-
-def _weighted_median(values: Sequence[tuple[float, int]]) -> float:
-    ordered = sorted(values)
-    reached = list(accumulate(weight for _, weight in ordered))
-    return ordered[bisect_left(reached, reached[-1] / 2)][0]
+    costs = sorted(((batch.cost(size), batch.count) for batch in batches), key=lambda pair: pair[0].interval)
+    reached = list(accumulate(count for _, count in costs))
+    return costs[bisect_left(reached, reached[-1] / 2)][0]
 
 
 def _batch_of(chunk_bytes: int, spans: Sequence[tuple[float, float]]) -> _Batch | None:
     good = [(start, end) for start, end in spans if 0 <= end - start <= MAX_SECONDS]
-    batch = _Batch(chunk_bytes, len(good), busy_seconds(good))
+    shortest = min((end - start for start, end in good), default=0.0)
+    batch = _Batch(chunk_bytes, len(good), busy_seconds(good), shortest, most_at_once(good))
     return batch if _is_batch(batch) else None
 
 
@@ -306,9 +331,10 @@ def _is_step(index: object, seconds: object) -> bool:
 
 
 def _is_batch(batch: _Batch) -> bool:
-    whole = isinstance(batch.chunk_bytes, int) and isinstance(batch.count, int)
+    whole = all(isinstance(number, int) for number in (batch.chunk_bytes, batch.count, batch.threads))
     in_range = _is_number(batch.chunk_bytes, 1, MAX_BYTES) and _is_number(batch.count, 1, MAX_INDEX)
-    return whole and in_range and _is_number(batch.busy, 0.0, MAX_SECONDS) and batch.busy > 0
+    possible = _is_number(batch.threads, 1, batch.count) and _is_number(batch.busy, 0.0, MAX_SECONDS)
+    return whole and in_range and possible and _is_number(batch.shortest, 0.0, batch.busy) and batch.shortest > 0
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
@@ -342,4 +368,4 @@ def _batch(row: Any) -> _Batch:
 
 
 def _batch_row(batch: _Batch) -> list[float]:
-    return [batch.chunk_bytes, batch.count, batch.busy]
+    return [batch.chunk_bytes, batch.count, batch.busy, batch.shortest, batch.threads]

@@ -11,6 +11,9 @@ Where they meet, both may work on one chunk: a loader that finds nothing else le
 and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
 so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
 
+What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
+go beyond them (`advance(beyond_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
+
 Conservation law: every chunk is in exactly one `State`, so at any moment
 `computed + computing + loaded + loading + failed + absent + waiting = all`, and a chunk is claimed by one side at a time.
 """
@@ -85,8 +88,10 @@ class Frontier:
         near: how many chunks beyond the front are loaded aside and may be contested; 0 for no contest at all.
         most_aside: how many chunks may be on their way aside, or wait there to be put into place. A third of that is for the
             chunks nearest to the front, which always go aside; of the others, those go into place for which nothing is left.
-        worth: called as `worth(chunk, loads_left, idle_seconds)` before a chunk is computed that could be loaded: False if the
-            loads that are left would be there before its computation ends. Idle is the time since a load last began or ended.
+        last: how many chunks are the last ones to be loaded, whose layers are waited for.
+        worth: called as `worth(chunk, loads_left, loads_done, idle_seconds)` before a chunk is computed that could be loaded:
+            False if the loads that are left would be there before its computation ends. Idle is the time since a load last
+            began or ended.
         clock: monotonic seconds; replaceable for tests.
         changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
             `threading.Condition`.
@@ -100,7 +105,8 @@ class Frontier:
         read_timeout: float = 10.0,
         near: int = 0,
         most_aside: int = 2**31,
-        worth: Callable[[int, int, float], bool] = lambda chunk, loads_left, idle_seconds: True,
+        last: int = 0,
+        worth: Callable[[int, int, int, float], bool] = lambda chunk, loads_left, loads_done, idle_seconds: True,
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
     ) -> None:
@@ -112,12 +118,17 @@ class Frontier:
         self._read_timeout = read_timeout
         self._near = near if strategy is Strategy.BOTH else 0
         self._most_aside = most_aside
-        self._loads_left = self._states.count(State.WAITING)  # how many chunks are waiting or loading
+        self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
         self._worth = worth
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
         self._front = 0
-        self._given_out: int | None = None  # the chunk that the main thread computes, even once a load has brought it
+        self._given_out: set[int] = set()  # what the main thread computes, even once a load has brought it
+        self._last = last
+        self._beyond = (
+            0  # the main thread is beyond the loads, at this chunk; those before it may still be on their way
+        )
+        self._layers_there: dict[int, int] = {}  # of loads in flight
         self._back = len(self._states) - 1
         self._last_progress = clock()
         self._claimed_at: dict[int, float] = {}
@@ -149,10 +160,38 @@ class Frontier:
             self._changed.notify_all()
             return index
 
+    def has_claims(self) -> bool:
+        """Whether `claim` would give something now."""
+        with self._changed:
+            return self._open and (self._waiting > 0 or self._can_be_contested(self._front))
+
     def lands_aside(self, index: int) -> bool:
         """Whether a claimed chunk must be loaded into memory of its own; the main thread then puts it into place."""
         with self._changed:
             return self._aside.get(index, True)
+
+    def comes_last(self, index: int) -> bool:
+        """Whether a claimed chunk is among the last ones to be loaded, so that its layers are best brought one after the other.
+
+        As long as the main thread may begin another chunk, none is: reads in parts share the path with those beside them, which
+        may be of chunks that it comes to first.
+        """
+        with self._changed:
+            front = self._front
+            if front < len(self._states) and self._states[front] is State.COMPUTING:
+                front += 1
+            waits = self._strategy is not Strategy.BOTH or not self._is_worth(front)
+            last = waits and index < front + self._last
+            if last and index in self._aside:
+                self._layers_there[index] = 0
+            return last
+
+    def landed(self, index: int, layers: int) -> None:
+        """Report that the first so many layers of a claimed chunk are there."""
+        with self._changed:
+            if index in self._aside:
+                self._layers_there[index] = layers
+                self._changed.notify_all()
 
     def settle(self, index: int, outcome: Outcome) -> bool:
         """Report how the load of a claimed chunk ended.
@@ -172,25 +211,52 @@ class Frontier:
 
     # Main thread.
 
-    def advance(self) -> int | None:
+    def advance(self, *, until: int | None = None, beyond_loads: bool = False) -> int | None:
         """Walk over what is already there and claim the next chunk to compute; None when the two sides have met.
 
         Blocks only while a load is the faster way (see `worth`) or the only safe one, and at most until that read's deadline;
         then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost again (see `lost`).
+
+        Args:
+            until: the walk ends before this chunk; by default after the last one.
+            beyond_loads: rather than to wait for loads that are all under way, return what comes after them: a chunk that
+                nobody loads, or None at the end. Whoever goes on there must `await_layer` before it uses a layer of them.
         """
         with self._changed:
-            self._given_out = None
-            while self._front < len(self._states):
+            end = len(self._states) if until is None else until
+            self._beyond = 0
+            while self._front < end:
                 state = self._states[self._front]
                 if state in (State.LOADED, State.COMPUTED):
+                    self._given_out.discard(self._front)
                     self._front += 1
-                elif self._should_wait(self._front, state):
-                    self._wait_for(self._front)
+                elif not self._should_wait(self._front, state):
+                    return self._give_out(self._front)
+                elif beyond_loads and (after := self._after_loads()) is not None:
+                    self._beyond = after
+                    return self._give_out(after) if after < end else None
                 else:
-                    self._turn(self._front, State.COMPUTING)
-                    self._given_out = self._front
-                    return self._front
+                    self._wait_for(self._front)
             return None
+
+    def await_layer(self, layer: int) -> bool:
+        """Block until this layer of all chunks is there that the main thread went beyond.
+
+        Returns:
+            False where one of them has failed, or is better computed now: then the walk to where the main thread is has to be
+            done again, `advance(until=...)`, before anything else.
+        """
+        with self._changed:
+            while (index := self._first_without(layer)) is not None:
+                if self._states[index] is not State.LOADING or not self._should_wait(index, State.LOADING):
+                    return False
+                self._wait_for(index)
+            return True
+
+    def beyond(self) -> int:
+        """The chunk that the main thread went to beyond the loads (all chunks, if to the end); 0 if it did not."""
+        with self._changed:
+            return self._beyond
 
     def lost(self, index: int) -> bool:
         """Whether a chunk that `advance` gave out to be computed has arrived from the store meanwhile."""
@@ -200,13 +266,15 @@ class Frontier:
     def computed(self, index: int) -> None:
         """Report that the main thread has made a chunk that `advance` gave it. That overtakes a load of the same chunk."""
         with self._changed:
-            if index != self._given_out:
+            if index not in self._given_out:
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
-            self._given_out = None
+            self._given_out.remove(index)
             self._turn(index, State.COMPUTED)
             self._left_behind |= self._aside.pop(index, None) is not None
+            self._layers_there.pop(index, None)
             if index in self._landed:
                 self._landed.remove(index)
+            if self._outcomes.get(index) is Outcome.LOADED:
                 del self._outcomes[index]
 
     def take_landed(self) -> list[int]:
@@ -252,18 +320,49 @@ class Frontier:
             return True
         if self._near == 0:
             return state is State.LOADING
-        return not self._worth(index, self._loads_left, self._clock() - self._last_progress)
+        return not self._is_worth(index)
+
+    def _is_worth(self, index: int) -> bool:
+        return self._worth(index, self._loads_left, len(self._outcomes), self._clock() - self._last_progress)
+
+    def _give_out(self, index: int) -> int:
+        self._turn(index, State.COMPUTING)
+        self._given_out.add(index)
+        return index
+
+    def _after_loads(self) -> int | None:
+        """What comes after loads that are all under way; None if there are some that nobody has claimed."""
+        there = (State.LOADED, State.COMPUTED, State.LOADING)
+        after = next(
+            (i for i in range(self._front, len(self._states)) if self._states[i] not in there), len(self._states)
+        )
+        waiting = after < len(self._states) and self._states[after] is State.WAITING
+        return None if waiting or not self._open else after
+
+    def _first_without(self, layer: int) -> int | None:
+        """The first chunk, of those that the main thread went beyond, of which this layer is not there."""
+        there = (State.LOADED, State.COMPUTED)
+        return next(
+            (
+                index
+                for index in range(self._front, self._beyond)
+                if self._states[index] not in there and self._layers_there.get(index, 0) <= layer
+            ),
+            None,
+        )
 
     def _goes_aside(self, index: int) -> bool:
         if self._near == 0 or index > self._front + self._near:
             return False
-        reserved = max(1, self._most_aside // 3)
+        reserved = max(0, self._most_aside // 3 - 1)
         if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
             return True
         return sum(self._aside.values()) + len(self._landed) < self._most_aside - reserved - 1
 
     def _can_be_contested(self, index: int) -> bool:
         if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
+            return False
+        if self._layers_there:  # a load in parts would share the path with this one
             return False
         return self._states[index] is State.COMPUTING and self._stored[index]
 
@@ -287,6 +386,7 @@ class Frontier:
     def _finish(self, index: int, outcome: Outcome) -> None:
         """A load has ended. A chunk that is also being computed stays with the main thread unless the load brought it."""
         del self._aside[index]
+        self._layers_there.pop(index, None)
         self._outcomes[index] = outcome
         if outcome is Outcome.LOADED:
             self._turn(index, State.LOADED)
@@ -295,6 +395,7 @@ class Frontier:
 
     def _turn(self, index: int, state: State) -> None:
         """Every change of a chunk's state, so that the loads that are left need not be counted each time."""
+        self._waiting += (state is State.WAITING) - (self._states[index] is State.WAITING)
         to_load = (State.WAITING, State.LOADING)
         self._loads_left += (state in to_load) - (self._states[index] in to_load)
         self._states[index] = state

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 LANE_WIDTH = 60
 
+_COLOURS = {"computed": "#e07b39", "gated": "#e07b39", "loaded": "#3a7ca5", "shared": "#5b9a68", "left": "#8a8f98"}
+
 
 @dataclass(frozen=True)
 class Span:
@@ -16,8 +18,9 @@ class Span:
         actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
         chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
         start, end: seconds since the restore began.
-        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; or "left" where a forward was left because its
-            chunk had come from the store.
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
+            chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
+            "shared" where the chunk came from another prompt that was being restored at the same time.
     """
 
     actor: str
@@ -31,13 +34,15 @@ class Span:
 class Report:
     """Counts, bytes, seconds and the timeline of the last prompt a cache has seen.
 
-    `chunks_computed + chunks_loaded` is the number of full chunks before the prompt's last, always computed, piece.
+    `chunks_computed + chunks_loaded + chunks_shared` is the number of full chunks before the prompt's last piece, which is
+    always computed.
     `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
 
     Attributes:
         tokens: length of the prompt.
         chunk_size: tokens per chunk.
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
+        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
         bytes_loaded, bytes_saved: payload bytes.
@@ -52,6 +57,7 @@ class Report:
     chunks_loaded: int = 0
     chunks_missed: int = 0
     chunks_failed: int = 0
+    chunks_shared: int = 0
     chunks_saved: int = 0
     chunks_unsaved: int = 0
     bytes_loaded: int = 0
@@ -64,7 +70,7 @@ class Report:
         """Label and value of each line of the table."""
         rows = [
             ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}"),
-            ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed"),
+            ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed{self._shared()}"),
             ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
             ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
             ("loaded", _bytes(self.bytes_loaded)),
@@ -75,6 +81,9 @@ class Report:
         if self.reason:
             rows.append(("note", self.reason))
         return rows
+
+    def _shared(self) -> str:
+        return f", {self.chunks_shared} shared" if self.chunks_shared else ""
 
     def lanes(self) -> dict[str, list[Span]]:
         """The timeline by actor, the computing thread first."""
@@ -126,14 +135,14 @@ def _text_lane(spans: list[Span], total: float) -> str:
     for span in spans:
         start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
         end = max(start + 1, round(span.end / total * LANE_WIDTH))
-        fill = {"computed": "=", "loaded": "=", "left": "~"}.get(span.outcome, "!")
+        fill = {"left": "~", **dict.fromkeys(("computed", "gated", "loaded", "shared"), "=")}.get(span.outcome, "!")
         label = "t" if span.chunk < 0 else str(span.chunk)
         cells[start:end] = list((label + fill * (end - start))[: end - start])
     return "".join(cells)
 
 
 def _html_span(span: Span, total: float) -> str:
-    colour = {"computed": "#e07b39", "loaded": "#3a7ca5", "left": "#8a8f98"}.get(span.outcome, "#b00020")
+    colour = _COLOURS.get(span.outcome, "#b00020")
     label = "tail" if span.chunk < 0 else str(span.chunk)
     return (
         f"<div title='{html.escape(span.actor)}: {label}, {(span.end - span.start) * 1e3:.1f} ms, {span.outcome}' "

@@ -4,8 +4,9 @@ One thread plays all parts. Loaders are events on a clock that moves only when s
 takes no time, and the same setting always gives the same outcome. What stands in for the world:
 
 - Computing chunk i takes `f_i / s` seconds, s the share of the device. A forward is left at a layer's border only.
-- One line brings one chunk after the other, each in `chunk bytes / bandwidth` seconds; a read ends `latency` after its
-  chunk came off the line. (As in `stores.wrappers.ThrottledStore`.)
+- One line brings one read after the other, each in `bytes / bandwidth` seconds; a read ends `latency` after its bytes
+  came off the line. (As in `stores.wrappers.ThrottledStore`.) The last chunks are read in ranges of layers where that pays,
+  and the prompt's last piece runs through its layers as they come.
 - All else (checks, copies, locks, waking up) takes no time. So what is lost here is lost by the decisions alone.
 
 Source of the policy that is compared with: Cake (Jin et al., ICML 2025, arXiv 2410.03065).
@@ -25,7 +26,7 @@ from cake_hf.arithmetic.costs import MAX_SECONDS, CostLearner, Costs, LoadCost
 from cake_hf.arithmetic.frontier import Frontier, Strategy
 from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import nearness, worth_starting
+from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
 from cake_hf.arithmetic.report import Span
 
 Policy = Literal["both", "compute", "load", "cake"]
@@ -106,7 +107,7 @@ class Outcome:
     """What one simulated restore came to.
 
     Attributes:
-        seconds: to the first token: until the two ends meet, and the prompt's last piece after it.
+        seconds: to the first token: until the two ends have met and the prompt's last piece is through.
         computed, loaded: chunks; together all of them.
         left: forwards that were left because their chunk had arrived.
         spans: who did which chunk from when to when, as in a report's timeline.
@@ -168,8 +169,9 @@ def steps(chunks: int, base: float, slope: float = 0.0) -> tuple[float, ...]:
 
 def evaluate(setting: Setting) -> Cell:
     """All policies in one setting."""
-    compute, load = simulate(setting, "compute"), simulate(setting, "load")
-    outcome = _Restore(setting, "both", _learn(setting, compute, load)).run()
+    costs = _learned(setting)
+    compute, load = simulate(setting, "compute"), _Restore(setting, "load", costs).run()
+    outcome = _Restore(setting, "both", costs).run()
     return Cell(
         both=outcome.seconds,
         compute=compute.seconds,
@@ -194,31 +196,31 @@ def simulate(setting: Setting, strategy: Policy) -> Outcome:
     """
     if strategy not in ("both", "compute", "load", "cake"):
         raise ValueError(f"The strategy must be both, compute, load or cake, got {strategy!r}.")
-    costs = Costs()
-    if strategy == "both" and setting.costs_known:
-        costs = _learn(setting, simulate(setting, "compute"), simulate(setting, "load"))
-    return _Restore(setting, strategy, costs).run()
+    return _Restore(setting, strategy, _learned(setting) if strategy in ("both", "load") else Costs()).run()
 
 
 def best_seconds(setting: Setting) -> float:
-    """T*, the least time of any token-wise split: `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
+    """T*, the least time of any token-wise split whose last piece comes after all else:
+    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
 
     L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
     order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
-    n - m others are loads over the same line.
+    n - m others are loads over the same line. (Running the last piece beside the last loads may be: eta then exceeds 1.)
     """
     fronts = accumulate(setting.step_seconds, initial=0.0)
     finish = setting.line.finish
     return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
 
 
-def _learn(setting: Setting, compute: Outcome, load: Outcome) -> Costs:
+def _learned(setting: Setting) -> Costs:
     """What is believed after a prompt that was all computed and one that was all loaded, learnt as a restore learns it."""
+    if not setting.costs_known:
+        return Costs()
     learner = CostLearner()
-    if setting.costs_known:
-        for span in compute.spans:
-            learner.saw_compute(span.chunk, span.end - span.start)
-        learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in load.spans])
+    for index, seconds in enumerate(setting.step_seconds):
+        learner.saw_compute(index, seconds)
+    first = _Restore(setting, "load", Costs()).run()
+    learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
     return learner.costs(round(setting.chunk_bytes))
 
 
@@ -294,19 +296,24 @@ class _Restore:
         self._clock = _Clock()
         self._line_free_at = 0.0
         self._spans: list[Span] = []
+        self._left = 0
         near, most_aside = setting.near, setting.chunks
         if policy == "cake":
             near = setting.chunks  # it computes whatever is not there when it asks
         elif near is None:
             near = nearness(costs, 0, setting.chunks, setting.threads)
             most_aside = ASIDE_PER_THREAD * setting.threads
+        self._ranges = ranges_of(costs, setting.layers, setting.latency)
+        stored = [True] * setting.chunks
+        rule = Rule.choose(costs, stored, 0, following_seconds=setting.suffix_seconds, ranges=self._ranges)
         self._frontier = Frontier(
-            [True] * setting.chunks,
+            stored,
             strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),
             read_timeout=setting.read_timeout,
             near=near,
             most_aside=most_aside,
-            worth=lambda index, loads_left, idle: worth_starting(costs, index, loads_left, idle),
+            last=setting.threads,
+            worth=rule.worth,
             clock=self._clock,
             changed=_Changed(self._clock),
         )
@@ -314,25 +321,30 @@ class _Restore:
     def run(self) -> Outcome:
         for number in range(self._setting.threads if self._policy != "compute" else 0):
             self._load_next(f"load-{number}")
-        left, seconds = 0, self._setting.step_seconds
-        while (index := self._frontier.advance()) is not None:
+        self._walk(self._setting.chunks, beyond_loads=self._ranges > 1)
+        self._last_piece()
+        loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
+        computed = self._setting.chunks - loaded
+        return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans))
+
+    def _walk(self, until: int, *, beyond_loads: bool) -> None:
+        seconds = self._setting.step_seconds
+        while (index := self._frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
             self._frontier.take_landed()  # putting chunks into place takes no time here
             begin = self._clock.now
             if self._forward(index, seconds[index]):
                 self._frontier.computed(index)
                 self._record("compute", index, begin, "computed")
             else:
-                left += 1
+                self._left += 1
                 self._record("compute", index, begin, "left")
-        loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
-        total = self._clock.now + self._setting.suffix_seconds
-        return Outcome(total, self._setting.chunks - loaded, loaded, left, tuple(self._spans))
 
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
         begin, end = self._clock.now, self._clock.now + seconds
         while self._policy != "cake" and self._clock.next <= end:
             self._clock.step()
+            self._frontier.take_landed()  # as in each layer
             if self._frontier.lost(index):
                 layer = math.ceil((self._clock.now - begin) / seconds * self._setting.layers)
                 if layer < self._setting.layers:
@@ -341,15 +353,33 @@ class _Restore:
         self._clock.go_to(end)
         return True
 
-    def _load_next(self, actor: str) -> None:
-        """A loader claims a chunk and books the line for it; what it does when the read ends is planned."""
-        index = self._frontier.claim()
-        if index is None:
+    def _last_piece(self) -> None:
+        """Each layer of it waits for that layer of the loads that are under way."""
+        if not self._frontier.beyond():
+            self._clock.go_to(self._clock.now + self._setting.suffix_seconds)
             return
-        begin = self._clock.now
-        self._line_free_at = max(begin, self._line_free_at) + self._setting.chunk_bytes / self._setting.bandwidth
+        for layer in range(self._setting.layers):
+            if not self._frontier.await_layer(layer):
+                self._walk(self._setting.chunks, beyond_loads=False)
+            self._clock.go_to(self._clock.now + self._setting.suffix_seconds / self._setting.layers)
+
+    def _load_next(self, actor: str) -> None:
+        """A loader claims a chunk; it reads it whole, or one range of layers after the other."""
+        index = self._frontier.claim()
+        if index is not None:
+            ranges = self._ranges if self._frontier.comes_last(index) else 1
+            self._read(actor, index, self._clock.now, 1, ranges)
+
+    def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
+        """Book the line for the next range; what the loader does when that read ends is planned."""
+        seconds = self._setting.chunk_bytes / self._setting.bandwidth / ranges
+        self._line_free_at = max(self._clock.now, self._line_free_at) + seconds
 
         def read_ends() -> None:
+            if number < ranges:
+                self._frontier.landed(index, self._setting.layers * number // ranges)
+                self._read(actor, index, begin, number + 1, ranges)
+                return
             if self._frontier.settle(index, LoadOutcome.LOADED):
                 self._record(actor, index, begin, LoadOutcome.LOADED.value)
             self._load_next(actor)

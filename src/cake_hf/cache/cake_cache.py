@@ -17,17 +17,8 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.restore import (
-    ForwardLeft,
-    Progress,
-    Prompt,
-    learn_costs,
-    look_up,
-    off_schedule,
-    record_tail,
-    restore,
-    save_computed,
-)
+from cake_hf.cache.prompt import Prompt, look_up, off_schedule
+from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
@@ -44,13 +35,13 @@ class Tail:
         prompt: whose piece it is.
         begin: when the model got it.
         key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
-        prefilled: the prompt was brought by `prefill`, which has done all but this.
+        restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
     """
 
     prompt: Prompt
     begin: float
-    key: str
-    prefilled: bool = False
+    key: str = ""
+    restore: Restore | None = None
 
 
 class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
@@ -124,6 +115,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         self._lost: Callable[[], bool] = _never  # whether the chunk that is being computed has come from the store
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
         self._tail: Tail | None = None  # the last piece that is in the model now
+        self._running: Restore | None = None  # whose loads may be under way
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -185,11 +177,14 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
         with torch.no_grad():
             call = ForwardCall.parse(model, (), arguments, past)
-            prompt = self._restore(call, leave=0 if whole else 1, progress=progress or _no_progress)
-        if prompt is not None:
-            self.report.prefill_seconds = time.monotonic() - prompt.started
-            learn_costs(self._session, prompt)
-        self._prefilled = prompt
+            restore = self._restore(
+                call, leave=0 if whole else 1, progress=progress or _no_progress, beyond_loads=False
+            )
+        self._prefilled = None
+        if restore is not None:
+            self._close(restore)
+            self._prefilled = restore.prompt
+            self.report.prefill_seconds = time.monotonic() - restore.prompt.started
         return self.report
 
     # What changes the content changes what is known about it.
@@ -223,6 +218,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             raise self._foreign()
         if self._lost():
             raise ForwardLeft
+        if self._running is not None:
+            self._running.await_layer(layer_idx)
         states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return states
 
@@ -241,13 +238,15 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         self._depth -= 1
         if self._busy or self._tail is None:
             return
-        tail, self._tail = self._tail, None
-        if not failed:
+        if failed:
+            self._give_up_tail()
+        else:
+            tail, self._tail = self._tail, None
             self._finish(tail)
 
     def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
         """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
-        self._tail = None
+        self._give_up_tail()
         past = self.get_seq_length()
         ids = args[0] if args else kwargs.get("input_ids")
         if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
@@ -258,20 +257,22 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
         if prefilled is not None and call.tokens < size and past == len(self._known) * size:
-            self._tail = Tail(prefilled, time.monotonic(), key="", prefilled=True)
+            self._tail = Tail(prefilled, time.monotonic())
             return None
-        prompt = self._restore(call, leave=call.wanted_logits, progress=_no_progress)
-        if prompt is None:
+        restore = self._restore(call, leave=call.wanted_logits, progress=_no_progress, beyond_loads=True)
+        if restore is None:
             return None
+        prompt = restore.prompt
         is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
-        self._tail = Tail(prompt, time.monotonic(), key=prompt.keys[prompt.chunks] if is_full_chunk else "")
+        key = prompt.keys[prompt.chunks] if is_full_chunk else ""
+        self._tail = Tail(prompt, time.monotonic(), key, restore)
         return (), call.piece(prompt.chunks * size, call.tokens)
 
-    def _restore(self, call: ForwardCall, *, leave: int, progress: Progress) -> Prompt | None:
+    def _restore(self, call: ForwardCall, *, leave: int, progress: Progress, beyond_loads: bool) -> Restore | None:
         """Restore the call's full chunks, but for its last `leave` tokens.
 
         Returns:
-            None if the call is to be left as it is; the report says why.
+            What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
         """
         session, started = self._session, time.monotonic()
         reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
@@ -288,27 +289,51 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             else:
                 prompt = off_schedule(session, call, chunks, started)
             self.report = prompt.report
-            restore(session, self.layers, prompt, self._compute_chunk, progress)
+            restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
+            self._running = restore
+            try:
+                restore.run()
+            except BaseException:
+                self._abandon(restore)
+                raise
         finally:
             self._busy = False
-        self._known += prompt.keys[:chunks]
-        return prompt
+        return restore
 
     def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
-        self._lost = lost
+        # Also in the middle of a forward, where a load that it waited for has failed.
+        outside = self._lost, self._busy
+        self._lost, self._busy = lost, True
         try:
             self._session.model(**arguments)
         finally:
-            self._lost = _never
+            self._lost, self._busy = outside
 
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
-        record_tail(tail.prompt, self.layers, tail.begin)
+        restore = tail.restore
+        record_tail(tail.prompt, self.layers, tail.begin, gated=restore is not None and restore.waited)
+        if restore is not None:
+            self._close(restore)
         if tail.key:
             save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
             self._known.append(tail.key)
-        if not tail.prefilled:
-            learn_costs(self._session, tail.prompt)
+
+    def _give_up_tail(self) -> None:
+        """The last piece did not get through the model."""
+        tail, self._tail = self._tail, None
+        if tail is not None and tail.restore is not None:
+            self._abandon(tail.restore)
+
+    def _close(self, restore: Restore) -> None:
+        self._running = None
+        restore.close()
+        self._known += restore.prompt.keys[: restore.prompt.chunks]
+        learn_costs(self._session, restore.prompt)
+
+    def _abandon(self, restore: Restore) -> None:
+        self._running = None
+        restore.abandon()
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

@@ -17,6 +17,7 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.cost_memory import CostMemory, recall_costs
+from cake_hf.movers.sharing import sharing_of
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
@@ -52,6 +53,7 @@ class Session:
         self.store: Store = open_store(store)
         if save:
             self.store.check_writable()
+        self.sharing = sharing_of(self.store)
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
         self._count_lock = threading.Lock()
         owned = None if self.store is store else self.store
@@ -98,7 +100,7 @@ class Session:
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""
         pieces = [
-            Piece(f"layers.{number}.{what}", tensor.shape[1], tensor.shape[3], tensor.dtype)
+            Piece(f"layers.{number}.{what}", tensor.shape[1], tensor.shape[3], tensor.dtype, number)
             for number, pair in enumerate(kv_like(self.model))
             for what, tensor in zip(("keys", "values"), pair, strict=True)
         ]
@@ -120,7 +122,7 @@ class Session:
         """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
 
         Args:
-            facts: of the chunk, without its checksum.
+            facts: of the chunk, without its checksums.
             layout: of the chunk.
             pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: where the outcome is counted.

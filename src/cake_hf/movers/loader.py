@@ -7,18 +7,23 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.movers.place import Place, split_payload
+from cake_hf.movers.place import Landing, Place
+from cake_hf.movers.sharing import Flight, ReadSlot, Sharing
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import check_chunk, header_size
-from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.tensors.codec import check_header, check_pieces, header_size
+from cake_hf.tensors.layout import ChunkLayout, LayerRange
 
 logger = logging.getLogger("cake_hf")
 
-Record = Callable[[str, int, float, float, Outcome], None]
+Record = Callable[[str, int, float, float, str], None]
+
+SHARED = "shared"
+"""What a timeline calls a chunk that came from a prompt beside this one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,12 @@ class LoadJob:
         frontier: the ledger.
         record: called as `record(actor, chunk, start, end, outcome)` after each load that counted.
         clock: monotonic seconds.
-        aside: chunks that were loaded into memory of their own, by index, until the main thread puts them into place.
+        sharing: with the other restores of this process.
+        most_reads: how many reads may be under way, those of the other restores included.
+        patience: seconds to wait for a chunk that another restore loads or computes.
+        ranges: in how many ranges of layers a chunk is read whose layers are waited for.
+        aside: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
+        shared: chunks that came from another restore.
     """
 
     store: Store
@@ -43,12 +53,34 @@ class LoadJob:
     frontier: Frontier
     record: Record
     clock: Callable[[], float]
-    aside: dict[int, torch.Tensor] = field(default_factory=dict)
+    sharing: Sharing = field(default_factory=Sharing)
+    most_reads: int = 2**31
+    patience: float = 10.0
+    ranges: int = 1
+    aside: dict[int, Landing] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
+    _slots: dict[str, ReadSlot] = field(default_factory=dict)
 
     def adopt_landed(self) -> None:
         """Put the chunks into place that have arrived aside. Main thread only."""
         for index in self.frontier.take_landed():
-            self.place.adopt(index, self.aside.pop(index))
+            landing = self.aside.pop(index)
+            landing.adopt(len(self.layout.pieces))
+            landing.release()
+
+    def adopt_layer(self, layer: int) -> None:
+        """Put that layer, and those before it, of all chunks into place that the main thread went beyond, and that have it."""
+        beyond, end = self.frontier.beyond(), self.layout.ends[layer]
+        for index in sorted(self.aside):
+            if index < beyond:
+                self.aside[index].adopt(end)
+
+    def let_go(self) -> None:
+        """The restore is over: loaders that wait end, and reads that hang do not count as under way any more."""
+        self.sharing.abandon(self)
+        self.sharing.wake()
+        for slot in list(self._slots.values()):
+            slot.release()
 
 
 def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
@@ -71,32 +103,92 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 def run_loader(job: LoadJob, actor: str) -> None:
     """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
     header = memoryview(bytearray(header_size(job.layout)))
-    while (index := job.frontier.claim()) is not None:
-        start = job.clock()
-        outcome = _load(job, index, header)
-        if job.frontier.settle(index, outcome):
-            job.record(actor, index, start, job.clock(), outcome)
-        else:
-            job.aside.pop(index, None)
+    while (slot := job.sharing.begin_read(job.most_reads, lambda: not job.frontier.has_claims())) is not None:
+        job._slots[actor] = slot
+        try:
+            index = job.frontier.claim()
+            if index is not None:
+                _bring(job, actor, index, header, slot)
+        finally:
+            slot.release()
 
 
-def _load(job: LoadJob, index: int, header: memoryview) -> Outcome:
-    key = job.keys[index]
+def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadSlot) -> None:
+    start = job.clock()
+    landing: Landing | None = None
     try:
-        payload = job.place.aside() if job.frontier.lands_aside(index) else None
-        parts = job.place.parts(index) if payload is None else split_payload(payload, job.layout)
-        if job.store.read_into(key, [header, *parts]) is None:
-            return Outcome.MISSED
-        check_chunk(header, parts, key, job.layout)
-        if payload is None:
-            job.place.commit(index)
-        else:
-            job.aside[index] = payload
+        landing = job.place.landing(index, aside=job.frontier.lands_aside(index))
+        if landing.aside:
+            job.aside[index] = landing
+        outcome = _load(job, index, landing, header, slot)
     except CorruptChunk as error:
         logger.warning("A stored chunk is not usable and is computed instead. %s", error)
-        return Outcome.CORRUPT
+        outcome = Outcome.CORRUPT
     except Exception as error:
         # Whatever a store's client raises: the prompt must not suffer from it (law 3).
         logger.warning("A stored chunk cannot be read and is computed instead. %s", error)
+        outcome = Outcome.ERROR
+    counts = job.frontier.settle(index, outcome)
+    if counts:
+        job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
+    if landing is not None and not (counts and landing.aside and outcome is Outcome.LOADED):
+        job.aside.pop(index, None)
+        landing.release()
+
+
+def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
+    with job.sharing.flight(job.keys[index], job, computes=False) as plan:
+        if plan.followed is not None:
+            slot.release()  # it is another one's read
+            return _copy(job, index, landing, plan.followed)
+        ranges = job.layout.ranges(job.ranges if job.frontier.comes_last(index) else 1)
+        if not _read(job, index, landing, header, ranges):
+            return Outcome.MISSED
+        plan.payload = lambda: _joined(landing.parts)
+        return Outcome.LOADED
+
+
+def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
+    """Read, check and commit a chunk, range by range; False for a miss."""
+    key, offset = job.keys[index], 0
+    for part in ranges:
+        pieces = landing.parts[part.start : part.end]
+        buffers = [header, *pieces] if offset == 0 else pieces
+        if len(ranges) == 1:
+            found = job.store.read_into(key, buffers) is not None
+        else:
+            found = job.store.read_range(key, buffers, offset)
+        if not found:
+            return False
+        if offset == 0:
+            facts = check_header(header, key, job.layout)
+        check_pieces(pieces, facts, part.start)
+        landing.commit(part.end)
+        if len(ranges) > 1:
+            job.frontier.landed(index, part.layers)
+        offset += sum(buffer.nbytes for buffer in buffers)
+    return True
+
+
+def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:
+    """Take over a chunk that another restore makes."""
+    if not flight.wait(job.patience):
+        return Outcome.LATE
+    if flight.payload is None:
         return Outcome.ERROR
+    fill(landing, flight.payload)
+    job.shared.add(index)
     return Outcome.LOADED
+
+
+def fill(landing: Landing, payload: torch.Tensor) -> None:
+    """Put a whole chunk, `[nbytes]` uint8 on the host, into a landing, and commit it."""
+    offset, source = 0, payload.numpy()
+    for part in landing.parts:
+        np.copyto(np.frombuffer(part, np.uint8), source[offset : offset + part.nbytes])
+        offset += part.nbytes
+    landing.commit(len(landing.parts))
+
+
+def _joined(parts: Sequence[memoryview]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.frombuffer(part, np.uint8) for part in parts]))

@@ -16,7 +16,7 @@ import torch
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.movers.place import byte_view
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import ChunkFacts, checksum, encode_header
+from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
@@ -30,7 +30,7 @@ class SaveJob:
     """One chunk on its way to the store.
 
     Attributes:
-        facts: what the chunk says about itself; the checksum is filled in by the writer.
+        facts: what the chunk says about itself; the checksums are filled in by the writer.
         layout: of the chunk.
         payload: its bytes, one flat uint8 tensor on the host that nobody else changes.
         overwrite: the store has a chunk of this key that turned out to be unusable.
@@ -132,7 +132,7 @@ class Writer:
 
     def _save(self, job: SaveJob) -> bool:
         payload = byte_view(job.payload)
-        facts = replace(job.facts, checksum=checksum([payload]))
+        facts = replace(job.facts, checksums=checksums(payload, job.layout))
         try:
             self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
         except Exception as error:

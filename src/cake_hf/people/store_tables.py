@@ -57,7 +57,7 @@ def chunk_facts(chunk: StoredChunk) -> RenderableType:
             ("model", facts.model),
             ("tensors", f"{len(chunk.table)} of {chunk.dtypes}, {' and '.join(map(str, chunk.shapes))}"),
             ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
-            ("checksum", f"{facts.checksum} (xxh3-128 of the payload)"),
+            ("checksums", f"{len(facts.checksums)}, one per tensor (xxh3-128)"),
         ]
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,9 +25,11 @@ class Store(ABC):
 
     Attributes:
         reads_ranges: whether `read_range` brings no more than it is asked for. Where it does not, nobody should call it often.
+        range_seconds: what reading a range costs beyond its share of the value, roughly.
     """
 
     reads_ranges: bool = False
+    range_seconds: float = 0.0
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -105,6 +107,10 @@ class Store(ABC):
     def notes_folder(self) -> Path | None:
         """A folder of this machine for small files about this store (it may not exist yet), or None if there is none."""
         return None
+
+    def identity(self) -> Hashable:
+        """Equal for two stores of this process that are the same place. By default a store object is a place of its own."""
+        return (type(self).__name__, id(self))
 
     def close(self) -> None:
         """Give back what the store holds open. May be called twice."""

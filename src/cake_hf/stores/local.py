@@ -15,7 +15,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class LocalStore(Store):
     """
 
     reads_ranges = True
+    range_seconds = 1e-4
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser().absolute()
@@ -130,6 +131,9 @@ class LocalStore(Store):
                 f"Nothing can be written to the store {self.root}: {_advice(error)} "
                 "To only read from it, pass save=False."
             ) from error
+
+    def identity(self) -> Hashable:
+        return ("LocalStore", os.path.realpath(self.root))
 
     def notes_folder(self) -> Path:
         return self.root / NOTES

@@ -18,6 +18,7 @@ class MemoryStore(Store):
     """
 
     reads_ranges = True
+    range_seconds = 1e-5
 
     def __init__(self, budget_bytes: int = 4 * 2**30) -> None:
         if budget_bytes <= 0:

@@ -22,6 +22,7 @@ class WrapperStore(Store):
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.reads_ranges = inner.reads_ranges
+        self.range_seconds = inner.range_seconds
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         return self.inner.contains(keys)
@@ -64,6 +65,7 @@ class ThrottledStore(WrapperStore):
         if bytes_per_second <= 0 or latency < 0:
             raise ValueError("bytes_per_second must be positive and latency not negative.")
         super().__init__(inner)
+        self.range_seconds += latency
         self._rate = bytes_per_second
         self._latency = latency
         self._line_free_at = 0.0

@@ -4,6 +4,9 @@
     header           JSON, padded with spaces so that the payload starts on a page: tensor table + metadata
     payload          the layout's pieces, back to back
 
+The metadata has a checksum of each piece, so that a part of a chunk can be read and checked by itself, and one of all else in
+the header.
+
 All chunks of one layout have headers of one length. So a reader knows the whole file's shape beforehand and brings
 header and payload, scattered to their places, in a single positional read.
 """
@@ -12,22 +15,26 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import xxhash
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.tensors.layout import ChunkLayout
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 ALIGNMENT = 4096
 MAX_HEADER_BYTES = 16 * 2**20
 """No header of ours comes near this; a larger one is refused before memory is taken for it."""
 
 MAX_MODEL_NAME = 128
 METADATA_ROOM = 2048
-"""Enough for all metadata: 310 bytes, an index, and a model name of characters that JSON escapes to 12 bytes each."""
+"""Enough for all metadata but the pieces' checksums: 350 bytes, an index, and a model name of characters that JSON escapes to
+12 bytes each."""
+
+CHECKSUM_DIGITS = 32
 
 Buffer = bytes | bytearray | memoryview
 
@@ -42,7 +49,7 @@ class ChunkFacts:
         index: its place on the absolute grid.
         namespace: digest of what makes KV interchangeable.
         model: the model's name, for people only.
-        checksum: xxh3-128 of the payload, 32 hexadecimal digits.
+        checksums: xxh3-128 of each piece of the payload, 32 hexadecimal digits.
     """
 
     key: str
@@ -50,15 +57,20 @@ class ChunkFacts:
     index: int
     namespace: str
     model: str
-    checksum: str
+    checksums: tuple[str, ...] = ()
 
 
-def checksum(pieces: Iterable[Buffer]) -> str:
-    """xxh3-128 over the pieces in order; guards against accidents, not against an adversary."""
+def checksum(data: Buffer) -> str:
+    """xxh3-128; guards against accidents, not against an adversary."""
     digest = xxhash.xxh3_128()
-    for piece in pieces:
-        digest.update(piece)
+    digest.update(data)  # this call lets other threads run meanwhile
     return digest.hexdigest()
+
+
+def checksums(payload: Buffer, layout: ChunkLayout) -> tuple[str, ...]:
+    """Of each piece of a whole payload."""
+    view, ends = memoryview(payload), accumulate(layout.sizes)
+    return tuple(checksum(view[end - size : end]) for end, size in zip(ends, layout.sizes, strict=True))
 
 
 def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
@@ -72,16 +84,17 @@ def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
         "namespace": facts.namespace,
         # A path may hold bytes that are no text (lone surrogates here); safetensors refuses a header with such.
         "model": facts.model[-MAX_MODEL_NAME:].encode(errors="replace").decode(),
-        "checksum": facts.checksum,
+        "checksums": "".join(facts.checksums),
     }
-    text = json.dumps({"__metadata__": metadata, **layout.tensor_table}, separators=(",", ":")).encode()
+    metadata["header"] = _seal(metadata, layout.tensor_table)
+    text = _plain({"__metadata__": metadata, **layout.tensor_table})
     padded = header_size(layout) - 8
     return struct.pack("<Q", padded) + text.ljust(padded)
 
 
 def header_size(layout: ChunkLayout) -> int:
     """Bytes before the payload. Depends on the layout alone, so that a reader knows it before it reads."""
-    table = len(json.dumps(layout.tensor_table, separators=(",", ":")))
+    table = len(_plain(layout.tensor_table)) + CHECKSUM_DIGITS * len(layout.pieces)
     return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
 
 
@@ -92,7 +105,7 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, dict[str, dict[str, object]]]
         raw: at least the 8 length bytes and the header; what follows is ignored.
 
     Raises:
-        CorruptChunk: not a header of this format and version.
+        CorruptChunk: not a header of this format and version, or not as it was written.
     """
     if len(raw) < 8:
         raise CorruptChunk("The chunk is shorter than a header.")
@@ -104,32 +117,50 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, dict[str, dict[str, object]]]
         metadata = table.pop("__metadata__")
         if (metadata["format"], metadata["version"]) != ("cake_hf", FORMAT_VERSION):
             raise CorruptChunk("The file is not a chunk of this format version.")
+        if metadata.pop("header") != _seal(metadata, table):
+            raise CorruptChunk("The chunk's header does not match its checksum.")
+        digits = str(metadata["checksums"])
         facts = ChunkFacts(
             key=str(metadata["key"]),
             parent=str(metadata["parent"]),
             index=int(metadata["index"]),
             namespace=str(metadata["namespace"]),
             model=str(metadata["model"]),
-            checksum=str(metadata["checksum"]),
+            checksums=tuple(digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
     return facts, table
 
 
-def check_chunk(raw_header: Buffer, pieces: Sequence[Buffer], key: str, layout: ChunkLayout) -> None:
+def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
     """Refuse a chunk that is not exactly the one asked for, in the layout the model needs.
 
     Raises:
-        CorruptChunk: another key, other tensors, or a payload that does not match its checksum.
+        CorruptChunk: another key, other tensors, or not a header that can be trusted.
     """
-    facts, table = parse_header(raw_header)
+    facts, table = parse_header(raw)
     if facts.key != key:
         raise CorruptChunk(f"Asked for chunk {key}, got {facts.key}.")
-    if table != layout.tensor_table:
+    if table != layout.tensor_table or len(facts.checksums) != len(layout.pieces):
         raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
-    if checksum(pieces) != facts.checksum:
-        raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+    return facts
+
+
+def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) -> None:
+    """Refuse pieces that are not as they were written.
+
+    Args:
+        pieces: some of the chunk's, in order.
+        facts: of the chunk.
+        first: number of the first of these pieces in the chunk.
+
+    Raises:
+        CorruptChunk: one of them does not match its checksum.
+    """
+    for piece, expected in zip(pieces, facts.checksums[first : first + len(pieces)], strict=True):
+        if checksum(piece) != expected:
+            raise CorruptChunk(f"Chunk {facts.key} does not match its checksum.")
 
 
 def check_file(raw: Buffer, key: str) -> ChunkFacts:
@@ -146,8 +177,10 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
         raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
     if len(payload) != payload_size(table):
         raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {payload_size(table)}.")
-    if checksum([payload]) != facts.checksum:
-        raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+    spans = sorted(_offsets(entry) for entry in table.values())
+    if len(facts.checksums) != len(spans):
+        raise CorruptChunk(f"Chunk {key} has {len(spans)} tensors and {len(facts.checksums)} checksums.")
+    check_pieces([payload[start:end] for start, end in spans], facts)
     return facts
 
 
@@ -166,6 +199,15 @@ def payload_size(table: dict[str, dict[str, object]]) -> int:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptChunk("The chunk's tensor table cannot be read.") from error
     return end
+
+
+def _plain(header: Mapping[str, object]) -> bytes:
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _seal(metadata: Mapping[str, object], table: Mapping[str, object]) -> str:
+    """Checksum of all that a header says, whatever the order and the blanks."""
+    return checksum(json.dumps([metadata, table], sort_keys=True, separators=(",", ":")).encode())
 
 
 def _offsets(entry: dict[str, object]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -37,17 +38,33 @@ class Piece:
         name: e.g. "layers.0.keys".
         heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
         dtype: of the KV.
+        layer: whose it is.
     """
 
     name: str
     heads: int
     head_dim: int
     dtype: torch.dtype
+    layer: int = 0
 
     @property
     def token_bytes(self) -> int:
         """Bytes per token."""
         return self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """A part of a chunk that can be read by itself.
+
+    Attributes:
+        start, end: it has the pieces `start` to `end - 1`.
+        layers: so many layers are whole once it and all ranges before it are there.
+    """
+
+    start: int
+    end: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,23 @@ class ChunkLayout:
     def nbytes(self) -> int:
         """Bytes of the whole payload."""
         return sum(self.sizes)
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers a chunk has pieces of; they are numbered from 0, and their pieces come in that order."""
+        return self.pieces[-1].layer + 1 if self.pieces else 0
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """For each layer the number of pieces up to its last one."""
+        layers = [piece.layer for piece in self.pieces]
+        return tuple(len(layers) - layers[::-1].index(layer) for layer in range(self.layers))
+
+    def ranges(self, count: int) -> list[LayerRange]:
+        """A chunk cut between layers into that many ranges of about as many layers each (fewer, if it has not as many)."""
+        cuts = sorted({self.layers * n // count for n in range(count + 1)})
+        edges = [0, *(self.ends[layers - 1] for layers in cuts[1:])]
+        return [LayerRange(*pair, layers) for pair, layers in zip(pairwise(edges), cuts[1:], strict=True)]
 
     @cached_property
     def tensor_table(self) -> dict[str, dict[str, object]]:

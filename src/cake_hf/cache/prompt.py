@@ -1,0 +1,101 @@
+"""One prompt on its way into a cache: its chunks' names, which of them are stored, and where all is counted."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.report import Report, Span
+from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.session import Session
+from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.tensors.codec import ChunkFacts
+from cake_hf.tensors.layout import ChunkLayout
+
+logger = logging.getLogger("cake_hf")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt on its way into a cache.
+
+    Attributes:
+        call: the forward that brought it.
+        first: index on the absolute grid of the call's first chunk; chunks before it are in the cache already.
+        chunks: how many full chunks to restore.
+        namespace: digest.
+        keys: of all full chunks of the call (one more than `chunks` where the last piece is a full chunk, too); empty
+            where the call is not on the canonical schedule, so that nothing of it may be loaded or saved.
+        parent: key of the chunk before the first one; the namespace for chunk 0.
+        stored: which of `keys` the store has.
+        layout: of a chunk.
+        report: where all is counted.
+        started: when the call came.
+    """
+
+    call: ForwardCall
+    first: int
+    chunks: int
+    namespace: str
+    keys: list[str]
+    parent: str
+    stored: list[bool]
+    layout: ChunkLayout
+    report: Report
+    started: float
+
+    def facts(self, session: Session, index: int) -> ChunkFacts:
+        """What chunk `index` of the call says about itself (its checksums are not known yet)."""
+        parent = self.keys[index - 1] if index else self.parent
+        return ChunkFacts(self.keys[index], parent, self.first + index, self.namespace, session.model_name)
+
+    def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
+        """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
+        self.report.timeline.append(Span(actor, index, begin - self.started, end - self.started, outcome))
+
+
+def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], started: float) -> Prompt:
+    """Name the prompt's chunks and ask the store which of them it has.
+
+    Args:
+        session: of the cache.
+        call: the forward with the prompt, or what is new of it.
+        chunks: full chunks to restore.
+        known: keys of the chunks that the cache holds already, all from the canonical schedule.
+        started: when the call came.
+    """
+    namespace = session.namespace()
+    parent = known[-1] if known else namespace
+    keys = chunk_keys(namespace, call.ids[0].tolist(), session.chunk_size, parent)
+    report = _new_report(session, call)
+    stored = _stored(session, keys, report)
+    report.chunks_missed = chunks - sum(stored[:chunks])
+    if chunks and not any(stored) and not report.reason:
+        report.reason = "the store has none of the prompt's chunks yet"
+    layout = session.layout()
+    return Prompt(call, len(known), chunks, namespace, keys, parent, stored, layout, report, started)
+
+
+def off_schedule(session: Session, call: ForwardCall, chunks: int, started: float) -> Prompt:
+    """A call that goes on from a cache whose content is not all full chunks: cut as `generate` would, never stored."""
+    report = _new_report(session, call)
+    report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
+    return Prompt(call, 0, chunks, "", [], "", [False] * chunks, session.layout(), report, started)
+
+
+def _new_report(session: Session, call: ForwardCall) -> Report:
+    return Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size)
+
+
+def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
+    """The store's mask; all missing where it fails or does not answer."""
+    if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
+        return [False] * len(keys)
+    try:
+        return call_with_deadline(lambda: session.store.contains(keys), session.limits.lookup_timeout, "lookup")
+    except Exception as error:
+        logger.warning("The store cannot be asked for chunks; the prompt is computed. %s", error)
+        report.reason = f"the store could not be asked: {error}"
+        return [False] * len(keys)

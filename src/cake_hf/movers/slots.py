@@ -1,0 +1,68 @@
+"""Host memory that chunks pass through: a few slots that go round, so that nothing is allocated per chunk."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+import torch
+
+
+class Slot:
+    """Memory for one chunk.
+
+    Attributes:
+        memory: `[nbytes]` uint8 on the host.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        # Not an inference tensor: it is written to by threads that are not in inference mode.
+        with torch.inference_mode(False):
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None
+
+    def copied_by(self, stream: torch.cuda.Stream) -> None:
+        """What is on the stream now has to be done before the memory is written to again."""
+        self._copied = stream.record_event(self._copied)
+
+    def await_copy(self) -> None:
+        """Block until the memory may be written to."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+class SlotRing:
+    """Slots that are taken, filled, copied from on the device, and given back before that copy is done.
+
+    The one that was given back first is taken first. New ones are made only while there are fewer than `slots`, or all
+    are taken: who takes them has a bound of its own. Pinned memory comes from torch's caching allocator, so that the next
+    restore's ring costs nothing.
+
+    Args:
+        nbytes: of a chunk.
+        slots: that go round.
+        pinned: page-locked, so that a device can copy from it at full speed, beside other work.
+    """
+
+    def __init__(self, nbytes: int, slots: int, *, pinned: bool) -> None:
+        self._nbytes = nbytes
+        self._slots = slots
+        self._pinned = pinned
+        self._lock = threading.Lock()
+        self._free: deque[Slot] = deque()
+        self._made = 0
+
+    def take(self) -> Slot:
+        """A slot that nobody uses; may wait for the copy from it."""
+        with self._lock:
+            slot = self._free.popleft() if self._free and self._made >= self._slots else None
+            self._made += slot is None
+        if slot is None:
+            return Slot(self._nbytes, pinned=self._pinned)
+        slot.await_copy()
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """The caller writes to the slot no more."""
+        with self._lock:
+            self._free.append(slot)

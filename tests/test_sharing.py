@@ -1,0 +1,282 @@
+"""Many prompts at once: one budget of reads, and no chunk is loaded or computed by two of them at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf.cache.probe import kv_like
+from cake_hf.movers.sharing import Sharing, sharing_of
+from cake_hf.stores.base import Store
+from cake_hf.stores.wrappers import GateStore, WrapperStore
+from cake_hf.testing.contract import run_together
+from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+
+PATIENCE = 60.0
+BYTES = torch.arange(4, dtype=torch.uint8)
+
+
+# The board and the budget.
+
+
+def test_who_comes_second_gets_a_copy_of_what_the_first_makes() -> None:
+    sharing = Sharing()
+    with sharing.flight("a", "first", computes=False) as leading:
+        assert leading.followed is None
+        with (
+            sharing.flight("a", "second", computes=False) as following,
+            sharing.flight("b", "second", computes=False) as other,
+        ):
+            assert following.followed is not None
+            assert other.followed is None
+            assert not following.followed.wait(0)
+        leading.payload = lambda: BYTES.clone()
+    assert following.followed.wait(PATIENCE)
+    assert following.followed.payload is not None
+    assert torch.equal(following.followed.payload, BYTES)
+    with sharing.flight("a", "second", computes=False) as again:
+        assert again.followed is None
+
+
+def test_nothing_is_copied_where_nobody_follows() -> None:
+    sharing = Sharing()
+    with sharing.flight("a", "first", computes=True) as leading:
+        leading.payload = lambda: pytest.fail("copied for nobody")
+
+
+def test_a_flight_that_fails_lets_its_followers_go() -> None:
+    sharing = Sharing()
+    plans = []
+
+    def fail() -> None:
+        with sharing.flight("a", "first", computes=False), sharing.flight("a", "second", computes=False) as following:
+            plans.append(following)
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fail()
+    [following] = plans
+    assert following.followed is not None
+    assert following.followed.wait(PATIENCE)
+    assert following.followed.payload is None
+
+
+def test_the_two_sides_of_a_restore_do_not_follow_each_other() -> None:
+    sharing, mine = Sharing(), object()
+    with sharing.flight("a", mine, computes=True), sharing.flight("a", mine, computes=False) as contested:
+        assert contested.followed is None
+
+
+def test_who_computes_does_not_wait_for_a_load() -> None:
+    sharing = Sharing()
+    with sharing.flight("a", "first", computes=False), sharing.flight("a", "second", computes=True) as plan:
+        assert plan.followed is None
+    with sharing.flight("a", "first", computes=True), sharing.flight("a", "second", computes=False) as plan:
+        assert plan.followed is not None
+
+
+def test_an_abandoned_flight_is_free_for_others() -> None:
+    sharing = Sharing()
+    with sharing.flight("a", "first", computes=False) as stuck:
+        with sharing.flight("a", "second", computes=False) as following:
+            sharing.abandon("first")
+            assert following.followed is not None
+            assert following.followed.wait(PATIENCE)
+        with sharing.flight("a", "third", computes=False) as plan:
+            assert plan.followed is None
+            stuck.payload = lambda: BYTES
+    assert following.followed.payload is None
+
+
+def test_reads_share_a_budget() -> None:
+    sharing, entered = Sharing(), threading.Semaphore(0)
+    slots = [sharing.begin_read(2, lambda: False) for _ in range(2)]
+
+    def third() -> None:
+        slot = sharing.begin_read(2, lambda: False)
+        assert slot is not None
+        entered.release()
+
+    thread = threading.Thread(target=third, daemon=True)
+    thread.start()
+    assert sharing.reads() == 2
+    assert slots[0] is not None
+    slots[0].release()
+    slots[0].release()  # once is enough
+    assert entered.acquire(timeout=PATIENCE)
+    thread.join(PATIENCE)
+    assert sharing.reads() == 2
+
+
+def test_who_is_not_needed_any_more_does_not_wait_for_the_budget() -> None:
+    sharing, done, result = Sharing(), threading.Event(), []
+    assert sharing.begin_read(1, lambda: False) is not None
+    thread = threading.Thread(target=lambda: result.append(sharing.begin_read(1, done.is_set)), daemon=True)
+    thread.start()
+    done.set()
+    sharing.wake()
+    thread.join(PATIENCE)
+    assert result == [None]
+
+
+def test_two_stores_of_one_directory_are_one_place(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    one, other = LocalStore(tmp_path / "store"), LocalStore(tmp_path / "link")
+    assert sharing_of(one) is sharing_of(other)
+    assert sharing_of(LocalStore(tmp_path / "third")) is not sharing_of(one)
+    memory = MemoryStore()
+    assert sharing_of(memory) is sharing_of(memory)
+    assert sharing_of(MemoryStore()) is not sharing_of(memory)
+
+
+# Whole prompts.
+
+
+class Watched(WrapperStore):
+    """Notes how many reads there were, and were under way at once, of each key and in all."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.reads: Counter[str] = Counter()
+        self.most_of_a_key = 0
+        self.most = 0
+        self._now: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        with self._lock:
+            self.reads[key] += 1
+            self._now[key] += 1
+            self.most_of_a_key = max(self.most_of_a_key, self._now[key])
+            self.most = max(self.most, self._now.total())
+        try:
+            return super().read_into(key, parts)
+        finally:
+            with self._lock:
+                self._now[key] -= 1
+
+
+def filled_store(model: torch.nn.Module) -> MemoryStore:
+    store = MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as saving:
+        saving.prefill(prompt(), whole=True)
+    return store
+
+
+@contextmanager
+def before_forwards(model: torch.nn.Module, action: Callable[[], None]) -> Iterator[None]:
+    handle = model.register_forward_pre_hook(lambda *_: action())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
+    """The first prompt's read of the last chunk is held up; the second prompt's loader waits for it and does not read, too."""
+    model = shared_model("llama")
+    kv_like(model)
+    watched = Watched(filled_store(model))
+    gate = GateStore(watched)
+    outcomes: dict[str, Outcome] = {}
+    reports = {}
+
+    def generate(name: str) -> None:
+        # The budget is that of whoever asks: the second's loader may begin while the first's is at its one read.
+        limits = Limits(loader_threads=["first", "second"].index(name) + 1, read_timeout=PATIENCE)
+        with CakeCache(model, gate, chunk_size=CHUNK, save=False, strategy="load", limits=limits) as cache:
+            outcomes[name] = run(model, prompt(), cache)
+            reports[name] = cache.report
+
+    threads = [threading.Thread(target=generate, args=(name,), daemon=True) for name in ("first", "second")]
+    threads[0].start()
+    board = sharing_of(gate)
+    await_true(lambda: board.reads() == 1)
+    threads[1].start()
+    await_true(lambda: any(flight.followed_by for flight in board.flights()))
+    gate.open()
+    for thread in threads:
+        thread.join(PATIENCE)
+    expected = oracle(model, prompt())
+    assert [difference(outcomes[name], expected) for name in ("first", "second")] == ["", ""]
+    assert watched.most_of_a_key == 1
+    assert sum(report.chunks_shared for report in reports.values()) >= 1
+    for report in reports.values():
+        assert report.chunks_loaded + report.chunks_shared == CHUNKS
+    assert watched.reads.total() == sum(report.chunks_loaded for report in reports.values())
+
+
+def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    kv_like(model)
+    board = sharing_of(store)
+    inside, go_on = threading.Event(), threading.Event()
+    first_thread = []
+
+    def hold() -> None:
+        if threading.current_thread() is first_thread[0] and not inside.is_set():
+            inside.set()
+            assert go_on.wait(PATIENCE)
+
+    outcomes: dict[str, Outcome] = {}
+    reports = {}
+
+    def generate(name: str) -> None:
+        with CakeCache(model, store, chunk_size=CHUNK, limits=Limits(read_timeout=PATIENCE)) as cache:
+            outcomes[name] = run(model, prompt(), cache)
+            cache.flush(PATIENCE)
+            reports[name] = cache.report
+
+    threads = [threading.Thread(target=generate, args=(name,), daemon=True) for name in ("first", "second")]
+    first_thread.append(threads[0])
+    # The hook comes after ours: it holds the forward on chunk 0, which the restore runs.
+    with CakeCache(model, store, chunk_size=CHUNK), before_forwards(model, hold):
+        threads[0].start()
+        assert inside.wait(PATIENCE)
+        threads[1].start()
+        await_true(lambda: any(flight.followed_by for flight in board.flights()))
+        go_on.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    expected = oracle(model, prompt())
+    assert [difference(outcomes[name], expected) for name in ("first", "second")] == ["", ""]
+    assert reports["second"].chunks_shared >= 1
+    for report in reports.values():
+        assert report.chunks_computed + report.chunks_loaded + report.chunks_shared == CHUNKS
+    assert len(list(store.keys())) == CHUNKS
+
+
+@pytest.mark.parametrize("strategy", ["both", "load"])
+def test_many_prompts_at_once(strategy: str, tmp_path: Path) -> None:
+    """Prompts that begin alike, each in a thread and a cache of its own, some of them on a warm store."""
+    model, budget = shared_model("qwen3"), 2
+    watched = Watched(filled_store(shared_model("qwen3")))
+    ids = [prompt(), prompt(), prompt()[:, : 6 * CHUNK + 3], torch.cat([prompt()[:, :50], prompt(seed=7)], dim=1)]
+    outcomes: dict[int, Outcome] = {}
+
+    def generate(number: int) -> None:
+        limits = Limits(loader_threads=budget, read_timeout=PATIENCE)
+        with CakeCache(model, watched, chunk_size=CHUNK, strategy=strategy, limits=limits) as cache:
+            outcomes[number] = run(model, ids[number], cache)
+
+    run_together([lambda number=number: generate(number) for number in range(len(ids))])  # type: ignore[misc]
+    for number, outcome in outcomes.items():
+        assert difference(outcome, oracle(model, ids[number])) == ""
+    assert watched.most <= budget
+    assert watched.most_of_a_key == 1
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """For what nobody signals: that a thread has come to where it waits."""
+    for _ in range(60_000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise TimeoutError
