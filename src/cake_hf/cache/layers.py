@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from cake_hf.tensors.aligned import empty_aligned
+
 HEADROOM_TOKENS = 256
 GROWTH = 8
 """A full buffer grows by 1/8, at least by HEADROOM_TOKENS: a copy now and then instead of one per token."""
@@ -166,9 +168,8 @@ def _room_for(content: torch.Tensor, capacity: int) -> torch.Tensor:
     if content.requires_grad:
         return content
     with torch.inference_mode(False), torch.no_grad():
-        buffer = torch.empty(
-            (batch, max(length, capacity), heads, head_dim), dtype=content.dtype, device=content.device
-        )
+        shape = (batch, max(length, capacity), heads, head_dim)
+        buffer = empty_aligned(shape, content.dtype, content.device)
         buffer[:, :length].copy_(content)
     return buffer
 

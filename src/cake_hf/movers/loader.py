@@ -12,9 +12,10 @@ import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.movers.place import Landing, Place
+from cake_hf.movers.place import Landing, Place, byte_view
 from cake_hf.movers.sharing import Flight, ReadSlot, Sharing
 from cake_hf.stores.base import Store
+from cake_hf.tensors.aligned import empty_aligned
 from cake_hf.tensors.codec import check_header, check_pieces, header_size
 from cake_hf.tensors.layout import ChunkLayout, LayerRange
 
@@ -102,7 +103,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 def run_loader(job: LoadJob, actor: str) -> None:
     """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
-    header = memoryview(bytearray(header_size(job.layout)))
+    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))
     while (slot := job.sharing.begin_read(job.most_reads, lambda: not job.frontier.has_claims())) is not None:
         job._slots[actor] = slot
         try:

@@ -7,6 +7,8 @@ from collections import deque
 
 import torch
 
+from cake_hf.tensors.aligned import empty_aligned
+
 
 class Slot:
     """Memory for one chunk.
@@ -18,7 +20,10 @@ class Slot:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         # Not an inference tensor: it is written to by threads that are not in inference mode.
         with torch.inference_mode(False):
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            if pinned:
+                self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            else:
+                self.memory = empty_aligned([nbytes], torch.uint8)
         self._copied: torch.cuda.Event | None = None
 
     def copied_by(self, stream: torch.cuda.Stream) -> None:
