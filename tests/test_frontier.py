@@ -474,3 +474,92 @@ def test_real_threads_that_are_stopped_midway_lose_nothing(seed: int) -> None:
     assert not any(thread.is_alive() for thread in threads)
     assert sorted(made + counted) == list(range(200))
     assert set(refused) == {index for index, outcome in frontier.outcomes().items() if outcome is Outcome.LATE}
+
+
+LAYERS = 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    present=st.lists(st.booleans(), min_size=1, max_size=8),
+    strategy=st.sampled_from([Strategy.BOTH, Strategy.LOAD]),
+    near=st.integers(0, 4),
+    moves=st.lists(st.tuples(st.sampled_from(["claim", "landed", "settle", "walk"]), st.integers(0, 7)), max_size=60),
+    outcomes=st.lists(st.sampled_from([Outcome.LOADED, Outcome.LOADED, Outcome.CORRUPT, Outcome.MISSED]), min_size=1),
+)
+def test_nothing_is_used_before_it_is_there(
+    present: list[bool],
+    strategy: Strategy,
+    near: int,
+    moves: list[tuple[str, int]],
+    outcomes: list[Outcome],
+) -> None:
+    """The main thread goes beyond the loads wherever it may, and asks for layer after layer; loaders act in between.
+
+    One thread plays all parts, in an order that hypothesis draws. Whenever `await_layer` says yes, that layer of all chunks
+    before is there; when it says no, walking again mends it; and in the end each chunk was made once.
+    """
+    frontier = Frontier(present, strategy=strategy, near=near, last=2, worth=lambda *_: False)
+    there = dict.fromkeys(range(len(present)), 0)  # how many layers
+    loading: list[int] = []
+    script = iter(moves + [("claim", 0), ("settle", 0), ("landed", 0)] * 40)
+
+    def load(move: str, number: int) -> None:
+        if move == "claim" and (index := frontier.claim()) is not None:
+            loading.append(index)
+        elif move == "landed" and loading:
+            index = loading[number % len(loading)]
+            if there[index] < LAYERS:
+                frontier.landed(index, there[index] + 1)
+                there[index] += 1
+        elif move == "settle" and loading:
+            index = loading.pop(number % len(loading))
+            outcome = outcomes[number % len(outcomes)]
+            if frontier.settle(index, outcome):
+                there[index] = LAYERS if outcome is Outcome.LOADED else 0
+
+    def let_loaders_act() -> None:
+        for move, number in script:
+            if move == "walk":
+                return
+            load(move, number)
+
+    class Turns:
+        """Stands in for the condition: where the main thread would wait, the loaders act."""
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait(self, timeout: float | None = None) -> None:
+            load(*next(script))
+
+        def notify_all(self) -> None: ...
+
+    frontier._changed = Turns()
+
+    def use_all_layers(before: int) -> None:
+        for layer in range(LAYERS):
+            let_loaders_act()
+            if not frontier.await_layer(layer):
+                walk(frontier.beyond(), beyond_loads=False)
+                assert all(there[index] == LAYERS for index in range(before))
+            assert all(there[index] > layer for index in range(before))
+
+    def walk(until: int, *, beyond_loads: bool) -> None:
+        while (index := frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
+            assert index < until
+            if beyond_loads:
+                use_all_layers(index)
+            assert all(there[before] == LAYERS for before in range(index))
+            frontier.computed(index)
+            assert there[index] < LAYERS
+            there[index] = LAYERS
+
+    let_loaders_act()
+    walk(len(present), beyond_loads=True)
+    use_all_layers(len(present))
+    for move in [("settle", 0)] * len(present):
+        load(*move)
+    assert set(there.values()) == {LAYERS}
+    assert set(frontier.counts()) <= {State.COMPUTED, State.LOADED}
