@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError
+from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
@@ -209,6 +211,32 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
             run(model, prompt(), cache)
         handle.remove()
         assert cache.get_seq_length() == 0
+        assert difference(run(model, prompt(), cache), expected()) == ""
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
+    turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (store, _) = shared_model("llama"), filled_store()
+    before = threading.active_count()
+    with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
+        if turn == 2:
+            cache.prefill(prompt()[:, : 2 * CHUNK], whole=True)
+        reserve, calls = TokenMajorLayer.reserve, []
+
+        def refuse(layer: TokenMajorLayer, *arguments: Any) -> None:
+            calls.append(layer)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            reserve(layer, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(TokenMajorLayer, "reserve", refuse)
+            with pytest.raises(torch.OutOfMemoryError):
+                run(model, prompt(), cache)
+        assert cache.get_seq_length() == (turn - 1) * 2 * CHUNK
+        assert threading.active_count() == before
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 

@@ -103,10 +103,15 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         """Make the first `length` tokens of the buffers the layer's content."""
         self._show(length)
 
-    def move_out(self, length: int) -> None:
-        """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones."""
+    def move_out(self, length: int, capacity: int | None = None) -> None:
+        """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones.
+
+        Args:
+            length: tokens.
+            capacity: of the new buffers; by default as before.
+        """
         visible = _given(self.keys).shape[-2]
-        capacity = _given(self._key_buffer).shape[1]
+        capacity = _given(self._key_buffer).shape[1] if capacity is None else capacity
         self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity)
         self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity)
         self._show(min(visible, length))

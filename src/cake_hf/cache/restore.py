@@ -78,8 +78,7 @@ class Restore:
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
-        for layer, (keys, values) in zip(layers, kv_like(session.model), strict=True):
-            layer.reserve(keys, values, self._end + HEADROOM_TOKENS)
+        self._reserve()
         on_host = layers[0].buffers[0].device.type == "cpu"
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
         ranges = _ranges(session, prompt, costs) if beyond_loads else 1
@@ -125,12 +124,7 @@ class Restore:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._frontier.stop()
         self._job.let_go()
-        for layer in self._layers:
-            # Loads under way may still land in these buffers: go on in others.
-            if self.prompt.call.past:
-                layer.move_out(self.prompt.call.past)
-            else:
-                layer.reset()
+        self._go_back()
 
     @property
     def waited(self) -> bool:
@@ -138,6 +132,26 @@ class Restore:
         return self._waited
 
     # What the main thread does.
+
+    def _reserve(self) -> None:
+        """Make room for the prompt, or, if the device has not as much, for nothing."""
+        try:
+            for layer, (keys, values) in zip(self._layers, kv_like(self._session.model), strict=True):
+                layer.reserve(keys, values, self._end + HEADROOM_TOKENS)
+        except BaseException:
+            for layer in self._layers:
+                if not self.prompt.call.past:
+                    layer.reset()
+            raise
+
+    def _go_back(self) -> None:
+        past = self.prompt.call.past
+        for layer in self._layers:
+            # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
+            if past:
+                layer.move_out(past, capacity=past)
+            else:
+                layer.reset()
 
     def _walk(self, until: int, *, beyond_loads: bool) -> None:
         """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
