@@ -9,8 +9,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
@@ -22,6 +23,7 @@ class WrapperStore(Store):
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.reads_ranges = inner.reads_ranges
+        self.read_only = inner.read_only
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         return self.inner.contains(keys)
@@ -46,6 +48,9 @@ class WrapperStore(Store):
 
     def check_writable(self) -> None:
         self.inner.check_writable()
+
+    def objection(self, namespace: str, facts: Mapping[str, Any]) -> str:
+        return self.inner.objection(namespace, facts)
 
     def close(self) -> None:
         self.inner.close()
