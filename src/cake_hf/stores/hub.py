@@ -182,6 +182,8 @@ def plain_errors(repo: str, revision: str) -> Iterator[None]:
 
 
 def _sentence(error: Exception, repo: str, revision: str) -> str:
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # an upload's error comes wrapped
     errors = hub_client().errors
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     known = {
