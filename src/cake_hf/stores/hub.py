@@ -160,7 +160,9 @@ def hub_client() -> Any:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils  # not loaded by the package itself
     except ImportError as error:
         raise StoreError('Packs on the Hub need its client: pip install "cake-hf[hub]".') from error
     return huggingface_hub
@@ -203,4 +205,4 @@ def _sentence(error: Exception, repo: str, revision: str) -> str:
     if status:
         return f"The Hub answered for {repo} with status {status}; try again later."
     what = next(iter(str(error).strip().splitlines()), "")
-    return f"The Hub cannot be reached for {repo} ({type(error).__name__}: {what}); check the network and HF_ENDPOINT."
+    return f"Talking to the Hub about {repo} failed ({type(error).__name__}: {what}); check the network and HF_ENDPOINT."

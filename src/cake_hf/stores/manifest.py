@@ -28,7 +28,8 @@ BLOCK_BYTES = 2**20
 """A chunk's file has a digest for each block of so many bytes, so that a part of it can be checked by itself."""
 
 MAX_MANIFEST_BYTES = 16 * 2**20
-"""Room for the digests of 200 GB of chunks. A longer manifest is refused before it is read."""
+"""Room for the digests of 200 GB of chunks. A longer manifest is refused before it is read. Parsing takes six times as much
+memory at most, whatever stands in it."""
 MAX_CHUNKS = 2**16
 MAX_CHUNK_BYTES = 2**32
 """A larger file is refused before memory is taken for it."""
@@ -141,7 +142,7 @@ def printable(text: str) -> str:
 
 
 def parse_manifest(raw: bytes) -> PackManifest:
-    """Read a manifest that anyone may have written. Takes a few times `len(raw)` of memory at most.
+    """Read a manifest that anyone may have written.
 
     Raises:
         StoreError: it is not a manifest of this format and version, or something in it does not fit together.
@@ -149,6 +150,8 @@ def parse_manifest(raw: bytes) -> PackManifest:
     if len(raw) > MAX_MANIFEST_BYTES or sum(map(raw.count, (b"{", b"[", b","))) > _MAX_STRUCTURE:
         raise StoreError(f"The pack's {MANIFEST} is larger than any that cake_hf writes.")
     try:
+        if not raw.isascii():
+            raise ValueError("it has characters that cake_hf writes otherwise")
         return _manifest(json.loads(raw, object_pairs_hook=_object))
     except (ValueError, RecursionError, OverflowError) as error:
         raise StoreError(f"The pack's {MANIFEST} is damaged or not cake_hf's: {_reason(error)}.") from error
