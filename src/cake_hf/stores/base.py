@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,7 +106,7 @@ class Store(ABC):
     def check_writable(self) -> None:
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
 
-    def objection(self, namespace: str, facts: Mapping[str, Any]) -> str:
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         """Why nothing in here can serve that namespace, as a clause for people; empty if something may.
 
         Asked when a prompt found nothing; never raises and never waits. By default a store does not know what its values
@@ -114,7 +114,7 @@ class Store(ABC):
 
         Args:
             namespace: digest that the keys were made with.
-            facts: what it is the digest of, without the salt.
+            facts: gives what it is the digest of, without the salt.
         """
         return ""
 

@@ -205,4 +205,6 @@ def _sentence(error: Exception, repo: str, revision: str) -> str:
     if status:
         return f"The Hub answered for {repo} with status {status}; try again later."
     what = next(iter(str(error).strip().splitlines()), "")
-    return f"Talking to the Hub about {repo} failed ({type(error).__name__}: {what}); check the network and HF_ENDPOINT."
+    return (
+        f"Talking to the Hub about {repo} failed ({type(error).__name__}: {what}); check the network and HF_ENDPOINT."
+    )

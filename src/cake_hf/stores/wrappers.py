@@ -49,7 +49,7 @@ class WrapperStore(Store):
     def check_writable(self) -> None:
         self.inner.check_writable()
 
-    def objection(self, namespace: str, facts: Mapping[str, Any]) -> str:
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 
     def close(self) -> None:

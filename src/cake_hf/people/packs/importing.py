@@ -104,7 +104,7 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
     manifest = pack.manifest
     exact = "numerics" in manifest.facts
     with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact) as session:
-        if objection := pack.objection(session.namespace(), session.namespace_facts()):
+        if objection := pack.objection(session.namespace(), session.namespace_facts):
             raise StoreError(f"{objection[0].upper()}{objection[1:]}.")
 
 
