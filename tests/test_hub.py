@@ -469,6 +469,7 @@ def test_push_and_pull_on_the_command_line(hub: Hub, tmp_path: Path, model_folde
     url = f"hf://{REPO}@{hub.repos[REPO].refs['main']}"
     chunks = WORDS // CHUNK
     assert f"pushed {chunks} chunks" in result.output
+    assert "warm and push with --no-exact" in result.output
     assert f"CakeCache(model, '{url}', chunk_size={CHUNK})" in result.output
     pulled = tmp_path / "pulled"
     result = cake("pull", REPO, pulled, "--model", model_folder)

@@ -24,7 +24,7 @@ Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU w
 
 def push_command(
     store: Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")],
-    repo: Annotated[str, typer.Argument(help="ORG/NAME on the Hugging Face Hub; made when missing.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; made when missing.")],
     prompt: Annotated[Path, typer.Option(help="The text file whose KV is to be published.")],
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
     chunk_size: Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk, as it was warmed.")] = 512,
@@ -59,7 +59,9 @@ def push_command(
 
 
 def pull_command(
-    repo: Annotated[str, typer.Argument(help="ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub, or ./FOLDER.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub, or ./FOLDER.")
+    ],
     store: Annotated[
         str, typer.Argument(metavar="STORE", help="Where it goes: a directory (made when missing) or a URL.")
     ],
@@ -82,6 +84,8 @@ def _show_pushed(pushed: Pushed) -> None:
     console.print(f"pushed {_summary(pushed.manifest)}", markup=False)
     if pushed.missing:
         errors.print(f"Not in the store, and so not in the pack: {count_text(pushed.missing, 'chunk')}.", markup=False)
+    if "numerics" in pushed.manifest.facts:
+        errors.print("It serves only the very same numerics; for other machines warm and push with --no-exact.")
     console.print(
         f"\ncache = CakeCache(model, {_arguments(pushed.url, pushed.manifest)})", markup=False, soft_wrap=True
     )
