@@ -170,6 +170,8 @@ def opened_or_refused(raw: bytes) -> PackStore | None:
 class Fixed(PackSource):
     """A source whose manifest is given and whose files are zeros."""
 
+    range_seconds = 0.0
+
     def __init__(self, raw: bytes) -> None:
         self._raw = raw
 

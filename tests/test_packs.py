@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 
 from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.cache.session import Session
 from cake_hf.people.packs import export_pack, import_pack
 from cake_hf.stores.manifest import (
     CARD,
@@ -25,7 +25,7 @@ from cake_hf.stores.manifest import (
 )
 from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.pack import PackStore, open_folder_pack
-from cake_hf.tensors.codec import checksum, parse_header
+from cake_hf.tensors.codec import parse_header
 from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
@@ -151,11 +151,17 @@ def test_a_damaged_file_is_computed(pack: Path, model: torch.nn.Module, where: i
     assert difference(outcome, oracle(model, prompt())) == ""
 
 
-def test_a_well_formed_lie_is_found_by_its_digest_alone(pack: Path, model: torch.nn.Module) -> None:
-    """Other KV under a checksum of its own: a plain store serves it, a pack does not."""
+def test_a_well_formed_lie_is_found_by_its_digest_alone(
+    pack: Path, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model's KV, saved in this model's name with checksums of its own: a plain store serves it, a pack does not."""
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as honest, monkeypatch.context() as lying:
+        namespace, forged = honest._session.namespace(), MemoryStore()
+        lying.setattr(Session, "namespace", lambda self: namespace)
+        with CakeCache(build("llama", seed=5), forged, chunk_size=CHUNK) as liar:
+            liar.prefill(prompt())
     key = open_folder_pack(pack).manifest.chunks[5].key
-    path = pack / chunk_path(key)
-    path.write_bytes(lie(path.read_bytes()))
+    (pack / chunk_path(key)).write_bytes(forged.read(key) or b"")
     with CakeCache(model, LocalStore(pack), chunk_size=CHUNK, strategy="load", save=False) as cache:
         fooled = run(model, prompt(), cache)
         assert cache.report.chunks_loaded == CHUNKS
@@ -419,11 +425,3 @@ def without(store: Store, holes: set[int]) -> MemoryStore:
         if index_of(store, key) not in holes:
             copied.write(key, [store.read(key) or b""])
     return copied
-
-
-def lie(raw: bytes) -> bytes:
-    """A chunk with other KV and a checksum that fits it."""
-    (length,) = struct.unpack("<Q", raw[:8])
-    payload = bytes(len(raw) - 8 - length)
-    honest, forged = parse_header(raw)[0].checksum, checksum([payload])
-    return raw[: 8 + length].replace(honest.encode(), forged.encode()) + payload

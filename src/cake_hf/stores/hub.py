@@ -39,6 +39,8 @@ class HubSource(PackSource):
         StoreError: there is no such pack, it may not be read, or the Hub cannot be reached.
     """
 
+    range_seconds = 0.1  # two requests: the Hub answers with the address of the file
+
     def __init__(
         self, repo: str, revision: str = "main", *, endpoint: str | None = None, token: str | None = None
     ) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ from cake_hf.tensors.fingerprint import canonical
 
 
 class PackSource(ABC):
-    """Where the files of a pack are. May be asked by many threads at once."""
+    """Where the files of a pack are. May be asked by many threads at once.
+
+    Attributes:
+        range_seconds: what fetching a part of a file costs beyond its share of the whole, roughly.
+    """
+
+    range_seconds: float
 
     @abstractmethod
     def __str__(self) -> str:
@@ -65,6 +71,7 @@ class PackStore(Store):
     def __init__(self, source: PackSource) -> None:
         digest_of([])  # without the package nothing could be checked later
         self.source = source
+        self.range_seconds = source.range_seconds
         self.manifest = parse_manifest(source.manifest(MAX_MANIFEST_BYTES))
 
     def __repr__(self) -> str:
@@ -102,6 +109,9 @@ class PackStore(Store):
         scatter(raw[offset - start :], parts, key)
         return True
 
+    def identity(self) -> Hashable:
+        return (type(self.source).__name__, str(self.source))
+
     def keys(self) -> Iterator[str]:
         return iter(self.manifest.by_key)
 
@@ -136,6 +146,8 @@ class PackStore(Store):
 
 class FolderSource(PackSource):
     """A pack in a folder of this machine."""
+
+    range_seconds = 1e-4
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser().absolute()
