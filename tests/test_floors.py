@@ -133,4 +133,4 @@ def test_pytest_comes_in_with_the_contract_only() -> None:
         for module, path in all_modules()
         if {name.split(".")[0] for name in imports(path.read_text(encoding="utf-8"), module)} & {"pytest", "hypothesis"}
     }
-    assert users == {"cake_hf.testing.contract"}
+    assert users == {"cake_hf.testing.contract", "cake_hf.testing.read_only"}

@@ -73,7 +73,8 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
     stored = _stored(session, keys, report)
     report.chunks_missed = chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
-        report.reason = "the store has none of the prompt's chunks yet"
+        objection = session.store.objection(namespace, session.namespace_facts)
+        report.reason = objection or "the store has none of the prompt's chunks yet"
     layout = session.layout()
     return Prompt(call, len(known), chunks, namespace, keys, parent, stored, layout, report, started)
 

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -46,12 +47,12 @@ class Session:
         self.model = model
         self.chunk_size = chunk_size
         self.salt = salt
-        self.save = save
         self.exact = exact
         self.strategy = strategy
         self.limits = limits
         self.store: Store = open_store(store)
-        if save:
+        self.save = save and not self.store.read_only
+        if self.save:
             self.store.check_writable()
         self.sharing = sharing_of(self.store)
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
@@ -86,16 +87,19 @@ class Session:
 
     def namespace(self) -> str:
         """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Made anew per prompt."""
-        facts = {
+        return namespace_digest(canonical({**self.namespace_facts(), "salt": self.salt}))
+
+    def namespace_facts(self) -> dict[str, Any]:
+        """What the namespace is the digest of, but for the salt, which is nobody's business."""
+        facts: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "chunk_size": self.chunk_size,
-            "salt": self.salt,
             "layout": self.layout().tensor_table,
             "model": model_facts(self.model, portable=not self.exact),
         }
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
-        return namespace_digest(canonical(facts))
+        return facts
 
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""

@@ -14,6 +14,7 @@ from cake_hf.people.console import WRONG, PlainErrors, console, progress_bar
 from cake_hf.people.demo.play import DemoOptions, play
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.people.models import Dtype
+from cake_hf.people.packs.commands import pull_command, push_command
 from cake_hf.people.plan import plan_command
 from cake_hf.people.simulate import simulate_command
 from cake_hf.people.store_tables import chunk_facts, listing, show_verified, totals
@@ -127,6 +128,8 @@ def demo_command(
 
 app.command("bench")(bench)
 app.command("plan")(plan_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 app.command("simulate")(simulate_command)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk
 
@@ -26,10 +27,13 @@ class Store(ABC):
     Attributes:
         reads_ranges: whether `read_range` brings no more than it is asked for. Where it does not, nobody should call it often.
         range_seconds: what reading a range costs beyond its share of the value, roughly.
+        read_only: nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a cache
+            does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests of such a store.
     """
 
     reads_ranges: bool = False
     range_seconds: float = 0.0
+    read_only: bool = False
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -103,6 +107,18 @@ class Store(ABC):
 
     def check_writable(self) -> None:
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
+
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+        """Why nothing in here can serve that namespace, as a clause for people; empty if something may.
+
+        Asked when a prompt found nothing; never raises and never waits. By default a store does not know what its values
+        were made from.
+
+        Args:
+            namespace: digest that the keys were made with.
+            facts: gives what it is the digest of, without the salt.
+        """
+        return ""
 
     def notes_folder(self) -> Path | None:
         """A folder of this machine for small files about this store (it may not exist yet), or None if there is none."""

@@ -9,8 +9,9 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
@@ -23,6 +24,7 @@ class WrapperStore(Store):
         self.inner = inner
         self.reads_ranges = inner.reads_ranges
         self.range_seconds = inner.range_seconds
+        self.read_only = inner.read_only
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         return self.inner.contains(keys)
@@ -47,6 +49,9 @@ class WrapperStore(Store):
 
     def check_writable(self) -> None:
         self.inner.check_writable()
+
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+        return self.inner.objection(namespace, facts)
 
     def close(self) -> None:
         self.inner.close()

@@ -17,8 +17,17 @@ from cake_hf.stores.wrappers import FaultStore, GateStore, ThrottledStore, Wrapp
 
 if TYPE_CHECKING:
     from cake_hf.testing.contract import StoreContract, check_against_dict
+    from cake_hf.testing.read_only import ReadOnlyContract
 
-__all__ = ["FaultStore", "GateStore", "StoreContract", "ThrottledStore", "WrapperStore", "check_against_dict"]
+__all__ = [
+    "FaultStore",
+    "GateStore",
+    "ReadOnlyContract",
+    "StoreContract",
+    "ThrottledStore",
+    "WrapperStore",
+    "check_against_dict",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from cake_hf.testing import contract
 
         return getattr(contract, name)
+    if name == "ReadOnlyContract":
+        from cake_hf.testing.read_only import ReadOnlyContract
+
+        return ReadOnlyContract
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

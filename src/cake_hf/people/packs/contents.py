@@ -1,0 +1,184 @@
+"""Which chunks of a store belong to a prompt, and their way into a pack, checked on the way."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
+from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.limits import Limits
+from cake_hf.cache.session import Session
+from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.stores.base import Store
+from cake_hf.stores.manifest import CARD, MANIFEST, MAX_CHUNK_BYTES, PackChunk, PackManifest, chunk_path, printable
+from cake_hf.stores.mismatch import dtypes
+from cake_hf.stores.opening import StoreSpec, open_store
+from cake_hf.stores.pack import block_digests, digest_of
+from cake_hf.tensors.codec import check_file
+from cake_hf.tensors.fingerprint import canonical
+
+Progress = Callable[[int, int], None]
+
+
+class Sink(ABC):
+    """Where a pack is written to."""
+
+    name: str
+    """How a reader opens it: a URL."""
+
+    @abstractmethod
+    def add(self, path: str, raw: bytes | bytearray) -> None:
+        """Take a chunk's file."""
+
+    @abstractmethod
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Take the manifest and the card, which make a pack of what was added."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The chunks of one prompt that a store has.
+
+    Attributes:
+        store: that has them.
+        keys: by their place on the grid.
+        missing: chunks of the prompt that the store has not.
+        namespace, facts, salted, model, model_revision, chunk_size: as in `PackManifest`.
+    """
+
+    store: Store
+    keys: Mapping[int, str]
+    missing: int
+    namespace: str
+    facts: Mapping[str, Any]
+    salted: bool
+    model: str
+    model_revision: str
+    chunk_size: int
+
+    def write(self, sink: Sink, card: Callable[[PackManifest, str], str], progress: Progress) -> PackManifest:
+        """Read the chunks, check them, and hand them on, one at a time.
+
+        Raises:
+            CorruptChunk: one of them is damaged.
+            StoreError: one of them cannot be read, or the sink does not take it.
+        """
+        chunks = []
+        for index, key in sorted(self.keys.items()):
+            raw = self._read(index, key)
+            chunks.append(PackChunk(key, index, len(raw), digest_of([raw]), block_digests(memoryview(raw))))
+            sink.add(chunk_path(key), raw)
+            progress(len(chunks), len(self.keys))
+        manifest = PackManifest(
+            namespace=self.namespace,
+            facts=self.facts,
+            salted=self.salted,
+            model=self.model,
+            model_revision=self.model_revision,
+            dtype=dtypes(self.facts),
+            chunk_size=self.chunk_size,
+            chunks=tuple(chunks),
+        )
+        sink.finish({MANIFEST: manifest.to_json(), CARD: card(manifest, sink.name).encode()})
+        return manifest
+
+    def _read(self, index: int, key: str) -> bytearray:
+        if (self.store.size(key) or 0) > MAX_CHUNK_BYTES:
+            raise StoreError(f"Chunk {key} is too large for a pack; use a smaller chunk_size.")
+        raw = self.store.read(key)
+        if raw is None:
+            raise StoreError(f"Chunk {key} was removed from the store meanwhile; try again.")
+        try:
+            facts = check_file(raw, key)
+        except CorruptChunk as error:
+            raise CorruptChunk(f"{error} It does not go into a pack; `cake-hf verify` finds damaged chunks.") from error
+        if (facts.index, facts.namespace) != (index, self.namespace):
+            raise CorruptChunk(f"Chunk {key} says that it belongs elsewhere; it does not go into a pack.")
+        return raw
+
+
+@contextmanager
+def contents_of(
+    store: StoreSpec,
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    chunk_size: int,
+    salt: str,
+    exact: bool,
+    allow_salted: bool,
+) -> Iterator[Contents]:
+    """Find the chunks of a prompt, as a `CakeCache` with these arguments would look for them.
+
+    Raises:
+        CakeError: KV of this model is not kept.
+        StoreError: the store cannot be read or has none of them, or there is a salt and it is not allowed.
+        ValueError: `input_ids` is not one prompt of at least a chunk.
+    """
+    if salt and not allow_salted:
+        raise StoreError(
+            "This KV was saved under a salt, which keeps it apart from others; pass allow_salted=True (--allow-salted) "
+            "if it may be given away."
+        )
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < chunk_size:
+        raise ValueError(
+            f"input_ids must be [1, tokens] with at least one chunk of {chunk_size} tokens, got {list(input_ids.shape)}."
+        )
+    opened = open_store(store)
+    try:
+        with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact) as session:
+            facts, namespace = json.loads(canonical(session.namespace_facts())), session.namespace()
+            revision = getattr(session.model.config, "_commit_hash", None) or ""
+            name = printable(session.model_name)
+        keys = chunk_keys(namespace, input_ids[0].tolist(), chunk_size)
+        stored = {
+            index: key for index, (key, there) in enumerate(zip(keys, opened.contains(keys), strict=True)) if there
+        }
+        if not stored:
+            raise StoreError(
+                "The store has none of this prompt's chunks; save them first (cake-hf warm) with the same model and options."
+            )
+        missing = len(keys) - len(stored)
+        yield Contents(opened, stored, missing, namespace, facts, bool(salt), name, revision, chunk_size)
+    finally:
+        if opened is not store:
+            opened.close()
+
+
+@contextmanager
+def session_for(model: torch.nn.Module, store: Store, *, chunk_size: int, salt: str, exact: bool) -> Iterator[Session]:
+    """What a `CakeCache` with these arguments would know.
+
+    Raises:
+        CakeError: KV of this model is not kept.
+    """
+    model = resolve_model(model)
+    refuse_unusable(model)
+    if reason := model_reason(model, layers_for(model)):
+        raise CakeError(f"No KV of this model is kept: {reason}.")
+    session = Session(
+        model,
+        store,
+        chunk_size=chunk_size,
+        salt=salt,
+        save=False,
+        exact=exact,
+        strategy=Strategy.BOTH,
+        limits=Limits(),
+    )
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def no_progress(done: int, total: int) -> None:
+    """Nobody is watching."""

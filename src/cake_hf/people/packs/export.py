@@ -1,0 +1,105 @@
+"""A pack as a folder: to be copied, put on a share, or looked at before it is published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.people.packs.card import card_text
+from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progress
+from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
+from cake_hf.stores.opening import StoreSpec
+from cake_hf.stores.pack import open_folder_pack
+
+
+def export_pack(
+    store: StoreSpec,
+    folder: str | os.PathLike[str],
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    chunk_size: int = 512,
+    salt: str = "",
+    exact: bool = True,
+    allow_salted: bool = False,
+    progress: Progress = no_progress,
+) -> PackManifest:
+    """Write the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
+
+    Args:
+        store: that has the KV, as `CakeCache` takes it.
+        folder: to write to; new, empty, or an older pack, which is replaced.
+        model, chunk_size, salt, exact: as they were when the KV was saved. A pack made with `exact=True` serves only the very
+            same numerics; to be used elsewhere it has to be saved and exported with `exact=False`.
+        input_ids: `[1, tokens]` of the prompt.
+        allow_salted: give away KV that was saved under a salt. The pack does not tell the salt, but a short one can be guessed.
+        progress: called with (chunks written, all chunks).
+
+    Returns:
+        What the pack says about itself.
+
+    Raises:
+        StoreError: the store has nothing of the prompt, it or the folder fails, or there is a salt and it is not allowed.
+        CorruptChunk: a chunk is damaged.
+        CakeError: KV of this model is not kept.
+        ValueError: `input_ids` is not one prompt of at least a chunk.
+    """
+    with contents_of(
+        store, model, input_ids, chunk_size=chunk_size, salt=salt, exact=exact, allow_salted=allow_salted
+    ) as contents:
+        return contents.write(FolderSink(folder), card_text, progress)
+
+
+class FolderSink(Sink):
+    """Writes a pack to a folder. An older pack's manifest goes first and the new one comes last: what has a manifest is whole.
+
+    Args:
+        folder: new, empty, or an older pack.
+
+    Raises:
+        StoreError: it holds something else, or cannot be written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+        self.name = f"pack:{self._folder.name}"
+        self._stale: set[str] = set()
+        with self._plain_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if any(self._folder.iterdir()):
+                self._stale = self._files_of_an_older_pack()
+                (self._folder / MANIFEST).unlink()
+
+    def add(self, path: str, raw: bytes | bytearray) -> None:
+        self._stale.discard(path)
+        with self._plain_errors():
+            (self._folder / path).parent.mkdir(exist_ok=True)
+            (self._folder / path).write_bytes(raw)
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        with self._plain_errors():
+            for path in self._stale:
+                (self._folder / path).unlink(missing_ok=True)
+            for name in sorted(files, key=lambda name: name == MANIFEST):
+                (self._folder / name).write_bytes(files[name])
+
+    def _files_of_an_older_pack(self) -> set[str]:
+        try:
+            return set(map(chunk_path, open_folder_pack(self._folder).keys()))
+        except StoreError as error:
+            raise StoreError(f"The folder {self._folder} holds something else than a pack; give a new one.") from error
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = os.strerror(error.errno) if error.errno else str(error)
+            raise StoreError(
+                f"The pack cannot be written to {self._folder}: {what}; check the path and the disk."
+            ) from error

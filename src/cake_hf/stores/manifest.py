@@ -1,0 +1,287 @@
+"""What a pack says about itself: one JSON file that names every chunk, its size and its digests.
+
+Whoever made a pack may be a stranger. So the manifest is bounded before it is parsed, every field is checked, and files are
+found by their keys alone: no path stands in it. What makes its KV interchangeable is written out as facts, and those must
+give the namespace, so that a pack cannot claim to be made for one model and carry the keys of another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.keys import namespace_digest
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.tensors.fingerprint import canonical
+
+MANIFEST = "cake_pack.json"
+CARD = "README.md"
+FORMAT = "cake_hf-pack"
+VERSION = "1"
+
+BLOCK_BYTES = 2**20
+"""A chunk's file has a digest for each block of so many bytes, so that a part of it can be checked by itself."""
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+"""Room for the digests of 200 GB of chunks. A longer manifest is refused before it is read. Parsing takes six times as much
+memory at most, whatever stands in it."""
+MAX_CHUNKS = 2**16
+MAX_CHUNK_BYTES = 2**32
+"""A larger file is refused before memory is taken for it."""
+MAX_TEXT = 200
+MAX_DEPTH = 16
+_MAX_STRUCTURE = MAX_MANIFEST_BYTES // 64 + 8 * MAX_CHUNKS
+"""Brackets, braces and commas: what JSON may need many bytes of memory for. One for each digest, eight for each chunk."""
+
+_KEY = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DTYPE = re.compile(r"[A-Z0-9_]{1,16}(, [A-Z0-9_]{1,16}){0,7}")
+_REVISION = re.compile(r"[0-9a-f]{40}|")
+
+
+@dataclass(frozen=True)
+class PackChunk:
+    """One file of a pack.
+
+    Attributes:
+        key: its name.
+        index: its place on the absolute grid.
+        size: bytes of the file.
+        digest: blake3 of the file, 64 hexadecimal digits.
+        blocks: blake3 of each of its blocks of `BLOCK_BYTES`; the last one may be shorter.
+    """
+
+    key: str
+    index: int
+    size: int
+    digest: str
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackManifest:
+    """All that a pack says about itself.
+
+    Attributes:
+        namespace: digest of what makes its KV interchangeable; part of every key.
+        facts: what that digest was made from, as JSON values, without the salt.
+        salted: its keys were made with a salt, which the pack does not tell.
+        model: the model's name, for people and for the card.
+        model_revision: commit of the model on the Hub, 40 hexadecimal digits; empty where it is not known.
+        dtype: of the KV, as safetensors names it.
+        chunk_size: tokens per chunk.
+        chunks: the files, by their place in the prompt.
+    """
+
+    namespace: str
+    facts: Mapping[str, Any]
+    salted: bool
+    model: str
+    model_revision: str
+    dtype: str
+    chunk_size: int
+    chunks: tuple[PackChunk, ...]
+
+    @cached_property
+    def by_key(self) -> dict[str, PackChunk]:
+        """The files by name."""
+        return {chunk.key: chunk for chunk in self.chunks}
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The prompt's first token in the pack, and the one after the last."""
+        return self.chunks[0].index * self.chunk_size, (self.chunks[-1].index + 1) * self.chunk_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(chunk.size for chunk in self.chunks)
+
+    def to_json(self) -> bytes:
+        """The manifest file.
+
+        Raises:
+            StoreError: there is more in the pack than a manifest may tell.
+        """
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "namespace": self.namespace,
+                "salted": self.salted,
+                "model": self.model,
+                "model_revision": self.model_revision,
+                "dtype": self.dtype,
+                "chunk_size": self.chunk_size,
+                "tokens": self.tokens,
+                "facts": self.facts,
+                "chunks": [
+                    {"key": c.key, "index": c.index, "size": c.size, "blake3": c.digest, "blocks": c.blocks}
+                    for c in self.chunks
+                ],
+            },
+            indent=1,
+        ).encode()
+        parse_manifest(text)  # what nobody could read must not be published
+        return text
+
+
+def chunk_path(key: str) -> str:
+    """Where a chunk's file is in a pack: as in a local store."""
+    return f"{key[:2]}/{key}.safetensors"
+
+
+def printable(text: str) -> str:
+    """Text as a manifest takes it: nothing that a terminal would act on, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in text.encode(errors="replace").decode())[-MAX_TEXT:]
+
+
+def parse_manifest(raw: bytes) -> PackManifest:
+    """Read a manifest that anyone may have written.
+
+    Raises:
+        StoreError: it is not a manifest of this format and version, or something in it does not fit together.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES or sum(map(raw.count, (b"{", b"[", b","))) > _MAX_STRUCTURE:
+        raise StoreError(f"The pack's {MANIFEST} is larger than any that cake_hf writes.")
+    try:
+        if not raw.isascii():
+            raise ValueError("it has characters that cake_hf writes otherwise")
+        return _manifest(json.loads(raw, object_pairs_hook=_object))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise StoreError(f"The pack's {MANIFEST} is damaged or not cake_hf's: {_reason(error)}.") from error
+
+
+def _manifest(fields: Any) -> PackManifest:
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError("it has another format")
+    if fields.get("version") != VERSION:
+        raise StoreError(
+            "The pack was written in another version of the format; use the cake_hf that fits, or a new pack."
+        )
+    taken = _Fields(fields, "the manifest")
+    manifest = PackManifest(
+        namespace=taken.text("namespace", _KEY.fullmatch),
+        facts=taken.facts("facts"),
+        salted=taken.flag("salted"),
+        model=taken.text("model", _is_plain),
+        model_revision=taken.text("model_revision", _REVISION.fullmatch),
+        dtype=taken.text("dtype", _DTYPE.fullmatch),
+        chunk_size=taken.number("chunk_size", MIN_CHUNK_SIZE, 2**20),
+        chunks=tuple(_chunk(entry) for entry in taken.rows("chunks", 1, MAX_CHUNKS)),
+    )
+    indices = [chunk.index for chunk in manifest.chunks]
+    if indices != sorted(set(indices)) or len(manifest.by_key) != len(indices):
+        raise ValueError("its chunks are not in order, or not different ones")
+    if taken.rows("tokens", 2, 2) != list(manifest.tokens):
+        raise ValueError("its tokens are not those of its chunks")
+    if manifest.facts.get("chunk_size") != manifest.chunk_size or "salt" in manifest.facts:
+        raise ValueError("its facts do not fit")
+    if not manifest.salted and namespace_digest(canonical({**manifest.facts, "salt": ""})) != manifest.namespace:
+        raise ValueError("its facts do not give its namespace")
+    taken.expect_only("format", "version")
+    return manifest
+
+
+def _chunk(entry: Any) -> PackChunk:
+    taken = _Fields(entry, "a chunk")
+    size = taken.number("size", 1, MAX_CHUNK_BYTES)
+    blocks = -(-size // BLOCK_BYTES)
+    chunk = PackChunk(
+        key=taken.text("key", _KEY.fullmatch),
+        index=taken.number("index", 0, 2**32),
+        size=size,
+        digest=taken.text("blake3", _DIGEST.fullmatch),
+        blocks=tuple(_digest(text) for text in taken.rows("blocks", blocks, blocks)),
+    )
+    taken.expect_only()
+    return chunk
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise ValueError("a block has no digest")
+    return value
+
+
+class _Fields:
+    """An object's fields, taken one by one, each with a check. What is wrong is a ValueError."""
+
+    def __init__(self, value: Any, what: str) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{what} is no object")
+        self._value, self._what, self._taken = value, what, set[str]()
+
+    def text(self, name: str, accept: Callable[[str], object]) -> str:
+        value = self._take(name)
+        if not isinstance(value, str) or not accept(value):
+            raise self._wrong(name)
+        return value
+
+    def number(self, name: str, least: int, most: int) -> int:
+        value = self._take(name)
+        if type(value) is not int or not least <= value <= most:  # a bool is no number here
+            raise self._wrong(name)
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self._take(name)
+        if not isinstance(value, bool):
+            raise self._wrong(name)
+        return value
+
+    def rows(self, name: str, least: int, most: int) -> Sequence[Any]:
+        value = self._take(name)
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            raise self._wrong(name)
+        return value
+
+    def facts(self, name: str) -> dict[str, Any]:
+        value = self._take(name)
+        if not isinstance(value, dict) or not _is_shallow(value, MAX_DEPTH):
+            raise self._wrong(name)
+        return value
+
+    def expect_only(self, *others: str) -> None:
+        """Raise where there is more than what was taken and these."""
+        if unknown := sorted(set(self._value) - self._taken - set(others)):
+            raise self._wrong(unknown[0])
+
+    def _take(self, name: str) -> Any:
+        self._taken.add(name)
+        if name not in self._value:
+            raise self._wrong(name)
+        return self._value[name]
+
+    def _wrong(self, name: str) -> ValueError:
+        return ValueError(f"in {self._what}, {name[:MAX_TEXT]!a} is missing, unknown or out of range")
+
+
+def _is_plain(text: str) -> bool:
+    return text.isprintable() and len(text) <= MAX_TEXT
+
+
+def _is_shallow(value: Any, depth: int) -> bool:
+    """Whether a JSON value is nested no deeper than that."""
+    if not isinstance(value, (dict, list)):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a field stands twice")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """Our own words as they are; a parser's may quote megabytes."""
+    own = type(error) is ValueError and len(str(error)) <= 2 * MAX_TEXT
+    return str(error) if own else "it is no JSON"

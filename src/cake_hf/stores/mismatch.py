@@ -1,0 +1,73 @@
+"""In words, why KV made under some facts cannot serve a model under others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MOST_NAMED = 3
+MAX_VALUE = 40
+
+
+def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) -> str:
+    """The first thing that a person should hear of, as the end of a sentence that begins with "the pack".
+
+    Args:
+        theirs: facts of the pack, without its salt.
+        salted: whether it was made with one.
+        ours: facts of the model and its options, without a salt; the namespaces are known to be different.
+    """
+    different = list(_differences(theirs, ours))
+    exact = "numerics" in theirs
+    if theirs.get("format") != ours.get("format"):
+        return "holds chunks of another format version; use the cake_hf that fits, or a new pack"
+    if theirs.get("chunk_size") != ours.get("chunk_size"):
+        return f"has chunks of {_short(theirs.get('chunk_size'))} tokens; pass chunk_size={_short(theirs.get('chunk_size'))}"
+    if dtypes(theirs) != dtypes(ours) and dtypes(theirs) and dtypes(ours):
+        return f"holds KV of dtype {dtypes(theirs)}, this model's is {dtypes(ours)}; load the model in that dtype"
+    if any(not path.startswith("numerics") and path != "model.weights" for path, _, _ in different):
+        return f"was made with another model ({_named(different)})"
+    if exact != ("numerics" in ours):
+        return f"was made with exact={exact}; pass exact={exact}"
+    if any(path == "model.weights" for path, _, _ in different):
+        return "was made with other weights of this kind of model; use that model and its revision"
+    if different:
+        return f"was made with other numerics ({_named(different)}); use a pack made with exact=False"
+    return "was made with another salt; pass its salt" if salted else "was made without a salt; pass none"
+
+
+def dtypes(facts: Mapping[str, Any]) -> str:
+    """The dtypes of the KV that facts speak of, as safetensors names them; empty where they do not tell."""
+    layout = facts.get("layout")
+    entries = layout.values() if isinstance(layout, dict) else []
+    return ", ".join(sorted({_plain(str(entry.get("dtype"))) for entry in entries if isinstance(entry, dict)}))
+
+
+def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(where, there, here) of all that differs, depth first."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for name in sorted({*theirs, *ours}):
+            yield from _differences(theirs.get(name), ours.get(name), f"{path}.{name}" if path else name)
+    elif theirs != ours:
+        yield path, theirs, ours
+
+
+def _named(different: list[tuple[str, Any, Any]]) -> str:
+    telling = [entry for entry in different if entry[0] != "model.weights"]  # nobody can read a digest
+    named = [
+        f"{_plain(path.rpartition('.')[2])}: {_short(there)} there, {_short(here)} here"
+        for path, there, here in telling
+    ]
+    more = len(named) - MOST_NAMED
+    return "; ".join(named[:MOST_NAMED] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _short(value: Any) -> str:
+    return _plain(json.dumps(value, default=str))
+
+
+def _plain(text: str) -> str:
+    """Text as a terminal may show it, whoever wrote it."""
+    escaped = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+    return escaped if len(escaped) <= MAX_VALUE else f"{escaped[:MAX_VALUE]}..."

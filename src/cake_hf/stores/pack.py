@@ -1,0 +1,221 @@
+"""A pack as a store that can only be read: every byte is checked against its manifest before anyone may use it.
+
+Where the files come from, a folder or the Hub, is a `PackSource`. The manifest is read once, at opening; after that which
+chunks there are is known without asking anyone, and chunks are read when they are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store, scatter, total_bytes
+from cake_hf.stores.manifest import BLOCK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, PackChunk, chunk_path, parse_manifest
+from cake_hf.stores.mismatch import why_not
+from cake_hf.tensors.fingerprint import canonical
+
+
+class PackSource(ABC):
+    """Where the files of a pack are. May be asked by many threads at once.
+
+    Attributes:
+        range_seconds: what fetching a part of a file costs beyond its share of the whole, roughly.
+    """
+
+    range_seconds: float
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The pack's name for people."""
+
+    @abstractmethod
+    def manifest(self, most: int) -> bytes:
+        """The manifest, of which at most `most + 1` bytes are read.
+
+        Raises:
+            StoreError: there is none, or it cannot be read.
+        """
+
+    @abstractmethod
+    def fetch(self, path: str, parts: Sequence[memoryview], offset: int) -> None:
+        """Fill the buffers, in order, with the file's bytes from `offset` on. What they hold is not checked yet.
+
+        Raises:
+            CorruptChunk: the file ends too early.
+            StoreError: it cannot be read.
+        """
+
+
+class PackStore(Store):
+    """The chunks of a pack. Nothing can be written.
+
+    Args:
+        source: of the files; `open_folder_pack` and `cake_hf.stores.hub.open_hub_pack` make one from a path and a URL.
+
+    Attributes:
+        manifest: what the pack says about itself.
+
+    Raises:
+        StoreError: the manifest cannot be had or is no manifest, or the package for digests is not installed.
+    """
+
+    reads_ranges = True
+    read_only = True
+
+    def __init__(self, source: PackSource) -> None:
+        digest_of([])  # without the package nothing could be checked later
+        self.source = source
+        self.range_seconds = source.range_seconds
+        self.manifest = parse_manifest(source.manifest(MAX_MANIFEST_BYTES))
+
+    def __repr__(self) -> str:
+        return f"PackStore({str(self.source)!r})"
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        return [key in self.manifest.by_key for key in keys]
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        chunk = self.manifest.by_key.get(key)
+        if chunk is None:
+            return None
+        if total_bytes(parts) != chunk.size:
+            raise CorruptChunk(f"Chunk {key} has {chunk.size} bytes, {total_bytes(parts)} were expected.")
+        self.source.fetch(chunk_path(key), parts, 0)
+        self._refuse_other(digest_of(parts), chunk.digest, chunk)
+        return chunk.size
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        """As the contract says; whole blocks are fetched, since only those can be checked."""
+        chunk = self.manifest.by_key.get(key)
+        if chunk is None:
+            return False
+        end = offset + total_bytes(parts)
+        if end > chunk.size:
+            raise CorruptChunk(f"Chunk {key} ended early.")
+        if end == offset:
+            return True
+        first = offset // BLOCK_BYTES
+        start, stop = first * BLOCK_BYTES, min(chunk.size, -(-end // BLOCK_BYTES) * BLOCK_BYTES)
+        raw = memoryview(bytearray(stop - start))
+        self.source.fetch(chunk_path(key), [raw], start)
+        for got, expected in zip(block_digests(raw), chunk.blocks[first:], strict=False):
+            self._refuse_other(got, expected, chunk)
+        scatter(raw[offset - start :], parts, key)
+        return True
+
+    def identity(self) -> Hashable:
+        return (type(self.source).__name__, str(self.source))
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.manifest.by_key)
+
+    def size(self, key: str) -> int | None:
+        chunk = self.manifest.by_key.get(key)
+        return None if chunk is None else chunk.size
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        raise self._read_only()
+
+    def delete(self, key: str) -> bool:
+        raise self._read_only()
+
+    def check_writable(self) -> None:
+        raise self._read_only()
+
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+        if namespace == self.manifest.namespace:
+            return ""
+        ours = json.loads(canonical(facts()))
+        return f"the pack {self.source} {why_not(self.manifest.facts, self.manifest.salted, ours)}"
+
+    def _refuse_other(self, got: str, expected: str, chunk: PackChunk) -> None:
+        if got != expected:
+            raise CorruptChunk(f"Chunk {chunk.key} of {self.source} is not the one that its manifest names.")
+
+    def _read_only(self) -> StoreError:
+        return StoreError(
+            f"The pack {self.source} can only be read; pull it into a store of your own (cake-hf pull) to add to it."
+        )
+
+
+class FolderSource(PackSource):
+    """A pack in a folder of this machine."""
+
+    range_seconds = 1e-4
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def manifest(self, most: int) -> bytes:
+        try:
+            with open(self.folder / MANIFEST, "rb", opener=_open_plain_file) as file:
+                return file.read(most + 1)
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.folder} is no pack: it has no {MANIFEST}; check the path.") from error
+        except OSError as error:
+            raise StoreError(f"The pack {self.folder} cannot be read: {error.strerror}; check the path.") from error
+
+    def fetch(self, path: str, parts: Sequence[memoryview], offset: int) -> None:
+        try:
+            with open(self.folder / path, "rb", buffering=0, opener=_open_plain_file) as file:
+                file.seek(offset)
+                for part in parts:
+                    filled = 0
+                    while filled < part.nbytes:
+                        if not (count := file.readinto(part[filled:])):
+                            raise CorruptChunk(f"The file {path} of the pack {self.folder} is cut short.")
+                        filled += count
+        except OSError as error:
+            raise StoreError(f"{path} of the pack {self.folder} cannot be read: {error.strerror}.") from error
+
+
+def open_folder_pack(folder: str | os.PathLike[str]) -> PackStore:
+    """A pack in a folder, as a store.
+
+    Raises:
+        StoreError: it is no pack, or none that can be read.
+    """
+    return PackStore(FolderSource(folder))
+
+
+def digest_of(pieces: Iterable[Part]) -> str:
+    """blake3 over the pieces in order, which also holds against someone who wants another file to pass.
+
+    Raises:
+        StoreError: the package is not installed.
+    """
+    digest = _blake3()()
+    for piece in pieces:
+        digest.update(piece)
+    return str(digest.hexdigest())
+
+
+def block_digests(raw: memoryview) -> tuple[str, ...]:
+    """Digest of each block of a file, or of a part of it that starts with a block."""
+    return tuple(digest_of([raw[start : start + BLOCK_BYTES]]) for start in range(0, len(raw), BLOCK_BYTES))
+
+
+def _blake3() -> Callable[[], Any]:
+    try:
+        from blake3 import blake3
+    except ImportError as error:
+        raise StoreError('Packs need the package blake3: pip install "cake-hf[hub]".') from error
+    return blake3
+
+
+def _open_plain_file(path: str, flags: int) -> int:
+    """A stranger's folder may hold a pipe under a file's name, at which a plain open would wait for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a plain file.")
+    return descriptor
