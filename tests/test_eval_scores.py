@@ -113,7 +113,7 @@ def test_rouge_l(prediction: str, answer: str, expected: float) -> None:
 
 
 def test_which_of_two_longest_subsequences_is_walked() -> None:
-    """ "a b" and "b a" share "a" or "b": on a tie the walk goes back in the prediction first, and so comes upon the answer's last word."""
+    """On a tie it goes back in the prediction, and so comes upon the answer's last word."""
     assert rouge.common_words(["a", "b"], ["b", "a"]) == {"b"}
 
 
@@ -252,7 +252,7 @@ def test_chinese_without_jieba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_task_lists_the_tasks() -> None:
-    with pytest.raises(UnknownTask, match="known are narrativeqa, qasper.*repobench-p.*longbench-v2"):
+    with pytest.raises(UnknownTask, match=r"known are narrativeqa, qasper.*repobench-p.*longbench-v2"):
         find_task("quasper")
 
 
@@ -381,7 +381,11 @@ def test_score_runs_as_a_module_without_torch(tmp_path: Path) -> None:
 def test_evaluate_loads_the_metrics_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = pytest.importorskip("evaluate")
     monkeypatch.syspath_prepend(ROOT)
-    load = lambda name: evaluate.load(str(METRIC_SCRIPT), name, cache_dir=str(tmp_path))  # noqa: E731
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+
+    def load(name: str) -> Any:
+        return evaluate.load(str(METRIC_SCRIPT), name, cache_dir=str(tmp_path))
+
     predictions, references = ["It was Bob Dylan.", "\nno\nyes"], [["Bob Dylan"], ["yes", "no"]]
     for name in ("triviaqa", "gov_report", "lcc"):
         found = load(name).compute(predictions=predictions, references=references)
