@@ -23,13 +23,14 @@ class Prompt:
     """A row as the model gets it.
 
     Attributes:
-        row: which one.
+        task, row: which one; its task's name and its id.
         ids: token ids.
         new_tokens: to generate at most.
         cut: tokens left out of the middle.
     """
 
-    row: Row
+    task: str
+    row: str
     ids: tuple[int, ...]
     new_tokens: int
     cut: int = 0
@@ -61,11 +62,11 @@ class Encoder:
         said = template.messages(row)
         ids = self._encode(task, said)
         if self.limit is None or len(ids) + new_tokens <= self.limit:
-            return Prompt(row, tuple(ids), new_tokens)
+            return Prompt(task.name, row.id, tuple(ids), new_tokens)
         if not self.truncate:
             raise TooLong(f"it has {len(ids):,} tokens and up to {new_tokens} new ones, the limit is {self.limit:,}")
         shorter = self._cut(task, said, len(ids), self.limit - new_tokens)
-        return Prompt(row, tuple(shorter), new_tokens, cut=len(ids) - len(shorter))
+        return Prompt(task.name, row.id, tuple(shorter), new_tokens, cut=len(ids) - len(shorter))
 
     def _cut(self, task: Task, said: Sequence[str], tokens: int, room: int) -> list[int]:
         """As LongBench cuts: the first message keeps its two ends, in equal parts; what it says later stays whole."""
