@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from eval.tasks import find_task
 
 MODES = ("plain", "chunked", "cold", "warm", "middle", "faults")
@@ -90,6 +91,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BrokenConfig(f"{name} is {value}; it has to be more than 0.")
+        if self.chunk_size < MIN_CHUNK_SIZE:
+            raise BrokenConfig(f"chunk_size is {self.chunk_size}; it has to be at least {MIN_CHUNK_SIZE}.")
         if not 0 <= self.fault_rate <= 1:
             raise BrokenConfig(f"fault_rate is {self.fault_rate}; it is a share, from 0 to 1.")
         # The oracles come first, whatever was asked for, and all in the order they build on one another.

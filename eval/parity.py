@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.cache import CakeCache
 from cake_hf.people.console import FAILED, WRONG, console, errors, progress_bar
 from cake_hf.people.models import quiet_transformers
 from cake_hf.stores import MemoryStore, open_store
@@ -129,6 +130,7 @@ def run_parity(config: RunConfig, *, fresh: bool = False) -> tuple[Metrics, Path
                 errors.print("The machine, a library or the weights changed since this run began; it starts over.")
             if isinstance(opened, MemoryStore) and "warm" in config.modes:
                 raise ValueError("Another process cannot see a store in memory; give --store a directory.")
+            CakeCache(model, opened, chunk_size=config.chunk_size).close()  # a model or store of no use is refused here
             store = RecordingStore(opened, folder.note_chunk)
             with progress_bar("parity", "runs") as progress:
                 Run(config, folder, Runner(config, model, tokenizer, store, folder.salt), work, progress).go()

@@ -78,6 +78,7 @@ def test_modes_bring_what_they_build_on(wanted: str, resolved: tuple[str, ...]) 
         ({"sabotage": "yes"}, "sabotage is 'yes'"),
         ({"tasks": 3}, "tasks is 3"),
         ({"model": None, "chunk_size": None}, "chunk_size is None"),
+        ({"chunk_size": 8}, "at least 16"),
         ({"fault_rate": 1.5}, "a share"),
         ({"save_queue_gib": float("nan")}, "save_queue_gib is nan"),
     ],
