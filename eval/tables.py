@@ -34,7 +34,7 @@ def cells(mode: ModeMetrics) -> list[str]:
 
 def percent(share: float) -> str:
     """Rounded down, so that 100 % is all."""
-    return f"{int(1000 * share + 1e-9) / 10:g} %"
+    return f"{int(100 * share + 1e-9)} %"
 
 
 def results_table(metrics: Metrics) -> Table:

@@ -80,7 +80,7 @@ def run_in_fresh_process(request: Request) -> Iterator[Outcome]:
             stderr=complaints,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()])},
         )
         try:
             for outcome in _talk(process, request):
@@ -116,6 +116,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _talk(process: subprocess.Popen[str], request: Request) -> Iterator[Outcome]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from eval import modes, parity, score, worker
+from eval import modes, parity, random_model, score, worker
 from eval.config import MODES, RunConfig, make_config, read_config
 from eval.data.encode import Prompt
 from eval.data.rows import Row
@@ -357,3 +357,11 @@ def test_batches_keep_a_documents_rows_together() -> None:
 
 def test_the_harness_runs_as_a_module() -> None:
     assert sys.modules["eval.parity"].__doc__.startswith("`python -m eval.parity`")
+
+
+def test_a_random_model_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert random_model.main([str(tmp_path / "llama"), "--layers", "1", "--dtype", "bfloat16"]) == 0
+    assert "8 million weights" in capsys.readouterr().out
+    config = small(tmp_path, model=str(tmp_path / "llama"), tasks="hotpotqa", rows=1, modes="cold,faults")
+    assert run(config, tmp_path) == 0
+    assert results(config)["tasks"]["hotpotqa"]["modes"]["faults"]["hit_rate"] > 0
