@@ -76,7 +76,7 @@ class RunConfig:
     save_queue_gib: float = _option(4.0, float, "memory for chunks that wait to be written")
     keep_chunks: bool = _option(False, _yes, "leave the KV in the store")
     sabotage: bool = _option(False, _yes, "flip a bit of what is loaded, checksum off: the run must then exit with 1")
-    out: str = _option("eval-runs", str, "the folder that runs are kept in, each in one named by its settings' hash")
+    out: str = _option(".eval/runs", str, "the folder that runs are kept in, each in one named by its settings' hash")
 
     def __post_init__(self) -> None:
         """Raises BrokenConfig, or UnknownTask."""

@@ -57,7 +57,7 @@ def verdict(metrics: Metrics) -> str:
         return f"Exactness is BROKEN, in {len(metrics.broken)} places."
     if not metrics.loaded_anything:
         return f"All equal on {metrics.rows} rows, but nothing was loaded from the store, so this shows little."
-    return f"Exact: every restored run of {metrics.rows} rows gave the tokens and, bit for bit, the logits of the chunked run."
+    return f"Exact: {metrics.rows} rows; every restored run gave the tokens and, bit for bit, the logits of the chunked run."
 
 
 def print_results(metrics: Metrics, folder: Path) -> None:
