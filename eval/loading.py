@@ -1,0 +1,35 @@
+"""The run's model and tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cake_hf.people.models import RECALL_TINY, load_model, load_tokenizer
+from eval.config import RunConfig
+
+OWN_MODEL = "recall-tiny"
+
+
+def load(config: RunConfig) -> tuple[Any, Any]:
+    """(model, tokenizer).
+
+    Raises:
+        ValueError: one of them cannot be had; the message says what to do.
+    """
+    return load_model(_place(config.model), config.dtype, config.device), load_run_tokenizer(config)
+
+
+def load_run_tokenizer(config: RunConfig) -> Any:
+    """The tokenizer alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return load_tokenizer(_place(config.tokenizer or config.model))
+    except ValueError as error:
+        raise ValueError(f"{error} If it is elsewhere, say --tokenizer.") from error
+
+
+def _place(name: str) -> str:
+    return str(RECALL_TINY) if name == OWN_MODEL else name

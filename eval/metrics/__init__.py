@@ -1,0 +1,1 @@
+"""The scores in the form of the `evaluate` library; see `longbench.py`."""
