@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench eval clean
 
 $(READY): pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
@@ -23,6 +23,9 @@ lint: $(READY)  ## style, types
 
 bench: $(READY)  ## measure against the single methods, on this machine
 	$(BIN)/cake-hf bench
+
+eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
+	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh
 
 clean:
 	rm -rf $(VENV) .demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -83,3 +84,11 @@ def test_the_key_is_the_documented_digest() -> None:
     space = bytes.fromhex(SPACE)
     by_hand = hashlib.blake2b(space + space + raw, digest_size=20, person=b"cake-chunk").hexdigest()
     assert chunk_keys(SPACE, [5, 6], 2) == [by_hand]
+
+
+def test_ids_need_not_be_copied() -> None:
+    ids = array("q", [5, 2**40, 0, 7] * 16)
+    namespace = namespace_digest("facts")
+    assert chunk_keys(namespace, memoryview(ids), 16) == chunk_keys(namespace, list(ids), 16)
+    narrow = array("i", [5, 6, 0, 7] * 16)
+    assert chunk_keys(namespace, memoryview(narrow), 16) == chunk_keys(namespace, list(narrow), 16)

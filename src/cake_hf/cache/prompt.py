@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.report import Report, Span
@@ -67,8 +69,9 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
         started: when the call came.
     """
     namespace = session.namespace()
+    tokens = memoryview(call.ids[0].to("cpu", torch.int64).contiguous().numpy())
     parent = known[-1] if known else namespace
-    keys = chunk_keys(namespace, call.ids[0].tolist(), session.chunk_size, parent)
+    keys = chunk_keys(namespace, tokens, session.chunk_size, parent)
     report = _new_report(session, call)
     stored = _stored(session, keys, report)
     report.chunks_missed = chunks - sum(stored[:chunks])
