@@ -13,8 +13,8 @@ import typer
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.bench import cached, decoding, identity, memory, saving, strategies
-from cake_hf.people.bench.grid.command import grid_command
+from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
+from cake_hf.people.bench.grid.command import GRID_HELP, grid_command
 from cake_hf.people.bench.machine import describe
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
@@ -31,29 +31,38 @@ MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
     "memory": memory.measure,
     "cached": cached.measure,
     "identity": identity.measure,
+    "loading": loading.measure,
+    "overheads": overheads.measure,
 }
 
 
+HELP = (
+    "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk.\n\n"
+    "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
+    "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
+    "For one length and one store; `cake-hf bench grid` goes over all of them."
+)
+
 bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
-bench_app.command("grid")(grid_command)
+bench_app.command("grid", help=GRID_HELP)(grid_command)
 
 
-@bench_app.callback()
+@bench_app.callback(help=HELP)
 def bench(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, two rounds: only to see that it runs.")] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. [default: 5; 2 with --quick]")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; 5, or 2 with --quick.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the cached prefix. [default: 8192; 512 with --quick]")
+        int | None, typer.Option(min=1, help="Length of the cached prefix; 8192, or 512 with --quick.")
     ] = None,
     chunk_size: Annotated[
-        int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk. [default: 512; 64 with --quick]")
+        int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; 512, or 64 with --quick.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.BFLOAT16,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU where there is one.")] = "auto",
     shape: Annotated[
-        str | None, typer.Option(help=f"{', '.join(SHAPES)}. [default: small; 1b on a GPU; tiny with --quick]")
+        str | None, typer.Option(help=f"{', '.join(SHAPES)}; small, or 1b on a GPU, or tiny with --quick.")
     ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Make the (temporary) stores in this directory, to measure its disk.")
@@ -63,13 +72,7 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Measure this machine: both ends against each alone, saving, decoding, memory, and a full hit against the bare disk.
-
-    The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is 1
-    only if a restored prompt gave other logits than a computed one, or something could not be measured.
-
-    `cake-hf bench grid` takes what is here one length and one store at a time over all of them.
-    """
+    """Take single measurements; see HELP."""
     if context.invoked_subcommand is not None:
         refuse_options(context)
         return

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
+from cake_hf.cache.session import Session
 from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.settings import Settings
 from cake_hf.stores.base import Store
@@ -159,6 +161,20 @@ class Workbench:
         s = self.settings
         limits = limits or s.limits
         return CakeCache(self.model, store, chunk_size=s.chunk_size, strategy=strategy, save=save, limits=limits)
+
+    def session(self, store: Store, *, chunk_size: int | None = None) -> Session:
+        """What a cache on the store has behind it, for a look at its parts; saves nothing. The caller closes it."""
+        s = self.settings
+        return Session(
+            self.model,
+            store,
+            chunk_size=chunk_size or s.chunk_size,
+            salt="",
+            save=False,
+            exact=True,
+            strategy=Strategy.BOTH,
+            limits=s.limits,
+        )
 
     def generate(self, cache: Any, label: str, *, new_tokens: int = 1, **options: Any) -> Run:
         """`model.generate` on the prompt with that cache, timed; the first token's logits are checked."""

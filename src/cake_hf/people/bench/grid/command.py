@@ -21,6 +21,19 @@ from cake_hf.people.bench.settings import SHAPES, Dtype
 from cake_hf.people.console import WRONG, console, errors
 from cake_hf.people.models import find_device
 
+GRID_HELP = (
+    "Measure the grid: model x length x share of compute left x store, both ends against each alone and against peers.\n\n"
+    "Goals are judged in the table and never decide the exit code; it is 1 only if a restored prompt gave other logits than a "
+    "computed one, or something could not be measured.\n\n"
+    "On a GPU the preset first checks that restoring is exact there, then measures the 8b model at 4K to 32K tokens, and "
+    "decoding. It leaves out what would not end within nine minutes, and says so; the rest is for another command:\n\n"
+    "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b.json\n\n"
+    "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b-long.json --lengths 32768 --shares 0.5 --no-parity\n\n"
+    "cake-hf bench grid --device cuda --out benchmarks/results/gpu-1b.json --shape 1b --shares 1 --repeats 5\n\n"
+    "For 8b at 32K tokens it takes 30 GB of GPU memory, 25 GB of memory and 20 GB of disk; without --peers the half of the "
+    "memory and a quarter of the disk."
+)
+
 
 class Preset(str, Enum):
     """What the options start from."""
@@ -67,17 +80,7 @@ def grid_command(
     out: Annotated[Path | None, typer.Option(help="Write the JSON to this file, anew after each group.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
 ) -> None:
-    """Measure the whole grid: model x length x share of compute left x store, both ends against each alone and against peers.
-
-    On a GPU, within ten minutes a command (the stores hold 128 KiB of KV per token and copy for "8b", and 32 KiB for "1b"):
-
-        cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b.json
-
-        cake-hf bench grid --device cuda --shape 1b --shares 1 --repeats 5 --out benchmarks/results/gpu-1b.json
-
-    Goals are judged in the table and never decide the exit code; it is 1 only if a restored prompt gave other logits than a
-    computed one, or something could not be measured.
-    """
+    """Measure all combinations of the axes; see GRID_HELP."""
     if plot_folder is not None:
         plots.require_matplotlib()
     target = str(find_device(device))
