@@ -31,10 +31,11 @@ def test_shares_out_of_range(share: float) -> None:
 
 def test_it_works_rests_and_leaves() -> None:
     with Competition(0.5, "cpu") as others:
-        processes = list(others._processes)
-        assert len(processes) == usable_cores()
+        assert others._processes == []  # nothing is started that is not needed
         for _ in range(2):
             with others.working():
+                processes = list(others._processes)
+                assert len(processes) == usable_cores()
                 assert all(process.poll() is None for process in processes)
     assert [process.returncode for process in processes] == [0] * len(processes)
 
@@ -46,6 +47,8 @@ def test_nobody_competes_for_a_device_of_ones_own() -> None:
 
 def test_one_that_is_gone_is_noticed() -> None:
     with Competition(0.5, "cpu") as others:
+        with others.working():
+            pass
         others._processes[0].kill()
         others._processes[0].wait()
         with pytest.raises(CakeError, match="has ended"), others.working():

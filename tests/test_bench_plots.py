@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.people.bench.grid import plots
+from cake_hf.people.cli import app
 
 
 def figure(seconds: float) -> dict[str, float]:
@@ -82,6 +85,20 @@ def test_a_lane_per_thread() -> None:
     (panel,) = plots._timeline_figure(group("small", 4096, 1.0)).axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["loader 0", "main thread"]
     assert {text.get_text() for text in panel.texts} >= {"0", "1", "2", "last piece", "first token"}
+
+
+def test_drawn_later_from_the_file(tmp_path: Path) -> None:
+    results, pictures = tmp_path / "grid.json", tmp_path / "pictures"
+    results.write_text(json.dumps({"axes": AXES, "groups": [group("small", 4096, 1.0)]}))
+    run = CliRunner().invoke(app, ["bench", "plot", str(results), str(pictures)])
+    assert run.exit_code == 0, run.output
+    assert [Path(line).name for line in run.stdout.splitlines()] == ["ttft-small-4096.png", "timeline-small-4096.png"]
+    assert all(Path(line).exists() for line in run.stdout.splitlines())
+    results.write_text("[]")
+    for broken in (results, tmp_path / "none.json"):
+        run = CliRunner().invoke(app, ["bench", "plot", str(broken), str(pictures)])
+        assert run.exit_code == 2
+        assert run.stderr.count("\n") == 1
 
 
 def test_what_is_no_outcome_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
-from cake_hf.people.bench.grid.command import GRID_HELP, grid_command
+from cake_hf.people.bench.grid.command import GRID_HELP, grid_command, plot_command
 from cake_hf.people.bench.machine import describe
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
@@ -40,11 +40,12 @@ HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk.\n\n"
     "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
-    "For one length and one store; `cake-hf bench grid` goes over all of them."
+    "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device."
 )
 
 bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 bench_app.command("grid", help=GRID_HELP)(grid_command)
+bench_app.command("plot")(plot_command)
 
 
 @bench_app.callback(help=HELP)

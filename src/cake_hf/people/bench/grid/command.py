@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cake_hf.arithmetic.errors import CakeError
 from cake_hf.people.bench.grid import plots
 from cake_hf.people.bench.grid.axes import PRESETS, with_options
 from cake_hf.people.bench.grid.run import Grid, run, step_count
@@ -100,7 +101,7 @@ def grid_command(
         decode=decode,
         minutes=minutes,
     )
-    with _bar(step_count(axes), shown=not as_json) as step:
+    with _progress(step_count(axes), shown=not as_json) as step:
         grid = run(axes, folder, step, lambda so_far: _write(so_far, out))
     outcome = grid.as_dict()
     if plot_folder is not None:
@@ -123,14 +124,34 @@ def _write(grid: Grid, out: Path | None) -> None:
     os.replace(partial, out)
 
 
+def plot_command(
+    results: Annotated[Path, typer.Argument(help="A file that `cake-hf bench grid --out` has written.")],
+    folder: Annotated[Path, typer.Argument(help="Where the PNGs go; made when missing.")],
+) -> None:
+    """Draw the plots of a grid that was measured before, here or on another machine (needs matplotlib)."""
+    try:
+        outcome = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CakeError(f"{results} cannot be read as the outcome of `cake-hf bench grid --out`: {error}") from error
+    for path in plots.draw(outcome, folder):
+        console.print(path, soft_wrap=True, markup=False)
+
+
 @contextmanager
-def _bar(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr that is gone when all is done; gives a function that is called with what is done next."""
+def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr that is gone when all is done, or a line per group where stderr is no terminal.
+
+    Gives a function that is called with what is done next, `group: run`.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not (shown and errors.is_terminal)) as progress:
-        task = progress.add_task("", total=total, completed=-1)
+        task, group = progress.add_task("", total=total, completed=-1), ""
 
         def step(what: str) -> None:
+            nonlocal group
             progress.update(task, description=what, advance=1)
+            if shown and not errors.is_terminal and (now := what.partition(":")[0]) != group:
+                group = now
+                errors.print(f"{group} ...", style="dim")
 
         yield step

@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).with_name("competitor.py")
 
 
 class Competition:
-    """The competing processes; at rest until `working`. With a share of 1 there are none.
+    """The competing processes; they start when they are first told to work. With a share of 1 there are none.
 
     Args:
         share: of the device that is to be left, from LEAST_SHARE to 1.
@@ -49,14 +49,6 @@ class Competition:
         self._processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Competition:
-        try:
-            for _ in range(self._count):
-                process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                self._ends.callback(_end, process)
-                self._processes.append(process)
-        except BaseException:
-            self._ends.close()
-            raise
         return self
 
     def __exit__(
@@ -72,11 +64,18 @@ class Competition:
         Raises:
             CakeError: one of them is gone.
         """
+        self._start()
         self._tell("go")
         try:
             yield
         finally:
             self._tell("rest")
+
+    def _start(self) -> None:
+        while len(self._processes) < self._count:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._ends.callback(_end, process)
+            self._processes.append(process)
 
     def _tell(self, word: str) -> None:
         for process in self._processes:

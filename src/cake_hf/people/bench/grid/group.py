@@ -167,7 +167,12 @@ def arm_count(sources: int, *, peers: bool, competing: bool) -> int:
 
 
 def measure(
-    bench: Workbench, place: Place, sources: Sequence[Opened], saved: SavedCache | None, step: Callable[[str], None]
+    bench: Workbench,
+    place: Place,
+    sources: Sequence[Opened],
+    saved: SavedCache | None,
+    others: Competition,
+    step: Callable[[str], None],
 ) -> Group:
     """Run all rounds of a group.
 
@@ -176,17 +181,17 @@ def measure(
         place: on the axes.
         sources: of the cells.
         saved: the peers' files; None to leave the peers out.
+        others: who leave the group's share of the device.
         step: called with the name of what is run next.
 
     Raises:
         CakeError: a run did something else than it should, so its time would mean nothing.
     """
-    with Competition(place.share, bench.settings.device) as others:
-        arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
-        told = {name: partial(_turn, name, arm, others, step) for name, arm in arms.items()}
-        if place.share < 1:
-            told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
-        runs = interleave(told, bench.settings.repeats)
+    arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
+    told = {name: partial(_turn, name, arm, others, step) for name, arm in arms.items()}
+    if place.share < 1:
+        told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
+    runs = interleave(told, bench.settings.repeats)
     costs = Costs.of(runs["compute"], bench.chunk_bytes())
     cells = [_cell(opened, runs, costs, bench) for opened in sources]
     return Group(place, _shared_figures(runs), cells, costs, _timeline(cells, runs))

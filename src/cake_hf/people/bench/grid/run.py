@@ -19,6 +19,7 @@ from cake_hf.people.bench import decoding
 from cake_hf.people.bench.cells import calibrate
 from cake_hf.people.bench.grid import exactness
 from cake_hf.people.bench.grid.axes import Axes
+from cake_hf.people.bench.grid.competition import Competition
 from cake_hf.people.bench.grid.exactness import Exactness, Examination
 from cake_hf.people.bench.grid.group import Group, Place, arm_count, measure, open_sources
 from cake_hf.people.bench.grid.peers import SavedCache
@@ -168,31 +169,32 @@ class _Shape:
             self._examine()
             yield
         memory = self._memory()
-        for place in self._places():
-            if not self._clock.allows(place):
-                self._grid.left_out.append(str(place))
-                continue
-            with self._clock.timing(place):
-                self._grid.groups.append(self._group(place, memory))
-            yield
+        for share in self._axes.shares:
+            with Competition(share, self._axes.device) as others:
+                for place in self._places(share):
+                    if self._clock.allows(place):
+                        with self._clock.timing(place):
+                            self._grid.groups.append(self._group(place, memory, others))
+                    else:
+                        self._grid.left_out.append(str(place))
+                    yield
         if self._axes.decode:
             self._tell(f"{self._name}: decoding")
             self._grid.decoding[self._name] = self._decoded()
             yield
 
-    def _places(self) -> Iterator[Place]:
-        for share in self._axes.shares:
-            for tokens in self._axes.lengths:
-                yield Place(self._name, tokens, tokens // self._axes.chunk_size, share)
+    def _places(self, share: float) -> Iterator[Place]:
+        for tokens in self._axes.lengths:
+            yield Place(self._name, tokens, tokens // self._axes.chunk_size, share)
 
-    def _group(self, place: Place, memory: MemoryStore | None) -> Group:
+    def _group(self, place: Place, memory: MemoryStore | None, others: Competition) -> Group:
         bench = self._longest.shorter(place.tokens)
         self._grid.parity[str(place)] = bench.parity
         try:
             saved = self._saved_cache(bench) if self._axes.peers else None
             rates = self._calibrated(bench)
             sources = open_sources(self._axes.sources, bench.filled_store(), memory, rates, saved)
-            return measure(bench, place, sources, saved, lambda name: self._tell(f"{place}: {name}"))
+            return measure(bench, place, sources, saved, others, lambda name: self._tell(f"{place}: {name}"))
         except (CakeError, torch.OutOfMemoryError) as error:
             return Group(place, failure=str(error))
 
