@@ -37,7 +37,7 @@ GOALS = {
     "saving": {"first_token_ratio", "generate_ratio"},
     "decoding": {"ratio"},
     "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
-    "cached": {"over_floor", "load_over_floor", "over_load"},
+    "cached": {"over_floor", "load_over_floor", "over_load", "computed_chunks"},
     "identity": {"first_seconds"},
     "loading": {f"speed_{kind}_{threads}" for kind in ("touched", "fresh") for threads in (1, 2)},
     "overheads": {"named_milliseconds", "decision_microseconds"},

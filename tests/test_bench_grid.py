@@ -128,6 +128,18 @@ def test_a_table_for_people_and_the_json_last(command: Command) -> None:
     assert any("ratio <= 1.05 in" in line for line in lines)
 
 
+def test_the_gpu_preset_runs_on_any_device(command: Command) -> None:
+    """One command for the machine that has one; here on the CPU with a model that fits."""
+    small = ("--shape", "tiny", "--lengths", "64,96", "--chunk-size", CHUNK, "--stores", "memory,disk,7gbps,100gbps")
+    result = command("grid", "--preset", "gpu", "--device", "cpu", "--json", "--repeats", 1, "--shares", 1, *small)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["axes"]["dtype"] == "bfloat16"
+    assert found["exactness"]["tiny"]["wrong"] == found["left_out"] == []
+    assert found["summary"]["cells"] == 8
+    assert found["decoding"]["tiny"]["ratio"]["value"] > 0
+
+
 def test_what_there_is_no_time_for_is_left_out_and_said(command: Command) -> None:
     result = command(
         "grid", *TINY, "--lengths", "64,128", "--shares", 1, "--no-parity", "--no-decode", "--minutes", 1e-9

@@ -31,8 +31,8 @@ GRID_HELP = (
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b.json\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b-long.json --lengths 32768 --shares 0.5 --no-parity\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-1b.json --shape 1b --shares 1 --repeats 5\n\n"
-    "For 8b at 32K tokens it takes 30 GB of GPU memory, 25 GB of memory and 20 GB of disk; without --peers the half of the "
-    "memory and a quarter of the disk."
+    "The 8b model at 32K tokens takes about 30 GB of GPU memory, 25 GB of memory and 21 GB of disk; with --no-peers a third of "
+    "the memory and a quarter of the disk."
 )
 
 

@@ -54,7 +54,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Place:
+class Point:
     """Where a group is on the axes."""
 
     shape: str
@@ -96,7 +96,7 @@ class Group:
     """What a group came to.
 
     Attributes:
-        place: on the axes.
+        point: on the axes.
         figures: of the arms that all cells share, and the share of the device that was really left.
         cells: one per source.
         costs: what T* was computed from.
@@ -104,7 +104,7 @@ class Group:
         failure: empty, or why there are no cells.
     """
 
-    place: Place
+    point: Point
     figures: dict[str, Figure] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     costs: Costs | None = None
@@ -113,11 +113,11 @@ class Group:
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready."""
-        place = {name: getattr(self.place, name) for name in ("shape", "tokens", "chunks", "share")}
+        point = {name: getattr(self.point, name) for name in ("shape", "tokens", "chunks", "share")}
         shared = {name: figure.as_dict() for name, figure in self.figures.items()}
         cells = [cell.as_dict() for cell in self.cells]
         costs = None if self.costs is None else asdict(self.costs)
-        return {**place, **shared, "cells": cells, "costs": costs, "timeline": self.timeline, "failure": self.failure}
+        return {**point, **shared, "cells": cells, "costs": costs, "timeline": self.timeline, "failure": self.failure}
 
 
 def open_sources(
@@ -168,7 +168,7 @@ def arm_count(sources: int, *, peers: bool, competing: bool) -> int:
 
 def measure(
     bench: Workbench,
-    place: Place,
+    point: Point,
     sources: Sequence[Opened],
     saved: SavedCache | None,
     others: Competition,
@@ -178,7 +178,7 @@ def measure(
 
     Args:
         bench: with the group's prompt.
-        place: on the axes.
+        point: on the axes.
         sources: of the cells.
         saved: the peers' files; None to leave the peers out.
         others: who leave the group's share of the device.
@@ -189,12 +189,12 @@ def measure(
     """
     arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
     told = {name: partial(_turn, name, arm, others, step) for name, arm in arms.items()}
-    if place.share < 1:
+    if point.share < 1:
         told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
     runs = interleave(told, bench.settings.repeats)
     costs = Costs.of(runs["compute"], bench.chunk_bytes())
     cells = [_cell(opened, runs, costs, bench) for opened in sources]
-    return Group(place, _shared_figures(runs), cells, costs, _timeline(cells, runs))
+    return Group(point, _shared_figures(runs), cells, costs, _timeline(cells, runs))
 
 
 def _turn(name: str, arm: Callable[[], Run], others: Competition, step: Callable[[str], None]) -> Run:

@@ -21,7 +21,7 @@ from cake_hf.people.bench.grid import exactness
 from cake_hf.people.bench.grid.axes import Axes
 from cake_hf.people.bench.grid.competition import Competition
 from cake_hf.people.bench.grid.exactness import Exactness, Examination
-from cake_hf.people.bench.grid.group import Group, Place, arm_count, measure, open_sources
+from cake_hf.people.bench.grid.group import Group, Point, arm_count, measure, open_sources
 from cake_hf.people.bench.grid.peers import SavedCache
 from cake_hf.people.bench.grid.summary import summarise
 from cake_hf.people.bench.machine import describe
@@ -63,9 +63,9 @@ class Grid:
     @property
     def faults(self) -> list[str]:
         """Whatever differed from what was computed plainly, and what could not be measured."""
-        wrong = [f"{shape}: {wrong}" for shape, found in self.exactness.items() for wrong in found.wrong]
-        wrong += [f"{place}: {wrong}" for place, parity in self.parity.items() for wrong in parity.mismatches]
-        wrong += [f"{group.place}: {group.failure}" for group in self.groups if group.failure]
+        wrong = [f"{shape}: {what}" for shape, found in self.exactness.items() for what in found.wrong]
+        wrong += [f"{point}: {what}" for point, parity in self.parity.items() for what in parity.mismatches]
+        wrong += [f"{group.point}: {group.failure}" for group in self.groups if group.failure]
         return wrong + [
             f"{shape}, decoding: {found.failure}" for shape, found in self.decoding.items() if found.failure
         ]
@@ -79,7 +79,7 @@ class Grid:
             "groups": [group.as_dict() for group in self.groups],
             "decoding": {shape: result.as_dict() for shape, result in self.decoding.items()},
             "left_out": self.left_out,
-            "parity": {place: parity.as_dict() for place, parity in self.parity.items()},
+            "parity": {point: parity.as_dict() for point, parity in self.parity.items()},
             "summary": summarise(self.groups),
             "faults": self.faults,
             "seconds": self.seconds,
@@ -136,16 +136,16 @@ class _Clock:
         """Since the begin."""
         return time.monotonic() - self._begin
 
-    def allows(self, place: Place) -> bool:
+    def allows(self, point: Point) -> bool:
         """Whether a group can be expected to be done before the end."""
-        return self.seconds + self._per_token * place.tokens / place.share <= self._end
+        return self.seconds + self._per_token * point.tokens / point.share <= self._end
 
     @contextmanager
-    def timing(self, place: Place) -> Iterator[None]:
+    def timing(self, point: Point) -> Iterator[None]:
         """Learn from the group in the body what a token costs."""
         begin = self.seconds
         yield
-        self._per_token = max(self._per_token, (self.seconds - begin) * place.share / place.tokens)
+        self._per_token = max(self._per_token, (self.seconds - begin) * point.share / point.tokens)
 
 
 class _Shape:
@@ -171,32 +171,32 @@ class _Shape:
         memory = self._memory()
         for share in self._axes.shares:
             with Competition(share, self._axes.device) as others:
-                for place in self._places(share):
-                    if self._clock.allows(place):
-                        with self._clock.timing(place):
-                            self._grid.groups.append(self._group(place, memory, others))
+                for point in self._points(share):
+                    if self._clock.allows(point):
+                        with self._clock.timing(point):
+                            self._grid.groups.append(self._group(point, memory, others))
                     else:
-                        self._grid.left_out.append(str(place))
+                        self._grid.left_out.append(str(point))
                     yield
         if self._axes.decode:
             self._tell(f"{self._name}: decoding")
             self._grid.decoding[self._name] = self._decoded()
             yield
 
-    def _places(self, share: float) -> Iterator[Place]:
+    def _points(self, share: float) -> Iterator[Point]:
         for tokens in self._axes.lengths:
-            yield Place(self._name, tokens, tokens // self._axes.chunk_size, share)
+            yield Point(self._name, tokens, tokens // self._axes.chunk_size, share)
 
-    def _group(self, place: Place, memory: MemoryStore | None, others: Competition) -> Group:
-        bench = self._longest.shorter(place.tokens)
-        self._grid.parity[str(place)] = bench.parity
+    def _group(self, point: Point, memory: MemoryStore | None, others: Competition) -> Group:
+        bench = self._longest.shorter(point.tokens)
+        self._grid.parity[str(point)] = bench.parity
         try:
             saved = self._saved_cache(bench) if self._axes.peers else None
             rates = self._calibrated(bench)
             sources = open_sources(self._axes.sources, bench.filled_store(), memory, rates, saved)
-            return measure(bench, place, sources, saved, others, lambda name: self._tell(f"{place}: {name}"))
+            return measure(bench, point, sources, saved, others, lambda name: self._tell(f"{point}: {name}"))
         except (CakeError, torch.OutOfMemoryError) as error:
-            return Group(place, failure=str(error))
+            return Group(point, failure=str(error))
 
     def _calibrated(self, bench: Workbench) -> dict[float, float]:
         """Bandwidths of the throttles that are relative to computing, the same for every share of the device."""

@@ -32,7 +32,7 @@ LEGEND = (
 def build(grid: Grid) -> RenderableType:
     """All tables, what was left out, and the summary."""
     parts: list[RenderableType] = []
-    for (shape, share), found in groupby(grid.groups, key=lambda group: (group.place.shape, group.place.share)):
+    for (shape, share), found in groupby(grid.groups, key=lambda group: (group.point.shape, group.point.share)):
         groups = list(found)
         title = (
             f"{shape}, {grid.axes.dtype} on {grid.axes.device}, chunks of {grid.axes.chunk_size}{_share(share, groups)}"
@@ -98,7 +98,7 @@ def _cells(group: Group) -> Iterable[tuple[bool, Cell]]:
 
 
 def _tokens(group: Group) -> str:
-    return f"{group.place.tokens:,}"
+    return f"{group.point.tokens:,}"
 
 
 def _seconds(figure: Figure | None) -> str:

@@ -11,7 +11,7 @@ Found = Sequence[tuple[str, Cell]]
 
 def summarise(groups: Iterable[Group]) -> dict[str, object]:
     """For ratio and eta: judged cells, those that met the goal, and the worst of them by name. JSON-ready."""
-    cells = [(f"{group.place}, {cell.source}", cell) for group in groups for cell in group.cells]
+    cells = [(f"{group.point}, {cell.source}", cell) for group in groups for cell in group.cells]
     return {"cells": len(cells), "ratio": _of("ratio", max, cells), "eta": _of("eta", min, cells)}
 
 
