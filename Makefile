@@ -21,8 +21,8 @@ lint: $(READY)  ## style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure against the single methods, on this machine
-	$(BIN)/cake-hf bench
+bench: $(READY)  ## the whole grid on this machine; on two cores some 40 minutes
+	$(BIN)/cake-hf bench grid --out benchmarks/results/grid.json --plots benchmarks/plots
 
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh

@@ -18,16 +18,17 @@ from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.people.bench import bench
+from cake_hf.people.bench import bench, decoding
 from cake_hf.people.bench import command as bench_command
+from cake_hf.people.bench.models import build_model
 from cake_hf.people.bench.results import Figure, Goal, Result
-from cake_hf.people.bench.settings import Settings, choose
+from cake_hf.people.bench.settings import SHAPES, Settings, Shape, choose
 from cake_hf.people.bench.table import build_tables
 from cake_hf.people.bench.timing import Sample, interleave, ratio
 from cake_hf.people.bench.workbench import Parity
 from cake_hf.people.console import console
 
-MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached", "identity"}
+MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached", "identity", "loading", "overheads"}
 GOALS = {
     "strategies": {
         *("compute_over_plain", "ratio_at_0.5", "ratio_at_1", "ratio_at_2", "eta_at_0.5", "eta_at_1", "eta_at_2"),
@@ -36,8 +37,10 @@ GOALS = {
     "saving": {"first_token_ratio", "generate_ratio"},
     "decoding": {"ratio"},
     "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
-    "cached": {"over_floor", "load_over_floor", "over_load"},
+    "cached": {"over_floor", "load_over_floor", "over_load", "computed_chunks"},
     "identity": {"first_seconds"},
+    "loading": {f"speed_{kind}_{threads}" for kind in ("touched", "fresh") for threads in (1, 2)},
+    "overheads": {"named_milliseconds", "decision_microseconds"},
 }
 TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
 
@@ -207,6 +210,39 @@ def test_tables_fit_a_narrow_terminal() -> None:
 def test_a_prefix_needs_two_chunks(tokens: int, chunk_size: int) -> None:
     with pytest.raises(ValueError, match="less than two chunks"):
         choose(quick=True, repeats=None, tokens=tokens, chunk_size=chunk_size, dtype="float32")
+
+
+def test_the_shape_goes_with_the_device_and_can_be_chosen() -> None:
+    def chosen(**options: Any) -> Shape:
+        return choose(
+            **{"quick": False, "repeats": None, "tokens": None, "chunk_size": None, "dtype": "x", **options}
+        ).shape
+
+    assert chosen() == SHAPES["small"]
+    assert chosen(device="cuda:0") == SHAPES["1b"]
+    assert chosen(device="cuda:0", shape="8b") == SHAPES["8b"]
+    assert chosen(quick=True, device="cuda:0") == SHAPES["tiny"]
+    with pytest.raises(ValueError, match="no model shape 'vast'; choose from tiny, small, small-mha, 1b, 8b"):
+        chosen(shape="vast")
+
+
+def test_the_model_is_made_in_its_dtype_and_the_same_each_time() -> None:
+    settings = choose(quick=True, repeats=1, tokens=None, chunk_size=None, dtype="bfloat16")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        one, other = build_model(settings), build_model(settings)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_default_dtype() is torch.float32
+    assert {parameter.dtype for parameter in one.parameters()} == {torch.bfloat16}
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    assert one.lm_head.weight.float().std() > 0.01  # weights, not zeros
+
+
+def test_decoding_has_to_be_faster_at_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "LONG_CONTEXT", 96)
+    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding", "--device", "cpu"])
+    assert json.loads(run.stdout)["results"]["decoding"]["ratio"]["goal"] == "<= 0.9"
 
 
 def test_the_prefix_is_cut_to_full_chunks() -> None:

@@ -69,7 +69,7 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
         started: when the call came.
     """
     namespace = session.namespace()
-    tokens = memoryview(call.ids[0].to("cpu", torch.int64).contiguous().numpy())
+    tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     keys = chunk_keys(namespace, tokens, session.chunk_size, parent)
     report = _new_report(session, call)

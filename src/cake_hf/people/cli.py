@@ -9,7 +9,7 @@ import typer
 
 import cake_hf
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.bench.command import bench
+from cake_hf.people.bench import bench_app
 from cake_hf.people.console import WRONG, PlainErrors, console, progress_bar
 from cake_hf.people.demo.play import DemoOptions, play
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
@@ -126,7 +126,7 @@ def demo_command(
         raise typer.Exit(WRONG)
 
 
-app.command("bench")(bench)
+app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)

@@ -39,9 +39,23 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
     Raises:
         ValueError: there is no such model, or no such device.
     """
-    target = _device(device)
+    target = find_device(device)
     model = _loaded("model", name, lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
     return model.to(target).eval()
+
+
+def find_device(name: str) -> torch.device:
+    """A device by its name; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used here; try --device cpu.") from error
 
 
 def load_config(name: str) -> Any:
@@ -124,12 +138,3 @@ def _loaded(what: str, name: str, load: Callable[[str], T]) -> T:
         raise ValueError(
             f"The {what} {name!r} cannot be loaded; give a model's folder, or its name on the Hugging Face Hub. ({reason})"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {name!r} cannot be used here; try --device cpu.") from error

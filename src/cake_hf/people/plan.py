@@ -1,8 +1,9 @@
-"""`cake-hf plan`: costs in, the best split and what it will take out. Nothing is run."""
+"""`cake-hf plan`: costs in, the best split and what it will take out. Nothing is run, unless it is asked to measure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +12,44 @@ from rich.table import Table
 
 from cake_hf.arithmetic.costs import ComputeCost, CostLearner, Costs, LoadCost
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.planner import Plan, plan
-from cake_hf.people.console import console
+from cake_hf.people import known_costs
+from cake_hf.people.console import console, progress_bar
+from cake_hf.people.inspect_store import existing_store
+from cake_hf.people.known_costs import KnownCosts
+from cake_hf.people.models import Dtype, find_device, load_config, load_model, refuse_too_long
 from cake_hf.people.tables import Bar, Bars
 from cake_hf.people.units import bytes_text, count_text, seconds_text
+from cake_hf.stores import open_store
 
 CURVE_LINES = 35
 """The curve is drawn at so many splits at most, and always at the best one."""
+
+DEFAULT_CHUNK_SIZE = 512
+MAX_CHUNKS = 100_000
+MAX_TOKENS = 2**31
+SHORT = 12
+"""Digits of a namespace that are shown."""
 
 BITS_PER_BYTE, GIGA, MIB = 8, 10**9, 2**20
 
 
 def plan_command(
-    chunks: Annotated[int, typer.Option(min=1, max=100_000, help="Full chunks of the prompt, all of them stored.")],
+    model: Annotated[str, typer.Option(help="A model's folder or name on the Hub; with --store and --tokens.")] = "",
+    store: Annotated[str, typer.Option(help="The store; what it remembers about the model's costs is taken.")] = "",
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompt, all of whose full chunks are stored.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the costs now, with a few chunks (loads the model).")
+    ] = False,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens per chunk; by default as in the store, or 512.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.AUTO,
+    device: Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")] = "auto",
+    chunks: Annotated[int | None, typer.Option(help="Full chunks of the prompt, in place of --tokens.")] = None,
     compute_base: Annotated[float | None, typer.Option(help="Seconds to compute the first chunk.")] = None,
     compute_slope: Annotated[
         float | None,
@@ -45,13 +71,85 @@ def plan_command(
         Path | None, typer.Option(help="Measured costs, as written by CostLearner.to_json; options override them.")
     ] = None,
 ) -> None:
-    """Predict the time to first token of computing, loading and both, and where the two ends meet."""
+    """Predict the time to first token of computing, loading and both, and where the two ends meet.
+
+    From what a store remembers: cake-hf plan --model DIR --store DIR --tokens 32768. All other options override that.
+    """
     if not 0 < gpu_share <= 1:
         raise ValueError(f"--gpu-share must be above 0 and at most 1, got {gpu_share}.")
-    measured = Costs() if costs is None else read_costs(costs)
+    if tokens is not None:
+        _refuse_outside("--tokens", tokens, 1, MAX_TOKENS)
+    if chunk_size is not None:
+        _refuse_outside("--chunk-size", chunk_size, MIN_CHUNK_SIZE, MAX_TOKENS)
+    known, measured = None, Costs()
+    if model or store:
+        if not (model and store and (tokens or chunks)):
+            raise ValueError("Give --model, --store and --tokens together; or --chunks and the costs themselves.")
+        question = Question(model, store, chunk_size, dtype.value, device)
+        known = find_costs(question, tokens, chunks, measure=measure)
+        measured = known.costs if known else measured
+        _refuse_unknown(
+            question,
+            computing=measured.compute is None and compute_base is None,
+            loading=measured.load is None and None in (chunk_mib, gbps),
+        )
+    elif measure:
+        raise ValueError("--measure needs to know what to measure: give --model, --store and --tokens.")
+    elif costs is not None:
+        measured = read_costs(costs)
+    size = known.chunk_size if known else chunk_size or DEFAULT_CHUNK_SIZE
+    count = _chunk_count(tokens, chunks, size)
     compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
     load = _load_cost(measured.load, chunk_mib, gbps, latency_ms, threads)
-    show_plan(compute, load, plan(Costs(compute, load), [True] * chunks, suffix_seconds=suffix))
+    show_plan(compute, load, plan(Costs(compute, load), [True] * count, suffix_seconds=suffix), _source(known, store))
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose costs the options ask for; see `plan_command`."""
+
+    model: str
+    store: str
+    chunk_size: int | None
+    dtype: str
+    device: str
+
+
+def find_costs(question: Question, tokens: int | None, chunks: int | None, *, measure: bool) -> KnownCosts | None:
+    """From the store's notes, or measured now.
+
+    Args:
+        question: whose costs.
+        tokens, chunks: of the prompt; one of them is given.
+        measure: do it now, whatever is remembered.
+
+    Raises:
+        CakeError: there is no such store, or costs cannot be measured.
+        ValueError: there is no such model or device, or the prompt is too long or too short for it.
+    """
+    config, device = load_config(question.model), str(find_device(question.device))
+    if tokens is not None:
+        refuse_too_long(config, tokens, "give fewer --tokens.")
+    if measure:
+        size = question.chunk_size or DEFAULT_CHUNK_SIZE
+        count = _chunk_count(tokens, chunks, size)
+        with console.status("loading the model"):
+            loaded = load_model(question.model, question.dtype, device)
+        with open_store(question.store) as opened, console.status("computing and loading a few chunks"):
+            return known_costs.measure(loaded, opened, size, count)
+    wanted = known_costs.Wanted(question.model, config, device, question.chunk_size, question.dtype)
+    with existing_store(question.store) as opened, progress_bar("reading headers", "chunks") as progress:
+        return known_costs.remembered(opened, wanted, progress)
+
+
+def _refuse_unknown(question: Question, *, computing: bool, loading: bool) -> None:
+    missing = {"computing": computing, "loading": loading}
+    if any(missing.values()):
+        what = " and ".join(name for name, is_missing in missing.items() if is_missing)
+        raise CakeError(
+            f"What {what} costs with {question.model} is not known in the store {question.store}. It is learnt as prompts go "
+            "by; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
+        )
 
 
 def read_costs(path: Path) -> Costs:
@@ -69,12 +167,13 @@ def read_costs(path: Path) -> Costs:
     return learner.costs()
 
 
-def show_plan(compute: ComputeCost, load: LoadCost, made: Plan) -> None:
+def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "") -> None:
     """The decision, what was assumed, the three predictions, and the curve.
 
     Args:
         compute, load: the costs.
         made: a plan of at least one chunk from them.
+        source: where the costs are from; empty where the user gave them.
     """
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
@@ -86,6 +185,8 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan) -> None:
     facts.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
     facts.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
     facts.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
+    if source:
+        facts.add_row("costs", source)
     facts.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
     console.print(facts)
     console.print("\npredicted time to first token", style="bold")
@@ -125,6 +226,32 @@ def _decision_text(made: Plan, split: int) -> str:
 
 def _chunk_range(first: int, last: int) -> str:
     return f"chunk {first}" if first == last else f"chunks {first}-{last}"
+
+
+def _chunk_count(tokens: int | None, chunks: int | None, chunk_size: int) -> int:
+    """Full chunks that are restored: `generate` needs one token left over to run."""
+    if chunks is None and tokens is None:
+        raise ValueError("Give --tokens or --chunks: how long the prompt is.")
+    count = chunks if chunks is not None else (tokens or 0) - 1
+    if chunks is None:
+        count //= chunk_size
+        if count < 1:
+            raise ValueError(
+                f"{tokens} tokens are less than one chunk of {chunk_size} and a token after it; nothing is stored."
+            )
+    _refuse_outside("--chunks", count, 1, MAX_CHUNKS)
+    return count
+
+
+def _refuse_outside(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{option} must be from {low:,} to {high:,}, got {value:,}.")
+
+
+def _source(known: KnownCosts | None, store: str) -> str:
+    if known is None:
+        return ""
+    return f"of namespace {known.namespace[:SHORT]} in {store}: {known.dtype}, chunks of {known.chunk_size} tokens"
 
 
 def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float | None, share: float) -> ComputeCost:

@@ -5,6 +5,6 @@ One module per question: `strategies` (both ends against each single method), `s
 bare disk). Goals are judged, never asserted: timing does not decide the exit code, but a wrong logit does.
 """
 
-from cake_hf.people.bench.command import bench
+from cake_hf.people.bench.command import bench, bench_app
 
-__all__ = ["bench"]
+__all__ = ["bench", "bench_app"]

@@ -13,14 +13,16 @@ import typer
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.bench import cached, decoding, identity, memory, saving, strategies
+from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
+from cake_hf.people.bench.grid.command import GRID_HELP, grid_command, plot_command
 from cake_hf.people.bench.machine import describe
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
-from cake_hf.people.bench.settings import Dtype, Settings, choose
+from cake_hf.people.bench.settings import SHAPES, Dtype, Settings, choose
 from cake_hf.people.bench.table import build_tables
-from cake_hf.people.bench.workbench import Workbench
+from cake_hf.people.bench.workbench import Workbench, cheap_collections
 from cake_hf.people.console import WRONG, console, errors
+from cake_hf.people.models import find_device
 
 MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
     "strategies": strategies.measure,
@@ -29,20 +31,40 @@ MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
     "memory": memory.measure,
     "cached": cached.measure,
     "identity": identity.measure,
+    "loading": loading.measure,
+    "overheads": overheads.measure,
 }
 
 
+HELP = (
+    "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk.\n\n"
+    "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
+    "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
+    "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device."
+)
+
+bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
+bench_app.command("grid", help=GRID_HELP)(grid_command)
+bench_app.command("plot")(plot_command)
+
+
+@bench_app.callback(help=HELP)
 def bench(
+    context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, two rounds: only to see that it runs.")] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds. [default: 5; 2 with --quick]")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; 5, or 2 with --quick.")] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the cached prefix. [default: 8192; 512 with --quick]")
+        int | None, typer.Option(min=1, help="Length of the cached prefix; 8192, or 512 with --quick.")
     ] = None,
     chunk_size: Annotated[
-        int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk. [default: 512; 64 with --quick]")
+        int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; 512, or 64 with --quick.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.BFLOAT16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU where there is one.")] = "auto",
+    shape: Annotated[
+        str | None, typer.Option(help=f"{', '.join(SHAPES)}; small, or 1b on a GPU, or tiny with --quick.")
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Make the (temporary) stores in this directory, to measure its disk.")
     ] = None,
@@ -51,12 +73,19 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Measure this machine: both ends against each alone, saving, decoding, memory, and a full hit against the bare disk.
-
-    The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is 1
-    only if a restored prompt gave other logits than a computed one, or something could not be measured.
-    """
-    settings = choose(quick=quick, repeats=repeats, tokens=tokens, chunk_size=chunk_size, dtype=dtype.value)
+    """Take single measurements; see HELP."""
+    if context.invoked_subcommand is not None:
+        refuse_options(context)
+        return
+    settings = choose(
+        quick=quick,
+        repeats=repeats,
+        tokens=tokens,
+        chunk_size=chunk_size,
+        dtype=dtype.value,
+        device=str(find_device(device)),
+        shape=shape,
+    )
     tell = _silent if as_json else _on_stderr
     outcome, results = measure_all(settings, store, tell, _chosen(only))
     if not as_json:
@@ -69,6 +98,18 @@ def bench(
     if faults:
         errors.print(*faults, sep="\n", style="bold red", markup=False)
         raise typer.Exit(WRONG)
+
+
+def refuse_options(context: typer.Context) -> None:
+    """An option before the sub-command would be lost in silence.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"Give the options after the sub-command: cake-hf bench {context.invoked_subcommand} ...")
 
 
 def measure_all(
@@ -88,11 +129,11 @@ def measure_all(
     Returns:
         All that there is to say, JSON-ready; and the results for a table.
     """
-    begin, machine = time.perf_counter(), describe()
+    begin, machine = time.perf_counter(), describe(settings.device)
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
-    with tempfile.TemporaryDirectory(prefix="cake-bench-", dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="cake-bench-", dir=parent) as folder, cheap_collections():
         bench = Workbench(settings, build_model(settings), build_prompt(settings), Path(folder))
         for name, measure in measurements.items():
             tell(f"measuring {name} ...")

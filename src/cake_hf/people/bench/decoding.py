@@ -15,9 +15,13 @@ import torch
 from cake_hf.people.bench.models import plain_copy
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample
-from cake_hf.people.bench.workbench import Workbench
+from cake_hf.people.bench.workbench import Workbench, synchronize
 
 NOT_SLOWER = Goal(1.0)
+FASTER = Goal(0.9)
+LONG_CONTEXT = 32 * 2**10
+"""Tokens from which on the copying that we do not do has to be felt."""
+
 WARM_UP_STEPS = 2
 
 
@@ -28,12 +32,13 @@ def measure(bench: Workbench) -> Result:
         caches = {"cake": cake, "dynamic": plain_copy(bench.model, cake)}
         seconds = _decode(bench, caches)
     ours, theirs = (Sample(tuple(1e3 * s for s in seconds[name][WARM_UP_STEPS:])) for name in caches)
+    goal = FASTER if bench.settings.tokens >= LONG_CONTEXT else NOT_SLOWER
     return Result(
         f"Decoding at {bench.settings.tokens:,} tokens of context",
         {
             "cake_milliseconds": Figure.of("per token, CakeCache", ours, "ms"),
             "dynamic_milliseconds": Figure.of("per token, DynamicCache", theirs, "ms"),
-            "ratio": Figure.ratio("CakeCache over DynamicCache", ours, theirs, NOT_SLOWER),
+            "ratio": Figure.ratio("CakeCache over DynamicCache", ours, theirs, goal),
         },
     )
 
@@ -42,12 +47,13 @@ def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
     """Seconds of each step, for each cache."""
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     names = list(caches)
-    token = torch.zeros((1, 1), dtype=torch.long)
+    token = torch.zeros((1, 1), dtype=torch.long, device=bench.settings.device)
     for step in range(WARM_UP_STEPS + bench.settings.decode_steps):
         logits = {}
         for name in names if step % 2 == 0 else names[::-1]:
             begin = time.perf_counter()
             logits[name] = _forward(bench.model, token, caches[name])
+            synchronize(bench.settings.device)
             seconds[name].append(time.perf_counter() - begin)
         _compare(bench, logits, step)
         token = logits[names[1]][:, -1:].argmax(-1)

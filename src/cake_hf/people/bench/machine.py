@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ import cake_hf
 from cake_hf.people.bench.models import transformers_version
 
 
-def describe() -> dict[str, object]:
-    """Processor, memory, versions. The load average tells whether the machine had other things to do (above 0: it had)."""
+def describe(device: str = "cpu") -> dict[str, object]:
+    """Processor, memory, versions, and the GPU where the device is one.
+
+    The load average tells whether the machine had other things to do (above 0: it had).
+    """
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -26,7 +30,28 @@ def describe() -> dict[str, object]:
         "torch_threads": torch.get_num_threads(),
         "transformers": transformers_version(),
         "cake_hf": cake_hf.__version__,
+        **(_gpu(torch.device(device)) if torch.device(device).type == "cuda" else {}),
     }
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+    }
+
+
+def _driver_version() -> str | None:
+    """As the driver's own tool tells it; torch knows only the CUDA version that it was built for."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(told.stdout.split()), None) if told.returncode == 0 else None
 
 
 def _cpu_model() -> str:

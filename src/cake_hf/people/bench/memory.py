@@ -63,6 +63,8 @@ def measure(bench: Workbench) -> Result:
     title = "Memory of a warm restore beside the KV"
     if not Path("/proc/self/status").exists():
         return Result(title, {}, {"reason": "this system has no /proc"})
+    if bench.settings.device != "cpu":
+        return Result(title, {}, {"reason": "the KV of a GPU is not resident memory of the process"})
     answers = [_ask_child(bench) for _ in range(min(3, bench.settings.repeats))]
     threads = bench.settings.limits.loader_threads
     chunks = {

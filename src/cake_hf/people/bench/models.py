@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ def build_model(settings: Settings) -> Any:
     """A Llama with random weights, the same ones each time, in every process.
 
     Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for
-    them alike. They have no end-of-text token, so that a generation always has its full length.
+    them alike. They have no end-of-text token, so that a generation always has its full length. The weights are made on the
+    device in their dtype: no copy of a large model passes through the host.
     """
     shape = settings.shape
     config = LlamaConfig(
@@ -32,16 +35,19 @@ def build_model(settings: Settings) -> Any:
         eos_token_id=None,
         pad_token_id=None,
     )
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(settings.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        return LlamaForCausalLM(config).to(getattr(torch, settings.dtype)).eval()
+        with _default_dtype(getattr(torch, settings.dtype)), device:
+            return LlamaForCausalLM(config).eval()
 
 
 def build_prompt(settings: Settings) -> torch.Tensor:
-    """`[1, tokens + suffix_tokens]` random token ids, the same each time."""
+    """`[1, tokens + suffix_tokens]` random token ids on the device, the same each time."""
     generator = torch.Generator().manual_seed(SEED)
     length = settings.tokens + settings.suffix_tokens
-    return torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)
+    ids = torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)
+    return ids.to(settings.device)
 
 
 def plain_cache(model: Any) -> Any:
@@ -57,6 +63,21 @@ def plain_copy(model: Any, cache: Any) -> Any:
     return copied
 
 
+def cache_of(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A `DynamicCache` that starts with these K and V, `[1, heads, tokens, head_dim]`, one pair per layer."""
+    return DynamicCache(pairs, config=model.config)
+
+
 def transformers_version() -> str:
     """Of the installed library."""
     return str(transformers.__version__)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,8 +1,8 @@
-"""What a bench run is about, in numbers: the model's shape, the prompt, and how often each thing is timed."""
+"""What a bench run is about, in numbers: the model's shape, the prompt, the device, and how often each thing is timed."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -42,6 +42,16 @@ models at long context, and a chunk's KV is 4 MiB in bfloat16: much more work to
 
 QUICK_SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256)
 
+SHAPES = {
+    "tiny": QUICK_SHAPE,
+    "small": DEFAULT_SHAPE,
+    "small-mha": replace(DEFAULT_SHAPE, kv_heads=8),
+    "1b": Shape(hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, vocabulary=128_256),
+    "8b": Shape(hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14_336, vocabulary=128_256),
+}
+"""By the name that the command line knows: "1b" and "8b" are those of Llama-3.2-1B (with a head of its own) and Llama-3.1-8B;
+"small-mha" has twice the KV of "small" for nearly the same work."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,10 +63,12 @@ class Settings:
         suffix_tokens: of the prompt's last piece, which is always computed.
         chunk_size: tokens.
         dtype: torch's name of it.
+        device: that computes, as torch names it.
         repeats: rounds; each round times every arm once.
         new_tokens: of the longer generation.
         decode_steps: tokens decoded with each kind of cache.
         load_to_compute: the throttled cells: load-only should take about that many times compute-only.
+        stored_files: how many chunks a store holds in which a prompt's chunks are looked up.
         limits: of all caches. The deadline is out of the way, all else is as it is by default.
     """
 
@@ -65,10 +77,12 @@ class Settings:
     suffix_tokens: int = 64
     chunk_size: int = 512
     dtype: str = "bfloat16"
+    device: str = "cpu"
     repeats: int = 5
     new_tokens: int = 32
     decode_steps: int = 48
     load_to_compute: tuple[float, ...] = (0.5, 1.0, 2.0)
+    stored_files: int = 100_000
     limits: Limits = field(default_factory=lambda: Limits(read_timeout=READ_TIMEOUT))
 
     @property
@@ -91,26 +105,49 @@ class Settings:
         return cls(**{**values, **typed})
 
 
-def choose(*, quick: bool, repeats: int | None, tokens: int | None, chunk_size: int | None, dtype: str) -> Settings:
+def choose(
+    *,
+    quick: bool,
+    repeats: int | None,
+    tokens: int | None,
+    chunk_size: int | None,
+    dtype: str,
+    device: str = "cpu",
+    shape: str | None = None,
+) -> Settings:
     """Settings from the command line's options; what is None is left to the default, or to the quick one.
 
     Raises:
-        ValueError: the prefix has less than two chunks, or nothing is repeated.
+        ValueError: the prefix has less than two chunks, nothing is repeated, or there is no such shape.
     """
     size = chunk_size or (64 if quick else 512)
     wanted = tokens or (512 if quick else 8192)
     rounds = (2 if quick else 5) if repeats is None else repeats
+    usual = "tiny" if quick else "small" if device == "cpu" else "1b"
     if wanted < 2 * size:
         raise ValueError(f"{wanted} tokens are less than two chunks of {size}; raise --tokens or lower --chunk-size.")
     if rounds < 1:
         raise ValueError("--repeats must be at least 1.")
     return Settings(
-        shape=QUICK_SHAPE if quick else DEFAULT_SHAPE,
+        shape=shape_named(shape or usual),
         tokens=wanted // size * size,
         suffix_tokens=min(64, size // 2),
         chunk_size=size,
         dtype=dtype,
+        device=device,
         repeats=rounds,
         new_tokens=8 if quick else 32,
         decode_steps=8 if quick else 48,
+        stored_files=2_000 if quick else 100_000,
     )
+
+
+def shape_named(name: str) -> Shape:
+    """One of `SHAPES`.
+
+    Raises:
+        ValueError: there is no such shape.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"There is no model shape {name!r}; choose from {', '.join(SHAPES)}.")
+    return SHAPES[name]

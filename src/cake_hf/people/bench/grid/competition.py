@@ -1,0 +1,122 @@
+"""Others who want the same device: processes that leave us a share of it, and rest when told to.
+
+Fair scheduling gives k competitors on a core at most `k / (k + 1)` of it, and each what it wants below that. So k processes
+per core, each wanting `(1 - share) / k`, leave us `share` as long as `k >= 1 / share - 1`. A GPU's driver gives processes
+slices of time, which comes to about the same. Threads that wait for the slowest of them get less. What share was really left
+is measured, in every round, as the plain computation's time while they rest over that while they work.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from cake_hf.arithmetic.errors import CakeError
+
+LEAST_SHARE = 0.1
+"""Below it there would be more than nine processes per core."""
+END_SECONDS = 10.0
+SCRIPT = Path(__file__).with_name("competitor.py")
+
+
+class Competition:
+    """The competing processes; they start when they are first told to work. With a share of 1 there are none.
+
+    Args:
+        share: of the device that is to be left, from LEAST_SHARE to 1.
+        device: as torch names it.
+
+    Raises:
+        ValueError: the share is out of range.
+    """
+
+    def __init__(self, share: float, device: str) -> None:
+        if not LEAST_SHARE <= share <= 1:
+            raise ValueError(f"The share of compute left must be from {LEAST_SHARE:g} to 1, got {share:g}.")
+        each, part = demand(share)
+        count = each * (1 if torch.device(device).type == "cuda" else usable_cores())
+        self._command = [sys.executable, "-I", str(SCRIPT), device, f"{part:.6f}"]
+        self._count = count
+        self._ends = ExitStack()
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Competition:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ends.close()
+        self._processes = []
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """They take their part while the body runs: from before its begin until after its end.
+
+        Raises:
+            CakeError: one of them is gone.
+        """
+        self._start()
+        self._tell("go")
+        try:
+            yield
+        finally:
+            self._tell("rest")
+
+    def _start(self) -> None:
+        while len(self._processes) < self._count:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._ends.callback(_end, process)
+            self._processes.append(process)
+
+    def _tell(self, word: str) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+            except OSError as error:
+                raise _gone() from error
+        for process in self._processes:
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != word:
+                raise _gone()
+
+
+def demand(share: float) -> tuple[int, float]:
+    """How many processes per core, and the part of it that each wants, leave that share."""
+    if share >= 1:
+        return 0, 0.0
+    each = max(1, math.ceil(1 / share - 1 - 1e-9))
+    return each, (1 - share) / each
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """A process whose input ends leaves by itself; one that does not is made to."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(OSError):  # it was gone before
+        process.stdin.close()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+
+
+def _gone() -> CakeError:
+    return CakeError("A process of the competing load has ended; see its message above.")
