@@ -89,22 +89,23 @@ def start_s3_server() -> S3Server:
     return S3Server(process, int(line))
 
 
-def start_redis_server(folder: Path, *options: str) -> Server:
-    """Start redis-server on a free port, with nothing kept on disk. The caller kills it.
+def start_redis_server(folder: Path, *options: str, port: int | None = None) -> Server:
+    """Start redis-server with nothing kept on disk. The caller kills it.
 
     Args:
         folder: for its files.
         options: more of its command line.
+        port: where an earlier one was; a free one by default.
     """
     program = shutil.which("redis-server")
     if program is None:
         missing("redis-server is not installed (Debian and Ubuntu: apt-get install redis-server)")
     for _ in range(5):  # Another process may take the free port before it does.
-        port = free_port()
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
+        chosen = port or free_port()
+        command = [program, "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
         process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if _answers(process, port):
-            return Server(process, port)
+        if _answers(process, chosen):
+            return Server(process, chosen)
         process.kill()
         process.wait(PATIENCE)
     raise RuntimeError("redis-server did not start")
@@ -158,31 +159,33 @@ class Relay:
     def __init__(self, port: int) -> None:
         self._server_port = port
         self._lock = threading.Lock()
-        self._left = math.inf
+        self._left = {"server": math.inf, "client": math.inf}
         self._at_the_end: Callable[[], None] | None = None
         self._sockets: list[socket.socket] = []
         self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.spent = threading.Event()
-        """Set when the server has sent as many bytes as it may."""
+        """Set when a side has sent as many bytes as it may, and wanted to send more."""
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def limit(self, nbytes: int, then: Callable[[], None] | None = None) -> None:
-        """Let so many more bytes of the server's through.
+    def limit(self, nbytes: int, then: Callable[[], None] | None = None, *, side: str = "server") -> None:
+        """Let so many more bytes of a side's through.
 
         Args:
             nbytes: of all connections together.
-            then: called once they are through; None for silence: the connections stay open and nothing comes.
+            then: called when there are more; None for silence: the connections stay open and nothing comes.
+            side: "server" or "client", whichever sends them.
         """
         with self._lock:
-            self._left, self._at_the_end = nbytes, then
+            self._left[side], self._at_the_end = nbytes, then
             self.spent.clear()
 
     def cut(self) -> None:
         """Break off all connections. New ones may be made."""
         with self._lock:
-            sockets, self._sockets, self._left = self._sockets, [], math.inf
+            sockets, self._sockets = self._sockets, []
+            self._left = dict.fromkeys(self._left, math.inf)
         for one in sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -198,31 +201,36 @@ class Relay:
 
     def _accept(self) -> None:
         while not self._closed.is_set():
-            try:
+            with contextlib.suppress(OSError):
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port), timeout=PATIENCE)
-            except OSError:
-                continue
-            server.settimeout(None)
-            with self._lock:
-                self._sockets += [client, server]
-            threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port), timeout=PATIENCE)
+                except OSError:
+                    client.close()
+                    continue
+                server.settimeout(None)
+                self._join(client, server)
 
-    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+    def _join(self, client: socket.socket, server: socket.socket) -> None:
+        with self._lock:
+            self._sockets += [client, server]
+        threading.Thread(target=self._pump, args=(client, server, "client"), daemon=True).start()
+        threading.Thread(target=self._pump, args=(server, client, "server"), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, side: str) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
-                share = self._take(len(data)) if counted else len(data)
+                share = self._take(len(data), side)
                 target.sendall(data[:share])
                 if share < len(data):
                     self._run_out()
                     return
             target.shutdown(socket.SHUT_WR)
 
-    def _take(self, wanted: int) -> int:
+    def _take(self, wanted: int, side: str) -> int:
         with self._lock:
-            share = int(min(wanted, self._left))
-            self._left -= share
+            share = int(min(wanted, self._left[side]))
+            self._left[side] -= share
             return share
 
     def _run_out(self) -> None:

@@ -26,7 +26,7 @@ from cake_hf.stores.pieces import cut, even_sizes
 RANGE_BYTES = 8 * 2**20
 """Most bytes of one read request. One connection rarely brings what the line could, so larger values come over several."""
 
-REQUESTS = 16
+REQUESTS = 32
 """Requests that are under way at once, per store."""
 
 PATIENCE_FOR_UPLOADS = 4

@@ -47,10 +47,11 @@ def advice(error: BaseException, scheme: str) -> str:
     text = str(error).partition("\n\nDebug source")[0]
     for signs, remedy in _REMEDIES:
         if any(sign in text for sign in signs):
-            return remedy.format(credentials=_CREDENTIALS[scheme])
-    # A query may hold a signature, which must not get into anybody's log.
-    said = re.sub(r"\s+", " ", re.sub(r"\?\S*", "", text))[:300]
-    return f"check the URL and the service, which said: {said}"
+            return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme])
+    # The query of a URL may hold a signature, which must not get into anybody's log.
+    said = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text)
+    said = re.sub(r"(<[^>]*>|\s)+", " ", said).strip()
+    return f"check the URL and the service, which said: {said[:300]}"
 
 
 def bucket_is_missing(error: FileNotFoundError) -> bool:
@@ -140,12 +141,12 @@ _REMEDIES = [
         ("401 Unauthorized", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
         "the credentials are refused; {credentials}",
     ),
+    (("QuotaExceeded", "StorageFull", "507 Insufficient"), "it is full; free some space or choose another bucket."),
     (
         ("403 Forbidden",),
         "access is denied; the credentials need the permission to list, read and write objects there (without that to "
         "list, an object that is not there is denied, too).",
     ),
-    (("QuotaExceeded", "StorageFull", "507 Insufficient"), "it is full; free some space or choose another bucket."),
     (
         ("501 Not",),
         "the service lacks an operation; if it is that of conditional writes, set AWS_CONDITIONAL_PUT=disabled.",
@@ -154,7 +155,11 @@ _REMEDIES = [
         ("301 Moved", "PermanentRedirect", "AuthorizationHeaderMalformed"),
         "the bucket is in another region; set AWS_REGION.",
     ),
-    (("builder error",), "the endpoint's URL makes no sense; correct it."),
+    (
+        ("builder error",),
+        "the endpoint makes no sense; correct it, or set {prefix}_ALLOW_HTTP=true for one at http://.",
+    ),
+    (("500 Int", "502 Bad", "503 Ser", "504 Gat", "429 Too"), "the service is overloaded or out of order; try later."),
     (
         ("error sending request", "timed out", "dns error", "response body"),
         "the service cannot be reached or broke off; check the network, and AWS_ENDPOINT_URL if you set it.",

@@ -92,7 +92,8 @@ def open_store(spec: StoreSpec) -> Store:
             return LocalStore(rest.removeprefix("//"))
         if scheme in REMOTE_KINDS:
             return REMOTE_KINDS[scheme].open(text)
-        raise StoreError(f"Unknown store URL {text!r}; known are {_known()}.")
+        shown = re.sub("//[^/]*@", "//", text)  # a password is nobody's business
+        raise StoreError(f"Unknown store URL {shown!r}; known are {_known()}.")
     return LocalStore(text)
 
 

@@ -52,14 +52,14 @@ class Address:
         """
         split = urlsplit(url)
         place = f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}"
-        options = dict(parse_qsl(split.query))
+        options = dict(parse_qsl(split.query, keep_blank_values=True))
         prefix, ttl = options.pop("prefix", "cake_hf"), options.pop("ttl", None)
         if not re.fullmatch(r"[A-Za-z0-9_.:-]+", prefix):
             raise StoreError(f"The prefix {prefix!r} in {place} may only have letters, digits and _ . : - in it.")
         if ttl is not None and not re.fullmatch(r"[1-9]\d{0,8}", ttl):
             raise StoreError(f"The ttl {ttl!r} in {place} is not a number of seconds; write it like ttl=86400.")
-        scheme = "unix" if split.scheme == "redis+unix" else split.scheme
-        plain = split._replace(scheme=scheme, query=urlencode(options)).geturl()
+        scheme = split.scheme.removeprefix("redis+")
+        plain = f"{scheme}://{split.netloc}{split.path}?{urlencode(options)}"
         return cls(plain, place, prefix, None if ttl is None else int(ttl))
 
     def pool(self, timeout: float) -> redis.ConnectionPool:
