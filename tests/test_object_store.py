@@ -333,6 +333,7 @@ class Stub:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", '"tag"')
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body.encode())
@@ -394,6 +395,22 @@ def test_a_service_that_refuses_is_quoted_with_what_to_do(
         for call in (store.check_writable, lambda: store.write(key_of(1), [b"value"], replace=True)):
             with pytest.raises(StoreError, match=advice):
                 call()
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_large_value_is_uploaded_in_one_request(
+    stub: Callable[..., Stub], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    """Several would leave parts behind that cost storage and that nobody sees, if the last one did not come."""
+    service = stub(200)
+    with ObjectStore("s3://bucket/prefix", options={**s3_server.options, "endpoint": service.endpoint}) as store:
+        monkeypatch.setattr(store, "size", lambda key: None)
+        assert store.write(key_of(1), [value_of(1, 6 * 2**20), b"more"], replace=replace) is True
+    ((method, path, headers),) = service.asked
+    assert (method, path) == ("PUT", f"/bucket/prefix/{key_of(1)[:2]}/{key_of(1)}.safetensors")
+    assert ("*" if not replace else None) == {name.lower(): value for name, value in headers.items()}.get(
+        "if-none-match"
+    )
 
 
 def test_retries_are_bounded(stub: Callable[..., Stub], s3_server: S3Server) -> None:

@@ -338,6 +338,14 @@ def test_connections_are_used_again(setup: Setup) -> None:
     assert setup.client.info("clients")["connected_clients"] < 40
 
 
+def test_a_connection_on_which_answers_are_under_way_is_closed(setup: Setup) -> None:
+    """The next borrower would take them for its own."""
+    setup.store.write(key_of(1), [value_of(1)])
+    setup.client.delete(setup.slices(1)[0])
+    assert setup.store.read_into(key_of(1), [memoryview(bytearray(1000))]) is None
+    assert [line.is_connected for line in setup.store._lines._available_connections] == [False]
+
+
 # The server's budget.
 
 

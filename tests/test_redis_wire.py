@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -134,3 +135,27 @@ def test_silence_is_an_error() -> None:
             wire.receive(buffers(100))
         with pytest.raises(OSError, match=r"bytes were left|temporarily unavailable"):
             wire.store([b"SET", b"x"], buffers(2**24))
+
+
+class Counting(socket.socket):
+    """Counts how often it is asked for bytes."""
+
+    calls = 0
+
+    def recvmsg_into(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return super().recvmsg_into(*arguments)
+
+
+def test_a_large_value_is_received_in_one_call() -> None:
+    """It is many times larger than what a socket holds; each call would take Python's lock anew."""
+    ours, theirs = socket.socketpair()
+    value, parts = value_of(3, 4 * 2**20), buffers(100, 2**20, 3 * 2**20 - 100)
+    with Counting(fileno=ours.detach()) as counting, theirs:
+        answer = b"$%d\r\n%b\r\n" % (len(value), value)
+        sender = threading.Thread(target=theirs.sendall, args=(answer,), daemon=True)
+        sender.start()
+        assert Wire(counting, PATIENCE).receive(parts)
+        sender.join(PATIENCE)
+        assert b"".join(parts) == value
+        assert counting.calls == 3  # twice for the line with the length
