@@ -133,6 +133,25 @@ def test_a_closed_store_says_so(store: ObjectStore) -> None:
         store.contains([key_of(1)])
 
 
+def test_a_store_that_is_closed_under_a_reader_says_so(
+    s3_server: S3Server, url: str, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One range is being read, others wait for their turn."""
+    monkeypatch.setattr(object_module, "REQUESTS", 1)
+    fetch = ObjectStore._fetch
+
+    def close_meanwhile(self: ObjectStore, key: str, start: int, parts: Any) -> Any:
+        if start == 250:
+            self.close()
+        return fetch(self, key, start, parts)
+
+    with ObjectStore(url, options=s3_server.options) as store:
+        store.write(key_of(1), [value_of(1)])
+        monkeypatch.setattr(ObjectStore, "_fetch", close_meanwhile)
+        with pytest.raises(StoreError, match="the store is closed; open it again"):
+            store.read_into(key_of(1), [memoryview(bytearray(1000))])
+
+
 # Ranges.
 
 

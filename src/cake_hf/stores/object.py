@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
@@ -35,8 +35,8 @@ PATIENCE_FOR_UPLOADS = 4
 ATTEMPTS = 5
 """How often a value is read that is replaced while its ranges come in."""
 
-FAULTS = (BaseError, OSError, ValueError, RuntimeError)
-"""What the client raises; the last is also what a closed store's threads raise."""
+FAULTS = (BaseError, OSError, ValueError, RuntimeError, CancelledError)
+"""What the client raises, and, with the last two, the threads of a store that was closed."""
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(rf"([0-9a-f]{{2}})/(\1[0-9a-f]{{38}}){re.escape(SUFFIX)}")
@@ -189,8 +189,9 @@ class ObjectStore(Store):
     def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Run the calls at once, the first one in this thread. When this returns or raises, none is running any more:
         they write to the caller's buffers."""
-        others = [self._pool.submit(call) for call in calls[1:]]
+        others: list[Future[T]] = []
         try:
+            others.extend(map(self._pool.submit, calls[1:]))
             return [calls[0](), *(other.result() for other in others)]
         finally:
             wait([other for other in others if not other.cancel()])

@@ -44,7 +44,7 @@ def connect(url: str, options: Mapping[str, Any], timeouts: tuple[float, ...]) -
 
 def advice(error: BaseException, scheme: str) -> str:
     """What to do about something that the client raised, in one sentence."""
-    text = str(error).partition("\n\nDebug source")[0]
+    text = str(error).partition("\n\nDebug source")[0] or type(error).__name__
     for signs, remedy in _REMEDIES:
         if any(sign in text for sign in signs):
             return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme])
@@ -166,6 +166,6 @@ _REMEDIES = [
     ),
     (("not valid for store",), "the client knows no such option; correct its name."),
     (("Unable to recognise URL",), "the URL makes no sense; write it like s3://bucket/prefix."),
-    (("after shutdown",), "the store is closed; open it again."),
+    (("after shutdown", "CancelledError"), "the store is closed; open it again."),
 ]
 """What words of the client mean, and what to do; the first that fits counts."""
