@@ -21,7 +21,6 @@ pytest_plugins = ["servers"]
 
 PATIENCE = 60.0
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
-IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=0.2)
 HALF = 70_000
 """Bytes that a server sends until about half of the prompt's chunks have arrived."""
 
@@ -104,18 +103,17 @@ def test_both_ends_meet_over_the_network(place: Place) -> None:
     assert difference(outcome, expected()) == ""
 
 
-@pytest.mark.parametrize("save", [True, False])
-def test_a_server_killed_before_the_prompt_is_done_without(mortal_place: Place, save: bool) -> None:
+def test_a_server_killed_before_the_prompt_is_done_without(mortal_place: Place) -> None:
     fill(mortal_place)
     limits = Limits(lookup_timeout=PATIENCE, exit_flush_seconds=PATIENCE)
-    with CakeCache(shared_model("llama"), mortal_place.url, chunk_size=CHUNK, save=save, limits=limits) as warm:
+    with CakeCache(shared_model("llama"), mortal_place.url, chunk_size=CHUNK, limits=limits) as warm:
         mortal_place.server.kill()
         outcome = run(shared_model("llama"), prompt(), warm)
         assert warm.flush(PATIENCE)
         report = warm.report
     assert difference(outcome, expected()) == ""
     assert (report.chunks_loaded, report.chunks_computed) == (0, CHUNKS)
-    assert (report.chunks_saved, report.chunks_unsaved) == (0, CHUNKS if save else 0)
+    assert (report.chunks_saved, report.chunks_unsaved) == (0, CHUNKS)
     assert "the store could not be asked" in report.reason
     assert report.prefill_seconds < PATIENCE
 

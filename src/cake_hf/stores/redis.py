@@ -15,7 +15,6 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -25,6 +24,7 @@ from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import Address, advice, socket_of
+from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
 from cake_hf.stores.redis_wire import Refused, Unfit, Wire
 
 AHEAD = 2
@@ -36,44 +36,12 @@ STAGING_SECONDS = 900
 ATTEMPTS = 10
 """How often a value is read that is replaced under the reader."""
 
-MANIFEST_BYTES = 63
-MAX_SLICES = 2**16
+UPLOADS = 2
+"""How often a value is uploaded whose slices are evicted before they are all there. Among what was written within one
+second, the server picks at random; twice in a row means that its memory is too small."""
+
 BATCH = 500
 """Keys per round trip."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a value consists of.
-
-    Attributes:
-        size: bytes of the value.
-        slice_bytes: of each slice but the last.
-        tag: of its slices.
-    """
-
-    size: int
-    slice_bytes: int
-    tag: str
-
-    def encode(self) -> bytes:
-        """As it is stored."""
-        return f"1 {self.size} {self.slice_bytes} {self.tag}".encode()
-
-    @classmethod
-    def parse(cls, raw: bytes) -> Manifest | None:
-        """None where there is none, or something that is none of ours."""
-        match = re.fullmatch(rb"1 (\d{1,15}) ([1-9]\d{0,9}) ([0-9a-f]{16})", raw)
-        if match is None:
-            return None
-        found = cls(int(match[1]), int(match[2]), match[3].decode())
-        return found if found.size <= found.slice_bytes * MAX_SLICES else None
-
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each slice."""
-        full, rest = divmod(self.size, self.slice_bytes)
-        return [self.slice_bytes] * full + [rest] * (rest > 0)
 
 
 class RedisStore(Store):
@@ -144,16 +112,21 @@ class RedisStore(Store):
         with self._faults(f"Chunk {key} cannot be written to"):
             if not replace and self._complete([key])[0] is not None:
                 return False
-            manifest = Manifest(total_bytes(parts), self._slice_bytes, secrets.token_hex(8))
-            try:
-                self._upload(key, manifest, parts)
-                published = self._publish(key, manifest, replace=replace)
-            except BaseException:
-                self._drop_slices(key, manifest)
-                raise
-            if not published:
-                self._drop_slices(key, manifest)
-            return published
+            for _ in range(UPLOADS):
+                manifest = Manifest(total_bytes(parts), self._slice_bytes, secrets.token_hex(8))
+                published: bool | None = False
+                try:
+                    self._upload(key, manifest, parts)
+                    published = self._publish(key, manifest, replace=replace)
+                finally:
+                    if not published:
+                        self._drop_slices(key, manifest)
+                if published is not None:
+                    return published
+        raise StoreError(
+            f"Chunk {key} cannot be kept by {self._address.place}: parts of it were evicted while it was written; raise "
+            "the server's maxmemory."
+        )
 
     def delete(self, key: str) -> bool:
         with self._faults(f"Chunk {key} cannot be deleted from"):
@@ -234,7 +207,7 @@ class RedisStore(Store):
         Raises:
             CorruptChunk: a slice has another length than the manifest says.
         """
-        asked = list(_slice_ranges(manifest, offset, total_bytes(parts)))
+        asked = list(manifest.ranges(offset, total_bytes(parts)))
         pieces = cut(parts, [end - begin for _, begin, end in asked])
         names = self._slices(key, manifest)
         with self._wire() as wire:
@@ -261,8 +234,12 @@ class RedisStore(Store):
             for name, piece in zip(self._slices(key, manifest), cut(parts, manifest.sizes), strict=True):
                 wire.store([b"SET", name.encode()], piece, [b"EX", b"%d" % STAGING_SECONDS])
 
-    def _publish(self, key: str, manifest: Manifest, *, replace: bool) -> bool:
-        """Make the slices a value; False, and nothing is changed, if there is one already that shall stay."""
+    def _publish(self, key: str, manifest: Manifest, *, replace: bool) -> bool | None:
+        """Make the slices a value.
+
+        Returns:
+            False, and nothing is changed, if there is one already that shall stay; None if a slice has been evicted meanwhile.
+        """
         names, name, ttl = self._slices(key, manifest), self._name(key), self._address.ttl
         with self._client.pipeline(transaction=True) as commands:
             commands.getrange(name, 0, MANIFEST_BYTES)
@@ -280,10 +257,7 @@ class RedisStore(Store):
             return False
         if names and rest[-1] != len(names):
             self._discard(key, manifest)
-            raise StoreError(
-                f"Chunk {key} cannot be kept by {self._address.place}: parts of it were evicted while it was written; "
-                "raise the server's maxmemory."
-            )
+            return None
         if before is not None and before != manifest:
             self._drop_slices(key, before)
         return True
@@ -328,14 +302,6 @@ class RedisStore(Store):
             yield
         except (redis.RedisError, OSError, Refused) as error:
             raise StoreError(f"{what} {self._address.place}: {advice(error)}") from error
-
-
-def _slice_ranges(manifest: Manifest, offset: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Which bytes of which slices are `count` bytes from an offset in the value: (slice, begin, end)."""
-    end = offset + count
-    for number in range(offset // manifest.slice_bytes, -(-end // manifest.slice_bytes) if count else 0):
-        start = number * manifest.slice_bytes
-        yield number, max(offset - start, 0), min(end - start, manifest.slice_bytes)
 
 
 def _get(name: str, begin: int, end: int, size: int) -> list[bytes]:
