@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.base import Store
@@ -15,14 +19,67 @@ StoreSpec = Store | str | os.PathLike[str]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+@dataclass(frozen=True)
+class RemoteKind:
+    """A kind of store that needs a client library, and is imported when it is first asked for.
+
+    Attributes:
+        example: a URL of this kind.
+        opener: "module:name" of what makes the store from its URL.
+        extra: of this package, with the client library in it.
+    """
+
+    example: str
+    opener: str
+    extra: str
+
+    @property
+    def install(self) -> str:
+        """The command that brings the client library."""
+        return f'pip install "cake-hf[{self.extra}]"'
+
+    def open(self, url: str) -> Store:
+        """Import the store's module and open the URL.
+
+        Raises:
+            StoreError: the client library is not installed, or the store refuses the URL.
+        """
+        module, name = self.opener.split(":")
+        try:
+            make = cast(Callable[[str], Store], getattr(import_module(module), name))
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] == "cake_hf":
+                raise
+            scheme = url.partition(":")[0]
+            raise StoreError(f"Stores at {scheme}:// need the package {error.name}: {self.install}") from error
+        return make(url)
+
+
+_OBJECT = "cake_hf.stores.object:ObjectStore"
+_REDIS = "cake_hf.stores.redis:RedisStore"
+_PACK = RemoteKind("pack:folder", "cake_hf.stores.pack:open_folder_pack", "hub")
+
+REMOTE_KINDS = {
+    "s3": RemoteKind("s3://bucket/prefix", _OBJECT, "object"),
+    "gs": RemoteKind("gs://bucket/prefix", _OBJECT, "object"),
+    "az": RemoteKind("az://container/prefix", _OBJECT, "object"),
+    "redis": RemoteKind("redis://host:6379/0", _REDIS, "redis"),
+    "rediss": RemoteKind("rediss://host:6379/0", _REDIS, "redis"),
+    "redis+unix": RemoteKind("redis+unix:///path/to.sock", _REDIS, "redis"),
+    "hf": RemoteKind("hf://org/pack@revision", "cake_hf.stores.hub:open_hub_pack", "hub"),
+}
+"""By URL scheme. A new kind of store is one line here and one file beside this one."""
+
+
 def open_store(spec: StoreSpec) -> Store:
     """Open a store.
 
     Args:
-        spec: a directory path, `file:///path`, `memory:` or `memory:4GB`, or a `Store`, which is returned as it is.
+        spec: a directory path, `file:///path`, `memory:` or `memory:4GB`, `pack:FOLDER`, the URL of one of `REMOTE_KINDS`,
+            or a `Store`, which is returned as it is.
 
     Raises:
-        StoreError: an unknown URL scheme, or a path that cannot be a store.
+        StoreError: an unknown URL scheme, a client library that is not installed, or a place that cannot be a store.
     """
     if isinstance(spec, Store):
         return spec
@@ -32,11 +89,25 @@ def open_store(spec: StoreSpec) -> Store:
     scheme, colon, rest = text.partition(":")
     if colon and scheme == "memory":
         return MemoryStore(_parse_bytes(rest)) if rest else MemoryStore()
+    if colon and scheme == "pack":
+        return _PACK.open(rest)
     if colon and rest.startswith("//"):
         if scheme == "file":
             return LocalStore(rest.removeprefix("//"))
-        raise StoreError(f"Unknown store URL {text!r}; known are a directory path, file:///path and memory:4GB.")
+        if scheme in REMOTE_KINDS:
+            return REMOTE_KINDS[scheme].open(text)
+        shown = re.sub("//[^/]*@", "//", text)  # a password is nobody's business
+        raise StoreError(f"Unknown store URL {shown!r}; known are {_known()}.")
     return LocalStore(text)
+
+
+def _known() -> str:
+    """What can be opened, and what to install for it."""
+    by_extra: dict[str, list[str]] = {}
+    for kind in (*REMOTE_KINDS.values(), _PACK):
+        by_extra.setdefault(kind.install, []).append(kind.example)
+    remote = [f"{', '.join(examples)} ({install})" for install, examples in by_extra.items()]
+    return "; ".join(["a directory path, file:///path, memory:4GB", *remote])
 
 
 def _parse_bytes(text: str) -> int:

@@ -1,0 +1,216 @@
+"""Chunks in object storage (`s3://`, `gs://`, `az://`), through obstore.
+
+    <prefix>/3f/3fa9...e1.safetensors      a chunk; the service shows an object when its upload is whole, or not at all
+
+The names are those of a local directory, so the service's own tools can copy one to the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.object_client import advice, bucket_is_missing, connect
+from cake_hf.stores.pieces import cut, even_sizes
+
+RANGE_BYTES = 8 * 2**20
+"""Most bytes of one read request. One connection rarely brings what the line could, so larger values come over several."""
+
+REQUESTS = 32
+"""Requests that are under way at once, per store."""
+
+PATIENCE_FOR_UPLOADS = 4
+"""How many times longer a whole value's upload may take than any other request."""
+
+ATTEMPTS = 5
+"""How often a value is read that is replaced while its ranges come in."""
+
+FAULTS = (BaseError, OSError, ValueError, RuntimeError, CancelledError)
+"""What the client raises, and, with the last two, the threads of a store that was closed."""
+
+SUFFIX = ".safetensors"
+_NAME = re.compile(rf"([0-9a-f]{{2}})/(\1[0-9a-f]{{38}}){re.escape(SUFFIX)}")
+
+T = TypeVar("T")
+
+
+class ObjectStore(Store):
+    """A store in a bucket. Opening it asks nothing of the service; the first call does.
+
+    Args:
+        url: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+        options: of the client, by its names, such as `endpoint`, `region` or `access_key_id`; they go before the environment.
+        timeout: seconds one request may take. Retries end half as many seconds after a call's begin; uploads may take four
+            times as long.
+
+    Raises:
+        StoreError: the URL or an option makes no sense, or S3 credentials are nowhere to be found.
+    """
+
+    reads_ranges = True
+    range_seconds = 0.03  # one more request
+
+    def __init__(self, url: str, *, options: Mapping[str, Any] | None = None, timeout: float = 30.0) -> None:
+        self.url = url.rstrip("/")
+        self._scheme = url.partition(":")[0]
+        if "?" in url or "#" in url:
+            raise StoreError(f"{url.partition('?')[0]} takes no options in its URL; set them in the environment.")
+        with self._faults("The store cannot be opened at"):
+            # An upload is one request for a whole value, so it has a client of its own with more time.
+            timeouts = (timeout, timeout * PATIENCE_FOR_UPLOADS)
+            self._reading, self._writing = connect(url, options or {}, timeouts)
+        self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="cake-object")
+
+    def __repr__(self) -> str:
+        return f"ObjectStore({self.url!r})"
+
+    def identity(self) -> Hashable:
+        return (type(self).__name__, self.url)
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        # One request per key, many at once. A listing would bring the whole store, most of which nobody asked about.
+        unique = list(dict.fromkeys(keys))
+        with self._faults("Chunks cannot be looked up in"):
+            found = {
+                key for key, size in zip(unique, self._pool.map(self.size, unique), strict=True) if size is not None
+            }
+        return [key in found for key in keys]
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        expected = total_bytes(parts)
+        size = self._load(key, parts, 0)
+        if size is not None and size != expected:
+            raise CorruptChunk(f"Chunk {key} has {size} bytes, {expected} were expected.")
+        return size
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        return self._load(key, parts, offset) is not None
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        # The service would refuse the second upload of a key, but only after it was sent.
+        if not replace and self.size(key) is not None:
+            return False
+        with self._faults(f"Chunk {key} cannot be written to"):
+            try:
+                self._put(_path(key), parts, "overwrite" if replace else "create")
+            except AlreadyExistsError:
+                return False
+            except NotImplementedError:
+                # A service without conditional writes: whoever is last wins, with the same bytes.
+                self._put(_path(key), parts, "overwrite")
+        return True
+
+    def delete(self, key: str) -> bool:
+        if self.size(key) is None:  # Some services do not say whether there was something.
+            return False
+        with self._faults(f"Chunk {key} cannot be deleted from"):
+            try:
+                self._reading.delete(_path(key))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def keys(self) -> Iterator[str]:
+        with self._faults("Chunks cannot be listed in"):
+            for page in self._reading.list(chunk_size=1000):
+                for entry in page:
+                    if name := _NAME.fullmatch(entry["path"]):
+                        yield name[2]
+
+    def size(self, key: str) -> int | None:
+        with self._faults(f"Chunk {key} cannot be looked up in"):
+            try:
+                return int(self._reading.head(_path(key))["size"])
+            except FileNotFoundError:
+                return None
+
+    def check_writable(self) -> None:
+        """Upload a small object and remove it.
+
+        Raises:
+            StoreError: there is no such bucket, no permission, no room or no connection.
+        """
+        with self._faults("Nothing can be written (to only read, pass save=False) to"):
+            self._put("probe", [b"probe"], "overwrite")
+            with suppress(Exception):  # Who may write need not be allowed to delete.
+                self._reading.delete("probe")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _put(self, path: str, parts: Sequence[Part], mode: str) -> None:
+        # In one piece: a multipart upload cannot be write-once, and one that is cut off costs storage until it is swept.
+        views = (memoryview(part).cast("B") for part in parts)
+        self._writing.put(path, views, mode=mode, use_multipart=False)
+
+    def _load(self, key: str, parts: Sequence[memoryview], offset: int) -> int | None:
+        """Fill the parts from an offset in the object on; returns the object's size, None for a miss."""
+        sizes = even_sizes(total_bytes(parts), RANGE_BYTES)
+        if not sizes:  # Nothing at all cannot be asked for.
+            return self.size(key)
+        starts = accumulate(sizes[:-1], initial=offset)
+        calls = [partial(self._fetch, key, *piece) for piece in zip(starts, cut(parts, sizes), strict=True)]
+        with self._faults(f"Chunk {key} cannot be read from"):
+            for _ in range(ATTEMPTS):
+                try:
+                    versions = self._together(calls)
+                except FileNotFoundError as error:
+                    if bucket_is_missing(error):
+                        raise
+                    return None
+                if len(set(versions)) == 1:
+                    return versions[0][0]
+        raise StoreError(f"Chunk {key} in {self.url} was replaced {ATTEMPTS} times while it was read; try again.")
+
+    def _fetch(self, key: str, start: int, parts: Sequence[memoryview]) -> tuple[int, str]:
+        """One range into the parts; returns which version of the object it is of: its size and its tag."""
+        end = start + total_bytes(parts)
+        try:
+            answer = self._reading.get(_path(key), options={"range": (start, end)})
+            content = np.frombuffer(answer.bytes(), np.uint8)
+        except BaseError as error:
+            if "416 Range Not Satisfiable" in str(error):
+                raise CorruptChunk(f"Chunk {key} ended early.") from error
+            raise
+        if len(content) != end - start:
+            raise CorruptChunk(f"Chunk {key} ended early.")
+        done = 0
+        for part in parts:  # By numpy, which lets go of the GIL; slice assignment does not.
+            np.copyto(np.frombuffer(part, np.uint8), content[done : done + part.nbytes])
+            done += part.nbytes
+        return answer.meta["size"], answer.meta["e_tag"] or str(answer.meta["last_modified"])
+
+    def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Run the calls at once, the first one in this thread. When this returns or raises, none is running any more:
+        they write to the caller's buffers."""
+        others: list[Future[T]] = []
+        try:
+            others.extend(map(self._pool.submit, calls[1:]))
+            return [calls[0](), *(other.result() for other in others)]
+        finally:
+            wait([other for other in others if not other.cancel()])
+
+    @contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        """Whatever the client raises is a StoreError that says what to do."""
+        try:
+            yield
+        except BaseException as error:
+            # A panic inside the client comes as a BaseException of a type that cannot be imported.
+            if isinstance(error, FAULTS) or type(error).__name__ == "PanicException":
+                raise StoreError(f"{what} {self.url}: {advice(error, self._scheme)}") from error
+            raise
+
+
+def _path(key: str) -> str:
+    return f"{key[:2]}/{key}{SUFFIX}"

@@ -1,0 +1,171 @@
+"""How an object store's client is set up, and what its words mean.
+
+Who may do what, and where the service is, comes from where the client looks for it: the environment (AWS_..., GOOGLE_...,
+AZURE_...), the machine's role, and for S3 also from the profiles in ~/.aws where botocore is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from importlib import import_module
+from typing import Any, cast
+
+from obstore.store import from_url
+
+from cake_hf.arithmetic.errors import StoreError
+
+RETRIES = 3
+CONNECT_SECONDS = 5.0
+PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+
+Credentials = Callable[[], dict[str, Any]]
+
+
+def connect(url: str, options: Mapping[str, Any], timeouts: tuple[float, ...]) -> list[Any]:
+    """Clients of one place, one for each time that a request may take. Nothing is sent yet.
+
+    Args:
+        url: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+        options: of obstore for such a store; they go before the environment.
+        timeouts: seconds.
+
+    Raises:
+        StoreError: S3 credentials are nowhere to be found.
+        Exception: what obstore raises for a URL or options that make no sense.
+    """
+    scheme, config = url.partition(":")[0], dict(options)
+    profile = _aws_profile(config) if scheme == "s3" else None
+    transport = _transport(scheme, config)
+    return [_client(url, config, profile, transport, seconds) for seconds in timeouts]
+
+
+def advice(error: BaseException, scheme: str) -> str:
+    """What to do about something that the client raised, in one sentence."""
+    text = str(error).partition("\n\nDebug source")[0] or type(error).__name__
+    for signs, remedy in _REMEDIES:
+        if any(sign in text for sign in signs):
+            return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme])
+    # The query of a URL may hold a signature, which must not get into anybody's log.
+    said = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text)
+    said = re.sub(r"(<[^>]*>|\s)+", " ", said).strip()
+    return f"check the URL and the service, which said: {said[:300]}"
+
+
+def bucket_is_missing(error: FileNotFoundError) -> bool:
+    """Whether it is the bucket, not an object in it; the client raises the same for both."""
+    return any(sign in str(error) for sign in _NO_BUCKET)
+
+
+def _client(
+    url: str, config: dict[str, Any], profile: Credentials | None, transport: dict[str, str], seconds: float
+) -> Any:
+    connecting = cast(Any, from_url)  # Its overloads know options only one by one.
+    return connecting(
+        url,
+        config=config,
+        client_options={
+            "timeout": timedelta(seconds=seconds),
+            "connect_timeout": timedelta(seconds=min(CONNECT_SECONDS, seconds)),
+            **transport,
+        },
+        retry_config={
+            "max_retries": RETRIES,
+            "retry_timeout": timedelta(seconds=seconds / 2),
+            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2},
+        },
+        **({"credential_provider": profile} if profile else {}),
+    )
+
+
+def _transport(scheme: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """How to talk to the service. Telling the client any of it makes it forget what the environment says, so we look there."""
+    names = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
+    found = {name: value for name in names if (value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"))}
+    endpoints = [str(config.get(name, "")) for name in ("endpoint", "aws_endpoint", "azure_endpoint")]
+    if scheme == "s3":
+        endpoints += [os.environ.get(f"AWS_ENDPOINT{end}", "") for end in ("", "_URL", "_URL_S3")]
+    if any(endpoint.startswith("http://") for endpoint in endpoints):
+        found.setdefault("allow_http", "true")  # Whoever writes http:// means it.
+    return found
+
+
+def _aws_profile(config: dict[str, Any]) -> Credentials | None:
+    """Credentials from ~/.aws, a login or the machine's role, by botocore where it is installed; the region goes into config.
+
+    None where the client has its credentials already, or has to find them by itself.
+    """
+    told = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature"} & set(config)
+    if told or os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE"):
+        return None
+    try:
+        session = import_module("botocore.session").Session()
+    except ModuleNotFoundError:
+        return None
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise StoreError(f"There are no credentials for S3; {_CREDENTIALS['s3']}")
+    if region := session.get_config_variable("region"):
+        config.setdefault("region", region)
+
+    def provide() -> dict[str, Any]:
+        now = credentials.get_frozen_credentials()
+        return {
+            "access_key_id": now.access_key,
+            "secret_access_key": now.secret_key,
+            "token": now.token,
+            "expires_at": datetime.now(timezone.utc) + timedelta(minutes=15),
+        }
+
+    return provide
+
+
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with botocore installed; for a public bucket set "
+    "AWS_SKIP_SIGNATURE=true.",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`.",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or run `az login` and set "
+    "AZURE_USE_AZURE_CLI=true.",
+}
+"""Where credentials come from, by scheme."""
+
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+
+_REMEDIES = [
+    (_NO_BUCKET, "there is no such bucket; make it, or correct the URL."),
+    (("169.254.169.254", "metadata.google"), "there are no credentials; {credentials}"),
+    (("Account must be specified",), "the storage account is not known; {credentials}"),
+    (
+        ("401 Unauthorized", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+        "the credentials are refused; {credentials}",
+    ),
+    (("QuotaExceeded", "StorageFull", "507 Insufficient"), "it is full; free some space or choose another bucket."),
+    (
+        ("403 Forbidden",),
+        "access is denied; the credentials need the permission to list, read and write objects there (without that to "
+        "list, an object that is not there is denied, too).",
+    ),
+    (
+        ("501 Not",),
+        "the service lacks an operation; if it is that of conditional writes, set AWS_CONDITIONAL_PUT=disabled.",
+    ),
+    (
+        ("301 Moved", "PermanentRedirect", "AuthorizationHeaderMalformed"),
+        "the bucket is in another region; set AWS_REGION.",
+    ),
+    (
+        ("builder error",),
+        "the endpoint makes no sense; correct it, or set {prefix}_ALLOW_HTTP=true for one at http://.",
+    ),
+    (("500 Int", "502 Bad", "503 Ser", "504 Gat", "429 Too"), "the service is overloaded or out of order; try later."),
+    (
+        ("error sending request", "timed out", "dns error", "response body"),
+        "the service cannot be reached or broke off; check the network, and AWS_ENDPOINT_URL if you set it.",
+    ),
+    (("not valid for store",), "the client knows no such option; correct its name."),
+    (("Unable to recognise URL",), "the URL makes no sense; write it like s3://bucket/prefix."),
+    (("after shutdown", "CancelledError"), "the store is closed; open it again."),
+]
+"""What words of the client mean, and what to do; the first that fits counts."""

@@ -1,0 +1,321 @@
+"""Chunks in a Redis server (or one that speaks like it, such as Valkey), for a team's machines.
+
+    <prefix>:3fa9...e1                  the manifest: length, size of a slice, and the tag of the slices; written last
+    <prefix>:3fa9...e1:<tag>:<n>        slice n
+
+A value is there when its manifest and all its slices are. Which values go, and when, is the server's business: a time to live
+from the URL, and its own eviction (maxmemory-policy allkeys-lru fits best). It evicts slices one by one; a value that has
+lost one is a miss, and what is left of it is removed. Each write has slices of its own, which go by themselves after
+a while unless their manifest comes: a writer that dies leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+import redis
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.pieces import cut
+from cake_hf.stores.redis_client import Address, advice, socket_of
+from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
+from cake_hf.stores.redis_wire import Refused, Unfit, Wire
+
+AHEAD = 2
+"""Slices asked for beyond the one that is coming in: the server need not wait for us, nor hold a whole value for us."""
+
+STAGING_SECONDS = 900
+"""How long slices wait for their manifest, and how much longer than it they live."""
+
+ATTEMPTS = 10
+"""How often a value is read that is replaced under the reader."""
+
+UPLOADS = 2
+"""How often a value is uploaded whose slices are evicted before they are all there. Among what was written within one
+second, the server picks at random; twice in a row means that its memory is too small."""
+
+BATCH = 500
+"""Keys per round trip."""
+
+
+class RedisStore(Store):
+    """A store in a Redis server.
+
+    As durable as the server is set up to be; what is written survives this process in any case.
+
+    Args:
+        url: `redis://user:password@host:port/db`, `rediss://...` for TLS, `redis+unix:///path/to.sock?db=0` for a local socket.
+            Options after the `?`: `ttl`, seconds after its writing at which a value goes; `prefix` of the names (default
+            "cake_hf"); and those of redis-py, such as `ssl_ca_certs`.
+        slice_bytes: most bytes of one slice.
+        timeout: seconds after which an answer, or one slice of a value, is given up.
+
+    Raises:
+        StoreError: the URL or one of its options makes no sense.
+    """
+
+    reads_ranges = True
+    range_seconds = 1e-3  # two answers from a server nearby
+
+    def __init__(self, url: str, *, slice_bytes: int = 4 * 2**20, timeout: float = 10.0) -> None:
+        if slice_bytes <= 0 or timeout <= 0:
+            raise ValueError("slice_bytes and timeout must be positive.")
+        self._address = Address.parse(url)
+        self._slice_bytes = slice_bytes
+        self._timeout = timeout
+        # Values go over connections of their own, whose sockets are set up differently.
+        self._lines = self._address.pool(timeout)
+        self._client: Any = redis.Redis(connection_pool=self._address.pool(timeout))
+
+    def __repr__(self) -> str:
+        return f"RedisStore({self._address.place!r})"
+
+    def identity(self) -> Hashable:
+        return (type(self).__name__, self._address.place, self._address.prefix)
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        with self._faults("Chunks cannot be looked up in"):
+            return [found is not None for batch in _batches(keys) for found in self._complete(batch)]
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        expected = total_bytes(parts)
+        with self._faults(f"Chunk {key} cannot be read from"):
+            for _ in range(ATTEMPTS):
+                manifest = self._manifest(key)
+                if manifest is None:
+                    return None
+                if manifest.size != expected:
+                    raise CorruptChunk(f"Chunk {key} has {manifest.size} bytes, {expected} were expected.")
+                if self._fetch(key, manifest, parts, 0):
+                    return expected
+                self._discard(key, manifest)
+        return None
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        end = offset + total_bytes(parts)
+        with self._faults(f"Chunk {key} cannot be read from"):
+            for _ in range(ATTEMPTS):
+                manifest = self._manifest(key)
+                if manifest is None:
+                    return False
+                if end > max(offset, manifest.size):
+                    raise CorruptChunk(f"Chunk {key} ended early.")
+                if self._fetch(key, manifest, parts, offset):
+                    self._touch(key, manifest)
+                    return True
+                self._discard(key, manifest)
+        return False
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        with self._faults(f"Chunk {key} cannot be written to"):
+            if not replace and self._complete([key])[0] is not None:
+                return False
+            for _ in range(UPLOADS):
+                manifest = Manifest(total_bytes(parts), self._slice_bytes, secrets.token_hex(8))
+                published: bool | None = False
+                try:
+                    self._upload(key, manifest, parts)
+                    published = self._publish(key, manifest, replace=replace)
+                finally:
+                    if not published:
+                        self._drop_slices(key, manifest)
+                if published is not None:
+                    return published
+        raise StoreError(
+            f"Chunk {key} cannot be kept by {self._address.place}: parts of it were evicted while it was written; raise "
+            "the server's maxmemory."
+        )
+
+    def delete(self, key: str) -> bool:
+        with self._faults(f"Chunk {key} cannot be deleted from"):
+            with self._client.pipeline(transaction=True) as commands:
+                commands.getrange(self._name(key), 0, MANIFEST_BYTES)
+                commands.delete(self._name(key))
+                manifest = Manifest.parse(commands.execute()[0])
+            if manifest is None:
+                return False
+            names = self._slices(key, manifest)
+            return not names or self._client.unlink(*names) == len(names)
+
+    def keys(self) -> Iterator[str]:
+        pattern = self._name("?" * 40)
+        seen: set[str] = set()  # A scan may name a key twice.
+        with self._faults("Chunks cannot be listed in"):
+            names = (name.decode(errors="replace") for name in self._client.scan_iter(pattern, count=1000))
+            for batch in _batches(name[-40:] for name in names):
+                found = [key for key in batch if re.fullmatch("[0-9a-f]{40}", key) and key not in seen]
+                seen.update(found)
+                yield from (key for key, manifest in zip(found, self._complete(found), strict=True) if manifest)
+
+    def size(self, key: str) -> int | None:
+        with self._faults(f"Chunk {key} cannot be looked up in"):
+            manifest = self._manifest(key)
+            if manifest is None:
+                return None
+            with self._client.pipeline(transaction=False) as commands:
+                for name in self._slices(key, manifest):
+                    commands.strlen(name)
+                # Whoever believes the manifest takes memory for it; so it is compared with what is there.
+                return manifest.size if commands.execute() == manifest.sizes else None
+
+    def check_writable(self) -> None:
+        """Set a small key.
+
+        Raises:
+            StoreError: the server cannot be reached, refuses, is full or only a replica.
+        """
+        with self._faults("Nothing can be written (to only read, pass save=False) to"):
+            self._client.set(self._name("probe"), b"probe", ex=1)
+
+    def close(self) -> None:
+        self._client.connection_pool.disconnect()
+        self._lines.disconnect()
+
+    def _name(self, key: str) -> str:
+        return f"{self._address.prefix}:{key}"
+
+    def _slices(self, key: str, manifest: Manifest) -> list[str]:
+        return [f"{self._name(key)}:{manifest.tag}:{n}" for n in range(len(manifest.sizes))]
+
+    def _manifest(self, key: str) -> Manifest | None:
+        return Manifest.parse(self._client.getrange(self._name(key), 0, MANIFEST_BYTES))
+
+    def _complete(self, keys: Sequence[str]) -> list[Manifest | None]:
+        """For each key its manifest if all slices are there."""
+        with self._client.pipeline(transaction=False) as commands:
+            for key in keys:
+                commands.getrange(self._name(key), 0, MANIFEST_BYTES)
+            manifests = [Manifest.parse(raw) for raw in commands.execute()]
+            counted = [
+                (place, manifest, names)
+                for place, (key, manifest) in enumerate(zip(keys, manifests, strict=True))
+                if manifest is not None and (names := self._slices(key, manifest))
+            ]
+            for _, _, names in counted:
+                commands.exists(*names)  # unlike a read, this makes nothing younger
+            for (place, manifest, names), count in zip(counted, commands.execute(), strict=True):
+                if count != len(names):
+                    self._discard(keys[place], manifest)
+                    manifests[place] = None
+        return manifests
+
+    def _fetch(self, key: str, manifest: Manifest, parts: Sequence[memoryview], offset: int) -> bool:
+        """Fill the parts from an offset in the value on; False if a slice is missing.
+
+        Raises:
+            CorruptChunk: a slice has another length than the manifest says.
+        """
+        asked = list(manifest.ranges(offset, total_bytes(parts)))
+        pieces = cut(parts, [end - begin for _, begin, end in asked])
+        names = self._slices(key, manifest)
+        with self._wire() as wire:
+            ahead = iter(asked)
+            for number, begin, end in islice(ahead, 1 + AHEAD):
+                wire.ask(*_get(names[number], begin, end, manifest.sizes[number]))
+            for piece in pieces:
+                try:
+                    if not wire.receive(piece):
+                        return False
+                except Unfit:
+                    raise CorruptChunk(f"A slice of chunk {key} has another length than it should.") from None
+                for number, begin, end in islice(ahead, 1):
+                    wire.ask(*_get(names[number], begin, end, manifest.sizes[number]))
+        return True
+
+    def _touch(self, key: str, manifest: Manifest) -> None:
+        """Make all slices as young as the one that was read, so that they go together."""
+        if names := self._slices(key, manifest):
+            self._client.touch(*names)
+
+    def _upload(self, key: str, manifest: Manifest, parts: Sequence[Part]) -> None:
+        with self._wire() as wire:
+            for name, piece in zip(self._slices(key, manifest), cut(parts, manifest.sizes), strict=True):
+                wire.store([b"SET", name.encode()], piece, [b"EX", b"%d" % STAGING_SECONDS])
+
+    def _publish(self, key: str, manifest: Manifest, *, replace: bool) -> bool | None:
+        """Make the slices a value.
+
+        Returns:
+            False, and nothing is changed, if there is one already that shall stay; None if a slice has been evicted meanwhile.
+        """
+        names, name, ttl = self._slices(key, manifest), self._name(key), self._address.ttl
+        with self._client.pipeline(transaction=True) as commands:
+            commands.getrange(name, 0, MANIFEST_BYTES)
+            commands.set(name, manifest.encode(), nx=not replace, ex=ttl)
+            for slice_name in names:
+                # Never before their manifest, so that what is listed is whole.
+                commands.persist(slice_name) if ttl is None else commands.expire(slice_name, ttl + STAGING_SECONDS)
+            if names:
+                commands.exists(*names)
+            raw, done, *rest = commands.execute()
+        before = Manifest.parse(raw)
+        if not done and before is None:  # Somebody else's key, under our name.
+            return self._publish(key, manifest, replace=True)
+        if not done and before != manifest:  # It may be ours: the client tries again where an answer got lost.
+            return False
+        if names and rest[-1] != len(names):
+            self._discard(key, manifest)
+            return None
+        if before is not None and before != manifest:
+            self._drop_slices(key, before)
+        return True
+
+    def _discard(self, key: str, manifest: Manifest) -> None:
+        """Remove a value that has lost a slice, unless another has taken its place."""
+        name = self._name(key)
+        with self._client.pipeline(transaction=True) as commands, suppress(redis.WatchError):
+            commands.watch(name)
+            if Manifest.parse(commands.getrange(name, 0, MANIFEST_BYTES)) == manifest:
+                commands.multi()
+                commands.delete(name)
+                commands.execute()
+        self._drop_slices(key, manifest)
+
+    def _drop_slices(self, key: str, manifest: Manifest) -> None:
+        """Remove slices that no manifest names. If that fails they go by themselves, or are evicted."""
+        names = self._slices(key, manifest)
+        with suppress(redis.RedisError, OSError):
+            if names:
+                self._client.unlink(*names)
+
+    @contextmanager
+    def _wire(self) -> Iterator[Wire]:
+        """A connection for values, borrowed from redis-py, which has made it and logged in."""
+        connection: Any = self._lines.get_connection()
+        try:
+            wire = Wire(socket_of(connection), self._timeout)
+            yield wire
+            if wire.under_way:
+                connection.disconnect()
+        except BaseException:
+            connection.disconnect()
+            raise
+        finally:
+            self._lines.release(connection)
+
+    @contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong with the server is a StoreError that says what to do."""
+        try:
+            yield
+        except (redis.RedisError, OSError, Refused) as error:
+            raise StoreError(f"{what} {self._address.place}: {advice(error)}") from error
+
+
+def _get(name: str, begin: int, end: int, size: int) -> list[bytes]:
+    """The command for a part of a slice. A whole one is asked for without a range, so that a wrong length shows."""
+    if (begin, end) == (0, size):
+        return [b"GET", name.encode()]
+    return [b"GETRANGE", name.encode(), b"%d" % begin, b"%d" % (end - 1)]
+
+
+def _batches(items: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(items)
+    while batch := list(islice(rest, BATCH)):
+        yield batch

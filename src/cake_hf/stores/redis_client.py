@@ -1,0 +1,133 @@
+"""How a Redis store's client is set up, and what its words mean."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
+from redis.retry import Retry
+
+from cake_hf.arithmetic.errors import StoreError
+
+CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """A Redis store's URL, taken apart.
+
+    Attributes:
+        url: for redis-py; may hold a password.
+        place: for people; holds none.
+        prefix: of the names of our keys.
+        ttl: seconds that a value lives, None for as long as the server likes.
+    """
+
+    url: str
+    place: str
+    prefix: str
+    ttl: int | None
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Split our options from those of redis-py.
+
+        Raises:
+            StoreError: an option of ours makes no sense.
+        """
+        split = urlsplit(url)
+        place = f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}"
+        options = dict(parse_qsl(split.query, keep_blank_values=True))
+        prefix, ttl = options.pop("prefix", "cake_hf"), options.pop("ttl", None)
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]+", prefix):
+            raise StoreError(f"The prefix {prefix!r} in {place} may only have letters, digits and _ . : - in it.")
+        if ttl is not None and not re.fullmatch(r"[1-9]\d{0,8}", ttl):
+            raise StoreError(f"The ttl {ttl!r} in {place} is not a number of seconds; write it like ttl=86400.")
+        scheme = split.scheme.removeprefix("redis+")
+        plain = f"{scheme}://{split.netloc}{split.path}?{urlencode(options)}"
+        return cls(plain, place, prefix, None if ttl is None else int(ttl))
+
+    def pool(self, timeout: float) -> redis.ConnectionPool:
+        """Connections to there, none of which is made yet.
+
+        Args:
+            timeout: seconds to wait for an answer.
+
+        Raises:
+            StoreError: the URL makes no sense to redis-py.
+        """
+        defaults = {"socket_timeout": timeout, "socket_connect_timeout": min(CONNECT_SECONDS, timeout)}
+        # One more try on a connection that has gone stale. More of them, with pauses, would only hold up the prompt.
+        once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
+        fixed = {"protocol": 2, "decode_responses": False, "retry": once_more}
+        try:
+            told = cast(Callable[[str], dict[str, Any]], parse_url)(self.url)
+            pool = redis.ConnectionPool(**{**defaults, **told, **fixed})
+            pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but knows the options
+        except (ValueError, TypeError, RedisError) as error:
+            raise StoreError(f"The Redis URL {self.place} or one of its options makes no sense: {error}") from error
+        return pool
+
+
+def socket_of(connection: Any) -> socket.socket:
+    """The socket of a redis-py connection that is connected.
+
+    Raises:
+        StoreError: this redis-py has none to lend.
+    """
+    found = getattr(connection, "_sock", None)
+    if not isinstance(found, socket.socket):
+        raise StoreError('This version of redis-py is not known: pip install "redis>=6,<9"')
+    return found
+
+
+def advice(error: Exception) -> str:
+    """What to do about something that went wrong with the server, in one sentence."""
+    # Where we read the answer ourselves, it begins with a code; redis-py makes a class of it.
+    code = _CODES.get(type(error)) or str(error).partition(" ")[0]
+    if code in _REMEDIES:
+        return _REMEDIES[code]
+    if isinstance(error, (TimeoutError, BlockingIOError, redis.exceptions.TimeoutError)):
+        return "the server does not answer in time; check it and the network."
+    if isinstance(error, (OSError, redis.exceptions.ConnectionError)):
+        return f"the server cannot be reached or broke off; start it, or correct the host and port ({error})."
+    return f"the server said: {error}"
+
+
+_CODES: dict[type[Exception], str] = {
+    AuthenticationError: "WRONGPASS",
+    redis.exceptions.AuthenticationWrongNumberOfArgsError: "WRONGPASS",
+    NoPermissionError: "NOPERM",
+    OutOfMemoryError: "OOM",
+    ReadOnlyError: "READONLY",
+    BusyLoadingError: "LOADING",
+    redis.exceptions.MaxConnectionsError: "MANY",
+}
+_LOGIN = "it wants another user or password; write them as redis://user:password@host:port/0."
+_REMEDIES = {
+    "NOAUTH": _LOGIN,
+    "WRONGPASS": _LOGIN,
+    "NOPERM": "this user may not do that; change the user's rights (ACL) or take another one.",
+    "OOM": "its memory is full; raise maxmemory, or set maxmemory-policy to allkeys-lru so that old values make room.",
+    "READONLY": "it is a replica, which takes no writes; give the address of the primary server.",
+    "LOADING": "it is still loading its data; try again later.",
+    "MISCONF": "it cannot save to its disk and takes no writes; check its log.",
+    "MOVED": "it is part of a cluster, which this store does not know; give a server that stands alone.",
+    "MANY": "too many connections are open; raise max_connections in the URL.",
+}
+"""By the first word of the server's answer."""

@@ -1,0 +1,166 @@
+"""Redis commands with large values, straight between a socket and the caller's buffers.
+
+A client that returns values as objects copies each of them, and takes Python's lock once per piece that the socket gives;
+the model's forward waits for that lock. Here a value is moved by one blocking call of the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Sequence
+
+from cake_hf.stores.pieces import after
+
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+SHORTEST_LINE = 4
+"""Bytes of `$1` with its line's end: what can be read before it is known which line it is."""
+
+MAX_LINE = 2**12
+"""Longest line of an error that is read."""
+
+
+_NOTHING = {b"$-1\r": 1, b"$0\r\n": 2}
+"""How answers that bring nothing begin, and how many bytes follow."""
+
+
+class Refused(Exception):
+    """The server answered with an error; the message is its text."""
+
+
+class Unfit(Exception):
+    """The server has a value, but not of the length that it should have."""
+
+
+class Wire:
+    """One connected socket, used by one thread at a time.
+
+    While answers are under way, and after any exception, the socket is of no use to anybody else and has to be closed.
+
+    Args:
+        connection: a connected socket; authenticated, and with no reply under way.
+        timeout: seconds after which a value that does not get across is given up.
+    """
+
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
+        self._socket = connection
+        self.under_way = 0
+        """Answers that have been asked for and not read."""
+        self._timeout = timeout
+        self._tls = isinstance(connection, ssl.SSLSocket)
+        if self._tls:
+            connection.settimeout(timeout)
+            return
+        # With a timeout of Python's, the socket does not block, and a large value comes in many small pieces. The kernel's
+        # own timeouts let it block.
+        connection.settimeout(None)
+        seconds, fraction = divmod(timeout, 1)
+        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def ask(self, *words: bytes) -> None:
+        """Send a command without waiting for its answer.
+
+        Raises:
+            OSError: the connection is broken, or nothing gets through in time.
+        """
+        self.under_way += 1
+        self._send([memoryview(_command(words))])
+
+    def store(self, words: Sequence[bytes], value: Sequence[memoryview], options: Sequence[bytes] = ()) -> None:
+        """Send a command with a scattered value, and wait for its OK.
+
+        Args:
+            words: before the value.
+            value: its bytes, in order.
+            options: words after it.
+
+        Raises:
+            Refused: the server says why not.
+            OSError: the connection is broken, or nothing gets through in time.
+        """
+        count, size = len(words) + 1 + len(options), sum(view.nbytes for view in value)
+        self.under_way += 1
+        start = b"*%d\r\n" % count + _bulks(words) + b"$%d\r\n" % size
+        self._send([memoryview(start), *value, memoryview(b"\r\n" + _bulks(options))])
+        self._expect(b"+OK\r\n")
+        self.under_way -= 1
+
+    def receive(self, value: Sequence[memoryview]) -> bool:
+        """Read the next answer, a value of the buffers' length together, into them.
+
+        Returns:
+            False if the server has no such value. (It says "empty" instead where a part of it was asked for.)
+
+        Raises:
+            Unfit: it has one of another length.
+            Refused: the server answered with an error.
+            OSError: the connection is broken, or the value does not come in time.
+        """
+        size = sum(view.nbytes for view in value)
+        found = self._expect(b"$%d\r\n" % size)
+        if found:
+            self._fill([*value, memoryview(bytearray(2))])
+        self.under_way -= 1
+        return found
+
+    def _expect(self, line: bytes) -> bool:
+        """Read a reply's first line, which should be this one; False if it says that there is nothing."""
+        begin = self._take(SHORTEST_LINE)
+        if begin[:1] == b"-":
+            raise Refused(self._rest_of_line(begin))
+        if begin in _NOTHING:
+            self._take(_NOTHING[begin])
+            return False
+        # The rest of a line of two digits or more, and of what follows it, is longer than what is left of ours.
+        rest = b"" if begin.endswith(b"\n") else self._take(len(line) - len(begin))
+        if begin + rest != line:
+            raise Unfit
+        return True
+
+    def _rest_of_line(self, line: bytes) -> str:
+        while not line.endswith(b"\n") and len(line) < MAX_LINE:
+            line += self._take(1)
+        return line[1:].decode(errors="replace").strip()
+
+    def _take(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        self._fill([memoryview(buffer)])
+        return bytes(buffer)
+
+    def _fill(self, views: list[memoryview]) -> None:
+        deadline = time.monotonic() + self._timeout
+        views = [view for view in views if view.nbytes]
+        while views:
+            if self._tls:
+                count = self._socket.recv_into(views[0])
+            else:
+                count = self._socket.recvmsg_into(views[:IOV_MAX], 0, socket.MSG_WAITALL)[0]
+            if count == 0:
+                raise ConnectionError("the server closed the connection")
+            views = self._left(views, count, deadline)
+
+    def _send(self, views: list[memoryview]) -> None:
+        deadline = time.monotonic() + self._timeout
+        while views:
+            count = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views[:IOV_MAX])
+            views = self._left(views, count, deadline)
+
+    def _left(self, views: list[memoryview], count: int, deadline: float) -> list[memoryview]:
+        """What is still to be moved. A value that only trickles is given up, as is one that does not move at all."""
+        views = after(views, count)
+        if views and time.monotonic() > deadline:
+            raise TimeoutError(f"{sum(view.nbytes for view in views)} bytes were left after {self._timeout:g} s")
+        return views
+
+
+def _command(words: Sequence[bytes]) -> bytes:
+    return b"*%d\r\n" % len(words) + _bulks(words)
+
+
+def _bulks(words: Sequence[bytes]) -> bytes:
+    return b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)

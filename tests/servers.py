@@ -1,0 +1,255 @@
+"""Real servers on loopback, each in a process of its own, and a relay that a test can cut. PYTEST_DONT_REWRITE
+
+A test module that wants them says `pytest_plugins = ["servers"]`. Where a server is not installed its tests are skipped, unless
+CAKE_HF_REQUIRE_SERVERS=1 asks for a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 60.0
+"""Seconds after which a server that does not come up fails the test."""
+
+_numbers = count()
+
+
+class Server:
+    """A process that listens on a port of 127.0.0.1, and its handle."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self._process = process
+        self.port = port
+
+    def kill(self) -> None:
+        """End it at once, as a crash would. May be called twice."""
+        self._process.kill()
+        self._process.wait(PATIENCE)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class S3Server(Server):
+    """moto's S3 service: objects are in its memory, and any credentials are good."""
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What `ObjectStore` has to be told to find it."""
+        secret = {"access_key_id": "test", "secret_access_key": "test"}
+        return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1", **secret}
+
+    def new_bucket(self) -> str:
+        """Make a bucket and return its name."""
+        name = f"bucket-{next(_numbers)}"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
+        with opener.open(request, timeout=PATIENCE):
+            return name
+
+
+MOTO = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.disable(logging.CRITICAL)
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+"""Says its port, and ends when its input does: also when the tests are killed."""
+
+
+def start_s3_server() -> S3Server:
+    """Start moto's S3 service on a free port. The caller kills it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-c", MOTO], text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+    line = process.stdout.readline() if ready else ""
+    if not line:
+        process.kill()
+        process.wait(PATIENCE)
+        raise RuntimeError("moto's server did not start")
+    return S3Server(process, int(line))
+
+
+def start_redis_server(folder: Path, *options: str, port: int | None = None) -> Server:
+    """Start redis-server with nothing kept on disk. The caller kills it.
+
+    Args:
+        folder: for its files.
+        options: more of its command line.
+        port: where an earlier one was; a free one by default.
+    """
+    program = shutil.which("redis-server")
+    if program is None:
+        missing("redis-server is not installed (Debian and Ubuntu: apt-get install redis-server)")
+    for _ in range(5):  # Another process may take the free port before it does.
+        chosen = port or free_port()
+        command = [program, "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
+        process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if _answers(process, chosen):
+            return Server(process, chosen)
+        process.kill()
+        process.wait(PATIENCE)
+    raise RuntimeError("redis-server did not start")
+
+
+def missing(what: str) -> None:
+    """Skip the test for want of a server, or fail it where all of them have to be there."""
+    if os.environ.get("CAKE_HF_REQUIRE_SERVERS") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _answers(process: subprocess.Popen[str], port: int) -> bool:
+    """Wait until the server answers a PING (it may want a password, which is an answer, too)."""
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            if connection.recv(100).startswith((b"+PONG", b"-NOAUTH")):
+                return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = start_s3_server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_redis_server(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+class Relay:
+    """Stands between a client and a server on loopback, and hands everything on until it is told otherwise.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._server_port = port
+        self._lock = threading.Lock()
+        self._left = {"server": math.inf, "client": math.inf}
+        self._at_the_end: Callable[[], None] | None = None
+        self._sockets: list[socket.socket] = []
+        self._closed = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.spent = threading.Event()
+        """Set when a side has sent as many bytes as it may, and wanted to send more."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def limit(self, nbytes: int, then: Callable[[], None] | None = None, *, side: str = "server") -> None:
+        """Let so many more bytes of a side's through.
+
+        Args:
+            nbytes: of all connections together.
+            then: called when there are more; None for silence: the connections stay open and nothing comes.
+            side: "server" or "client", whichever sends them.
+        """
+        with self._lock:
+            self._left[side], self._at_the_end = nbytes, then
+            self.spent.clear()
+
+    def cut(self) -> None:
+        """Break off all connections. New ones may be made."""
+        with self._lock:
+            sockets, self._sockets = self._sockets, []
+            self._left = dict.fromkeys(self._left, math.inf)
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def close(self) -> None:
+        """Break off everything, and listen no more."""
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            with contextlib.suppress(OSError):
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port), timeout=PATIENCE)
+                except OSError:
+                    client.close()
+                    continue
+                server.settimeout(None)
+                self._join(client, server)
+
+    def _join(self, client: socket.socket, server: socket.socket) -> None:
+        with self._lock:
+            self._sockets += [client, server]
+        threading.Thread(target=self._pump, args=(client, server, "client"), daemon=True).start()
+        threading.Thread(target=self._pump, args=(server, client, "server"), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, side: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                share = self._take(len(data), side)
+                target.sendall(data[:share])
+                if share < len(data):
+                    self._run_out()
+                    return
+            target.shutdown(socket.SHUT_WR)
+
+    def _take(self, wanted: int, side: str) -> int:
+        with self._lock:
+            share = int(min(wanted, self._left[side]))
+            self._left[side] -= share
+            return share
+
+    def _run_out(self) -> None:
+        self.spent.set()
+        if self._at_the_end is None:
+            self._closed.wait()
+        else:
+            self._at_the_end()
+
+
+@pytest.fixture
+def relay_to() -> Iterator[Callable[[int], Relay]]:
+    """Makes relays to a port; they are closed behind the test."""
+    made: list[Relay] = []
+
+    def make(port: int) -> Relay:
+        made.append(Relay(port))
+        return made[-1]
+
+    yield make
+    for relay in made:
+        relay.close()

@@ -1,0 +1,104 @@
+"""From a URL to a store, without and with the client library that it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cake_hf
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.stores import open_store, opening
+from cake_hf.stores.object import ObjectStore
+from cake_hf.stores.redis import RedisStore
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("s3://bucket/prefix", ObjectStore),
+        ("gs://bucket/prefix", ObjectStore),
+        ("az://container/prefix", ObjectStore),
+        ("redis://localhost:6379/0?ttl=86400", RedisStore),
+        ("rediss://localhost:6379/0", RedisStore),
+        ("redis+unix:///run/redis.sock", RedisStore),
+    ],
+)
+def test_a_scheme_opens_its_store(url: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    with open_store(url) as store:
+        assert isinstance(store, kind)
+
+
+@pytest.mark.parametrize(
+    ("url", "library", "module", "message"),
+    [
+        (
+            "redis://host",
+            "redis",
+            "cake_hf.stores.redis",
+            'Stores at redis:// need the package redis: pip install "cake-hf',
+        ),
+        ("s3://bucket", "obstore", "cake_hf.stores.object", "Stores at s3:// need the package obstore: pip install"),
+    ],
+)
+def test_a_missing_client_library_is_named_with_its_extra(
+    url: str, library: str, module: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.split(".")[0] == library or name.startswith(module):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without(library), *sys.meta_path])
+    with pytest.raises(StoreError) as caught:
+        open_store(url)
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith(f"{opening.REMOTE_KINDS[url.partition(':')[0]].install}")
+
+
+class Without:
+    """An import system without one library."""
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.split(".")[0] == self.library:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_a_fault_of_our_own_is_not_called_a_missing_library() -> None:
+    kind = opening.RemoteKind("x://", "cake_hf.stores.nothing:Store", "x")
+    with pytest.raises(ModuleNotFoundError):
+        kind.open("x://host")
+
+
+def test_an_unknown_scheme_lists_the_known_ones_and_what_to_install() -> None:
+    with pytest.raises(StoreError) as caught:
+        open_store("gopher://somebody:secret@x")
+    message = str(caught.value)
+    assert message.startswith(
+        "Unknown store URL 'gopher://x'; known are a directory path, file:///path, memory:4GB; s3://"
+    )
+    for kind in opening.REMOTE_KINDS.values():
+        assert kind.example in message
+        assert kind.install in message
+    assert "secret" not in message
+
+
+def test_client_libraries_are_not_imported_before_they_are_needed() -> None:
+    """In a process of its own, past the package's face, which would bring in transformers and take seconds."""
+    script = """
+import sys, types
+package = types.ModuleType("cake_hf")
+package.__path__ = [sys.argv[1]]
+sys.modules["cake_hf"] = package
+from cake_hf.stores import open_store
+open_store("memory:")
+assert not {"obstore", "redis", "botocore", "numpy"} & set(sys.modules)
+open_store("redis://localhost")
+assert "redis" in sys.modules and "obstore" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0]], check=True, timeout=120)

@@ -1,0 +1,41 @@
+"""Buffers cut into pieces: nothing is lost, nothing is copied."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cake_hf.stores.pieces import after, cut, even_sizes
+
+
+@given(st.lists(st.binary(max_size=20), max_size=10), st.data())
+def test_pieces_are_the_parts_in_order(parts: list[bytes], data: st.DataObject) -> None:
+    total = sum(map(len, parts))
+    edges = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=5))})
+    sizes = [end - begin for begin, end in pairwise(edges)]
+    pieces = list(cut(parts, sizes))
+    assert [sum(view.nbytes for view in piece) for piece in pieces] == sizes
+    assert b"".join(view for piece in pieces for view in piece) == b"".join(parts)
+    assert all(view.nbytes for piece in pieces for view in piece)
+
+
+def test_pieces_share_the_parts_memory() -> None:
+    buffer = bytearray(10)
+    _, (view,) = cut([memoryview(buffer)], [4, 6])
+    view[0] = 7
+    assert buffer[4] == 7
+
+
+@given(st.lists(st.binary(min_size=1, max_size=20), max_size=10), st.integers(0, 200))
+def test_what_is_left(parts: list[bytes], count: int) -> None:
+    assert b"".join(after([memoryview(part) for part in parts], count)) == b"".join(parts)[count:]
+
+
+@given(st.integers(0, 10**12), st.integers(10**9, 10**10))
+def test_even_sizes_are_few_and_alike(total: int, most: int) -> None:
+    sizes = even_sizes(total, most)
+    assert sum(sizes) == total
+    assert len(sizes) == -(-total // most)
+    assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
