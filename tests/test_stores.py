@@ -271,7 +271,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("number", "advice"), FAULTS)
-@pytest.mark.parametrize("function", ["open", "writev", "fsync", "makedirs", "rename"])
+@pytest.mark.parametrize("function", ["open", "writev", "fsync", "makedirs", "link"])
 def test_a_write_that_fails_says_what_to_do_and_leaves_nothing(
     tmp_path: Path, function: str, number: int, advice: str
 ) -> None:
