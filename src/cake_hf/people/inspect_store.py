@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, Store, open_store
-from cake_hf.stores.local import SUFFIX
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
 
 Table = dict[str, dict[str, object]]
@@ -106,16 +105,20 @@ class Chain:
 
 
 def existing_store(spec: str) -> Store:
-    """Open a store that should be there already; looking must not make an empty one.
+    """Open a store that should be there already; looking must not make an empty one, and is no use of its chunks.
 
     Raises:
         StoreError: there is none.
     """
-    path = Path(spec.removeprefix("file://")).expanduser()
-    is_path = spec.startswith("file://") or ("://" not in spec and not spec.startswith("memory:"))
+    is_url = spec.startswith("file://")
+    path = Path(spec.removeprefix("file://").partition("?")[0] if is_url else spec).expanduser()
+    is_path = is_url or ("://" not in spec and not spec.startswith("memory:"))
     if is_path and not path.exists():
         raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
-    return open_store(spec)
+    store = open_store(spec)
+    if isinstance(store, LocalStore):
+        store.marks_use = False
+    return store
 
 
 def take_inventory(store: Store, progress: Progress) -> Inventory:
@@ -145,7 +148,8 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
         CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
         StoreError: it cannot be read.
     """
-    size, raw = store.size(key), _read_start(store, key)
+    size = store.size(key)
+    raw = None if size is None else _read_start(store, key, size)
     if size is None or raw is None:
         return None
     facts, table = parse_header(raw)
@@ -199,19 +203,18 @@ def _first_index(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> int:
     return current.facts.index
 
 
-def _read_start(store: Store, key: str) -> bytes | bytearray | None:
-    """A value's header at least. The contract only reads whole values; a file's start can be had for less."""
-    if not isinstance(store, LocalStore):
+def _read_start(store: Store, key: str, size: int) -> bytearray | None:
+    """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
+    if not store.reads_ranges:
         return store.read(key)
-    try:
-        with open(store.root / key[:2] / f"{key}{SUFFIX}", "rb") as file:
-            start = file.read(8)
-            (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-            return start + file.read(min(length, MAX_HEADER_BYTES))
-    except FileNotFoundError:
+    start = bytearray(min(8, size))
+    if not store.read_range(key, [memoryview(start)], 0):
         return None
-    except OSError as error:
-        raise StoreError(f"Chunk {key} cannot be read: {error.strerror}; check the disk.") from error
+    (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+    if length > min(size - len(start), MAX_HEADER_BYTES):
+        return start  # parse_header says what is wrong with it
+    whole = bytearray(len(start) + length)
+    return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
 def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
