@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
@@ -13,6 +13,11 @@ from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, pa
 
 Table = dict[str, dict[str, object]]
 Progress = Callable[[int, int], None]
+
+MAX_INDEX = 2**40
+MAX_EXTENT = 2**31
+MAX_TEXT = 500
+"""What a header says is shown to people only within these bounds; whoever wrote it may have had other ideas."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,21 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
         raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
     if size != 8 + length + payload_size(table):
         raise CorruptChunk(f"Chunk {key} has {size} bytes, its header says {8 + length + payload_size(table)}.")
-    if not table or any(len(shape) < 1 for shape in _shapes(table)):
+    if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
-    return StoredChunk(facts, table, size)
+    for name, entry in table.items():
+        if not _is_tensor(entry):
+            raise CorruptChunk(f"Chunk {key} does not say what its tensor {_printable(name)} is.")
+    if not 0 <= facts.index < MAX_INDEX:
+        raise CorruptChunk(f"Chunk {key} says that it is number {facts.index:.3g} of its prompt.")
+    shown = replace(
+        facts,
+        parent=_printable(facts.parent),
+        namespace=_printable(facts.namespace),
+        model=_printable(facts.model),
+        checksum=_printable(facts.checksum),
+    )
+    return StoredChunk(shown, table, size)
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:
@@ -218,11 +235,23 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
 
 
 def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
-    for name, entry in table.items():
-        shape = entry.get("shape")
-        if not isinstance(shape, list) or not all(isinstance(extent, int) for extent in shape):
-            raise CorruptChunk(f"The chunk's tensor {name} has no shape.")
+    for entry in table.values():
+        shape = entry["shape"]
+        assert isinstance(shape, list)  # see _is_tensor
         yield tuple(shape)
+
+
+def _is_tensor(entry: dict[str, object]) -> bool:
+    """Whether a table's entry has a dtype and a shape that can be shown."""
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or not dtype.isalnum() or not isinstance(shape, list) or not shape:
+        return False
+    return all(type(extent) is int and 0 <= extent < MAX_EXTENT for extent in shape)
+
+
+def _printable(text: str) -> str:
+    """Text from a store on its way to a terminal, without the characters that would command it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_TEXT])
 
 
 def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:

@@ -109,9 +109,9 @@ def _namespace_table(found: Sequence[Namespace]) -> Table:
     for namespace in found:
         first, count = namespace.first, len(namespace.chunks)
         table.add_row(
-            namespace.digest[:SHORT],
+            Text(namespace.digest[:SHORT]),
             Text(_short_name(first.facts.model)),
-            first.dtypes,
+            Text(first.dtypes),
             str(first.chunk_size),
             f"{count:,}",
             f"{count * first.chunk_size:,}",

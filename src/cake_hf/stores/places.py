@@ -24,7 +24,8 @@ def place_in(start: bytes) -> Place | None:
     Args:
         start: the first `START_BYTES` of a value, or all of a shorter one.
     """
-    text = start[8:].decode(errors="replace")
+    length = int.from_bytes(start[:8], "little")
+    text = start[8 : 8 + min(length, len(start))].decode("latin-1")  # what we look for is ASCII, and this never fails
     opening = _METADATA.match(text)
     if opening is None:
         return None
