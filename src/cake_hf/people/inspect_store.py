@@ -160,22 +160,22 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
+        raise CorruptChunk(f"The file named {key} says that it is {printable(facts.key)}.")
     if size != 8 + length + payload_size(table):
-        raise CorruptChunk(f"Chunk {key} has {size} bytes, its header says {8 + length + payload_size(table)}.")
+        raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
     for name, entry in table.items():
         if not _is_tensor(entry):
-            raise CorruptChunk(f"Chunk {key} does not say what its tensor {_printable(name)} is.")
+            raise CorruptChunk(f"Chunk {key} does not say what its tensor {printable(name)} is.")
     if not 0 <= facts.index < MAX_INDEX:
-        raise CorruptChunk(f"Chunk {key} says that it is number {facts.index:.3g} of its prompt.")
+        raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
     shown = replace(
         facts,
-        parent=_printable(facts.parent),
-        namespace=_printable(facts.namespace),
-        model=_printable(facts.model),
-        checksum=_printable(facts.checksum),
+        parent=printable(facts.parent),
+        namespace=printable(facts.namespace),
+        model=printable(facts.model),
+        checksum=printable(facts.checksum),
     )
     return StoredChunk(shown, table, size)
 
@@ -249,7 +249,7 @@ def _is_tensor(entry: dict[str, object]) -> bool:
     return all(type(extent) is int and 0 <= extent < MAX_EXTENT for extent in shape)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text from a store on its way to a terminal, without the characters that would command it."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_TEXT])
 
