@@ -75,10 +75,12 @@ def gc_command(
     ] = LRU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> None:
-    """Delete chunks of a directory by age or for a budget; exit code 1 if some of them could not be deleted.
+    """Delete chunks by age or for a budget; exit code 1 if some could not be deleted.
 
-    Processes that use the store meanwhile are not disturbed: what they read they read to its end, and what is gone is computed
-    when its prompt comes again. Buckets and servers have rules of their own for this (lifecycle, maxmemory).
+    Processes that use the store meanwhile are not disturbed: what they read
+    they read to its end, and what is gone is computed when its prompt comes
+    again. For directories only: buckets and servers have rules of their own
+    (lifecycle, maxmemory).
     """
     if not budget and not older_than:
         raise ValueError("Say what may go: --budget 20GB, --older-than 30d, or both.")

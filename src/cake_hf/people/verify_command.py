@@ -44,11 +44,12 @@ def verify_command(
         bool, typer.Option(help="As the chunks were saved. Inexact ones of other machines may differ.")
     ] = True,
 ) -> None:
-    """Read every chunk and check it against its checksum; exit code 1 if a damaged one is left.
+    """Check every chunk against its checksum; exit code 1 if a damaged one is left.
 
-    A checksum finds accidents, not lies: a chunk that somebody made up can be well-formed. Only computing it again tells. A
-    store does not have the texts of its prompts, so --recompute needs them: each is computed from its start to its last
-    sampled chunk, without using anything that is stored.
+    A checksum finds accidents, not lies: a chunk that somebody made up can be
+    well-formed. Only computing it again tells. A store does not have the texts
+    of its prompts, so --recompute needs them: each is computed from its start
+    to its last sampled chunk, without using anything that is stored.
     """
     job = _recompute_job(share, model, prompt or [], seed, chunk_size, salt, exact, dtype, device)
     with existing_store(store) as opened:
