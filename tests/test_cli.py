@@ -101,7 +101,7 @@ def test_version(command: Command) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.exit_code == 0
-    for name in ("warm", "ls", "info", "verify", "demo", "bench"):
+    for name in ("warm", "ls", "info", "verify", "gc", "demo", "bench"):
         assert name in result.output
 
 
@@ -236,9 +236,9 @@ def test_verify_names_a_damaged_chunk_and_delete_heals(
     found = command("verify", store)
     assert found.exit_code == 1
     assert key in found.output
-    assert "--delete" in found.output
+    assert "--fix" in found.output
     assert [other for other in keys_of(store) if other in found.output] == [key]
-    healed = command("verify", store, "--delete")
+    healed = command("verify", store, "--fix")
     assert healed.exit_code == 0
     assert "1 chunk deleted" in flat(healed.output)
     assert command("verify", store).exit_code == 0
@@ -256,7 +256,7 @@ def test_a_chunk_that_cannot_be_read_is_not_deleted(
         raise cake_hf.StoreError("The disk reports a fault; check it.")
 
     monkeypatch.setattr(LocalStore, "read", fail)
-    result = command("verify", store, "--delete")
+    result = command("verify", store, "--fix")
     assert result.exit_code == 1
     assert "check it" in flat(result.output)
     assert len(keys_of(store)) == CHUNKS

@@ -152,7 +152,8 @@ def dying(function):
         return function(*args, **kwargs)
     return call
 class Careless(LocalStore):
-    def _publish(self, key, final, parts):
+    def _publish(self, key, parts, replace):
+        final = self._folder.path(key)
         os.makedirs(os.path.dirname(final), exist_ok=True)
         descriptor = os.open(final, os.O_WRONLY | os.O_CREAT)
         os.writev(descriptor, parts)
@@ -162,7 +163,7 @@ with open(f"{folder}/{key}", "rb") as file:
     value = file.read()
 store = (Careless if sys.argv[6] == "careless" else LocalStore)(sys.argv[2])
 real_writev = os.writev
-for name in ("open", "mkdir", "writev", "fsync", "rename", "close"):
+for name in ("open", "mkdir", "ftruncate", "writev", "fsync", "link", "unlink", "close"):
     setattr(os, name, dying(getattr(os, name)))
 store.write(key, [memoryview(value)[:4096], memoryview(value)[4096:]])
 """

@@ -11,17 +11,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cake_hf
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store, wrappers
 from cake_hf.stores.base import total_bytes
+from cake_hf.tensors.codec import ChunkFacts, check_header, check_pieces, checksums, encode_header
+from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import FaultStore, GateStore, StoreContract, ThrottledStore, WrapperStore, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, run_together, split, value_of
 
@@ -271,7 +274,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("number", "advice"), FAULTS)
-@pytest.mark.parametrize("function", ["open", "writev", "fsync", "makedirs", "rename"])
+@pytest.mark.parametrize("function", ["open", "writev", "fsync", "makedirs", "link"])
 def test_a_write_that_fails_says_what_to_do_and_leaves_nothing(
     tmp_path: Path, function: str, number: int, advice: str
 ) -> None:
@@ -543,6 +546,45 @@ def test_a_stalled_read_hangs_until_it_is_released_and_brings_garbage() -> None:
     assert buffer == b"\xa5" * 1000
 
 
+def test_a_lie_passes_every_check() -> None:
+    layout = ChunkLayout(
+        16, (Piece("layers.0.keys", 2, 4, torch.float32), Piece("layers.0.values", 2, 4, torch.float32))
+    )
+    payload = value_of(1, layout.nbytes)
+    header = encode_header(layout, ChunkFacts(key_of(1), "0" * 40, 0, "0" * 40, "a model", checksums(payload, layout)))
+    store = FaultStore(MemoryStore(), {key_of(1): "lie"})
+    store.write(key_of(1), [header, payload])
+    for read in (
+        lambda parts: store.read_into(key_of(1), parts),
+        lambda parts: store.read_range(key_of(1), parts[:1], 0) and store.read_range(key_of(1), parts[1:], len(header)),
+    ):
+        parts = [memoryview(bytearray(size)) for size in (len(header), *layout.sizes)]
+        assert read(parts)
+        check_pieces(parts[1:], check_header(parts[0], key_of(1), layout))
+        assert b"".join(parts[1:]) == bytes(layout.nbytes) != payload
+    assert store.injected == [(key_of(1), "lie")] * 3
+    assert store.inner.read(key_of(1)) == header + payload
+
+
+def test_a_torn_write_raises_and_leaves_half_of_the_value() -> None:
+    store = FaultStore(MemoryStore(), {key_of(1): "tear"})
+    with pytest.raises(StoreError, match="after half of chunk"):
+        store.write(key_of(1), split(value_of(1), [700]))
+    assert store.read(key_of(1)) == value_of(1)[:500]
+    assert store.write(key_of(1), [b"other"]) is False
+    assert store.write(key_of(2), [b"other"]) is True
+
+
+def test_random_torn_writes() -> None:
+    store = FaultStore(MemoryStore(), rate=0.5, kinds=("tear",), seed=1)
+    for number in range(50):
+        with suppress(StoreError):
+            store.write(key_of(number), [value_of(number)])
+        store.read(key_of(number))
+    assert 10 < len(store.injected) < 40
+    assert {fault for _, fault in store.injected} == {"tear"}
+
+
 @pytest.mark.parametrize("fault", ["drop", "truncate", "flip"])
 def test_faults_are_counted_and_leave_other_keys_and_the_value_itself_alone(fault: str) -> None:
     store = faulty(fault)
@@ -569,7 +611,7 @@ def test_random_faults_come_at_their_rate_and_from_their_seed() -> None:
 
 
 def test_unknown_faults_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\['melt'\]; known are drop, truncate, flip, error, stall"):
+    with pytest.raises(ValueError, match=r"\['melt'\]; known are drop, truncate, flip, error, stall, lie, tear"):
         FaultStore(MemoryStore(), {key_of(1): "melt"})
 
 

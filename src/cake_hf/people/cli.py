@@ -8,17 +8,18 @@ from typing import Annotated
 import typer
 
 import cake_hf
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.bench import bench_app
 from cake_hf.people.console import WRONG, PlainErrors, console, progress_bar
 from cake_hf.people.demo.play import DemoOptions, play
+from cake_hf.people.gc import gc_command
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.people.models import Dtype
+from cake_hf.people.options import ChunkSize, Device, DtypeOption, StoreArgument
 from cake_hf.people.packs.commands import pull_command, push_command
 from cake_hf.people.plan import plan_command
 from cake_hf.people.simulate import simulate_command
-from cake_hf.people.store_tables import chunk_facts, listing, show_verified, totals
-from cake_hf.people.verify import delete, verify
+from cake_hf.people.store_tables import chunk_facts, listing, totals
+from cake_hf.people.verify_command import verify_command
 from cake_hf.people.warm import WarmJob, show_warmed, warm
 
 app = typer.Typer(
@@ -29,11 +30,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Keep the KV of long prompts in a store, and look at what is there.",
 )
-
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory or a URL.")]
-ChunkSize = Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
-Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]
 
 
 @app.callback()
@@ -88,21 +84,6 @@ def info_command(
     console.print(totals(store, inventory))
 
 
-@app.command("verify")
-def verify_command(
-    store: StoreArgument,
-    remove: Annotated[bool, typer.Option("--delete", help="Remove the damaged chunks.")] = False,
-) -> None:
-    """Read every chunk and check it against its checksum; exit code 1 if a damaged one is left."""
-    with existing_store(store) as opened:
-        with progress_bar("checking", "chunks") as progress:
-            result = verify(opened, progress)
-        deleted = delete(opened, result.bad) if remove else 0
-    show_verified(store, result, deleted)
-    if deleted < len(result.bad):
-        raise typer.Exit(WRONG)
-
-
 @app.command("demo")
 def demo_command(
     model: Annotated[str, typer.Option(help="A folder or a name on the Hub; recall-tiny comes with the package.")] = "",
@@ -126,6 +107,8 @@ def demo_command(
         raise typer.Exit(WRONG)
 
 
+app.command("verify")(verify_command)
+app.command("gc")(gc_command)
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 app.command("push")(push_command)

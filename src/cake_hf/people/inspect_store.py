@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, Store, open_store
-from cake_hf.stores.local import SUFFIX
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
 
 Table = dict[str, dict[str, object]]
 Progress = Callable[[int, int], None]
+
+MAX_INDEX = 2**40
+MAX_EXTENT = 2**31
+MAX_TEXT = 500
+"""What a header says is shown to people only within these bounds; whoever wrote it may have had other ideas."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class StoredChunk:
     """One chunk as its header tells.
 
     Attributes:
-        facts: key, parent, place on the grid, namespace, model, checksum.
+        facts: key, parent, place on the grid, namespace, model, checksums.
         table: safetensors' entries of its tensors.
         file_bytes: header and payload.
     """
@@ -106,16 +110,20 @@ class Chain:
 
 
 def existing_store(spec: str) -> Store:
-    """Open a store that should be there already; looking must not make an empty one.
+    """Open a store that should be there already; looking must not make an empty one, and is no use of its chunks.
 
     Raises:
         StoreError: there is none.
     """
-    path = Path(spec.removeprefix("file://")).expanduser()
-    is_path = spec.startswith("file://") or ("://" not in spec and not spec.startswith("memory:"))
+    is_url = spec.startswith("file://")
+    path = Path(spec.removeprefix("file://").partition("?")[0] if is_url else spec).expanduser()
+    is_path = is_url or ("://" not in spec and not spec.startswith("memory:"))
     if is_path and not path.exists():
         raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
-    return open_store(spec)
+    store = open_store(spec)
+    if isinstance(store, LocalStore):
+        store.marks_use = False
+    return store
 
 
 def take_inventory(store: Store, progress: Progress) -> Inventory:
@@ -145,18 +153,31 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
         CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
         StoreError: it cannot be read.
     """
-    size, raw = store.size(key), _read_start(store, key)
+    size = store.size(key)
+    raw = None if size is None else _read_start(store, key, size)
     if size is None or raw is None:
         return None
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
+        raise CorruptChunk(f"The file named {key} says that it is {printable(facts.key)}.")
     if size != 8 + length + payload_size(table):
-        raise CorruptChunk(f"Chunk {key} has {size} bytes, its header says {8 + length + payload_size(table)}.")
-    if not table or any(len(shape) < 1 for shape in _shapes(table)):
+        raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
+    if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
-    return StoredChunk(facts, table, size)
+    for name, entry in table.items():
+        if not _is_tensor(entry):
+            raise CorruptChunk(f"Chunk {key} does not say what its tensor {printable(name)} is.")
+    if not 0 <= facts.index < MAX_INDEX:
+        raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
+    shown = replace(
+        facts,
+        parent=printable(facts.parent),
+        namespace=printable(facts.namespace),
+        model=printable(facts.model),
+        checksums=tuple(printable(checksum) for checksum in facts.checksums),
+    )
+    return StoredChunk(shown, table, size)
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:
@@ -199,27 +220,38 @@ def _first_index(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> int:
     return current.facts.index
 
 
-def _read_start(store: Store, key: str) -> bytes | bytearray | None:
-    """A value's header at least. The contract only reads whole values; a file's start can be had for less."""
-    if not isinstance(store, LocalStore):
+def _read_start(store: Store, key: str, size: int) -> bytearray | None:
+    """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
+    if not store.reads_ranges:
         return store.read(key)
-    try:
-        with open(store.root / key[:2] / f"{key}{SUFFIX}", "rb") as file:
-            start = file.read(8)
-            (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-            return start + file.read(min(length, MAX_HEADER_BYTES))
-    except FileNotFoundError:
+    start = bytearray(min(8, size))
+    if not store.read_range(key, [memoryview(start)], 0):
         return None
-    except OSError as error:
-        raise StoreError(f"Chunk {key} cannot be read: {error.strerror}; check the disk.") from error
+    (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+    if length > min(size - len(start), MAX_HEADER_BYTES):
+        return start  # parse_header says what is wrong with it
+    whole = bytearray(len(start) + length)
+    return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
 def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
-    for name, entry in table.items():
-        shape = entry.get("shape")
-        if not isinstance(shape, list) or not all(isinstance(extent, int) for extent in shape):
-            raise CorruptChunk(f"The chunk's tensor {name} has no shape.")
+    for entry in table.values():
+        shape = entry["shape"]
+        assert isinstance(shape, list)  # see _is_tensor
         yield tuple(shape)
+
+
+def _is_tensor(entry: dict[str, object]) -> bool:
+    """Whether a table's entry has a dtype and a shape that can be shown."""
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or not dtype.isalnum() or not isinstance(shape, list) or not shape:
+        return False
+    return all(type(extent) is int and 0 <= extent < MAX_EXTENT for extent in shape)
+
+
+def printable(text: str) -> str:
+    """Text from a store on its way to a terminal, without the characters that would command it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_TEXT])
 
 
 def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:

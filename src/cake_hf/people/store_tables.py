@@ -10,8 +10,9 @@ from rich.text import Text
 
 from cake_hf.people.console import console
 from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
+from cake_hf.people.recompute import Recomputed
 from cake_hf.people.units import bytes_text, count_text
-from cake_hf.people.verify import Verified
+from cake_hf.people.verify import BadChunk, Verified
 
 SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
@@ -62,25 +63,41 @@ def chunk_facts(chunk: StoredChunk) -> RenderableType:
     )
 
 
-def show_verified(name: str, result: Verified, deleted: int) -> None:
-    """The damaged chunks, if any, and what to do about them."""
+def show_verified(name: str, result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
+    """The damaged chunks, if any, and what to do about them.
+
+    Args:
+        name: of the store.
+        result: of the check of all chunks.
+        bad: the damaged ones, by whatever check.
+        deleted: how many of them are gone.
+    """
     what = f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
-    if not result.bad:
+    if not bad:
         console.print(f"[green]All is well:[/green] {what} checked.")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("damaged chunk", style="red", no_wrap=True)
     table.add_column("why")
-    for chunk in result.bad:
+    for chunk in bad:
         table.add_row(chunk.key, Text(chunk.why))
     console.print(table)
-    console.print(f"\n{len(result.bad)} damaged of {what} checked.", style="bold red")
+    console.print(f"\n{len(bad)} damaged of {what} checked.", style="bold red")
     if deleted:
         console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
-    elif any(chunk.corrupt for chunk in result.bad):
+    elif any(chunk.corrupt for chunk in bad):
         console.print(
-            f"They are never used. Delete them with  [bold]cake-hf verify {name} --delete[/bold]", soft_wrap=True
+            f"Delete them with the same command and  [bold]--fix[/bold]: cake-hf verify {name} --fix", soft_wrap=True
         )
+
+
+def show_recomputed(result: Recomputed) -> None:
+    """How many chunks were computed again."""
+    of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
+    if result.bad:
+        console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
+    else:
+        console.print(f"[green]The sample is true:[/green] {of}, equal bit for bit.")
 
 
 def _namespace_table(found: Sequence[Namespace]) -> Table:
@@ -92,9 +109,9 @@ def _namespace_table(found: Sequence[Namespace]) -> Table:
     for namespace in found:
         first, count = namespace.first, len(namespace.chunks)
         table.add_row(
-            namespace.digest[:SHORT],
+            Text(namespace.digest[:SHORT]),
             Text(_short_name(first.facts.model)),
-            first.dtypes,
+            Text(first.dtypes),
             str(first.chunk_size),
             f"{count:,}",
             f"{count * first.chunk_size:,}",

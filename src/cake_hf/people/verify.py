@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.people.inspect_store import printable, read_chunk
 from cake_hf.stores import Store
 from cake_hf.tensors.codec import check_file
 
@@ -30,8 +31,8 @@ class Verified:
     """What came of it.
 
     Attributes:
-        checked: chunks that were read and checked.
-        nbytes: of those.
+        checked: chunks that were read, damaged ones included.
+        nbytes: of those that are well.
         bad: the damaged ones.
     """
 
@@ -50,13 +51,18 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
     checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
     for count, key in enumerate(keys, start=1):
         try:
-            raw = store.read(key)
+            # The header first: what it says must fit to the value's size before memory is taken for that.
+            raw = None if read_chunk(store, key) is None else store.read(key)
             if raw is not None:
+                check_file(raw, key)
                 checked += 1
                 nbytes += len(raw)
-                check_file(raw, key)
         except StoreError as error:
-            bad.append(BadChunk(key, str(error), isinstance(error, CorruptChunk)))
+            corrupt = isinstance(error, CorruptChunk)
+            checked += corrupt
+            bad.append(BadChunk(key, printable(str(error)), corrupt))
+        except MemoryError:
+            bad.append(BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False))
         progress(count, len(keys))
     return Verified(checked, nbytes, bad)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import Part, Store, scatter, total_bytes
 
 
 class WrapperStore(Store):
@@ -99,17 +99,21 @@ class ThrottledStore(WrapperStore):
             return self._line_free_at
 
 
-FAULTS = ("drop", "truncate", "flip", "error", "stall")
+READ_FAULTS = ("drop", "truncate", "flip", "error", "stall", "lie")
+WRITE_FAULTS = ("tear",)
+FAULTS = (*READ_FAULTS, *WRITE_FAULTS)
 
 
 class FaultStore(WrapperStore):
-    """Reads that go wrong, by choice or at random from a seed.
+    """Reads and writes that go wrong, by choice or at random from a seed.
 
     Args:
         inner: the store with the values.
-        faults: key -> one of `FAULTS`: "drop" (a listed value is gone), "truncate" (the value ends early), "flip" (one
-            bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`).
-        rate: share of the other reads that get a random fault.
+        faults: key -> one of `FAULTS`. Of its reads: "drop" (a listed value is gone), "truncate" (the value ends early), "flip"
+            (one bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`), "lie"
+            (a chunk that passes every check, with KV that no model made). Of its writes: "tear" (half of the value is
+            listed, then the write raises, as in a store that breaks its promise).
+        rate: share of the other reads (and of the other writes, where `kinds` has faults of these) that get a random fault.
         kinds: what random faults to choose from.
         seed: of that choice.
     """
@@ -137,7 +141,14 @@ class FaultStore(WrapperStore):
         return total_bytes(parts) if self._misread(key, parts, lambda: self._inner_read(key, parts)) else None
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        return self._misread(key, parts, lambda: self.inner.read_range(key, parts, offset))
+        return self._misread(key, parts, lambda: self.inner.read_range(key, parts, offset), offset)
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        if self._choose(key, WRITE_FAULTS) is None or (not replace and self.inner.contains([key])[0]):
+            return self.inner.write(key, parts, replace=replace)
+        value = b"".join(parts)
+        self.inner.write(key, [value[: len(value) // 2]], replace=True)
+        raise StoreError(f"An injected fault after half of chunk {key} was written.")
 
     def release(self) -> None:
         """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""
@@ -146,12 +157,9 @@ class FaultStore(WrapperStore):
     def _inner_read(self, key: str, parts: Sequence[memoryview]) -> bool:
         return self.inner.read_into(key, parts) is not None
 
-    def _misread(self, key: str, parts: Sequence[memoryview], read: Callable[[], bool]) -> bool:
+    def _misread(self, key: str, parts: Sequence[memoryview], read: Callable[[], bool], offset: int = 0) -> bool:
         """Read, and let go wrong what shall; False for a miss."""
-        fault = self._choose(key)
-        if fault is not None:
-            with self._lock:
-                self.injected.append((key, fault))
+        fault = self._choose(key, READ_FAULTS)
         if fault == "drop":
             return False
         if fault == "error":
@@ -161,6 +169,8 @@ class FaultStore(WrapperStore):
             for part in parts:
                 part[:] = b"\xa5" * part.nbytes
             return True
+        if fault == "lie":
+            return self._read_lie(key, parts, offset)
         found = read()
         if fault == "truncate":
             parts[-1][:] = bytes(parts[-1].nbytes)
@@ -169,11 +179,25 @@ class FaultStore(WrapperStore):
             middle[middle.nbytes // 2] ^= 1
         return found
 
-    def _choose(self, key: str) -> str | None:
+    def _read_lie(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        from cake_hf.tensors.forgery import forge  # the other faults need no torch
+
+        value = self.inner.read(key)
+        if value is not None:
+            scatter(memoryview(forge(value))[offset:], parts, key)
+        return value is not None
+
+    def _choose(self, key: str, possible: Sequence[str]) -> str | None:
+        """What shall go wrong, if anything; it is noted in `injected`."""
         with self._lock:
-            if key in self.faults:
-                return self.faults[key]
-            return self._random.choice(self._kinds) if self._random.random() < self._rate else None
+            fault = self.faults.get(key)
+            kinds = [kind for kind in self._kinds if kind in possible]
+            if fault is None and kinds and self._random.random() < self._rate:
+                fault = self._random.choice(kinds)
+            if fault is None or fault not in possible:
+                return None
+            self.injected.append((key, fault))
+            return fault
 
 
 class GateStore(WrapperStore):

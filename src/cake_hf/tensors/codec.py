@@ -86,10 +86,19 @@ def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
         "model": facts.model[-MAX_MODEL_NAME:].encode(errors="replace").decode(),
         "checksums": "".join(facts.checksums),
     }
-    metadata["header"] = _seal(metadata, layout.tensor_table)
-    text = _plain({"__metadata__": metadata, **layout.tensor_table})
-    padded = header_size(layout) - 8
-    return struct.pack("<Q", padded) + text.ljust(padded)
+    return sealed_header(metadata, layout.tensor_table, header_size(layout))
+
+
+def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], nbytes: int) -> bytes:
+    """A header of that many bytes with a checksum of all that it says.
+
+    Args:
+        metadata: without that checksum.
+        table: of the tensors.
+        nbytes: with the 8 bytes of its length; at least as many as it needs.
+    """
+    whole = {"__metadata__": {**metadata, "header": _seal(metadata, table)}, **table}
+    return struct.pack("<Q", nbytes - 8) + _plain(whole).ljust(nbytes - 8)
 
 
 def header_size(layout: ChunkLayout) -> int:

@@ -1,0 +1,45 @@
+"""What tests of commands share: a tiny model in a folder, texts for it, and a way to run `cake-hf`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from cake_hf.people.cli import app
+from models import build
+
+Command = Callable[..., Result]
+
+
+def save_model(folder: Path) -> Path:
+    """A tiny random model whose tokens are the words "w3" to "w127"."""
+    build("llama").save_pretrained(folder)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 128)}}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, words: int, seed: int = 0) -> Path:
+    numbers = torch.randint(3, 128, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
+    path.write_text(" ".join(f"w{number}" for number in numbers))
+    return path
+
+
+def run_command(*arguments: object) -> Result:
+    """`cake-hf` with these arguments, on a wide terminal."""
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def flat(text: str) -> str:
+    """Without the tables' frames and line breaks."""
+    return re.sub(r"[\s│┃╭╮╰╯─━]+", " ", text)

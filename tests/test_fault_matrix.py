@@ -1,0 +1,173 @@
+"""Every kind of fault, in every store, at the first, a middle and the last chunk: the answer is the one without a cache.
+
+A new store joins by a line in `STORES`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf.stores import LocalStore, Store
+from cake_hf.stores.wrappers import FAULTS, FaultStore, ThrottledStore
+from cake_hf.tensors.codec import parse_header
+from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+
+STORES: dict[str, Callable[[Path], Store]] = {
+    "memory": lambda path: MemoryStore(),
+    "local": LocalStore,
+    "local with a budget": lambda path: LocalStore(path, budget=10**9, eviction="front-first"),
+    "throttled": lambda path: ThrottledStore(LocalStore(path), bytes_per_second=1e12),
+}
+POSITIONS = {"first": 0, "middle": CHUNKS // 2, "last": CHUNKS - 1}
+
+MISSED, FAILED = (1, 0), (0, 1)
+COUNTS = {"drop": MISSED, "truncate": FAILED, "flip": FAILED, "error": FAILED, "stall": FAILED, "tear": FAILED}
+"""Chunks missed and failed, for one fault of a kind. What a lie does stands at the end."""
+
+HEALED = {"truncate", "flip", "tear"}
+"""Faults after which the store gets the chunk anew: it has one that is no good. The others say nothing about the chunk."""
+
+PATIENT = Limits(loader_threads=2, read_timeout=60, lookup_timeout=60)
+IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=60)
+
+
+@cache
+def expected() -> Outcome:
+    return oracle(shared_model("llama"), prompt())
+
+
+@cache
+def chunks() -> list[tuple[str, bytes]]:
+    """Keys and values of the prompt's chunks, in order."""
+    store = MemoryStore()
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
+        saving.prefill(prompt(), whole=True)
+    values = [(key, bytes(store.read(key) or b"")) for key in store.keys()]  # noqa: SIM118 - a store is no dict
+    return sorted(values, key=lambda item: parse_header(item[1])[0].index)
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store with all chunks of the prompt."""
+    opened = STORES[request.param](tmp_path)
+    for key, value in chunks():
+        opened.write(key, [value])
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    yield
+    join_loaders()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("cake-load")] == []
+
+
+def join_loaders() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-load"):
+            thread.join(60)
+
+
+def broken(store: Store, key: str, fault: str) -> FaultStore:
+    """The store with one fault. A torn write has to be written first."""
+    faulty = FaultStore(store, {key: fault})
+    if fault == "tear":
+        store.delete(key)
+        with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="compute") as saving:
+            saving.prefill(prompt(), whole=True)
+            assert saving.flush(60)
+            assert (saving.report.chunks_saved, saving.report.chunks_unsaved) == (0, 1)
+        faulty.faults.clear()
+    return faulty
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("fault", COUNTS)
+def test_a_fault_changes_nothing_but_the_counts(store: Store, fault: str, position: str) -> None:
+    key = chunks()[POSITIONS[position]][0]
+    faulty, limits = broken(store, key, fault), IMPATIENT if fault == "stall" else PATIENT
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+        assert warm.flush(60)
+        assert difference(outcome, expected()) == ""
+        assert faulty.injected[-1:] == [(key, fault)]
+        counts = (report.chunks_missed, report.chunks_failed)
+        assert report.chunks_loaded + report.chunks_computed == CHUNKS
+        if fault == "stall":
+            # It came back though the read never did. On a busy machine reads beside it may be late, too.
+            assert report.chunks_missed == 0
+            assert 1 <= report.chunks_failed <= report.chunks_computed
+            release_and_look_again(faulty, warm, outcome)
+        else:
+            assert counts == COUNTS[fault]
+            assert report.chunks_computed == 1
+        assert report.chunks_saved == (fault in HEALED)
+    assert store.read(key) == dict(chunks())[key], "what the store has at the end is the good chunk"
+
+
+def release_and_look_again(faulty: FaultStore, warm: CakeCache, outcome: Outcome) -> None:
+    """The late read writes garbage to where it was told to: nothing of that may be in the cache."""
+    faulty.release()
+    join_loaders()
+    for layer, keys, values in zip(warm.layers, outcome.keys, outcome.values, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("fault", COUNTS)
+def test_a_fault_changes_nothing_where_both_sides_work(store: Store, fault: str, position: str) -> None:
+    """Here the faulty chunk may be computed before anybody reads it; then nothing is counted."""
+    key = chunks()[POSITIONS[position]][0]
+    faulty, limits = broken(store, key, fault), IMPATIENT if fault == "stall" else PATIENT
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, limits=limits) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+        faulty.release()
+    assert difference(outcome, expected()) == ""
+    assert report.chunks_loaded + report.chunks_computed == CHUNKS
+    if fault != "stall":
+        assert (report.chunks_missed, report.chunks_failed) in ((0, 0), COUNTS[fault])
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+@pytest.mark.parametrize("fault", COUNTS)
+def test_all_chunks_have_the_fault(store: Store, fault: str) -> None:
+    keys = [key for key, _ in chunks()]
+    if fault == "tear":
+        for key, value in chunks():
+            store.write(key, [value[: len(value) // 2]], replace=True)
+    faulty = FaultStore(store, {} if fault == "tear" else dict.fromkeys(keys, fault))
+    limits = IMPATIENT if fault == "stall" else PATIENT
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+        faulty.release()
+    assert difference(outcome, expected()) == ""
+    assert (report.chunks_loaded, report.chunks_computed) == (0, CHUNKS)
+    if fault != "stall":  # there, what was not even begun when the first read was given up is no failure
+        assert (report.chunks_missed, report.chunks_failed) == tuple(CHUNKS * count for count in COUNTS[fault])
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_lie_is_believed(store: Store, position: str) -> None:
+    """The negative control, and what SECURITY.md says: a well-formed lie is used. `cake-hf verify --recompute` finds it."""
+    faulty = FaultStore(store, {chunks()[POSITIONS[position]][0]: "lie"})
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=PATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert (warm.report.chunks_loaded, warm.report.chunks_failed) == (CHUNKS, 0)
+    assert difference(outcome, expected()) != ""
+
+
+def test_every_kind_of_fault_is_here() -> None:
+    assert {*COUNTS, "lie"} == set(FAULTS)

@@ -1,0 +1,201 @@
+"""Watching: what is counted, that it is never in the way, and one log line per kind of fault."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cake_hf.arithmetic.report import Report
+from cake_hf.movers import telemetry
+from cake_hf.movers.fault_log import FaultLog
+from cake_hf.testing.contract import run_together
+
+REPORT = Report(
+    tokens=130,
+    chunk_size=16,
+    chunks_computed=3,
+    chunks_loaded=5,
+    chunks_missed=2,
+    chunks_failed=1,
+    chunks_saved=7,
+    bytes_loaded=5000,
+    bytes_saved=7000,
+    prefill_seconds=0.25,
+)
+
+
+@dataclass
+class Recorded:
+    """An instrument as OpenTelemetry's documentation describes it, that keeps what it is told."""
+
+    name: str
+    unit: str
+    description: str
+    bounds: Sequence[float] | None = None
+    told: list[Any] = field(default_factory=list)
+
+    def add(self, amount: int, attributes: Mapping[str, str] | None = None, context: object = None) -> None:
+        assert amount >= 0, "a counter only goes up"
+        self.told.append((amount, dict(attributes or {})))
+
+    def record(self, amount: float, attributes: Mapping[str, str] | None = None, context: object = None) -> None:
+        self.told.append(amount)
+
+
+class FakeMeter:
+    def __init__(self) -> None:
+        self.made: dict[str, Recorded] = {}
+
+    def create_counter(self, name: str, unit: str = "", description: str = "") -> Recorded:
+        return self.made.setdefault(name, Recorded(name, unit, description))
+
+    def create_histogram(
+        self,
+        name: str,
+        unit: str = "",
+        description: str = "",
+        *,
+        explicit_bucket_boundaries_advisory: Sequence[float] | None = None,
+    ) -> Recorded:
+        return self.made.setdefault(name, Recorded(name, unit, description, explicit_bucket_boundaries_advisory))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not watched anything yet."""
+    monkeypatch.setattr(telemetry, "_watch", telemetry._Watch())
+
+
+@pytest.fixture
+def meter(fresh: None) -> FakeMeter:
+    meter = FakeMeter()
+    telemetry.use_meter(meter)
+    return meter
+
+
+def observe_everything() -> None:
+    telemetry.observe_lookup(0.01)
+    telemetry.observe(REPORT)
+    telemetry.observe_save(True, 1000)
+    telemetry.observe_save(False, 1000)
+
+
+def test_what_is_counted(meter: FakeMeter) -> None:
+    observe_everything()
+    assert meter.made["cake_hf.chunks"].told == [
+        (5, {"cake_hf.outcome": "loaded"}),
+        (3, {"cake_hf.outcome": "computed"}),
+        (2, {"cake_hf.outcome": "missed"}),
+        (1, {"cake_hf.outcome": "failed"}),
+        (1, {"cake_hf.outcome": "saved"}),
+        (1, {"cake_hf.outcome": "unsaved"}),
+    ]
+    assert meter.made["cake_hf.bytes"].told == [
+        (5000, {"cake_hf.direction": "loaded"}),
+        (1000, {"cake_hf.direction": "saved"}),
+    ]
+    assert meter.made["cake_hf.prefill.duration"].told == [0.25]
+    assert meter.made["cake_hf.lookup.duration"].told == [0.01]
+
+
+def test_what_did_not_happen_is_not_told(meter: FakeMeter) -> None:
+    telemetry.observe(Report(tokens=5, reason="too short", prefill_seconds=0.1))
+    assert meter.made["cake_hf.chunks"].told == meter.made["cake_hf.bytes"].told == []
+    assert meter.made["cake_hf.prefill.duration"].told == [0.1]
+
+
+def test_units_and_buckets_are_for_seconds(meter: FakeMeter) -> None:
+    assert {name: made.unit for name, made in meter.made.items()} == {
+        "cake_hf.chunks": "{chunk}",
+        "cake_hf.bytes": "By",
+        "cake_hf.prefill.duration": "s",
+        "cake_hf.lookup.duration": "s",
+    }
+    for name in ("cake_hf.prefill.duration", "cake_hf.lookup.duration"):
+        bounds = meter.made[name].bounds
+        assert bounds is not None
+        assert list(bounds) == sorted(set(bounds))
+        assert bounds[0] < 0.25 < bounds[-1]
+    assert all(made.description.endswith(".") for made in meter.made.values())
+
+
+def test_without_the_package_nothing_happens(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)  # what makes an import fail
+    observe_everything()
+    assert telemetry._watch._instruments is None
+
+
+def test_the_global_meter_is_asked_for_once_and_late(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing cake_hf must not import OpenTelemetry; the API hands out a meter that follows the SDK set up later."""
+    asked: list[str] = []
+    meter = FakeMeter()
+    package, metrics = ModuleType("opentelemetry"), ModuleType("opentelemetry.metrics")
+
+    def get_meter(name: str) -> FakeMeter:
+        asked.append(name)
+        return meter
+
+    metrics.get_meter = get_meter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "opentelemetry", package)
+    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", metrics)
+    assert asked == []
+    observe_everything()
+    observe_everything()
+    assert asked == ["cake_hf"]
+    assert meter.made["cake_hf.lookup.duration"].told == [0.01, 0.01]
+
+
+def test_nobody_watches(fresh: None) -> None:
+    telemetry.use_meter(None)
+    observe_everything()
+
+
+def test_an_instrument_that_raises_is_in_nobodys_way(meter: FakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the exporter is gone")
+
+    monkeypatch.setattr(Recorded, "add", fail)
+    monkeypatch.setattr(Recorded, "record", fail)
+    observe_everything()
+
+
+def test_an_older_api_is_said_once_and_in_nobodys_way(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+    class OldMeter(FakeMeter):
+        def create_histogram(self, name: str, unit: str = "", description: str = "") -> Recorded:  # type: ignore[override]
+            return Recorded(name, unit, description)
+
+    telemetry.use_meter(OldMeter())
+    observe_everything()
+    assert [message for message in caplog.messages if "1.30 or newer" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+# One line per kind.
+
+
+def test_a_kind_of_fault_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="cake_hf"):
+        log = FaultLog()
+        for number in range(3):
+            log.tell("corrupt", "A chunk is computed instead. %s", f"fault {number}")
+            log.tell("error", "A chunk cannot be read. %s", f"fault {number}")
+        FaultLog().tell("corrupt", "A chunk is computed instead. %s", "another restore")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "A chunk is computed instead. fault 0",
+        "A chunk cannot be read. fault 0",
+        "A chunk is computed instead. another restore",
+    ]
+    assert len(caplog.records) == 7, "the others are there for who debugs"
+
+
+def test_threads_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = FaultLog()
+    run_together([lambda: log.tell("error", "Broken. %s", "x")] * 8)
+    assert caplog.messages == ["Broken. x"]

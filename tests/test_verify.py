@@ -1,0 +1,303 @@
+"""Checking a store: what is damaged, and what is well-formed and not true."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tracemalloc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from cake_hf import CakeCache, MemoryStore
+from cake_hf.people import recompute as recompute_module
+from cake_hf.people.recompute import Comparing
+from cake_hf.people.verify import verify
+from cake_hf.stores import LocalStore
+from cake_hf.stores.wrappers import FaultStore
+from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.tensors.forgery import blank, forge, one_bit
+from cake_hf.testing.contract import key_of
+from commands import flat, run_command, save_model, write_text
+from models import difference, oracle, prompt, run, shared_model
+
+CHUNK = 16
+CHUNKS = 6
+
+
+def no_progress(done: int, total: int) -> None:
+    """Nobody is watching."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt", CHUNK * CHUNKS + 3)
+
+
+@pytest.fixture
+def store(tmp_path: Path, model: Path, text: Path) -> LocalStore:
+    """Warmed with the text."""
+    warm(model, text, tmp_path / "store")
+    return LocalStore(tmp_path / "store")
+
+
+def warm(model: Path, text: Path, store: Path, *more: object) -> None:
+    result = run_command("warm", model, text, "--store", store, "--chunk-size", CHUNK, *more)
+    assert result.exit_code == 0, result.output
+
+
+def keys_by_index(store: LocalStore) -> list[str]:
+    return sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
+
+
+def rewrite(store: LocalStore, key: str, change: Callable[[bytes], bytes]) -> None:
+    raw = bytes(store.read(key) or b"")
+    assert change(raw) != raw
+    store.write(key, [change(raw)], replace=True)
+
+
+def recompute(store: LocalStore, model: Path, *more: object, share: str = "100%") -> str:
+    """Runs the command; gives its exit code and what it said."""
+    options = ("--recompute", share, "--model", model, "--chunk-size", CHUNK, *more)
+    result = run_command("verify", store.root, *options)
+    assert "Traceback" not in result.output
+    return f"{result.exit_code} {flat(result.output + result.stderr)}"
+
+
+# Damage.
+
+
+def test_a_store_on_which_a_write_was_torn(tmp_path: Path) -> None:
+    """A store that breaks its promise lists half a chunk: the check finds it, and a restore computes and replaces it."""
+    chunk_model, inner = shared_model("llama"), LocalStore(tmp_path)
+    with CakeCache(chunk_model, inner, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt(), whole=True)
+    key = keys_by_index(inner)[3]
+    raw = bytes(inner.read(key) or b"")
+    inner.delete(key)
+    torn = FaultStore(inner, {key: "tear"})
+    with CakeCache(chunk_model, torn, chunk_size=CHUNK) as cache:
+        run(chunk_model, prompt(), cache)
+        assert cache.flush(60)
+        assert cache.report.chunks_unsaved == 1
+    assert [chunk.key for chunk in verify(inner, no_progress).bad] == [key]
+    with CakeCache(chunk_model, inner, chunk_size=CHUNK, strategy="load") as cache:
+        assert difference(run(chunk_model, prompt(), cache), oracle(chunk_model, prompt())) == ""
+        assert cache.flush(60)
+        assert (cache.report.chunks_failed, cache.report.chunks_saved) == (1, 1)
+    assert inner.read(key) == raw
+
+
+def test_a_file_that_says_it_is_huge_takes_no_memory(tmp_path: Path) -> None:
+    """A sparse file costs nothing to make; its header has to fit before memory is taken for the rest."""
+    store = LocalStore(tmp_path)
+    store.write(key_of(1), [struct.pack("<Q", 2), b"{}"])
+    store.write(key_of(2), [struct.pack("<Q", 2**40), b"{}"])
+    for number in (1, 2):
+        os.truncate(tmp_path / key_of(number)[:2] / f"{key_of(number)}.safetensors", 2**36)
+    tracemalloc.start()
+    try:
+        result = verify(store, no_progress)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {chunk.key for chunk in result.bad} == {key_of(1), key_of(2)}
+    assert peak < 2 * 2**20
+
+
+def test_a_chunk_larger_than_the_memory_is_named(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: LocalStore, key: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(LocalStore, "read", fail)
+    result = verify(store, no_progress)
+    assert len(result.bad) == CHUNKS
+    assert not any(chunk.corrupt for chunk in result.bad)
+
+
+# Lies.
+
+
+def test_a_true_store_is_found_true(store: LocalStore, model: Path, text: Path) -> None:
+    said = recompute(store, model, "--prompt", text)
+    assert said.startswith("0 ")
+    assert f"The sample is true: {CHUNKS} chunks of {CHUNKS} computed again" in said
+
+
+@pytest.mark.parametrize("change", [blank, one_bit])
+@pytest.mark.parametrize("index", [0, 3, CHUNKS - 1])
+def test_a_well_formed_lie_is_found(
+    store: LocalStore, model: Path, text: Path, index: int, change: Callable[[bytearray], None]
+) -> None:
+    key = keys_by_index(store)[index]
+    rewrite(store, key, lambda raw: forge(raw, change))
+    check_file(store.read(key) or b"", key)
+    assert run_command("verify", store.root).exit_code == 0, "the checksum alone cannot know"
+    said = recompute(store, model, "--prompt", text)
+    assert said.startswith("1 ")
+    assert key in said
+    assert f"(number {index}) is well-formed and is not what the model computes" in said
+    if change is one_bit:
+        assert "1 of 12,288 bytes differ" in said
+    assert f"1 damaged of {CHUNKS} chunks" in said
+    assert len(keys_by_index(store)) == CHUNKS
+
+
+def test_a_lie_does_not_make_the_chunks_behind_it_look_wrong_or_right(
+    store: LocalStore, model: Path, text: Path
+) -> None:
+    """Nothing stored goes into the computation: exactly the forged chunks are named."""
+    keys = keys_by_index(store)
+    for index in (1, 2):
+        rewrite(store, keys[index], forge)
+    said = recompute(store, model, "--prompt", text)
+    assert [key in said for key in keys] == [False, True, True, False, False, False]
+
+
+def test_fix_removes_a_lie(store: LocalStore, model: Path, text: Path) -> None:
+    keys = keys_by_index(store)
+    rewrite(store, keys[2], forge)
+    rewrite(store, keys[4], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
+    said = recompute(store, model, "--prompt", text, "--fix")
+    assert said.startswith("0 ")
+    assert "2 chunks deleted" in said
+    assert keys_by_index(store) == [keys[0], keys[1], keys[3], keys[5]]
+    warm(model, text, store.root)
+    assert recompute(store, model, "--prompt", text).startswith("0 ")
+
+
+@pytest.mark.parametrize("field", ["index", "parent", "namespace"])
+def test_a_header_that_says_the_chunk_stands_elsewhere_is_found(
+    store: LocalStore, model: Path, text: Path, field: str
+) -> None:
+    def move(raw: bytes) -> bytes:
+        was = f'"{field}":"{getattr(parse_header(raw)[0], field)}"'.encode()
+        becomes = was[:-2] + (b'7"' if was[-2:] != b'7"' else b'8"')
+        return raw.replace(was, becomes)
+
+    key = keys_by_index(store)[2]
+    rewrite(store, key, move)
+    said = recompute(store, model, "--prompt", text)
+    assert said.startswith("1 ")
+    assert key in said
+
+
+def test_a_sample_is_chosen_by_its_seed(store: LocalStore) -> None:
+    keys = keys_by_index(store)
+
+    def sample(share: float, seed: int) -> set[str]:
+        comparing = Comparing(store, share, seed)
+        assert comparing.contains(keys) == [False] * CHUNKS
+        assert comparing.stored == CHUNKS
+        assert comparing.last == max(map(keys.index, comparing.sample)) + 1
+        return comparing.sample
+
+    assert sample(0.34, 1) == sample(0.34, 1)
+    assert len({frozenset(sample(0.34, seed)) for seed in range(10)}) > 3
+    assert [len(sample(share, 0)) for share in (0.01, 0.17, 0.5, 1.0)] == [1, 2, 3, 6]
+    store.delete(keys[0])
+    missing = Comparing(store, 1.0, 0)
+    missing.contains(keys)
+    assert missing.sample == set(keys[1:])
+
+
+def test_a_sample_is_computed_only_as_far_as_it_goes(
+    store: LocalStore, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forged chunk lies behind the sampled one, which is the first: nobody looks at it."""
+    keys = keys_by_index(store)
+    computed: list[str] = []
+
+    class Watched(Comparing):
+        def contains(self, asked: Sequence[str]) -> list[bool]:
+            mask = super().contains(asked)
+            self.sample, self.last = {keys[1]}, 2
+            return mask
+
+        def write(self, key: str, parts: Sequence[bytes], *, replace: bool = False) -> bool:
+            computed.append(key)
+            return super().write(key, parts, replace=replace)
+
+    rewrite(store, keys[4], forge)
+    monkeypatch.setattr(recompute_module, "Comparing", Watched)
+    assert recompute(store, model, "--prompt", text).startswith("0 ")
+    assert computed == keys[:2]
+
+
+def test_several_prompts(tmp_path: Path, store: LocalStore, model: Path, text: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join([*text.read_text().split()[: 2 * CHUNK], *(["w9"] * (2 * CHUNK))]))
+    warm(model, other, store.root)
+    shared = keys_by_index(store)[0]
+    rewrite(store, shared, forge)
+    said = recompute(store, model, "--prompt", text, "--prompt", other)
+    assert said.startswith("1 ")
+    assert f"{CHUNKS + 4} chunks of {CHUNKS + 4} computed again, 1 are not" in said
+
+
+@pytest.mark.parametrize("options", [("--salt", "a"), ("--dtype", "bfloat16"), ("--no-exact",)])
+def test_the_options_that_the_chunks_were_saved_with(
+    store: LocalStore, model: Path, text: Path, options: tuple[str, ...]
+) -> None:
+    said = recompute(store, model, "--prompt", text, *options)
+    assert said.startswith("2 ")
+    assert "The store has no chunk of" in said
+    warm(model, text, store.root, *options)
+    assert recompute(store, model, "--prompt", text, *options).startswith("0 ")
+
+
+def test_what_cannot_be_recomputed(tmp_path: Path, store: LocalStore, model: Path, text: Path) -> None:
+    short = write_text(tmp_path / "short.txt", CHUNK - 1)
+    assert "less than one chunk" in recompute(store, model, "--prompt", short)
+    assert "cannot be read" in recompute(store, model, "--prompt", tmp_path / "missing.txt")
+    assert "like 5%" in recompute(store, model, "--prompt", text, share="5")
+    for options in (("--recompute", "5%"), ("--recompute", "5%", "--model", model), ("--model", model)):
+        result = run_command("verify", store.root, *options)
+        assert result.exit_code == 2
+        assert "--prompt" in flat(result.stderr)
+
+
+def test_a_sampled_chunk_that_cannot_be_read_is_named_and_stays(
+    store: LocalStore, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = keys_by_index(store)[1]
+    rewrite(store, key, lambda raw: raw[:-1])
+    said = recompute(store, model, "--prompt", text)
+    assert said.startswith("1 ")
+    assert f"1 damaged of {CHUNKS} chunks" in said
+
+
+def test_the_help_says_why_a_prompt_is_needed() -> None:
+    said = flat(run_command("verify", "--help").output)
+    assert "does not have the texts of its prompts" in said or "not have the texts" in said
+
+
+# Forgery itself.
+
+
+def test_a_forged_chunk_passes_every_check(store: LocalStore) -> None:
+    key = keys_by_index(store)[0]
+    raw = bytes(store.read(key) or b"")
+    forged = forge(raw)
+    assert len(forged) == len(raw)
+    assert check_file(forged, key).index == 0
+    assert json.dumps(parse_header(forged)[1]) == json.dumps(parse_header(raw)[1])
+
+
+def test_a_lie_steers_the_model() -> None:
+    """What the checks do not promise: KV that somebody made up is used, and changes what the model says."""
+    inner, chunk_model = MemoryStore(), shared_model("llama")
+    with CakeCache(chunk_model, inner, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt(), whole=True)
+    lying = FaultStore(inner, dict.fromkeys(inner.keys(), "lie"))
+    with CakeCache(chunk_model, lying, chunk_size=CHUNK, strategy="load") as cache:
+        outcome = run(chunk_model, prompt(), cache)
+        assert cache.report.chunks_failed == 0
+    assert difference(outcome, oracle(chunk_model, prompt())) != ""
