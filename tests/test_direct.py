@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from cake_hf.movers.place import byte_view
-from cake_hf.stores import direct
+from cake_hf.stores import LocalStore, direct
 from cake_hf.tensors.aligned import PAGE, empty_aligned
+from cake_hf.testing.contract import key_of
 
 NBYTES = 4 * 2**20
 CONTENT = os.urandom(2**16) * (NBYTES // 2**16)
@@ -91,3 +93,27 @@ def test_aligned_memory_is_a_plain_tensor(shape: tuple[int, ...], dtype: torch.d
         assert tensor.data_ptr() % PAGE == 0
     tensor.fill_(1)
     assert tensor.sum() == tensor.numel()
+
+
+def test_a_store_reads_the_same_bytes_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into aligned memory, with and without the page cache, and where the filesystem takes its word back."""
+    store, key = LocalStore(tmp_path), key_of(1)
+    store.write(key, [CONTENT])
+    real, directs = os.preadv, []
+
+    def refuse(descriptor: int, parts: Sequence[memoryview], *rest: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            directs.append(descriptor)
+            raise OSError(22, "Invalid argument")
+        return real(descriptor, parts, *rest)
+
+    for cached in (True, False):
+        monkeypatch.setattr(direct, "_is_cached", lambda *_, cached=cached: cached)
+        parts = [*buffers(NBYTES // 2), *buffers(NBYTES // 2, 4)]
+        assert store.read_into(key, parts) == NBYTES
+        assert b"".join(parts) == CONTENT
+    monkeypatch.setattr(os, "preadv", refuse)
+    parts = buffers(NBYTES)
+    assert store.read_into(key, parts) == NBYTES
+    assert b"".join(parts) == CONTENT
+    assert len(directs) <= 1

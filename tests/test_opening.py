@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import cake_hf
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores import open_store, opening
+from cake_hf.stores import LocalStore, open_store, opening
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
+from cake_hf.testing.contract import key_of
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,25 @@ open_store("redis://localhost")
 assert "redis" in sys.modules and "obstore" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0]], check=True, timeout=120)
+
+
+def test_a_directory_with_a_budget(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}?budget=3KB&eviction=front-first")
+    assert isinstance(store, LocalStore)
+    for number in range(4):
+        store.write(key_of(number), [bytes(1000)])
+    assert len(list(store.keys())) == 3
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("budget=much", "'much' is not a size"),
+        ("budget=0GB", "can hold nothing"),
+        ("eviction=mru", "mru"),
+        ("ttl=5", "no option 'ttl'; known are budget and eviction"),
+    ],
+)
+def test_options_of_a_directory_that_make_no_sense(query: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=message):
+        open_store(f"file://{tmp_path}?{query}")

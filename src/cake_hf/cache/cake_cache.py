@@ -21,6 +21,7 @@ from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -185,6 +186,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             self._close(restore)
             self._prefilled = restore.prompt
             self.report.prefill_seconds = time.monotonic() - restore.prompt.started
+            observe(self.report)
         return self.report
 
     # What changes the content changes what is known about it.
@@ -315,6 +317,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         record_tail(tail.prompt, self.layers, tail.begin, gated=restore is not None and restore.waited)
         if restore is not None:
             self._close(restore)
+            observe(tail.prompt.report)
         if tail.key:
             save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
             self._known.append(tail.key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
 from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.movers.telemetry import observe_lookup
 from cake_hf.tensors.codec import ChunkFacts
 from cake_hf.tensors.layout import ChunkLayout
 
@@ -97,9 +99,12 @@ def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
         return [False] * len(keys)
+    begin = time.monotonic()
     try:
         return call_with_deadline(lambda: session.store.contains(keys), session.limits.lookup_timeout, "lookup")
     except Exception as error:
         logger.warning("The store cannot be asked for chunks; the prompt is computed. %s", error)
         report.reason = f"the store could not be asked: {error}"
         return [False] * len(keys)
+    finally:
+        observe_lookup(time.monotonic() - begin)

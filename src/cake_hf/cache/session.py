@@ -19,6 +19,7 @@ from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.cost_memory import CostMemory, recall_costs
 from cake_hf.movers.sharing import sharing_of
+from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
@@ -138,6 +139,7 @@ class Session:
                 report.chunks_saved += saved
                 report.chunks_unsaved += not saved
                 report.bytes_saved += layout.nbytes * saved
+            observe_save(saved, layout.nbytes)
 
         if not self._writer.has_room(layout.nbytes):
             done(False)

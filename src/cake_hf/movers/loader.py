@@ -12,6 +12,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
+from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.place import Landing, Place, byte_view
 from cake_hf.movers.sharing import Flight, ReadSlot, Sharing
 from cake_hf.stores.base import Store
@@ -45,6 +46,7 @@ class LoadJob:
         ranges: in how many ranges of layers a chunk is read whose layers are waited for.
         aside: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
         shared: chunks that came from another restore.
+        faults: of all loads.
     """
 
     store: Store
@@ -60,6 +62,7 @@ class LoadJob:
     ranges: int = 1
     aside: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
+    faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
 
     def adopt_landed(self) -> None:
@@ -123,11 +126,11 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
             job.aside[index] = landing
         outcome = _load(job, index, landing, header, slot)
     except CorruptChunk as error:
-        logger.warning("A stored chunk is not usable and is computed instead. %s", error)
+        job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
         outcome = Outcome.CORRUPT
     except Exception as error:
         # Whatever a store's client raises: the prompt must not suffer from it (law 3).
-        logger.warning("A stored chunk cannot be read and is computed instead. %s", error)
+        job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
         outcome = Outcome.ERROR
     counts = job.frontier.settle(index, outcome)
     if counts:

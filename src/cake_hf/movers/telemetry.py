@@ -1,6 +1,6 @@
 """Counters and histograms through the OpenTelemetry API, for who watches many processes.
 
-    cake_hf.chunks            counter, {chunk}   by cake_hf.outcome: loaded, computed, missed, failed, saved, unsaved
+    cake_hf.chunks            counter, {chunk}   by cake_hf.outcome: loaded, computed, shared, missed, failed, saved, unsaved
     cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
@@ -78,6 +78,7 @@ class Instruments:
             "computed": report.chunks_computed,
             "missed": report.chunks_missed,
             "failed": report.chunks_failed,
+            "shared": report.chunks_shared,
         }
         for outcome, count in outcomes.items():
             if count:

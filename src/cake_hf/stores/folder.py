@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part
+from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
 from cake_hf.stores.eviction import Entry
 
 SUFFIX = ".safetensors"
@@ -175,12 +176,22 @@ def opened(path: str | Path, flags: int) -> Iterator[int]:
 def read_scattered(descriptor: int, parts: Sequence[memoryview], key: str, offset: int = 0) -> None:
     """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice.
 
+    What is not in the page cache is read past it, see `direct`.
+
     Raises:
         CorruptChunk: the file ends before the parts are full.
     """
     pending = [part for part in parts if part.nbytes]
+    is_direct = skip_page_cache(descriptor, pending, offset)
     while pending:
-        count = os.preadv(descriptor, pending[:IOV_MAX], offset)
+        try:
+            count = os.preadv(descriptor, pending[:IOV_MAX], offset)
+        except OSError as error:
+            if not is_direct or not is_refusal(error):
+                raise
+            use_page_cache(descriptor)
+            is_direct = False
+            continue
         if count == 0:
             raise CorruptChunk(f"Chunk {key} ended early.")
         offset += count

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import cast
+from urllib.parse import parse_qsl
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.base import Store
+from cake_hf.stores.eviction import LRU
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
 
@@ -75,8 +77,8 @@ def open_store(spec: StoreSpec) -> Store:
     """Open a store.
 
     Args:
-        spec: a directory path, `file:///path`, `memory:` or `memory:4GB`, `pack:FOLDER`, the URL of one of `REMOTE_KINDS`,
-            or a `Store`, which is returned as it is.
+        spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
+            `pack:FOLDER`, the URL of one of `REMOTE_KINDS`, or a `Store`, which is returned as it is.
 
     Raises:
         StoreError: an unknown URL scheme, a client library that is not installed, or a place that cannot be a store.
@@ -93,12 +95,24 @@ def open_store(spec: StoreSpec) -> Store:
         return _PACK.open(rest)
     if colon and rest.startswith("//"):
         if scheme == "file":
-            return LocalStore(rest.removeprefix("//"))
+            return _open_directory(rest.removeprefix("//"))
         if scheme in REMOTE_KINDS:
             return REMOTE_KINDS[scheme].open(text)
         shown = re.sub("//[^/]*@", "//", text)  # a password is nobody's business
         raise StoreError(f"Unknown store URL {shown!r}; known are {_known()}.")
     return LocalStore(text)
+
+
+def _open_directory(text: str) -> LocalStore:
+    path, _, query = text.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    budget, eviction = options.pop("budget", None), options.pop("eviction", LRU)
+    if options:
+        raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
+    try:
+        return LocalStore(path, None if budget is None else _parse_bytes(budget), eviction)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
 
 
 def _known() -> str:
