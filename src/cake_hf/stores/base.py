@@ -105,6 +105,16 @@ class Store(ABC):
             scatter(memoryview(value)[offset:], parts, key)
         return value is not None
 
+    def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
+        """As `read_into`, and calls `arrived(n)` whenever the first n parts are there; by default once, when all are.
+
+        Whoever checks bytes does it best while they are in the processor's cache. What `arrived` raises ends the read.
+        """
+        count = self.read_into(key, parts)
+        if count is not None:
+            arrived(len(parts))
+        return count
+
     def check_writable(self) -> None:
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
 

@@ -42,9 +42,13 @@ def skip_page_cache(descriptor: int, parts: Sequence[memoryview], offset: int) -
     return True
 
 
-def use_page_cache(descriptor: int) -> None:
-    """Take `skip_page_cache` back."""
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+def use_page_cache(descriptor: int) -> bool:
+    """Take `skip_page_cache` back; False if the descriptor's reads were no direct ones."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if not flags & getattr(os, "O_DIRECT", 0):
+        return False
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return True
 
 
 def is_refusal(error: OSError) -> bool:

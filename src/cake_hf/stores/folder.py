@@ -15,7 +15,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +28,10 @@ SUFFIX = ".safetensors"
 PARTIAL = "partial"
 NOTES = "notes"
 BYTES = "bytes"
+CACHED_STEP = 2**18
+"""Bytes after which whoever checks them is told: few enough to be in the processor's cache still."""
+DIRECT_STEP = 2**23
+"""A disk wants larger requests."""
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 _KEY = re.compile(r"[0-9a-f]{40}")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -173,24 +177,45 @@ def opened(path: str | Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_scattered(descriptor: int, parts: Sequence[memoryview], key: str, offset: int = 0) -> None:
+def read_scattered(
+    descriptor: int,
+    parts: Sequence[memoryview],
+    key: str,
+    offset: int = 0,
+    arrived: Callable[[int], None] = lambda count: None,
+) -> None:
     """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice.
 
     What is not in the page cache is read past it, see `direct`.
 
+    Args:
+        descriptor: of the open file.
+        parts: writable buffers.
+        key: for the message.
+        offset: of the first byte.
+        arrived: called with how many parts are full, after each step.
+
     Raises:
         CorruptChunk: the file ends before the parts are full.
     """
+    step = DIRECT_STEP if skip_page_cache(descriptor, parts, offset) else CACHED_STEP
+    begin, nbytes = 0, 0
+    for end, part in enumerate(parts, start=1):
+        nbytes += part.nbytes
+        if nbytes >= step or end == len(parts):
+            _fill(descriptor, parts[begin:end], key, offset)
+            arrived(end)
+            begin, offset, nbytes = end, offset + nbytes, 0
+
+
+def _fill(descriptor: int, parts: Sequence[memoryview], key: str, offset: int) -> None:
     pending = [part for part in parts if part.nbytes]
-    is_direct = skip_page_cache(descriptor, pending, offset)
     while pending:
         try:
             count = os.preadv(descriptor, pending[:IOV_MAX], offset)
         except OSError as error:
-            if not is_direct or not is_refusal(error):
+            if not is_refusal(error) or not use_page_cache(descriptor):
                 raise
-            use_page_cache(descriptor)
-            is_direct = False
             continue
         if count == 0:
             raise CorruptChunk(f"Chunk {key} ended early.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,12 +72,15 @@ class LocalStore(Store):
         return [os.path.exists(self._folder.path(key)) for key in keys]
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return self.read_gradually(key, parts, lambda count: None)
+
+    def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
         try:
             with opened(self._folder.path(key), os.O_RDONLY) as descriptor:
                 status, expected = os.fstat(descriptor), total_bytes(parts)
                 if status.st_size != expected:
                     raise CorruptChunk(f"Chunk {key} has {status.st_size} bytes, {expected} were expected.")
-                read_scattered(descriptor, parts, key)
+                read_scattered(descriptor, parts, key, arrived=arrived)
                 self._mark_use(descriptor, status.st_mtime)
                 return expected
         except FileNotFoundError:
