@@ -1,0 +1,51 @@
+"""Bytes, times and shares as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)")
+
+
+def parse_bytes(text: str) -> int:
+    """E.g. "4GB", "512 MiB", "1000".
+
+    Raises:
+        ValueError: it is not a size, or less than a byte.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    unit = _BYTES.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size; write it like 4GB or 512MiB.")
+    if not (nbytes := int(float(match[1]) * unit)):
+        raise ValueError(f"{text!r} is room for nothing; give a size like 4GB.")
+    return nbytes
+
+
+def parse_seconds(text: str) -> float:
+    """E.g. "30d", "12h", "90s".
+
+    Raises:
+        ValueError: it is not a time, or none at all.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    unit = _SECONDS.get(match[2].lower()) if match else None
+    if match is None or unit is None or not float(match[1]):
+        raise ValueError(f"{text!r} is not a time; write it like 30d, 12h or 45m.")
+    return float(match[1]) * unit
+
+
+def parse_share(text: str) -> float:
+    """E.g. "5%"; between 0 (not included) and 1.
+
+    Raises:
+        ValueError: it is not a share.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    share = float(match[1]) / 100 if match and match[2] == "%" else 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is not a share; write it like 5% or 100%.")
+    return share
