@@ -19,14 +19,16 @@ import pytest
 import cake_hf
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores import LocalStore, MemoryStore, Store
+from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake
 from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, split, value_of
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 
-LEASE = 0.3
+LEASE = 0.15
+"""Seconds. Every removal of what was just read waits for it."""
+
 MASTER = [
     *(sys.executable, "-m", "mooncake.cli", "--rpc_address=127.0.0.1", "--metrics_host=127.0.0.1"),
     f"--default_kv_lease_ttl={int(1000 * LEASE)}ms",
@@ -63,9 +65,11 @@ class Cluster:
     Args:
         folder: for what they write.
         lend: how much.
+        options: more of the master's.
     """
 
-    def __init__(self, folder: Path, lend: str = "512MiB") -> None:
+    def __init__(self, folder: Path, lend: str = "512MiB", *options: str) -> None:
+        self.options = options
         self.port, self.admin = free_port(), free_port()
         self.log = (folder / "cluster.log").open("ab")
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -73,7 +77,7 @@ class Cluster:
         self.lender = self.start_lender(lend)
 
     def start_master(self) -> subprocess.Popen[bytes]:
-        command = [*MASTER, f"--rpc_port={self.port}", f"--metrics_port={self.admin}"]
+        command = [*MASTER, f"--rpc_port={self.port}", f"--metrics_port={self.admin}", *self.options]
         self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
         for port in (self.port, self.admin):
             await_port(port)
@@ -132,6 +136,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.end()
 
 
+@pytest.fixture(autouse=True)
+def patience_with_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer for a read than this short lease, more often than not; no test may fail of that."""
+    monkeypatch.setattr(mooncake, "ATTEMPTS", 20)
+
+
 @pytest.fixture
 def store(cluster: Cluster) -> Iterator[MooncakeStore]:
     with MooncakeStore(cluster.new_url()) as store:
@@ -141,7 +151,7 @@ def store(cluster: Cluster) -> Iterator[MooncakeStore]:
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
     """One to break."""
-    cluster = Cluster(tmp_path, lend="64MiB")
+    cluster = Cluster(tmp_path, "64MiB", "--client_ttl=4")
     yield cluster
     cluster.end()
 
@@ -284,7 +294,7 @@ def test_a_lease_that_ends_under_a_read_makes_it_read_again(
         monkeypatch.setattr(member, "_client", Client(real))
     assert read_parts(store, key_of(1), [400, 600]) == value_of(1)
     assert answers == []
-    answers += [-707] * 3
+    answers += [-707] * mooncake.ATTEMPTS
     with pytest.raises(StoreError, match="default_kv_lease_ttl"):
         read_parts(store, key_of(1), [400, 600])
 
@@ -361,7 +371,12 @@ def test_two_lenders_keep_two_replicas(own_cluster: Cluster) -> None:
             assert len(client.get_replica_desc(store._name(key_of(1)))) == 2
         second.kill()
         second.wait(PATIENCE)
-        assert store.read(key_of(1)) == value_of(1)
+        deadline, value = time.monotonic() + PATIENCE, None
+        while value is None:  # Until the master has noticed, a read may be sent to the one that is gone.
+            assert time.monotonic() < deadline
+            with suppress(StoreError):
+                value = store.read(key_of(1))
+        assert value == value_of(1)
 
 
 def test_closing_under_a_read_ends_nothing(cluster: Cluster) -> None:

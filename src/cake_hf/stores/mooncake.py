@@ -62,9 +62,10 @@ class MooncakeStore(Store):
     What it does not promise, since Mooncake does not:
 
     * *Durability.* A value lives in the memory of a process that lends it, or of `replicas` such processes, and goes with the
-      last of them; a master that ends forgets all. When the memory is full, the master evicts what was used least. Lend
-      memory from processes that live on (`mooncake_client`, or a store with `lend` that stays open), and put a directory
-      or a bucket beside it (see `TierStore`) for what has to last.
+      last of them (until the master has noticed that one is gone, 10 seconds by default, reads and writes that are sent there
+      fail); a master that ends forgets all. When the memory is full, the master evicts what was used least. Lend memory from
+      processes that live on (`mooncake_client`, or a store with `lend` that stays open), and put a directory or a bucket
+      beside it (see `TierStore`) for what has to last.
     * *Deletion at once.* `delete`, and `write` with `replace`, wait until nobody has a lease on the value any more,
       `lease_seconds` at most; then they are a `StoreError`. (Mooncake's own replacement changes values under their readers, so
       it is not used.)
