@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -379,41 +380,36 @@ def test_two_lenders_keep_two_replicas(own_cluster: Cluster) -> None:
         assert value == value_of(1)
 
 
-def test_closing_under_a_read_ends_nothing(cluster: Cluster) -> None:
+@pytest.mark.parametrize("last_words", ["store.close(); reader.join()", "pass"], ids=["close", "exit"])
+def test_leaving_under_a_read_that_hangs_ends_well(own_cluster: Cluster, last_words: str) -> None:
     """In a process of its own: what it guards against would end this one."""
-    script = """
-import threading
+    script = f"""
+import sys, threading, time
 from cake_hf.arithmetic.errors import StoreError
-url, key = sys.argv[1:]
-begun = threading.Barrier(5)
-def read():
-    begun.wait()
-    try:
-        while True:
-            store.read(key)
-    except StoreError as error:
-        assert "is closed" in str(error)
-for _ in range(5):
-    store = MooncakeStore(url)
-    readers = [threading.Thread(target=read) for _ in range(4)]
-    for reader in readers:
-        reader.start()
-    begun.wait()
-    store.close()
-    for reader in readers:
-        reader.join()
-store = MooncakeStore(url)
-begun = threading.Barrier(2)
-threading.Thread(target=read, daemon=True).start()
-begun.wait()
-print("left while reading")
+store = MooncakeStore(sys.argv[1])
+store.contains([sys.argv[2]])
+print("ready", flush=True)
+sys.stdin.readline()
+reader = threading.Thread(target=store.read, args=[sys.argv[2]], daemon=True)
+reader.start()
+while not store._member._calls:
+    time.sleep(0.001)
+print("leaving", flush=True)
+{last_words}
 """
-    url = cluster.new_url()
+    url = own_cluster.new_url()
     with MooncakeStore(url) as store:
         store.write(key_of(1), [value_of(1, 2**20)])
-    process = cluster.start(script, url, key_of(1))
-    answer, _ = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, answer) == (0, b"left while reading\n")
+    process = own_cluster.start(script, url, key_of(1))
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    own_cluster.lender.send_signal(signal.SIGSTOP)
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"leaving\n"
+    own_cluster.lender.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE) == 0
 
 
 # With a model.

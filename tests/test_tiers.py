@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import tempfile
 import threading
 import weakref
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import cake_hf
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store
@@ -565,6 +568,23 @@ def test_a_system_without_threads_promotes_nothing(monkeypatch: pytest.MonkeyPat
     with TierStore([Watched(), Watched(1)]) as store:
         assert get(store) == VALUE
         assert store.counts()[0].skipped == 1
+
+
+def test_what_comes_when_the_interpreter_ends_is_written_behind_all_the_same(tmp_path: Path) -> None:
+    """The writer's queue is flushed then, through a store that nobody has closed."""
+    script = """
+import atexit, sys, types
+package = types.ModuleType("cake_hf")
+package.__path__ = [sys.argv[1]]  # past its face, which would bring in transformers and take seconds
+sys.modules["cake_hf"] = package
+from cake_hf.stores import LocalStore, MemoryStore
+from cake_hf.stores.tiers import Tier, TierStore
+store = TierStore([MemoryStore(), Tier(LocalStore(sys.argv[2]), write="behind")])
+store.write("1" * 40, [b"before"])
+atexit.register(lambda: store.write("2" * 40, [b"at the end"]))
+"""
+    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0], str(tmp_path)], check=True, timeout=PATIENCE)
+    assert [LocalStore(tmp_path).read(digit * 40) for digit in "12"] == [b"before", b"at the end"]
 
 
 # Writing.

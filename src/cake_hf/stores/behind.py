@@ -54,6 +54,8 @@ class Behind:
         self._stamp = 0
         self._closed = False
         self._thread: threading.Thread | None = None
+        # As early as this, so that it is called after those who may still bring something when the interpreter ends.
+        atexit.register(self.close)
 
     def stamp(self) -> int:
         """Take this before a value is read, and offer it along with an errand that carries the value on."""
@@ -123,6 +125,8 @@ class Behind:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            if self._thread is None:
+                atexit.unregister(self.close)
 
     def _has_thread(self) -> bool:
         """Start the thread if there is none; False where the system gives no more threads."""
@@ -133,7 +137,6 @@ class Behind:
             except RuntimeError:
                 return False
             self._thread = thread
-            atexit.register(self.close)
         return True
 
     def _run(self) -> None:
