@@ -7,6 +7,7 @@ A reader gets a lease on what it reads or asks for (10 seconds by default), in w
 
 from __future__ import annotations
 
+import ctypes
 import re
 import secrets
 import time
@@ -250,8 +251,13 @@ class MooncakeStore(Store):
 
 def _spots(pieces: Sequence[memoryview]) -> tuple[list[int], list[int]]:
     """Where the pieces are in memory, and their sizes. The pieces must be kept as long as these are used."""
-    views = [np.frombuffer(piece, np.uint8) for piece in pieces]
-    return [int(view.__array_interface__["data"][0]) for view in views], [view.nbytes for view in views]
+    return [_address(piece) for piece in pieces], [piece.nbytes for piece in pieces]
+
+
+def _address(piece: memoryview) -> int:
+    if piece.readonly:
+        return int(np.frombuffer(piece, np.uint8).__array_interface__["data"][0])
+    return ctypes.addressof(ctypes.c_char.from_buffer(piece))  # ten times as fast; a read has hundreds of pieces
 
 
 @contextmanager
