@@ -474,6 +474,7 @@ def test_looking_through_a_store_promotes_nothing() -> None:
         assert store.read(KEY) == VALUE
         assert store.size(KEY) == 1000
         assert store.read_range(KEY, [memoryview(bytearray(10))], 0)
+        assert (store.counts()[1].reads, store.counts()[1].bytes_read) == (2, 1010)
         assert store.flush(PATIENCE)
     assert near.has(1) is None
 

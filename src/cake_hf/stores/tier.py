@@ -201,13 +201,13 @@ class Row:
                 answers += 1
         return found, Faults() if answers else faults
 
-    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int = 0) -> Answer[T]:
+    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> Answer[T]:
         """Ask one place after the other until one has the value.
 
         Args:
             key: of the value.
             ask: the question; None for a miss.
-            nbytes: that the answer brings, where the store's pace is to be learnt from it.
+            nbytes: that a read brings; None where it is no read, so that nothing is learnt of the store's pace.
 
         Raises:
             CorruptChunk: some have it, but not of the right size, and nobody has a better one.
@@ -215,10 +215,15 @@ class Row:
         """
         lacking: list[tuple[Place, bool]] = []
         faults = Faults()
-        for place in self._route(key, nbytes):
+        for place in self._route(key, nbytes or 0):
+            question = partial(ask, place.store)
             with faults.caught():
                 try:
-                    value = place.standing.read(nbytes, partial(ask, place.store))
+                    value = (
+                        place.standing.look("read", question)
+                        if nbytes is None
+                        else place.standing.read(nbytes, question)
+                    )
                 except CorruptChunk:
                     lacking.append((place, True))
                     raise

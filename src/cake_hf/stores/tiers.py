@@ -117,7 +117,10 @@ class TierStore(Store):
 
     def read(self, key: str) -> bytearray | None:
         """The value from the first tier that has it. It is copied nowhere: who asks so goes through all there is."""
-        return self._row.first(key, lambda store: store.read(key)).value
+        answer = self._row.first(key, lambda store: store.read(key))
+        if answer.place is not None and answer.value is not None:
+            answer.place.standing.count(reads=1, bytes_read=len(answer.value))
+        return answer.value
 
     def size(self, key: str) -> int | None:
         return self._row.first(key, lambda store: store.size(key)).value
@@ -293,7 +296,7 @@ def _copy(parts: Sequence[memoryview]) -> bytearray:
     value, offset = bytearray(total_bytes(parts)), 0
     for part in parts:
         if part.nbytes:
-            to, source = (ctypes.c_char.from_buffer(value, offset), ctypes.c_char.from_buffer(part))
+            to, source = ctypes.c_char.from_buffer(value, offset), ctypes.c_char.from_buffer(part)
             ctypes.memmove(ctypes.addressof(to), ctypes.addressof(source), part.nbytes)
             offset += part.nbytes
     return value
