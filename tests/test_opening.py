@@ -10,7 +10,7 @@ import pytest
 
 import cake_hf
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores import LocalStore, open_store, opening
+from cake_hf.stores import LocalStore, MemoryStore, TierStore, open_store, opening
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
@@ -118,7 +118,7 @@ def test_a_directory_with_a_budget(tmp_path: Path) -> None:
     ("query", "message"),
     [
         ("budget=much", "'much' is not a size"),
-        ("budget=0GB", "can hold nothing"),
+        ("budget=0GB", "room for nothing"),
         ("eviction=mru", "mru"),
         ("ttl=5", "no option 'ttl'; known are budget and eviction"),
     ],
@@ -126,3 +126,31 @@ def test_a_directory_with_a_budget(tmp_path: Path) -> None:
 def test_options_of_a_directory_that_make_no_sense(query: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=message):
         open_store(f"file://{tmp_path}?{query}")
+
+
+def test_a_list_is_tiers_nearest_first(tmp_path: Path) -> None:
+    with open_store(["memory:1MB", str(tmp_path / "near"), [tmp_path / "far", MemoryStore()]]) as store:
+        assert isinstance(store, TierStore)
+        store.write(key_of(1), [b"value"])
+        assert store.flush(60)
+        assert LocalStore(tmp_path / "near").contains([key_of(1)]) == [True]
+        assert store.read(key_of(1)) == b"value"
+    with pytest.raises(StoreError, match="The list of stores is empty"):
+        open_store([])
+    with pytest.raises(StoreError, match="not int"):
+        open_store(7)  # type: ignore[arg-type]
+
+
+def test_a_pack_among_tiers_is_never_written() -> None:
+    class Sealed(MemoryStore):
+        read_only = True
+
+        def write(self, *_: object, **__: object) -> bool:
+            raise StoreError("nothing can be written here")
+
+    sealed, open_one = Sealed(), MemoryStore()
+    with TierStore([open_one, sealed]) as store:
+        assert not store.read_only
+        assert store.write(key_of(1), [b"value"])
+    assert open_one.contains([key_of(1)]) == [True]
+    assert TierStore([Sealed()]).read_only

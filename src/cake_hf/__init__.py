@@ -12,7 +12,7 @@ from cake_hf.arithmetic.errors import CakeError, CorruptChunk, ForeignModel, Sto
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache, generate
-from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
+from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
 if TYPE_CHECKING:
     from cake_hf.people.packs import export_pack, import_pack, push_pack
@@ -30,6 +30,8 @@ __all__ = [
     "Report",
     "Store",
     "StoreError",
+    "Tier",
+    "TierStore",
     "UnsupportedModel",
     "export_pack",
     "generate",

@@ -70,7 +70,7 @@ class Session:
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until all that is to be saved is durable; False on time-out."""
-        return self._writer.flush(timeout)
+        return self._writer.flush(timeout) and self.store.flush(timeout)
 
     def close(self) -> bool:
         """Remove the hook, save what is queued (with a bound), close the store if it is ours; False on time-out."""

@@ -4,5 +4,7 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.opening import open_store
+from cake_hf.stores.tier import Tier
+from cake_hf.stores.tiers import TierStore
 
-__all__ = ["LocalStore", "MemoryStore", "Store", "open_store"]
+__all__ = ["LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"]

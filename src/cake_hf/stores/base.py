@@ -138,6 +138,13 @@ class Store(ABC):
         """Equal for two stores of this process that are the same place. By default a store object is a place of its own."""
         return (type(self).__name__, id(self))
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was written is where it is to be; False if `timeout` seconds did not suffice.
+
+        By default `write` has done it all.
+        """
+        return True
+
     def close(self) -> None:
         """Give back what the store holds open. May be called twice."""
 

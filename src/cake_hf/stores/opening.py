@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.stores.base import Store
 from cake_hf.stores.eviction import LRU
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
+from cake_hf.stores.tiers import open_tiers
 
-StoreSpec = Store | str | os.PathLike[str]
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+StoreSpec = Store | str | os.PathLike[str] | Sequence[Any]
+"""What a user writes; a sequence is tiers, nearest first (see `open_tiers`)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ REMOTE_KINDS = {
     "redis": RemoteKind("redis://host:6379/0", _REDIS, "redis"),
     "rediss": RemoteKind("rediss://host:6379/0", _REDIS, "redis"),
     "redis+unix": RemoteKind("redis+unix:///path/to.sock", _REDIS, "redis"),
+    "mooncake": RemoteKind("mooncake://master:50051/prefix", "cake_hf.stores.mooncake:MooncakeStore", "mooncake"),
     "hf": RemoteKind("hf://org/pack@revision", "cake_hf.stores.hub:open_hub_pack", "hub"),
 }
 """By URL scheme. A new kind of store is one line here and one file beside this one."""
@@ -78,19 +80,24 @@ def open_store(spec: StoreSpec) -> Store:
 
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
-            `pack:FOLDER`, the URL of one of `REMOTE_KINDS`, or a `Store`, which is returned as it is.
+            `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
+            returned as it is.
 
     Raises:
         StoreError: an unknown URL scheme, a client library that is not installed, or a place that cannot be a store.
     """
     if isinstance(spec, Store):
         return spec
+    if isinstance(spec, (list, tuple)):
+        return open_tiers(spec, open_store)
+    if not isinstance(spec, (str, os.PathLike)):
+        raise StoreError(f"A store is a path, a URL, a Store or a list of these, not {type(spec).__name__}.")
     text = os.fspath(spec)
     if text in ("", "file://"):
         raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
     scheme, colon, rest = text.partition(":")
     if colon and scheme == "memory":
-        return MemoryStore(_parse_bytes(rest)) if rest else MemoryStore()
+        return MemoryStore(_bytes(rest)) if rest else MemoryStore()
     if colon and scheme == "pack":
         return _PACK.open(rest)
     if colon and rest.startswith("//"):
@@ -110,7 +117,7 @@ def _open_directory(text: str) -> LocalStore:
     if options:
         raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
     try:
-        return LocalStore(path, None if budget is None else _parse_bytes(budget), eviction)
+        return LocalStore(path, None if budget is None else _bytes(budget), eviction)
     except ValueError as error:
         raise StoreError(str(error)) from error
 
@@ -124,10 +131,8 @@ def _known() -> str:
     return "; ".join(["a directory path, file:///path, memory:4GB", *remote])
 
 
-def _parse_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise StoreError(f"{text!r} is not a size; write it like 4GB or 512MiB.")
-    if not (nbytes := int(float(match[1]) * _UNITS[match[2].upper()])):
-        raise StoreError(f"A store of {text!r} can hold nothing; give it a size like 4GB.")
-    return nbytes
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise StoreError(str(error)) from error

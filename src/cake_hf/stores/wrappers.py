@@ -53,6 +53,9 @@ class WrapperStore(Store):
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 
+    def flush(self, timeout: float | None = None) -> bool:
+        return self.inner.flush(timeout)
+
     def close(self) -> None:
         self.inner.close()
 

@@ -1,0 +1,256 @@
+"""This process's membership in a Mooncake cluster: joined once, shared by all stores with equal settings, left safely.
+
+The client is native code. It answers in numbers, aborts the process if it is used after its end or if the interpreter ends
+while it is at work, and takes 90 seconds to find that there is no master. All of that stays in this file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.sizes import parse_bytes
+
+PROTOCOLS = ("tcp", "rdma")
+
+CONNECT_SECONDS = 5.0
+"""How long the master may take to accept a connection."""
+
+EXIT_SECONDS = 35.0
+"""How long leaving the interpreter waits for calls under way. The client itself gives a transfer up after 30."""
+
+NO_ROOM = -200
+REFUSED = -600
+NOT_READY = -703
+NOT_FOUND = -704
+LEASED = -706
+LEASE_EXPIRED = -707
+
+_REASONS = {
+    NO_ROOM: "the cluster has no room: no process lends it memory, or all of it is in use; lend some (?lend=4GB in the URL)",
+    REFUSED: "the client refuses the call",
+    LEASED: "it is being read; try again later",
+    LEASE_EXPIRED: "reading took longer than the master's lease; raise its --default_kv_lease_ttl",
+    -800: "the transfer failed: the process that lends the memory is gone or cannot be reached",
+    -900: "the master does not answer; check that mooncake_master is running",
+    -901: "the master did not answer in time",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a membership is made with; see `MooncakeStore` for the meaning."""
+
+    master: str
+    host: str
+    lend_bytes: int
+    protocol: str
+    devices: str
+    metadata: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a `mooncake://` URL says.
+
+    Attributes:
+        place: the URL without its options, for messages.
+        prefix: of the names in the cluster.
+        replicas: lending processes that keep each value.
+        listing: URL at which the master lists its keys.
+        settings: of the membership.
+    """
+
+    place: str
+    prefix: str
+    replicas: int
+    listing: str
+    settings: Settings
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Take a URL apart.
+
+        Raises:
+            StoreError: it, or one of its options, makes no sense.
+        """
+        options = {
+            "lend": "",
+            "replicas": "1",
+            "protocol": "tcp",
+            "devices": "",
+            "metadata": "P2PHANDSHAKE",
+            "host": "",
+            "admin": "9003",
+        }
+        try:
+            split = urlsplit(url)
+            master = f"{split.hostname or ''}:{split.port or 50051}"
+            given = dict(parse_qsl(split.query, strict_parsing=bool(split.query)))
+            if unknown := sorted(set(given) - set(options)):
+                raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(options)}")
+            options |= given
+            prefix = split.path.strip("/") or "cake_hf"
+            if not split.hostname or not re.fullmatch(r"[\w./-]+", prefix):
+                raise ValueError("it needs a host, and a prefix of letters, digits and . _ / -")
+            if options["protocol"] not in PROTOCOLS:
+                raise ValueError(f"the protocol must be one of {', '.join(PROTOCOLS)}")
+            lend = parse_bytes(options["lend"]) if options["lend"] else 0
+            replicas, admin = int(options["replicas"]), int(options["admin"])
+            if replicas < 1:
+                raise ValueError("there must be at least one replica")
+        except ValueError as error:
+            raise StoreError(f"{url!r} is not mooncake://master:50051/prefix with its options: {error}.") from error
+        return cls(
+            place=f"mooncake://{master}/{prefix}",
+            prefix=prefix,
+            replicas=replicas,
+            listing=f"http://{split.hostname}:{admin}/get_all_keys",
+            settings=Settings(
+                master, options["host"], lend, options["protocol"], options["devices"], options["metadata"]
+            ),
+        )
+
+
+class Member:
+    """A client of the cluster, and who is using it. Get it from `join`, give it back with `leave`.
+
+    Args:
+        settings: of the client, which is made at the first call.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._client: Any = None
+        self._calls = 0
+        self._left = False
+        self._changed = threading.Condition()
+        self.stores = 0
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        """The native client, which lives at least as long as the body.
+
+        Raises:
+            StoreError: the cluster cannot be joined, or the last store was closed.
+        """
+        with self._changed:
+            if self._left:
+                raise StoreError("The Mooncake store is closed; open it again.")
+            if self._client is None:
+                self._client = _new_client(self.settings)
+            self._calls += 1
+        try:
+            yield self._client
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+                self._end_if_idle()
+
+    def retire(self, seconds: float = 0.0) -> None:
+        """Take no more calls. The client ends with the last call, which is waited for so many seconds."""
+        with self._changed:
+            self._left = True
+            self._changed.wait_for(lambda: not self._calls, seconds)
+            self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._left and not self._calls and self._client is not None:
+            client, self._client = self._client, None
+            client.close()
+
+
+_members: dict[Settings, Member] = {}
+_lock = threading.Lock()
+
+
+def join(settings: Settings) -> Member:
+    """The process's membership with these settings; asks nothing of the cluster yet."""
+    with _lock:
+        member = _members.setdefault(settings, Member(settings))
+        member.stores += 1
+        return member
+
+
+def leave(member: Member) -> None:
+    """A store is done with its membership; that of the last one ends it."""
+    with _lock:
+        member.stores -= 1
+        if member.stores:
+            return
+        _members.pop(member.settings, None)
+    member.retire()
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Tell the master before the process ends, so that nobody waits for it; and let no call be at work when it does."""
+    for member in list(_members.values()):
+        member.retire(EXIT_SECONDS)
+
+
+def check(code: int, what: str) -> int:
+    """Let a number from the client pass, unless it is an error.
+
+    Raises:
+        StoreError: it is one; `what` is the sentence's beginning.
+    """
+    if code < 0:
+        raise StoreError(f"{what}: {_REASONS.get(code, f'Mooncake reports error {code}')}.")
+    return code
+
+
+def _new_client(settings: Settings) -> Any:
+    """Join the cluster.
+
+    Raises:
+        StoreError: the package or a library is missing, or the master cannot be reached.
+    """
+    try:
+        client = import_module("mooncake.store").MooncakeDistributedStore()
+    except ModuleNotFoundError as error:
+        raise StoreError(
+            f'Stores at mooncake:// need the package {error.name}: pip install "cake-hf[mooncake]"'
+        ) from error
+    except ImportError as error:
+        raise StoreError(
+            f"The Mooncake client cannot be loaded: {error} (Debian: apt-get install libibverbs1)."
+        ) from error
+    own_address = _own_address(settings.master)
+    code = client.setup(
+        settings.host or own_address,
+        settings.metadata,
+        settings.lend_bytes,
+        0,
+        settings.protocol,
+        settings.devices,
+        settings.master,
+    )
+    if code:
+        raise StoreError(
+            f"The Mooncake cluster at {settings.master} cannot be joined (error {code}); check protocol and devices in the "
+            "URL, and what the client wrote to stderr."
+        )
+    return client
+
+
+def _own_address(master: str) -> str:
+    """The address under which this machine is seen on the way to the master; the client itself takes minutes to find none."""
+    host, _, port = master.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_SECONDS) as connection:
+            return str(connection.getsockname()[0])
+    except OSError as error:
+        raise StoreError(
+            f"The Mooncake master at {master} cannot be reached ({error}); check the address and that it is running."
+        ) from error

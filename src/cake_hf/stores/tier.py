@@ -1,0 +1,249 @@
+"""One store among others: what it is for, how it is used; and the row of them, from which an answer is got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Generic, Literal, TypeVar
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store
+from cake_hf.stores.standing import Standing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A store among others, and what it is for.
+
+    Attributes:
+        store: any.
+        write: whether new values go there. True: before `write` returns; "behind": soon after; False: never.
+        promote: whether values found farther away are copied there; by default where `write` is not False. With `write=False`
+            and `promote=True` a tier caches what is read; with both False nothing there is ever touched.
+        owned: whether closing the tiers closes this store.
+    """
+
+    store: Store
+    write: bool | Literal["behind"] = True
+    promote: bool | None = None
+    owned: bool = False
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether values found farther away are copied there."""
+        return self.write is not False if self.promote is None else self.promote
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing there may be touched."""
+        return self.write is False and not self.takes_copies
+
+
+class Place:
+    """A tier where it stands among the others.
+
+    Args:
+        tier: the store and its policy.
+        level: how far away; tiers of one level are equally near.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, tier: Tier, level: int, clock: Callable[[], float]) -> None:
+        self.tier = replace(tier, write=False, promote=False) if tier.store.read_only else tier
+        self.store = tier.store
+        self.level = level
+        self.standing = Standing(_name(tier.store), clock)
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """The store's mask.
+
+        Raises:
+            Exception: whatever the store raises; also where its mask is not as long as the question.
+        """
+
+        def ask() -> list[bool]:
+            return [has for _, has in zip(keys, self.store.contains(keys), strict=True)]
+
+        return self.standing.look("looked up", ask)
+
+    def listing(self) -> list[str]:
+        """All keys; raises whatever the store raises."""
+        return self.standing.look("listed", lambda: list(self.store.keys()))
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
+        """Write a value; raises whatever the store raises."""
+        written = self.standing.change("written", lambda: self.store.write(key, parts, replace=replace))
+        if written:
+            self.standing.welcome(key)
+        return written
+
+    def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
+        """Write a value if the store is well; what goes wrong is counted and goes no further."""
+        if self.standing.writes_badly():
+            self.standing.count(skipped=1)
+            return False
+        try:
+            return self.write(key, [value], replace=replace)
+        except Exception:
+            return False
+
+    def delete(self, key: str) -> bool:
+        """Remove a key; False if it was not there.
+
+        Raises:
+            StoreError: it is there, and the tier is read-only.
+            Exception: whatever the store raises.
+        """
+        if not self.tier.read_only:
+            deleted = self.standing.change("deleted", lambda: self.store.delete(key))
+            self.standing.welcome(key)
+            return deleted
+        if not self.standing.shuns(key) and self.contains([key])[0]:
+            raise StoreError(f"{self.standing.name} is only read here: delete it there, or give the tier write=True.")
+        return False
+
+    def disown(self, key: str) -> None:
+        """What is here under this key is wrong, if anything is: remove it, or else do not look at it any more."""
+        if not self.tier.read_only and not self.standing.writes_badly():
+            try:
+                self.delete(key)
+            except Exception:
+                self.standing.shun(key)
+        else:
+            self.standing.shun(key)
+
+
+class Faults:
+    """What went wrong at one place after the other, while the work went on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: Exception | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """What the body raises goes no further."""
+        try:
+            yield
+        except Exception as error:
+            self.count += 1
+            # That a value is corrupt tells more than that some store failed: such a value is to be replaced.
+            if self._first is None or (isinstance(error, CorruptChunk) and not isinstance(self._first, CorruptChunk)):
+                self._first = error
+
+    def tell(self, what: str) -> None:
+        """Raise what was caught, if anything was.
+
+        Raises:
+            CorruptChunk: if that was among it.
+            StoreError: the sentence `what`, and the first fault.
+        """
+        if isinstance(self._first, CorruptChunk):
+            raise self._first
+        if self._first is not None:
+            raise StoreError(f"{what} {self._first}") from self._first
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What came of asking one tier after the other for a value.
+
+    Attributes:
+        value: None for a miss.
+        place: that had it.
+        lacking: those asked before, which have nothing of use; and whether it was a value of another size.
+    """
+
+    value: T | None = None
+    place: Place | None = None
+    lacking: Sequence[tuple[Place, bool]] = field(default=())
+
+    def targets(self) -> list[tuple[Place, bool]]:
+        """Those of the lacking to which the value should be copied."""
+        return [
+            (place, wrong)
+            for place, wrong in self.lacking
+            if self.place is not None
+            and place.level < self.place.level
+            and place.tier.takes_copies
+            and not place.standing.writes_badly()
+        ]
+
+
+class Row:
+    """The places, nearest first, as one to ask.
+
+    Args:
+        places: in order.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = list(places)
+
+    def look_up(self, keys: Sequence[str]) -> tuple[list[bool], Faults]:
+        """The union's mask. Each place gets one question, about what those before it do not have.
+
+        Returns:
+            The mask; and the faults, if nothing but faults came back.
+        """
+        found, answers, faults = [False] * len(keys), 0, Faults()
+        for place in sorted(self._places, key=lambda place: place.standing.reads_badly()):
+            missing = [n for n, key in enumerate(keys) if not found[n] and not place.standing.shuns(key)]
+            if answers and (not missing or place.standing.reads_badly()):
+                continue
+            with faults.caught():
+                for n, has in zip(missing, place.contains([keys[n] for n in missing]), strict=True):
+                    found[n] = has
+                answers += 1
+        return found, Faults() if answers else faults
+
+    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> Answer[T]:
+        """Ask one place after the other until one has the value.
+
+        Args:
+            key: of the value.
+            ask: the question; None for a miss.
+            nbytes: that a read brings; None where it is no read, so that nothing is learnt of the store's pace.
+
+        Raises:
+            CorruptChunk: some have it, but not of the right size, and nobody has a better one.
+            StoreError: nobody has it, and somebody failed.
+        """
+        lacking: list[tuple[Place, bool]] = []
+        faults = Faults()
+        for place in self._route(key, nbytes or 0):
+            question = partial(ask, place.store)
+            with faults.caught():
+                try:
+                    value = (
+                        place.standing.look("read", question)
+                        if nbytes is None
+                        else place.standing.read(nbytes, question)
+                    )
+                except CorruptChunk:
+                    lacking.append((place, True))
+                    raise
+                if value is not None:
+                    return Answer(value, place, lacking)
+                lacking.append((place, False))
+        faults.tell(f"Chunk {key} cannot be read from any tier.")
+        return Answer()
+
+    def _route(self, key: str, nbytes: int) -> list[Place]:
+        """The places in the order in which they are asked for a value."""
+        places = [place for place in self._places if not place.standing.shuns(key)]
+        places.sort(key=lambda p: (p.standing.reads_badly(), p.level, p.standing.seconds_until_read(nbytes)))
+        for place in places[1:]:
+            if nbytes and place.level == places[0].level:
+                place.standing.passed_over()
+        return places
+
+
+def _name(store: Store) -> str:
+    """The store as it shows itself, or what it is."""
+    own = type(store).__repr__ is not object.__repr__
+    return repr(store) if own else type(store).__name__

@@ -1,0 +1,311 @@
+"""Stores behind one another, nearest first: this process's memory, this machine's disk, a bucket for all.
+
+    reading   from the nearest tier that has the value; one that fails is passed over for the next
+    writing   to each tier by its own policy: at once, behind, or never
+    behind    one thread copies what was found far away to nearer tiers, and writes what is to be written behind
+
+No lock is held while a tier works, so threads that load different chunks use different tiers at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.behind import Behind, Errand
+from cake_hf.stores.standing import TierCounts
+from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
+
+Check = Callable[[bytearray, str], object]
+"""Called with a value and its key; raises `CorruptChunk` where the value is not what the key says."""
+
+Level = Tier | Store | Sequence[Tier | Store]
+
+
+class TierStore(Store):
+    """One store made of several. What one tier fails at, the others go on with.
+
+    *Reading* asks the nearest tier first and goes on at a miss, a fault or a value of another size. Only where nobody has the
+    value and somebody failed is it a `StoreError`. What was read from afar is copied to the nearer tiers in the background.
+
+    *Tiers of one level* are equally near: two disks, or a disk and a network that are both worth using. A read goes to the one
+    that should be through with it first, going by its pace so far and the reads under way there; so two loader threads share
+    them, and their throughputs add. Between levels nothing is weighed: the nearer one is meant to be much faster, and a chunk
+    that is fetched from afar all the same would be the one that everybody waits for.
+
+    *Writing* tries every tier with `write=True` before it returns, and raises only where none of them took the value; then
+    nothing is listed. The value is durable from the moment on when the first durable one of them has it (memory is not). Where
+    such a tier fails, the value is only as safe as the tiers that took it; the log says so once.
+    `replace` reaches every tier: where a wrong value can be neither replaced nor deleted it is not looked at any more.
+
+    *A tier in trouble* (two faults in a row, or an operation that hangs) is left alone for a while: asked last, and left out
+    of lookups and writes that others can serve.
+
+    Args:
+        levels: nearest first: stores, tiers, or sequences of such that are equally near.
+        queue_bytes: of values that may wait for the background; beyond it copies are skipped and counted.
+        close_seconds: how long `close`, and leaving the interpreter, wait for the background.
+        check: what a value has to pass before it is copied to a nearer tier, so that what arrived damaged does not spread.
+        clock: monotonic seconds; replaceable for tests.
+
+    Raises:
+        ValueError: no tier, or values are to be written behind and nowhere at once.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        *,
+        queue_bytes: int = 256 * 2**20,
+        close_seconds: float = 30.0,
+        check: Check | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._places = [
+            Place(tier if isinstance(tier, Tier) else Tier(tier), number, clock)
+            for number, level in enumerate(levels)
+            for tier in ([level] if isinstance(level, (Tier, Store)) else level)
+        ]
+        policies = {place.tier.write for place in self._places}
+        if not self._places:
+            raise ValueError("A tier store needs at least one tier.")
+        if "behind" in policies and True not in policies:
+            raise ValueError('Where a tier is written "behind", another must be written at once (write=True).')
+        self._row = Row(self._places)
+        self.reads_ranges = all(place.store.reads_ranges for place in self._places)
+        self.range_seconds = max(place.store.range_seconds for place in self._places)
+        self.read_only = all(place.tier.read_only for place in self._places)
+        self._check = check
+        self._behind = Behind(queue_bytes, close_seconds)
+        weakref.finalize(self, self._behind.retire).atexit = False
+
+    def __repr__(self) -> str:
+        return f"TierStore([{', '.join(place.standing.name for place in self._places)}])"
+
+    def counts(self) -> list[TierCounts]:
+        """What came of each tier so far, nearest first."""
+        return [place.standing.counts() for place in self._places]
+
+    def identity(self) -> Hashable:
+        return (type(self).__name__, tuple(place.store.identity() for place in self._places))
+
+    # Asking.
+
+    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+        """The first that a tier has."""
+        return next(filter(None, (place.store.objection(namespace, facts) for place in self._places)), "")
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        """One question to each tier, about what the tiers before it do not have. One that fails counts as having nothing.
+
+        Raises:
+            StoreError: all of them failed.
+        """
+        found, faults = self._row.look_up(keys)
+        faults.tell("None of the tiers can be asked for chunks.")
+        return found
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        stamp, nbytes = self._behind.stamp(), total_bytes(parts)
+        answer = self._row.first(key, lambda store: store.read_into(key, parts), nbytes)
+        if answer.place is not None:
+            self._carry_on(key, parts, stamp, answer)
+        return answer.value
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        answer = self._row.first(key, lambda store: store.read_range(key, parts, offset) or None, total_bytes(parts))
+        return answer.place is not None
+
+    def read(self, key: str) -> bytearray | None:
+        """The value from the first tier that has it. It is copied nowhere: who asks so goes through all there is."""
+        answer = self._row.first(key, lambda store: store.read(key))
+        if answer.place is not None and answer.value is not None:
+            answer.place.standing.count(reads=1, bytes_read=len(answer.value))
+        return answer.value
+
+    def size(self, key: str) -> int | None:
+        return self._row.first(key, lambda store: store.size(key)).value
+
+    def keys(self) -> Iterator[str]:
+        """The union; a tier that cannot be listed counts as having nothing.
+
+        Raises:
+            StoreError: none of them can be listed.
+        """
+        seen: set[str] = set()
+        faults = Faults()
+        for place in self._places:
+            new: list[str] = []
+            with faults.caught():
+                new = [key for key in place.listing() if key not in seen]
+            seen.update(new)
+            yield from new
+        if faults.count == len(self._places):
+            faults.tell("None of the tiers can be listed.")
+
+    # Changing.
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        if not replace and self._row.look_up([key])[0][0]:
+            return False
+        if replace:
+            with self._behind.changing(key):
+                written = self._write_now(key, parts, replace=True)
+        else:
+            written = self._write_now(key, parts, replace=False)
+        self._write_behind(key, parts, replace=replace)
+        return written
+
+    def delete(self, key: str) -> bool:
+        """Remove a key from all tiers.
+
+        Raises:
+            StoreError: a tier failed, or has the key and is read-only. The others have been gone through all the same.
+        """
+        deleted, faults = False, Faults()
+        with self._behind.changing(key):
+            for place in self._places:
+                with faults.caught():
+                    deleted |= place.delete(key)
+        faults.tell(f"Chunk {key} cannot be deleted from all tiers.")
+        return deleted
+
+    def check_writable(self) -> None:
+        """Ask the tiers that are written at once; one that refuses is logged.
+
+        Raises:
+            StoreError: all of them refuse.
+        """
+        eager, faults = self._eager(), Faults()
+        for place in eager:
+            with faults.caught():
+                place.standing.change("written", place.store.check_writable)
+        if faults.count == len(eager):
+            faults.tell("Nothing can be written to any tier.")
+
+    def notes_folder(self) -> Path | None:
+        folders = (place.store.notes_folder() for place in self._places)
+        return next((folder for folder in folders if folder is not None), None)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice."""
+        return self._behind.flush(timeout)
+
+    def close(self) -> None:
+        """Wait for the background, `close_seconds` at most, and close the tiers that are owned."""
+        self._behind.close()
+        with ExitStack() as stack:
+            for place in self._places:
+                if place.tier.owned:
+                    stack.callback(place.store.close)
+
+    # Behind and beneath.
+
+    def _carry_on(self, key: str, parts: Sequence[memoryview], stamp: int, answer: Answer[int]) -> None:
+        """Have a value that was read copied to the nearer tiers that lack it, if there is room. Waits for nothing."""
+        targets, nbytes = answer.targets(), total_bytes(parts)
+        if targets and self._behind.has_room(nbytes):
+            errand = Errand(key, nbytes, partial(self._promote, key, _copy(parts), targets))
+            if self._behind.offer(errand, stamp):
+                return
+        for place, _ in targets:
+            place.standing.count(skipped=1)
+
+    def _promote(self, key: str, value: bytearray, targets: Sequence[tuple[Place, bool]]) -> None:
+        try:
+            if self._check is not None:
+                self._check(value, key)
+        except CorruptChunk:  # Whoever asked for it finds that out as well, and says so.
+            return
+        for place, wrong in targets:
+            place.standing.count(promoted=place.put(key, value, replace=wrong))
+
+    def _eager(self) -> list[Place]:
+        places = [place for place in self._places if place.tier.write is True]
+        if not places:
+            raise StoreError("No tier takes new values; give one of them write=True, or only read (save=False).")
+        return places
+
+    def _write_now(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
+        """Write to the tiers that are written at once; those in trouble only if no other takes the value."""
+        written: dict[Place, bool] = {}
+        faults = Faults()
+        for place in sorted(self._eager(), key=lambda place: place.standing.writes_badly()):
+            if written and place.standing.writes_badly():
+                place.standing.count(skipped=1)
+                continue
+            with faults.caught():
+                written[place] = place.write(key, parts, replace=replace)
+        if not written:
+            faults.tell(f"Chunk {key} cannot be written to any tier.")
+        for place in self._places:
+            place.standing.count(written=written.get(place, False))
+            if replace and place not in written:
+                place.disown(key)
+        return any(written.values())
+
+    def _write_behind(self, key: str, parts: Sequence[Part], *, replace: bool) -> None:
+        places = [place for place in self._places if place.tier.write == "behind"]
+        if not places:
+            return
+
+        def run() -> None:
+            for place in places:
+                place.standing.count(written=place.put(key, value, replace=replace))
+
+        nbytes = total_bytes(parts)
+        if self._behind.has_room(nbytes):
+            value = bytearray().join(parts)
+            if self._behind.offer(Errand(key, nbytes, run)):
+                return
+        for place in places:
+            place.standing.count(skipped=1)
+
+
+def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> TierStore:
+    """Tiers from what a user writes for each of them; chunks are checked before they are copied to a nearer tier.
+
+    Args:
+        specs: nearest first: what `open_one` takes, or a `Tier`, or a list of those, which are equally near then.
+        open_one: opens one store. What it makes is owned, so it is closed with the tiers; a store object is left open.
+
+    Raises:
+        StoreError: there is none, or one cannot be opened; those before it are closed again.
+    """
+    from cake_hf.tensors.codec import check_file  # not above, since it brings in torch
+
+    if not specs:
+        raise StoreError('The list of stores is empty; give one or more, such as ["memory:4GB", "~/.cache/cake_hf"].')
+    with ExitStack() as opened:
+
+        def tier(spec: object) -> Tier:
+            if isinstance(spec, Tier):
+                return spec
+            store = open_one(spec)
+            if store is not spec:
+                opened.callback(store.close)
+            return Tier(store, owned=store is not spec)
+
+        levels = [[tier(one) for one in spec] if isinstance(spec, (list, tuple)) else tier(spec) for spec in specs]
+        tiers = TierStore(levels, check=check_file)
+        opened.pop_all()
+        return tiers
+
+
+def _copy(parts: Sequence[memoryview]) -> bytearray:
+    """The parts, joined, in memory of their own. By memmove, which lets the model's thread go on meanwhile."""
+    value, offset = bytearray(total_bytes(parts)), 0
+    for part in parts:
+        if part.nbytes:
+            to, source = ctypes.c_char.from_buffer(value, offset), ctypes.c_char.from_buffer(part)
+            ctypes.memmove(ctypes.addressof(to), ctypes.addressof(source), part.nbytes)
+            offset += part.nbytes
+    return value
