@@ -1,7 +1,7 @@
 """Every family of models that is looked after, as a tiny random model made from its config.
 
-Each is as small as its structure allows, and has all kinds of layers that its large relatives have: windows shorter than the prompt,
-states beside attention, layers that share what others keep.
+Each is as small as its structure allows, and has all kinds of layers that its large relatives have: windows shorter than the
+prompt, states beside attention, layers that share what others keep.
 """
 
 from __future__ import annotations
