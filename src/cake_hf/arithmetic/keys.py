@@ -53,3 +53,8 @@ def chunk_keys(namespace: str, token_ids: Sequence[int], chunk_size: int, parent
         previous = digest.digest()
         keys.append(previous.hex())
     return keys
+
+
+def state_key(chunk_key: str) -> str:
+    """Name of what a model carries over the end of a chunk, beside the KV of its tokens."""
+    return hashlib.blake2b(bytes.fromhex(chunk_key), digest_size=KEY_BYTES, person=b"cake-state").hexdigest()

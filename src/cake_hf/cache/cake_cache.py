@@ -17,10 +17,11 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.probe import kv_like
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
-from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
+from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import kept_reason, layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -64,6 +65,9 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
         limits: budgets of threads, seconds and bytes.
+        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can only go on
+            where a snapshot of these is stored: keep one after every so many chunks. In any case one is kept at the end of
+            each prompt, and where a prompt leaves what it shares with stored ones; 0 for no others.
 
     Attributes:
         report: what happened to the last prompt.
@@ -85,6 +89,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         exact: bool = True,
         strategy: str = "both",
         limits: Limits | None = None,
+        snapshot_every: int = 0,
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
@@ -99,6 +104,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             exact=exact,
             strategy=Strategy(strategy),
             limits=limits or Limits(),
+            snapshot_every=snapshot_every,
         )
         self._start(session, layers_for(model))
 
@@ -214,14 +220,45 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
-        if not self._depth and not self.closed:
-            raise self._foreign()
+        self._guard()
         if self._lost():
             raise ForwardLeft
         if self._running is not None:
             self._running.await_layer(layer_idx)
         states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return states
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `DynamicCache.update_conv_state`.
+
+        Raises:
+            ForeignModel: another model than the cache's own brings it.
+        """
+        self._guard()
+        state: torch.Tensor = super().update_conv_state(*args, **kwargs)
+        return state
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `DynamicCache.update_recurrent_state`.
+
+        Raises:
+            ForeignModel: another model than the cache's own brings it.
+        """
+        self._guard()
+        state: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
+        return state
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """As `DynamicCache.update_indexer`.
+
+        Raises:
+            ForeignModel: another model than the cache's own brings keys.
+        """
+        self._guard()
+        if self._running is not None:
+            self._running.await_layer(layer_idx)  # the indexer comes before the attention
+        keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx)
+        return keys
 
     # Called by the hook.
 
@@ -278,13 +315,15 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if reason:
+        if reason := reason or kept_reason(kv_like(session.model)):
             self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
             return None
         chunks = max(0, call.tokens - leave) // session.chunk_size
         self._busy = True
         try:
-            if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
+            if call.past == len(self._known) * session.chunk_size and all(
+                getattr(layer, "is_own", True) for layer in self.layers
+            ):
                 prompt = look_up(session, call, chunks, self._known, started)
             else:
                 prompt = off_schedule(session, call, chunks, started)
@@ -312,11 +351,11 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
         restore = tail.restore
-        record_tail(tail.prompt, self.layers, tail.begin, gated=restore is not None and restore.waited)
+        device = next(self._session.model.parameters()).device
+        record_tail(tail.prompt, device, tail.begin, gated=restore is not None and restore.waited)
         if restore is not None:
-            self._close(restore)
+            self._close(restore, save_tail=bool(tail.key))
         if tail.key:
-            save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
             self._known.append(tail.key)
 
     def _give_up_tail(self) -> None:
@@ -325,15 +364,19 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         if tail is not None and tail.restore is not None:
             self._abandon(tail.restore)
 
-    def _close(self, restore: Restore) -> None:
+    def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
         self._running = None
-        restore.close()
+        restore.close(save_tail=save_tail)
         self._known += restore.prompt.keys[: restore.prompt.chunks]
         learn_costs(self._session, restore.prompt)
 
     def _abandon(self, restore: Restore) -> None:
         self._running = None
         restore.abandon()
+
+    def _guard(self) -> None:
+        if not self._depth and not self.closed:
+            raise self._foreign()
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

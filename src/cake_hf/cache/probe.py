@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
+from cake_hf.cache.layers import WindowedLayer, ours_for
+from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.fingerprint import autocast_facts
+from cake_hf.tensors.layout import ChunkLayout, Piece
 
-KvLike = list[tuple[torch.Tensor, torch.Tensor]]
-
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, KvLike]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def kv_like(model: torch.nn.Module) -> KvLike:
-    """For each layer a K and a V of one token, `[1, heads, 1, head_dim]`, as the model makes them at present.
+def kv_like(model: torch.nn.Module) -> list[Any]:
+    """The layers of a `DynamicCache` that holds one token, as the model makes them at present.
 
     Args:
-        model: whose layers all keep full attention.
+        model: of a kind whose layers we know.
     """
     present = next(model.parameters())
     mode = (present.dtype, present.device, autocast_facts(present.device.type))
@@ -34,9 +37,62 @@ def kv_like(model: torch.nn.Module) -> KvLike:
         return known[mode]
 
 
-def _run_one_token(model: torch.nn.Module, device: torch.device) -> KvLike:
+def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
+    """The layout of a chunk of these layers' KV.
+
+    Args:
+        layers: from `kv_like`.
+        chunk_size: tokens.
+    """
+    pieces = [
+        Piece(
+            f"layers.{number}.{what}",
+            tensor.shape[1],
+            tensor.shape[3],
+            tensor.dtype,
+            number,
+            windowed=isinstance(ours_for(layer), WindowedLayer),
+        )
+        for number, layer in enumerate(layers)
+        for what, tensor in _kept_per_token(layer).items()
+    ]
+    return ChunkLayout(chunk_size, tuple(sorted(pieces, key=lambda piece: piece.windowed)))
+
+
+def state_layout(layers: list[Any]) -> ChunkLayout:
+    """The layout of a snapshot of these layers' recurrent states: each as one "token" of it; no pieces where there are none.
+
+    Args:
+        layers: from `kv_like`.
+    """
+    pieces = [
+        Piece(f"layers.{number}.{what}", state.numel() // state.shape[-1], state.shape[-1], state.dtype, number)
+        for number, layer in enumerate(layers)
+        if isinstance(layer, LinearAttentionLayer)
+        for what, state in states_of(layer).items()
+    ]
+    # The widest dtypes first, so that each piece is aligned to its own.
+    return ChunkLayout(1, tuple(sorted(pieces, key=lambda piece: -piece.dtype.itemsize)))
+
+
+def keeps_tokens(layer: Any) -> bool:
+    """Whether a layer from `kv_like` keeps something of each token, be it only of the last ones."""
+    return bool(_kept_per_token(layer))
+
+
+def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
+    """A layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
+    if getattr(layer, "keys", None) is None:  # a layer that uses another one's KV, or only has a state
+        return {}
+    kept = {"keys": layer.keys, "values": layer.values}
+    if getattr(layer, "indexer_keys", None) is not None:
+        kept["indexer_keys"] = layer.indexer_keys.unsqueeze(1)
+    return kept
+
+
+def _run_one_token(model: torch.nn.Module, device: torch.device) -> list[Any]:
     cache = DynamicCache(config=model.config)
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
     with torch.no_grad():
         model(input_ids=token, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(cache.layers)

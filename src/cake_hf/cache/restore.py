@@ -3,6 +3,9 @@
 Walk: keys -> which are stored -> frontier -> (forward on chunk 0, 1, ... | loaders: n-1, n-2, ...) -> the length is set
 to all of them. The prompt's last piece is then run by whoever called the model. It may begin while the last loads still
 arrive: each of its layers waits for that layer of them. So a restore is open until the last piece is through.
+
+Where the model carries something from chunk to chunk (windows, recurrent states; see `carried`), all that is the same, but it
+can go on only where it stands: a chunk behind loaded ones is run once the windows and the state before it are put in.
 """
 
 from __future__ import annotations
@@ -19,15 +22,20 @@ import torch
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
+from cake_hf.arithmetic.keys import state_key
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
-from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
-from cake_hf.cache.probe import kv_like
+from cake_hf.cache.carried import Block, Carried
+from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
+from cake_hf.cache.loads import WindowBuffers, plan_loads
+from cake_hf.cache.probe import keeps_tokens, kv_like
 from cake_hf.cache.prompt import Prompt
+from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
 from cake_hf.movers.place import place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
+from cake_hf.movers.states import StateRead
 from cake_hf.movers.writer import pack
 
 Progress = Callable[[int, int], None]
@@ -62,7 +70,7 @@ class Restore:
     def __init__(
         self,
         session: Session,
-        layers: list[TokenMajorLayer],
+        layers: list[Any],
         prompt: Prompt,
         forward: Forward,
         progress: Progress,
@@ -71,26 +79,46 @@ class Restore:
     ) -> None:
         self.prompt = prompt
         self._session = session
-        self._layers = layers
         self._forward = forward
         self._progress = progress
         self._end = prompt.call.past + prompt.call.tokens
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
-        for layer, (keys, values) in zip(layers, kv_like(session.model), strict=True):
-            layer.reserve(keys, values, self._end + HEADROOM_TOKENS)
-        on_host = layers[0].buffers[0].device.type == "cpu"
+        like = kv_like(session.model)
+        self._all_layers = layers
+        self._layers: list[TokenMajorLayer] = []  # those that keep each token
+        for layer, one in zip(layers, like, strict=True):
+            if isinstance(layer, TokenMajorLayer) and keeps_tokens(one):
+                layer.make_room(one, self._end + HEADROOM_TOKENS)
+                self._layers.append(layer)
+        self._device = next(session.model.parameters()).device
+        self._carried = Carried(
+            layers,
+            like,
+            session.chunk_size,
+            prompt.call.past,
+            prompt.state_layout,
+            self._loaded_block,
+            self._read_state,
+        )
+        self._saver = Saver(session, self._layers, prompt, self._carried)
+        self._state_reads: dict[int, StateRead] = {}
+        self._states_loaded: set[int] = set()
+        self._plan = plan_loads(prompt, self._carried.window_chunks)
+        self._windows = WindowBuffers(prompt.layout, self._plan.windows, self._device)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
-        ranges = _ranges(session, prompt, costs) if beyond_loads else 1
+        ranges = _ranges(session, prompt, costs) if beyond_loads and not self._carried else 1
         self._beyond_loads = ranges > 1
-        self._frontier = _frontier(session, prompt, costs, ranges, on_host=on_host)
+        self._frontier = self._new_frontier(costs, ranges)
         self._job = self._load_job(ranges)
 
     def run(self) -> None:
         """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
         prompt, session = self.prompt, self._session
-        if session.strategy is not Strategy.COMPUTE and any(prompt.stored[: prompt.chunks]):
+        if session.strategy is not Strategy.COMPUTE and any(self._plan.usable):
+            if self._plan.state is not None:
+                self._state_read(self._plan.state)
             self._threads = start_loaders(self._job, session.limits.loader_threads)
         self._walk(prompt.chunks, beyond_loads=self._beyond_loads)
         self._progress(prompt.chunks, prompt.chunks)
@@ -112,14 +140,22 @@ class Restore:
                 held.show(length)
         self._job.place.catch_up()
 
-    def close(self) -> None:
-        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless a load was overtaken."""
+    def close(self, *, save_tail: bool = False) -> None:
+        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless a load was overtaken.
+
+        Args:
+            save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
+        """
         self._settle_in()
         if not self._frontier.left_behind():
             for thread in self._threads:
                 thread.join()
         self._job.let_go()
         self._count()
+        if save_tail:
+            self._carried.passed(self.prompt.chunks)
+            self._save(self.prompt.chunks)
+        self._carried.end()
 
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
@@ -131,6 +167,8 @@ class Restore:
                 layer.move_out(self.prompt.call.past)
             else:
                 layer.reset()
+        self._carried.go_back()
+        self._carried.end()
 
     @property
     def waited(self) -> bool:
@@ -151,26 +189,68 @@ class Restore:
             self._progress(index + 1, self.prompt.chunks)
         self._settle_in()
         self._waited = False
+        self._stand(until)
         self._show(until)
 
     def _compute(self, index: int) -> bool:
         """Run the model on one chunk; False if it was left, since the chunk has come from the store."""
-        size, begin = self._session.chunk_size, time.monotonic()
+        self._stand(index)
+        begin = time.monotonic()
         self._waited = False
-        self._show(index)
         try:
-            self._forward(partial(self._frontier.lost, index), self.prompt.call.chunk(index * size, (index + 1) * size))
+            # What a forward that is left has done to windows and states could not be taken back.
+            self._run_forward(index, _never if self._carried else partial(self._frontier.lost, index))
         except ForwardLeft:
-            wait_for_device(self._layers)
+            wait_for_device(self._device)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
-        self._check_content(index + 1)
-        wait_for_device(self._layers)
         corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
         self._frontier.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
-        save_computed(self._session, self._layers, self.prompt, index, corrupt=corrupt)
+        self._save(index, corrupt=corrupt)
         return True
+
+    def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
+        size = self._session.chunk_size
+        self._show(index)
+        self._carried.begin()
+        self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
+        self._check_content(index + 1)
+        self._carried.passed(index)
+        wait_for_device(self._device)
+
+    def _stand(self, index: int) -> None:
+        """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
+        for chunk in range(self._carried.come_near(index), index):
+            begin = time.monotonic()
+            self._run_forward(chunk, _never)
+            self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
+            self._saver.state(chunk)
+
+    def _loaded_block(self, index: int) -> Block | None:
+        loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
+        return self._windows.block(index) if loaded else None
+
+    def _state_read(self, index: int) -> StateRead:
+        if index not in self._state_reads:
+            key = state_key(self.prompt.keys[index])
+            self._state_reads[index] = StateRead(self._session.store, key, self.prompt.state_layout)
+        return self._state_reads[index]
+
+    def _read_state(self, index: int) -> list[torch.Tensor] | None:
+        strategy = self._session.strategy
+        if strategy is Strategy.COMPUTE or not self.prompt.states[index] or index in self._saver.unusable_states:
+            return None
+        states = self._state_read(index).wait(self._session.limits.read_timeout)
+        if states is None:
+            self._saver.unusable_states.add(index)
+        else:
+            self._states_loaded.add(index)
+        return states
+
+    def _save(self, index: int, *, corrupt: bool = False) -> None:
+        self._saver.chunk(index, corrupt=corrupt)
+        self._saver.state(index)
 
     def _take_over(self, index: int, flight: Flight) -> bool:
         """Copy a chunk that another restore computes just now; False if it does not come."""
@@ -186,17 +266,17 @@ class Restore:
         self._shared.add(index)
         self.prompt.record("compute", index, begin, time.monotonic(), SHARED)
         if not flight.saves:
-            save_computed(self._session, self._layers, self.prompt, index)
+            self._saver.chunk(index)
         return True
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
-        if not self.prompt.keys:
+        if not self.prompt.keys or self._carried:  # a chunk of another restore does not bring the state behind it
             return nullcontext(FlightPlan(None))
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
 
     def _copy_out(self, index: int) -> torch.Tensor:
-        return pack(pieces_of(self._layers, self.prompt, index, self._session.chunk_size), self.prompt.layout)
+        return pack(self._saver.pieces(index), self.prompt.layout)
 
     def _settle_in(self) -> None:
         """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
@@ -215,22 +295,44 @@ class Restore:
 
     def _check_content(self, chunks: int) -> None:
         length = self.prompt.call.past + chunks * self._session.chunk_size
+        layers: list[Any] = [*self._layers, *(layer for layer in self._all_layers if isinstance(layer, WindowedLayer))]
         dtypes = [buffer.dtype for layer in self._layers for buffer in layer.buffers]
-        as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces]
-        if not as_foreseen or any(not layer.is_own or layer.get_seq_length() != length for layer in self._layers):
+        as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces if not piece.windowed]
+        if not as_foreseen or any(not layer.is_own or layer.get_seq_length() != length for layer in layers):
             raise CakeError(
                 "Something other than the model changed the cache during the prefill (a hook that edits the KV?); "
                 "use a DynamicCache together with it."
             )
 
+    def _new_frontier(self, costs: Costs, ranges: int) -> Frontier:
+        prompt, session, stored = self.prompt, self._session, self._plan.usable
+        threads, first = session.limits.loader_threads, prompt.first
+        following = _following_seconds(prompt, stored, costs)
+        rule = Rule.choose(costs, stored, first, following_seconds=following, ranges=ranges)
+
+        def worth(chunk: int, *rest: Any) -> bool:
+            # Chunks that are loaded already would have to be run again for what they carry.
+            return (not self._carried or self._carried.standing == chunk) and rule.worth(chunk, *rest)
+
+        return Frontier(
+            stored,
+            strategy=session.strategy,
+            read_timeout=session.limits.read_timeout,
+            near=nearness(costs, first, prompt.chunks, threads),
+            # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is read in place.
+            most_aside=(ASIDE_PER_THREAD - (self._device.type != "cpu")) * threads,
+            last=threads,
+            worth=worth,
+        )
+
     def _load_job(self, ranges: int) -> LoadJob:
         limits, past = self._session.limits, self.prompt.call.past
-        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers]
+        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         return LoadJob(
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads),
+            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
             frontier=self._frontier,
             record=self.prompt.record,
             clock=time.monotonic,
@@ -249,38 +351,23 @@ class Restore:
         report.chunks_computed = self.prompt.chunks - report.chunks_loaded - report.chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed = sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
-        report.bytes_loaded = report.chunks_loaded * self.prompt.layout.nbytes
+        report.states_loaded = len(self._states_loaded)
+        report.bytes_loaded = sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
+        report.bytes_loaded += report.states_loaded * self.prompt.state_layout.nbytes
 
 
-def save_computed(
-    session: Session, layers: list[TokenMajorLayer], prompt: Prompt, index: int, *, corrupt: bool = False
-) -> None:
-    """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order."""
-    if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt):
-        return
-    pieces = partial(pieces_of, layers, prompt, index, session.chunk_size)
-    session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
-
-
-def record_tail(prompt: Prompt, layers: list[TokenMajorLayer], begin: float, *, gated: bool) -> None:
+def record_tail(prompt: Prompt, device: torch.device, begin: float, *, gated: bool) -> None:
     """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
-    wait_for_device(layers)
+    wait_for_device(device)
     end = time.monotonic()
     prompt.record("compute", -1, begin, end, GATED if gated else "computed")
     prompt.report.prefill_seconds = end - prompt.started
 
 
-def wait_for_device(layers: list[TokenMajorLayer]) -> None:
+def wait_for_device(device: torch.device) -> None:
     """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
-    device = layers[0].buffers[0].device
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def pieces_of(layers: list[TokenMajorLayer], prompt: Prompt, index: int, size: int) -> list[torch.Tensor]:
-    """A chunk's pieces `[1, chunk_size, heads, head_dim]` as they lie in the layers."""
-    start = prompt.call.past + index * size
-    return [buffer[:, start : start + size] for layer in layers for buffer in layer.buffers]
 
 
 def learn_costs(session: Session, prompt: Prompt) -> None:
@@ -299,31 +386,17 @@ def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
     return ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
 
 
-def _frontier(session: Session, prompt: Prompt, costs: Costs, ranges: int, *, on_host: bool) -> Frontier:
-    threads, first = session.limits.loader_threads, prompt.first
-    near = nearness(costs, first, prompt.chunks, threads)
-    stored = prompt.stored[: prompt.chunks]
-    rule = Rule.choose(costs, stored, first, following_seconds=_following_seconds(prompt, costs), ranges=ranges)
-    return Frontier(
-        stored,
-        strategy=session.strategy,
-        read_timeout=session.limits.read_timeout,
-        near=near,
-        # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is being read in place.
-        most_aside=(ASIDE_PER_THREAD if on_host else ASIDE_PER_THREAD - 1) * threads,
-        last=threads,
-        worth=rule.worth,
-    )
-
-
-def _following_seconds(prompt: Prompt, costs: Costs) -> float:
+def _following_seconds(prompt: Prompt, stored: list[bool], costs: Costs) -> float:
     """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
     if costs.compute is None:
         return 0.0
-    stored = prompt.stored[: prompt.chunks]
     holes = [index for index, has in enumerate(stored) if not has and any(stored[:index])]
     if holes:
         return costs.compute.seconds(prompt.first + holes[0])
     size = prompt.layout.chunk_size
     suffix_tokens = prompt.call.tokens - prompt.chunks * size
     return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size
+
+
+def _never() -> bool:
+    return False

@@ -65,7 +65,7 @@ class LoadJob:
         """Put the chunks into place that have arrived aside. Main thread only."""
         for index in self.frontier.take_landed():
             landing = self.aside.pop(index)
-            landing.adopt(len(self.layout.pieces))
+            landing.adopt(len(landing.parts))
             landing.release()
 
     def adopt_layer(self, layer: int) -> None:
@@ -137,7 +137,10 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
 
 
 def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
-    with job.sharing.flight(job.keys[index], job, computes=False) as plan:
+    # Who brings only a part of a chunk flies by itself: those who follow a chunk's own flight may want all of it.
+    whole = len(landing.parts) == len(job.layout.pieces)
+    flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
+    with job.sharing.flight(flight, job, computes=False) as plan:
         if plan.followed is not None:
             slot.release()  # it is another one's read
             return _copy(job, index, landing, plan.followed)
@@ -154,7 +157,7 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
     for part in ranges:
         pieces = landing.parts[part.start : part.end]
         buffers = [header, *pieces] if offset == 0 else pieces
-        if len(ranges) == 1:
+        if len(ranges) == 1 and len(pieces) == len(job.layout.pieces):
             found = job.store.read_into(key, buffers) is not None
         else:
             found = job.store.read_range(key, buffers, offset)
