@@ -10,16 +10,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.probe import kv_like
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
-from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail
+from cake_hf.cache.restore import ForwardLeft, Progress, Restore, record_tail
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import kept_reason, layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
@@ -45,7 +46,7 @@ class Tail:
     restore: Restore | None = None
 
 
-class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+class CakeCache(GuardedCache):
     """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
 
         cache = CakeCache(model, store="~/.cache/cake_hf")
@@ -211,54 +212,13 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         super().batch_select_indices(indices)
         self._known = []
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicCache.update`.
-
-        Raises:
-            ForeignModel: another model than the cache's own brings KV.
-            ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
-        """
-        self._guard()
+    def _before_update(self, layer: int, *, reads: bool) -> None:
+        if not self._depth and not self.closed:
+            raise self._foreign()
         if self._lost():
             raise ForwardLeft
-        if self._running is not None:
-            self._running.await_layer(layer_idx)
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return states
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `DynamicCache.update_conv_state`.
-
-        Raises:
-            ForeignModel: another model than the cache's own brings it.
-        """
-        self._guard()
-        state: torch.Tensor = super().update_conv_state(*args, **kwargs)
-        return state
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `DynamicCache.update_recurrent_state`.
-
-        Raises:
-            ForeignModel: another model than the cache's own brings it.
-        """
-        self._guard()
-        state: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
-        return state
-
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """As `DynamicCache.update_indexer`.
-
-        Raises:
-            ForeignModel: another model than the cache's own brings keys.
-        """
-        self._guard()
-        if self._running is not None:
-            self._running.await_layer(layer_idx)  # the indexer comes before the attention
-        keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx)
-        return keys
+        if reads and self._running is not None:
+            self._running.await_layer(layer)
 
     # Called by the hook.
 
@@ -315,15 +275,14 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if reason := reason or kept_reason(kv_like(session.model)):
+        if reason := reason or kept_reason(self.layers, kv_like(session.model)):
             self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
             return None
         chunks = max(0, call.tokens - leave) // session.chunk_size
         self._busy = True
         try:
-            if call.past == len(self._known) * session.chunk_size and all(
-                getattr(layer, "is_own", True) for layer in self.layers
-            ):
+            on_schedule = call.past == len(self._known) * session.chunk_size
+            if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
                 prompt = look_up(session, call, chunks, self._known, started)
             else:
                 prompt = off_schedule(session, call, chunks, started)
@@ -373,10 +332,6 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
     def _abandon(self, restore: Restore) -> None:
         self._running = None
         restore.abandon()
-
-    def _guard(self) -> None:
-        if not self._depth and not self.closed:
-            raise self._foreign()
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

@@ -19,23 +19,21 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
-from cake_hf.arithmetic.keys import state_key
+from cake_hf.arithmetic.frontier import Outcome, Strategy
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
 from cake_hf.cache.carried import Block, Carried
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.loads import WindowBuffers, plan_loads
+from cake_hf.cache.pace import new_frontier, ranges_for
 from cake_hf.cache.probe import keeps_tokens, kv_like
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
+from cake_hf.cache.states import StoredStates
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
 from cake_hf.movers.place import place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
-from cake_hf.movers.states import StateRead
 from cake_hf.movers.writer import pack
 
 Progress = Callable[[int, int], None]
@@ -93,6 +91,7 @@ class Restore:
                 layer.make_room(one, self._end + HEADROOM_TOKENS)
                 self._layers.append(layer)
         self._device = next(session.model.parameters()).device
+        self._states = StoredStates(session, prompt)
         self._carried = Carried(
             layers,
             like,
@@ -100,17 +99,22 @@ class Restore:
             prompt.call.past,
             prompt.state_layout,
             self._loaded_block,
-            self._read_state,
+            self._states.get,
         )
-        self._saver = Saver(session, self._layers, prompt, self._carried)
-        self._state_reads: dict[int, StateRead] = {}
-        self._states_loaded: set[int] = set()
+        self._saver = Saver(session, self._layers, prompt, self._carried, self._states)
         self._plan = plan_loads(prompt, self._carried.window_chunks)
+        if not prompt.report.reason and self._plan.usable != prompt.stored[: prompt.chunks]:
+            prompt.report.reason = (
+                "stored chunks are computed where no snapshot of the model's state is stored behind them"
+            )
         self._windows = WindowBuffers(prompt.layout, self._plan.windows, self._device)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
-        ranges = _ranges(session, prompt, costs) if beyond_loads and not self._carried else 1
+        ranges = ranges_for(session, prompt, costs) if beyond_loads and not self._carried else 1
         self._beyond_loads = ranges > 1
-        self._frontier = self._new_frontier(costs, ranges)
+        on_host = self._device.type == "cpu"
+        self._frontier = new_frontier(
+            session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
+        )
         self._job = self._load_job(ranges)
 
     def run(self) -> None:
@@ -118,7 +122,7 @@ class Restore:
         prompt, session = self.prompt, self._session
         if session.strategy is not Strategy.COMPUTE and any(self._plan.usable):
             if self._plan.state is not None:
-                self._state_read(self._plan.state)
+                self._states.begin(self._plan.state)
             self._threads = start_loaders(self._job, session.limits.loader_threads)
         self._walk(prompt.chunks, beyond_loads=self._beyond_loads)
         self._progress(prompt.chunks, prompt.chunks)
@@ -231,23 +235,6 @@ class Restore:
         loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
         return self._windows.block(index) if loaded else None
 
-    def _state_read(self, index: int) -> StateRead:
-        if index not in self._state_reads:
-            key = state_key(self.prompt.keys[index])
-            self._state_reads[index] = StateRead(self._session.store, key, self.prompt.state_layout)
-        return self._state_reads[index]
-
-    def _read_state(self, index: int) -> list[torch.Tensor] | None:
-        strategy = self._session.strategy
-        if strategy is Strategy.COMPUTE or not self.prompt.states[index] or index in self._saver.unusable_states:
-            return None
-        states = self._state_read(index).wait(self._session.limits.read_timeout)
-        if states is None:
-            self._saver.unusable_states.add(index)
-        else:
-            self._states_loaded.add(index)
-        return states
-
     def _save(self, index: int, *, corrupt: bool = False) -> None:
         self._saver.chunk(index, corrupt=corrupt)
         self._saver.state(index)
@@ -304,26 +291,9 @@ class Restore:
                 "use a DynamicCache together with it."
             )
 
-    def _new_frontier(self, costs: Costs, ranges: int) -> Frontier:
-        prompt, session, stored = self.prompt, self._session, self._plan.usable
-        threads, first = session.limits.loader_threads, prompt.first
-        following = _following_seconds(prompt, stored, costs)
-        rule = Rule.choose(costs, stored, first, following_seconds=following, ranges=ranges)
-
-        def worth(chunk: int, *rest: Any) -> bool:
-            # Chunks that are loaded already would have to be run again for what they carry.
-            return (not self._carried or self._carried.standing == chunk) and rule.worth(chunk, *rest)
-
-        return Frontier(
-            stored,
-            strategy=session.strategy,
-            read_timeout=session.limits.read_timeout,
-            near=nearness(costs, first, prompt.chunks, threads),
-            # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is read in place.
-            most_aside=(ASIDE_PER_THREAD - (self._device.type != "cpu")) * threads,
-            last=threads,
-            worth=worth,
-        )
+    def _can_run(self, index: int) -> bool:
+        """Chunks that are loaded already would have to be run again for what they carry."""
+        return not self._carried or self._carried.standing == index
 
     def _load_job(self, ranges: int) -> LoadJob:
         limits, past = self._session.limits, self.prompt.call.past
@@ -351,7 +321,7 @@ class Restore:
         report.chunks_computed = self.prompt.chunks - report.chunks_loaded - report.chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed = sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
-        report.states_loaded = len(self._states_loaded)
+        report.states_loaded = len(self._states.loaded)
         report.bytes_loaded = sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
         report.bytes_loaded += report.states_loaded * self.prompt.state_layout.nbytes
 
@@ -368,34 +338,6 @@ def wait_for_device(device: torch.device) -> None:
     """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def learn_costs(session: Session, prompt: Prompt) -> None:
-    """Remember what the restore measured, for the next prompt's decisions."""
-    if prompt.keys:
-        memory = session.cost_memory(prompt.namespace)
-        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
-
-
-def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
-    """In how many ranges of layers the last chunks are read."""
-    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
-    moves_weights = any(hasattr(module, "_hf_hook") for module in session.model.modules())
-    if moves_weights or not session.store.reads_ranges:
-        return 1
-    return ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
-
-
-def _following_seconds(prompt: Prompt, stored: list[bool], costs: Costs) -> float:
-    """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
-    if costs.compute is None:
-        return 0.0
-    holes = [index for index, has in enumerate(stored) if not has and any(stored[:index])]
-    if holes:
-        return costs.compute.seconds(prompt.first + holes[0])
-    size = prompt.layout.chunk_size
-    suffix_tokens = prompt.call.tokens - prompt.chunks * size
-    return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size
 
 
 def _never() -> bool:

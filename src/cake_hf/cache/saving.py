@@ -12,6 +12,7 @@ from cake_hf.cache.carried import Carried
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
+from cake_hf.cache.states import StoredStates
 
 
 class Saver:
@@ -22,14 +23,22 @@ class Saver:
         layers: of the cache that keep each token.
         prompt: from `look_up`.
         carried: of the restore.
+        stored: of the restore.
     """
 
-    def __init__(self, session: Session, layers: Sequence[TokenMajorLayer], prompt: Prompt, carried: Carried) -> None:
+    def __init__(
+        self,
+        session: Session,
+        layers: Sequence[TokenMajorLayer],
+        prompt: Prompt,
+        carried: Carried,
+        stored: StoredStates,
+    ) -> None:
         self._session = session
         self._layers = layers
         self._prompt = prompt
         self._carried = carried
-        self.unusable_states: set[int] = set()
+        self._stored = stored
 
     def chunk(self, index: int, *, corrupt: bool = False) -> None:
         """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order."""
@@ -44,7 +53,7 @@ class Saver:
         session, prompt = self._session, self._prompt
         if not session.save or not prompt.keys or not prompt.state_layout.pieces or not self._is_due(index):
             return
-        unusable = index in self.unusable_states
+        unusable = index in self._stored.unusable
         if prompt.states[index] and not unusable:
             return
         states = self._carried.states()

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.cache.layers import ours_for
+from cake_hf.cache.layers import RecurrentLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import keeps_tokens
 
@@ -56,12 +56,15 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     return ""
 
 
-def kept_reason(like: list[Any]) -> str:
-    """Why what a model turns out to keep cannot be restored; empty if it can.
+def kept_reason(layers: list[Any], like: list[Any]) -> str:
+    """Why what a model turns out to keep cannot be restored now; empty if it can.
 
     Args:
+        layers: of the cache.
         like: from `kv_like`.
     """
+    if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
+        return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
     if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
         return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
     if not any(keeps_tokens(layer) for layer in like):
