@@ -16,7 +16,11 @@ import transformers as hf
 from models import VOCABULARY
 
 WINDOW = 24
-"""Tokens that a windowed layer sees: more than a chunk, no multiple of one, and far less than the prompt."""
+"""Tokens that a windowed layer sees: more than a chunk, no multiple of one, and far less than the prompt.
+
+Also how many an indexer chooses. It has heads enough that hardly any two tokens score alike: which of these comes first
+depends on how a prompt is cut.
+"""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -135,8 +139,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT)),
     "bloom": _of("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0),
     "deepseek_v3": _of("DeepseekV3", **{**_COMMON, **_LATENT}),
-    "deepseek_v32": _of("DeepseekV32", **{**_COMMON, **_LATENT}, index_n_heads=2, index_head_dim=16, index_topk=WINDOW),
-    "glm_moe_dsa": _of("GlmMoeDsa", **{**_COMMON, **_LATENT}, index_n_heads=2, index_head_dim=16, index_topk=WINDOW),
+    "deepseek_v32": _of("DeepseekV32", **{**_COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
+    "glm_moe_dsa": _of("GlmMoeDsa", **{**_COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
     "llama4": _of(
         "Llama4",
         **_COMMON,

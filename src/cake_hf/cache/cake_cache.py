@@ -18,7 +18,6 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.guarded import GuardedCache
 from cake_hf.cache.pace import learn_costs
-from cake_hf.cache.probe import kv_like
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, record_tail
 from cake_hf.cache.session import Session
@@ -275,7 +274,7 @@ class CakeCache(GuardedCache):
         reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if reason := reason or kept_reason(self.layers, kv_like(session.model)):
+        if reason := reason or kept_reason(session.model, self.layers):
             self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
             return None
         chunks = max(0, call.tokens - leave) // session.chunk_size

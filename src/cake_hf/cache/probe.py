@@ -18,7 +18,12 @@ from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.fingerprint import autocast_facts
 from cake_hf.tensors.layout import ChunkLayout, Piece
 
+STATE_TOLERANCE = 0.05
+LOGITS_TOLERANCE = 0.2
+"""Relative differences between a prompt in one piece and in two: far above rounding, far below what a lost state does."""
+
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
+_forgetful: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -80,6 +85,45 @@ def keeps_tokens(layer: Any) -> bool:
     return bool(_kept_per_token(layer))
 
 
+def forgets(model: torch.nn.Module) -> bool:
+    """Whether a model with recurrent states loses them where a prompt is cut, found out once by cutting one.
+
+    Some models of transformers begin anew in every forward of more than one token. In pieces, they would give other results
+    than in one, whatever the cache.
+    """
+    with _lock:
+        if model not in _forgetful:
+            _forgetful[model] = _loses_state(model)
+        return _forgetful[model]
+
+
+def _loses_state(model: torch.nn.Module) -> bool:
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    ids = (torch.arange(18, device=embeddings.device) * 7 % min(61, embeddings.shape[0])).unsqueeze(0)
+    whole, cut = _run(model, [ids]), _run(model, [ids[:, :16], ids[:, 16:]])
+    # Of the first such layer, whose input is the same in both, so that it shows no other difference.
+    first = next(n for n, layer in enumerate(whole[1]) if isinstance(layer, LinearAttentionLayer))
+    states = [states_of(layers[first]) for _, layers in (whole, cut)]
+    recurrent = [name for name in states[0] if name.startswith("recurrent")]
+    if not recurrent:  # a short convolution: its loss shows in what comes after it only
+        return _differ(whole[0], cut[0], LOGITS_TOLERANCE)
+    return any(_differ(states[0][name], states[1][name], STATE_TOLERANCE) for name in recurrent)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    one, other = one.float(), other.float()
+    return not bool((one - other).norm() <= tolerance * one.norm())
+
+
+def _run(model: torch.nn.Module, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+    """The last logits, and the layers after these pieces of a prompt."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece in pieces:
+            logits: torch.Tensor = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1]
+    return logits, list(cache.layers)
+
+
 def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
     """A layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
     if getattr(layer, "keys", None) is None:  # a layer that uses another one's KV, or only has a state
@@ -91,8 +135,4 @@ def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def _run_one_token(model: torch.nn.Module, device: torch.device) -> list[Any]:
-    cache = DynamicCache(config=model.config)
-    token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
-    return list(cache.layers)
+    return _run(model, [torch.zeros((1, 1), dtype=torch.long, device=device)])[1]

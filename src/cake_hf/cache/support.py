@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.layers import RecurrentLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
-from cake_hf.cache.probe import keeps_tokens
+from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -56,17 +57,22 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     return ""
 
 
-def kept_reason(layers: list[Any], like: list[Any]) -> str:
-    """Why what a model turns out to keep cannot be restored now; empty if it can.
+def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
+    """Why what a model turns out to keep, when it is run, cannot be restored now; empty if it can.
 
     Args:
+        model: of a kind whose layers we know.
         layers: of the cache.
-        like: from `kv_like`.
     """
+    like = kv_like(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
         return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
     if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
         return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
+    if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):
+        return (
+            "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
+        )
     if not any(keeps_tokens(layer) for layer in like):
         return "this model keeps no attention at all, so its cache cannot tell how long it is"
     return ""
