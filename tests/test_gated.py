@@ -13,7 +13,7 @@ import torch
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import Rule
-from cake_hf.cache import restore
+from cake_hf.cache import pace, restore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore, WrapperStore
@@ -28,7 +28,7 @@ WHOLE = CHUNKS - 1
 @pytest.fixture(autouse=True)
 def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """One range per layer, whatever was learnt."""
-    monkeypatch.setattr(restore, "ranges_of", lambda *_: LAYERS)
+    monkeypatch.setattr(pace, "ranges_of", lambda *_: LAYERS)
 
 
 @pytest.fixture(params=["load", "both"])

@@ -53,6 +53,11 @@ def chunk_keys(namespace: str, token_ids: Sequence[int] | memoryview, chunk_size
     return keys
 
 
+def state_key(chunk_key: str) -> str:
+    """Name of what a model carries over the end of a chunk, beside the KV of its tokens."""
+    return hashlib.blake2b(bytes.fromhex(chunk_key), digest_size=KEY_BYTES, person=b"cake-state").hexdigest()
+
+
 def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:
     """64-bit little-endian, whatever the machine."""
     if isinstance(token_ids, memoryview):

@@ -45,7 +45,8 @@ class Report:
         chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
-        bytes_loaded, bytes_saved: payload bytes.
+        states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
+        bytes_loaded, bytes_saved: payload bytes, of chunks and states.
         prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
         timeline: who did which chunk, from when to when.
         reason: empty, or why the prompt was computed plainly instead of restored.
@@ -60,6 +61,8 @@ class Report:
     chunks_shared: int = 0
     chunks_saved: int = 0
     chunks_unsaved: int = 0
+    states_loaded: int = 0
+    states_saved: int = 0
     bytes_loaded: int = 0
     bytes_saved: int = 0
     prefill_seconds: float = 0.0
@@ -76,6 +79,8 @@ class Report:
             ("loaded", _bytes(self.bytes_loaded)),
             ("prefill", f"{self.prefill_seconds:.3f} s"),
         ]
+        if self.states_loaded or self.states_saved:
+            rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
         if self.chunks_unsaved:
             rows.append(("not saved", f"{self.chunks_unsaved} chunks"))
         if self.reason:

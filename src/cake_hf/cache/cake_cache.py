@@ -10,17 +10,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
-from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
+from cake_hf.cache.restore import ForwardLeft, Progress, Restore, record_tail
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import kept_reason, layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -45,7 +46,7 @@ class Tail:
     restore: Restore | None = None
 
 
-class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+class CakeCache(GuardedCache):
     """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
 
         cache = CakeCache(model, store="~/.cache/cake_hf")
@@ -65,6 +66,9 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
         limits: budgets of threads, seconds and bytes.
+        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can only go on
+            where a snapshot of these is stored: keep one after every so many chunks. In any case one is kept at the end of
+            each prompt, and where a prompt leaves what it shares with stored ones; 0 for no others.
 
     Attributes:
         report: what happened to the last prompt.
@@ -86,6 +90,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         exact: bool = True,
         strategy: str = "both",
         limits: Limits | None = None,
+        snapshot_every: int = 0,
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
@@ -100,6 +105,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             exact=exact,
             strategy=Strategy(strategy),
             limits=limits or Limits(),
+            snapshot_every=snapshot_every,
         )
         self._start(session, layers_for(model))
 
@@ -207,23 +213,13 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         super().batch_select_indices(indices)
         self._known = []
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicCache.update`.
-
-        Raises:
-            ForeignModel: another model than the cache's own brings KV.
-            ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
-        """
+    def _before_update(self, layer: int, *, reads: bool) -> None:
         if not self._depth and not self.closed:
             raise self._foreign()
         if self._lost():
             raise ForwardLeft
-        if self._running is not None:
-            self._running.await_layer(layer_idx)
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return states
+        if reads and self._running is not None:
+            self._running.await_layer(layer)
 
     # Called by the hook.
 
@@ -280,13 +276,14 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if reason:
+        if reason := reason or kept_reason(session.model, self.layers):
             self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
             return None
         chunks = max(0, call.tokens - leave) // session.chunk_size
         self._busy = True
         try:
-            if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
+            on_schedule = call.past == len(self._known) * session.chunk_size
+            if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
                 prompt = look_up(session, call, chunks, self._known, started)
             else:
                 prompt = off_schedule(session, call, chunks, started)
@@ -314,12 +311,12 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
         restore = tail.restore
-        record_tail(tail.prompt, self.layers, tail.begin, gated=restore is not None and restore.waited)
+        device = next(self._session.model.parameters()).device
+        record_tail(tail.prompt, device, tail.begin, gated=restore is not None and restore.waited)
         if restore is not None:
-            self._close(restore)
+            self._close(restore, save_tail=bool(tail.key))
             observe(tail.prompt.report)
         if tail.key:
-            save_computed(self._session, self.layers, tail.prompt, tail.prompt.chunks)
             self._known.append(tail.key)
 
     def _give_up_tail(self) -> None:
@@ -328,9 +325,9 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         if tail is not None and tail.restore is not None:
             self._abandon(tail.restore)
 
-    def _close(self, restore: Restore) -> None:
+    def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
         self._running = None
-        restore.close()
+        restore.close(save_tail=save_tail)
         self._known += restore.prompt.keys[: restore.prompt.chunks]
         learn_costs(self._session, restore.prompt)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
@@ -34,7 +34,9 @@ class Prompt:
             where the call is not on the canonical schedule, so that nothing of it may be loaded or saved.
         parent: key of the chunk before the first one; the namespace for chunk 0.
         stored: which of `keys` the store has.
+        states: at the end of which chunks the store has a snapshot of the model's recurrent state.
         layout: of a chunk.
+        state_layout: of a snapshot; without pieces where the model has no such state.
         report: where all is counted.
         started: when the call came.
     """
@@ -46,7 +48,9 @@ class Prompt:
     keys: list[str]
     parent: str
     stored: list[bool]
+    states: list[bool]
     layout: ChunkLayout
+    state_layout: ChunkLayout
     report: Report
     started: float
 
@@ -54,6 +58,11 @@ class Prompt:
         """What chunk `index` of the call says about itself (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
         return ChunkFacts(self.keys[index], parent, self.first + index, self.namespace, session.model_name)
+
+    def state_facts(self, session: Session, index: int) -> ChunkFacts:
+        """What the snapshot at the end of chunk `index` says about itself."""
+        key = self.keys[index]
+        return ChunkFacts(state_key(key), key, self.first + index, self.namespace, session.model_name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
@@ -74,21 +83,26 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     keys = chunk_keys(namespace, tokens, session.chunk_size, parent)
-    report = _new_report(session, call)
-    stored = _stored(session, keys, report)
+    report, state_layout = _new_report(session, call), session.state_layout()
+    state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
+    found = _stored(session, [*keys, *state_keys], report)
+    stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     report.chunks_missed = chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
         objection = session.store.objection(namespace, session.namespace_facts)
         report.reason = objection or "the store has none of the prompt's chunks yet"
     layout = session.layout()
-    return Prompt(call, len(known), chunks, namespace, keys, parent, stored, layout, report, started)
+    return Prompt(
+        call, len(known), chunks, namespace, keys, parent, stored, states, layout, state_layout, report, started
+    )
 
 
 def off_schedule(session: Session, call: ForwardCall, chunks: int, started: float) -> Prompt:
     """A call that goes on from a cache whose content is not all full chunks: cut as `generate` would, never stored."""
     report = _new_report(session, call)
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
-    return Prompt(call, 0, chunks, "", [], "", [False] * chunks, session.layout(), report, started)
+    none = [False] * chunks
+    return Prompt(call, 0, chunks, "", [], "", none, none, session.layout(), session.state_layout(), report, started)
 
 
 def _new_report(session: Session, call: ForwardCall) -> Report:

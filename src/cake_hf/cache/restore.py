@@ -3,6 +3,9 @@
 Walk: keys -> which are stored -> frontier -> (forward on chunk 0, 1, ... | loaders: n-1, n-2, ...) -> the length is set
 to all of them. The prompt's last piece is then run by whoever called the model. It may begin while the last loads still
 arrive: each of its layers waits for that layer of them. So a restore is open until the last piece is through.
+
+Where the model carries something from chunk to chunk (windows, recurrent states; see `carried`), all that is the same, but it
+can go on only where it stands: a chunk behind loaded ones is run once the windows and the state before it are put in.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
+from cake_hf.arithmetic.frontier import Outcome, Strategy
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
-from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
-from cake_hf.cache.probe import kv_like
+from cake_hf.cache.carried import Block, Carried
+from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
+from cake_hf.cache.loads import WindowBuffers, plan_loads
+from cake_hf.cache.pace import new_frontier, ranges_for
+from cake_hf.cache.probe import keeps_tokens, kv_like
 from cake_hf.cache.prompt import Prompt
+from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
+from cake_hf.cache.states import StoredStates
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
 from cake_hf.movers.place import place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
@@ -62,7 +68,7 @@ class Restore:
     def __init__(
         self,
         session: Session,
-        layers: list[TokenMajorLayer],
+        layers: list[Any],
         prompt: Prompt,
         forward: Forward,
         progress: Progress,
@@ -71,25 +77,49 @@ class Restore:
     ) -> None:
         self.prompt = prompt
         self._session = session
-        self._layers = layers
         self._forward = forward
         self._progress = progress
         self._end = prompt.call.past + prompt.call.tokens
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
-        self._reserve()
-        on_host = layers[0].buffers[0].device.type == "cpu"
+        like = kv_like(session.model)
+        self._all_layers = layers
+        self._layers: list[TokenMajorLayer] = []  # those that keep each token
+        self._reserve(like)
+        self._device = next(session.model.parameters()).device
+        self._states = StoredStates(session, prompt)
+        self._carried = Carried(
+            layers,
+            like,
+            session.chunk_size,
+            prompt.call.past,
+            prompt.state_layout,
+            self._loaded_block,
+            self._states.get,
+        )
+        self._saver = Saver(session, self._layers, prompt, self._carried, self._states)
+        self._plan = plan_loads(prompt, self._carried.window_chunks)
+        if not prompt.report.reason and self._plan.usable != prompt.stored[: prompt.chunks]:
+            prompt.report.reason = (
+                "stored chunks are computed where no snapshot of the model's state is stored behind them"
+            )
+        self._windows = WindowBuffers(prompt.layout, self._plan.windows, self._device)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
-        ranges = _ranges(session, prompt, costs) if beyond_loads else 1
+        ranges = ranges_for(session, prompt, costs) if beyond_loads and not self._carried else 1
         self._beyond_loads = ranges > 1
-        self._frontier = _frontier(session, prompt, costs, ranges, on_host=on_host)
+        on_host = self._device.type == "cpu"
+        self._frontier = new_frontier(
+            session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
+        )
         self._job = self._load_job(ranges)
 
     def run(self) -> None:
         """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
         prompt, session = self.prompt, self._session
-        if session.strategy is not Strategy.COMPUTE and any(prompt.stored[: prompt.chunks]):
+        if session.strategy is not Strategy.COMPUTE and any(self._plan.usable):
+            if self._plan.state is not None:
+                self._states.begin(self._plan.state)
             self._threads = start_loaders(self._job, session.limits.loader_threads)
         self._walk(prompt.chunks, beyond_loads=self._beyond_loads)
         self._progress(prompt.chunks, prompt.chunks)
@@ -111,20 +141,30 @@ class Restore:
                 held.show(length)
         self._job.place.catch_up()
 
-    def close(self) -> None:
-        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless a load was overtaken."""
+    def close(self, *, save_tail: bool = False) -> None:
+        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless a load was overtaken.
+
+        Args:
+            save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
+        """
         self._settle_in()
         if not self._frontier.left_behind():
             for thread in self._threads:
                 thread.join()
         self._job.let_go()
         self._count()
+        if save_tail:
+            self._carried.passed(self.prompt.chunks)
+            self._save(self.prompt.chunks)
+        self._carried.end()
 
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._frontier.stop()
         self._job.let_go()
         self._go_back()
+        self._carried.go_back()
+        self._carried.end()
 
     @property
     def waited(self) -> bool:
@@ -133,11 +173,13 @@ class Restore:
 
     # What the main thread does.
 
-    def _reserve(self) -> None:
-        """Make room for the prompt, or, if the device has not as much, for nothing."""
+    def _reserve(self, like: list[Any]) -> None:
+        """Make room for the prompt in the layers that keep each token, or, if the device has not as much, for nothing."""
         try:
-            for layer, (keys, values) in zip(self._layers, kv_like(self._session.model), strict=True):
-                layer.reserve(keys, values, self._end + HEADROOM_TOKENS)
+            for layer, one in zip(self._all_layers, like, strict=True):
+                if isinstance(layer, TokenMajorLayer) and keeps_tokens(one):
+                    self._layers.append(layer)
+                    layer.make_room(one, self._end + HEADROOM_TOKENS)
         except BaseException:
             for layer in self._layers:
                 if not self.prompt.call.past:
@@ -165,26 +207,51 @@ class Restore:
             self._progress(index + 1, self.prompt.chunks)
         self._settle_in()
         self._waited = False
+        self._stand(until)
         self._show(until)
 
     def _compute(self, index: int) -> bool:
         """Run the model on one chunk; False if it was left, since the chunk has come from the store."""
-        size, begin = self._session.chunk_size, time.monotonic()
+        self._stand(index)
+        begin = time.monotonic()
         self._waited = False
-        self._show(index)
         try:
-            self._forward(partial(self._frontier.lost, index), self.prompt.call.chunk(index * size, (index + 1) * size))
+            # What a forward that is left has done to windows and states could not be taken back.
+            self._run_forward(index, _never if self._carried else partial(self._frontier.lost, index))
         except ForwardLeft:
-            wait_for_device(self._layers)
+            wait_for_device(self._device)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
-        self._check_content(index + 1)
-        wait_for_device(self._layers)
         corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
         self._frontier.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
-        save_computed(self._session, self._layers, self.prompt, index, corrupt=corrupt)
+        self._save(index, corrupt=corrupt)
         return True
+
+    def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
+        size = self._session.chunk_size
+        self._show(index)
+        self._carried.begin()
+        self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
+        self._check_content(index + 1)
+        self._carried.passed(index)
+        wait_for_device(self._device)
+
+    def _stand(self, index: int) -> None:
+        """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
+        for chunk in range(self._carried.come_near(index), index):
+            begin = time.monotonic()
+            self._run_forward(chunk, _never)
+            self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
+            self._saver.state(chunk)
+
+    def _loaded_block(self, index: int) -> Block | None:
+        loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
+        return self._windows.block(index) if loaded else None
+
+    def _save(self, index: int, *, corrupt: bool = False) -> None:
+        self._saver.chunk(index, corrupt=corrupt)
+        self._saver.state(index)
 
     def _take_over(self, index: int, flight: Flight) -> bool:
         """Copy a chunk that another restore computes just now; False if it does not come."""
@@ -200,17 +267,17 @@ class Restore:
         self._shared.add(index)
         self.prompt.record("compute", index, begin, time.monotonic(), SHARED)
         if not flight.saves:
-            save_computed(self._session, self._layers, self.prompt, index)
+            self._saver.chunk(index)
         return True
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
-        if not self.prompt.keys:
+        if not self.prompt.keys or self._carried:  # a chunk of another restore does not bring the state behind it
             return nullcontext(FlightPlan(None))
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
 
     def _copy_out(self, index: int) -> torch.Tensor:
-        return pack(pieces_of(self._layers, self.prompt, index, self._session.chunk_size), self.prompt.layout)
+        return pack(self._saver.pieces(index), self.prompt.layout)
 
     def _settle_in(self) -> None:
         """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
@@ -229,22 +296,27 @@ class Restore:
 
     def _check_content(self, chunks: int) -> None:
         length = self.prompt.call.past + chunks * self._session.chunk_size
+        layers: list[Any] = [*self._layers, *(layer for layer in self._all_layers if isinstance(layer, WindowedLayer))]
         dtypes = [buffer.dtype for layer in self._layers for buffer in layer.buffers]
-        as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces]
-        if not as_foreseen or any(not layer.is_own or layer.get_seq_length() != length for layer in self._layers):
+        as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces if not piece.windowed]
+        if not as_foreseen or any(not layer.is_own or layer.get_seq_length() != length for layer in layers):
             raise CakeError(
                 "Something other than the model changed the cache during the prefill (a hook that edits the KV?); "
                 "use a DynamicCache together with it."
             )
 
+    def _can_run(self, index: int) -> bool:
+        """Chunks that are loaded already would have to be run again for what they carry."""
+        return not self._carried or self._carried.standing == index
+
     def _load_job(self, ranges: int) -> LoadJob:
         limits, past = self._session.limits, self.prompt.call.past
-        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers]
+        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         return LoadJob(
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads),
+            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
             frontier=self._frontier,
             record=self.prompt.record,
             clock=time.monotonic,
@@ -263,81 +335,24 @@ class Restore:
         report.chunks_computed = self.prompt.chunks - report.chunks_loaded - report.chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed = sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
-        report.bytes_loaded = report.chunks_loaded * self.prompt.layout.nbytes
+        report.states_loaded = len(self._states.loaded)
+        report.bytes_loaded = sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
+        report.bytes_loaded += report.states_loaded * self.prompt.state_layout.nbytes
 
 
-def save_computed(
-    session: Session, layers: list[TokenMajorLayer], prompt: Prompt, index: int, *, corrupt: bool = False
-) -> None:
-    """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order."""
-    if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt):
-        return
-    pieces = partial(pieces_of, layers, prompt, index, session.chunk_size)
-    session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
-
-
-def record_tail(prompt: Prompt, layers: list[TokenMajorLayer], begin: float, *, gated: bool) -> None:
+def record_tail(prompt: Prompt, device: torch.device, begin: float, *, gated: bool) -> None:
     """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
-    wait_for_device(layers)
+    wait_for_device(device)
     end = time.monotonic()
     prompt.record("compute", -1, begin, end, GATED if gated else "computed")
     prompt.report.prefill_seconds = end - prompt.started
 
 
-def wait_for_device(layers: list[TokenMajorLayer]) -> None:
+def wait_for_device(device: torch.device) -> None:
     """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
-    device = layers[0].buffers[0].device
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
-def pieces_of(layers: list[TokenMajorLayer], prompt: Prompt, index: int, size: int) -> list[torch.Tensor]:
-    """A chunk's pieces `[1, chunk_size, heads, head_dim]` as they lie in the layers."""
-    start = prompt.call.past + index * size
-    return [buffer[:, start : start + size] for layer in layers for buffer in layer.buffers]
-
-
-def learn_costs(session: Session, prompt: Prompt) -> None:
-    """Remember what the restore measured, for the next prompt's decisions."""
-    if prompt.keys:
-        memory = session.cost_memory(prompt.namespace)
-        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
-
-
-def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
-    """In how many ranges of layers the last chunks are read."""
-    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
-    moves_weights = any(hasattr(module, "_hf_hook") for module in session.model.modules())
-    if moves_weights or not session.store.reads_ranges:
-        return 1
-    return ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
-
-
-def _frontier(session: Session, prompt: Prompt, costs: Costs, ranges: int, *, on_host: bool) -> Frontier:
-    threads, first = session.limits.loader_threads, prompt.first
-    near = nearness(costs, first, prompt.chunks, threads)
-    stored = prompt.stored[: prompt.chunks]
-    rule = Rule.choose(costs, stored, first, following_seconds=_following_seconds(prompt, costs), ranges=ranges)
-    return Frontier(
-        stored,
-        strategy=session.strategy,
-        read_timeout=session.limits.read_timeout,
-        near=near,
-        # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is being read in place.
-        most_aside=(ASIDE_PER_THREAD if on_host else ASIDE_PER_THREAD - 1) * threads,
-        last=threads,
-        worth=rule.worth,
-    )
-
-
-def _following_seconds(prompt: Prompt, costs: Costs) -> float:
-    """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
-    if costs.compute is None:
-        return 0.0
-    stored = prompt.stored[: prompt.chunks]
-    holes = [index for index, has in enumerate(stored) if not has and any(stored[:index])]
-    if holes:
-        return costs.compute.seconds(prompt.first + holes[0])
-    size = prompt.layout.chunk_size
-    suffix_tokens = prompt.call.tokens - prompt.chunks * size
-    return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size
+def _never() -> bool:
+    return False

@@ -16,7 +16,7 @@ from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.hook import ModelHook
-from cake_hf.cache.probe import kv_like
+from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.cost_memory import CostMemory, recall_costs
 from cake_hf.movers.sharing import sharing_of
 from cake_hf.movers.telemetry import observe_save
@@ -25,7 +25,7 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
 from cake_hf.tensors.fingerprint import canonical, model_facts, numerics_facts
-from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.tensors.layout import ChunkLayout
 
 
 class Session:
@@ -42,6 +42,7 @@ class Session:
         exact: bool,
         strategy: Strategy,
         limits: Limits,
+        snapshot_every: int = 0,
     ) -> None:
         if chunk_size < MIN_CHUNK_SIZE:
             raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
@@ -51,6 +52,7 @@ class Session:
         self.exact = exact
         self.strategy = strategy
         self.limits = limits
+        self.snapshot_every = snapshot_every
         self.store: Store = open_store(store)
         self.save = save and not self.store.read_only
         if self.save:
@@ -98,18 +100,19 @@ class Session:
             "layout": self.layout().tensor_table,
             "model": model_facts(self.model, portable=not self.exact),
         }
+        if states := self.state_layout().tensor_table:
+            facts["states"] = states
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
         return facts
 
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""
-        pieces = [
-            Piece(f"layers.{number}.{what}", tensor.shape[1], tensor.shape[3], tensor.dtype, number)
-            for number, pair in enumerate(kv_like(self.model))
-            for what, tensor in zip(("keys", "values"), pair, strict=True)
-        ]
-        return ChunkLayout(self.chunk_size, tuple(pieces))
+        return chunk_layout(kv_like(self.model), self.chunk_size)
+
+    def state_layout(self) -> ChunkLayout:
+        """The layout of a snapshot of this model's recurrent states; without pieces where it has none."""
+        return state_layout(kv_like(self.model))
 
     def cost_memory(self, namespace: str) -> CostMemory:
         """What computing and loading cost with this model, device and store."""
@@ -123,6 +126,7 @@ class Session:
         report: Report,
         *,
         overwrite: bool,
+        is_state: bool = False,
     ) -> None:
         """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
 
@@ -132,12 +136,16 @@ class Session:
             pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: where the outcome is counted.
             overwrite: replace a stored chunk that turned out to be unusable.
+            is_state: it is not a chunk, but the state at the end of one.
         """
 
         def done(saved: bool) -> None:
             with self._count_lock:
-                report.chunks_saved += saved
-                report.chunks_unsaved += not saved
+                if is_state:
+                    report.states_saved += saved
+                else:
+                    report.chunks_saved += saved
+                    report.chunks_unsaved += not saved
                 report.bytes_saved += layout.nbytes * saved
             observe_save(saved, layout.nbytes)
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import LinearAttentionLayer
 
 from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.cache.layers import RecurrentLayer, ours_for
+from cake_hf.cache.layers.kinds import is_ours
+from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -39,20 +41,40 @@ def refuse_unusable(model: torch.nn.Module) -> None:
 
 
 def layers_for(model: torch.nn.Module) -> list[Any]:
-    """The layers `DynamicCache` would have, with the plain full-attention ones replaced by ours."""
-    layers = DynamicCache(config=model.config).layers
-    return [TokenMajorLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+    """The layers `DynamicCache` would have, with those whose kind we know replaced by ours."""
+    return [ours_for(layer) for layer in DynamicCache(config=model.config).layers]
 
 
 def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     """Why this model's prompts are computed plainly; empty if they can be restored."""
-    other = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, TokenMajorLayer)})
+    other = sorted({type(layer).__name__ for layer in layers if not is_ours(layer)})
     if other or not layers:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
     if "dynamic" in _rope_types(model.config):
         return "this model's dynamic rope scaling depends on earlier prompts"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices, which cannot be restored yet"
+    return ""
+
+
+def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
+    """Why what a model turns out to keep, when it is run, cannot be restored now; empty if it can.
+
+    Args:
+        model: of a kind whose layers we know.
+        layers: of the cache.
+    """
+    like = kv_like(model)
+    if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
+        return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
+    if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
+        return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
+    if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):
+        return (
+            "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
+        )
+    if not any(keeps_tokens(layer) for layer in like):
+        return "this model keeps no attention at all, so its cache cannot tell how long it is"
     return ""
 
 

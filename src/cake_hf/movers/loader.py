@@ -69,7 +69,7 @@ class LoadJob:
         """Put the chunks into place that have arrived aside. Main thread only."""
         for index in self.frontier.take_landed():
             landing = self.aside.pop(index)
-            landing.adopt(len(self.layout.pieces))
+            landing.adopt(len(landing.parts))
             landing.release()
 
     def adopt_layer(self, layer: int) -> None:
@@ -141,7 +141,10 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
 
 
 def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
-    with job.sharing.flight(job.keys[index], job, computes=False) as plan:
+    # Who brings only a part of a chunk flies by itself: those who follow a chunk's own flight may want all of it.
+    whole = len(landing.parts) == len(job.layout.pieces)
+    flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
+    with job.sharing.flight(flight, job, computes=False) as plan:
         if plan.followed is not None:
             slot.release()  # it is another one's read
             return _copy(job, index, landing, plan.followed)
@@ -155,6 +158,11 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
 def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
     """Read, check and commit a chunk, whole or range by range; False for a miss."""
     key, check = job.keys[index], _Check(job, index, landing, header)
+    if len(landing.parts) < len(job.layout.pieces):
+        found = job.store.read_range(key, [header, *landing.parts], 0)
+        if found:
+            check.up_to(len(landing.parts))
+        return found
     if len(ranges) == 1:
         # The header is the first of the parts; each piece is checked as soon as it is there.
         return job.store.read_gradually(key, [header, *landing.parts], lambda count: check.up_to(count - 1)) is not None

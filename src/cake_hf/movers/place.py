@@ -7,7 +7,7 @@ it does not write there itself, brings it into the buffers. On a GPU every chunk
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class Landing(ABC):
     """One chunk on its way.
 
     Attributes:
-        parts: writable byte buffers, one per piece of the layout.
+        parts: writable byte buffers, one for each piece that is wanted of the chunk: the first ones of the layout.
         aside: whether the chunk waits in memory of its own until the main thread adopts it.
     """
 
@@ -41,7 +41,7 @@ class Landing(ABC):
         """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
 
     def _bring_up_to(self, end: int) -> None:
-        for number in range(self._brought, end):
+        for number in range(self._brought, min(end, len(self.parts))):
             self._bring(number)
         self._brought = max(self._brought, end)
 
@@ -57,12 +57,31 @@ class Place(ABC):
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`.
         layout: of a chunk.
         slots: chunks that may be in host memory beside the KV.
+        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in chunks.
     """
 
-    def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int) -> None:
+    def __init__(
+        self, buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int, windows: Mapping[int, int] | None = None
+    ) -> None:
         self._layout = layout
+        self._windows = windows or {}
         self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
         self._ring = SlotRing(layout.nbytes, slots, pinned=buffers[0].device.type == "cuda")
+
+    def wanted(self, index: int) -> int:
+        """How many pieces of chunk `index` are wanted."""
+        return len(self._layout.pieces) if index in self._windows else self._layout.everywhere
+
+    def wanted_bytes(self, index: int) -> int:
+        """Bytes of the pieces of chunk `index` that are wanted."""
+        return sum(self._layout.sizes[: self.wanted(index)])
+
+    def _spans(self, index: int) -> list[slice]:
+        """Where in their buffers, in bytes, the wanted pieces of chunk `index` go."""
+        starts = [index] * self._layout.everywhere
+        if index in self._windows:
+            starts += [self._windows[index]] * (len(self._layout.pieces) - self._layout.everywhere)
+        return [slice(at * size, (at + 1) * size) for at, size in zip(starts, self._layout.sizes, strict=False)]
 
     @abstractmethod
     def landing(self, index: int, *, aside: bool) -> Landing:
@@ -75,13 +94,18 @@ class Place(ABC):
 class HostPlace(Place):
     """The layers' own buffers: reading a chunk is putting it into place, unless it must wait aside."""
 
-    def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1) -> None:
-        super().__init__(buffers, layout, slots)
+    def __init__(
+        self,
+        buffers: Sequence[torch.Tensor],
+        layout: ChunkLayout,
+        slots: int = 1,
+        windows: Mapping[int, int] | None = None,
+    ) -> None:
+        super().__init__(buffers, layout, slots, windows)
         self._views = [byte_view(buffer) for buffer in buffers]
 
     def landing(self, index: int, *, aside: bool) -> Landing:
-        sizes = self._layout.sizes
-        places = [view[index * size : (index + 1) * size] for view, size in zip(self._views, sizes, strict=True)]
+        places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
         return _HostLanding(places, self._layout, self._ring if aside else None)
 
 
@@ -91,7 +115,7 @@ class _HostLanding(Landing):
         self._ring = ring
         self._slot = None if ring is None else ring.take()
         self.aside = self._slot is not None
-        self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)
+        self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
 
     def release(self) -> None:
         if self._ring is not None and self._slot is not None:
@@ -111,8 +135,14 @@ class DevicePlace(Place):
     written to host memory only, which no one looks at any more.
     """
 
-    def __init__(self, buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1) -> None:
-        super().__init__(buffers, layout, slots)
+    def __init__(
+        self,
+        buffers: Sequence[torch.Tensor],
+        layout: ChunkLayout,
+        slots: int = 1,
+        windows: Mapping[int, int] | None = None,
+    ) -> None:
+        super().__init__(buffers, layout, slots, windows)
         self._device = buffers[0].device
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
@@ -122,8 +152,7 @@ class DevicePlace(Place):
                 buffer.record_stream(self._stream)
 
     def landing(self, index: int, *, aside: bool) -> Landing:
-        sizes = self._layout.sizes
-        places = [buffer[index * size : (index + 1) * size] for buffer, size in zip(self._buffers, sizes, strict=True)]
+        places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
         return _DeviceLanding(places, self._layout, self._ring, self._stream, aside=aside)
 
     def catch_up(self) -> None:
@@ -147,7 +176,7 @@ class _DeviceLanding(Landing):
         self._slot = ring.take()
         self._pieces = self._slot.memory.split(layout.sizes)
         self.aside = aside
-        self.parts = split_payload(self._slot.memory, layout)
+        self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 
     def release(self) -> None:
         if self._stream is not None and self._brought:
@@ -166,10 +195,12 @@ def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview
     return [view[end - size : end] for end, size in zip(ends, layout.sizes, strict=True)]
 
 
-def place_for(buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1) -> Place:
+def place_for(
+    buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1, windows: Mapping[int, int] | None = None
+) -> Place:
     """The place that fits where the buffers are."""
     on_host = all(buffer.device.type == "cpu" for buffer in buffers)
-    return HostPlace(buffers, layout, slots) if on_host else DevicePlace(buffers, layout, slots)
+    return (HostPlace if on_host else DevicePlace)(buffers, layout, slots, windows)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

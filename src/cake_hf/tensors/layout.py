@@ -39,6 +39,7 @@ class Piece:
         heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
         dtype: of the KV.
         layer: whose it is.
+        windowed: it is needed only where a window reaches back to the chunk.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Piece:
     head_dim: int
     dtype: torch.dtype
     layer: int = 0
+    windowed: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -69,7 +71,10 @@ class LayerRange:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """All pieces of a chunk, in payload order: keys and values of layer 0, then of layer 1, and so on."""
+    """All pieces of a chunk, in payload order: keys and values of layer 0, then of layer 1, and so on.
+
+    Windowed pieces come after all others. So what is needed of a chunk is always the first part of it.
+    """
 
     chunk_size: int
     pieces: tuple[Piece, ...]
@@ -85,18 +90,25 @@ class ChunkLayout:
         return sum(self.sizes)
 
     @cached_property
+    def everywhere(self) -> int:
+        """How many pieces are needed of every chunk; all after them are windowed."""
+        return sum(not piece.windowed for piece in self.pieces)
+
+    @cached_property
     def layers(self) -> int:
-        """How many layers a chunk has pieces of; they are numbered from 0, and their pieces come in that order."""
-        return self.pieces[-1].layer + 1 if self.pieces else 0
+        """How many layers a chunk may have pieces of; they are numbered from 0, and those that keep nothing have none."""
+        return max((piece.layer for piece in self.pieces), default=-1) + 1
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """For each layer the number of pieces up to its last one."""
+        """For each layer the number of pieces up to its last one. Without windowed pieces, which come out of turn."""
         layers = [piece.layer for piece in self.pieces]
-        return tuple(len(layers) - layers[::-1].index(layer) for layer in range(self.layers))
+        return tuple(sum(other <= layer for other in layers) for layer in range(self.layers))
 
     def ranges(self, count: int) -> list[LayerRange]:
         """A chunk cut between layers into that many ranges of about as many layers each (fewer, if it has not as many)."""
+        if count == 1:
+            return [LayerRange(0, len(self.pieces), self.layers)]
         cuts = sorted({self.layers * n // count for n in range(count + 1)})
         edges = [0, *(self.ends[layers - 1] for layers in cuts[1:])]
         return [LayerRange(*pair, layers) for pair, layers in zip(pairwise(edges), cuts[1:], strict=True)]

@@ -99,6 +99,10 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity)
             self._show(length)
 
+    def make_room(self, like: Any, capacity: int) -> None:
+        """`reserve` as for a layer of the same kind that holds a token."""
+        self.reserve(like.keys, like.values, capacity)
+
     def show(self, length: int) -> None:
         """Make the first `length` tokens of the buffers the layer's content."""
         self._show(length)
@@ -117,7 +121,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._show(min(visible, length))
 
     @property
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def buffers(self) -> tuple[torch.Tensor, ...]:
         """K and V, `[batch, capacity, heads, head_dim]`."""
         return _given(self._key_buffer), _given(self._value_buffer)
 

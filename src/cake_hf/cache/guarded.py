@@ -1,0 +1,54 @@
+"""A `DynamicCache` that asks before anything is brought into it, whichever way a kind of layer has for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+
+class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+    """Subclasses say in `_before_update` what must hold."""
+
+    def _before_update(self, layer: int, *, reads: bool) -> None:
+        """Called before a layer takes something in.
+
+        Args:
+            layer: its number.
+            reads: it is handed all that it has kept of each token, old and new.
+        """
+        raise NotImplementedError
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DynamicCache.update`.
+
+        Raises:
+            ForeignModel: another model than the cache's own brings KV.
+            ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
+        """
+        self._before_update(layer_idx, reads=True)
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """As `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
+        self._before_update(layer_idx, reads=True)
+        keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx)
+        return keys
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `DynamicCache.update_conv_state`; raises as `update`."""
+        self._before_update(layer_idx, reads=False)
+        state: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return state
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As `DynamicCache.update_recurrent_state`; raises as `update`."""
+        self._before_update(layer_idx, reads=False)
+        state: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return state

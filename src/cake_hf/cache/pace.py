@@ -1,0 +1,80 @@
+"""What a restore believes about costs, and the frontier that it makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cake_hf.arithmetic.costs import Costs
+from cake_hf.arithmetic.frontier import Frontier
+from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
+from cake_hf.cache.prompt import Prompt
+from cake_hf.cache.session import Session
+
+
+def new_frontier(
+    session: Session,
+    prompt: Prompt,
+    stored: Sequence[bool],
+    costs: Costs,
+    ranges: int,
+    *,
+    on_host: bool,
+    can_run: Callable[[int], bool],
+) -> Frontier:
+    """The ledger of one restore.
+
+    Args:
+        session: of the cache.
+        prompt: from `look_up`.
+        stored: for each chunk, whether it can be loaded.
+        costs: as believed.
+        ranges: in how many ranges of layers the last chunks are read.
+        on_host: the layers are in host memory.
+        can_run: whether a chunk could be computed right now; if not, nothing is gained by not waiting for its load.
+    """
+    threads, first = session.limits.loader_threads, prompt.first
+    following = _following_seconds(prompt, stored, costs)
+    rule = Rule.choose(costs, stored, first, following_seconds=following, ranges=ranges)
+
+    def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
+        return can_run(chunk) and rule.worth(chunk, loads_left, loads_done, idle_seconds)
+
+    return Frontier(
+        stored,
+        strategy=session.strategy,
+        read_timeout=session.limits.read_timeout,
+        near=nearness(costs, first, prompt.chunks, threads),
+        # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is being read in place.
+        most_aside=(ASIDE_PER_THREAD if on_host else ASIDE_PER_THREAD - 1) * threads,
+        last=threads,
+        worth=worth,
+    )
+
+
+def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
+    """In how many ranges of layers the last chunks are read."""
+    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
+    moves_weights = any(hasattr(module, "_hf_hook") for module in session.model.modules())
+    if moves_weights or not session.store.reads_ranges:
+        return 1
+    return ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
+
+
+def learn_costs(session: Session, prompt: Prompt) -> None:
+    """Remember what the restore measured, for the next prompt's decisions."""
+    if prompt.keys:
+        memory = session.cost_memory(prompt.namespace)
+        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
+
+
+def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:
+    """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
+    if costs.compute is None:
+        return 0.0
+    holes = [index for index, has in enumerate(stored) if not has and any(stored[:index])]
+    if holes:
+        return costs.compute.seconds(prompt.first + holes[0])
+    size = prompt.layout.chunk_size
+    suffix_tokens = prompt.call.tokens - prompt.chunks * size
+    return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size

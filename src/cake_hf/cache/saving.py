@@ -1,0 +1,88 @@
+"""What a restore brings to the store: chunks that were computed, and snapshots of the model's recurrent state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.cache.carried import Carried
+from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.cache.prompt import Prompt
+from cake_hf.cache.session import Session
+from cake_hf.cache.states import StoredStates
+
+
+class Saver:
+    """Of one prompt.
+
+    Args:
+        session: of the cache.
+        layers: of the cache that keep each token.
+        prompt: from `look_up`.
+        carried: of the restore.
+        stored: of the restore.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        layers: Sequence[TokenMajorLayer],
+        prompt: Prompt,
+        carried: Carried,
+        stored: StoredStates,
+    ) -> None:
+        self._session = session
+        self._layers = layers
+        self._prompt = prompt
+        self._carried = carried
+        self._stored = stored
+
+    def chunk(self, index: int, *, corrupt: bool = False) -> None:
+        """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order."""
+        session, prompt = self._session, self._prompt
+        if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt):
+            return
+        pieces = partial(self.pieces, index)
+        session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
+
+    def state(self, index: int) -> None:
+        """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
+        session, prompt = self._session, self._prompt
+        if not session.save or not prompt.keys or not prompt.state_layout.pieces or not self._is_due(index):
+            return
+        unusable = index in self._stored.unusable
+        if prompt.states[index] and not unusable:
+            return
+        states = self._carried.states()
+        if any(
+            state.dtype != p.dtype or state.numel() != p.heads * p.head_dim for state, p in self._with_pieces(states)
+        ):
+            return  # of another shape than in the probe: no layout of ours
+        session.save_chunk(
+            prompt.state_facts(session, index),
+            prompt.state_layout,
+            lambda: states,
+            prompt.report,
+            overwrite=unusable,
+            is_state=True,
+        )
+
+    def pieces(self, index: int) -> list[torch.Tensor]:
+        """A chunk's pieces `[1, chunk_size, heads, head_dim]` as they lie in the layers; it must have just been computed."""
+        size = self._session.chunk_size
+        start = self._prompt.call.past + index * size
+        kept = [buffer[:, start : start + size] for layer in self._layers for buffer in layer.buffers]
+        return [*kept, *(self._carried.block(index) or ())]
+
+    def _is_due(self, index: int) -> bool:
+        """At the end of what is stored of the prompt, at the end of what other prompts share with it, and every so often."""
+        prompt, every = self._prompt, self._session.snapshot_every
+        shared = next((i for i, has in enumerate(prompt.stored) if not has), len(prompt.stored))
+        due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
+        return due or (every > 0 and (prompt.first + index + 1) % every == 0)
+
+    def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:
+        return list(zip(states, self._prompt.state_layout.pieces, strict=True))

@@ -1,0 +1,43 @@
+"""The stored snapshots of one prompt's recurrent state, each read at most once."""
+
+from __future__ import annotations
+
+import torch
+
+from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.keys import state_key
+from cake_hf.cache.prompt import Prompt
+from cake_hf.cache.session import Session
+from cake_hf.movers.states import StateRead
+
+
+class StoredStates:
+    """Of one restore.
+
+    Attributes:
+        loaded: chunks whose state was read and is good.
+        unusable: chunks whose stored state is not.
+    """
+
+    def __init__(self, session: Session, prompt: Prompt) -> None:
+        self.loaded: set[int] = set()
+        self.unusable: set[int] = set()
+        self._session = session
+        self._prompt = prompt
+        self._reads: dict[int, StateRead] = {}
+
+    def begin(self, chunk: int) -> StateRead:
+        """Start to read the state at that chunk's end, unless that was done."""
+        if chunk not in self._reads:
+            key = state_key(self._prompt.keys[chunk])
+            self._reads[chunk] = StateRead(self._session.store, key, self._prompt.state_layout)
+        return self._reads[chunk]
+
+    def get(self, chunk: int) -> list[torch.Tensor] | None:
+        """The state at that chunk's end; None if there is none that can be used, or it does not come in time."""
+        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.states[chunk]
+        if not wanted or chunk in self.unusable:
+            return None
+        states = self.begin(chunk).wait(self._session.limits.read_timeout)
+        (self.unusable if states is None else self.loaded).add(chunk)
+        return states

@@ -1,0 +1,58 @@
+"""Reading what a model carries over the end of a chunk: one value, read and checked in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+
+from cake_hf.movers.place import split_payload
+from cake_hf.stores.base import Store
+from cake_hf.tensors.codec import check_header, check_pieces, header_size
+from cake_hf.tensors.layout import ChunkLayout
+
+logger = logging.getLogger("cake_hf")
+
+
+class StateRead:
+    """A read that begins at once. Its faults are answers, nothing is raised.
+
+    Args:
+        store: to read from.
+        key: of the state.
+        layout: of the state.
+    """
+
+    def __init__(self, store: Store, key: str, layout: ChunkLayout) -> None:
+        self._store = store
+        self._key = key
+        self._layout = layout
+        self._payload: torch.Tensor | None = None
+        self._thread = threading.Thread(target=self._run, name="cake-load-state", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a system that gives no more threads is no reason to fail
+            logger.warning("A stored state cannot be read: no more threads. %s", error)
+
+    def wait(self, seconds: float) -> list[torch.Tensor] | None:
+        """The state's pieces, flat and in their dtypes; None if it is missing, unusable, or not there within that time."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        payload = self._payload
+        if payload is None:
+            return None
+        parts = payload.split(list(self._layout.sizes))
+        return [part.view(piece.dtype) for part, piece in zip(parts, self._layout.pieces, strict=True)]
+
+    def _run(self) -> None:
+        try:
+            payload = torch.empty(self._layout.nbytes, dtype=torch.uint8)
+            header = memoryview(bytearray(header_size(self._layout)))
+            parts = split_payload(payload, self._layout)
+            if self._store.read_into(self._key, [header, *parts]) is None:
+                return
+            check_pieces(parts, check_header(header, self._key, self._layout))
+            self._payload = payload
+        except Exception as error:  # whatever a store's client raises: the prompt must not suffer from it
+            logger.warning("A stored state is not usable and is computed instead. %s", error)

@@ -1,0 +1,212 @@
+"""One family through the parity runs: cold, warm in each way, with holes; every result compared bit for bit with the oracle."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf.arithmetic.errors import UnsupportedModel
+from cake_hf.cache.probe import kv_like
+from cake_hf.stores.base import Store
+from cake_hf.stores.wrappers import GateStore
+from cake_hf.tensors.codec import parse_header
+from families import family_model
+from models import CHUNK, prompt
+
+CHUNKS = 6
+IDS = prompt(CHUNKS * CHUNK + 7)
+NEW_TOKENS = 4
+HOLE = 3
+MEETING = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a generation gave: tokens, the logits of each, and all tensors of the cache by name."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    content: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a family fares.
+
+    Attributes:
+        layers: what `DynamicCache` keeps for it, in order, each kind once.
+        way: "restored", "computed" or "refused".
+        reason: why not restored.
+    """
+
+    layers: str
+    way: str
+    reason: str = ""
+
+
+def generate(model: Any, cache: Any, ids: torch.Tensor = IDS, **options: Any) -> Run:
+    """Greedy generation of NEW_TOKENS tokens with that cache."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    result = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+    return Run(result.sequences, torch.stack(result.logits), content(cache))
+
+
+def content(cache: Any) -> dict[str, torch.Tensor]:
+    """All tensors that a cache's layers keep, as copies."""
+    found: dict[str, Any] = {}
+    for number, layer in enumerate(cache.layers):
+        for name in ("keys", "values", "indexer_keys"):
+            found[f"{number}.{name}"] = getattr(layer, name, None)
+        for name in ("conv_states", "recurrent_states"):
+            for index, state in getattr(layer, name, {}).items():
+                found[f"{number}.{name}.{index}"] = state
+    return {name: tensor.clone() for name, tensor in found.items() if tensor is not None and tensor.numel()}
+
+
+def difference(one: Run, other: Run) -> str:
+    """The first thing in which two runs are not bit for bit equal; empty if there is none."""
+    if not torch.equal(one.tokens, other.tokens):
+        return "tokens"
+    if not torch.equal(one.logits, other.logits):
+        return "logits"
+    if one.content.keys() != other.content.keys():
+        return f"what is kept: {sorted(one.content.keys() ^ other.content.keys())}"
+    return next((name for name, tensor in one.content.items() if not torch.equal(tensor, other.content[name])), "")
+
+
+@cache
+def expected(family: str) -> Run:
+    """The law's reference: chunked prefill on a `DynamicCache`."""
+    model: Any = family_model(family)
+    return generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
+
+
+def filled_store(model: torch.nn.Module, ids: torch.Tensor = IDS) -> MemoryStore:
+    """A store with all chunks of the prompt and, if the model has such, the recurrent states at their end."""
+    store = MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as saving:
+        saving.prefill(ids, whole=True)
+    return store
+
+
+def without(store: Store, *indices: int) -> MemoryStore:
+    """A copy of a store that has not those chunks (nor what else is kept at their ends)."""
+    copy = MemoryStore()
+    for key in store.keys():  # noqa: SIM118  # a store is no mapping
+        value = store.read(key)
+        if value is not None and parse_header(value)[0].index not in indices:
+            copy.write(key, [value])
+    return copy
+
+
+def wait_for_loaders() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-load"):
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, reads: int) -> Iterator[None]:
+    """Let the two sides meet exactly there: so many reads go through while chunk `meeting - 1` is being computed."""
+    forwards = 0
+
+    def before(module: torch.nn.Module, args: object, kwargs: object) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == meeting:
+            gate.open(reads)
+            gate.await_reads(reads)
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        gate.open()
+        wait_for_loaders()
+
+
+def kinds(family: str) -> str:
+    """What `DynamicCache` keeps for the family, each kind once."""
+    names = [type(layer).__name__ for layer in DynamicCache(config=family_model(family).config).layers]
+    return ", ".join(dict.fromkeys(names))
+
+
+def examine(family: str) -> Verdict:
+    """Run the family in every way and say how it fares.
+
+    Raises:
+        AssertionError: a result differs from the oracle's, or the report from what happened.
+    """
+    model = family_model(family)
+    try:
+        CakeCache(model, MemoryStore(), chunk_size=CHUNK).close()
+    except UnsupportedModel as refusal:
+        return Verdict(kinds(family), "refused", str(refusal))
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cold:
+        run = generate(model, cold)
+        assert cold.flush(60)
+        report = cold.report
+    if not report.chunks_saved:
+        examine_computed(family)
+        return Verdict(kinds(family), "computed", report.reason)
+    check(family, run, "cold")
+    single: Any = family_model(family)
+    # One big forward rounds differently, so its logits are not the same; its tokens are.
+    assert torch.equal(run.tokens, generate(single, DynamicCache(config=single.config)).tokens), (
+        f"{family}, in one piece"
+    )
+    assert (report.chunks_computed, report.chunks_missed, report.chunks_loaded) == (CHUNKS, CHUNKS, 0)
+    examine_restored(family)
+    return Verdict(kinds(family), "restored")
+
+
+def examine_computed(family: str) -> None:
+    """Not restored, and never half: one big forward, as without us."""
+    model: Any = family_model(family)
+    store = MemoryStore()
+    plain = generate(model, DynamicCache(config=model.config))
+    for turn in ("first", "second"):
+        with CakeCache(model, store, chunk_size=CHUNK) as cache:
+            run = generate(model, cache)
+            assert cache.report.reason
+            assert cache.flush(60)
+        assert difference(run, plain) == "", f"{family}, {turn}"
+    assert list(store.keys()) == []
+
+
+def examine_restored(family: str) -> None:
+    """All loaded; both sides, meeting at a given chunk; and a hole that is computed."""
+    model = family_model(family)
+    store = filled_store(model)
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        check(family, generate(model, cache), "loaded")
+        report = cache.report
+        assert (report.chunks_loaded, report.chunks_computed, report.chunks_failed) == (CHUNKS, 0, 0), report
+    gate = GateStore(store)
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+        kv_like(model)  # runs the model once, which must not count
+        states = len(list(store.keys())) - CHUNKS
+        with meeting_at(model, gate, MEETING, CHUNKS - MEETING + states):
+            check(family, generate(model, cache), "both")
+        assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (MEETING, CHUNKS - MEETING), cache.report
+    holed = without(store, HOLE)
+    with CakeCache(model, holed, chunk_size=CHUNK, strategy="load") as cache:
+        check(family, generate(model, cache), "with a hole")
+        assert cache.flush(60)
+        assert cache.report.chunks_missed == cache.report.chunks_saved == 1, cache.report
+    assert all(holed.read(key) == store.read(key) for key in store.keys())  # noqa: SIM118
+
+
+def check(family: str, run: Run, way: str) -> None:
+    different = difference(run, expected(family))
+    assert not different, f"{family}, {way}: other {different} than the oracle"

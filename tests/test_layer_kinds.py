@@ -1,0 +1,161 @@
+"""Our layers behave as those of transformers that they stand in for, under every operation that generation applies to them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from cake_hf.cache.layers import ours_for
+from cake_hf.cache.layers.kinds import is_ours
+from cake_hf.cache.layers.recurrent import states_of
+
+KINDS = {
+    "indexed": DynamicIndexedLayer,
+    "windowed": lambda: DynamicSlidingWindowLayer(12),
+    "recurrent": LinearAttentionLayer,
+    "two states": lambda: LinearAttentionLayer(number_of_states=2),
+    "hybrid": LinearAttentionAndFullAttentionLayer,
+}
+
+operations = st.one_of(
+    st.tuples(st.just("update"), st.integers(1, 20)),
+    st.tuples(st.just("crop"), st.integers(0, 9)),
+    st.tuples(st.just("reset"), st.just(0)),
+    st.tuples(st.just("reorder"), st.integers(0, 5)),
+    st.tuples(st.just("repeat"), st.integers(1, 3)),
+    st.tuples(st.just("select"), st.integers(0, 5)),
+    st.tuples(st.just("deepcopy"), st.just(0)),
+    st.tuples(st.just("record"), st.just(0)),
+)
+
+
+def run_model(layer: Any, batch: int, tokens: int, seed: int) -> list[torch.Tensor]:
+    """What a model's layer does to a cache's: bring what it has, and get what it needs."""
+    draw = torch.Generator().manual_seed(seed)
+    results: list[torch.Tensor] = []
+    if hasattr(layer, "update_indexer"):
+        results.append(layer.update_indexer(torch.randn(batch, tokens, 5, generator=draw)))
+    if hasattr(layer, "update_conv_state"):
+        for index in range(layer.number_of_states):
+            conv = torch.randn(batch, 6, tokens + 4, generator=draw)
+            results.append(layer.update_conv_state(conv, index, conv_kernel_size=4))
+            results.append(layer.update_recurrent_state(torch.randn(batch, 2, 3, 4, generator=draw), index))
+    if hasattr(layer, "update"):
+        states = [torch.randn(batch, 2, tokens, dim, generator=draw) for dim in (8, 6)]
+        results += layer.update(*states)
+    return [result.clone() for result in results]
+
+
+def kept(layer: Any) -> dict[str, torch.Tensor]:
+    found = {name: getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")}
+    for name in ("conv_states", "recurrent_states"):
+        found |= {f"{name}.{index}": state for index, state in getattr(layer, name, {}).items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None and tensor.numel()}
+
+
+def apply(layer: Any, name: str, number: int, batch: int, seed: int) -> Any:
+    """The outcome of one operation: what it gives, or how it fails."""
+    try:
+        if name == "update":
+            return run_model(layer, batch, number, seed)
+        if name == "crop":
+            layer.crop(-number)
+        elif name == "reset":
+            layer.reset()
+        elif name == "reorder":
+            layer.reorder_cache(torch.tensor([(number + row) % batch for row in range(batch)]))
+        elif name == "repeat":
+            layer.batch_repeat_interleave(number)
+        elif name == "select":
+            layer.batch_select_indices(torch.tensor([number % batch]))
+        elif name == "record":
+            layer.activate_past_recording()
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        return type(error)
+    return None
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    assert isinstance(one, list) == isinstance(other, list)
+    if isinstance(one, list):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(operations, max_size=10))
+def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int]]) -> None:
+    theirs = KINDS[kind]()  # type: ignore[operator]
+    ours, batch = ours_for(theirs), 2
+    assert type(ours) is not type(theirs)
+    assert isinstance(ours, LinearAttentionLayer) == isinstance(theirs, LinearAttentionLayer)
+    for seed, (name, number) in enumerate(steps):
+        if name == "deepcopy":
+            old, ours = ours, copy.deepcopy(ours)
+            run_model(old, batch, 3, seed)  # must not show in the copy
+            continue
+        if name in ("repeat", "select") and (isinstance(theirs, LinearAttentionLayer) or not theirs.is_initialized):
+            continue  # transformers changes the batch of attention layers only
+        outcome = apply(theirs, name, number, batch, seed)
+        assert_equal(apply(ours, name, number, batch, seed), outcome)
+        if isinstance(outcome, type):
+            return  # half done, and nobody goes on after that
+        batch = {"repeat": batch * number, "select": 1, "reset": 2 if not kept(theirs) else batch}.get(name, batch)
+        assert kept(ours).keys() == kept(theirs).keys()
+        assert all(torch.equal(tensor, kept(ours)[which]) for which, tensor in kept(theirs).items())
+        if hasattr(theirs, "get_seq_length"):
+            assert ours.get_seq_length() == theirs.get_seq_length()
+            assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+
+
+def test_each_kind_has_the_operations_compared_here() -> None:
+    """If transformers gives layers a new operation, the tests above must learn it."""
+    known = {
+        "activate_past_recording", "batch_repeat_interleave", "batch_select_indices", "crop", "get_mask_sizes",
+        "get_max_length", "get_seq_length", "lazy_initialization", "lazy_initialization_indexer", "offload", "prefetch",
+        "reorder_cache", "reset", "update", "update_conv_state", "update_indexer", "update_recurrent_state",
+    }  # fmt: skip
+    for make in KINDS.values():
+        layer = make()  # type: ignore[operator]
+        assert {name for name in dir(layer) if not name.startswith("_") and callable(getattr(layer, name))} <= known
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "two states", "hybrid"])
+def test_states_that_are_taken_out_can_be_put_in(kind: str) -> None:
+    one, like = (ours_for(KINDS[kind]()) for _ in range(2))  # type: ignore[operator]
+    run_model(like, 1, 1, 0)
+    run_model(one, 1, 7, 1)
+    taken = {name: state.clone() for name, state in states_of(one).items()}
+    with torch.inference_mode():
+        run_model(one, 1, 7, 2)
+    one.put_states(taken, like)
+    assert states_of(one).keys() == taken.keys()
+    assert all(torch.equal(state, taken[name]) for name, state in states_of(one).items())
+    one.put_states({}, like)
+    assert states_of(one) == {}
+
+
+def test_what_is_not_known_stays_as_it_is() -> None:
+    class Derived(DynamicLayer):  # type: ignore[misc]
+        """May keep anything."""
+
+    for layer in (Derived(), LinearAttentionAndSlidingWindowAttentionLayer(12)):
+        assert ours_for(layer) is layer
+        assert not is_ours(layer)
+    assert is_ours(ours_for(DummyLayer()))
