@@ -39,10 +39,12 @@ class Report:
     `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
 
     Attributes:
-        tokens: length of the prompt.
+        tokens: length of the prompt; of a batch, all rows together, without padding.
         chunk_size: tokens per chunk.
+        batch: how many prompts: everything here is for all of them together.
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
-        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time.
+        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
+            another row of the batch.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
         bytes_loaded, bytes_saved: payload bytes.
@@ -53,6 +55,7 @@ class Report:
 
     tokens: int = 0
     chunk_size: int = 0
+    batch: int = 1
     chunks_computed: int = 0
     chunks_loaded: int = 0
     chunks_missed: int = 0
@@ -69,7 +72,7 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
         rows = [
-            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}"),
+            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}{self._prompts()}"),
             ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed{self._shared()}"),
             ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
             ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
@@ -81,6 +84,9 @@ class Report:
         if self.reason:
             rows.append(("note", self.reason))
         return rows
+
+    def _prompts(self) -> str:
+        return f", {self.batch} prompts" if self.batch > 1 else ""
 
     def _shared(self) -> str:
         return f", {self.chunks_shared} shared" if self.chunks_shared else ""

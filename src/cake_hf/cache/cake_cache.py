@@ -16,11 +16,13 @@ from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import batch_reason, layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -116,6 +118,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
+        self._batch: BatchRestore | None = None  # whose last pieces are in the model now
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -160,7 +163,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped.
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch
+                is restored when the model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -172,19 +176,11 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         """
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
-        model, past = self._session.model, self.get_seq_length()
-        ids = input_ids[:, past:].to(next(model.parameters()).device)
-        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
-        with torch.no_grad():
-            call = ForwardCall.parse(model, (), arguments, past)
-            restore = self._restore(
-                call, leave=0 if whole else 1, progress=progress or _no_progress, beyond_loads=False
-            )
         self._prefilled = None
-        if restore is not None:
-            self._close(restore)
-            self._prefilled = restore.prompt
-            self.report.prefill_seconds = time.monotonic() - restore.prompt.started
+        prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
+        if prompt is not None:
+            self._prefilled = prompt
+            self.report.prefill_seconds = time.monotonic() - prompt.started
         return self.report
 
     # What changes the content changes what is known about it.
@@ -220,6 +216,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             raise ForwardLeft
         if self._running is not None:
             self._running.await_layer(layer_idx)
+        if self._batch is not None:
+            key_states, value_states = self._batch.keep(layer_idx, key_states, value_states)
         states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return states
 
@@ -236,13 +234,15 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         if model is not self._session.model or self._depth == 0:
             return
         self._depth -= 1
-        if self._busy or self._tail is None:
+        if self._busy:
             return
         if failed:
             self._give_up_tail()
-        else:
-            tail, self._tail = self._tail, None
-            self._finish(tail)
+        if self._batch is not None:
+            self._batch.close()
+        if self._tail is not None:
+            self._finish(self._tail)
+        self._batch = self._tail = None
 
     def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
         """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
@@ -256,10 +256,12 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             return None  # candidates of assisted decoding, not a prompt
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
+        if call.is_batch:
+            return self._handle_batch(call)
         if prefilled is not None and call.tokens < size and past == len(self._known) * size:
             self._tail = Tail(prefilled, time.monotonic())
             return None
-        restore = self._restore(call, leave=call.wanted_logits, progress=_no_progress, beyond_loads=True)
+        restore = self._restore(call, call.wanted_logits, _no_progress, beyond_loads=True)
         if restore is None:
             return None
         prompt = restore.prompt
@@ -268,26 +270,91 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         self._tail = Tail(prompt, time.monotonic(), key, restore)
         return (), call.piece(prompt.chunks * size, call.tokens)
 
-    def _restore(self, call: ForwardCall, *, leave: int, progress: Progress, beyond_loads: bool) -> Restore | None:
+    def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for several prompts, or a padded one."""
+        started = time.monotonic()
+        if reason := self._refusal(call) or batch_reason(self.layers):
+            self.report = self._plain_report(call, reason)
+            return None
+        batch = BatchRestore(self._session, self.layers, call, started)
+        self.report = batch.report
+        if not batch.chunks:
+            return None
+        batch.run(self._restore_row)
+        self._batch = batch
+        return (), call.piece(batch.start, call.tokens)
+
+    def _restore_row(
+        self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, report: Report, started: float
+    ) -> None:
+        """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
+        row = type(self).__new__(type(self))
+        row._start(self._session, layers)
+        row._known = list(known)
+        if row._prefill(ids, 0, _no_progress, report=report, started=started) is None:
+            raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
+
+    def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
+        """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
+        model, past = self._session.model, self.get_seq_length()
+        ids = input_ids[:, past:].to(next(model.parameters()).device)
+        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
+        call = ForwardCall.parse(model, (), arguments, past)
+        if call.is_batch:
+            self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
+            return None
+        with torch.no_grad():
+            restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
+        if restore is None:
+            return None
+        self._close(restore)
+        return restore.prompt
+
+    def _refusal(self, call: ForwardCall) -> str:
+        training = "the model is in training mode" * self._session.model.training
+        return self._model_reason or call.refusal() or training
+
+    def _plain_report(self, call: ForwardCall, reason: str) -> Report:
+        return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
+
+    def _restore(
+        self,
+        call: ForwardCall,
+        leave: int,
+        progress: Progress,
+        *,
+        beyond_loads: bool,
+        report: Report | None = None,
+        started: float | None = None,
+    ) -> Restore | None:
         """Restore the call's full chunks, but for its last `leave` tokens.
+
+        Args:
+            call: one prompt, or what is new of it.
+            leave: tokens.
+            progress: see `prefill`.
+            beyond_loads: see `Restore`.
+            report: where all is counted, if not in a new one.
+            started: when the call came, if not now.
 
         Returns:
             What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
         """
-        session, started = self._session, time.monotonic()
-        reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
+        session, started = self._session, time.monotonic() if started is None else started
+        reason = self._refusal(call)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
         if reason:
-            self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
+            self.report = self._plain_report(call, reason)
             return None
+        report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
         self._busy = True
         try:
             if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
-                prompt = look_up(session, call, chunks, self._known, started)
+                prompt = look_up(session, call, chunks, self._known, report, started)
             else:
-                prompt = off_schedule(session, call, chunks, started)
+                prompt = off_schedule(session, call, chunks, report, started)
             self.report = prompt.report
             restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
             self._running = restore
@@ -321,6 +388,9 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
+        if self._batch is not None:
+            self._batch.abandon()
+            self._batch = None
         tail, self._tail = self._tail, None
         if tail is not None and tail.restore is not None:
             self._abandon(tail.restore)

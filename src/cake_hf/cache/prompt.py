@@ -33,6 +33,7 @@ class Prompt:
         layout: of a chunk.
         report: where all is counted.
         started: when the call came.
+        first_span: the prompt's first place on the report's timeline; rows of a batch follow each other there.
     """
 
     call: ForwardCall
@@ -45,6 +46,7 @@ class Prompt:
     layout: ChunkLayout
     report: Report
     started: float
+    first_span: int = 0
 
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What chunk `index` of the call says about itself (its checksums are not known yet)."""
@@ -56,7 +58,9 @@ class Prompt:
         self.report.timeline.append(Span(actor, index, begin - self.started, end - self.started, outcome))
 
 
-def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], started: float) -> Prompt:
+def look_up(
+    session: Session, call: ForwardCall, chunks: int, known: list[str], report: Report, started: float
+) -> Prompt:
     """Name the prompt's chunks and ask the store which of them it has.
 
     Args:
@@ -64,29 +68,25 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
         call: the forward with the prompt, or what is new of it.
         chunks: full chunks to restore.
         known: keys of the chunks that the cache holds already, all from the canonical schedule.
+        report: where all is counted.
         started: when the call came.
     """
     namespace = session.namespace()
     parent = known[-1] if known else namespace
     keys = chunk_keys(namespace, call.ids[0].tolist(), session.chunk_size, parent)
-    report = _new_report(session, call)
     stored = _stored(session, keys, report)
-    report.chunks_missed = chunks - sum(stored[:chunks])
+    report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
         report.reason = "the store has none of the prompt's chunks yet"
     layout = session.layout()
-    return Prompt(call, len(known), chunks, namespace, keys, parent, stored, layout, report, started)
+    first_span = len(report.timeline)
+    return Prompt(call, len(known), chunks, namespace, keys, parent, stored, layout, report, started, first_span)
 
 
-def off_schedule(session: Session, call: ForwardCall, chunks: int, started: float) -> Prompt:
+def off_schedule(session: Session, call: ForwardCall, chunks: int, report: Report, started: float) -> Prompt:
     """A call that goes on from a cache whose content is not all full chunks: cut as `generate` would, never stored."""
-    report = _new_report(session, call)
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     return Prompt(call, 0, chunks, "", [], "", [False] * chunks, session.layout(), report, started)
-
-
-def _new_report(session: Session, call: ForwardCall) -> Report:
-    return Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size)
 
 
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:

@@ -244,12 +244,15 @@ class Restore:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
         loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED}
         ends = list(outcomes.values())
-        report.chunks_loaded = len(loaded - self._job.shared)
-        report.chunks_shared = len(loaded & self._job.shared) + len(self._shared)
-        report.chunks_computed = self.prompt.chunks - report.chunks_loaded - report.chunks_shared
+        chunks_loaded = len(loaded - self._job.shared)
+        chunks_shared = len(loaded & self._job.shared) + len(self._shared)
+        # Added, not set: the rows of a batch have one report.
+        report.chunks_loaded += chunks_loaded
+        report.chunks_shared += chunks_shared
+        report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
-        report.chunks_failed = sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
-        report.bytes_loaded = report.chunks_loaded * self.prompt.layout.nbytes
+        report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
+        report.bytes_loaded += chunks_loaded * self.prompt.layout.nbytes
 
 
 def save_computed(
@@ -287,7 +290,7 @@ def learn_costs(session: Session, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
         memory = session.cost_memory(prompt.namespace)
-        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
+        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes)
 
 
 def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:

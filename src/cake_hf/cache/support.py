@@ -56,6 +56,12 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     return ""
 
 
+def batch_reason(layers: list[Any]) -> str:
+    """Why batches on these layers are computed plainly; empty if they can be restored."""
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not TokenMajorLayer})
+    return f"batches cannot be restored where a model keeps {', '.join(other)}" if other else ""
+
+
 def _rope_types(config: Any) -> set[str]:
     """All rope types in a config's rope parameters, nested per layer type or not."""
     found: set[str] = set()
