@@ -216,6 +216,26 @@ def test_rows_that_are_expanded_are_restored_once(options: dict[str, Any]) -> No
     assert torch.equal(result.sequences, plainly(model, inputs, **options).sequences)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_are_one_that_is_repeated(dtype: str) -> None:
+    """Each row's KV is that of the row alone, and what comes after it is the same, cold and warm."""
+    model, store, results = shared_model("llama", dtype), MemoryStore(), []
+    inputs = {"input_ids": row(1).repeat(3, 1)}
+    for turn in range(2):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as used:
+            results.append(generate(model, inputs, used, num_return_sequences=2, do_sample=True))
+            report, chunks = used.report, CHUNKS[1]
+            assert (report.batch, report.tokens) == (6, 6 * LENGTHS[1])
+            assert (report.chunks_loaded, report.chunks_shared) == (turn * chunks, 5 * chunks)
+            first = oracle(model, row(1))
+            for layer, keys in zip(used.layers, first.keys, strict=True):
+                assert torch.equal(layer.keys[:, :, : chunks * CHUNK], keys[:, :, : chunks * CHUNK].repeat(6, 1, 1, 1))
+    assert equal(*results)
+    if dtype == "float32":
+        plain = plainly(model, inputs, num_return_sequences=2, do_sample=True)
+        assert torch.equal(plain.sequences, results[0].sequences)
+
+
 def test_without_padding_or_mask() -> None:
     model, ids = shared_model("llama"), torch.cat([prompt(50, seed=1), prompt(50, seed=2)])
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used, torch.no_grad():
@@ -298,6 +318,8 @@ def test_after_reset_a_cache_takes_another_number_of_rows() -> None:
         assert difference(run(model, row(1), used), oracle(model, row(1))) == ""
         used.crop(-used.get_seq_length())
         assert equal(generate(model, batch(), used), cold)
+        used.crop(-used.get_seq_length())
+        assert difference(run(model, row(1), used), oracle(model, row(1))) == ""
 
 
 def test_a_forward_that_fails_leaves_the_cache_empty() -> None:
@@ -311,13 +333,15 @@ def test_a_forward_that_fails_leaves_the_cache_empty() -> None:
             raise RuntimeError("on purpose")
 
     handle = model.model.layers[1].register_forward_pre_hook(fail)
-    for failing in (2, DISTINCT + 1):  # in a row's chunk, and in the last pieces
+    equal_rows, chunks = {"input_ids": row(1).repeat(2, 1)}, CHUNKS[1]
+    # In a row's chunk, and in the last pieces.
+    for inputs, failing in ((batch(), 2), (batch(), DISTINCT + 1), (equal_rows, 2), (equal_rows, chunks + 1)):
         calls = 0
         with CakeCache(model, store, chunk_size=CHUNK, strategy="compute", save=False) as used:
             used._session.layout()  # runs the model once
             calls = 0
             with pytest.raises(RuntimeError, match="on purpose"):
-                generate(model, batch(), used)
+                generate(model, inputs, used)
             assert calls == failing
             assert used.get_seq_length() == 0
             assert equal(generate(model, batch(), used), cold)

@@ -69,6 +69,12 @@ class Report:
     timeline: list[Span] = field(default_factory=list, repr=False)
     reason: str = ""
 
+    def repeat(self, batch: int) -> None:
+        """It is for so many equal prompts, of which one was restored, and copied for the others."""
+        self.chunks_shared += (batch - 1) * (self.chunks_computed + self.chunks_loaded + self.chunks_shared)
+        self.tokens *= batch
+        self.batch = batch
+
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
         rows = [

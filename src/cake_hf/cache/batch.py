@@ -55,7 +55,7 @@ class BatchRestore:
     Args:
         session: of the cache.
         layers: of the cache, without content.
-        call: the forward that brought the batch.
+        call: the forward that brought the batch, some of whose rows have a chunk to be restored.
         started: when it came.
 
     Attributes:
@@ -73,13 +73,6 @@ class BatchRestore:
         namespace = session.namespace()
         self._rows = [self._row(number, length, namespace) for number, length in enumerate(lengths)]
         self.start = min(self._end_of(row) for row in self._rows)
-        if not self.chunks:
-            self.report.reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
-
-    @property
-    def chunks(self) -> int:
-        """Of all rows together."""
-        return sum(row.chunks for row in self._rows)
 
     def run(self, restore_row: RestoreRow) -> None:
         """Bring the full chunks of all rows into the layers; what rows have in common at their beginning, only once."""
@@ -123,7 +116,7 @@ class BatchRestore:
         for row in self._rows:
             self._restore(row, homes, restore_row)
             homes = {**dict.fromkeys(row.keys, row), **homes}
-        if self.report.chunks_missed < self.chunks - self.report.chunks_shared:
+        if self.report.chunks_missed < sum(row.chunks for row in self._rows) - self.report.chunks_shared:
             self.report.reason = ""  # what a single row has to say
         for layer in self._layers:
             layer.show(self.start)

@@ -38,12 +38,14 @@ class Tail:
         begin: when the model got it.
         key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
         restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
+        rows: how many equal prompts.
     """
 
     prompt: Prompt
     begin: float
     key: str = ""
     restore: Restore | None = None
+    rows: int = 1
 
 
 class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
@@ -272,17 +274,32 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`, for several prompts, or a padded one."""
-        started = time.monotonic()
-        if reason := self._refusal(call) or batch_reason(self.layers):
+        session, started = self._session, time.monotonic()
+        reason = self._refusal(call)
+        if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
+            reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
+        if not reason and call.is_repeated:
+            return self._handle_repeated(call)
+        if reason := reason or batch_reason(self.layers):
             self.report = self._plain_report(call, reason)
             return None
-        batch = BatchRestore(self._session, self.layers, call, started)
+        batch = BatchRestore(session, self.layers, call, started)
         self.report = batch.report
-        if not batch.chunks:
-            return None
         batch.run(self._restore_row)
         self._batch = batch
         return (), call.piece(batch.start, call.tokens)
+
+    def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for rows that are all equal, as for beams: one is restored, of whatever layers, and repeated."""
+        prompt = self._prefill(call.ids[:1], call.wanted_logits, _no_progress)
+        if prompt is None:
+            return None
+        rows = call.ids.shape[0]
+        self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
+        self._known = []
+        self.report.repeat(rows)
+        self._tail = Tail(prompt, time.monotonic(), rows=rows)
+        return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
 
     def _restore_row(
         self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, report: Report, started: float
@@ -349,6 +366,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             return None
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
+        if not call.past:
+            super().reset()  # it may be empty, but of another number of rows
         self._busy = True
         try:
             if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
@@ -394,6 +413,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         tail, self._tail = self._tail, None
         if tail is not None and tail.restore is not None:
             self._abandon(tail.restore)
+        elif tail is not None and tail.rows > 1:
+            self.reset()
 
     def _close(self, restore: Restore) -> None:
         self._running = None

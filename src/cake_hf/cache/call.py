@@ -70,6 +70,11 @@ class ForwardCall:
         return ids.shape[0] > 1 or (isinstance(mask, torch.Tensor) and not bool((mask == 1).all()))
 
     @property
+    def is_repeated(self) -> bool:
+        """Whether a call that is not refused brings equal rows without padding."""
+        return self.ids.shape[0] > 1 and bool(self._mask.all()) and bool((self.ids == self.ids[:1]).all())
+
+    @property
     def lengths(self) -> list[int]:
         """For each row of a call that is not refused the number of tokens that are not padding."""
         lengths: list[int] = self._mask.sum(dim=1).tolist()
