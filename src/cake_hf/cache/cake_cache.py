@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.frontier import Strategy
@@ -18,6 +18,7 @@ from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, learn_costs, record_tail, save_computed
@@ -184,6 +185,35 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
         return self.report
+
+    def to_dynamic_cache(self) -> DynamicCache:
+        """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""
+        return to_dynamic(self, self._session.model.config)
+
+    def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
+        """A `StaticCache` with a copy of what is in here, for decoding that is compiled.
+
+        Args:
+            max_cache_len: tokens that it has room for.
+            into: one to fill again, instead of a new one. Its tensors stay where they are, so nothing is compiled anew.
+
+        Raises:
+            ValueError: there is no room for what is in here and one token more.
+            CakeError: the model does not keep full attention in all layers.
+        """
+        return to_static(self, self._session.model.config, max_cache_len, into)
+
+    def to_quantized_cache(self, backend: str, **options: Any) -> QuantizedCache:
+        """A `QuantizedCache` with what is in here, quantized.
+
+        Args:
+            backend: as `QuantizedCache` knows it: "fp8", or "quanto" or "hqq" where their packages are installed.
+            **options: of `QuantizedCache`.
+
+        Raises:
+            CakeError: the model does not keep full attention in all layers.
+        """
+        return to_quantized(self, self._session.model.config, backend, options)
 
     # What changes the content changes what is known about it.
 
