@@ -26,6 +26,7 @@ from cake_hf.cache.session import Session
 from cake_hf.cache.support import batch_reason, layers_for, model_reason, refuse_unusable, resolve_model
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
+from cake_hf.tensors.fingerprint import adapters_vary
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -105,15 +106,16 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             strategy=Strategy(strategy),
             limits=limits or Limits(),
         )
-        self._start(session, layers_for(model))
+        layers = layers_for(model)
+        self._start(session, layers, model_reason(model, layers))
 
-    def _start(self, session: Session, layers: list[Any]) -> None:
+    def _start(self, session: Session, layers: list[Any], reason: str) -> None:
         super().__init__()
         self.layer_class_to_replicate = None
         self.layers = layers
         self.report = Report()
         self._session = session
-        self._model_reason = model_reason(session.model, layers)
+        self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
@@ -131,7 +133,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         """A cache with its own KV, on the same model, store and writer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied._start(self._session, copy.deepcopy(self.layers, memo))
+        copied._start(self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
         return copied
@@ -336,7 +338,7 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
     ) -> None:
         """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
         row = type(self).__new__(type(self))
-        row._start(self._session, layers)
+        row._start(self._session, layers, self._model_reason)
         row._known = list(known)
         if row._prefill(ids, 0, _no_progress, report=report, started=started) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
@@ -358,8 +360,10 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         return restore.prompt
 
     def _refusal(self, call: ForwardCall) -> str:
-        training = "the model is in training mode" * self._session.model.training
-        return self._model_reason or call.refusal() or training
+        model = self._session.model
+        training = "the model is in training mode" * model.training
+        varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
+        return self._model_reason or call.refusal() or training or varying
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.tensors.weights import unknown_weights
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -51,6 +52,8 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
     if "dynamic" in _rope_types(model.config):
         return "this model's dynamic rope scaling depends on earlier prompts"
+    if kind := unknown_weights(model):
+        return f"this model keeps weights as {kind}, whose content cannot be told"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices, which cannot be restored yet"
     return ""
