@@ -91,9 +91,7 @@ def adapters_vary(model: torch.nn.Module) -> bool:
     What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
     on the adapted modules.
     """
-    adapted = (
-        module for module in model.modules() if hasattr(module, "active_adapters") and hasattr(module, "scaling")
-    )
+    adapted = (module for module in model.modules() if hasattr(module, "merged_adapters"))
     return any(
         module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
         for module in adapted
