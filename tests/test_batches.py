@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf.cache import layers
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
@@ -186,6 +187,23 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
             if thread.name.startswith("cake-load"):
                 thread.join(60)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(used.layers, before, strict=True))
+
+
+def test_rows_are_filled_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a row nor the batch is copied on the way, as long as nothing hangs: only equal chunks are, from row to row."""
+    copied: list[torch.Size] = []
+    real = layers._room_for
+
+    def room_for(content: torch.Tensor, capacity: int) -> torch.Tensor:
+        copied.extend([content.shape] * bool(content.numel()))
+        return real(content, capacity)
+
+    model, (store, cold) = shared_model("llama"), cold_run()
+    monkeypatch.setattr(layers, "_room_for", room_for)
+    for strategy in ("load", "both", "compute"):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy, save=False) as used:
+            assert equal(generate(model, batch(), used), cold)
+    assert copied == []
 
 
 def test_a_padded_prompt_is_a_batch_of_one() -> None:

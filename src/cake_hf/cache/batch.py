@@ -110,7 +110,6 @@ class BatchRestore:
     def _run(self, restore_row: RestoreRow) -> None:
         for layer, pair in zip(self._layers, kv_like(self._session.model), strict=True):
             keys, values = (like.expand(len(self._rows), -1, -1, -1) for like in pair)
-            layer.reset()  # it may be empty, but of another number of rows
             layer.reserve(keys, values, self._call.tokens + HEADROOM_TOKENS)
         homes: dict[str, Row] = {}  # of a chunk, the first row that has it
         for row in self._rows:

@@ -182,6 +182,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
         self._prefilled = None
+        if not self.get_seq_length():
+            super().reset()
         prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
         if prompt is not None:
             self._prefilled = prompt
@@ -285,6 +287,8 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
         ids = args[0] if args else kwargs.get("input_ids")
         if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
             return None  # decoding: the hot path
+        if not past:
+            super().reset()  # it may have been cropped to nothing, and had another number of rows
         call = ForwardCall.parse(model, args, kwargs, past)
         if past and call.wants_all_logits:
             return None  # candidates of assisted decoding, not a prompt
@@ -400,8 +404,6 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             return None
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
-        if not call.past:
-            super().reset()  # it may be empty, but of another number of rows
         self._busy = True
         try:
             if call.past == len(self._known) * session.chunk_size and all(layer.is_own for layer in self.layers):
