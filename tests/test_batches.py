@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.cache import layers
 from cake_hf.stores.wrappers import FaultStore
@@ -252,6 +253,25 @@ def test_equal_rows_are_one_that_is_repeated(dtype: str) -> None:
     if dtype == "float32":
         plain = plainly(model, inputs, num_return_sequences=2, do_sample=True)
         assert torch.equal(plain.sequences, results[0].sequences)
+
+
+def test_in_inference_mode_and_out_of_it() -> None:
+    model, (store, cold) = shared_model("llama"), cold_run()
+    with CakeCache(model, store, chunk_size=CHUNK, save=False) as used:
+        for inside in (True, False, True):
+            used.reset()
+            with torch.inference_mode(inside):
+                assert equal(generate(model, batch(), used), cold)
+
+
+def test_generate_function() -> None:
+    model, (store, cold) = shared_model("llama"), cold_run()
+    result = cake_hf.generate(
+        model, **batch(), store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=NEW_TOKENS, do_sample=False,
+        eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    assert equal(result, cold)
+    assert result.past_key_values.report.chunks_loaded == DISTINCT
 
 
 def test_without_padding_or_mask() -> None:

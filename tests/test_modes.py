@@ -255,6 +255,22 @@ def test_pipeline() -> None:
             assert bool(used.report.chunks_loaded) == bool(turn)
 
 
+def test_pipeline_with_a_batch() -> None:
+    """Texts of different lengths: the pipeline pads them on the left, and hands the mask on."""
+    padding = AutoTokenizer.from_pretrained(RECALL_TINY, padding_side="left")
+    padding.pad_token = padding.pad_token or padding.eos_token
+    pipe = pipeline("text-generation", model=text_model(), tokenizer=padding)
+    options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False, "batch_size": 2}
+    texts = [TEXT, "Far out a light was seen. " * 9]
+    plain = pipe(texts, **options)
+    store = MemoryStore()
+    for turn in range(2):
+        with CakeCache(text_model(), store, chunk_size=CHUNK, strategy="load") as used:
+            assert pipe(texts, past_key_values=used, **options) == plain
+            assert used.report.batch == 2
+            assert bool(used.report.chunks_loaded) == bool(turn)
+
+
 def ask(store: Any, turns: int) -> list[Report]:
     """A chat of so many turns, as a server keeps it: the whole conversation, with a new cache, at each turn."""
     messages: list[dict[str, str]] = [{"role": "system", "content": TEXT}]
