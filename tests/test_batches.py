@@ -255,6 +255,25 @@ def test_equal_rows_are_one_that_is_repeated(dtype: str) -> None:
         assert torch.equal(plain.sequences, results[0].sequences)
 
 
+def test_several_batches_at_the_same_time() -> None:
+    """They share reads and chunks in any order of rows, and nobody waits for ever."""
+    model, store, results = shared_model("llama"), MemoryStore(), {}
+    orders = [(0, 1, 6), (6, 1, 0), (1, 0), (0,)]
+
+    def ask(number: int) -> None:
+        with CakeCache(model, store, chunk_size=CHUNK) as used:
+            results[number] = generate(model, padded([row(one) for one in orders[number]]), used)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(orders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for number, order in enumerate(orders):
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used:
+            assert equal(generate(model, padded([row(one) for one in order]), used), results[number])
+
+
 def test_in_inference_mode_and_out_of_it() -> None:
     model, (store, cold) = shared_model("llama"), cold_run()
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as used:
