@@ -274,11 +274,11 @@ class CakeCache(DynamicCache):  # type: ignore[misc]  # transformers is not type
             return
         if failed:
             self._give_up_tail()
-        if self._batch is not None:
-            self._batch.close()
-        if self._tail is not None:
-            self._finish(self._tail)
-        self._batch = self._tail = None
+        batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
+        if batch is not None:
+            batch.close()
+        if tail is not None:
+            self._finish(tail)
 
     def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
         """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
