@@ -39,10 +39,12 @@ class Report:
     `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
 
     Attributes:
-        tokens: length of the prompt.
+        tokens: length of the prompt; of a batch, all rows together, without padding.
         chunk_size: tokens per chunk.
+        batch: how many prompts: everything here is for all of them together.
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
-        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time.
+        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
+            another row of the batch.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
@@ -54,6 +56,7 @@ class Report:
 
     tokens: int = 0
     chunk_size: int = 0
+    batch: int = 1
     chunks_computed: int = 0
     chunks_loaded: int = 0
     chunks_missed: int = 0
@@ -69,10 +72,16 @@ class Report:
     timeline: list[Span] = field(default_factory=list, repr=False)
     reason: str = ""
 
+    def repeat(self, batch: int) -> None:
+        """It is for so many equal prompts, of which one was restored, and copied for the others."""
+        self.chunks_shared += (batch - 1) * (self.chunks_computed + self.chunks_loaded + self.chunks_shared)
+        self.tokens *= batch
+        self.batch = batch
+
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each line of the table."""
         rows = [
-            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}"),
+            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}{self._prompts()}"),
             ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed{self._shared()}"),
             ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
             ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
@@ -86,6 +95,9 @@ class Report:
         if self.reason:
             rows.append(("note", self.reason))
         return rows
+
+    def _prompts(self) -> str:
+        return f", {self.batch} prompts" if self.batch > 1 else ""
 
     def _shared(self) -> str:
         return f", {self.chunks_shared} shared" if self.chunks_shared else ""

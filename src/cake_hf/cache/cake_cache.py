@@ -10,21 +10,33 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
+from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, record_tail
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import kept_reason, layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import (
+    batch_reason,
+    kept_reason,
+    layers_for,
+    model_reason,
+    refuse_unusable,
+    resolve_model,
+)
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
+from cake_hf.tensors.fingerprint import adapters_vary
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -38,12 +50,14 @@ class Tail:
         begin: when the model got it.
         key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
         restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
+        rows: how many equal prompts.
     """
 
     prompt: Prompt
     begin: float
     key: str = ""
     restore: Restore | None = None
+    rows: int = 1
 
 
 class CakeCache(GuardedCache):
@@ -107,15 +121,16 @@ class CakeCache(GuardedCache):
             limits=limits or Limits(),
             snapshot_every=snapshot_every,
         )
-        self._start(session, layers_for(model))
+        layers = layers_for(model)
+        self._start(session, layers, model_reason(model, layers))
 
-    def _start(self, session: Session, layers: list[Any]) -> None:
+    def _start(self, session: Session, layers: list[Any], reason: str) -> None:
         super().__init__()
         self.layer_class_to_replicate = None
         self.layers = layers
         self.report = Report()
         self._session = session
-        self._model_reason = model_reason(session.model, layers)
+        self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
@@ -123,6 +138,7 @@ class CakeCache(GuardedCache):
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
+        self._batch: BatchRestore | None = None  # whose last pieces are in the model now
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -132,7 +148,7 @@ class CakeCache(GuardedCache):
         """A cache with its own KV, on the same model, store and writer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied._start(self._session, copy.deepcopy(self.layers, memo))
+        copied._start(self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
         return copied
@@ -167,7 +183,8 @@ class CakeCache(GuardedCache):
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped.
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch
+                is restored when the model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -179,21 +196,44 @@ class CakeCache(GuardedCache):
         """
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
-        model, past = self._session.model, self.get_seq_length()
-        ids = input_ids[:, past:].to(next(model.parameters()).device)
-        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
-        with torch.no_grad():
-            call = ForwardCall.parse(model, (), arguments, past)
-            restore = self._restore(
-                call, leave=0 if whole else 1, progress=progress or _no_progress, beyond_loads=False
-            )
         self._prefilled = None
-        if restore is not None:
-            self._close(restore)
-            self._prefilled = restore.prompt
-            self.report.prefill_seconds = time.monotonic() - restore.prompt.started
+        if not self.get_seq_length():
+            super().reset()
+        prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
+        if prompt is not None:
+            self._prefilled = prompt
+            self.report.prefill_seconds = time.monotonic() - prompt.started
             observe(self.report)
         return self.report
+
+    def to_dynamic_cache(self) -> DynamicCache:
+        """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""
+        return to_dynamic(self, self._session.model.config)
+
+    def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
+        """A `StaticCache` with a copy of what is in here, for decoding that is compiled.
+
+        Args:
+            max_cache_len: tokens that it has room for.
+            into: one to fill again, instead of a new one. Its tensors stay where they are, so nothing is compiled anew.
+
+        Raises:
+            ValueError: there is no room for what is in here and one token more.
+            CakeError: the model does not keep full attention in all layers.
+        """
+        return to_static(self, self._session.model.config, max_cache_len, into)
+
+    def to_quantized_cache(self, backend: str, **options: Any) -> QuantizedCache:
+        """A `QuantizedCache` with what is in here, quantized.
+
+        Args:
+            backend: as `QuantizedCache` knows it: "fp8", or "quanto" or "hqq" where their packages are installed.
+            **options: of `QuantizedCache`.
+
+        Raises:
+            CakeError: the model does not keep full attention in all layers.
+        """
+        return to_quantized(self, self._session.model.config, backend, options)
 
     # What changes the content changes what is known about it.
 
@@ -221,6 +261,9 @@ class CakeCache(GuardedCache):
         if reads and self._running is not None:
             self._running.await_layer(layer)
 
+    def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (keys, values) if self._batch is None else self._batch.keep(layer, keys, values)
+
     # Called by the hook.
 
     def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
@@ -234,12 +277,14 @@ class CakeCache(GuardedCache):
         if model is not self._session.model or self._depth == 0:
             return
         self._depth -= 1
-        if self._busy or self._tail is None:
+        if self._busy:
             return
         if failed:
             self._give_up_tail()
-        else:
-            tail, self._tail = self._tail, None
+        batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
+        if batch is not None:
+            batch.close()
+        if tail is not None:
             self._finish(tail)
 
     def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
@@ -249,15 +294,19 @@ class CakeCache(GuardedCache):
         ids = args[0] if args else kwargs.get("input_ids")
         if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
             return None  # decoding: the hot path
+        if not past:
+            super().reset()  # it may have been cropped to nothing, and had another number of rows
         call = ForwardCall.parse(model, args, kwargs, past)
         if past and call.wants_all_logits:
             return None  # candidates of assisted decoding, not a prompt
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
+        if call.is_batch:
+            return self._handle_batch(call)
         if prefilled is not None and call.tokens < size and past == len(self._known) * size:
             self._tail = Tail(prefilled, time.monotonic())
             return None
-        restore = self._restore(call, leave=call.wanted_logits, progress=_no_progress, beyond_loads=True)
+        restore = self._restore(call, call.wanted_logits, _no_progress, beyond_loads=True)
         if restore is None:
             return None
         prompt = restore.prompt
@@ -266,27 +315,109 @@ class CakeCache(GuardedCache):
         self._tail = Tail(prompt, time.monotonic(), key, restore)
         return (), call.piece(prompt.chunks * size, call.tokens)
 
-    def _restore(self, call: ForwardCall, *, leave: int, progress: Progress, beyond_loads: bool) -> Restore | None:
+    def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for several prompts, or a padded one."""
+        session, started = self._session, time.monotonic()
+        reason = self._refusal(call)
+        if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
+            reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
+        if not reason and call.is_repeated:
+            return self._handle_repeated(call)
+        if reason := reason or batch_reason(self.layers):
+            self.report = self._plain_report(call, reason)
+            return None
+        batch = BatchRestore(session, self.layers, call, started)
+        self.report = batch.report
+        batch.run(self._restore_row)
+        self._batch = batch
+        return (), call.piece(batch.start, call.tokens)
+
+    def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for rows that are all equal, as for beams: one is restored, of whatever layers, and repeated."""
+        prompt = self._prefill(call.ids[:1], call.wanted_logits, _no_progress)
+        if prompt is None:
+            return None
+        rows = call.ids.shape[0]
+        self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
+        self._known = []
+        self.report.repeat(rows)
+        self._tail = Tail(prompt, time.monotonic(), rows=rows)
+        return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
+
+    def _restore_row(
+        self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, report: Report, started: float
+    ) -> None:
+        """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
+        row = type(self).__new__(type(self))
+        row._start(self._session, layers, self._model_reason)
+        row._known = list(known)
+        if row._prefill(ids, 0, _no_progress, report=report, started=started) is None:
+            raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
+
+    def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
+        """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
+        model, past = self._session.model, self.get_seq_length()
+        ids = input_ids[:, past:].to(next(model.parameters()).device)
+        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
+        call = ForwardCall.parse(model, (), arguments, past)
+        if call.is_batch:
+            self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
+            return None
+        with torch.no_grad():
+            restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
+        if restore is None:
+            return None
+        self._close(restore)
+        return restore.prompt
+
+    def _refusal(self, call: ForwardCall) -> str:
+        model = self._session.model
+        training = "the model is in training mode" * model.training
+        varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
+        return self._model_reason or call.refusal() or training or varying
+
+    def _plain_report(self, call: ForwardCall, reason: str) -> Report:
+        return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
+
+    def _restore(
+        self,
+        call: ForwardCall,
+        leave: int,
+        progress: Progress,
+        *,
+        beyond_loads: bool,
+        report: Report | None = None,
+        started: float | None = None,
+    ) -> Restore | None:
         """Restore the call's full chunks, but for its last `leave` tokens.
+
+        Args:
+            call: one prompt, or what is new of it.
+            leave: tokens.
+            progress: see `prefill`.
+            beyond_loads: see `Restore`.
+            report: where all is counted, if not in a new one.
+            started: when the call came, if not now.
 
         Returns:
             What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
         """
-        session, started = self._session, time.monotonic()
-        reason = self._model_reason or call.refusal() or ("the model is in training mode" * session.model.training)
+        session, started = self._session, time.monotonic() if started is None else started
+        reason = self._refusal(call)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
         if reason := reason or kept_reason(session.model, self.layers):
-            self.report = Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size, reason=reason)
+            self.report = self._plain_report(call, reason)
             return None
+        report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
         self._busy = True
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size
             if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
-                prompt = look_up(session, call, chunks, self._known, started)
+                prompt = look_up(session, call, chunks, self._known, report, started)
             else:
-                prompt = off_schedule(session, call, chunks, started)
+                prompt = off_schedule(session, call, chunks, report, started)
             self.report = prompt.report
             restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
             self._running = restore
@@ -321,9 +452,14 @@ class CakeCache(GuardedCache):
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
+        if self._batch is not None:
+            self._batch.abandon()
+            self._batch = None
         tail, self._tail = self._tail, None
         if tail is not None and tail.restore is not None:
             self._abandon(tail.restore)
+        elif tail is not None and tail.rows > 1:
+            self.reset()
 
     def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
         self._running = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class ForwardCall:
 
     @property
     def ids(self) -> torch.Tensor:
-        """`[1, tokens]`."""
+        """`[batch, tokens]`."""
         ids: torch.Tensor = self.arguments["input_ids"]
         return ids
 
@@ -59,6 +60,25 @@ class ForwardCall:
         """New tokens in this call; 0 where they are not given as ids."""
         ids = self.arguments.get("input_ids")
         return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
+
+    @cached_property
+    def is_batch(self) -> bool:
+        """Whether it brings several rows, or a single one with padding."""
+        ids, mask = self.arguments.get("input_ids"), self.arguments.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return False
+        return ids.shape[0] > 1 or (isinstance(mask, torch.Tensor) and not bool((mask == 1).all()))
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether a call that is not refused brings equal rows without padding."""
+        return self.ids.shape[0] > 1 and bool(self._mask.all()) and bool((self.ids == self.ids[:1]).all())
+
+    @property
+    def lengths(self) -> list[int]:
+        """For each row of a call that is not refused the number of tokens that are not padding."""
+        lengths: list[int] = self._mask.sum(dim=1).tolist()
+        return lengths
 
     @property
     def wanted_logits(self) -> int:
@@ -80,13 +100,10 @@ class ForwardCall:
             return "the prompt is given as embeddings, not as token ids"
         if not isinstance(keep, int) or keep < 1:
             return "the caller wants the logits of all tokens"
-        if ids.shape[0] != 1:
-            return f"a batch of {ids.shape[0]} prompts cannot be restored yet"
         if unknown := sorted(name for name, value in a.items() if name not in _UNDERSTOOD and value is not None):
             return f"the argument {unknown[0]!r} is not understood"
-        mask = a.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool((mask == 1).all())):
-            return "the attention mask has padding or a form of its own"
+        if reason := self._mask_refusal():
+            return reason
         if not self._positions_are_plain():
             return "the positions are not those of a plain prompt"
         if torch.is_grad_enabled():
@@ -110,9 +127,37 @@ class ForwardCall:
         piece.update(use_cache=True, logits_to_keep=1)
         return {name: value for name, value in piece.items() if name in self.accepts or name in _PASSED_THROUGH}
 
+    def _mask_refusal(self) -> str:
+        mask = self.arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            return "the attention mask has a form of its own"
+        if not self.is_batch:
+            return ""
+        if self.past:
+            return "a batch, or a prompt with padding, goes on from what is in the cache"
+        if mask is None:
+            return ""
+        if mask.shape != self.ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            return "the attention mask has a form of its own"
+        if bool((mask[:, :-1] > mask[:, 1:]).any()):
+            return "the attention mask has padding behind tokens, not only before them; pad on the left"
+        return ""
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        """`[batch, tokens]`, on the device of the ids: which of the new tokens are not padding."""
+        mask = self.arguments.get("attention_mask")
+        if mask is None or not self.is_batch:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return mask.to(self.ids.device).bool()  # type: ignore[no-any-return]
+
     def _positions_are_plain(self) -> bool:
-        positions = self.arguments.get("position_ids")
+        """Whether each row's tokens are numbered from 0, without the padding."""
+        positions, mask = self.arguments.get("position_ids"), self._mask
         if positions is None:
-            return True
-        plain = torch.arange(self.past, self.past + self.tokens, device=positions.device)
-        return positions.ndim == 2 and torch.equal(positions.reshape(-1), plain)
+            return bool(mask.all())
+        if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != self.tokens:
+            return False
+        mask = mask.to(positions.device)
+        plain = self.past + mask.cumsum(dim=1) - 1
+        return bool(((positions == plain) | ~mask).all())

@@ -20,6 +20,10 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         """
         raise NotImplementedError
 
+    def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
+        raise NotImplementedError
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +34,8 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
         self._before_update(layer_idx, reads=True)
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = self._as_kept(layer_idx, key_states, value_states)
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ def learn_costs(session: Session, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
         memory = session.cost_memory(prompt.namespace)
-        memory.learn(prompt.report.timeline, prompt.first, prompt.layout.nbytes)
+        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes)
 
 
 def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:

@@ -39,6 +39,7 @@ class Prompt:
         state_layout: of a snapshot; without pieces where the model has no such state.
         report: where all is counted.
         started: when the call came.
+        first_span: the prompt's first place on the report's timeline; rows of a batch follow each other there.
     """
 
     call: ForwardCall
@@ -53,6 +54,7 @@ class Prompt:
     state_layout: ChunkLayout
     report: Report
     started: float
+    first_span: int = 0
 
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What chunk `index` of the call says about itself (its checksums are not known yet)."""
@@ -69,7 +71,9 @@ class Prompt:
         self.report.timeline.append(Span(actor, index, begin - self.started, end - self.started, outcome))
 
 
-def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], started: float) -> Prompt:
+def look_up(
+    session: Session, call: ForwardCall, chunks: int, known: list[str], report: Report, started: float
+) -> Prompt:
     """Name the prompt's chunks and ask the store which of them it has.
 
     Args:
@@ -77,36 +81,45 @@ def look_up(session: Session, call: ForwardCall, chunks: int, known: list[str], 
         call: the forward with the prompt, or what is new of it.
         chunks: full chunks to restore.
         known: keys of the chunks that the cache holds already, all from the canonical schedule.
+        report: where all is counted.
         started: when the call came.
     """
     namespace = session.namespace()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     keys = chunk_keys(namespace, tokens, session.chunk_size, parent)
-    report, state_layout = _new_report(session, call), session.state_layout()
+    state_layout = session.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     found = _stored(session, [*keys, *state_keys], report)
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
-    report.chunks_missed = chunks - sum(stored[:chunks])
+    report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
         objection = session.store.objection(namespace, session.namespace_facts)
         report.reason = objection or "the store has none of the prompt's chunks yet"
     layout = session.layout()
+    first_span = len(report.timeline)
     return Prompt(
-        call, len(known), chunks, namespace, keys, parent, stored, states, layout, state_layout, report, started
+        call,
+        len(known),
+        chunks,
+        namespace,
+        keys,
+        parent,
+        stored,
+        states,
+        layout,
+        state_layout,
+        report,
+        started,
+        first_span,
     )
 
 
-def off_schedule(session: Session, call: ForwardCall, chunks: int, started: float) -> Prompt:
+def off_schedule(session: Session, call: ForwardCall, chunks: int, report: Report, started: float) -> Prompt:
     """A call that goes on from a cache whose content is not all full chunks: cut as `generate` would, never stored."""
-    report = _new_report(session, call)
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     none = [False] * chunks
     return Prompt(call, 0, chunks, "", [], "", none, none, session.layout(), session.state_layout(), report, started)
-
-
-def _new_report(session: Session, call: ForwardCall) -> Report:
-    return Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size)
 
 
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:

@@ -330,14 +330,17 @@ class Restore:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
         loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED}
         ends = list(outcomes.values())
-        report.chunks_loaded = len(loaded - self._job.shared)
-        report.chunks_shared = len(loaded & self._job.shared) + len(self._shared)
-        report.chunks_computed = self.prompt.chunks - report.chunks_loaded - report.chunks_shared
+        chunks_loaded = len(loaded - self._job.shared)
+        chunks_shared = len(loaded & self._job.shared) + len(self._shared)
+        # Added, not set: the rows of a batch have one report.
+        report.chunks_loaded += chunks_loaded
+        report.chunks_shared += chunks_shared
+        report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
-        report.chunks_failed = sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
-        report.states_loaded = len(self._states.loaded)
-        report.bytes_loaded = sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
-        report.bytes_loaded += report.states_loaded * self.prompt.state_layout.nbytes
+        report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
+        report.states_loaded += len(self._states.loaded)
+        report.bytes_loaded += sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
+        report.bytes_loaded += len(self._states.loaded) * self.prompt.state_layout.nbytes
 
 
 def record_tail(prompt: Prompt, device: torch.device, begin: float, *, gated: bool) -> None:

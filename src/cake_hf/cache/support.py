@@ -14,9 +14,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.cache.layers import RecurrentLayer, ours_for
+from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
+from cake_hf.tensors.weights import unknown_weights
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -52,6 +53,8 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
     if "dynamic" in _rope_types(model.config):
         return "this model's dynamic rope scaling depends on earlier prompts"
+    if kind := unknown_weights(model):
+        return f"this model keeps weights as {kind}, whose content cannot be told"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices, which cannot be restored yet"
     return ""
@@ -76,6 +79,12 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     if not any(keeps_tokens(layer) for layer in like):
         return "this model keeps no attention at all, so its cache cannot tell how long it is"
     return ""
+
+
+def batch_reason(layers: list[Any]) -> str:
+    """Why batches on these layers are computed plainly; empty if they can be restored."""
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not TokenMajorLayer})
+    return f"batches cannot be restored where a model keeps {', '.join(other)}" if other else ""
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
+
+from cake_hf.tensors.weights import weights
 
 HASHED_BLOCK = 2**15
 """64-bit words per row of the on-device checksum."""
@@ -84,6 +85,19 @@ def adapter_facts(model: torch.nn.Module) -> list[str]:
     return facts
 
 
+def adapters_vary(model: torch.nn.Module) -> bool:
+    """Whether adapters take part by the row or by the place in the prompt (`adapter_names`, aLoRA, X-LoRA).
+
+    What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
+    on the adapted modules.
+    """
+    adapted = (module for module in model.modules() if hasattr(module, "merged_adapters"))
+    return any(
+        module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+        for module in adapted
+    )
+
+
 def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
     """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
     device = next(model.parameters()).device
@@ -103,6 +117,7 @@ def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
     elif device.type == "cpu":
         facts["hardware"] = torch.backends.cpu.get_cpu_capability()
         facts["threads"] = torch.get_num_threads()
+        facts["quantized"] = torch.backends.quantized.engine
         facts["sdpa"] = _sdpa_facts()
     return facts
 
@@ -115,7 +130,7 @@ def autocast_facts(device_type: str) -> str:
 
 
 def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
-    """Checksum over the names, shapes, dtypes and bytes of all parameters and persistent buffers.
+    """Checksum over the names, shapes, dtypes and bytes of all weights.
 
     Computed once per model and kept as long as the model lives; computed anew when a cheap look (addresses, version
     counters, a few sampled values of every tensor) shows that a weight was changed or replaced. What that look cannot
@@ -131,8 +146,9 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     if known is not None and known.signature == signature:
         return known.digest
     digest = xxhash.xxh3_128()
-    for name, tensor in _tensors(model):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    for weight in weights(model):
+        tensor = weight.tensor
+        digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         on_host = portable or tensor.device.type == "cpu"
         digest.update(_host_bytes(tensor) if on_host else _device_digest(tensor))
     result = str(digest.hexdigest())
@@ -146,20 +162,15 @@ def canonical(facts: Any) -> str:
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers. Other buffers are derived from the config, some anew in each forward."""
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}", buffer
-
-
 def _signature(model: torch.nn.Module) -> int:
     """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
     identity: list[Any] = []
     samples: list[torch.Tensor] = []
-    for name, tensor in _tensors(model):
+    for weight in weights(model):
+        name, tensor = weight.name, weight.tensor
+        if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
+            identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(_host_bytes(tensor))))
+            continue
         version = 0 if tensor.is_inference() else tensor._version
         identity.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:0]

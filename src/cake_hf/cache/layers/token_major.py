@@ -120,6 +120,34 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity)
         self._show(min(visible, length))
 
+    # What the restore of a batch needs: rows that are filled one by one.
+
+    def row(self, number: int, start: int) -> TokenMajorLayer:
+        """An empty layer whose buffers are this one's, of one row and from column `start` on."""
+        lent = type(self)()
+        lent.dtype, lent.device, lent.is_initialized = self.dtype, self.device, True
+        lent._key_buffer, lent._value_buffer = (buffer[number : number + 1, start:] for buffer in self.buffers)
+        lent._show(0)
+        return lent
+
+    def copy_row(self, number: int, start: int, place: TokenMajorLayer, length: int) -> None:
+        """Make the `length` tokens of a row from column `start` on the content of a layer that `row` gave."""
+        for buffer, target in zip(self.buffers, place.buffers, strict=True):
+            target[0, :length].copy_(buffer[number, start : start + length])
+        place._show(length)
+
+    def take_row(self, number: int, start: int, place: TokenMajorLayer) -> None:
+        """A layer that `row` gave is filled: its content is the row's from column `start` on, and before it are zeros."""
+        own, length = self.row(number, start), place.get_seq_length()
+        if place.buffers[0].data_ptr() != own.buffers[0].data_ptr():
+            # It has moved out, since somebody may still write to its old place: so the others do, too.
+            self._key_buffer, self._value_buffer = (_room_for(buffer, 0) for buffer in self.buffers)
+            own = self.row(number, start)
+            for buffer, target in zip(place.buffers, own.buffers, strict=True):
+                target[0, :length].copy_(buffer[0, :length])
+        for buffer in self.buffers:
+            buffer[number, :start].zero_()  # masked, but a NaN in there would come through
+
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """K and V, `[batch, capacity, heads, head_dim]`."""

@@ -26,6 +26,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.planner import Rule, nearness
+from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.prompt import Prompt, look_up
 from cake_hf.cache.session import Session
@@ -103,7 +104,7 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
-    return look_up(session, call, CHUNKS, [], time.monotonic())
+    return look_up(session, call, CHUNKS, [], Report(), time.monotonic())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:
