@@ -48,6 +48,11 @@ def keys_by_index(store: Store, *, states: bool = False) -> dict[int, str]:
     return {fact.index: fact.key for fact in facts if (state_key(fact.parent) == fact.key) == states}
 
 
+def run_chunks(cache: CakeCache) -> list[int]:
+    """The chunks that the model was run on, in order."""
+    return [span.chunk for span in cache.report.timeline if span.actor == "compute" and span.chunk >= 0]
+
+
 def oracle(family: str, ids: torch.Tensor) -> Any:
     model: Any = family_model(family)
     return generate(model, DynamicCache(config=model.config), ids, prefill_chunk_size=CHUNK)
@@ -66,6 +71,25 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
             check(family, generate(model, cache), f"met at {meeting}")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (meeting, CHUNKS - meeting)
         assert cache.report.states_loaded == states
+        assert run_chunks(cache) == list(range(meeting))  # none of them twice
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("meeting", [1, 4, CHUNKS])
+def test_a_forward_whose_chunk_arrives_is_left(family: str, meeting: int) -> None:
+    """Half way, so that windows and states are neither those before the chunk nor those behind it."""
+    model, store = family_model(family), filled_store(family_model(family))
+    gate = GateStore(store)
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+        kv_like(model)  # runs the model once, which must not count
+        reads = CHUNKS - meeting + len(keys_by_index(store, states=True))
+        with meeting_at(model, gate, meeting, reads + 1):  # one more: the chunk that is being computed then
+            check(family, generate(model, cache), f"left at {meeting}")
+        report = cache.report
+    assert [span.outcome for span in report.timeline if span.chunk == meeting - 1 and span.actor == "compute"] == [
+        "left"
+    ]
+    assert (report.chunks_computed, report.chunks_loaded) == (meeting - 1, CHUNKS - meeting + 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
