@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.cache.probe import forgets, kv_like
 from cake_hf.movers.place import DevicePlace
@@ -48,6 +50,11 @@ def keys_by_index(store: Store, *, states: bool = False) -> dict[int, str]:
     return {fact.index: fact.key for fact in facts if (state_key(fact.parent) == fact.key) == states}
 
 
+def run_chunks(cache: CakeCache) -> list[int]:
+    """The chunks that the model was run on, in order."""
+    return [span.chunk for span in cache.report.timeline if span.actor == "compute" and span.chunk >= 0]
+
+
 def oracle(family: str, ids: torch.Tensor) -> Any:
     model: Any = family_model(family)
     return generate(model, DynamicCache(config=model.config), ids, prefill_chunk_size=CHUNK)
@@ -66,6 +73,63 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
             check(family, generate(model, cache), f"met at {meeting}")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (meeting, CHUNKS - meeting)
         assert cache.report.states_loaded == states
+        assert run_chunks(cache) == list(range(meeting))  # none of them twice
+
+
+@contextmanager
+def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store."""
+    arrived, settle, forwards = threading.Event(), Frontier.settle, 0
+
+    def settled(frontier: Frontier, index: int, outcome: Outcome) -> bool:
+        counts = settle(frontier, index, outcome)
+        if index == chunk:
+            arrived.set()
+        return counts
+
+    def before(module: object, args: object, kwargs: object) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == chunk + 1:
+            gate.open()
+            assert arrived.wait(60)
+
+    monkeypatch.setattr(Frontier, "settle", settled)
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        gate.open()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [0, 3, CHUNKS - 1])
+def test_a_forward_whose_chunk_arrives_is_left(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gate = family_model(family), GateStore(filled_store(family_model(family)))
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+        with arriving(model, gate, chunk, monkeypatch):
+            check(family, generate(model, cache), f"left at {chunk}")
+        report = cache.report
+    assert [span.outcome for span in report.timeline if span.chunk == chunk and span.actor == "compute"] == ["left"]
+    assert (report.chunks_computed, report.chunks_loaded) == (chunk, CHUNKS - chunk)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and states are then neither those before the chunk that was left nor those behind it."""
+    model, store = family_model(family), filled_store(family_model(family))
+    stalled = FaultStore(store, {keys_by_index(store)[4]: "stall"})
+    gate = GateStore(stalled)
+    limits = Limits(loader_threads=2, read_timeout=1)
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=limits) as cache:
+        with arriving(model, gate, 3, monkeypatch):
+            check(family, generate(model, cache), "left, and the next one late")
+        report = cache.report
+        stalled.release()
+        wait_for_loaders()
+    assert next(span.outcome for span in report.timeline if span.chunk == 3 and span.actor == "compute") == "left"
+    assert report.chunks_failed == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

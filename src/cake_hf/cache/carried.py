@@ -36,7 +36,7 @@ class Carried:
         read_state: gives the snapshot of chunk `i`'s end, `[anything]` per piece, where there is a usable one.
 
     Attributes:
-        standing: the chunk that can be run next; None where a forward has failed half way.
+        standing: the chunk that can be run next; None where a forward was left half way.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Carried:
         return max((-(-layer.reach // self._size) for layer in self._windowed), default=0)
 
     def begin(self) -> None:
-        """A forward begins; if it fails, what is carried is of no place."""
+        """A forward begins; if it is left, or fails, what is carried is of no place."""
         self.standing = None
 
     def passed(self, chunk: int) -> None:

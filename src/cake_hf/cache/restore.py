@@ -216,8 +216,7 @@ class Restore:
         begin = time.monotonic()
         self._waited = False
         try:
-            # What a forward that is left has done to windows and states could not be taken back.
-            self._run_forward(index, _never if self._carried else partial(self._frontier.lost, index))
+            self._run_forward(index, partial(self._frontier.lost, index))
         except ForwardLeft:
             wait_for_device(self._device)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.keys import state_key
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
 
@@ -61,16 +62,18 @@ class Inventory:
 
     Attributes:
         chunks: by key.
+        states: by key, the snapshots of recurrent states that lie beside them.
         unreadable: key -> why, of those whose header makes no sense.
     """
 
     chunks: dict[str, StoredChunk] = field(default_factory=dict)
+    states: dict[str, StoredChunk] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all readable chunks."""
-        return sum(chunk.file_bytes for chunk in self.chunks.values())
+        """Bytes of all readable chunks and states."""
+        return total_file_bytes([*self.chunks.values(), *self.states.values()])
 
     @property
     def tokens(self) -> int:
@@ -141,7 +144,7 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
             inventory.unreadable[key] = str(error)
         else:
             if chunk is not None:
-                inventory.chunks[key] = chunk
+                (inventory.states if _is_state(chunk.facts) else inventory.chunks)[key] = chunk
         progress(count, len(keys))
     return inventory
 
@@ -232,6 +235,14 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
         return start  # parse_header says what is wrong with it
     whole = bytearray(len(start) + length)
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
+
+
+def _is_state(facts: ChunkFacts) -> bool:
+    """Whether this is what a model carries over a chunk's end, which names that chunk as its parent."""
+    try:
+        return facts.key == state_key(facts.parent)
+    except ValueError:  # no key at all
+        return False
 
 
 def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
