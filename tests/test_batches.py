@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.cache import layers
+from cake_hf.cache.layers import token_major as layers
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model

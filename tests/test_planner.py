@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.planner import Plan, optimum, plan, worth_starting
-from cake_hf.people.bench import strategies as bench_strategies
+from cake_hf.people.bench import cells
 
 computes = st.builds(ComputeCost, st.floats(0.01, 10), st.floats(0, 3))
 intervals = st.floats(0.01, 50)
@@ -164,7 +164,7 @@ def test_the_plan_of_a_stored_prefix_is_the_papers_optimum(
 
 
 def test_there_is_one_optimum() -> None:
-    assert bench_strategies.optimum is optimum
+    assert cells.optimum is optimum
 
 
 # The rule.

@@ -284,6 +284,7 @@ class CakeCache(GuardedCache):
         batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
         if batch is not None:
             batch.close()
+            observe(batch.report)
         if tail is not None:
             self._finish(tail)
 
@@ -446,6 +447,7 @@ class CakeCache(GuardedCache):
         record_tail(tail.prompt, device, tail.begin, gated=restore is not None and restore.waited)
         if restore is not None:
             self._close(restore, save_tail=bool(tail.key))
+        if restore is not None or tail.rows > 1:
             observe(tail.prompt.report)
         if tail.key:
             self._known.append(tail.key)

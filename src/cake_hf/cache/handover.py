@@ -54,8 +54,8 @@ def _refilled(target: Any, cache: Cache) -> Any:
 
 
 def _plain_layer(layer: Any) -> Any:
-    """A copy of the layer, of the type that `DynamicCache` has for it."""
-    if not isinstance(layer, TokenMajorLayer):
+    """A copy of the layer: of the type that `DynamicCache` has for it, or one of ours that behaves the same."""
+    if type(layer) is not TokenMajorLayer:
         return copy.deepcopy(layer)
     plain = DynamicLayer()
     if layer.get_seq_length():
