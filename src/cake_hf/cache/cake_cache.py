@@ -72,10 +72,11 @@ class CakeCache(GuardedCache):
 
     Args:
         model: a decoder-only transformers model (PEFT-wrapped ones, too), with its weights loaded.
-        store: a directory, a URL (`file:///path`, `memory:4GB`) or a `Store`. A store object stays open when the cache closes.
+        store: a directory, a URL (see `open_store`), a list of these for tiers, or a `Store`, which stays open when the cache
+            closes.
         chunk_size: tokens per chunk, at least 16. Part of the key: other sizes do not share chunks.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
-        save: write new chunks to the store.
+        save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
         exact: use only KV made with the same numerics (device type, kernels, library versions, threads), which gives
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).

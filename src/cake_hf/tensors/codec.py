@@ -26,7 +26,7 @@ from cake_hf.tensors.layout import ChunkLayout
 
 FORMAT_VERSION = "2"
 ALIGNMENT = 4096
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 2**20
 """No header of ours comes near this; a larger one is refused before memory is taken for it."""
 
 MAX_MODEL_NAME = 128
@@ -150,7 +150,7 @@ def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
     """
     facts, table = parse_header(raw)
     if facts.key != key:
-        raise CorruptChunk(f"Asked for chunk {key}, got {facts.key}.")
+        raise CorruptChunk(f"Asked for chunk {key}, got {facts.key[:40]!r}.")
     if table != layout.tensor_table or len(facts.checksums) != len(layout.pieces):
         raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
     return facts
@@ -183,7 +183,7 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
     (length,) = struct.unpack("<Q", bytes(view[:8]))
     payload = view[8 + length :]
     if facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {facts.key}.")
+        raise CorruptChunk(f"The file named {key} says that it is {facts.key[:40]!r}.")
     if len(payload) != payload_size(table):
         raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {payload_size(table)}.")
     spans = sorted(_offsets(entry) for entry in table.values())
