@@ -78,7 +78,10 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
 
 @contextmanager
 def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store."""
+    """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store.
+
+    It is held before the model's last layer: what the layers before it carry has moved on, what this one carries has not.
+    """
     arrived, settle, forwards = threading.Event(), Frontier.settle, 0
 
     def settled(frontier: Frontier, index: int, outcome: Outcome) -> bool:
@@ -95,7 +98,8 @@ def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: p
             assert arrived.wait(60)
 
     monkeypatch.setattr(Frontier, "settle", settled)
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    last = model.model.layers[-1]  # type: ignore[union-attr, index]
+    handle = last.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[union-attr]
     try:
         yield
     finally:
