@@ -16,6 +16,9 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.keys import state_key
+from cake_hf.arithmetic.planner import Rule
+from cake_hf.cache import pace
+from cake_hf.cache.layers import IndexedLayer
 from cake_hf.cache.probe import forgets, kv_like
 from cake_hf.movers.place import DevicePlace
 from cake_hf.stores.base import Store
@@ -37,6 +40,7 @@ from family_runs import (
     without,
 )
 from models import CHUNK, prompt
+from test_gated import BadRange
 
 FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
 RECURRENT = ("qwen3_next", "falcon_h1", "lfm2")
@@ -78,7 +82,10 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
 
 @contextmanager
 def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store."""
+    """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store.
+
+    It is held before the model's last layer: what the layers before it carry has moved on, what this one carries has not.
+    """
     arrived, settle, forwards = threading.Event(), Frontier.settle, 0
 
     def settled(frontier: Frontier, index: int, outcome: Outcome) -> bool:
@@ -95,7 +102,8 @@ def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: p
             assert arrived.wait(60)
 
     monkeypatch.setattr(Frontier, "settle", settled)
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    last = model.model.layers[-1]  # type: ignore[union-attr, index]
+    handle = last.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -319,6 +327,42 @@ def test_snapshots_every_so_often(family: str) -> None:
         run = generate(model, cache, ids)
         assert (cache.report.chunks_loaded, cache.report.chunks_computed) == (4, 1)
     assert difference(run, oracle(family, ids)) == ""
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("strategy", ["load", "both"])
+@pytest.mark.parametrize("fault", ["", "error"])
+@pytest.mark.parametrize("method", ["update", "update_indexer"])
+def test_an_indexer_waits_for_its_layer_too(
+    family: str, strategy: str, fault: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upper layer of the last chunk comes, or fails, when the lower one has taken in the first of K, V and indexer."""
+    model, store = family_model(family), filled_store(family_model(family))
+    monkeypatch.setattr(pace, "ranges_of", lambda *_: 2)
+    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    gate = GateStore(BadRange(store, 1, fault), ranges=True)
+    gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer
+    settled, settle, update = threading.Event(), Frontier.settle, getattr(IndexedLayer, method)
+
+    def settling(frontier: Frontier, index: int, outcome: Outcome) -> bool:
+        counts = settle(frontier, index, outcome)
+        if index == 0:
+            settled.set()
+        return counts
+
+    def updating(layer: IndexedLayer, *states: torch.Tensor) -> Any:
+        found = update(layer, *states)
+        gate.open()
+        assert settled.wait(60)
+        return found
+
+    monkeypatch.setattr(Frontier, "settle", settling)
+    monkeypatch.setattr(IndexedLayer, method, updating)
+    limits = Limits(loader_threads=1)
+    with CakeCache(model, gate, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
+        check(family, generate(model, cache), fault)
+        report = cache.report
+    assert (report.chunks_computed, report.chunks_failed) == ((1, 1) if fault else (0, 0))
 
 
 class CountingStore(WrapperStore):

@@ -134,11 +134,11 @@ class Restore:
             self._job.adopt_layer(layer)
         else:
             # A load has failed or is late. All chunks before the piece are made here and now; then the piece goes on.
-            lengths = [held.get_seq_length() for held in self._layers]
+            lengths = [held.lengths for held in self._layers]
             self._walk(self._frontier.beyond(), beyond_loads=False)
             self._waited = True
             for held, length in zip(self._layers, lengths, strict=True):
-                held.show(length)
+                held.show_lengths(length)
         self._job.place.catch_up()
 
     def close(self, *, save_tail: bool = False) -> None:

@@ -120,7 +120,7 @@ def existing_store(spec: str) -> Store:
     """
     is_url = spec.startswith("file://")
     path = Path(spec.removeprefix("file://").partition("?")[0] if is_url else spec).expanduser()
-    is_path = is_url or ("://" not in spec and not spec.startswith("memory:"))
+    is_path = is_url or ("://" not in spec and not spec.startswith(("memory:", "pack:")))
     if is_path and not path.exists():
         raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
     store = open_store(spec)

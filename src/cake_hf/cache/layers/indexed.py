@@ -81,6 +81,15 @@ class IndexedLayer(TokenMajorLayer):
         if self._indexer.is_initialized:
             self._indexer.show(length)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (*super().lengths, *self._indexer.lengths)
+
+    def show_lengths(self, lengths: tuple[int, ...]) -> None:
+        super().show_lengths(lengths[:1])
+        if self._indexer.is_initialized:
+            self._indexer.show_lengths(lengths[1:])
+
     def move_out(self, length: int, capacity: int | None = None) -> None:
         super().move_out(length, capacity)
         if self._indexer.is_initialized:

@@ -107,6 +107,15 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         """Make the first `length` tokens of the buffers the layer's content."""
         self._show(length)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in each of the layer's parts, which differ while a forward is in it. For `show_lengths`."""
+        return (int(self.get_seq_length()),)
+
+    def show_lengths(self, lengths: tuple[int, ...]) -> None:
+        """As `show`, each part by itself."""
+        self._show(lengths[0])
+
     def move_out(self, length: int, capacity: int | None = None) -> None:
         """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones.
 
