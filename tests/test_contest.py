@@ -95,7 +95,9 @@ def test_a_load_that_does_not_come_is_overtaken(family: str, dtype: str) -> None
     model = shared_model(family, dtype)
     gate = GateStore(filled_store(model))
     held = 2
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=held)) as cache:
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=held, read_timeout=60)
+    ) as cache:
         gate.open(CHUNKS - held)
         outcome = run(model, prompt(), cache)
         assert cache.report.chunks_failed == 0
