@@ -65,7 +65,9 @@ def learn_costs(session: Session, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
         memory = session.cost_memory(prompt.namespace)
-        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes)
+        rest = prompt.call.tokens / prompt.layout.chunk_size - prompt.chunks
+        last_piece = (prompt.first + prompt.chunks, rest) if rest > 0 else None
+        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)
 
 
 def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:
