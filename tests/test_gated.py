@@ -12,6 +12,7 @@ import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace, restore
 from cake_hf.cache.probe import kv_like
@@ -240,3 +241,56 @@ def test_a_wrong_layer_shows(monkeypatch: pytest.MonkeyPatch) -> None:
             logits = model(input_ids=ids, past_key_values=warm, logits_to_keep=1).logits
             gate.open()
     assert not torch.equal(logits[:, -1], oracle(model, ids).logits[0])
+
+
+class Torn(WrapperStore):
+    """The first chunk's read fills its buffers with garbage and hangs until it is released."""
+
+    def __init__(self, inner: Store, key: str) -> None:
+        super().__init__(inner)
+        self.reads_ranges = True
+        self.key = key
+        self.begun = threading.Event()
+        self.released = threading.Event()
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        if key == self.key:
+            self._tear(parts)
+        return super().read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        if key == self.key:
+            self._tear(parts)
+        return super().read_range(key, parts, offset)
+
+    def _tear(self, parts: Sequence[memoryview]) -> None:
+        for part in parts:
+            part[:] = b"\xa5" * part.nbytes
+        self.begun.set()
+        self.released.wait(60)
+
+
+@pytest.mark.parametrize(("family", "dtype"), VARIANTS)
+def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk 0 is computed while its load, aside, has brought garbage so far; then the last piece goes beyond the others."""
+    model = shared_model(family, dtype)
+    store = filled_store(model)
+    with CakeCache(model, store, chunk_size=CHUNK) as naming:
+        keys = chunk_keys(naming._session.namespace(), prompt()[0].tolist(), CHUNK)
+    gate = GateStore(store, ranges=True)
+    torn = Torn(gate, keys[0])
+    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0 and torn.begun.is_set())
+    gate.open(CHUNKS - 2)
+
+    def act(layer: int, forward: int) -> None:
+        if (layer, forward) == (0, 2):
+            gate.open()  # the last piece has begun; now the rest may come
+
+    with cache_of(model, torn, "both", loader_threads=2, read_timeout=60) as warm, before_layers(model, act):
+        outcome = run(model, prompt(), warm)
+        torn.released.set()
+        join_loaders()
+        report = warm.report
+    assert difference(outcome, expected(family, dtype)) == ""
+    assert report.chunks_computed == 1
+    assert [span.outcome for span in report.timeline if span.chunk < 0] == ["gated"]

@@ -253,6 +253,18 @@ class Frontier:
                 self._wait_for(index)
             return True
 
+    def arriving(self, layer: int) -> list[int]:
+        """Of the chunks that the main thread went beyond, those whose loads are under way and have brought this layer.
+
+        Not those that it has computed meanwhile, although their loads may still be under way: these are nobody's.
+        """
+        with self._changed:
+            return [
+                index
+                for index in range(self._front, self._beyond)
+                if self._states[index] is State.LOADING and self._layers_there.get(index, 0) > layer
+            ]
+
     def beyond(self) -> int:
         """The chunk that the main thread went to beyond the loads (all chunks, if to the end); 0 if it did not."""
         with self._changed:

@@ -73,11 +73,15 @@ class LoadJob:
             landing.release()
 
     def adopt_layer(self, layer: int) -> None:
-        """Put that layer, and those before it, of all chunks into place that the main thread went beyond, and that have it."""
-        beyond, end = self.frontier.beyond(), self.layout.ends[layer]
-        for index in sorted(self.aside):
-            if index < beyond:
-                self.aside[index].adopt(end)
+        """Put that layer, and those before it, of all chunks into place that the main thread went beyond. Main thread only.
+
+        Where a load ends badly meanwhile, what it brought of this layer was good; its memory is not used again (see `_bring`).
+        """
+        for index in self.frontier.arriving(layer):
+            landing = self.aside.get(index)
+            if landing is not None:
+                landing.adopt(self.layout.ends[layer])
+        self.adopt_landed()
 
     def let_go(self) -> None:
         """The restore is over: loaders that wait end, and reads that hang do not count as under way any more."""
@@ -135,9 +139,12 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     counts = job.frontier.settle(index, outcome)
     if counts:
         job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
-    if landing is not None and not (counts and landing.aside and outcome is Outcome.LOADED):
-        job.aside.pop(index, None)
+    if landing is None or (counts and landing.aside and outcome is Outcome.LOADED):
+        return
+    job.aside.pop(index, None)
+    if not landing.aside:
         landing.release()
+    # Memory aside is left to the collector: the main thread may be taking a layer from it just now.
 
 
 def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
