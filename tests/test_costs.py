@@ -212,17 +212,17 @@ def test_nothing_is_known_at_first_and_a_cold_measurement_is_better_than_none() 
 
 def test_a_part_of_a_chunk_counts_only_until_a_whole_one_was_seen() -> None:
     learner = CostLearner()
-    learner.saw_part(8, 0.25, 1.0)
-    assert learner.costs().compute == ComputeCost(4.0, 0.0)
+    learner.saw_part(8, 1.0)
+    assert learner.costs().compute == ComputeCost(1.0, 0.0)
     again = CostLearner.from_json(learner.to_json())
     assert again is not None
-    assert again.costs().compute == ComputeCost(4.0, 0.0)
+    assert again.costs().compute == ComputeCost(1.0, 0.0)
     learner.saw_compute(8, 2.0)
-    learner.saw_part(8, 0.25, 1.0)
+    learner.saw_part(8, 1.0)
     assert learner.costs().compute == ComputeCost(2.0, 0.0)
-    for share in (0.0, -1.0, 2.0, float("nan")):
+    for seconds in (-1.0, float("nan")):
         other = CostLearner()
-        other.saw_part(0, share, 1.0)
+        other.saw_part(0, seconds)
         assert other.costs().compute is None
 
 

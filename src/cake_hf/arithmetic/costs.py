@@ -188,18 +188,17 @@ class CostLearner:
             self._step_seen, self._cold_step = True, (index, seconds)
         self._stale = True
 
-    def saw_part(self, index: int, share: float, seconds: float) -> None:
-        """A part of a chunk was computed: a guess, for as long as no whole one was; too high, as parts have fixed costs, too.
+    def saw_part(self, index: int, seconds: float) -> None:
+        """A part of a chunk was computed: about the least that a whole one costs, and a guess as long as none was computed.
 
         Where loads are so fast that no chunk is ever computed, nothing else would tell that none should be begun.
 
         Args:
             index: of the chunk on the absolute grid.
-            share: of the chunk's tokens, above 0 to 1.
             seconds: it took.
         """
-        if 0 < share <= 1 and _is_step(index, seconds / share) and not self._steps and not self._step_seen:
-            self._cold_step, self._stale = (index, seconds / share), True
+        if _is_step(index, seconds) and not self._steps and not self._step_seen:
+            self._cold_step, self._stale = (index, seconds), True
 
     def saw_loads(self, chunk_bytes: int, spans: Iterable[tuple[float, float]]) -> None:
         """Chunks were loaded, by any number of threads: best all of one restore at once, those that failed left out.

@@ -65,8 +65,8 @@ def learn_costs(session: Session, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
         memory = session.cost_memory(prompt.namespace)
-        rest = prompt.call.tokens / prompt.layout.chunk_size - prompt.chunks
-        last_piece = (prompt.first + prompt.chunks, rest) if rest > 0 else None
+        is_part = prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size
+        last_piece = prompt.first + prompt.chunks if is_part else None
         memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)
 
 

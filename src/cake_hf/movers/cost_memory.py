@@ -42,23 +42,21 @@ class CostMemory:
         with self._lock:
             return self._learner.costs(chunk_bytes)
 
-    def learn(
-        self, timeline: Sequence[Span], first: int, chunk_bytes: int, last_piece: tuple[int, float] | None = None
-    ) -> None:
+    def learn(self, timeline: Sequence[Span], first: int, chunk_bytes: int, last_piece: int | None = None) -> None:
         """Take in what one restore measured.
 
         Args:
             timeline: of its report.
             first: index on the absolute grid of the restore's chunk 0.
             chunk_bytes: of one chunk.
-            last_piece: of the prompt: its index on the absolute grid, and its share of a chunk's tokens.
+            last_piece: index on the absolute grid of the prompt's last piece, if it is a part of a chunk.
         """
         with self._lock:
             for span in timeline:
                 if span.outcome == "computed" and span.chunk >= 0:
                     self._learner.saw_compute(first + span.chunk, span.end - span.start)
                 elif span.outcome == "computed" and last_piece is not None:
-                    self._learner.saw_part(*last_piece, span.end - span.start)
+                    self._learner.saw_part(last_piece, span.end - span.start)
             loads = [(span.start, span.end) for span in timeline if span.outcome == "loaded"]
             if loads:
                 self._learner.saw_loads(chunk_bytes, loads)
