@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from cake_hf.cache import CakeCache
 from cake_hf.people.demo.asking import Answer, ask, warm_up
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
-from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
 from eval.config import RunConfig
 from eval.data.encode import Prompt
 from eval.outcomes import Outcome, digests, margins
@@ -111,7 +110,7 @@ class Runner:
             with checksum_off():
                 return self._restored(prompt, FlippingStore(self.store), strategy="load"), "sabotaged"
         seed = zlib.crc32(f"{self.config.seed}/{prompt.task}/{prompt.row}".encode())
-        with _expected_warnings():
+        with expected_faults():
             return self._restored(prompt, FaultStore(self.store, rate=self.config.fault_rate, seed=seed)), ""
 
     def _restored(
@@ -226,18 +225,6 @@ def checksum_off() -> Iterator[None]:
     """Payloads are taken as they are while it lasts."""
     with mock.patch("cake_hf.tensors.codec.checksum", return_value=_Anything()):
         yield
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Each injected fault is logged by the library, as a real one would be; here they are counted and need no words."""
-    logger = logging.getLogger("cake_hf")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 class _Anything(str):

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
+import yaml
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.bench.machine import describe

@@ -134,7 +134,7 @@ def _json_list(path: Path, text: str) -> list[object]:
 
 
 def _parquet(paths: Sequence[str]) -> Iterable[object]:
-    import datasets  # type: ignore[import-untyped, unused-ignore]
+    import datasets
 
     try:
         # Streamed, so that a file of the user's is not copied into a cache first.

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import datasets  # type: ignore[import-untyped, unused-ignore]
-import evaluate  # type: ignore[import-untyped, unused-ignore]
+import datasets
+import evaluate
 
 from eval.scores import METRICS, score
 from eval.tasks import TASKS, Task, UnknownTask
@@ -30,7 +30,7 @@ Returns:
 """
 
 
-class LongBench(evaluate.Metric):  # type: ignore[misc, unused-ignore]  # evaluate is not typed for us
+class LongBench(evaluate.Metric):  # type: ignore[misc]  # evaluate is not typed for us
     """One task's score; the configuration's name says which."""
 
     def _info(self) -> Any:

@@ -23,7 +23,7 @@ from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
-from cake_hf.cache.restore import ForwardLeft, Progress, Restore, record_tail
+from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, record_tail
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import (
     batch_reason,
@@ -135,7 +135,7 @@ class CakeCache(GuardedCache):
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
-        self._lost: Callable[[], bool] = _never  # whether the chunk that is being computed has come from the store
+        self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
@@ -480,10 +480,6 @@ class CakeCache(GuardedCache):
             f"This CakeCache belongs to one {name} and is used outside of it; make a CakeCache for each model, with that "
             "model as the first argument."
         )
-
-
-def _never() -> bool:
-    return False
 
 
 def _no_progress(done: int, total: int) -> None:

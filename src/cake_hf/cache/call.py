@@ -146,10 +146,10 @@ class ForwardCall:
     @cached_property
     def _mask(self) -> torch.Tensor:
         """`[batch, tokens]`, on the device of the ids: which of the new tokens are not padding."""
-        mask = self.arguments.get("attention_mask")
+        mask: torch.Tensor | None = self.arguments.get("attention_mask")
         if mask is None or not self.is_batch:
             return torch.ones_like(self.ids, dtype=torch.bool)
-        return mask.to(self.ids.device).bool()  # type: ignore[no-any-return]
+        return mask.to(self.ids.device).bool()
 
     def _positions_are_plain(self) -> bool:
         """Whether each row's tokens are numbered from 0, without the padding."""

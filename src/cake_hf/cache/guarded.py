@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 
 class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
-    """Subclasses say in `_before_update` what must hold."""
+    """Subclasses say in `_before_update` what must hold; by default nothing."""
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.
@@ -18,11 +18,10 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             layer: its number.
             reads: it is handed all that it has kept of each token, old and new.
         """
-        raise NotImplementedError
 
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
-        raise NotImplementedError
+        return keys, values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

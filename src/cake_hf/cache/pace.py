@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
 
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.frontier import Frontier
@@ -54,11 +55,12 @@ def new_frontier(
 
 def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
     """In how many ranges of layers the last chunks are read."""
-    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
-    moves_weights = any(hasattr(module, "_hf_hook") for module in session.model.modules())
-    if moves_weights or not session.store.reads_ranges:
+    if not session.store.reads_ranges:
         return 1
-    return ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
+    ranges = ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
+    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
+    moves_weights = ranges > 1 and any(hasattr(module, "_hf_hook") for module in session.model.modules())
+    return 1 if moves_weights else ranges
 
 
 def learn_costs(session: Session, prompt: Prompt) -> None:
@@ -74,9 +76,10 @@ def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> 
     """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
     if costs.compute is None:
         return 0.0
-    holes = [index for index, has in enumerate(stored) if not has and any(stored[:index])]
-    if holes:
-        return costs.compute.seconds(prompt.first + holes[0])
+    behind_loads = dropwhile(lambda index: not stored[index], range(len(stored)))
+    hole = next((index for index in behind_loads if not stored[index]), None)
+    if hole is not None:
+        return costs.compute.seconds(prompt.first + hole)
     size = prompt.layout.chunk_size
     suffix_tokens = prompt.call.tokens - prompt.chunks * size
     return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size

@@ -240,7 +240,7 @@ class Restore:
         """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
         for chunk in range(self._carried.come_near(index), index):
             begin = time.monotonic()
-            self._run_forward(chunk, _never)
+            self._run_forward(chunk, never)
             self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
             self._saver.state(chunk)
 
@@ -356,5 +356,6 @@ def wait_for_device(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Of a forward that no load overtakes."""
     return False

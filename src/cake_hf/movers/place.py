@@ -61,12 +61,22 @@ class Place(ABC):
     """
 
     def __init__(
-        self, buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int, windows: Mapping[int, int] | None = None
+        self,
+        buffers: Sequence[torch.Tensor],
+        layout: ChunkLayout,
+        slots: int = 1,
+        windows: Mapping[int, int] | None = None,
     ) -> None:
         self._layout = layout
         self._windows = windows or {}
+        self._device = buffers[0].device
         self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
-        self._ring = SlotRing(layout.nbytes, slots, pinned=buffers[0].device.type == "cuda")
+        self._ring = SlotRing(layout.nbytes, slots, pinned=self._device.type == "cuda")
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What a kind of place has to make once, from its buffers."""
 
     def wanted(self, index: int) -> int:
         """How many pieces of chunk `index` are wanted."""
@@ -94,15 +104,8 @@ class Place(ABC):
 class HostPlace(Place):
     """The layers' own buffers: reading a chunk is putting it into place, unless it must wait aside."""
 
-    def __init__(
-        self,
-        buffers: Sequence[torch.Tensor],
-        layout: ChunkLayout,
-        slots: int = 1,
-        windows: Mapping[int, int] | None = None,
-    ) -> None:
-        super().__init__(buffers, layout, slots, windows)
-        self._views = [byte_view(buffer) for buffer in buffers]
+    def _prepare(self) -> None:
+        self._views = [byte_view(buffer) for buffer in self._buffers]
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
@@ -135,15 +138,7 @@ class DevicePlace(Place):
     written to host memory only, which no one looks at any more.
     """
 
-    def __init__(
-        self,
-        buffers: Sequence[torch.Tensor],
-        layout: ChunkLayout,
-        slots: int = 1,
-        windows: Mapping[int, int] | None = None,
-    ) -> None:
-        super().__init__(buffers, layout, slots, windows)
-        self._device = buffers[0].device
+    def _prepare(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.stores import LocalStore, Store, open_store
+from cake_hf.stores.opening import directory_of
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
 
 Table = dict[str, dict[str, object]]
@@ -118,10 +118,8 @@ def existing_store(spec: str) -> Store:
     Raises:
         StoreError: there is none.
     """
-    is_url = spec.startswith("file://")
-    path = Path(spec.removeprefix("file://").partition("?")[0] if is_url else spec).expanduser()
-    is_path = is_url or ("://" not in spec and not spec.startswith(("memory:", "pack:")))
-    if is_path and not path.exists():
+    path = directory_of(spec)
+    if path is not None and not path.exists():
         raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
     store = open_store(spec)
     if isinstance(store, LocalStore):

@@ -23,6 +23,7 @@ from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part
 from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
 from cake_hf.stores.eviction import Entry
+from cake_hf.stores.pieces import after
 
 SUFFIX = ".safetensors"
 PARTIAL = "partial"
@@ -220,14 +221,14 @@ def _fill(descriptor: int, parts: Sequence[memoryview], key: str, offset: int) -
         if count == 0:
             raise CorruptChunk(f"Chunk {key} ended early.")
         offset += count
-        pending = _after(pending, count)
+        pending = after(pending, count)
 
 
 def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:
     """Write the parts one after the other, without joining them in memory."""
     pending = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
     while pending:
-        pending = _after(pending, os.writev(descriptor, pending[:IOV_MAX]))
+        pending = after(pending, os.writev(descriptor, pending[:IOV_MAX]))
 
 
 def advice(error: OSError) -> str:
@@ -252,15 +253,6 @@ def try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _after(parts: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the parts once their first `count` bytes are done."""
-    for position, part in enumerate(parts):
-        if count < part.nbytes:
-            return [part[count:], *parts[position + 1 :]]
-        count -= part.nbytes
-    return []
 
 
 def _listing(directory: Path) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -110,6 +111,15 @@ def open_store(spec: StoreSpec) -> Store:
     return LocalStore(text)
 
 
+def directory_of(spec: str) -> Path | None:
+    """The directory that a path or a `file://` URL names; None for what is no directory. Nothing is looked at."""
+    scheme, colon, rest = spec.partition(":")
+    if colon and scheme == "file" and rest.startswith("//"):
+        return Path(rest.removeprefix("//").partition("?")[0]).expanduser()
+    other = colon and (scheme in ("memory", "pack") or rest.startswith("//"))
+    return None if other else Path(spec).expanduser()
+
+
 def _open_directory(text: str) -> LocalStore:
     path, _, query = text.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
@@ -117,7 +127,7 @@ def _open_directory(text: str) -> LocalStore:
     if options:
         raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
     try:
-        return LocalStore(path, None if budget is None else _bytes(budget), eviction)
+        return LocalStore(path, None if budget is None else parse_bytes(budget), eviction)
     except ValueError as error:
         raise StoreError(str(error)) from error
 

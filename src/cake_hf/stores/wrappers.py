@@ -5,6 +5,7 @@ The throttled store serves demonstrations and benchmarks; the others are for tes
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import threading
@@ -201,6 +202,18 @@ class FaultStore(WrapperStore):
                 return None
             self.injected.append((key, fault))
             return fault
+
+
+@contextmanager
+def expected_faults() -> Iterator[None]:
+    """While it lasts, the library has no warnings: each injected fault is logged as a real one would be, and they are known."""
+    logger = logging.getLogger("cake_hf")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class GateStore(WrapperStore):

@@ -6,7 +6,6 @@ drop, cut, flip, fail and hang. No timing is involved, so this can be asked of a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.workbench import Workbench, await_loaders
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
-from cake_hf.stores.wrappers import FaultStore, GateStore
+from cake_hf.stores.wrappers import FaultStore, GateStore, expected_faults
 
 CHUNKS = 8
 NEW_TOKENS = 4
@@ -80,7 +79,7 @@ class Examination:
 
     def steps(self) -> Iterator[str]:
         """Do one run after the other; gives the name of each before it."""
-        with _quiet():
+        with expected_faults():
             yield from self._steps()
 
     def _steps(self) -> Iterator[str]:
@@ -151,18 +150,6 @@ class Examination:
         )
         kv = [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return _Outcome(torch.stack(out.logits), kv)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of stores that fail on purpose."""
-    logger = logging.getLogger("cake_hf")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextmanager
