@@ -429,6 +429,14 @@ def test_check_header_takes_its_own_layout_only(layout: ChunkLayout, other: Chun
         check_header(header, KEY, other)
 
 
+def test_a_header_that_somebody_wrote_anew_is_taken() -> None:
+    """In another order and with blanks it says the same; only it is not recognised at sight."""
+    header, _ = parts_of(chunk_file())
+    table = json.loads(header[8:])
+    anew = json.dumps(dict(reversed(table.items()))).encode().ljust(len(header) - 8)
+    assert check_header(header[:8] + anew, KEY, LAYOUT) == check_header(header, KEY, LAYOUT)
+
+
 # The layout itself.
 
 

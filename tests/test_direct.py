@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from cake_hf.movers.place import byte_view
 from cake_hf.stores import LocalStore, direct
-from cake_hf.tensors.aligned import PAGE, empty_aligned
+from cake_hf.tensors import aligned
+from cake_hf.tensors.aligned import HUGE_PAGE, PAGE, advise, empty_aligned
 from cake_hf.testing.contract import key_of
 
 NBYTES = 4 * 2**20
@@ -93,6 +95,27 @@ def test_aligned_memory_is_a_plain_tensor(shape: tuple[int, ...], dtype: torch.d
         assert tensor.data_ptr() % PAGE == 0
     tensor.fill_(1)
     assert tensor.sum() == tensor.numel()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages to ask for")
+@pytest.mark.parametrize(("nbytes", "asks"), [(2 * HUGE_PAGE, True), (2 * HUGE_PAGE - 1, False)])
+def test_large_memory_is_wanted_in_huge_pages(nbytes: int, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def note(memory: torch.Tensor, advice: int) -> bool:
+        asked.append((memory.data_ptr(), memory.nbytes, advice))
+        return advise(memory, advice)
+
+    monkeypatch.setattr(aligned, "advise", note)
+    tensor = empty_aligned([nbytes], torch.uint8)
+    assert asked == ([(tensor.data_ptr(), nbytes, mmap.MADV_HUGEPAGE)] if asks else [])
+    assert not asks or tensor.data_ptr() % HUGE_PAGE == 0
+
+
+def test_advice_that_the_kernel_does_not_take_changes_nothing() -> None:
+    tensor = empty_aligned([PAGE], torch.uint8).fill_(7)
+    assert not advise(tensor, 10**6)
+    assert tensor.sum() == 7 * PAGE
 
 
 def test_a_store_reads_the_same_bytes_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.movers.deadline import call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
-from cake_hf.movers.place import DevicePlace, HostPlace, Landing, Place, byte_view, place_for
+from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
 from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
@@ -353,7 +353,7 @@ def test_a_bad_read_is_an_outcome_and_the_next_chunk_is_loaded(
     assert len(caplog.records) == (0 if outcome is Outcome.MISSED else 1)
 
 
-@pytest.mark.parametrize(("owner", "method"), [(HostPlace, "landing"), (Landing, "commit")])
+@pytest.mark.parametrize(("owner", "method"), [(HostPlace, "landing"), (HostLanding, "commit")])
 def test_a_place_that_fails_is_an_outcome_too(owner: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory")

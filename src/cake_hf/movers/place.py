@@ -28,19 +28,15 @@ class Landing(ABC):
     aside: bool
     _brought = 0
 
+    @abstractmethod
     def commit(self, end: int) -> None:
         """The first `end` parts hold checked pieces: unless aside, bring them into the buffers. For who filled them."""
-        if not self.aside:
-            self._bring_up_to(end)
-
-    def adopt(self, end: int) -> None:
-        """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
-        self._bring_up_to(end)
 
     def release(self) -> None:
         """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
 
-    def _bring_up_to(self, end: int) -> None:
+    def adopt(self, end: int) -> None:
+        """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
         for number in range(self._brought, min(end, len(self.parts))):
             self._bring(number)
         self._brought = max(self._brought, end)
@@ -109,10 +105,10 @@ class HostPlace(Place):
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
-        return _HostLanding(places, self._layout, self._ring if aside else None)
+        return HostLanding(places, self._layout, self._ring if aside else None)
 
 
-class _HostLanding(Landing):
+class HostLanding(Landing):
     def __init__(self, places: list[memoryview], layout: ChunkLayout, ring: SlotRing | None) -> None:
         self._places = places
         self._ring = ring
@@ -120,14 +116,16 @@ class _HostLanding(Landing):
         self.aside = self._slot is not None
         self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
 
+    def commit(self, end: int) -> None:
+        """Who filled the parts filled the buffers, or memory aside."""
+
     def release(self) -> None:
         if self._ring is not None and self._slot is not None:
             self._ring.give_back(self._slot)
 
     def _bring(self, number: int) -> None:
-        if self.aside:
-            # By numpy: torch would call its whole thread team together for each of these small copies.
-            np.copyto(np.frombuffer(self._places[number], np.uint8), np.frombuffer(self.parts[number], np.uint8))
+        # By numpy: torch would call its whole thread team together for each of these small copies.
+        np.copyto(np.frombuffer(self._places[number], np.uint8), np.frombuffer(self.parts[number], np.uint8))
 
 
 class DevicePlace(Place):
@@ -172,6 +170,10 @@ class _DeviceLanding(Landing):
         self._pieces = self._slot.memory.split(layout.sizes)
         self.aside = aside
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
+
+    def commit(self, end: int) -> None:
+        if not self.aside:
+            self.adopt(end)
 
     def release(self) -> None:
         if self._stream is not None and self._brought:

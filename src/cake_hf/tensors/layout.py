@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,3 +129,23 @@ class ChunkLayout:
             assert math.prod(shape) * piece.dtype.itemsize == size
             offset += size
         return table
+
+    @cached_property
+    def table_json(self) -> str:
+        """The tensor table as it stands in a header."""
+        return plain_json(self.tensor_table)
+
+    @cached_property
+    def sorted_table_json(self) -> str:
+        """The tensor table as a header's seal covers it."""
+        return sorted_json(self.tensor_table)
+
+
+def plain_json(value: object) -> str:
+    """JSON without blanks, in ASCII."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def sorted_json(value: object) -> str:
+    """The same, whatever order the keys had."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
