@@ -16,7 +16,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.people.bench.cells import Costs, calibrate, seconds_per_load
 from cake_hf.people.bench.grid.axes import PRESETS, Source
 from cake_hf.people.bench.grid.exactness import Examination, runs_of
-from cake_hf.people.bench.grid.group import goals_for
+from cake_hf.people.bench.grid.group import Steadied, goals_for
 from cake_hf.people.bench.grid.peers import FORMATS, SavedCache
 from cake_hf.people.bench.grid.run import run, step_count
 from cake_hf.people.bench.models import build_model, build_prompt
@@ -250,3 +250,21 @@ def test_the_better_method_alone() -> None:
     costs = Costs([1.0, 2.0, 3.0], 0.5, 10)
     assert (costs.alone(1.0), costs.alone(5.0)) == (3.5, 6.5)
     assert costs.limit(1.0) == pytest.approx(2.5)  # the first chunk computed, the others loaded
+
+
+# Short runs are repeated within a turn.
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first", "second"),
+    [
+        ([0.1, 0.5, 0.1, 0.6, 0.1], 0.1, 0.5),
+        ([2.0, 3.0, 1.0], 2.0, 3.0),
+        ([0.01 * n for n in range(1, 20)], 0.01, 0.06),
+    ],
+)
+def test_a_turn_of_short_runs_is_their_median(seconds: list[float], first: float, second: float) -> None:
+    left = iter(seconds)
+    arm = Steadied(lambda: Run(0.0, next(left), Report()))
+    assert arm().first_token_seconds == first
+    assert arm().first_token_seconds == pytest.approx(second)

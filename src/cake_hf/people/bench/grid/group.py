@@ -35,6 +35,10 @@ FEW_CHUNKS = 8
 WORTH_USING = 0.9
 """Both sides are worth using where the best split takes no more than so much of the better one alone."""
 
+TURN_SECONDS = 1.0
+MOST_RUNS = 9
+"""In one turn of an arm."""
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -188,13 +192,31 @@ def measure(
         CakeError: a run did something else than it should, so its time would mean nothing.
     """
     arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
-    told = {name: partial(_turn, name, arm, others, step) for name, arm in arms.items()}
+    told = {name: partial(_turn, name, Steadied(arm), others, step) for name, arm in arms.items()}
     if point.share < 1:
         told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
     runs = interleave(told, bench.settings.repeats)
     costs = Costs.of(runs["compute"], bench.chunk_bytes())
     cells = [_cell(opened, runs, costs, bench) for opened in sources]
     return Group(point, _shared_figures(runs), cells, costs, _timeline(cells, runs))
+
+
+class Steadied:
+    """An arm that takes a turn of some length: a short run, which any hiccup doubles, is repeated, and the median run counts.
+
+    Not in the first turn, in which a cache is to know little of what things cost.
+    """
+
+    def __init__(self, arm: Callable[[], Run]) -> None:
+        self._arm = arm
+        self._first = True
+
+    def __call__(self) -> Run:
+        runs = [self._arm()]
+        while not self._first and len(runs) < MOST_RUNS and sum(run.first_token_seconds for run in runs) < TURN_SECONDS:
+            runs.append(self._arm())
+        self._first = False
+        return sorted(runs, key=lambda run: run.first_token_seconds)[len(runs) // 2]
 
 
 def _turn(name: str, arm: Callable[[], Run], others: Competition, step: Callable[[str], None]) -> Run:
