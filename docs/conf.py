@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # the reference imports the package, which imports transformers
 sys.path.insert(0, str(Path(__file__).parent))  # for `filling`
 
-import cake_hf  # noqa: E402
+import cake_hf
 
 project = "cake_hf"
 author = "the authors of cake_hf"

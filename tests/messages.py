@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cake_hf
@@ -24,6 +25,7 @@ FEWEST_LETTERS = 8
 """A message with fewer letters of its own is put together from others, which are looked at where they are made."""
 
 
+@cache
 def sources(*, for_users: bool = False) -> dict[str, ast.Module]:
     """All modules by their path in the package; `for_users` leaves out those whose errors no user meets."""
     paths = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}

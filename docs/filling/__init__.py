@@ -1,9 +1,9 @@
 """A Sphinx extension: what stands somewhere else already is put into the pages when they are read, not copied by hand.
 
-    <!-- filled with file SECURITY.md -->                   a file of the repository, without its title
-    <!-- filled with section README.md: Quickstart -->      one section of such a file, without its heading
-    <!-- filled with results benchmarks/results -->         tables of all measurements in that folder
-    <!-- filled with commands -->                           the command line, from the commands themselves
+<!-- filled with file SECURITY.md -->                   a file of the repository, without its title
+<!-- filled with section README.md: Quickstart -->      one section of such a file, without its heading
+<!-- filled with results benchmarks/results -->         tables of all measurements in that folder
+<!-- filled with commands -->                           the command line, from the commands themselves
 """
 
 from __future__ import annotations

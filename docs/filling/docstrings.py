@@ -6,7 +6,7 @@ from typing import Any
 
 
 def show_examples(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """For `autodoc-process-docstring`: mark such blocks for reST. Sections (Args, Returns) have no blank line at their begin."""
+    """For `autodoc-process-docstring`: mark such blocks for reST. (Sections such as Args begin without a blank line.)"""
     marked: list[str] = []
     for number, line in enumerate(lines):
         starts = line.startswith("    ") and number > 1 and not lines[number - 1] and _is_prose(lines[number - 2])

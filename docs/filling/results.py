@@ -1,4 +1,4 @@
-"""Result files of the bench as tables. What is shown is found by its form, not by its name, so newer files just take the place."""
+"""Result files of the bench as tables. All is found by its form, not by its name: a newer file just takes the place of an older."""
 
 from __future__ import annotations
 
