@@ -24,6 +24,7 @@ templates_path: list[str] = []
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 
+smartquotes = False  # two hyphens are the begin of an option
 default_role = "code"  # in our docstrings, as in Markdown, single backticks are code
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"

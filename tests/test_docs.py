@@ -20,6 +20,7 @@ from cake_hf import open_store
 from cake_hf.people.cli import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
+from filling.docstrings import show_examples
 from filling.pages import CannotFill, fill
 from filling.results import all_results, figures, one_result
 from snippets import reader, run, snippets
@@ -71,8 +72,10 @@ def test_every_page_is_built(site: Path) -> None:
         ("how-it-works", "Computing from the front"),
         ("models", "qwen3_next LinearAttentionLayer, DynamicLayer restored"),
         ("reference", "tokens per chunk, at least 16"),
+        ("reference", "After close() the cache goes on as a plain cache: nothing is restored or saved any more."),
         ("commands", "cake-hf verify [OPTIONS] {STORE}"),
         ("commands", "cake-hf bench plot"),
+        ("commands", "so --recompute needs them"),
         ("security", "Nothing from a store is executed."),
     ],
 )
@@ -145,11 +148,11 @@ def test_a_newer_result_takes_the_place_of_the_old_one(file: Path) -> None:
 
 def test_a_result_of_an_unknown_form_is_shown_all_the_same() -> None:
     figure = {"label": "seek", "value": 12.5, "low": 1.0, "high": 20.0, "unit": "ms", "goal": "<= 9", "met": False}
-    shown = one_result(
-        {"machine": {"cpu": "X", "cores": 3, "load_average_before": 4.0}, "news": [{"a": {"b": figure}}]}
-    )
-    assert "| seek, ms | 12.50 | 1.00 | 20.00 | <= 9 | **no** |" in shown
-    assert "other things to do" in shown
+    machine = {"cpu": "X", "cores": 3, "load_average_before": 4.0}
+    shown = one_result({"machine": machine, "news": [{"a": {"b": figure}}], "failures": ["it broke"]})
+    assert "| a | seek, ms | 12.50 | 1.00 | 20.00 | <= 9 | **no** |" in shown
+    assert "load average before it began: 4.0" in shown
+    assert "Failed: it broke." in shown
 
 
 def test_a_mismatch_is_not_hidden() -> None:
@@ -159,6 +162,23 @@ def test_a_mismatch_is_not_hidden() -> None:
 
 def test_all_results_have_a_section_each() -> None:
     assert re.findall(r"^## (.+)$", all_results(RESULTS), re.MULTILINE) == [file.stem for file in RESULTS]
+
+
+def test_examples_in_docstrings_are_code_and_sections_are_not() -> None:
+    lines = [
+        "What it is.",
+        "",
+        "    cache = CakeCache(model)",
+        "",
+        "Args:",
+        "    model: any.",
+        "",
+        "    It goes on.",
+        "",
+    ]
+    show_examples(None, "class", "X", None, None, lines)
+    assert lines[:5] == ["What it is.", "", "::", "", "    cache = CakeCache(model)"]
+    assert lines.count("::") == 1
 
 
 # What is shown is run.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from filling.docstrings import show_examples
+from filling.docstrings import keep_sentence, show_examples
 from filling.pages import fill_page
 
 
@@ -18,4 +18,5 @@ def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("source-read", fill_page)
     app.connect("autodoc-process-docstring", show_examples, priority=400)  # before Google style becomes reST
+    app.connect("autodoc-process-docstring", keep_sentence, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,8 @@
-"""Examples in docstrings: an indented block after a blank line, as people write it, is code."""
+"""Docstrings as we write them: an indented block after a blank line is code, and a sentence may have a colon."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 
@@ -14,6 +15,12 @@ def show_examples(app: Any, what: str, name: str, thing: Any, options: Any, line
             marked += ["::", ""]
         marked.append(line)
     lines[:] = marked
+
+
+def keep_sentence(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """For the same, afterwards: a property's sentence with a colon in it does not begin with a type, as is made of it."""
+    if what == "property":
+        lines[:] = [*inspect.cleandoc(thing.__doc__ or "").splitlines(), ""]
 
 
 def _is_prose(line: str) -> bool:

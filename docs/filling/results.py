@@ -1,4 +1,4 @@
-"""Result files of the bench as tables. All is found by its form, not by its name: a newer file just takes the place of an older."""
+"""Result files of the bench as tables. All is found by its form, not by its name, so newer files just take the place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 AT = re.compile(r"(\w+)_at_([\d.]+)")
 STRATEGIES = ("load_seconds", "both_seconds", "limit_seconds", "ratio", "eta")
 HEADINGS = ("load only", "both", "T\\*", "over the better one", "eta")
-BUSY = 0.5
-"""Load average before a measurement above which it says that the machine had other things to do."""
+DETAILS = "details"
+"""Where a measurement keeps what its figures were made of."""
+TROUBLE = {"failures": "Failed", "faults": "Faults", "left_out": "Left out, for want of time"}
+"""Lists of a result that a reader has to know of, and how they are announced."""
 
 
 def all_results(files: Sequence[Path]) -> str:
@@ -28,23 +30,25 @@ def one_result(result: dict[str, Any]) -> str:
         rest = {name: part for name, part in result.items() if name != "groups"}
     else:
         parts.append(_settings(result.get("settings", {})))
-        parts += [_by_load(result)] if any(AT.fullmatch(name) for name, _ in figures(result)) else []
+        parts += [_by_load(result)] if any(AT.fullmatch(path[-1]) for path, _ in figures(result)) else []
         rest = result
-    parts.append(_figures([figure for name, figure in figures(rest) if not AT.fullmatch(name)]))
+    parts.append(_figures([(path, figure) for path, figure in figures(rest) if not AT.fullmatch(path[-1])]))
     parts.append(_parity(result.get("parity", {})))
+    parts += [f"{words}: {'; '.join(map(str, result[name]))}." for name, words in TROUBLE.items() if result.get(name)]
     return "\n\n".join(filter(None, parts))
 
 
-def figures(part: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """All figures anywhere in a part of a result, with their short names."""
+def figures(part: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """All figures in a part of a result, wherever they are, with the way to each: the last step is its short name."""
     if isinstance(part, dict) and {"label", "value", "unit"} <= part.keys():
-        yield name, part
+        yield path, part
     elif isinstance(part, dict):
-        for inner, value in part.items():
-            yield from figures(value, inner)
+        for name, value in part.items():
+            if name != DETAILS:
+                yield from figures(value, (*path, name))
     elif isinstance(part, list):
         for value in part:
-            yield from figures(value, name)
+            yield from figures(value, path)
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -52,9 +56,8 @@ def _machine(machine: dict[str, Any]) -> str:
     memory = f"{machine.get('memory_gib', '?')} GiB"
     graphics = f", {machine['gpu']} ({machine.get('gpu_memory_gib', '?')} GiB)" if "gpu" in machine else ", no GPU used"
     versions = [f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "cake_hf") if name in machine]
-    load = machine.get("load_average_before") or 0
-    quiet = f" The machine had other things to do before it began (load average {load:g})." if load > BUSY else ""
-    return f"**Measured on** {processor}{memory}{graphics}; {', '.join(versions)}.{quiet}"
+    load = f"load average before it began: {machine.get('load_average_before', 'not known')}"
+    return f"**Measured on** {processor}{memory}{graphics}; {', '.join([*versions, load])}."
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -77,7 +80,7 @@ def _axes(axes: dict[str, Any]) -> str:
 
 def _by_load(result: dict[str, Any]) -> str:
     """Both ends against each alone, a row for each bandwidth of the store."""
-    found = dict(figures(result))
+    found = {path[-1]: figure for path, figure in figures(result)}
     ratios = sorted({match[2] for name in found if (match := AT.fullmatch(name))}, key=float)
     rows = [
         [f"{ratio} times as long", _text(found.get("compute_seconds"))]
@@ -100,17 +103,18 @@ def _grid(groups: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(["Seconds to the first token.", table, *failed])
 
 
-def _figures(found: Sequence[dict[str, Any]]) -> str:
+def _figures(found: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> str:
     rows = [
         [
+            path[-2] if len(path) > 1 else "",
             figure["label"] + (f", {figure['unit']}" if figure["unit"] != "x" else ""),
             *(_number(figure[name]) for name in ("value", "low", "high")),
             figure.get("goal") or "",
             {None: "", True: "yes", False: "**no**"}[figure.get("met")],
         ]
-        for figure in found
+        for path, figure in found
     ]
-    return _table(["what", "median", "low", "high", "goal", "met"], rows) if rows else ""
+    return _table(["measured", "figure", "median", "low", "high", "goal", "met"], rows) if rows else ""
 
 
 def _parity(parity: dict[str, Any]) -> str:
