@@ -37,7 +37,7 @@ def fill_page(app: Any, name: str, source: list[str]) -> None:
     """For Sphinx's `source-read`: fill a page, and have it read again whenever what it was filled with changes."""
     source[0], files = fill(source[0])
     for file in files:
-        app.env.note_dependency(str(file), docname=name)
+        app.env.dependencies.setdefault(name, set()).add(str(file))
 
 
 def fill(text: str) -> tuple[str, list[Path]]:
@@ -97,6 +97,7 @@ def _results(folder: str, files: list[Path]) -> str:
 
 
 def _commands(_: str, files: list[Path]) -> str:
+    files.extend((ROOT / "src" / "cake_hf" / "people").rglob("*.py"))
     return command_line()
 
 
