@@ -37,7 +37,7 @@ def fill_page(app: Any, name: str, source: list[str]) -> None:
     """For Sphinx's `source-read`: fill a page, and have it read again whenever what it was filled with changes."""
     source[0], files = fill(source[0])
     for file in files:
-        app.env.dependencies.setdefault(name, set()).add(str(file))
+        app.env.note_dependency(str(file))
 
 
 def fill(text: str) -> tuple[str, list[Path]]:
