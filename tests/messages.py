@@ -55,8 +55,8 @@ def every_text() -> set[str]:
 def logged(module: ast.Module) -> Iterator[str]:
     """What goes to the log as a warning or worse."""
     for call in _calls(module):
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        if name in LOGGED and isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "logger":
+        name = _name(call.func)
+        if name in LOGGED and isinstance(call.func, ast.Attribute) and _name(call.func.value) == "logger":
             yield template(call.args[0])
         elif name == "tell" and len(call.args) == 3:  # `FaultLog.tell(kind, message, error)`
             yield template(call.args[1])
@@ -65,7 +65,7 @@ def logged(module: ast.Module) -> Iterator[str]:
 def raised(module: ast.Module) -> Iterator[str]:
     """The sentences of our own errors; of those that are put together, their begin."""
     for call in _calls(module):
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+        name = _name(call.func)
         if call.args and (name in RAISED or (name in NAMES_WHAT_FAILED and len(call.args) == 1)):
             yield template(call.args[0])
 
@@ -76,9 +76,9 @@ def reasons(module: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef) and re.search("reason|refusal|why_not", node.name):
             steps = (step for step in ast.walk(node) if isinstance(step, (ast.Return, ast.Assign)))
             yield from (text for step in steps for text in _texts(step.value))
-        elif isinstance(node, ast.Assign) and re.search(r"\b\w*reason$", ast.unparse(node.targets[0])):
+        elif isinstance(node, ast.Assign) and _name(node.targets[0]).endswith("reason"):
             yield from _texts(node.value)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_plain_report"):
+        elif isinstance(node, ast.Call) and _name(node.func) == "_plain_report":
             yield from _texts(node.args[-1])
 
 
@@ -89,6 +89,11 @@ def worth_a_line(texts: Iterator[str]) -> list[str]:
 
 def _calls(module: ast.Module) -> Iterator[ast.Call]:
     return (node for node in ast.walk(module) if isinstance(node, ast.Call))
+
+
+def _name(node: ast.AST) -> str:
+    """The last part of a dotted name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def _texts(value: ast.AST | None) -> Iterator[str]:
