@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench eval clean
+.PHONY: demo test lint bench eval docs clean
 
 $(READY): pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
@@ -27,5 +27,8 @@ bench: $(READY)  ## the whole grid on this machine; on two cores some 40 minutes
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh
 
+docs: $(READY)  ## the documentation, in docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo docs/_build

@@ -7,36 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
-import cake_hf
+from snippets import reader, run, snippets
 
 README = Path(__file__).parent.parent / "README.md"
-MODEL = Path(cake_hf.__file__).parent / "assets" / "recall-tiny"
-HIDDEN_PARAGRAPH = "Nobody knows who wrote this. It goes on like that for a while. " * 100
-
-
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_there_are_snippets() -> None:
-    assert len(snippets()) >= 4
+    assert len(snippets(README)) >= 4
 
 
 # The shortest call names no length, and transformers remarks on it.
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
-def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        real = loader.from_pretrained
-        monkeypatch.setattr(loader, "from_pretrained", lambda name, real=real, **options: real(MODEL, **options))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a-long-document.txt").write_text(HIDDEN_PARAGRAPH)
-    first, *rest = snippets()
+def test_snippets_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *rest = snippets(README)
     scope: dict[str, Any] = {}
-    for snippet in [*rest, first]:  # the first one is the idea; model and inputs come with the quickstart
-        exec(compile(snippet, "README.md", "exec"), scope)
+    with reader(tmp_path):
+        run([*rest, first], "README.md", scope)  # the first one is the idea; model and inputs come with the quickstart
     assert "cake_hf report" in capsys.readouterr().out
     assert scope["cache"].report.chunks_loaded > 0
     assert list((tmp_path / ".cache" / "cake_hf").rglob("*.safetensors"))

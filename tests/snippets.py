@@ -1,0 +1,47 @@
+"""What documentation shows is run here as a reader would run it; only the model is a small one of our own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import cake_hf
+
+MODEL = Path(cake_hf.__file__).parent / "assets" / "recall-tiny"
+DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 100
+
+
+def snippets(page: Path) -> list[str]:
+    """The Python code of a page, block by block."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@contextmanager
+def reader(home: Path) -> Iterator[None]:
+    """In the body, home and working directory are that folder, which has a document, and every model is ours."""
+    logger = logging.getLogger("cake_hf")
+    level = logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+            real = loader.from_pretrained
+            patch.setattr(loader, "from_pretrained", lambda name, real=real, **options: real(MODEL, **options))
+        patch.setenv("HOME", str(home))
+        patch.chdir(home)
+        (home / "a-long-document.txt").write_text(DOCUMENT)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def run(blocks: Iterable[str], name: str, scope: dict[str, Any]) -> None:
+    """Run blocks one after the other, in one scope; `name` is for tracebacks."""
+    for block in blocks:
+        exec(compile(block, name, "exec"), scope)
