@@ -9,7 +9,6 @@ No lock is held while a tier works, so threads that load different chunks use di
 
 from __future__ import annotations
 
-import ctypes
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.behind import Behind, Errand
+from cake_hf.stores.pieces import joined
 from cake_hf.stores.standing import TierCounts
 from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
 
@@ -213,7 +213,7 @@ class TierStore(Store):
         """Have a value that was read copied to the nearer tiers that lack it, if there is room. Waits for nothing."""
         targets, nbytes = answer.targets(), total_bytes(parts)
         if targets and self._behind.has_room(nbytes):
-            errand = Errand(key, nbytes, partial(self._promote, key, _copy(parts), targets))
+            errand = Errand(key, nbytes, partial(self._promote, key, joined(parts), targets))
             if self._behind.offer(errand, stamp):
                 return
         for place, _ in targets:
@@ -263,7 +263,7 @@ class TierStore(Store):
 
         nbytes = total_bytes(parts)
         if self._behind.has_room(nbytes):
-            value = bytearray().join(parts)
+            value = joined(parts)
             if self._behind.offer(Errand(key, nbytes, run)):
                 return
         for place in places:
@@ -298,14 +298,3 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> Tie
         tiers = TierStore(levels, check=check_file)
         opened.pop_all()
         return tiers
-
-
-def _copy(parts: Sequence[memoryview]) -> bytearray:
-    """The parts, joined, in memory of their own. By memmove, which lets the model's thread go on meanwhile."""
-    value, offset = bytearray(total_bytes(parts)), 0
-    for part in parts:
-        if part.nbytes:
-            to, source = ctypes.c_char.from_buffer(value, offset), ctypes.c_char.from_buffer(part)
-            ctypes.memmove(ctypes.addressof(to), ctypes.addressof(source), part.nbytes)
-            offset += part.nbytes
-    return value

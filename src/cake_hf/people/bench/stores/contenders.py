@@ -42,7 +42,7 @@ def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
     """A directory, beside preadv of its files (from the page cache, since they were just written)."""
     with LocalStore(folder / "local") as store:
         fill(store, values)
-        paths = [f"{store.root}/{key[:2]}/{key}{SUFFIX}" for key in values.keys]
+        paths = [f"{folder}/local/{key[:2]}/{key}{SUFFIX}" for key in values.keys]
         yield Contender("directory", store, {"preadv": lambda n: _preadv(paths[n], values.parts[n])})
 
 

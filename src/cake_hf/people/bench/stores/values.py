@@ -7,6 +7,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
@@ -88,7 +89,7 @@ class Values:
     def clear(self) -> None:
         """Forget what was read."""
         for area in self._areas:
-            area[:] = bytes(area.nbytes)
+            np.frombuffer(area, np.uint8).fill(0)
 
     def check(self, what: str) -> None:
         """Look whether all chunks are in the buffers.
@@ -97,8 +98,10 @@ class Values:
             WrongBytes: one is not.
         """
         for number, (file, parts) in enumerate(zip(self.files, self.parts, strict=True)):
-            view = memoryview(file)
-            if any(part != view[begin:end] for part, (begin, end) in zip(parts, self._spans, strict=True)):
+            whole, read = np.frombuffer(file, np.uint8), [np.frombuffer(part, np.uint8) for part in parts]
+            if not all(
+                np.array_equal(part, whole[begin:end]) for part, (begin, end) in zip(read, self._spans, strict=True)
+            ):
                 raise WrongBytes(f"{what}: chunk {number} did not come back as it was written.")
 
     def _file(self, index: int) -> bytes:
