@@ -1,6 +1,6 @@
 """Runs pytest in a network of its own, where a server that listens everywhere is heard by nobody outside.
 
-    unshare --map-root-user --net ... python own_network.py PYTEST_ARGUMENTS
+unshare --map-root-user --net ... python own_network.py PYTEST_ARGUMENTS
 """
 
 from __future__ import annotations

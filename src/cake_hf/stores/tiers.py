@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.limits import Limits
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.behind import Behind, Errand
 from cake_hf.stores.pieces import joined
@@ -64,7 +65,7 @@ class TierStore(Store):
         self,
         levels: Sequence[Level],
         *,
-        queue_bytes: int = 256 * 2**20,
+        queue_bytes: int = Limits.tier_queue_bytes,
         close_seconds: float = 30.0,
         check: Check | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -270,12 +271,15 @@ class TierStore(Store):
             place.standing.count(skipped=1)
 
 
-def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> TierStore:
+def open_tiers(
+    specs: Sequence[object], open_one: Callable[[Any], Store], queue_bytes: int = Limits.tier_queue_bytes
+) -> TierStore:
     """Tiers from what a user writes for each of them; chunks are checked before they are copied to a nearer tier.
 
     Args:
         specs: nearest first: what `open_one` takes, or a `Tier`, or a list of those, which are equally near then.
         open_one: opens one store. What it makes is owned, so it is closed with the tiers; a store object is left open.
+        queue_bytes: as in `TierStore`.
 
     Raises:
         StoreError: there is none, or one cannot be opened; those before it are closed again.
@@ -295,6 +299,6 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> Tie
             return Tier(store, owned=store is not spec)
 
         levels = [[tier(one) for one in spec] if isinstance(spec, (list, tuple)) else tier(spec) for spec in specs]
-        tiers = TierStore(levels, check=check_file)
+        tiers = TierStore(levels, queue_bytes=queue_bytes, check=check_file)
         opened.pop_all()
         return tiers
