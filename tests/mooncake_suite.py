@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 import pytest
 
-import cake_hf
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.people.servers import free_port
+from cake_hf.people.servers.mooncake import Cluster
 from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake
 from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.tiers import TierStore
@@ -30,107 +27,18 @@ from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 LEASE = 0.15
 """Seconds. Every removal of what was just read waits for it."""
 
-MASTER = [
-    *(sys.executable, "-m", "mooncake.cli", "--rpc_address=127.0.0.1", "--metrics_host=127.0.0.1"),
-    f"--default_kv_lease_ttl={int(1000 * LEASE)}ms",
-]
-FACELESS = """
-import sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["cake_hf"] = package
-from cake_hf.stores.mooncake import MooncakeStore
-"""
-"""Past the package's face, which would bring in transformers and take seconds."""
-
-LENDER = """
-store = MooncakeStore(sys.argv[1])
-store.contains(["0" * 40])
-print("lent", flush=True)
-sys.stdin.read()
-"""
-"""Lends memory until its input ends: also when the tests are killed."""
-
 READER = """
 import hashlib
 with MooncakeStore(sys.argv[1]) as store:
     print(hashlib.sha256(store.read(sys.argv[2]) or b"").hexdigest(), store.write(sys.argv[3], [b"from afar"]))
 """
 
-_numbers = count()
-
-
-class Cluster:
-    """A master, and a process that lends it memory.
-
-    Args:
-        folder: for what they write.
-        lend: how much.
-        options: more of the master's.
-    """
-
-    def __init__(self, folder: Path, lend: str = "512MiB", *options: str) -> None:
-        self.options = options
-        self.port, self.admin = free_port(), free_port()
-        self.log = (folder / "cluster.log").open("ab")
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.master = self.start_master()
-        self.lender = self.start_lender(lend)
-
-    def start_master(self) -> subprocess.Popen[bytes]:
-        command = [*MASTER, f"--rpc_port={self.port}", f"--metrics_port={self.admin}", *self.options]
-        self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
-        for port in (self.port, self.admin):
-            await_port(port)
-        return self.processes[-1]
-
-    def start_lender(self, lend: str) -> subprocess.Popen[bytes]:
-        lender = self.start(LENDER, f"{self.base()}&lend={lend}")
-        ready, _, _ = select.select([lender.stdout], [], [], PATIENCE)
-        assert ready, "the lender did not come up"
-        assert lender.stdout is not None
-        assert lender.stdout.readline() == b"lent\n", Path(self.log.name).read_text()
-        return lender
-
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", FACELESS + script, cake_hf.__path__[0], *arguments]
-        pipe = subprocess.PIPE
-        self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log))
-        return self.processes[-1]
-
-    def base(self, prefix: str = "cake_hf") -> str:
-        return f"mooncake://127.0.0.1:{self.port}/{prefix}?admin={self.admin}"
-
-    def new_url(self) -> str:
-        """A URL with a prefix that nobody else has."""
-        return self.base(f"test-{next(_numbers)}")
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait(PATIENCE)
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-        self.log.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def await_port(port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    with socket.socket() as connection:
-        while connection.connect_ex(("127.0.0.1", port)):
-            assert time.monotonic() < deadline, "the master did not come up"
-            time.sleep(0.01)
+SHORT_LEASE = f"--default_kv_lease_ttl={int(1000 * LEASE)}ms"
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), "512MiB", SHORT_LEASE)
     with MooncakeStore(cluster.base()) as member:  # so that the stores of all tests share its client
         member.contains([key_of(0)])
         yield cluster
@@ -152,7 +60,7 @@ def store(cluster: Cluster) -> Iterator[MooncakeStore]:
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
     """One to break."""
-    cluster = Cluster(tmp_path, "64MiB", "--client_ttl=4")
+    cluster = Cluster(tmp_path, "64MiB", SHORT_LEASE, "--client_ttl=4")
     yield cluster
     cluster.end()
 
@@ -402,6 +310,8 @@ def test_leaving_under_a_read_that_hangs_ends_well(own_cluster: Cluster, last_wo
     script = f"""
 import sys, threading, time
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.people.servers import free_port
+from cake_hf.people.servers.mooncake import Cluster
 store = MooncakeStore(sys.argv[1])
 store.contains([sys.argv[2]])
 print("ready", flush=True)

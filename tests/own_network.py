@@ -1,25 +1,22 @@
 """Runs pytest in a network of its own, where a server that listens everywhere is heard by nobody outside.
 
-    unshare --map-root-user --net ... python own_network.py PYTEST_ARGUMENTS
-
-The new network has a loopback interface only, and that one is still down.
+unshare --map-root-user --net ... python own_network.py PYTEST_ARGUMENTS
 """
 
 from __future__ import annotations
 
-import fcntl
-import socket
-import struct
+import importlib.util
+import runpy
 import sys
-
-SIOCSIFFLAGS = 0x8914
-IFF_UP = 0x1
+from pathlib import Path
 
 
 def bring_up_loopback() -> None:
-    """As `ip link set lo up`."""
-    with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
+    """By the package's own file, but without the package: pytest has to come before what it rewrites."""
+    found = importlib.util.find_spec("cake_hf")
+    assert found is not None
+    assert found.origin is not None
+    runpy.run_path(str(Path(found.origin).parent / "people/servers/own_network.py"))["bring_up_loopback"]()
 
 
 if __name__ == "__main__":

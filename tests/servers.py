@@ -9,106 +9,41 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import select
-import shutil
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from cake_hf.people import servers
+from cake_hf.people.servers import S3Server, Server, Unavailable, free_port
+
+__all__ = ["Relay", "S3Server", "Server", "free_port", "start_redis_server", "start_s3_server"]
+
 PATIENCE = 60.0
-"""Seconds after which a server that does not come up fails the test."""
+"""Seconds after which a server that does not answer a relay fails the test."""
 
-_numbers = count()
-
-
-class Server:
-    """A process that listens on a port of 127.0.0.1, and its handle."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self._process = process
-        self.port = port
-
-    def kill(self) -> None:
-        """End it at once, as a crash would. May be called twice."""
-        self._process.kill()
-        self._process.wait(PATIENCE)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-class S3Server(Server):
-    """moto's S3 service: objects are in its memory, and any credentials are good."""
-
-    @property
-    def options(self) -> dict[str, str]:
-        """What `ObjectStore` has to be told to find it."""
-        secret = {"access_key_id": "test", "secret_access_key": "test"}
-        return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1", **secret}
-
-    def new_bucket(self) -> str:
-        """Make a bucket and return its name."""
-        name = f"bucket-{next(_numbers)}"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
-        with opener.open(request, timeout=PATIENCE):
-            return name
-
-
-MOTO = """
-import logging, sys
-from moto.server import ThreadedMotoServer
-logging.disable(logging.CRITICAL)
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
-"""Says its port, and ends when its input does: also when the tests are killed."""
+Kind = TypeVar("Kind", bound=Server)
 
 
 def start_s3_server() -> S3Server:
     """Start moto's S3 service on a free port. The caller kills it."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", MOTO], text=True, **pipes)  # type: ignore[call-overload]
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-    line = process.stdout.readline() if ready else ""
-    if not line:
-        process.kill()
-        process.wait(PATIENCE)
-        raise RuntimeError("moto's server did not start")
-    return S3Server(process, int(line))
+    return _or_skip(servers.start_s3_server)
 
 
 def start_redis_server(folder: Path, *options: str, port: int | None = None) -> Server:
-    """Start redis-server with nothing kept on disk. The caller kills it.
+    """Start redis-server with nothing kept on disk. The caller kills it."""
+    return _or_skip(lambda: servers.start_redis_server(folder, *options, port=port))
 
-    Args:
-        folder: for its files.
-        options: more of its command line.
-        port: where an earlier one was; a free one by default.
-    """
-    program = shutil.which("redis-server")
-    if program is None:
-        missing("redis-server is not installed (Debian and Ubuntu: apt-get install redis-server)")
-    for _ in range(5):  # Another process may take the free port before it does.
-        chosen = port or free_port()
-        command = [program, "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
-        process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if _answers(process, chosen):
-            return Server(process, chosen)
-        process.kill()
-        process.wait(PATIENCE)
-    raise RuntimeError("redis-server did not start")
+
+def _or_skip(start: Callable[[], Kind]) -> Kind:
+    try:
+        return start()
+    except Unavailable as error:
+        missing(str(error))
+        raise
 
 
 def missing(what: str) -> None:
@@ -116,23 +51,6 @@ def missing(what: str) -> None:
     if os.environ.get("CAKE_HF_REQUIRE_SERVERS") == "1":
         pytest.fail(what)
     pytest.skip(what)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _answers(process: subprocess.Popen[str], port: int) -> bool:
-    """Wait until the server answers a PING (it may want a password, which is an answer, too)."""
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            if connection.recv(100).startswith((b"+PONG", b"-NOAUTH")):
-                return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.fixture(scope="session")

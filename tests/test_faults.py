@@ -244,3 +244,17 @@ def join_loaders() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("cake-load"):
             thread.join(60)
+
+
+def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    inner, keys = filled_store()
+    store = FaultStore(inner, dict.fromkeys(keys, "stall"))
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=IMPATIENT) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        assert warm.report.chunks_failed >= 1
+    assert difference(outcome, expected()) == ""
+    said = [message for message in caplog.messages if "did not bring in time" in message]
+    assert len(said) == 1
+    assert "given up after 0.2 s (Limits.read_timeout)" in said[0]
+    store.release()
+    join_loaders()

@@ -39,6 +39,7 @@ PLAIN_STORES = {
     "redis_manifest",
     "redis_wire",
     "room",
+    "spread",
     "standing",
     "tier",
     "tiers",

@@ -1,6 +1,7 @@
 """Whatever bytes a store holds: the readers take them or refuse them with a `CorruptChunk`, and take no memory to speak of.
 
-CAKE_FUZZ=100000 pytest tests/test_fuzz.py      # a long run; 2,000 cases by default
+CAKE_FUZZ=100000 pytest tests/test_fuzz.py                          # a long run; 2,000 cases by default
+CAKE_FUZZ=5000 CAKE_FUZZ_FROM=20000 pytest tests/test_fuzz.py       # a piece of it
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing.contract import key_of, value_of
 
 CASES = int(os.environ.get("CAKE_FUZZ", "2000"))
+START = int(os.environ.get("CAKE_FUZZ_FROM", "0"))
 
 EXPANSION = 26
 """Bytes of Python objects that a byte of JSON can become at worst ("[{},{},...]"); see the test at the end."""
@@ -288,7 +290,7 @@ def test_mutated_chunk_files_through_all_readers() -> None:
     verdicts: Counter[tuple[str, bool]] = Counter()
     tracemalloc.start()
     try:
-        for seed in range(CASES):
+        for seed in range(START, START + CASES):
             draw = random.Random(seed)
             good = draw.choice(SAMPLES)
             raw = mutated(good, draw)
@@ -319,7 +321,7 @@ def test_mutated_chunk_files_through_all_readers() -> None:
 @pytest.mark.timeout(3600)
 def test_headers_that_say_odd_things_can_be_shown() -> None:
     shown = 0
-    for seed in range(CASES // 4):
+    for seed in range(START, START + CASES // 4):
         draw = random.Random(seed)
         good = SAMPLES[seed % 2]
         raw = bytearray(good.raw)
@@ -330,7 +332,7 @@ def test_headers_that_say_odd_things_can_be_shown() -> None:
         except CorruptChunk as error:
             said = str(error)
         assert "\x1b" not in said, "a header gave the terminal a command"
-    assert shown > CASES / 100
+    assert shown > CASES / 1000, "nearly all are refused, since each field has its form; but not all"
 
 
 def test_the_good_files_are_taken() -> None:

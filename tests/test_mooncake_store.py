@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.people.servers.own_network import NAMESPACES, obstacle
 from cake_hf.stores import mooncake_client
 from cake_hf.stores.mooncake import MooncakeStore
 from cake_hf.stores.mooncake_client import Address, Member
@@ -22,24 +21,6 @@ HERE = Path(__file__).parent
 SUITE_SECONDS = 240
 SUITE_TESTS = 60
 """At least so many are in the suite: it must not pass by being empty."""
-
-NAMESPACES = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
-"""A network and a process tree of its own: whatever happens, all servers end with it, and nobody outside hears them."""
-
-
-def obstacle() -> str:
-    """Why no cluster can be started here; empty if nothing is in the way."""
-    if sys.platform != "linux" or shutil.which("unshare") is None:
-        return "Mooncake's servers listen on all interfaces; to keep them in, `unshare` (Linux, util-linux) is needed"
-    if importlib.util.find_spec("mooncake") is None:
-        return 'the Mooncake client is not installed: pip install "cake-hf[mooncake]"'
-    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, timeout=30)
-    if tried.returncode:
-        return f"no network namespace can be made: {tried.stderr.strip()}"
-    loaded = subprocess.run([sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True, timeout=60)
-    if loaded.returncode:
-        return f"the Mooncake client cannot be loaded: {loaded.stderr.strip().splitlines()[-1]} (apt-get install libibverbs1)"
-    return ""
 
 
 def test_the_suite_passes_in_a_network_of_its_own(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -580,3 +580,23 @@ def test_google_and_azure_are_asked_in_their_own_words(
     assert unquote(for_google) == f"/bucket/prefix/{key_of(1)[:2]}/{key_of(1)}.safetensors"
     assert for_azure == f"/container/prefix/{key_of(1)[:2]}/{key_of(1)}.safetensors"
     assert "x-ms-version" in {name.lower() for name in headers}
+
+
+def test_a_value_is_asked_for_by_fewer_requests_where_that_is_faster(
+    store: ObjectStore, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how many, is learnt elsewhere; here it counts that each way brings the value."""
+    asked: list[int] = []
+    fetch = store._fetch
+
+    def watched(key: str, start: int, parts: Sequence[memoryview]) -> tuple[int, str]:
+        asked.append(sum(part.nbytes for part in parts))
+        return fetch(key, start, parts)
+
+    monkeypatch.setattr(store, "_fetch", watched)
+    store.write(key_of(1), [value_of(1)])
+    for halvings, expected in ((0, [250] * 4), (1, [500] * 2), (2, [1000])):
+        monkeypatch.setattr(store._spread, "halvings", lambda most, told=halvings: told)
+        assert read_parts(store, key_of(1), [400, 600]) == value_of(1)
+        assert asked == expected
+        asked.clear()

@@ -10,6 +10,7 @@ import pytest
 
 import cake_hf
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.limits import Limits
 from cake_hf.stores import LocalStore, MemoryStore, TierStore, open_store, opening
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
@@ -154,3 +155,11 @@ def test_a_pack_among_tiers_is_never_written() -> None:
         assert store.write(key_of(1), [b"value"])
     assert open_one.contains([key_of(1)]) == [True]
     assert TierStore([Sealed()]).read_only
+
+
+def test_a_caches_limits_bound_what_its_tiers_hold() -> None:
+    for limits, expected in ((None, Limits().tier_queue_bytes), (Limits(tier_queue_bytes=5000), 5000)):
+        with open_store(["memory:1MB", "memory:2MB"], limits) as tiers:
+            assert isinstance(tiers, TierStore)
+            assert tiers._behind.has_room(expected)
+            assert not tiers._behind.has_room(expected + 1)

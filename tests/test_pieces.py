@@ -1,4 +1,4 @@
-"""Buffers cut into pieces: nothing is lost, nothing is copied."""
+"""Buffers cut into pieces and copied: nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cake_hf.stores.pieces import after, cut, even_sizes
+from cake_hf.stores.pieces import after, copy, cut, even_sizes, joined
 
 
 @given(st.lists(st.binary(max_size=20), max_size=10), st.data())
@@ -39,3 +39,17 @@ def test_even_sizes_are_few_and_alike(total: int, most: int) -> None:
     assert sum(sizes) == total
     assert len(sizes) == -(-total // most)
     assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1)
+
+
+def test_pieces_are_copied_whatever_they_are_of() -> None:
+    target = bytearray(10)
+    copy(memoryview(target)[2:5], memoryview(bytearray(b"abc")))
+    copy(memoryview(target)[5:7], memoryview(b"de"))
+    copy(memoryview(target)[10:], memoryview(bytearray()))
+    assert target == b"\0\0abcde\0\0\0"
+
+
+def test_parts_are_joined() -> None:
+    parts = [b"ab", bytearray(b"cd"), memoryview(b"xefx")[1:3], b"", memoryview(bytearray(b"gh"))]
+    assert joined(parts) == b"abcdefgh"
+    assert joined([]) == b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -199,3 +200,57 @@ def test_threads_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
     log = FaultLog()
     run_together([lambda: log.tell("error", "Broken. %s", "x")] * 8)
     assert caplog.messages == ["Broken. x"]
+
+
+# The real thing.
+
+
+def test_the_real_sdk_collects_it(fresh: None) -> None:
+    """What the fakes above stand for: instruments made by OpenTelemetry's own SDK, read as an exporter reads them."""
+    sdk = pytest.importorskip("opentelemetry.sdk.metrics", reason="opentelemetry-sdk is not installed")
+    export = importlib.import_module("opentelemetry.sdk.metrics.export")
+    reader = export.InMemoryMetricReader()
+    provider = sdk.MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
+    try:
+        telemetry.use_meter(provider.get_meter("cake_hf"))
+        observe_everything()
+        observe_everything()
+        [resource] = reader.get_metrics_data().resource_metrics
+    finally:
+        provider.shutdown()
+    [scope] = resource.scope_metrics
+    assert scope.scope.name == "cake_hf"
+    metrics = {metric.name: metric for metric in scope.metrics}
+    assert {name: metric.unit for name, metric in metrics.items()} == {
+        "cake_hf.chunks": "{chunk}",
+        "cake_hf.bytes": "By",
+        "cake_hf.prefill.duration": "s",
+        "cake_hf.lookup.duration": "s",
+    }
+    chunks = metrics["cake_hf.chunks"].data
+    assert chunks.is_monotonic
+    assert {point.attributes["cake_hf.outcome"]: point.value for point in chunks.data_points} == {
+        "loaded": 10,
+        "computed": 6,
+        "missed": 4,
+        "failed": 2,
+        "saved": 2,
+        "unsaved": 2,
+    }
+    assert {
+        point.attributes["cake_hf.direction"]: point.value for point in metrics["cake_hf.bytes"].data.data_points
+    } == {
+        "loaded": 10_000,
+        "saved": 2_000,
+    }
+    [prefill] = metrics["cake_hf.prefill.duration"].data.data_points
+    assert (prefill.count, prefill.sum) == (2, 0.5)
+    assert prefill.explicit_bounds == telemetry.SECONDS, "the SDK's own bounds are for milliseconds"
+    assert sum(prefill.bucket_counts[:-1]) == 2
+
+
+def test_the_real_api_without_an_sdk_does_nothing(fresh: None) -> None:
+    """Its instruments are made once and take everything."""
+    pytest.importorskip("opentelemetry.metrics", reason="opentelemetry-api is not installed")
+    observe_everything()
+    assert telemetry._watch._instruments is not None

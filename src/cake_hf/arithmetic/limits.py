@@ -20,6 +20,8 @@ class Limits:
         read_timeout: seconds one chunk's read may take before the chunk is computed instead.
         lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing.
         save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted.
+        tier_queue_bytes: bytes of chunks that tiers may hold for copies and writes behind; beyond it these are skipped and
+            counted. For tiers that the cache opens itself.
         exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable.
 
     Raises:
@@ -30,6 +32,7 @@ class Limits:
     read_timeout: float = 10.0
     lookup_timeout: float = 10.0
     save_queue_bytes: int = 2**30
+    tier_queue_bytes: int = 256 * 2**20
     exit_flush_seconds: float = 30.0
 
     def __post_init__(self) -> None:

@@ -337,6 +337,12 @@ class Restore:
         report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
+        if late := ends.count(Outcome.LATE):
+            self._job.faults.tell(
+                "late",
+                "Chunks that the store did not bring in time are computed instead: %s.",
+                f"{late} of {len(ends)}, given up after {self._session.limits.read_timeout:g} s (Limits.read_timeout)",
+            )
         report.states_loaded += len(self._states.loaded)
         report.bytes_loaded += sum(self._job.place.wanted_bytes(index) for index in loaded - self._job.shared)
         report.bytes_loaded += len(self._states.loaded) * self.prompt.state_layout.nbytes

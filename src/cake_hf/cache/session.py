@@ -53,7 +53,7 @@ class Session:
         self.strategy = strategy
         self.limits = limits
         self.snapshot_every = snapshot_every
-        self.store: Store = open_store(store)
+        self.store: Store = open_store(store, limits)
         self.save = save and not self.store.read_only
         if self.save:
             self.store.check_writable()

@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.stores.pieces import Part, copy
 
-Part = bytes | bytearray | memoryview
+__all__ = ["Part", "Store", "scatter", "total_bytes"]
 
 
 class Store(ABC):
@@ -173,5 +174,5 @@ def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:
         piece = source[offset : offset + part.nbytes]
         if piece.nbytes != part.nbytes:
             raise CorruptChunk(f"Chunk {key} ended early.")
-        part[:] = piece
+        copy(part, piece)
         offset += part.nbytes

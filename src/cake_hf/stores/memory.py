@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
+from cake_hf.stores.pieces import joined
 
 
 class MemoryStore(Store):
@@ -25,7 +26,7 @@ class MemoryStore(Store):
             raise ValueError(f"budget_bytes must be positive, got {budget_bytes}.")
         self._budget = budget_bytes
         self._used = 0
-        self._values: OrderedDict[str, bytes] = OrderedDict()
+        self._values: OrderedDict[str, bytearray] = OrderedDict()
         self._lock = threading.Lock()
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -48,7 +49,7 @@ class MemoryStore(Store):
         return value is not None
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        value = b"".join(parts)
+        value = joined(parts)
         if len(value) > self._budget:
             raise StoreError(f"A value of {len(value)} bytes is over the store's budget of {self._budget}; raise it.")
         with self._lock:
@@ -74,7 +75,7 @@ class MemoryStore(Store):
             value = self._values.get(key)
             return None if value is None else len(value)
 
-    def _touched(self, key: str) -> bytes | None:
+    def _touched(self, key: str) -> bytearray | None:
         with self._lock:
             value = self._values.get(key)
             if value is not None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.stores.base import Store
 from cake_hf.stores.eviction import LRU
@@ -76,13 +77,14 @@ REMOTE_KINDS = {
 """By URL scheme. A new kind of store is one line here and one file beside this one."""
 
 
-def open_store(spec: StoreSpec) -> Store:
+def open_store(spec: StoreSpec, limits: Limits | None = None) -> Store:
     """Open a store.
 
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
             `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
             returned as it is.
+        limits: of tiers, for their `tier_queue_bytes`; the defaults where it is None.
 
     Raises:
         StoreError: an unknown URL scheme, a client library that is not installed, or a place that cannot be a store.
@@ -90,7 +92,7 @@ def open_store(spec: StoreSpec) -> Store:
     if isinstance(spec, Store):
         return spec
     if isinstance(spec, (list, tuple)):
-        return open_tiers(spec, open_store)
+        return open_tiers(spec, open_store, (limits or Limits()).tier_queue_bytes)
     if not isinstance(spec, (str, os.PathLike)):
         raise StoreError(f"A store is a path, a URL, a Store or a list of these, not {type(spec).__name__}.")
     text = os.fspath(spec)

@@ -1,10 +1,11 @@
-"""Scattered buffers, cut and copied: what stores that move a value in several requests have in common."""
+"""Scattered buffers, cut and copied, without anybody else having to wait for it."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 
-from cake_hf.stores.base import Part
+Part = bytes | bytearray | memoryview
 
 
 def cut(parts: Sequence[Part], sizes: Sequence[int]) -> Iterator[list[memoryview]]:
@@ -38,3 +39,30 @@ def even_sizes(total: int, most: int) -> list[int]:
     """`total` as the fewest sizes that are no larger than `most`, and as equal as can be."""
     count = -(-total // most)
     return [total * (n + 1) // count - total * n // count for n in range(count)]
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """Copy a piece of as many bytes. By memmove, which lets other threads run meanwhile; slice assignment does not.
+
+    Args:
+        target: writable.
+        source: where it is read-only (`bytes`), its address cannot be had, and the other threads wait.
+    """
+    if source.readonly or not source.nbytes:
+        target[:] = source
+    else:
+        ctypes.memmove(_address(target), _address(source), source.nbytes)
+
+
+def joined(parts: Sequence[Part]) -> bytearray:
+    """The parts, joined, in memory of their own."""
+    views = [memoryview(part).cast("B") for part in parts]
+    value, offset = bytearray(sum(view.nbytes for view in views)), 0
+    for view in views:
+        copy(memoryview(value)[offset : offset + view.nbytes], view)
+        offset += view.nbytes
+    return value
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -9,7 +9,6 @@ No lock is held while a tier works, so threads that load different chunks use di
 
 from __future__ import annotations
 
-import ctypes
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.limits import Limits
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.behind import Behind, Errand
+from cake_hf.stores.pieces import joined
 from cake_hf.stores.standing import TierCounts
 from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
 
@@ -64,7 +65,7 @@ class TierStore(Store):
         self,
         levels: Sequence[Level],
         *,
-        queue_bytes: int = 256 * 2**20,
+        queue_bytes: int = Limits.tier_queue_bytes,
         close_seconds: float = 30.0,
         check: Check | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -213,7 +214,7 @@ class TierStore(Store):
         """Have a value that was read copied to the nearer tiers that lack it, if there is room. Waits for nothing."""
         targets, nbytes = answer.targets(), total_bytes(parts)
         if targets and self._behind.has_room(nbytes):
-            errand = Errand(key, nbytes, partial(self._promote, key, _copy(parts), targets))
+            errand = Errand(key, nbytes, partial(self._promote, key, joined(parts), targets))
             if self._behind.offer(errand, stamp):
                 return
         for place, _ in targets:
@@ -263,19 +264,22 @@ class TierStore(Store):
 
         nbytes = total_bytes(parts)
         if self._behind.has_room(nbytes):
-            value = bytearray().join(parts)
+            value = joined(parts)
             if self._behind.offer(Errand(key, nbytes, run)):
                 return
         for place in places:
             place.standing.count(skipped=1)
 
 
-def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> TierStore:
+def open_tiers(
+    specs: Sequence[object], open_one: Callable[[Any], Store], queue_bytes: int = Limits.tier_queue_bytes
+) -> TierStore:
     """Tiers from what a user writes for each of them; chunks are checked before they are copied to a nearer tier.
 
     Args:
         specs: nearest first: what `open_one` takes, or a `Tier`, or a list of those, which are equally near then.
         open_one: opens one store. What it makes is owned, so it is closed with the tiers; a store object is left open.
+        queue_bytes: as in `TierStore`.
 
     Raises:
         StoreError: there is none, or one cannot be opened; those before it are closed again.
@@ -295,17 +299,6 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store]) -> Tie
             return Tier(store, owned=store is not spec)
 
         levels = [[tier(one) for one in spec] if isinstance(spec, (list, tuple)) else tier(spec) for spec in specs]
-        tiers = TierStore(levels, check=check_file)
+        tiers = TierStore(levels, queue_bytes=queue_bytes, check=check_file)
         opened.pop_all()
         return tiers
-
-
-def _copy(parts: Sequence[memoryview]) -> bytearray:
-    """The parts, joined, in memory of their own. By memmove, which lets the model's thread go on meanwhile."""
-    value, offset = bytearray(total_bytes(parts)), 0
-    for part in parts:
-        if part.nbytes:
-            to, source = ctypes.c_char.from_buffer(value, offset), ctypes.c_char.from_buffer(part)
-            ctypes.memmove(ctypes.addressof(to), ctypes.addressof(source), part.nbytes)
-            offset += part.nbytes
-    return value

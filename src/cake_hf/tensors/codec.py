@@ -14,6 +14,8 @@ header and payload, scattered to their places, in a single positional read.
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from itertools import accumulate
 import xxhash
 
 from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.tensors.layout import ChunkLayout, plain_json, sorted_json
+from cake_hf.tensors.layout import ChunkLayout, item_bytes, plain_json, sorted_json
 
 FORMAT_VERSION = "2"
 ALIGNMENT = 4096
@@ -40,9 +42,19 @@ _OPENING = '{"__metadata__":'
 _DECODER = json.JSONDecoder()
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
+MAX_PAYLOAD_BYTES = 2**40
+MAX_DIMENSIONS = 8
+"""Of one tensor. Numbers beyond these are refused before anybody computes with them."""
+
 Buffer = bytes | bytearray | memoryview
 Table = dict[str, dict[str, object]]
 """safetensors' entry of each tensor: dtype, shape, data offsets."""
+
+_KEY = re.compile(r"[0-9a-f]{40}")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+_DIGITS = re.compile(r"[0-9a-f]*")
+_MODEL = re.compile(rf"(?s:.){{0,{MAX_MODEL_NAME}}}")
+"""The forms of the metadata: a namespace is a digest as a key is. An index fits 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,9 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, Table]:
     try:
         table = json.loads(bytes(raw[8 : 8 + length]))
         metadata = table.pop("__metadata__")
-        return _facts(metadata, sorted_json(table)), table
+        facts = _sealed_facts(metadata, sorted_json(table))
+        _check_table(table)
+        return facts, table
     except _UNREADABLE as error:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
 
@@ -162,12 +176,12 @@ def _expected_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Tabl
         metadata, end = _DECODER.raw_decode(text, len(_OPENING))
         if text[end:].rstrip(" ") != f",{layout.table_json[1:]}":
             return None
-        return _facts(metadata, layout.sorted_table_json), layout.tensor_table
+        return _sealed_facts(metadata, layout.sorted_table_json), layout.tensor_table
     except _UNREADABLE:
         return None
 
 
-def _facts(metadata: dict[str, object], table: str) -> ChunkFacts:
+def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
     """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
 
     Args:
@@ -181,15 +195,7 @@ def _facts(metadata: dict[str, object], table: str) -> ChunkFacts:
         raise CorruptChunk("The file is not a chunk of this format version.")
     if metadata.pop("header") != _seal(metadata, table):
         raise CorruptChunk("The chunk's header does not match its checksum.")
-    digits = str(metadata["checksums"])
-    return ChunkFacts(
-        key=str(metadata["key"]),
-        parent=str(metadata["parent"]),
-        index=int(str(metadata["index"])),
-        namespace=str(metadata["namespace"]),
-        model=str(metadata["model"]),
-        checksums=tuple(digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)),
-    )
+    return _facts(metadata)
 
 
 def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) -> None:
@@ -229,6 +235,41 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
     return facts
 
 
+def _facts(metadata: Mapping[str, object]) -> ChunkFacts:
+    """What a header says beside its tensors. A field that is not of the form in which it is written is a ValueError."""
+
+    def field(name: str, form: re.Pattern[str]) -> str:
+        value = metadata[name]
+        if not isinstance(value, str) or not form.fullmatch(value):
+            raise ValueError(f"{name} is not of its form")
+        return value
+
+    digits = field("checksums", _DIGITS)
+    if len(digits) % CHECKSUM_DIGITS:
+        raise ValueError("a checksum is cut short")
+    return ChunkFacts(
+        key=field("key", _KEY),
+        parent=field("parent", _KEY),
+        index=int(field("index", _INDEX)),
+        namespace=field("namespace", _KEY),
+        model=field("model", _MODEL),
+        checksums=tuple(digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)),
+    )
+
+
+def _check_table(table: Mapping[str, Mapping[str, object]]) -> None:
+    """A ValueError, KeyError or TypeError where a tensor is not what its dtype and shape make it."""
+    for entry in table.values():
+        start, stop = _offsets(entry)
+        shape = entry["shape"]
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ValueError("a shape is no list of a few numbers")
+        if any(type(size) is not int or not 0 <= size < MAX_PAYLOAD_BYTES for size in shape):
+            raise ValueError("a shape is out of range")
+        if not 0 <= start <= stop < MAX_PAYLOAD_BYTES or math.prod(shape) * item_bytes(entry["dtype"]) != stop - start:
+            raise ValueError("a tensor is not as large as its dtype and shape")
+
+
 def payload_size(table: Table) -> int:
     """Bytes of payload that a tensor table describes.
 
@@ -251,9 +292,9 @@ def _seal(metadata: Mapping[str, object], table: str) -> str:
     return checksum(f"[{sorted_json(metadata)},{table}]".encode())
 
 
-def _offsets(entry: dict[str, object]) -> tuple[int, int]:
+def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
     offsets = entry["data_offsets"]
-    if not isinstance(offsets, list):
-        raise TypeError("data_offsets is not a list")
+    if not isinstance(offsets, list) or any(type(offset) is not int for offset in offsets):
+        raise TypeError("data_offsets is no list of numbers")
     start, stop = offsets
-    return int(start), int(stop)
+    return start, stop

@@ -18,6 +18,7 @@ _NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -29,6 +30,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
         raise ValueError(f"KV of dtype {dtype} cannot be stored; known are {', '.join(map(str, _NAMES))}.")
     return _NAMES[dtype]
+
+
+def item_bytes(name: object) -> int:
+    """Bytes of one number of a dtype, by safetensors' name of it.
+
+    Raises:
+        ValueError: KV is never kept in it.
+    """
+    if not isinstance(name, str) or name not in _ITEM_BYTES:
+        raise ValueError(f"KV is not kept in {str(name)[:40]!a}.")
+    return _ITEM_BYTES[name]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cake_hf.people.bench.machine import describe
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.settings import SHAPES, Dtype, Settings, choose
+from cake_hf.people.bench.stores.command import STORES_HELP, stores_command
 from cake_hf.people.bench.table import build_tables
 from cake_hf.people.bench.workbench import Workbench, cheap_collections
 from cake_hf.people.console import WRONG, console, errors
@@ -40,12 +41,14 @@ HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk.\n\n"
     "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
-    "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device."
+    "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device. `cake-hf bench stores` "
+    "measures each store beside its client."
 )
 
 bench_app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 bench_app.command("grid", help=GRID_HELP)(grid_command)
 bench_app.command("plot")(plot_command)
+bench_app.command("stores", help=STORES_HELP)(stores_command)
 
 
 @bench_app.callback(help=HELP)

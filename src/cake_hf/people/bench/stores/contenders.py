@@ -1,0 +1,98 @@
+"""The stores that need no server, each beside what the machine can do without it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from cake_hf.people.bench.stores.race import Contender, read
+from cake_hf.people.bench.stores.values import StoreSettings, Values
+from cake_hf.people.packs.export import FolderSink
+from cake_hf.stores.base import Store
+from cake_hf.stores.local import SUFFIX, LocalStore
+from cake_hf.stores.manifest import MANIFEST, PackChunk, PackManifest, chunk_path
+from cake_hf.stores.memory import MemoryStore
+from cake_hf.stores.pack import block_digests, digest_of, open_folder_pack
+from cake_hf.stores.tiers import TierStore
+
+
+def fill(store: Store, values: Values) -> None:
+    """Write all chunks."""
+    for key, file in zip(values.keys, values.files, strict=True):
+        store.write(key, [file])
+
+
+@contextmanager
+def memory(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
+    """Memory, beside a copy of it."""
+    with MemoryStore() as store:
+        fill(store, values)
+        for file, flat in zip(values.files, values.flat, strict=True):
+            flat[:] = file
+        held = [address_of(flat) for flat in values.flat]
+        yield Contender("memory", store, {"memmove": lambda n: _move(held[n], values.parts[n])})
+
+
+@contextmanager
+def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
+    """A directory, beside preadv of its files (from the page cache, since they were just written)."""
+    with LocalStore(folder / "local") as store:
+        fill(store, values)
+        paths = [f"{folder}/local/{key[:2]}/{key}{SUFFIX}" for key in values.keys]
+        yield Contender("directory", store, {"preadv": lambda n: _preadv(paths[n], values.parts[n])})
+
+
+@contextmanager
+def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
+    """A pack in a folder, beside preadv of its files and the digest that no byte of a pack is used without."""
+    chunks = tuple(
+        PackChunk(key, index, len(file), digest_of([file]), block_digests(memoryview(file)))
+        for index, (key, file) in enumerate(zip(values.keys, values.files, strict=True))
+    )
+    facts = settings.facts()
+    manifest = PackManifest(values.namespace, facts, False, "random", "", "BF16", settings.tokens, chunks)
+    sink = FolderSink(folder / "pack")
+    for key, file in zip(values.keys, values.files, strict=True):
+        sink.add(chunk_path(key), file)
+    sink.finish({MANIFEST: manifest.to_json()})
+
+    def raw(number: int) -> None:
+        _preadv(str(folder / "pack" / chunk_path(values.keys[number])), values.parts[number])
+        digest_of(values.parts[number])
+
+    with open_folder_pack(folder / "pack") as store:
+        yield Contender("pack in a folder", store, {"preadv and blake3": raw})
+
+
+@contextmanager
+def tiers(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
+    """Memory before a directory, beside that memory alone."""
+    with MemoryStore() as near, LocalStore(folder / "far") as far, TierStore([near, far]) as store:
+        fill(store, values)
+        raw = partial(read, near, values)
+        yield Contender("tiers: memory, directory", store, {"the nearest alone": raw})
+
+
+def address_of(view: memoryview) -> int:
+    """Where writable memory is. It has to be kept by the caller."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def _move(source: int, parts: Sequence[memoryview]) -> None:
+    for part in parts:
+        ctypes.memmove(address_of(part), source, part.nbytes)
+        source += part.nbytes
+
+
+def _preadv(path: str, parts: Sequence[memoryview]) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        count, whole = os.preadv(descriptor, parts, 0), sum(part.nbytes for part in parts)
+    finally:
+        os.close(descriptor)
+    if count != whole:
+        raise OSError(f"{path}: {count} of {whole} bytes were read.")

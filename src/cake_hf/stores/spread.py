@@ -1,0 +1,55 @@
+"""Over how many requests a value is best read: over many where connections are slow, over few where the server is."""
+
+from __future__ import annotations
+
+import threading
+
+NEW_WEIGHT = 0.3
+"""Weight of the newest read in the smoothed pace of the best number."""
+
+FORGETTING = 0.99
+"""What is left of a pace each time another number is taken: so it is tried again, the later the slower it was."""
+
+
+class Spread:
+    """Learns from the reads of one store whether half as many requests, or twice as many, are faster. For many threads.
+
+    It begins with the most requests and halves them in trials, each of which takes twice as long at worst: over object storage
+    far away, where each connection is slow, it stays with the most; at a server nearby it ends at one request.
+
+    A *halving* of h means 2**h times as many bytes per request.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._best = 0
+        self._pace: dict[int, float] = {}
+        """Seconds per byte, by halvings."""
+
+    def halvings(self, most: int) -> int:
+        """How often the number of requests for the next value is to be halved.
+
+        Args:
+            most: requests for it without any halving.
+        """
+        with self._lock:
+            highest = (most - 1).bit_length()
+            best = min(self._best, highest)
+            if best not in self._pace:
+                return best
+            others = [n for n in (best - 1, best + 1) if 0 <= n <= highest]
+            choice = min([best, *others], key=lambda n: self._pace.get(n, 0.0))
+            for other in others:
+                if other != choice and other in self._pace:
+                    self._pace[other] *= FORGETTING
+            return choice
+
+    def learn(self, halvings: int, nbytes: int, seconds: float) -> None:
+        """A value of so many bytes was read in so long."""
+        pace = seconds / nbytes
+        with self._lock:
+            # What is left of an old pace after much forgetting tells less than the trial.
+            before = self._pace.get(halvings, pace) if halvings == self._best else pace
+            self._pace[halvings] = before + NEW_WEIGHT * (pace - before)
+            if self._pace[halvings] < self._pace.get(self._best, float("inf")):
+                self._best = halvings
