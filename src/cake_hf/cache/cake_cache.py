@@ -26,6 +26,7 @@ from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, record_tail
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import (
+    CUT_IMAGE,
     batch_reason,
     kept_reason,
     layers_for,
@@ -33,6 +34,7 @@ from cake_hf.cache.support import (
     refuse_unusable,
     resolve_model,
 )
+from cake_hf.cache.vision import forget_numbering, numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -315,7 +317,11 @@ class CakeCache(GuardedCache):
         is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
         key = prompt.keys[prompt.chunks] if is_full_chunk else ""
         self._tail = Tail(prompt, time.monotonic(), key, restore)
-        return (), call.piece(prompt.chunks * size, call.tokens)
+        try:
+            return (), call.piece(prompt.chunks * size, call.tokens)
+        except BaseException:  # of the model's vision part
+            self._give_up_tail()
+            raise
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`, for several prompts, or a padded one."""
@@ -359,6 +365,8 @@ class CakeCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
+        if not past:
+            forget_numbering(model)
         ids = input_ids[:, past:].to(next(model.parameters()).device)
         arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
         call = ForwardCall.parse(model, (), arguments, past)
@@ -376,7 +384,8 @@ class CakeCache(GuardedCache):
         model = self._session.model
         training = "the model is in training mode" * model.training
         varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
-        return self._model_reason or call.refusal() or training or varying
+        numbering = numbering_reason(model, call.arguments)
+        return self._model_reason or call.refusal() or training or varying or numbering
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -413,6 +422,8 @@ class CakeCache(GuardedCache):
             return None
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
+        if (whole := call.whole_chunks(session.chunk_size)) < chunks:
+            chunks, report.reason = whole, CUT_IMAGE.format(whole)
         self._busy = True
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size
