@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from transformers import DynamicCache
 
 from families import WINDOW, remember_more
-from family_runs import Run, generate
 from models import CHUNK, VOCABULARY
 
 PLACE = VOCABULARY - 8
@@ -64,7 +62,13 @@ def _qwen2_vl() -> Any:
 
 
 def _qwen3_vl() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16, **_PATCHES}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        **_PATCHES,
+    }
     config = hf.Qwen3VLConfig(
         text_config={**_TEXT, **_MROPE, "head_dim": 8},
         vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
@@ -88,7 +92,13 @@ def _gemma3() -> Any:
 
 
 def _llava() -> Any:
-    vision = {**_TOWER, "model_type": "clip_vision_model", "image_size": IMAGE_SIZE, "patch_size": 4, "projection_dim": 16}
+    vision = {
+        **_TOWER,
+        "model_type": "clip_vision_model",
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "projection_dim": 16,
+    }
     return hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(text_config={**_TEXT, "model_type": "llama"}, vision_config=vision, image_token_index=PLACE)
     )
@@ -124,7 +134,7 @@ def vision_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def standard_parts(family: str) -> Parts:
-    """Six chunks and seven tokens, with two images, the first across a chunk's end where that does not keep the model from cutting."""
+    """Six chunks and seven tokens, with two images; the first lies across a chunk's end, where it can be cut."""
     start = 18 if family == "gemma3" else CHUNK - 2
     rest = 6 * CHUNK + 7 - start - 30 - sum(tokens_of(family, name) for name in "AB")
     return (start, "A", 30, "B", rest)
@@ -163,44 +173,3 @@ def inputs_for(family: str, parts: Parts, seed: int = 1) -> dict[str, torch.Tens
     elif family == "gemma3":
         inputs["token_type_ids"] = types
     return inputs
-
-
-def ask(family: str, cache: Any, inputs: dict[str, torch.Tensor], model: Any = None, **options: Any) -> Run:
-    """Greedy generation with that cache."""
-    model = vision_model(family) if model is None else model
-    inputs = dict(inputs)
-    return generate(model, cache, inputs.pop("input_ids"), **inputs, **options)
-
-
-def one_by_one(model: Any, family: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The inputs with the images embedded, each by itself, as `generate` takes them."""
-    inputs = dict(inputs)
-    pixels = inputs.pop("pixel_values", None)
-    if pixels is None:
-        return inputs
-    grid = inputs.get("image_grid_thw")
-    with torch.no_grad():
-        if grid is None:
-            outputs = [model.model.get_image_features(one[None], return_dict=True) for one in pixels]
-        else:
-            patches = pixels.split(grid.prod(dim=-1).tolist())
-            outputs = [
-                model.model.get_image_features(one, image_grid_thw=shape[None], return_dict=True)
-                for one, shape in zip(patches, grid, strict=True)
-            ]
-    merged = outputs[0]
-    if isinstance(merged.pooler_output, torch.Tensor):
-        merged.pooler_output = torch.cat([one.pooler_output for one in outputs])
-    else:
-        merged.pooler_output = [features for one in outputs for features in one.pooler_output]
-    if getattr(merged, "deepstack_features", None) is not None:
-        levels = range(len(merged.deepstack_features))
-        merged.deepstack_features = [[f for one in outputs for f in one.deepstack_features[level]] for level in levels]
-    return {**inputs, "mm_encoder_outputs": {"image": merged}}
-
-
-def oracle(family: str, inputs: dict[str, torch.Tensor], model: Any = None) -> Run:
-    """The law's reference: transformers' own chunked prefill on a `DynamicCache`, each image embedded by itself."""
-    model = vision_model(family) if model is None else model
-    plain = DynamicCache(config=model.config)
-    return ask(family, plain, one_by_one(model, family, inputs), model, prefill_chunk_size=CHUNK)

@@ -27,6 +27,7 @@ class ModelHook:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._users = 0
+        _forget_copied(model)
         self._handles: list[Any] = [
             model.register_forward_pre_hook(_enter, with_kwargs=True),
             model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
@@ -60,6 +61,14 @@ class ModelHook:
                     handle.remove()
                 for model in [model for model, hook in _hooks.items() if hook is self]:
                     del _hooks[model]
+
+
+def _forget_copied(model: torch.nn.Module) -> None:
+    """A deep copy of a model has its hooks, too, and nobody would take them off: each forward would be handled twice."""
+    for module in {model, getattr(model, "base_model", model)}:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+                del hooks[number]
 
 
 def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CakeCache | None:

@@ -11,6 +11,7 @@ several at once round differently: what is kept of an image must not depend on w
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,10 +137,10 @@ class Vision:
         """
         types = self._types
         if is_batch:
-            beside = self._images is not None or (self._family.whole and types is not None)
-            return "a batch with images, or with types of tokens, is computed as it comes" * bool(beside)
+            beside = self._images is not None or self._features_given or (self._family.whole and types is not None)
+            return "a batch with images, or with types of tokens, is computed as it comes" * beside
         if self._features_given:
-            return "the images are given as features, not as pixels"
+            return "images, or videos, are given as features, not as pixels"
         if types is not None and (types.ndim != 2 or types.shape[1] not in (self._tokens, self._past + self._tokens)):
             return f"the argument {self._family.types!r} has a form of its own"
         if self._family.whole and types is not None and types.shape[1] != self._past + self._tokens:
@@ -306,9 +307,9 @@ class Vision:
         """For each image that has tokens there the features of these."""
         found = []
         for number, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
-            there = [place for place in range(first, last) if start <= self._places[place] < end]
-            if there:
-                found.append(self._features(number).rows(there[0] - first, there[-1] + 1 - first))
+            begin, stop = (bisect_left(self._places, border, first, last) for border in (start, end))
+            if begin < stop:
+                found.append(self._features(number).rows(begin - first, stop - first))
         return found
 
     def _features(self, number: int) -> Features:
