@@ -29,24 +29,23 @@ class VisionFamily:
     Attributes:
         by_grid: all images' patches are rows of one tensor, and a grid says which are whose; else they are equal in size, and
             an image is an entry.
-        numbers: the positions of tokens follow from the images.
-        types: the argument with a number for each token that says what it is.
-        whole: where that is given, an image's tokens see each other in both directions, so that it must not be cut.
+        numbers: the positions of tokens follow from the images, and from `mm_token_type_ids`, which serve nothing else.
+        types: the argument that says which tokens are an image's, if these see each other in both directions where it is given.
+            Then an image must not be cut.
     """
 
     by_grid: bool = False
     numbers: bool = False
     types: str = ""
-    whole: bool = False
 
 
-_QWEN = VisionFamily(by_grid=True, numbers=True, types="mm_token_type_ids")
+_QWEN = VisionFamily(by_grid=True, numbers=True)
 
 FAMILIES = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
-    "gemma3": VisionFamily(types="token_type_ids", whole=True),
+    "gemma3": VisionFamily(types="token_type_ids"),
     "llava": VisionFamily(),
     "internvl": VisionFamily(),
 }
@@ -109,14 +108,15 @@ class Vision:
         self._past = past
         self._sliceable = sliceable
         self._tokens = int(arguments["input_ids"].shape[1])
-        self._rows = int(arguments["input_ids"].shape[0])
         self._read: dict[int, Features] = {}
 
     @property
     def understood(self) -> frozenset[str]:
         """Names of the arguments that are covered by marks, or looked at by `refusal`."""
         names = {"mm_encoder_outputs", "pixel_values", self._family.types}
-        return frozenset(names | {"image_grid_thw"} if self._family.by_grid else names) - {""}
+        names |= {"image_grid_thw"} if self._family.by_grid else set()
+        names |= {"mm_token_type_ids"} if self._family.numbers else set()
+        return frozenset(names) - {""}
 
     @cached_property
     def numbered(self) -> bool:
@@ -137,14 +137,14 @@ class Vision:
         """
         types = self._types
         if is_batch:
-            beside = self._images is not None or self._features_given or (self._family.whole and types is not None)
+            beside = self._images is not None or self._features_given or types is not None
             return "a batch with images, or with types of tokens, is computed as it comes" * beside
         if self._features_given:
             return "images, or videos, are given as features, not as pixels"
-        if types is not None and (types.ndim != 2 or types.shape[1] not in (self._tokens, self._past + self._tokens)):
-            return f"the argument {self._family.types!r} has a form of its own"
-        if self._family.whole and types is not None and types.shape[1] != self._past + self._tokens:
-            return f"the argument {self._family.types!r} does not begin with the prompt"
+        if types is not None and tuple(types.shape) != (1, self._past + self._tokens):
+            return (
+                f"the argument {self._family.types!r} does not have a number for each token from the prompt's start on"
+            )
         if self._is_cut(0):
             return "the prompt goes on within an image, whose tokens see each other in both directions"
         return self._images_refusal()
@@ -177,14 +177,9 @@ class Vision:
         Raises:
             ValueError: the vision part gives another number of tokens than the prompt has places for.
         """
-        images = {"pixel_values", "image_grid_thw", "mm_encoder_outputs"}
-        piece = {name: value for name, value in piece.items() if name not in images}
-        types = self._types
-        if types is not None:
-            before = types.shape[1] - self._tokens
-            # Masks of both directions are made of all types from the start of the prompt on.
-            first = 0 if self._family.whole else before + start
-            piece[self._family.types] = types[:, first : before + end]
+        piece = {name: value for name, value in piece.items() if name not in self.understood}
+        if self._types is not None:  # masks are made of all types from the start of the prompt on
+            piece[self._family.types] = self._types[:, : self._past + end]
         if embedded := self._embedded(start, end):
             piece["mm_encoder_outputs"] = {"image": Features.join(embedded).output()}
         return piece
@@ -264,7 +259,7 @@ class Vision:
     @cached_property
     def _tied(self) -> list[bool]:
         """For each token of the prompt whether it is of an image that must not be cut; empty where there are no such images."""
-        if not self._family.whole or self._types is None:
+        if self._types is None:
             return []
         tied: list[bool] = (self._types[0] == 1).tolist()
         return tied
@@ -284,7 +279,7 @@ class Vision:
         planes = self._planes[:, start:end]
         if not bool((planes == self._plain[start:end]).all()):
             facts += [b"positions", planes.contiguous().numpy().tobytes()]
-        if self._family.whole and self._types is not None:
+        if self._types is not None:
             facts += [b"types", self._types[0, self._past + start : self._past + end].cpu().long().numpy().tobytes()]
         for number in self._begun_in(start, end):
             where = self._places[self._bounds[number]] - start
