@@ -186,8 +186,8 @@ class CakeCache(GuardedCache):
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch
-                is restored when the model is called with it.)
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch,
+                or a prompt with images, is restored when the model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -202,6 +202,7 @@ class CakeCache(GuardedCache):
         self._prefilled = None
         if not self.get_seq_length():
             super().reset()
+            forget_numbering(self._session.model)
         prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
         if prompt is not None:
             self._prefilled = prompt
@@ -365,8 +366,6 @@ class CakeCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
-        if not past:
-            forget_numbering(model)
         ids = input_ids[:, past:].to(next(model.parameters()).device)
         arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
         call = ForwardCall.parse(model, (), arguments, past)
