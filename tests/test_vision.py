@@ -434,6 +434,22 @@ def test_candidates_looked_up_in_a_prompt_with_images(family: str) -> None:
     assert cache.report.chunks_loaded >= CHUNKS - 1
 
 
+@pytest.mark.parametrize("family", MAIN)
+def test_images_without_places_are_the_models_to_complain_about(family: str) -> None:
+    text = inputs_for(family, (4 * CHUNK,))
+    extra = {name: inputs_for(family, (20, "A"))[name] for name in ("pixel_values", "image_grid_thw") if family in QWEN}
+    inputs = {**text, **(extra or {"pixel_values": pixels_of(family, "A")})}
+    errors = []
+    for make in (
+        lambda: CakeCache(vision_model(family), MemoryStore(), chunk_size=CHUNK),
+        lambda: DynamicCache(config=vision_model(family).config),
+    ):
+        with pytest.raises(ValueError, match="do not match") as caught:
+            ask(family, make(), inputs)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
 def test_positions_that_follow_from_images_are_not_guessed() -> None:
     family = "qwen2_5_vl"
     model, inputs = vision_model(family), standard(family)

@@ -186,8 +186,8 @@ class CakeCache(GuardedCache):
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch,
-                or a prompt with images, is restored when the model is called with it.)
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A
+                batch, or a prompt with images, is restored when the model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -422,7 +422,7 @@ class CakeCache(GuardedCache):
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
         if (whole := call.whole_chunks(session.chunk_size)) < chunks:
-            chunks, report.reason = whole, CUT_IMAGE.format(whole)
+            chunks, report.reason = whole, CUT_IMAGE.format(call.past // session.chunk_size + whole)
         self._busy = True
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size

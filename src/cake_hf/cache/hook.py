@@ -65,6 +65,8 @@ class ModelHook:
 
 def _forget_copied(model: torch.nn.Module) -> None:
     """A deep copy of a model has its hooks, too, and nobody would take them off: each forward would be handled twice."""
+    if _enter not in model._forward_pre_hooks.values():
+        return
     for module in {model, getattr(model, "base_model", model)}:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:

@@ -149,12 +149,17 @@ class ImageDeferral:
 
     def __init__(self, model: torch.nn.Module, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
         self._attributes = vars(model)
-        if hasattr(type(model), _PREPARE):
+        if hasattr(type(model), _PREPARE) and (self._is_ours() or _PREPARE not in self._attributes):
             self._attributes[_PREPARE] = partial(_prepare, model, is_wanted)
 
     def remove(self) -> None:
         """The model's own way again."""
-        self._attributes.pop(_PREPARE, None)
+        if self._is_ours():
+            del self._attributes[_PREPARE]
+
+    def _is_ours(self) -> bool:
+        """Whether it is in place: by this object, or in a copy of the model that it was in."""
+        return getattr(self._attributes.get(_PREPARE), "func", None) is _prepare
 
 
 def digest_of(inputs: dict[str, torch.Tensor]) -> bytes:

@@ -245,8 +245,8 @@ class Vision:
             return "this version of transformers cannot be given a part of an image"
         if not self._images.well_formed(by_grid=self._family.by_grid):
             return "the images have a form that is not understood"
-        if self._bounds[-1] != len(self._places):
-            return f"the prompt has {len(self._places)} places for {self._bounds[-1]} tokens of images"
+        if self._bounds[-1] != len(self._places) or len(set(self._bounds)) < len(self._bounds):
+            return "the prompt's places for images are not as many as its images have tokens"
         if self._family.numbers and self._arguments.get("position_ids") is None:
             return "the positions of tokens follow from the images; call generate, or give position_ids"
         return ""
