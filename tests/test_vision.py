@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace
 from cake_hf.cache.images import UnreadImages
+from cake_hf.cache.vision import look_at
 from family_runs import Run, Verdict, difference
 from models import CHUNK
 from test_gated import BadRange
@@ -48,7 +50,13 @@ from vision_runs import (
 )
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
-pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # what transformers says about configs as small as these
+    pytest.mark.skipif(
+        "mm_encoder_outputs" not in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters,
+        reason="this version of transformers cannot be given a part of an image, so prompts with images are computed",
+    ),
+]
 
 
 def rows() -> dict[str, Verdict]:
@@ -448,6 +456,16 @@ def test_images_without_places_are_the_models_to_complain_about(family: str) -> 
             ask(family, make(), inputs)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+def test_a_forward_that_takes_no_embedded_images_is_left_alone() -> None:
+    """As those of older versions of transformers."""
+    model, inputs = vision_model("gemma3"), standard("gemma3")
+    older, newer = (look_at(model, inputs, 0, frozenset(names)) for names in ([], ["mm_encoder_outputs"]))
+    assert older is not None
+    assert newer is not None
+    assert "this version of transformers" in older.refusal(is_batch=False)
+    assert newer.refusal(is_batch=False) == ""
 
 
 def test_positions_that_follow_from_images_are_not_guessed() -> None:
