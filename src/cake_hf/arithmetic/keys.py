@@ -27,7 +27,13 @@ def namespace_digest(facts: str) -> str:
     return hashlib.blake2b(facts.encode(), digest_size=KEY_BYTES, person=b"cake-namespace").hexdigest()
 
 
-def chunk_keys(namespace: str, token_ids: Sequence[int] | memoryview, chunk_size: int, parent: str = "") -> list[str]:
+def chunk_keys(
+    namespace: str,
+    token_ids: Sequence[int] | memoryview,
+    chunk_size: int,
+    parent: str = "",
+    marks: Sequence[bytes] = (),
+) -> list[str]:
     """Keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
 
     Args:
@@ -36,6 +42,7 @@ def chunk_keys(namespace: str, token_ids: Sequence[int] | memoryview, chunk_size
             not copied, which takes a tenth of the time.
         chunk_size: tokens per chunk.
         parent: key of the chunk just before `token_ids`; empty at the start of a prompt.
+        marks: for each full chunk a digest of what else shapes its KV, such as an image behind its tokens; empty for nothing.
 
     Returns:
         `len(token_ids) // chunk_size` keys of 40 hexadecimal digits.
@@ -44,10 +51,12 @@ def chunk_keys(namespace: str, token_ids: Sequence[int] | memoryview, chunk_size
     previous = bytes.fromhex(parent or namespace)
     raw, step = _raw(token_ids), chunk_size * TOKEN_BYTES
     keys = []
-    for end in range(step, len(raw) + 1, step):
+    for number, end in enumerate(range(step, len(raw) + 1, step)):
         digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=b"cake-chunk")
         digest.update(previous)
         digest.update(raw[end - step : end])
+        if marks:
+            digest.update(marks[number])
         previous = digest.digest()
         keys.append(previous.hex())
     return keys

@@ -26,6 +26,7 @@ from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, record_tail
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import (
+    CUT_IMAGE,
     batch_reason,
     kept_reason,
     layers_for,
@@ -33,6 +34,7 @@ from cake_hf.cache.support import (
     refuse_unusable,
     resolve_model,
 )
+from cake_hf.cache.vision import forget_numbering, numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -184,8 +186,8 @@ class CakeCache(GuardedCache):
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A batch
-                is restored when the model is called with it.)
+            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A
+                batch, or a prompt with images, is restored when the model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -200,6 +202,7 @@ class CakeCache(GuardedCache):
         self._prefilled = None
         if not self.get_seq_length():
             super().reset()
+            forget_numbering(self._session.model)
         prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
         if prompt is not None:
             self._prefilled = prompt
@@ -315,7 +318,11 @@ class CakeCache(GuardedCache):
         is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
         key = prompt.keys[prompt.chunks] if is_full_chunk else ""
         self._tail = Tail(prompt, time.monotonic(), key, restore)
-        return (), call.piece(prompt.chunks * size, call.tokens)
+        try:
+            return (), call.piece(prompt.chunks * size, call.tokens)
+        except BaseException:  # of the model's vision part
+            self._give_up_tail()
+            raise
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`, for several prompts, or a padded one."""
@@ -376,7 +383,8 @@ class CakeCache(GuardedCache):
         model = self._session.model
         training = "the model is in training mode" * model.training
         varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
-        return self._model_reason or call.refusal() or training or varying
+        numbering = numbering_reason(model, call.arguments)
+        return self._model_reason or call.refusal() or training or varying or numbering
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -413,6 +421,8 @@ class CakeCache(GuardedCache):
             return None
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
+        if (whole := call.whole_chunks(session.chunk_size)) < chunks:
+            chunks, report.reason = whole, CUT_IMAGE.format(call.past // session.chunk_size + whole)
         self._busy = True
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cake_hf.cache.vision import Vision, look_at
+
 _UNDERSTOOD = {
     "input_ids",
     "attention_mask",
@@ -36,18 +38,23 @@ class ForwardCall:
     Attributes:
         arguments: as given by the caller, positional ones named.
         past: tokens in the cache before the call.
+        vision: what the call of a vision-language model brings beside its ids; None of other models.
     """
 
     arguments: dict[str, Any]
     past: int
     accepts: frozenset[str] = field(repr=False)
+    vision: Vision | None = field(default=None, repr=False)
 
     @classmethod
     def parse(cls, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> ForwardCall:
         """Name the positional arguments."""
         parameters = inspect.signature(model.forward).parameters
-        named = dict(zip(parameters, args, strict=False))
-        return cls({**named, **kwargs}, past, frozenset(parameters))
+        named = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        if named.get("mm_encoder_outputs") == {}:
+            del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
+        accepts = frozenset(parameters)
+        return cls(named, past, accepts, look_at(model, named, past, accepts))
 
     @property
     def ids(self) -> torch.Tensor:
@@ -100,11 +107,15 @@ class ForwardCall:
             return "the prompt is given as embeddings, not as token ids"
         if not isinstance(keep, int) or keep < 1:
             return "the caller wants the logits of all tokens"
-        if unknown := sorted(name for name, value in a.items() if name not in _UNDERSTOOD and value is not None):
+        understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
+        if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
             return f"the argument {unknown[0]!r} is not understood"
         if reason := self._mask_refusal():
             return reason
-        if not self._positions_are_plain():
+        if self.vision is not None and (reason := self.vision.refusal(is_batch=self.is_batch)):
+            return reason
+        numbered = self.vision is not None and not self.is_batch and self.vision.numbered
+        if not numbered and not self._positions_are_plain():
             return "the positions are not those of a plain prompt"
         if torch.is_grad_enabled():
             return "gradients are being recorded; call generate, or use torch.no_grad()"
@@ -119,13 +130,21 @@ class ForwardCall:
                 piece[name] = piece[name][..., start:end]
         if piece.get("attention_mask") is not None:
             piece["attention_mask"] = piece["attention_mask"][:, : self.past + end]
-        return piece
+        return piece if self.vision is None else self.vision.piece(piece, start, end)
 
     def chunk(self, start: int, end: int) -> dict[str, Any]:
         """Arguments of a forward that is run for its KV alone."""
         piece = {name: value for name, value in self.piece(start, end).items() if name not in _LAST_CHUNK_ONLY}
         piece.update(use_cache=True, logits_to_keep=1)
         return {name: value for name, value in piece.items() if name in self.accepts or name in _PASSED_THROUGH}
+
+    def marks(self, size: int) -> list[bytes]:
+        """For each full chunk of `size` tokens what its key must cover beside them; empty where that is so for none."""
+        return [] if self.vision is None else self.vision.marks(size)
+
+    def whole_chunks(self, size: int) -> int:
+        """How many full chunks of `size` tokens can be cut off; what comes after them must be run in one piece."""
+        return self.tokens // size if self.vision is None else self.vision.whole_chunks(size)
 
     def _mask_refusal(self) -> str:
         mask = self.arguments.get("attention_mask")

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cake_hf.cache.images import ImageDeferral
+from cake_hf.cache.vision import family_of
+
 if TYPE_CHECKING:
     from cake_hf.cache.cake_cache import CakeCache
 
@@ -24,7 +27,8 @@ class ModelHook:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._users = 0
-        self._handles = [
+        _forget_copied(model)
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(_enter, with_kwargs=True),
             model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
         ]
@@ -35,6 +39,8 @@ class ModelHook:
                 decoder.register_forward_pre_hook(_enter_decoder, with_kwargs=True),
                 decoder.register_forward_hook(_leave_decoder, with_kwargs=True, always_call=True),
             ]
+        if family_of(model) is not None:
+            self._handles.append(ImageDeferral(model, _is_for_us))
 
     @classmethod
     def attach(cls, model: torch.nn.Module) -> ModelHook:
@@ -57,6 +63,16 @@ class ModelHook:
                     del _hooks[model]
 
 
+def _forget_copied(model: torch.nn.Module) -> None:
+    """A deep copy of a model has its hooks, too, and nobody would take them off: each forward would be handled twice."""
+    if _enter not in model._forward_pre_hooks.values():
+        return
+    for module in {model, getattr(model, "base_model", model)}:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", "") == __name__]:
+                del hooks[number]
+
+
 def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CakeCache | None:
     from cake_hf.cache.cake_cache import CakeCache
 
@@ -64,6 +80,10 @@ def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CakeCache | No
     if cache is None and args:
         cache = next((arg for arg in args if isinstance(arg, CakeCache)), None)
     return cache if isinstance(cache, CakeCache) and not cache.closed else None
+
+
+def _is_for_us(kwargs: dict[str, Any]) -> bool:
+    return _cake_cache((), kwargs) is not None
 
 
 def _enter(

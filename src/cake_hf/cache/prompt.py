@@ -87,7 +87,8 @@ def look_up(
     namespace = session.namespace()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
-    keys = chunk_keys(namespace, tokens, session.chunk_size, parent)
+    marks, whole = call.marks(session.chunk_size), call.whole_chunks(session.chunk_size)
+    keys = chunk_keys(namespace, tokens, session.chunk_size, parent, marks)[:whole]
     state_layout = session.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     found = _stored(session, [*keys, *state_keys], report)

@@ -19,6 +19,11 @@ from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
 from cake_hf.tensors.weights import unknown_weights
 
+CUT_IMAGE = (
+    "from chunk {} on the prompt is computed in one piece, since an image lies across that chunk's end, and its tokens see "
+    "each other in both directions; another chunk_size may cut elsewhere"
+)
+
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model itself, also when it is wrapped by PEFT."""

@@ -85,6 +85,14 @@ def adapter_facts(model: torch.nn.Module) -> list[str]:
     return facts
 
 
+def _attention_facts(config: Any) -> Any:
+    """The kernels of the model, and of its parts where it is made of several (text, vision)."""
+    own = str(getattr(config, "_attn_implementation", None))
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
+    named = {name: str(getattr(part, "_attn_implementation", None)) for name, part in parts.items() if part is not None}
+    return {"": own, **named} if named else own
+
+
 def adapters_vary(model: torch.nn.Module) -> bool:
     """Whether adapters take part by the row or by the place in the prompt (`adapter_names`, aLoRA, X-LoRA).
 
@@ -103,7 +111,7 @@ def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     facts: dict[str, Any] = {
         "device": device.type,
-        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "attention": _attention_facts(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "torch": torch.__version__,
         "precision": torch.get_float32_matmul_precision(),
