@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -32,9 +32,10 @@ from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
 from cake_hf.cache.states import StoredStates
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
-from cake_hf.movers.place import place_for
+from cake_hf.movers.place import is_host_place, place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
 from cake_hf.movers.writer import pack
+from cake_hf.tensors.offload import devices_of
 
 Progress = Callable[[int, int], None]
 Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
@@ -87,7 +88,7 @@ class Restore:
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
         self._reserve(like)
-        self._device = next(session.model.parameters()).device
+        self._devices = devices_of(session.model)
         self._states = StoredStates(session, prompt)
         self._carried = Carried(
             layers,
@@ -104,11 +105,11 @@ class Restore:
             prompt.report.reason = (
                 "stored chunks are computed where no snapshot of the model's state is stored behind them"
             )
-        self._windows = WindowBuffers(prompt.layout, self._plan.windows, self._device)
+        self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
         ranges = ranges_for(session, prompt, costs) if beyond_loads and not self._carried else 1
         self._beyond_loads = ranges > 1
-        on_host = self._device.type == "cpu"
+        on_host = is_host_place(self._buffers)
         self._frontier = new_frontier(
             session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
         )
@@ -218,7 +219,7 @@ class Restore:
         try:
             self._run_forward(index, partial(self._frontier.lost, index))
         except ForwardLeft:
-            wait_for_device(self._device)
+            wait_for_devices(self._devices)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
         corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
@@ -234,7 +235,7 @@ class Restore:
         self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
         self._check_content(index + 1)
         self._carried.passed(index)
-        wait_for_device(self._device)
+        wait_for_devices(self._devices)
 
     def _stand(self, index: int) -> None:
         """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
@@ -309,13 +310,14 @@ class Restore:
         return not self._carried or self._carried.standing == index
 
     def _load_job(self, ranges: int) -> LoadJob:
-        limits, past = self._session.limits, self.prompt.call.past
-        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+        limits = self._session.limits
         return LoadJob(
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
+            place=place_for(
+                self._buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows
+            ),
             frontier=self._frontier,
             record=self.prompt.record,
             clock=time.monotonic,
@@ -324,6 +326,12 @@ class Restore:
             patience=limits.read_timeout,
             ranges=ranges,
         )
+
+    @property
+    def _buffers(self) -> list[torch.Tensor]:
+        """Where loads land: one per piece of the layout, each on the device of its layer."""
+        past = self.prompt.call.past
+        return [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
 
     def _count(self) -> None:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
@@ -342,18 +350,19 @@ class Restore:
         report.bytes_loaded += len(self._states.loaded) * self.prompt.state_layout.nbytes
 
 
-def record_tail(prompt: Prompt, device: torch.device, begin: float, *, gated: bool) -> None:
+def record_tail(prompt: Prompt, devices: Sequence[torch.device], begin: float, *, gated: bool) -> None:
     """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
-    wait_for_device(device)
+    wait_for_devices(devices)
     end = time.monotonic()
     prompt.record("compute", -1, begin, end, GATED if gated else "computed")
     prompt.report.prefill_seconds = end - prompt.started
 
 
-def wait_for_device(device: torch.device) -> None:
+def wait_for_devices(devices: Iterable[torch.device]) -> None:
     """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def never() -> bool:

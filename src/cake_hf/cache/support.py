@@ -17,6 +17,7 @@ from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
+from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.weights import unknown_weights
 
 
@@ -33,7 +34,8 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         UnsupportedModel: on the meta device, encoder-decoder, or without `past_key_values`.
     """
     name = type(model).__name__
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    offloaded = offloaded_weights(model)
+    if any(weight.device.type == "meta" and path not in offloaded for path, weight in model.named_parameters()):
         raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
@@ -55,8 +57,6 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return "this model's dynamic rope scaling depends on earlier prompts"
     if kind := unknown_weights(model):
         return f"this model keeps weights as {kind}, whose content cannot be told"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "the model is spread over several devices, which cannot be restored yet"
     return ""
 
 
