@@ -32,6 +32,7 @@ from cake_hf.cache.support import (
     model_reason,
     refuse_unusable,
     resolve_model,
+    unlike_reason,
 )
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
@@ -409,6 +410,8 @@ class CakeCache(GuardedCache):
         reason = self._refusal(call)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
+        if not self._model_reason:
+            reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
         if reason := reason or kept_reason(session.model, self.layers):
             self.report = self._plain_report(call, reason)
             return None

@@ -31,11 +31,13 @@ from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
 from cake_hf.cache.states import StoredStates
+from cake_hf.cache.steps import steps_for
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
 from cake_hf.movers.place import is_host_place, place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
 from cake_hf.movers.writer import pack
 from cake_hf.tensors.offload import devices_of
+from cake_hf.tensors.parallel import ranks_of
 
 Progress = Callable[[int, int], None]
 Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
@@ -107,12 +109,15 @@ class Restore:
             )
         self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
-        ranges = ranges_for(session, prompt, costs) if beyond_loads and not self._carried else 1
+        self._ranks = ranks_of(session.model)
+        one_by_one = beyond_loads and not self._carried and self._ranks is None
+        ranges = ranges_for(session, prompt, costs) if one_by_one else 1
         self._beyond_loads = ranges > 1
         on_host = is_host_place(self._buffers)
         self._frontier = new_frontier(
             session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
         )
+        self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(ranges)
 
     def run(self) -> None:
@@ -198,7 +203,7 @@ class Restore:
 
     def _walk(self, until: int, *, beyond_loads: bool) -> None:
         """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
-        while (index := self._frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
+        while (index := self._steps.advance(until=until, beyond_loads=beyond_loads)) is not None:
             self._settle_in()
             with self._flight(index) as plan:
                 if plan.followed is not None and self._take_over(index, plan.followed):
@@ -217,13 +222,13 @@ class Restore:
         begin = time.monotonic()
         self._waited = False
         try:
-            self._run_forward(index, partial(self._frontier.lost, index))
+            self._run_forward(index, partial(self._steps.lost, index))
         except ForwardLeft:
             wait_for_devices(self._devices)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
         corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
-        self._frontier.computed(index)
+        self._steps.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
         self._save(index, corrupt=corrupt)
         return True
@@ -239,7 +244,8 @@ class Restore:
 
     def _stand(self, index: int) -> None:
         """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
-        for chunk in range(self._carried.come_near(index), index):
+        near = self._steps.stand(self._carried.come_near, index) if self._carried else index
+        for chunk in range(near, index):
             begin = time.monotonic()
             self._run_forward(chunk, never)
             self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
@@ -271,7 +277,8 @@ class Restore:
         return True
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
-        if not self.prompt.keys or self._carried:  # a chunk of another restore does not bring the state behind it
+        # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
+        if not self.prompt.keys or self._carried or self._ranks is not None:
             return nullcontext(FlightPlan(None))
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
@@ -335,7 +342,7 @@ class Restore:
 
     def _count(self) -> None:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
-        loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED}
+        loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - self._steps.overruled
         ends = list(outcomes.values())
         chunks_loaded = len(loaded - self._job.shared)
         chunks_shared = len(loaded & self._job.shared) + len(self._shared)

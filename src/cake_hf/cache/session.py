@@ -27,6 +27,7 @@ from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
 from cake_hf.tensors.fingerprint import canonical, model_facts, numerics_facts
 from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.tensors.offload import where_computed
+from cake_hf.tensors.parallel import parallel_facts
 
 
 class Session:
@@ -103,6 +104,8 @@ class Session:
         }
         if states := self.state_layout().tensor_table:
             facts["states"] = states
+        if parallel := parallel_facts(self.model, exact=self.exact):
+            facts["parallel"] = parallel
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
         return facts
