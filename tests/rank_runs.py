@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
 from families import family_model
-from models import CHUNK, build, difference, oracle, prompt, run
+from models import CHUNK, Outcome, build, difference, oracle, prompt, run
 
 RANK, FOLDER, SIZE = int(sys.argv[1]), Path(sys.argv[2]), 2
 SECONDS = 40
+FEW = {"max_new_tokens": 3}  # each token is a meeting of the ranks in each layer
 LLAMA: Any = None
 
 
@@ -45,6 +47,7 @@ def sharded(model: Any, name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER / name, distributed_config=parallel).eval()
 
 
+@cache
 def filled(model: Any) -> MemoryStore:
     store = MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as saving:
@@ -52,14 +55,19 @@ def filled(model: Any) -> MemoryStore:
     return store
 
 
+@cache
+def expected(model: Any) -> Outcome:
+    return oracle(model, prompt(), **FEW)
+
+
 def seen(model: Any, store: Store, **options: Any) -> dict[str, Any]:
     """What a restore did on this rank, and in what its outcome is not that of a `DynamicCache`."""
-    with CakeCache(model, store, **{"chunk_size": CHUNK, "save": False, "strategy": "load", **options}) as cache:
-        outcome = run(model, prompt(), cache)
-        report = cache.report
+    with CakeCache(model, store, **{"chunk_size": CHUNK, "save": False, "strategy": "load", **options}) as used:
+        outcome = run(model, prompt(), used, **FEW)
+        report = used.report
     made = [span.chunk for span in report.timeline if span.outcome == "computed" and span.chunk >= 0]
     return {
-        "difference": difference(outcome, oracle(model, prompt())),
+        "difference": difference(outcome, expected(model)),
         "made": made,
         "loaded": report.chunks_loaded,
         "computed": report.chunks_computed,
@@ -132,30 +140,30 @@ def case_not_called_alike() -> Any:
 
 
 def case_the_namespace_says_which_part() -> Any:
-    with CakeCache(LLAMA, MemoryStore(), chunk_size=CHUNK) as cache:
-        return cache._session.namespace_facts()["parallel"], cache._session.namespace()
+    with CakeCache(LLAMA, MemoryStore(), chunk_size=CHUNK) as used:
+        return used._session.namespace_facts()["parallel"], used._session.namespace()
 
 
 def case_windows() -> Any:
     """The rank that has lost a chunk has to go on from a place where all have what is before it."""
     model = sharded(family_model("gemma3"), "gemma3")
     store = family_runs.filled_store(model)
-    expected = family_runs.generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
+    plain = family_runs.generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
     found = []
     for kept in (store, family_runs.without(store, 2, 4) if RANK else store):
-        with CakeCache(model, kept, chunk_size=CHUNK, save=False, strategy="load") as cache:
-            outcome = family_runs.generate(model, cache)
-            made = [span.chunk for span in cache.report.timeline if span.outcome == "computed"]
-        found.append({"difference": family_runs.difference(outcome, expected), "made": made})
+        with CakeCache(model, kept, chunk_size=CHUNK, save=False, strategy="load") as used:
+            outcome = family_runs.generate(model, used)
+            made = [span.chunk for span in used.report.timeline if span.outcome == "computed"]
+        found.append({"difference": family_runs.difference(outcome, plain), "made": made})
     return found
 
 
 def case_a_batch() -> Any:
     ids, store = torch.cat([prompt(), prompt().flip(1)]), filled(LLAMA)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with CakeCache(LLAMA, with_faults(store, "flip", 4) if RANK else store, chunk_size=CHUNK, strategy="load") as cache:
-        tokens = LLAMA.generate(ids, past_key_values=cache, **options)
-    return torch.equal(tokens, LLAMA.generate(ids, **options)), cache.report.chunks_loaded
+    options = {**FEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with CakeCache(LLAMA, with_faults(store, "flip", 4) if RANK else store, chunk_size=CHUNK, strategy="load") as used:
+        tokens = LLAMA.generate(ids, past_key_values=used, **options)
+    return torch.equal(tokens, LLAMA.generate(ids, **options)), used.report.chunks_loaded
 
 
 def case_sharded_by_hand() -> Any:
