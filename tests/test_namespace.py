@@ -123,6 +123,17 @@ def test_autocast_misses() -> None:
         assert loaded(model, store) == 0
 
 
+def test_rounded_frequencies_miss() -> None:
+    """`model.to(bfloat16)` rounds them, loading in bfloat16 does not; the weights are the same."""
+    loaded_so, cast = build("llama", "bfloat16"), build("llama", "bfloat16")
+    loaded_so.model.rotary_emb.inv_freq = build("llama").model.rotary_emb.inv_freq
+    assert weights_digest(loaded_so) == weights_digest(cast)
+    assert difference(oracle(loaded_so, prompt()), oracle(cast, prompt())) != ""
+    store = filled(cast)
+    assert loaded(cast, store) == CHUNKS
+    assert loaded(loaded_so, store) == 0
+
+
 def test_other_tokens_miss() -> None:
     store = filled(shared_model("llama"))
     ids = prompt()

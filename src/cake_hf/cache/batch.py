@@ -25,7 +25,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.cache.probe import kv_like
-from cake_hf.cache.restore import wait_for_device
+from cake_hf.cache.restore import wait_for_devices
 from cake_hf.cache.session import Session
 
 RestoreRow = Callable[[list[TokenMajorLayer], list[str], torch.Tensor, Report, float], None]
@@ -95,7 +95,7 @@ class BatchRestore:
 
     def close(self) -> None:
         """The last pieces are through."""
-        wait_for_device(self._layers[0].buffers[0].device)
+        wait_for_devices({buffer.device for layer in self._layers for buffer in layer.buffers})
         now = time.monotonic()
         self.report.timeline.append(
             Span("compute", -1, self._tail_begin - self._started, now - self._started, "computed")

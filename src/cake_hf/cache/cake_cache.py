@@ -33,12 +33,14 @@ from cake_hf.cache.support import (
     model_reason,
     refuse_unusable,
     resolve_model,
+    unlike_reason,
 )
 from cake_hf.cache.vision import forget_numbering, numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.tensors.fingerprint import adapters_vary
+from cake_hf.tensors.offload import devices_of, home_device
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -366,7 +368,7 @@ class CakeCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
-        ids = input_ids[:, past:].to(next(model.parameters()).device)
+        ids = input_ids[:, past:].to(home_device(model))
         arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
         call = ForwardCall.parse(model, (), arguments, past)
         if call.is_batch:
@@ -416,6 +418,8 @@ class CakeCache(GuardedCache):
         reason = self._refusal(call)
         if not reason and call.tokens < session.chunk_size:
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
+        if not self._model_reason:
+            reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
         if reason := reason or kept_reason(session.model, self.layers):
             self.report = self._plain_report(call, reason)
             return None
@@ -454,8 +458,9 @@ class CakeCache(GuardedCache):
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
         restore = tail.restore
-        device = next(self._session.model.parameters()).device
-        record_tail(tail.prompt, device, tail.begin, gated=restore is not None and restore.waited)
+        record_tail(
+            tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
+        )
         if restore is not None:
             self._close(restore, save_tail=bool(tail.key))
         if restore is not None or tail.rows > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -70,16 +71,18 @@ class WindowBuffers:
     Args:
         layout: of a chunk.
         windows: see `LoadPlan`.
-        device: of the layers.
+        like: the model's layers with one token in them; each has its buffers on its own device.
     """
 
-    def __init__(self, layout: ChunkLayout, windows: dict[int, int], device: torch.device) -> None:
+    def __init__(self, layout: ChunkLayout, windows: dict[int, int], like: Sequence[Any]) -> None:
         self._size = layout.chunk_size
         self._windows = windows
         with torch.inference_mode(False):
             self.buffers = [
                 torch.empty(
-                    (1, len(windows) * self._size, piece.heads, piece.head_dim), dtype=piece.dtype, device=device
+                    (1, len(windows) * self._size, piece.heads, piece.head_dim),
+                    dtype=piece.dtype,
+                    device=like[piece.layer].keys.device,
                 )
                 for piece in layout.pieces[layout.everywhere :]
             ]

@@ -17,6 +17,7 @@ from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.fingerprint import autocast_facts
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.tensors.offload import home_device
 
 STATE_TOLERANCE = 0.05
 LOGITS_TOLERANCE = 0.2
@@ -33,12 +34,14 @@ def kv_like(model: torch.nn.Module) -> list[Any]:
     Args:
         model: of a kind whose layers we know.
     """
-    present = next(model.parameters())
-    mode = (present.dtype, present.device, autocast_facts(present.device.type))
+    device = home_device(model)
+    placed = str(getattr(model, "hf_device_map", ""))
+    autocast = tuple(autocast_facts(kind) for kind in sorted({"cpu", "cuda", device.type}))
+    mode = (next(model.parameters()).dtype, device, placed, autocast)
     with _lock:
         known = _known.setdefault(model, {})
         if mode not in known:
-            known[mode] = _run_one_token(model, present.device)
+            known[mode] = _run_one_token(model, device)
         return known[mode]
 
 
@@ -99,7 +102,7 @@ def forgets(model: torch.nn.Module) -> bool:
 
 def _loses_state(model: torch.nn.Module) -> bool:
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
-    ids = (torch.arange(18, device=embeddings.device) * 7 % min(61, embeddings.shape[0])).unsqueeze(0)
+    ids = (torch.arange(18, device=home_device(model)) * 7 % min(61, embeddings.shape[0])).unsqueeze(0)
     whole, cut = _run(model, [ids]), _run(model, [ids[:, :16], ids[:, 16:]])
     # Of the first such layer, whose input is the same in both, so that it shows no other difference.
     first = next(n for n, layer in enumerate(whole[1]) if isinstance(layer, LinearAttentionLayer))

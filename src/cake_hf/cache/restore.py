@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -31,10 +31,13 @@ from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
 from cake_hf.cache.states import StoredStates
+from cake_hf.cache.steps import steps_for
 from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
-from cake_hf.movers.place import place_for
+from cake_hf.movers.place import is_host_place, place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
 from cake_hf.movers.writer import pack
+from cake_hf.tensors.offload import devices_of
+from cake_hf.tensors.parallel import ranks_of
 
 Progress = Callable[[int, int], None]
 Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
@@ -87,7 +90,7 @@ class Restore:
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
         self._reserve(like)
-        self._device = next(session.model.parameters()).device
+        self._devices = devices_of(session.model)
         self._states = StoredStates(session, prompt)
         self._carried = Carried(
             layers,
@@ -104,14 +107,17 @@ class Restore:
             prompt.report.reason = (
                 "stored chunks are computed where no snapshot of the model's state is stored behind them"
             )
-        self._windows = WindowBuffers(prompt.layout, self._plan.windows, self._device)
+        self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
         costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
-        ranges = ranges_for(session, prompt, costs) if beyond_loads and not self._carried else 1
+        self._ranks = ranks_of(session.model)
+        one_by_one = beyond_loads and not self._carried and self._ranks is None
+        ranges = ranges_for(session, prompt, costs) if one_by_one else 1
         self._beyond_loads = ranges > 1
-        on_host = self._device.type == "cpu"
+        on_host = is_host_place(self._buffers)
         self._frontier = new_frontier(
             session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
         )
+        self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(ranges)
 
     def run(self) -> None:
@@ -197,7 +203,7 @@ class Restore:
 
     def _walk(self, until: int, *, beyond_loads: bool) -> None:
         """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
-        while (index := self._frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
+        while (index := self._steps.advance(until=until, beyond_loads=beyond_loads)) is not None:
             self._settle_in()
             with self._flight(index) as plan:
                 if plan.followed is not None and self._take_over(index, plan.followed):
@@ -216,13 +222,13 @@ class Restore:
         begin = time.monotonic()
         self._waited = False
         try:
-            self._run_forward(index, partial(self._frontier.lost, index))
+            self._run_forward(index, partial(self._steps.lost, index))
         except ForwardLeft:
-            wait_for_device(self._device)
+            wait_for_devices(self._devices)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
         corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
-        self._frontier.computed(index)
+        self._steps.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
         self._save(index, corrupt=corrupt)
         return True
@@ -234,11 +240,12 @@ class Restore:
         self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
         self._check_content(index + 1)
         self._carried.passed(index)
-        wait_for_device(self._device)
+        wait_for_devices(self._devices)
 
     def _stand(self, index: int) -> None:
         """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
-        for chunk in range(self._carried.come_near(index), index):
+        near = self._steps.stand(self._carried.come_near, index) if self._carried else index
+        for chunk in range(near, index):
             begin = time.monotonic()
             self._run_forward(chunk, never)
             self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
@@ -270,7 +277,8 @@ class Restore:
         return True
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
-        if not self.prompt.keys or self._carried:  # a chunk of another restore does not bring the state behind it
+        # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
+        if not self.prompt.keys or self._carried or self._ranks is not None:
             return nullcontext(FlightPlan(None))
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
@@ -309,13 +317,14 @@ class Restore:
         return not self._carried or self._carried.standing == index
 
     def _load_job(self, ranges: int) -> LoadJob:
-        limits, past = self._session.limits, self.prompt.call.past
-        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+        limits = self._session.limits
         return LoadJob(
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
+            place=place_for(
+                self._buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows
+            ),
             frontier=self._frontier,
             record=self.prompt.record,
             clock=time.monotonic,
@@ -325,9 +334,15 @@ class Restore:
             ranges=ranges,
         )
 
+    @property
+    def _buffers(self) -> list[torch.Tensor]:
+        """Where loads land: one per piece of the layout, each on the device of its layer."""
+        past = self.prompt.call.past
+        return [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+
     def _count(self) -> None:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
-        loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED}
+        loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - self._steps.overruled
         ends = list(outcomes.values())
         chunks_loaded = len(loaded - self._job.shared)
         chunks_shared = len(loaded & self._job.shared) + len(self._shared)
@@ -348,18 +363,19 @@ class Restore:
         report.bytes_loaded += len(self._states.loaded) * self.prompt.state_layout.nbytes
 
 
-def record_tail(prompt: Prompt, device: torch.device, begin: float, *, gated: bool) -> None:
+def record_tail(prompt: Prompt, devices: Sequence[torch.device], begin: float, *, gated: bool) -> None:
     """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
-    wait_for_device(device)
+    wait_for_devices(devices)
     end = time.monotonic()
     prompt.record("compute", -1, begin, end, GATED if gated else "computed")
     prompt.report.prefill_seconds = end - prompt.started
 
 
-def wait_for_device(device: torch.device) -> None:
+def wait_for_devices(devices: Iterable[torch.device]) -> None:
     """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def never() -> bool:

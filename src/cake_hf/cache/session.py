@@ -26,6 +26,8 @@ from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
 from cake_hf.tensors.fingerprint import canonical, model_facts, numerics_facts
 from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.tensors.offload import where_computed
+from cake_hf.tensors.parallel import parallel_facts
 
 
 class Session:
@@ -102,6 +104,8 @@ class Session:
         }
         if states := self.state_layout().tensor_table:
             facts["states"] = states
+        if parallel := parallel_facts(self.model, exact=self.exact):
+            facts["parallel"] = parallel
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
         return facts
@@ -116,7 +120,7 @@ class Session:
 
     def cost_memory(self, namespace: str) -> CostMemory:
         """What computing and loading cost with this model, device and store."""
-        return recall_costs(self.store, namespace, str(next(self.model.parameters()).device))
+        return recall_costs(self.store, namespace, where_computed(self.model))
 
     def save_chunk(
         self,

@@ -7,6 +7,7 @@ plainly, and the sentence from here goes to `report.reason`.
 from __future__ import annotations
 
 import inspect
+import zlib
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from cake_hf.arithmetic.errors import UnsupportedModel
+from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
+from cake_hf.tensors.offload import offloaded_weights
+from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.weights import unknown_weights
 
 CUT_IMAGE = (
@@ -38,7 +42,8 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         UnsupportedModel: on the meta device, encoder-decoder, or without `past_key_values`.
     """
     name = type(model).__name__
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    offloaded = offloaded_weights(model)
+    if any(weight.device.type == "meta" and path not in offloaded for path, weight in model.named_parameters()):
         raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
@@ -60,9 +65,24 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return "this model's dynamic rope scaling depends on earlier prompts"
     if kind := unknown_weights(model):
         return f"this model keeps weights as {kind}, whose content cannot be told"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return "the model is spread over several devices, which cannot be restored yet"
-    return ""
+    return parallel_reason(model)
+
+
+def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, reason: str) -> str:
+    """Why the ranks of a tensor-parallel model cannot restore a prompt together; empty for a model alone.
+
+    Args:
+        model: of a kind that can be restored. If it is tensor-parallel, all ranks have to come here.
+        call: with the prompt.
+        chunk_size: tokens.
+        reason: why this rank by itself would not restore it.
+    """
+    ranks = ranks_of(model)
+    if ranks is None:
+        return ""
+    content = zlib.crc32(call.ids.cpu().contiguous().numpy().tobytes()) if call.tokens else 0
+    alike = ranks.all_alike([call.past, call.tokens, chunk_size, content, bool(reason)])
+    return "" if alike else "the ranks of the tensor-parallel model were not called alike"
 
 
 def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
@@ -75,6 +95,8 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     like = kv_like(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
         return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
+    if any(hasattr(getattr(layer, "keys", None), "device_mesh") for layer in like):
+        return "this model keeps KV as distributed tensors, which cannot be restored yet"
     if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
         return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
     if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):

@@ -1,7 +1,8 @@
 """Where a loaded chunk lands: straight in the cache's buffers, or in host memory and from there in them.
 
 It lands piece by piece, in the layout's order. A chunk that may be contested lands *aside*: the main thread, which knows when
-it does not write there itself, brings it into the buffers. On a GPU every chunk comes through host memory.
+it does not write there itself, brings it into the buffers. On a GPU, or on several devices, every chunk comes through host
+memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from cake_hf.movers.slots import SlotRing
+from cake_hf.movers.streams import CopyStreams
 from cake_hf.tensors.layout import ChunkLayout
 
 
@@ -50,7 +52,7 @@ class Place(ABC):
     """Destination of the chunks of one restore.
 
     Args:
-        buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`.
+        buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
         layout: of a chunk.
         slots: chunks that may be in host memory beside the KV.
         windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in chunks.
@@ -65,9 +67,9 @@ class Place(ABC):
     ) -> None:
         self._layout = layout
         self._windows = windows or {}
-        self._device = buffers[0].device
         self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
-        self._ring = SlotRing(layout.nbytes, slots, pinned=self._device.type == "cuda")
+        pinned = any(buffer.device.type == "cuda" for buffer in buffers)
+        self._ring = SlotRing(layout.nbytes, slots, pinned=pinned)
         self._prepare()
 
     @abstractmethod
@@ -94,7 +96,7 @@ class Place(ABC):
         """Memory for chunk `index` to be read into. Called by the thread that reads."""
 
     def catch_up(self) -> None:
-        """What the caller's device computes from now on sees all that was brought so far."""
+        """What the model's devices compute from now on sees all that was brought so far."""
 
 
 class HostPlace(Place):
@@ -124,33 +126,26 @@ class HostLanding(Landing):
             self._ring.give_back(self._slot)
 
     def _bring(self, number: int) -> None:
-        # By numpy: torch would call its whole thread team together for each of these small copies.
-        np.copyto(np.frombuffer(self._places[number], np.uint8), np.frombuffer(self.parts[number], np.uint8))
+        _copy_on_host(self._places[number], self.parts[number])
 
 
 class DevicePlace(Place):
-    """Through page-locked host memory, and from there on a copy stream of its own, while the device computes.
+    """Through page-locked host memory, and from there on a copy stream of its own for each GPU, while these compute.
 
-    Events order the two both ways: the copies wait for what made the buffers; the main thread's device work waits, in
-    `catch_up`, for the copies; and a slot is not filled again before its copy is done. A read that comes back too late has
-    written to host memory only, which no one looks at any more.
+    Events order copies and computing (see `CopyStreams`), and a slot is not filled again before the copies from it are done. A
+    read that comes back too late has written to host memory only, which no one looks at any more. Where some layers are in host
+    memory, their pieces are copied by whoever brings the chunk.
     """
 
     def _prepare(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            for buffer in self._buffers:
-                buffer.record_stream(self._stream)
+        self._streams = CopyStreams(self._buffers)
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
-        return _DeviceLanding(places, self._layout, self._ring, self._stream, aside=aside)
+        return _DeviceLanding(places, self._layout, self._ring, self._streams, aside=aside)
 
     def catch_up(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._streams.catch_up()
 
 
 class _DeviceLanding(Landing):
@@ -159,13 +154,13 @@ class _DeviceLanding(Landing):
         places: list[torch.Tensor],
         layout: ChunkLayout,
         ring: SlotRing,
-        stream: torch.cuda.Stream | None,
+        streams: CopyStreams,
         *,
         aside: bool,
     ) -> None:
         self._places = places
         self._ring = ring
-        self._stream = stream
+        self._streams = streams
         self._slot = ring.take()
         self._pieces = self._slot.memory.split(layout.sizes)
         self.aside = aside
@@ -176,14 +171,22 @@ class _DeviceLanding(Landing):
             self.adopt(end)
 
     def release(self) -> None:
-        if self._stream is not None and self._brought:
-            self._slot.copied_by(self._stream)
+        self._slot.copied_by(self._streams.of(self._places[: self._brought]))
         self._ring.give_back(self._slot)
 
     def _bring(self, number: int) -> None:
         # The destinations may have been made in inference mode by the main thread; whoever copies has to be in it, too.
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._places[number].copy_(self._pieces[number], non_blocking=True)
+        place = self._places[number]
+        if place.device.type == "cpu":
+            _copy_on_host(byte_view(place), self.parts[number])
+            return
+        with torch.inference_mode(), torch.cuda.stream(self._streams.on(place.device)):
+            place.copy_(self._pieces[number], non_blocking=True)
+
+
+def _copy_on_host(target: memoryview, source: memoryview) -> None:
+    """By numpy: torch would call its whole thread team together for each of these small copies."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview]:
@@ -196,8 +199,12 @@ def place_for(
     buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1, windows: Mapping[int, int] | None = None
 ) -> Place:
     """The place that fits where the buffers are."""
-    on_host = all(buffer.device.type == "cpu" for buffer in buffers)
-    return (HostPlace if on_host else DevicePlace)(buffers, layout, slots, windows)
+    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows)
+
+
+def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:
+    """Whether a place for these buffers is all in host memory, so that chunks need not come through other memory."""
+    return all(buffer.device.type == "cpu" for buffer in buffers)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

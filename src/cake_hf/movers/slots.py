@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
@@ -24,16 +25,16 @@ class Slot:
                 self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             else:
                 self.memory = empty_aligned([nbytes], torch.uint8)
-        self._copied: torch.cuda.Event | None = None
+        self._copied: list[torch.cuda.Event] = []
 
-    def copied_by(self, stream: torch.cuda.Stream) -> None:
-        """What is on the stream now has to be done before the memory is written to again."""
-        self._copied = stream.record_event(self._copied)
+    def copied_by(self, streams: Sequence[torch.cuda.Stream]) -> None:
+        """What is on these streams now has to be done before the memory is written to again."""
+        self._copied = [stream.record_event() for stream in streams]
 
     def await_copy(self) -> None:
         """Block until the memory may be written to."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        for copied in self._copied:
+            copied.synchronize()
 
 
 class SlotRing:

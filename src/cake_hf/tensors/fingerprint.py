@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
+from cake_hf.tensors.offload import computing_devices, devices_of
 from cake_hf.tensors.weights import weights
 
 HASHED_BLOCK = 2**15
@@ -53,12 +54,15 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     Returns:
         JSON-ready facts.
     """
-    return {
+    facts = {
         "class": type(model).__name__,
         "config": config_facts(model.config),
         "weights": weights_digest(model, portable=portable),
         "adapters": adapter_facts(model),
     }
+    if rounded := rounded_buffers(model):
+        facts["rounded"] = rounded
+    return facts
 
 
 def config_facts(config: Any) -> dict[str, Any]:
@@ -73,6 +77,20 @@ def config_facts(config: Any) -> dict[str, Any]:
 
     facts: dict[str, Any] = strip(config.to_dict())
     return facts
+
+
+def rounded_buffers(model: torch.nn.Module) -> list[str]:
+    """What a model derives from its config and does not keep in float32, as it was made.
+
+    `model.to(torch.bfloat16)` rounds the rotary frequencies, too; `from_pretrained(..., dtype=torch.bfloat16)` does not. So the
+    same weights may give other KV.
+    """
+    return [
+        f"{path}.{name}: {buffer.dtype}"
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.dtype != torch.float32
+    ]
 
 
 def adapter_facts(model: torch.nn.Module) -> list[str]:
@@ -108,16 +126,24 @@ def adapters_vary(model: torch.nn.Module) -> bool:
 
 def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
     """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
-    device = next(model.parameters()).device
     facts: dict[str, Any] = {
-        "device": device.type,
         "attention": _attention_facts(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "torch": torch.__version__,
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "autocast": autocast_facts(device.type),
     }
+    by_device = {device: _device_facts(device) for device in devices_of(model)}
+    facts.update(next(iter(by_device.values())))
+    if any(other != next(iter(by_device.values())) for other in by_device.values()):
+        # Which kind of device computes what. Devices of one kind round alike: from one to the other makes no difference.
+        facts["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
+    return facts
+
+
+def _device_facts(device: torch.device) -> dict[str, Any]:
+    """What makes a device round differently from others."""
+    facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
     if device.type == "cuda":
         facts["hardware"] = torch.cuda.get_device_name(device)
         facts["cuda"] = [torch.version.cuda, torch.backends.cuda.matmul.allow_tf32]
@@ -155,10 +181,12 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
         return known.digest
     digest = xxhash.xxh3_128()
     for weight in weights(model):
-        tensor = weight.tensor
+        tensor = weight.content()
         digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        on_host = portable or tensor.device.type == "cpu"
-        digest.update(_host_bytes(tensor) if on_host else _device_digest(tensor))
+        # Offloaded or not, a weight is hashed where it is computed with, so that its digest is the same.
+        device = weight.device or tensor.device
+        on_host = portable or device.type == "cpu"
+        digest.update(_host_bytes(tensor) if on_host else _device_digest(tensor.to(device)))
     result = str(digest.hexdigest())
     with _known_lock:
         _known.setdefault(model, {})[portable] = _Known(signature, result)
@@ -176,6 +204,10 @@ def _signature(model: torch.nn.Module) -> int:
     samples: list[torch.Tensor] = []
     for weight in weights(model):
         name, tensor = weight.name, weight.tensor
+        if weight.elsewhere is not None and (stamp := weight.elsewhere.stamp()) is not None:
+            identity.append((name, tensor.dtype, tuple(tensor.shape), stamp))
+            continue
+        tensor = weight.content()
         if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
             identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(_host_bytes(tensor))))
             continue

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cake_hf.tensors.offload import Offloaded, offloaded_weights
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -20,25 +22,38 @@ class Weight:
 
     Attributes:
         name: where it is, and what else is to be known about it.
-        tensor: strided, of a dtype that has bytes.
+        tensor: strided, of a dtype that has bytes. Of a weight that lies elsewhere only its shape and dtype count.
         in_place: it is what the model computes with, not a copy of that; so its address and version say something.
+        elsewhere: where it is read from, if it is not in memory.
+        device: where the model computes with it, if hooks bring it there.
     """
 
     name: str
     tensor: torch.Tensor
     in_place: bool
+    elsewhere: Offloaded | None = None
+    device: torch.device | None = None
+
+    def content(self) -> torch.Tensor:
+        """The tensor, read from where it lies if need be.
+
+        Raises:
+            OSError, KeyError: it is not there any more.
+        """
+        return self.tensor if self.elsewhere is None else self.elsewhere.read().to(self.tensor.dtype)
 
 
 def weights(model: torch.nn.Module) -> Iterator[Weight]:
     """Parameters, persistent buffers, and what modules save besides. Other buffers are derived from the config, some anew in
-    each forward.
+    each forward. A weight that modules share counts for each of them: once it is offloaded, nothing shows that it is shared.
     """
-    for name, parameter in model.named_parameters():
-        yield from _plain(name, parameter, in_place=True)
+    offloaded = offloaded_weights(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield from _found(name, parameter, offloaded.get(name))
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield from _plain(f"{path}.{name}", buffer, in_place=True)
+                yield from _found(f"{path}.{name}", buffer, offloaded.get(f"{path}.{name}"))
         for name, value in _saved_besides(module).items():
             yield from _plain(f"{path}.{name}", value, in_place=False)
 
@@ -48,7 +63,8 @@ def unknown_weights(model: torch.nn.Module) -> str:
     for weight in weights(model):
         tensor = weight.tensor
         opaque = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        if opaque or tensor.is_nested or tensor.layout is not torch.strided:
+        nowhere = tensor.device.type == "meta" and weight.elsewhere is None
+        if opaque or nowhere or tensor.is_nested or tensor.layout is not torch.strided:
             return type(tensor).__name__
     return ""
 
@@ -63,6 +79,19 @@ def _saved_besides(module: torch.nn.Module) -> dict[str, Any]:
     module._save_to_state_dict(saved, "", keep_vars=True)
     known = {**module._parameters, **module._buffers}
     return {name: value for name, value in saved.items() if name not in known}
+
+
+def _found(name: str, value: torch.Tensor, offloaded: Offloaded | None) -> Iterator[Weight]:
+    """A parameter or buffer, from where a hook brings it, if one does. What hooks make of special kinds is not known."""
+    if offloaded is not None and type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        tensor = offloaded.in_memory
+        if tensor is None:
+            yield Weight(name, value, in_place=False, elsewhere=offloaded, device=offloaded.device)
+        else:
+            converted = tensor.to(value.dtype)  # as the hook does
+            yield Weight(name, converted, in_place=converted is tensor, device=offloaded.device)
+    else:
+        yield from _plain(name, value, in_place=True)
 
 
 def _plain(name: str, value: Any, *, in_place: bool) -> Iterator[Weight]:
