@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-import cake_hf
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake
@@ -25,7 +24,9 @@ from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, split, value_of
+from children import command_of
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
+from servers import free_port
 
 LEASE = 0.15
 """Seconds. Every removal of what was just read waits for it."""
@@ -34,16 +35,8 @@ MASTER = [
     *(sys.executable, "-m", "mooncake.cli", "--rpc_address=127.0.0.1", "--metrics_host=127.0.0.1"),
     f"--default_kv_lease_ttl={int(1000 * LEASE)}ms",
 ]
-FACELESS = """
-import sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["cake_hf"] = package
-from cake_hf.stores.mooncake import MooncakeStore
-"""
-"""Past the package's face, which would bring in transformers and take seconds."""
-
 LENDER = """
+from cake_hf.stores.mooncake import MooncakeStore
 store = MooncakeStore(sys.argv[1])
 store.contains(["0" * 40])
 print("lent", flush=True)
@@ -53,6 +46,7 @@ sys.stdin.read()
 
 READER = """
 import hashlib
+from cake_hf.stores.mooncake import MooncakeStore
 with MooncakeStore(sys.argv[1]) as store:
     print(hashlib.sha256(store.read(sys.argv[2]) or b"").hexdigest(), store.write(sys.argv[3], [b"from afar"]))
 """
@@ -93,7 +87,7 @@ class Cluster:
         return lender
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", FACELESS + script, cake_hf.__path__[0], *arguments]
+        command = command_of(script, *arguments, bare=False)
         pipe = subprocess.PIPE
         self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log))
         return self.processes[-1]
@@ -113,11 +107,6 @@ class Cluster:
                 if pipe is not None:
                     pipe.close()
         self.log.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def await_port(port: int) -> None:

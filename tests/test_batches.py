@@ -17,6 +17,7 @@ from cake_hf.cache.layers import token_major as layers
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
+from waiting import join_loaders
 
 LENGTHS = (70, 83, 9, 4 * CHUNK, 70, 1, CHUNK + 1)
 """Tokens of each row: rows 0 and 4 are equal; some are shorter than a chunk, one ends with a full chunk."""
@@ -184,9 +185,7 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
         assert used.report.chunks_failed >= 1
         before = [layer.keys.clone() for layer in used.layers]
         store.release()
-        for thread in threading.enumerate():
-            if thread.name.startswith("cake-load"):
-                thread.join(60)
+        join_loaders()
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(used.layers, before, strict=True))
 
 

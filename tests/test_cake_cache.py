@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from stored import filled_store
 
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
 
@@ -33,10 +34,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def store(model: torch.nn.Module) -> MemoryStore:
     """A store with all chunks of the prompt."""
-    filled = MemoryStore()
-    with CakeCache(model, filled, chunk_size=CHUNK) as cache:
-        cache.prefill(prompt())
-    return filled
+    return filled_store(model)
 
 
 def both(

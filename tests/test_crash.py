@@ -1,55 +1,39 @@
-"""Nothing is lost and nothing is half there, whenever a writer dies: SIGKILL, at every step and at random moments.
-
-The writers are processes. They import the floors up to the stores only, past the package's face, and so start in a tenth
-of a second.
-"""
+"""Nothing is lost and nothing is half there, whenever a writer is killed: at every step and at random moments."""
 
 from __future__ import annotations
 
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import cake_hf
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from children import start_child
 
 KILLS = 50
 PATIENCE = 60.0
 
-PREAMBLE = """
-import os, sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
+HOLDER = """
 from cake_hf.stores.local import LocalStore
-"""
-
-HOLDER = (
-    PREAMBLE
-    + """
 def hold(descriptor):
     print("holding", flush=True)
     sys.stdin.read()
     os._exit(0)
-store = LocalStore(sys.argv[2])
+store = LocalStore(sys.argv[1])
 os.fsync = hold
-store.write(sys.argv[3], [b"half of a value"])
+store.write(sys.argv[2], [b"half of a value"])
 """
-)
 
-CROWD = (
-    PREAMBLE
-    + """
+CROWD = """
+from cake_hf.stores.local import LocalStore
 import random
-store, draw = LocalStore(sys.argv[2]), random.Random(int(sys.argv[3]))
+store, draw = LocalStore(sys.argv[1]), random.Random(int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(60):
@@ -60,24 +44,18 @@ for _ in range(60):
     elif draw.random() < 0.3:
         store.delete(key)
     elif draw.random() < 0.3:
-        store = LocalStore(sys.argv[2])
+        store = LocalStore(sys.argv[1])
     else:
         assert store.read(key) in (None, value)
 """
-)
 
 
 def leftovers(root: Path) -> list[str]:
     return sorted(os.listdir(root / "partial")) if (root / "partial").exists() else []
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-I", "-S", "-c", script, cake_hf.__path__[0], *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(tmp_path: Path) -> None:
-    with start(HOLDER, tmp_path, f"{1:040x}") as killed, start(HOLDER, tmp_path, f"{2:040x}") as living:
+    with start_child(HOLDER, tmp_path, f"{1:040x}") as killed, start_child(HOLDER, tmp_path, f"{2:040x}") as living:
         for process in (killed, living):
             assert process.stdout is not None
             assert process.stdout.readline() == "holding\n"
@@ -93,7 +71,7 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(t
 
 
 def test_many_processes_share_a_directory(tmp_path: Path) -> None:
-    processes = [start(CROWD, tmp_path, seed) for seed in range(4)]
+    processes = [start_child(CROWD, tmp_path, seed) for seed in range(4)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -137,9 +115,8 @@ def check_whole(store: LocalStore) -> set[str]:
 
 
 # Dies before the n-th call that touches the disk; a write that it dies in has left half of its bytes there.
-STEPPER = (
-    PREAMBLE
-    + """
+STEPPER = """
+from cake_hf.stores.local import LocalStore
 import signal
 def dying(function):
     def call(*args, **kwargs):
@@ -158,21 +135,20 @@ class Careless(LocalStore):
         descriptor = os.open(final, os.O_WRONLY | os.O_CREAT)
         os.writev(descriptor, parts)
         os.close(descriptor)
-folder, key, left = sys.argv[3], sys.argv[4], int(sys.argv[5])
+folder, key, left = sys.argv[2], sys.argv[3], int(sys.argv[4])
 with open(f"{folder}/{key}", "rb") as file:
     value = file.read()
-store = (Careless if sys.argv[6] == "careless" else LocalStore)(sys.argv[2])
+store = (Careless if sys.argv[5] == "careless" else LocalStore)(sys.argv[1])
 real_writev = os.writev
 for name in ("open", "mkdir", "ftruncate", "writev", "fsync", "link", "unlink", "close"):
     setattr(os, name, dying(getattr(os, name)))
 store.write(key, [memoryview(value)[:4096], memoryview(value)[4096:]])
 """
-)
 
 
 def die_at_step(root: Path, folder: Path, key: str, step: int, how: str) -> bool:
     """Whether the child lived to the end of its write."""
-    with start(STEPPER, root, folder, key, step, how) as process:
+    with start_child(STEPPER, root, folder, key, step, how) as process:
         process.communicate(timeout=PATIENCE)
     assert process.returncode in (0, -9)
     return process.returncode == 0
@@ -208,16 +184,15 @@ def test_the_check_would_notice_a_store_that_writes_in_place(tmp_path: Path) -> 
             check_whole(LocalStore(tmp_path / "store"))
 
 
-WRITER = (
-    PREAMBLE
-    + """
+WRITER = """
+from cake_hf.stores.local import LocalStore
 import random
-draw, folder = random.Random(int(sys.argv[4])), sys.argv[3]
+draw, folder = random.Random(int(sys.argv[3])), sys.argv[2]
 values = {}
 for key in os.listdir(folder):
     with open(f"{folder}/{key}", "rb") as file:
         values[key] = memoryview(file.read())
-store = LocalStore(sys.argv[2])
+store = LocalStore(sys.argv[1])
 kept = min(values)
 store.write(kept, [values[kept]])
 print("writing", flush=True)
@@ -229,7 +204,6 @@ while True:
     else:
         store.delete(key)
 """
-)
 
 
 def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
@@ -238,7 +212,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     root = tmp_path / "store"
     reader = LocalStore(root)
     for seed in range(KILLS):
-        with start(WRITER, root, tmp_path / "chunks", seed) as process:
+        with start_child(WRITER, root, tmp_path / "chunks", seed) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "writing\n"
             with pytest.raises(subprocess.TimeoutExpired):
