@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.cache.layers import token_major as layers
+from cake_hf.cache.session import Session
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
@@ -187,6 +188,23 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
         store.release()
         join_loaders()
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(used.layers, before, strict=True))
+
+
+def test_a_batch_makes_its_namespace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for in all of the model's weights, which takes milliseconds."""
+    made: list[str] = []
+    real = Session.namespace
+
+    def namespace(session: Session) -> str:
+        made.append(real(session))
+        return made[-1]
+
+    monkeypatch.setattr(Session, "namespace", namespace)
+    model, (store, cold) = shared_model("llama"), cold_run()
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as used:
+        assert equal(generate(model, batch(), used), cold)
+        assert used.report.chunks_loaded == DISTINCT
+    assert len(made) == 1
 
 
 def test_rows_are_filled_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,8 +419,7 @@ def test_a_wrong_byte_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert value is not None
     value[-1 - len(value) % 4] ^= 1  # of an exponent, of the last value of all
     store.write(key, [value], replace=True)
-    monkeypatch.setattr("cake_hf.movers.loader.check_pieces", lambda *_: None)
-    monkeypatch.setattr("cake_hf.movers.states.check_pieces", lambda *_: None)
+    monkeypatch.setattr("cake_hf.movers.checking.check_pieces", lambda *_: None)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         run = generate(model, deceived)
         assert deceived.report.chunks_loaded == CHUNKS
