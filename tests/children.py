@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import cake_hf
 
@@ -31,3 +34,43 @@ def command_of(script: str, *arguments: object, bare: bool = True) -> list[str]:
 def start_child(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A bare child with pipes to and from it."""
     return subprocess.Popen(command_of(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+FORKING = """
+import json, traceback
+import cake_hf.stores.local  # once for all
+body = compile(sys.argv[1], "child", "exec")
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv[1:], code = json.loads(line), 1
+        try:
+            exec(body, {"os": os, "sys": sys})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@contextmanager
+def many_children(script: str) -> Iterator[Callable[..., int]]:
+    """Gives a function that runs the script in a new process, with these arguments, and returns its exit code.
+
+    The processes are forks of one bare child, so that each takes milliseconds. A signal that ends one is a negative code.
+    """
+    with start_child(FORKING, script) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told, tells = process.stdin, process.stdout
+
+        def run(*arguments: object) -> int:
+            told.write(json.dumps([str(argument) for argument in arguments]) + "\n")
+            told.flush()
+            return int(tells.readline())
+
+        try:
+            yield run
+        finally:
+            told.close()

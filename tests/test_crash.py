@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
-from children import start_child
+from children import many_children, start_child
 
 KILLS = 50
 PATIENCE = 60.0
@@ -146,29 +147,23 @@ store.write(key, [memoryview(value)[:4096], memoryview(value)[4096:]])
 """
 
 
-def die_at_step(root: Path, folder: Path, key: str, step: int, how: str) -> bool:
-    """Whether the child lived to the end of its write."""
-    with start_child(STEPPER, root, folder, key, step, how) as process:
-        process.communicate(timeout=PATIENCE)
-    assert process.returncode in (0, -9)
-    return process.returncode == 0
-
-
 def test_a_writer_that_dies_at_any_step_leaves_a_whole_chunk_or_none(tmp_path: Path) -> None:
     (key,) = make_chunks(tmp_path / "chunks", 1, tokens=64)
     listed_after: list[bool] = []
     leftovers_after: list[bool] = []
-    for step in range(1, 100):
-        root = tmp_path / f"store-{step}"
-        lived = die_at_step(root, tmp_path / "chunks", key, step, "careful")
-        leftovers_after.append(bool(leftovers(root)))
-        store = LocalStore(root)
-        assert leftovers(root) == []
-        listed_after.append(bool(check_whole(store)))
-        if lived:
-            break
-        assert store.write(key, [(tmp_path / "chunks" / key).read_bytes()]) is not listed_after[-1]
-    assert lived
+    with many_children(STEPPER) as die:
+        for step in range(1, 100):
+            root = tmp_path / f"store-{step}"
+            code = die(root, tmp_path / "chunks", key, step, "careful")
+            assert code in (0, -signal.SIGKILL)
+            leftovers_after.append(bool(leftovers(root)))
+            store = LocalStore(root)
+            assert leftovers(root) == []
+            listed_after.append(bool(check_whole(store)))
+            if code == 0:
+                break
+            assert store.write(key, [(tmp_path / "chunks" / key).read_bytes()]) is not listed_after[-1]
+    assert code == 0
     published = listed_after.index(True)
     assert listed_after == [step >= published for step in range(len(listed_after))]
     assert published > 5, "the steps before the chunk appears were not all died at"
@@ -178,9 +173,9 @@ def test_a_writer_that_dies_at_any_step_leaves_a_whole_chunk_or_none(tmp_path: P
 def test_the_check_would_notice_a_store_that_writes_in_place(tmp_path: Path) -> None:
     """The negative control: a store that gives a file its name before its bytes are there."""
     (key,) = make_chunks(tmp_path / "chunks", 1, tokens=64)
-    with pytest.raises(CorruptChunk):  # noqa: PT012
+    with many_children(STEPPER) as die, pytest.raises(CorruptChunk):  # noqa: PT012
         for step in range(1, 10):
-            die_at_step(tmp_path / "store", tmp_path / "chunks", key, step, "careless")
+            die(tmp_path / "store", tmp_path / "chunks", key, step, "careless")
             check_whole(LocalStore(tmp_path / "store"))
 
 

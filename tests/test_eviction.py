@@ -30,7 +30,7 @@ from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, run_together, value_of
-from children import start_child
+from children import many_children, start_child
 
 PATIENCE = 60.0
 LONG_AGO = 1_000_000_000.0
@@ -664,28 +664,28 @@ store.write("f" * 40, [bytes(1000)])
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_a_writer_that_dies_at_any_step_breaks_no_budget(tmp_path: Path, eviction: str) -> None:
     evicted: list[int] = []
-    for step in range(1, 200):
-        root = tmp_path / str(step)
-        store = LocalStore(root, budget=3000)
-        for number in (1, 2, 3):
-            store.write(key_of(number), [value_of(number)])
-            use(store, number, number)
-        with start_child(STEPPER, root, step, eviction) as process:
-            process.communicate(timeout=PATIENCE)
-        assert process.returncode in (0, -signal.SIGKILL)
-        assert total(root) <= 3000, "not even what the dead one has left passes the budget"
-        assert account(root) >= sum(entry.nbytes for entry in store.entries()), (
-            "an account that is too low evicts too late"
-        )
-        evicted.append(3 - len(present(store, [1, 2, 3])))
-        for number in (4, 5, 6, 7):
-            store.write(key_of(number), [value_of(number)])
-            assert total(root) <= 3000
-        LocalStore(root)
-        assert os.listdir(root / "partial") == []
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0
+    with many_children(STEPPER) as die:
+        for step in range(1, 200):
+            root = tmp_path / str(step)
+            store = LocalStore(root, budget=3000)
+            for number in (1, 2, 3):
+                store.write(key_of(number), [value_of(number)])
+                use(store, number, number)
+            code = die(root, step, eviction)
+            assert code in (0, -signal.SIGKILL)
+            assert total(root) <= 3000, "not even what the dead one has left passes the budget"
+            assert account(root) >= sum(entry.nbytes for entry in store.entries()), (
+                "an account that is too low evicts too late"
+            )
+            evicted.append(3 - len(present(store, [1, 2, 3])))
+            for number in (4, 5, 6, 7):
+                store.write(key_of(number), [value_of(number)])
+                assert total(root) <= 3000
+            LocalStore(root)
+            assert os.listdir(root / "partial") == []
+            if code == 0:
+                break
+    assert code == 0
     assert evicted == sorted(evicted), "the same write, stopped later"
     assert (evicted[0], evicted[-1]) == (0, 1)
     assert step > 20
