@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import cake_hf
@@ -34,6 +34,19 @@ def command_of(script: str, *arguments: object, bare: bool = True) -> list[str]:
 def start_child(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A bare child with pipes to and from it."""
     return subprocess.Popen(command_of(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def start_together(script: str, *calls: Sequence[object]) -> list[subprocess.Popen[str]]:
+    """A bare child for each of these arguments. Each says "ready" and reads a line, which comes when all are ready."""
+    children = [start_child(script, *arguments) for arguments in calls]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    return children
 
 
 FORKING = """

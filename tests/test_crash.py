@@ -15,7 +15,7 @@ from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
-from children import many_children, start_child
+from children import many_children, start_child, start_together
 
 KILLS = 50
 PATIENCE = 60.0
@@ -72,14 +72,7 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(t
 
 
 def test_many_processes_share_a_directory(tmp_path: Path) -> None:
-    processes = [start_child(CROWD, tmp_path, seed) for seed in range(4)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    processes = start_together(CROWD, *((tmp_path, seed) for seed in range(4)))
     for process in processes:
         process.communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [0] * 4

@@ -30,7 +30,7 @@ from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, run_together, value_of
-from children import many_children, start_child
+from children import many_children, start_together
 
 PATIENCE = 60.0
 LONG_AGO = 1_000_000_000.0
@@ -710,14 +710,7 @@ for _ in range(80):
 
 
 def test_many_processes_share_a_budget(tmp_path: Path) -> None:
-    processes = [start_child(CROWD, tmp_path, seed, 10_000, EVICTIONS[seed % 2]) for seed in range(4)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    processes = start_together(CROWD, *((tmp_path, seed, 10_000, EVICTIONS[seed % 2]) for seed in range(4)))
     most = 0
     while any(process.poll() is None for process in processes):
         most = max(most, total(tmp_path))

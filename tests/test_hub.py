@@ -30,11 +30,12 @@ from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.testing import ReadOnlyContract
 from cake_hf.testing.contract import key_of, read_whole, value_of
 from children import command_of
+from commands import write_text
 from hub_endpoint import TOKEN, File, Hub, Repo, running_hub
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from pack_files import pack_files
 from stored import filled_store
-from test_cli import WORDS, document, model_folder, warm, write_text
+from test_cli import WORDS, document, model_folder, warm
 from waiting import join_loaders
 
 __all__ = ["document", "model_folder"]  # fixtures that are used here, too
