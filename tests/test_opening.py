@@ -94,7 +94,6 @@ def test_client_libraries_are_not_imported_before_they_are_needed() -> None:
     """In a process of its own, past the package's face, which would bring in transformers and take seconds."""
     script = """
 from cake_hf.stores import open_store
-from children import command_of
 open_store("memory:")
 assert not {"obstore", "redis", "botocore", "numpy"} & set(sys.modules)
 open_store("redis://localhost")
