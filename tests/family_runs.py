@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,11 +12,11 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.probe import kv_like
-from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore
-from cake_hf.tensors.codec import parse_header
 from families import family_model
+from forwards import meeting_at
 from models import CHUNK, prompt
+from stored import filled_store, without
 
 CHUNKS = 6
 IDS = prompt(CHUNKS * CHUNK + 7)
@@ -89,52 +86,6 @@ def expected(family: str) -> Run:
     return generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
 
 
-def filled_store(model: torch.nn.Module, ids: torch.Tensor = IDS) -> MemoryStore:
-    """A store with all chunks of the prompt and, if the model has such, the recurrent states at their end."""
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(ids, whole=True)
-    return store
-
-
-def without(store: Store, *indices: int) -> MemoryStore:
-    """A copy of a store that has not those chunks (nor what else is kept at their ends)."""
-    copy = MemoryStore()
-    for key in store.keys():  # noqa: SIM118  # a store is no mapping
-        value = store.read(key)
-        if value is not None and parse_header(value)[0].index not in indices:
-            copy.write(key, [value])
-    return copy
-
-
-def wait_for_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(60)
-            assert not thread.is_alive()
-
-
-@contextmanager
-def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, reads: int) -> Iterator[None]:
-    """Let the two sides meet exactly there: so many reads go through while chunk `meeting - 1` is being computed."""
-    forwards = 0
-
-    def before(module: torch.nn.Module, args: object, kwargs: object) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards == meeting:
-            gate.open(reads)
-            gate.await_reads(reads)
-
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-        gate.open()
-        wait_for_loaders()
-
-
 def kinds(family: str) -> str:
     """What `DynamicCache` keeps for the family, each kind once."""
     names = [type(layer).__name__ for layer in DynamicCache(config=family_model(family).config).layers]
@@ -187,7 +138,7 @@ def examine_computed(family: str) -> None:
 def examine_restored(family: str) -> None:
     """All loaded; both sides, meeting at a given chunk; and a hole that is computed."""
     model = family_model(family)
-    store = filled_store(model)
+    store = filled_store(model, IDS)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         check(family, generate(model, cache), "loaded")
         report = cache.report

@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # models this small are slower on more threads, and fa
 CHUNK = 16
 CHUNKS = 8
 TAIL = 7
-NEW_TOKENS = 16
+NEW_TOKENS = 4
 VOCABULARY = 128
 
 _GQA = {
@@ -100,6 +100,12 @@ def run(model: torch.nn.Module, ids: torch.Tensor, cache: Any, **options: Any) -
 def oracle(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> Outcome:
     """The law's reference: chunked prefill on a `DynamicCache`."""
     return run(model, ids, DynamicCache(config=model.config), prefill_chunk_size=CHUNK, **options)
+
+
+@cache
+def expected(family: str = "llama", dtype: str = "float32", attention: str = "sdpa") -> Outcome:
+    """What the oracle gives for `prompt()` on the shared model."""
+    return oracle(shared_model(family, dtype, attention), prompt())
 
 
 def difference(one: Outcome, other: Outcome) -> str:

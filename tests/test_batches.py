@@ -14,9 +14,11 @@ from transformers import DynamicCache
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.cache.layers import token_major as layers
+from cake_hf.cache.session import Session
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
+from waiting import join_loaders
 
 LENGTHS = (70, 83, 9, 4 * CHUNK, 70, 1, CHUNK + 1)
 """Tokens of each row: rows 0 and 4 are equal; some are shorter than a chunk, one ends with a full chunk."""
@@ -184,10 +186,25 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
         assert used.report.chunks_failed >= 1
         before = [layer.keys.clone() for layer in used.layers]
         store.release()
-        for thread in threading.enumerate():
-            if thread.name.startswith("cake-load"):
-                thread.join(60)
+        join_loaders()
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(used.layers, before, strict=True))
+
+
+def test_a_batch_makes_its_namespace_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for in all of the model's weights, which takes milliseconds."""
+    made: list[str] = []
+    real = Session.namespace
+
+    def namespace(session: Session) -> str:
+        made.append(real(session))
+        return made[-1]
+
+    monkeypatch.setattr(Session, "namespace", namespace)
+    model, (store, cold) = shared_model("llama"), cold_run()
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as used:
+        assert equal(generate(model, batch(), used), cold)
+        assert used.report.chunks_loaded == DISTINCT
+    assert len(made) == 1
 
 
 def test_rows_are_filled_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,9 @@ from cake_hf.people.bench.timing import Sample, interleave, ratio
 from cake_hf.people.bench.workbench import Parity
 from cake_hf.people.console import console
 
+pytest_plugins = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEASUREMENTS = {"strategies", "saving", "decoding", "memory", "cached", "identity", "loading", "overheads"}
 GOALS = {
     "strategies": {
@@ -46,15 +48,6 @@ TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--
 
 app = typer.Typer()
 app.command()(bench)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model is faster on one thread, above all where other programs run, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_one_measurement_can_be_chosen() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,13 @@ from cake_hf.stores.local import LocalStore
 from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header
 from cake_hf.tensors.layout import ChunkLayout
 
+pytest_plugins = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Command = Callable[..., Result]
 
 CHUNK = 32
 TINY = ("--preset", "quick", "--device", "cpu", "--chunk-size", CHUNK)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model is faster on one thread, above all where other programs run, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

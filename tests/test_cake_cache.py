@@ -20,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
-from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from models import CHUNK, CHUNKS, NEW_TOKENS, build, difference, oracle, prompt, run, shared_model
+from stored import filled_store
 
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
 
@@ -33,10 +34,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def store(model: torch.nn.Module) -> MemoryStore:
     """A store with all chunks of the prompt."""
-    filled = MemoryStore()
-    with CakeCache(model, filled, chunk_size=CHUNK) as cache:
-        cache.prefill(prompt())
-    return filled
+    return filled_store(model)
 
 
 def both(
@@ -116,7 +114,7 @@ def test_generate_function_returns_what_generate_returns(model: torch.nn.Module,
     expected = oracle(model, prompt())
     for inputs in ((prompt(),), ()):
         result = cake_hf.generate(
-            model, *inputs, store=store, chunk_size=CHUNK, max_new_tokens=16, do_sample=False, output_logits=True,
+            model, *inputs, store=store, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
             return_dict_in_generate=True, **QUIET, **({} if inputs else {"input_ids": prompt()}),
         )  # fmt: skip
         assert torch.equal(torch.stack(result.logits), expected.logits)

@@ -33,14 +33,13 @@ from family_runs import (
     content,
     difference,
     expected,
-    filled_store,
     generate,
-    meeting_at,
-    wait_for_loaders,
-    without,
 )
+from forwards import meeting_at
 from models import CHUNK, prompt
+from stored import filled_store, without
 from test_gated import BadRange
+from waiting import join_loaders
 
 FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
 RECURRENT = ("qwen3_next", "falcon_h1", "lfm2")
@@ -67,7 +66,7 @@ def oracle(family: str, ids: torch.Tensor) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("meeting", range(1, CHUNKS))
 def test_every_meeting_point(family: str, meeting: int) -> None:
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     gate = GateStore(store)
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
         kv_like(model)  # runs the model once, which must not count
@@ -114,7 +113,7 @@ def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: p
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [0, 3, CHUNKS - 1])
 def test_a_forward_whose_chunk_arrives_is_left(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, gate = family_model(family), GateStore(filled_store(family_model(family)))
+    model, gate = family_model(family), GateStore(filled_store(family_model(family), IDS))
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
         with arriving(model, gate, chunk, monkeypatch):
             check(family, generate(model, cache), f"left at {chunk}")
@@ -126,7 +125,7 @@ def test_a_forward_whose_chunk_arrives_is_left(family: str, chunk: int, monkeypa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and states are then neither those before the chunk that was left nor those behind it."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     stalled = FaultStore(store, {keys_by_index(store)[4]: "stall"})
     gate = GateStore(stalled)
     limits = Limits(loader_threads=2, read_timeout=1)
@@ -135,7 +134,7 @@ def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: p
             check(family, generate(model, cache), "left, and the next one late")
         report = cache.report
         stalled.release()
-        wait_for_loaders()
+        join_loaders()
     assert next(span.outcome for span in report.timeline if span.chunk == 3 and span.actor == "compute") == "left"
     assert report.chunks_failed == 1
 
@@ -143,7 +142,7 @@ def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: p
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fault", ["drop", "flip", "error"])
 def test_chunks_that_fail_are_made_up_for(family: str, fault: str) -> None:
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     keys = keys_by_index(store)
     for bad, strategy in itertools.product([(0,), (5,), (1, 4)], ["load", "both"]):
         faulty = FaultStore(store, {keys[index]: fault for index in bad})
@@ -159,14 +158,14 @@ def test_chunks_that_fail_are_made_up_for(family: str, fault: str) -> None:
 @pytest.mark.parametrize("fault", ["drop", "flip", "error", "truncate", "stall"])
 def test_a_state_that_fails_is_computed(family: str, fault: str) -> None:
     """Where a state is of no use, all is computed; and where it was stored, and is unusable, it is made anew."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: fault})
     limits = Limits(read_timeout=0.2 if fault == "stall" else 60)
     with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load", limits=limits) as cache:
         check(family, generate(model, cache), fault)
         faulty.release()
-        wait_for_loaders()
+        join_loaders()
         assert cache.flush(60)
         assert cache.report.states_loaded == 0
         assert cache.report.states_saved == 1
@@ -174,7 +173,7 @@ def test_a_state_that_fails_is_computed(family: str, fault: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_holes_anywhere(family: str) -> None:
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     for pattern in (0b000001, 0b100000, 0b010100, 0b111000, 0b000111, 0b101010, 0b011110):
         holes = [index for index in range(CHUNKS) if pattern >> index & 1]
         for strategy in ("load", "both"):
@@ -200,7 +199,7 @@ def test_prompt_lengths_at_the_edges(family: str, tokens: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_prompt_goes_on_in_the_same_cache(family: str) -> None:
     """Its windows reach back to what is in the cache, which no load brings."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     for first, strategy in itertools.product((1, 3), ("load", "both", "compute")):
         with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
             cache.prefill(IDS[:, : first * CHUNK], whole=True)
@@ -214,7 +213,7 @@ def test_another_turn_after_some_generation(family: str) -> None:
     """Off the grid: cut into chunks as `generate` would, and nothing of it stored."""
     model: Any = family_model(family)
     more, results = prompt(2 * CHUNK + 5, seed=9), []
-    store = filled_store(model)
+    store = filled_store(model, IDS)
     cake = CakeCache(model, store, chunk_size=CHUNK)
     for cache, options in ((DynamicCache(config=model.config), {"prefill_chunk_size": CHUNK}), (cake, {})):
         first = generate(model, cache, **options)
@@ -226,7 +225,7 @@ def test_another_turn_after_some_generation(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_goes_on_by_itself(family: str) -> None:
     model = family_model(family)
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK) as cache:
+    with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK) as cache:
         cache.prefill(IDS)
         copied = copy.deepcopy(cache)
         check(family, generate(model, copied), "copy")
@@ -237,7 +236,7 @@ def test_a_copy_goes_on_by_itself(family: str) -> None:
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_last_piece_that_fails_leaves_the_cache_as_it_was(family: str, first: int) -> None:
     model = family_model(family)
-    store = filled_store(model)
+    store = filled_store(model, IDS)
 
     def fail(module: object, args: object, output: object) -> None:
         raise MemoryError("no room")
@@ -261,21 +260,21 @@ def test_a_last_piece_that_fails_leaves_the_cache_as_it_was(family: str, first: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_late_load_lands_nowhere(family: str) -> None:
     """A read that was given up writes garbage when all is over."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     for index, strategy in itertools.product((2, 5), ("load", "both")):
         stalled = FaultStore(store, {keys_by_index(store)[index]: "stall"})
         limits = Limits(read_timeout=0.2)
         with CakeCache(model, stalled, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
             cache.prefill(IDS)
             stalled.release()
-            wait_for_loaders()
+            join_loaders()
             check(family, generate(model, cache), f"{index} {strategy}")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
 def test_prompts_at_once(family: str) -> None:
     """Two prompts that begin alike, one of which wants only the windows of a chunk's end that the other one has no use for."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     runs: dict[int, Any] = {}
 
     def ask(tokens: int) -> None:
@@ -337,7 +336,7 @@ def test_an_indexer_waits_for_its_layer_too(
     family: str, strategy: str, fault: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The upper layer of the last chunk comes, or fails, when the lower one has taken in the first of K, V and indexer."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     monkeypatch.setattr(pace, "ranges_of", lambda *_: 2)
     monkeypatch.setattr(Rule, "worth", lambda *_: False)
     gate = GateStore(BadRange(store, 1, fault), ranges=True)
@@ -403,7 +402,7 @@ def test_of_windows_only_the_last_is_read() -> None:
 
 def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
     model = family_model("mistral")
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK) as cache:
+    with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK) as cache:
         cache.prefill(IDS)
         for layer in cache.layers:
             assert layer.keys.shape[-2] == WINDOW - 1
@@ -413,15 +412,14 @@ def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "deepseek_v32"])
 def test_a_wrong_byte_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the checks off, one flipped bit in the last piece that is read must show."""
-    model, store = family_model(family), filled_store(family_model(family))
+    model, store = family_model(family), filled_store(family_model(family), IDS)
     is_state = family in RECURRENT
     key = keys_by_index(store, states=is_state)[CHUNKS - 1]
     value = store.read(key)
     assert value is not None
     value[-1 - len(value) % 4] ^= 1  # of an exponent, of the last value of all
     store.write(key, [value], replace=True)
-    monkeypatch.setattr("cake_hf.movers.loader.check_pieces", lambda *_: None)
-    monkeypatch.setattr("cake_hf.movers.states.check_pieces", lambda *_: None)
+    monkeypatch.setattr("cake_hf.movers.checking.check_pieces", lambda *_: None)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         run = generate(model, deceived)
         assert deceived.report.chunks_loaded == CHUNKS
@@ -437,7 +435,7 @@ def test_other_ways_to_generate(family: str, mode: dict[str, Any]) -> None:
     model: Any = family_model(family)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **mode}
     results: list[Any] = []
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK) as cake:
+    with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK) as cake:
         for cache in (DynamicCache(config=model.config), cake):
             torch.manual_seed(3)
             try:
@@ -454,7 +452,7 @@ def test_in_bfloat16(family: str, attention: str) -> None:
     model: Any = copy.deepcopy(family_model(family)).to(torch.bfloat16)
     model.set_attn_implementation(attention)
     reference = generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
-    store = filled_store(model)
+    store = filled_store(model, IDS)
     for strategy, loaded in (("load", CHUNKS), ("both", None), ("compute", 0)):
         with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
             assert difference(generate(model, cache), reference) == "", strategy
@@ -477,5 +475,5 @@ def test_on_a_device_windows_come_through_host_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cake_hf.cache.restore.place_for", DevicePlace)
     for family, strategy in itertools.product(("gemma3", "mistral", "falcon_h1"), ("load", "both")):
         model = family_model(family)
-        with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy=strategy) as cache:
+        with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK, strategy=strategy) as cache:
             check(family, generate(model, cache), strategy)

@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import cake_hf
@@ -23,7 +18,7 @@ from cake_hf import CakeCache
 from cake_hf.people.cli import app
 from cake_hf.people.inspect_store import existing_store, prompts, take_inventory
 from cake_hf.stores import LocalStore, MemoryStore
-from models import build
+from commands import save_model, write_text
 
 CHUNK = 16
 CHUNKS = 5
@@ -37,13 +32,7 @@ Command = Callable[..., Result]
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model whose tokens are the words "w3" to "w127"."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build("llama").save_pretrained(folder)
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 128)}}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -64,12 +53,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs `cake-hf` with these arguments."""
     monkeypatch.setenv("COLUMNS", "120")
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def write_text(path: Path, words: int, seed: int = 0) -> Path:
-    numbers = torch.randint(3, 128, (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    path.write_text(" ".join(f"w{number}" for number in numbers))
-    return path
 
 
 def warm(command: Command, model: Path, file: Path, store: Path, *more: object) -> Result:

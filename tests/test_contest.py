@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
-from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
+from forwards import attentions, before_forward
+from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
+from stored import filled_store
+from waiting import await_true, join_loaders
 
 VARIANTS = [("llama", "float32"), ("llama", "bfloat16"), ("qwen3", "float32"), ("gpt_neox", "bfloat16")]
 LAYERS = 3
-
-
-def filled_store(model: torch.nn.Module) -> MemoryStore:
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    return store
-
-
-def attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """One module per layer, each of which updates the cache when it runs."""
-    return [module for name, module in model.named_modules() if name.endswith(("self_attn", ".attention"))]
-
-
-@contextmanager
-def before_forward(module: torch.nn.Module, number: int, action: Callable[[], None]) -> Iterator[None]:
-    """Do something just before the module runs for the n-th time."""
-    calls = 0
-
-    def hook(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            action()
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    """For a moment that nobody can signal: the settling of a load, just after its read."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
-
-
-def join_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(60)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -77,14 +31,15 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
         kv_like(model)
 
-        def arrive() -> None:
-            gate.open()
-            await_true(cache._lost)
+        def arrive(forward: int) -> None:
+            if forward == contested + 1:
+                gate.open()
+                await_true(cache._lost)
 
-        with before_forward(attentions(model)[layer], contested + 1, arrive):
+        with before_forward(attentions(model)[layer], arrive):
             outcome = run(model, prompt(), cache)
         report = cache.report
-    assert difference(outcome, oracle(model, prompt())) == ""
+    assert difference(outcome, expected(family, dtype)) == ""
     assert (report.chunks_computed, report.chunks_loaded) == (contested, CHUNKS - contested)
     assert [span.chunk for span in report.timeline if span.outcome == "left"] == [contested]
 
@@ -106,13 +61,13 @@ def test_a_load_that_does_not_come_is_overtaken(family: str, dtype: str) -> None
         join_loaders()
         for layer, keys in zip(cache.layers, outcome.keys, strict=True):
             assert torch.equal(layer.keys, keys)
-    assert difference(outcome, oracle(model, prompt())) == ""
+    assert difference(outcome, expected(family, dtype)) == ""
 
 
 moves = st.lists(st.tuples(st.sampled_from(["claim", "settle", "advance", "computed"]), st.integers(0, 7)), max_size=80)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     present=st.lists(st.booleans(), min_size=1, max_size=9),
     near=st.integers(1, 4),

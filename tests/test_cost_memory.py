@@ -12,8 +12,8 @@ import torch
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.arithmetic.report import Span
 from cake_hf.movers.cost_memory import CostMemory, recall_costs
-from cake_hf.stores.wrappers import WrapperStore
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
+from stored import filled_store
 
 COMPUTED = [Span("compute", index, 10.0 * index, 10.0 * index + 5.0, "computed") for index in range(4)]
 LOADED = [Span("load-0", 7 - index, float(index), index + 1.0, "loaded") for index in range(4)]
@@ -131,10 +131,8 @@ def test_learners_go_with_their_store() -> None:
 
 def test_after_one_full_hit_no_forward_is_begun_that_the_loads_overtake() -> None:
     """Where all is always loaded no chunk is ever computed; the last piece tells what one would cost."""
-    model, store = shared_model("llama"), MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    fast = WrapperStore(store)  # a store object of its own, of which nothing is known yet
+    model = shared_model("llama")
+    fast = filled_store(model)  # a store object of its own, of which nothing is known yet
     with CakeCache(model, fast, chunk_size=CHUNK, save=False, strategy="load") as first:
         run(model, prompt(), first)
         memory = first._session.cost_memory(first._session.namespace())

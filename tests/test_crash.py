@@ -1,55 +1,40 @@
-"""Nothing is lost and nothing is half there, whenever a writer dies: SIGKILL, at every step and at random moments.
-
-The writers are processes. They import the floors up to the stores only, past the package's face, and so start in a tenth
-of a second.
-"""
+"""Nothing is lost and nothing is half there, whenever a writer is killed: at every step and at random moments."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import cake_hf
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from children import many_children, start_child, start_together
 
 KILLS = 50
 PATIENCE = 60.0
 
-PREAMBLE = """
-import os, sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
+HOLDER = """
 from cake_hf.stores.local import LocalStore
-"""
-
-HOLDER = (
-    PREAMBLE
-    + """
 def hold(descriptor):
     print("holding", flush=True)
     sys.stdin.read()
     os._exit(0)
-store = LocalStore(sys.argv[2])
+store = LocalStore(sys.argv[1])
 os.fsync = hold
-store.write(sys.argv[3], [b"half of a value"])
+store.write(sys.argv[2], [b"half of a value"])
 """
-)
 
-CROWD = (
-    PREAMBLE
-    + """
+CROWD = """
+from cake_hf.stores.local import LocalStore
 import random
-store, draw = LocalStore(sys.argv[2]), random.Random(int(sys.argv[3]))
+store, draw = LocalStore(sys.argv[1]), random.Random(int(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(60):
@@ -60,24 +45,18 @@ for _ in range(60):
     elif draw.random() < 0.3:
         store.delete(key)
     elif draw.random() < 0.3:
-        store = LocalStore(sys.argv[2])
+        store = LocalStore(sys.argv[1])
     else:
         assert store.read(key) in (None, value)
 """
-)
 
 
 def leftovers(root: Path) -> list[str]:
     return sorted(os.listdir(root / "partial")) if (root / "partial").exists() else []
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-I", "-S", "-c", script, cake_hf.__path__[0], *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(tmp_path: Path) -> None:
-    with start(HOLDER, tmp_path, f"{1:040x}") as killed, start(HOLDER, tmp_path, f"{2:040x}") as living:
+    with start_child(HOLDER, tmp_path, f"{1:040x}") as killed, start_child(HOLDER, tmp_path, f"{2:040x}") as living:
         for process in (killed, living):
             assert process.stdout is not None
             assert process.stdout.readline() == "holding\n"
@@ -93,14 +72,7 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(t
 
 
 def test_many_processes_share_a_directory(tmp_path: Path) -> None:
-    processes = [start(CROWD, tmp_path, seed) for seed in range(4)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    processes = start_together(CROWD, *((tmp_path, seed) for seed in range(4)))
     for process in processes:
         process.communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [0] * 4
@@ -137,9 +109,8 @@ def check_whole(store: LocalStore) -> set[str]:
 
 
 # Dies before the n-th call that touches the disk; a write that it dies in has left half of its bytes there.
-STEPPER = (
-    PREAMBLE
-    + """
+STEPPER = """
+from cake_hf.stores.local import LocalStore
 import signal
 def dying(function):
     def call(*args, **kwargs):
@@ -158,41 +129,34 @@ class Careless(LocalStore):
         descriptor = os.open(final, os.O_WRONLY | os.O_CREAT)
         os.writev(descriptor, parts)
         os.close(descriptor)
-folder, key, left = sys.argv[3], sys.argv[4], int(sys.argv[5])
+folder, key, left = sys.argv[2], sys.argv[3], int(sys.argv[4])
 with open(f"{folder}/{key}", "rb") as file:
     value = file.read()
-store = (Careless if sys.argv[6] == "careless" else LocalStore)(sys.argv[2])
+store = (Careless if sys.argv[5] == "careless" else LocalStore)(sys.argv[1])
 real_writev = os.writev
 for name in ("open", "mkdir", "ftruncate", "writev", "fsync", "link", "unlink", "close"):
     setattr(os, name, dying(getattr(os, name)))
 store.write(key, [memoryview(value)[:4096], memoryview(value)[4096:]])
 """
-)
-
-
-def die_at_step(root: Path, folder: Path, key: str, step: int, how: str) -> bool:
-    """Whether the child lived to the end of its write."""
-    with start(STEPPER, root, folder, key, step, how) as process:
-        process.communicate(timeout=PATIENCE)
-    assert process.returncode in (0, -9)
-    return process.returncode == 0
 
 
 def test_a_writer_that_dies_at_any_step_leaves_a_whole_chunk_or_none(tmp_path: Path) -> None:
     (key,) = make_chunks(tmp_path / "chunks", 1, tokens=64)
     listed_after: list[bool] = []
     leftovers_after: list[bool] = []
-    for step in range(1, 100):
-        root = tmp_path / f"store-{step}"
-        lived = die_at_step(root, tmp_path / "chunks", key, step, "careful")
-        leftovers_after.append(bool(leftovers(root)))
-        store = LocalStore(root)
-        assert leftovers(root) == []
-        listed_after.append(bool(check_whole(store)))
-        if lived:
-            break
-        assert store.write(key, [(tmp_path / "chunks" / key).read_bytes()]) is not listed_after[-1]
-    assert lived
+    with many_children(STEPPER) as die:
+        for step in range(1, 100):
+            root = tmp_path / f"store-{step}"
+            code = die(root, tmp_path / "chunks", key, step, "careful")
+            assert code in (0, -signal.SIGKILL)
+            leftovers_after.append(bool(leftovers(root)))
+            store = LocalStore(root)
+            assert leftovers(root) == []
+            listed_after.append(bool(check_whole(store)))
+            if code == 0:
+                break
+            assert store.write(key, [(tmp_path / "chunks" / key).read_bytes()]) is not listed_after[-1]
+    assert code == 0
     published = listed_after.index(True)
     assert listed_after == [step >= published for step in range(len(listed_after))]
     assert published > 5, "the steps before the chunk appears were not all died at"
@@ -202,22 +166,21 @@ def test_a_writer_that_dies_at_any_step_leaves_a_whole_chunk_or_none(tmp_path: P
 def test_the_check_would_notice_a_store_that_writes_in_place(tmp_path: Path) -> None:
     """The negative control: a store that gives a file its name before its bytes are there."""
     (key,) = make_chunks(tmp_path / "chunks", 1, tokens=64)
-    with pytest.raises(CorruptChunk):  # noqa: PT012
+    with many_children(STEPPER) as die, pytest.raises(CorruptChunk):  # noqa: PT012
         for step in range(1, 10):
-            die_at_step(tmp_path / "store", tmp_path / "chunks", key, step, "careless")
+            die(tmp_path / "store", tmp_path / "chunks", key, step, "careless")
             check_whole(LocalStore(tmp_path / "store"))
 
 
-WRITER = (
-    PREAMBLE
-    + """
+WRITER = """
+from cake_hf.stores.local import LocalStore
 import random
-draw, folder = random.Random(int(sys.argv[4])), sys.argv[3]
+draw, folder = random.Random(int(sys.argv[3])), sys.argv[2]
 values = {}
 for key in os.listdir(folder):
     with open(f"{folder}/{key}", "rb") as file:
         values[key] = memoryview(file.read())
-store = LocalStore(sys.argv[2])
+store = LocalStore(sys.argv[1])
 kept = min(values)
 store.write(kept, [values[kept]])
 print("writing", flush=True)
@@ -229,7 +192,6 @@ while True:
     else:
         store.delete(key)
 """
-)
 
 
 def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
@@ -238,7 +200,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     root = tmp_path / "store"
     reader = LocalStore(root)
     for seed in range(KILLS):
-        with start(WRITER, root, tmp_path / "chunks", seed) as process:
+        with start_child(WRITER, root, tmp_path / "chunks", seed) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "writing\n"
             with pytest.raises(subprocess.TimeoutExpired):

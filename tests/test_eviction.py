@@ -8,8 +8,6 @@ import os
 import random
 import signal
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +21,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cake_hf
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import LocalStore, Store, room
 from cake_hf.stores.account import Account
@@ -33,6 +30,7 @@ from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, run_together, value_of
+from children import many_children, start_together
 
 PATIENCE = 60.0
 LONG_AGO = 1_000_000_000.0
@@ -643,18 +641,9 @@ def test_the_budget_holds_under_many_threads(tmp_path: Path, eviction: str) -> N
     assert total(tmp_path) == account(tmp_path) == 10_000
 
 
-PREAMBLE = """
-import os, sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
-from cake_hf.stores.local import LocalStore
-"""
-
 # Dies before the n-th call that touches the disk, in the middle of a write that has to make room.
-STEPPER = (
-    PREAMBLE
-    + """
+STEPPER = """
+from cake_hf.stores.local import LocalStore
 import fcntl, signal
 def dying(function):
     def call(*args, **kwargs):
@@ -664,56 +653,49 @@ def dying(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return call
-store, left = LocalStore(sys.argv[2], 3000, sys.argv[4]), int(sys.argv[3])
+store, left = LocalStore(sys.argv[1], 3000, sys.argv[3]), int(sys.argv[2])
 for name in ("open", "ftruncate", "writev", "fsync", "link", "unlink", "pread", "pwrite", "listdir", "stat", "close"):
     setattr(os, name, dying(getattr(os, name)))
 fcntl.flock = dying(fcntl.flock)
 store.write("f" * 40, [bytes(1000)])
 """
-)
-
-
-def run_child(script: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-I", "-S", "-c", script, cake_hf.__path__[0], *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_a_writer_that_dies_at_any_step_breaks_no_budget(tmp_path: Path, eviction: str) -> None:
     evicted: list[int] = []
-    for step in range(1, 200):
-        root = tmp_path / str(step)
-        store = LocalStore(root, budget=3000)
-        for number in (1, 2, 3):
-            store.write(key_of(number), [value_of(number)])
-            use(store, number, number)
-        with run_child(STEPPER, root, step, eviction) as process:
-            process.communicate(timeout=PATIENCE)
-        assert process.returncode in (0, -signal.SIGKILL)
-        assert total(root) <= 3000, "not even what the dead one has left passes the budget"
-        assert account(root) >= sum(entry.nbytes for entry in store.entries()), (
-            "an account that is too low evicts too late"
-        )
-        evicted.append(3 - len(present(store, [1, 2, 3])))
-        for number in (4, 5, 6, 7):
-            store.write(key_of(number), [value_of(number)])
-            assert total(root) <= 3000
-        LocalStore(root)
-        assert os.listdir(root / "partial") == []
-        if process.returncode == 0:
-            break
-    assert process.returncode == 0
+    with many_children(STEPPER) as die:
+        for step in range(1, 200):
+            root = tmp_path / str(step)
+            store = LocalStore(root, budget=3000)
+            for number in (1, 2, 3):
+                store.write(key_of(number), [value_of(number)])
+                use(store, number, number)
+            code = die(root, step, eviction)
+            assert code in (0, -signal.SIGKILL)
+            assert total(root) <= 3000, "not even what the dead one has left passes the budget"
+            assert account(root) >= sum(entry.nbytes for entry in store.entries()), (
+                "an account that is too low evicts too late"
+            )
+            evicted.append(3 - len(present(store, [1, 2, 3])))
+            for number in (4, 5, 6, 7):
+                store.write(key_of(number), [value_of(number)])
+                assert total(root) <= 3000
+            LocalStore(root)
+            assert os.listdir(root / "partial") == []
+            if code == 0:
+                break
+    assert code == 0
     assert evicted == sorted(evicted), "the same write, stopped later"
     assert (evicted[0], evicted[-1]) == (0, 1)
     assert step > 20
 
 
-CROWD = (
-    PREAMBLE
-    + """
+CROWD = """
+from cake_hf.stores.local import LocalStore
 import random
-draw = random.Random(int(sys.argv[3]))
-store = LocalStore(sys.argv[2], *([int(sys.argv[4]), sys.argv[5]] if sys.argv[5] else []))
+draw = random.Random(int(sys.argv[2]))
+store = LocalStore(sys.argv[1], *([int(sys.argv[3]), sys.argv[4]] if sys.argv[4] else []))
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(80):
@@ -725,18 +707,10 @@ for _ in range(80):
         store.delete(key)
     assert store.read(key) in (None, value)
 """
-)
 
 
 def test_many_processes_share_a_budget(tmp_path: Path) -> None:
-    processes = [run_child(CROWD, tmp_path, seed, 10_000, EVICTIONS[seed % 2]) for seed in range(4)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    processes = start_together(CROWD, *((tmp_path, seed, 10_000, EVICTIONS[seed % 2]) for seed in range(4)))
     most = 0
     while any(process.poll() is None for process in processes):
         most = max(most, total(tmp_path))

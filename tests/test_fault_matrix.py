@@ -16,8 +16,9 @@ import torch
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.stores import LocalStore, Store
 from cake_hf.stores.wrappers import FAULTS, FaultStore, ThrottledStore
-from cake_hf.tensors.codec import parse_header
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from models import CHUNK, CHUNKS, Outcome, difference, expected, prompt, run, shared_model
+from stored import filled_store, keys_in_order
+from waiting import join_loaders
 
 STORES: dict[str, Callable[[Path], Store]] = {
     "memory": lambda path: MemoryStore(),
@@ -39,18 +40,10 @@ IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=60)
 
 
 @cache
-def expected() -> Outcome:
-    return oracle(shared_model("llama"), prompt())
-
-
-@cache
 def chunks() -> list[tuple[str, bytes]]:
     """Keys and values of the prompt's chunks, in order."""
-    store = MemoryStore()
-    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    values = [(key, bytes(store.read(key) or b"")) for key in store.keys()]  # noqa: SIM118 - a store is no dict
-    return sorted(values, key=lambda item: parse_header(item[1])[0].index)
+    store = filled_store(shared_model("llama"))
+    return [(key, bytes(store.read(key) or b"")) for key in keys_in_order(store)]
 
 
 @pytest.fixture(params=STORES)
@@ -68,12 +61,6 @@ def no_thread_stays() -> Iterator[None]:
     yield
     join_loaders()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("cake-load")] == []
-
-
-def join_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(60)
 
 
 def broken(store: Store, key: str, fault: str) -> FaultStore:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import pytest
@@ -14,25 +13,12 @@ from cake_hf import CakeCache, Limits, MemoryStore, StoreError
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
-from cake_hf.tensors.codec import parse_header
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
+from stored import filled_store, keys_in_order
+from waiting import join_loaders
 
 PATIENT = Limits(loader_threads=2, read_timeout=60, lookup_timeout=60)
 IMPATIENT = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=0.2)
-
-
-@cache
-def expected() -> Outcome:
-    return oracle(shared_model("llama"), prompt())
-
-
-def filled_store() -> tuple[MemoryStore, list[str]]:
-    """A store with all chunks of the prompt, and their keys in order."""
-    store = MemoryStore()
-    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    keys = sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
-    return store, keys
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +32,8 @@ def no_thread_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("position", range(CHUNKS))
 @pytest.mark.parametrize("fault", ["truncate", "flip", "drop", "error"])
 def test_a_broken_chunk_is_computed(fault: str, position: int) -> None:
-    inner, keys = filled_store()
+    inner = filled_store(shared_model("llama"))
+    keys = keys_in_order(inner)
     store = FaultStore(inner, {keys[position]: fault})
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=PATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
@@ -62,7 +49,8 @@ def test_a_broken_chunk_is_computed(fault: str, position: int) -> None:
 
 @pytest.mark.parametrize("position", range(CHUNKS))
 def test_a_hanging_chunk_is_computed_and_may_write_later(position: int) -> None:
-    inner, keys = filled_store()
+    inner = filled_store(shared_model("llama"))
+    keys = keys_in_order(inner)
     store = FaultStore(inner, {keys[position]: "stall"})
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=IMPATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
@@ -78,7 +66,8 @@ def test_a_hanging_chunk_is_computed_and_may_write_later(position: int) -> None:
 
 
 def test_all_chunks_hang() -> None:
-    inner, keys = filled_store()
+    inner = filled_store(shared_model("llama"))
+    keys = keys_in_order(inner)
     store = FaultStore(inner, dict.fromkeys(keys, "stall"))
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
@@ -91,8 +80,7 @@ def test_all_chunks_hang() -> None:
 @pytest.mark.parametrize("strategy", ["load", "both"])
 @pytest.mark.parametrize("seed", range(20))
 def test_random_faults(seed: int, strategy: str) -> None:
-    inner, _ = filled_store()
-    store = FaultStore(inner, rate=0.5, seed=seed)
+    store = FaultStore(filled_store(shared_model("llama")), rate=0.5, seed=seed)
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=PATIENT, strategy=strategy) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
         report = warm.report
@@ -121,7 +109,7 @@ class BrokenLookup(WrapperStore):
 
 @pytest.mark.parametrize("how", ["raise", "hang"])
 def test_a_store_that_cannot_be_asked(how: str) -> None:
-    store = BrokenLookup(filled_store()[0], how)
+    store = BrokenLookup(filled_store(shared_model("llama")), how)
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
         assert warm.report.chunks_computed == CHUNKS
@@ -185,7 +173,7 @@ def test_a_system_without_threads_computes(monkeypatch: pytest.MonkeyPatch) -> N
         start(thread)
 
     start = threading.Thread.start
-    store, _ = filled_store()
+    store = filled_store(shared_model("llama"))
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, limits=IMPATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
@@ -195,7 +183,8 @@ def test_a_system_without_threads_computes(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
     """A forward that dies in the middle of a restore (out of memory, Ctrl-C) must not leave half a prompt behind."""
-    model, (store, _) = shared_model("llama"), filled_store()
+    model = shared_model("llama")
+    store = filled_store(model)
     forwards = 0
 
     def fail(module: torch.nn.Module, args: object, kwargs: object) -> None:
@@ -218,7 +207,8 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
 def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
     turn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, (store, _) = shared_model("llama"), filled_store()
+    model = shared_model("llama")
+    store = filled_store(model)
     before = threading.active_count()
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
         if turn == 2:
@@ -240,15 +230,9 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
-def join_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(60)
-
-
 def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    inner, keys = filled_store()
-    store = FaultStore(inner, dict.fromkeys(keys, "stall"))
+    inner = filled_store(shared_model("llama"))
+    store = FaultStore(inner, dict.fromkeys(inner.keys(), "stall"))
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", limits=IMPATIENT) as warm:
         outcome = run(shared_model("llama"), prompt(), warm)
         assert warm.report.chunks_failed >= 1

@@ -1,6 +1,6 @@
 """Whatever bytes a store holds: the readers take them or refuse them with a `CorruptChunk`, and take no memory to speak of.
 
-CAKE_FUZZ=100000 pytest tests/test_fuzz.py                          # a long run; 2,000 cases by default
+CAKE_FUZZ=100000 pytest tests/test_fuzz.py                          # a long run; 1,000 cases by default
 CAKE_FUZZ=5000 CAKE_FUZZ_FROM=20000 pytest tests/test_fuzz.py       # a piece of it
 """
 
@@ -43,7 +43,7 @@ from cake_hf.tensors.codec import (
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing.contract import key_of, value_of
 
-CASES = int(os.environ.get("CAKE_FUZZ", "2000"))
+CASES = int(os.environ.get("CAKE_FUZZ", "1000"))
 START = int(os.environ.get("CAKE_FUZZ_FROM", "0"))
 
 EXPANSION = 26

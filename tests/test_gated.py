@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace, restore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore, WrapperStore
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from forwards import attentions, before_forward
+from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model
+from stored import filled_store, keys_in_order
+from waiting import PATIENCE, join_loaders
 
 VARIANTS = [("llama", "float32"), ("llama", "bfloat16"), ("qwen3", "float32"), ("gpt_neox", "bfloat16")]
 LAYERS = 3
@@ -39,18 +43,6 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return str(request.param)
 
 
-def filled_store(model: torch.nn.Module, chunks: int = CHUNKS) -> MemoryStore:
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt()[:, : chunks * CHUNK], whole=True)
-    return store
-
-
-@cache
-def expected(family: str, dtype: str) -> Outcome:
-    return oracle(shared_model(family, dtype), prompt())
-
-
 def cache_of(model: torch.nn.Module, store: Store, strategy: str, **limits: float) -> CakeCache:
     kv_like(model)  # runs the model once, which must not count
     found = Limits(**{"loader_threads": 1, **limits})  # type: ignore[arg-type]
@@ -60,30 +52,12 @@ def cache_of(model: torch.nn.Module, store: Store, strategy: str, **limits: floa
 @contextmanager
 def before_layers(model: torch.nn.Module, action: Callable[[int, int], None]) -> Iterator[None]:
     """Call `action(layer, forward)` before each layer's attention; forwards are counted from 1."""
-    attentions = [module for name, module in model.named_modules() if name.endswith(("self_attn", ".attention"))]
-    assert len(attentions) == LAYERS
-    counts = [0] * LAYERS
-
-    def hook_of(layer: int) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            counts[layer] += 1
-            action(layer, counts[layer])
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_of(layer)) for layer, module in enumerate(attentions)]
-    try:
+    modules = attentions(model)
+    assert len(modules) == LAYERS
+    with ExitStack() as stack:
+        for layer, module in enumerate(modules):
+            stack.enter_context(before_forward(module, partial(action, layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def join_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("family", "dtype"), VARIANTS)
@@ -107,7 +81,7 @@ def test_the_last_piece_runs_while_upper_layers_still_arrive(family: str, dtype:
 def test_new_chunks_after_the_prefix_do_not_wait_either(family: str, dtype: str, strategy: str) -> None:
     model = shared_model(family, dtype)
     stored = 5
-    gate = GateStore(filled_store(model, stored), ranges=True)
+    gate = GateStore(filled_store(model, prompt()[:, : stored * CHUNK]), ranges=True)
     gate.open(stored - 1)
     with (
         cache_of(model, gate, strategy) as warm,
@@ -236,52 +210,78 @@ def test_a_wrong_layer_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     gate.open(WHOLE)
     monkeypatch.setattr(restore.Restore, "await_layer", lambda *_: None)
     with cache_of(model, gate, "load") as warm:
-        ids = prompt()
-        with torch.no_grad():
-            logits = model(input_ids=ids, past_key_values=warm, logits_to_keep=1).logits
-            gate.open()
-    assert not torch.equal(logits[:, -1], oracle(model, ids).logits[0])
+
+        def spoil(layer: int, forward: int) -> None:
+            """New memory may by chance hold what belongs there, from a test before this one."""
+            for buffer in warm.layers[layer].buffers:
+                buffer[:, :CHUNK] = 1
+
+        head = model.get_output_embeddings()  # it comes when all layers are through
+        with torch.no_grad(), before_layers(model, spoil), before_forward(head, lambda _: gate.open()):
+            logits = model(input_ids=prompt(), past_key_values=warm, logits_to_keep=1).logits
+    assert not torch.equal(logits[:, -1], expected("llama", "float32").logits[0])
 
 
 class Torn(WrapperStore):
-    """The first chunk's read fills its buffers with garbage and hangs until it is released."""
+    """One value's read fills its buffers with garbage and hangs until `released`; that of another one waits for `go_on`."""
 
-    def __init__(self, inner: Store, key: str) -> None:
+    def __init__(self, inner: Store, torn: str, held: str) -> None:
         super().__init__(inner)
-        self.reads_ranges = True
-        self.key = key
-        self.begun = threading.Event()
+        self._waits = {torn: self._tear, held: self._hold}
+        self.held = threading.Event()
+        self.torn = threading.Event()
+        self.go_on = threading.Event()
         self.released = threading.Event()
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        if key == self.key:
-            self._tear(parts)
+        self._waits.get(key, pass_by)(parts)
         return super().read_into(key, parts)
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        if key == self.key:
-            self._tear(parts)
+        self._waits.get(key, pass_by)(parts)
         return super().read_range(key, parts, offset)
 
+    def _hold(self, parts: Sequence[memoryview]) -> None:
+        self.held.set()
+        self.go_on.wait(PATIENCE)
+
     def _tear(self, parts: Sequence[memoryview]) -> None:
+        self.held.wait(PATIENCE)
         for part in parts:
             part[:] = b"\xa5" * part.nbytes
-        self.begun.set()
-        self.released.wait(60)
+        self.torn.set()
+        self.released.wait(PATIENCE)
+
+
+def pass_by(parts: Sequence[memoryview]) -> None:
+    """Of a read that nothing is done to."""
 
 
 @pytest.mark.parametrize(("family", "dtype"), VARIANTS)
 def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunk 0 is computed while its load, aside, has brought garbage so far; then the last piece goes beyond the others."""
+    """Chunk 0 is computed while its load, aside, has brought garbage so far; then the last piece goes beyond chunk 1.
+
+    By then all later chunks are loaded: two loaders claim from the back, and each of them is stuck at one of these two.
+    """
     model = shared_model(family, dtype)
     store = filled_store(model)
-    with CakeCache(model, store, chunk_size=CHUNK) as naming:
-        keys = chunk_keys(naming._session.namespace(), prompt()[0].tolist(), CHUNK)
-    torn = Torn(store, keys[0])
-    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0 and torn.begun.is_set())
-    with cache_of(model, torn, "both", loader_threads=2, read_timeout=60) as warm:
+    torn = Torn(store, *keys_in_order(store)[:2])
+    advance = Frontier.advance
+
+    def advance_when_torn(frontier: Frontier, **options: Any) -> int | None:
+        assert torn.torn.wait(PATIENCE)
+        return advance(frontier, **options)
+
+    monkeypatch.setattr(Frontier, "advance", advance_when_torn)
+    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0 and torn.torn.is_set())
+    with (
+        cache_of(model, torn, "both", loader_threads=2, read_timeout=PATIENCE) as warm,
+        before_layers(model, lambda layer, forward: torn.go_on.set() if (layer, forward) == (0, 2) else None),
+    ):
         outcome = run(model, prompt(), warm)
         torn.released.set()
         join_loaders()
-        assert warm.report.chunks_computed == 1
+        report = warm.report
+    assert (report.chunks_computed, report.chunks_loaded) == (1, CHUNKS - 1)
+    assert [span.outcome for span in report.timeline if span.chunk < 0] == ["gated"]
     assert difference(outcome, expected(family, dtype)) == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import cache
 from typing import Any
 
 import pytest
@@ -23,21 +22,15 @@ from transformers.cache_utils import DynamicLayer
 
 from cake_hf import CakeCache, CakeError, MemoryStore
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from stored import filled_store
 
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@cache
-def filled_store() -> MemoryStore:
-    store = MemoryStore()
-    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt())
-    return store
-
-
 def restored(*dtype: str) -> CakeCache:
     """A cache with all full chunks of the prompt, loaded where the dtype is that of the store."""
-    used = CakeCache(shared_model("llama", *dtype), filled_store(), chunk_size=CHUNK, strategy="load", save=False)
+    store = filled_store(shared_model("llama"))
+    used = CakeCache(shared_model("llama", *dtype), store, chunk_size=CHUNK, strategy="load", save=False)
     used.prefill(prompt())
     return used
 
@@ -68,7 +61,7 @@ def test_to_dynamic_cache(dtype: str) -> None:
 def test_to_dynamic_cache_at_any_time() -> None:
     """Before anything came, in the midst of a conversation, and after closing."""
     model = shared_model("llama")
-    used = CakeCache(model, filled_store(), chunk_size=CHUNK, save=False)
+    used = CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False)
     assert (
         difference(run(model, prompt(), used.to_dynamic_cache(), prefill_chunk_size=CHUNK), oracle(model, prompt()))
         == ""

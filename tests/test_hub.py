@@ -19,7 +19,6 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from typer.testing import CliRunner, Result
 
-import cake_hf
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.cache.probe import kv_like
@@ -30,10 +29,14 @@ from cake_hf.stores.manifest import BLOCK_BYTES, CARD, MANIFEST, MAX_MANIFEST_BY
 from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.testing import ReadOnlyContract
 from cake_hf.testing.contract import key_of, read_whole, value_of
+from children import command_of
+from commands import write_text
 from hub_endpoint import TOKEN, File, Hub, Repo, running_hub
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from pack_files import pack_files
-from test_cli import WORDS, document, model_folder, warm, write_text
+from stored import filled_store
+from test_cli import WORDS, document, model_folder, warm
+from waiting import join_loaders
 
 __all__ = ["document", "model_folder"]  # fixtures that are used here, too
 
@@ -73,10 +76,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def store(model: torch.nn.Module) -> MemoryStore:
     """A store with all chunks of the prompt."""
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        cache.prefill(prompt(), whole=True)
-    return store
+    return filled_store(model)
 
 
 @pytest.fixture
@@ -143,9 +143,7 @@ def test_the_first_use_computes_while_it_downloads(hub: Hub, pushed: Pushed, mod
         finally:
             handle.remove()
             over.set()
-            for thread in threading.enumerate():
-                if thread.name.startswith("cake-load"):
-                    thread.join(60)
+            join_loaders()
     assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (CHUNKS - 2, 2)
     first = next(span for span in cache.report.timeline if span.actor == "compute")
     loads = [span for span in cache.report.timeline if span.outcome == "loaded"]
@@ -514,10 +512,6 @@ def test_endpoint_and_token_come_from_the_environment(hub: Hub, tmp_path: Path) 
     put(hub, {key_of(1): value_of(1)})
     hub.repos[REPO].private = True
     script = """
-import os, sys, types
-package = types.ModuleType("cake_hf")  # past the package's face, which would take seconds
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.hub import open_hub_pack
 pack = open_hub_pack("hf://org/pack")
@@ -532,7 +526,7 @@ else:
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0]], env=environment, check=True, timeout=120)
+    subprocess.run(command_of(script, bare=False), env=environment, check=True, timeout=120)
 
 
 def commit_of(pushed: Pushed) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import cake_hf
 from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.movers.deadline import call_with_deadline
@@ -28,6 +27,7 @@ from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from children import command_of
 
 PATIENCE = 60.0
 SPACE = "2c" * 20
@@ -621,10 +621,7 @@ def test_packing_copies_the_pieces_in_payload_order() -> None:
 
 
 EXIT = """
-import atexit, sys, threading, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
+import atexit, threading
 import torch
 from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.writer import SaveJob, Writer
@@ -637,11 +634,11 @@ class Slow(LocalStore):
         leaving.wait()
         return super().write(key, parts, replace=replace)
 layout = ChunkLayout(16, (Piece("layers.0.keys", 2, 4, torch.float32),))
-writer = Writer(Slow(sys.argv[2]), 2**20, float(sys.argv[3]))
+writer = Writer(Slow(sys.argv[1]), 2**20, float(sys.argv[2]))
 for n in range(3):
     facts = ChunkFacts(f"{n:040x}", "0" * 40, n, "0" * 40, "m", "")
     assert writer.offer(SaveJob(facts, layout, torch.full((layout.nbytes,), n, dtype=torch.uint8), False, print))
-if sys.argv[4] == "slow":
+if sys.argv[3] == "slow":
     # Handlers run last in, first out: nothing is written before the interpreter is on its way out.
     atexit.register(leaving.set)
 """
@@ -649,7 +646,7 @@ if sys.argv[4] == "slow":
 
 def leave(root: Path, exit_flush_seconds: float, how: str) -> str:
     """What a process printed that ended without flush or close."""
-    command = [sys.executable, "-c", EXIT, cake_hf.__path__[0], str(root), str(exit_flush_seconds), how]
+    command = command_of(EXIT, root, exit_flush_seconds, how, bare=False)
     ended = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.stderr == ""
     return ended.stdout

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import cake_hf
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.stores import LocalStore, MemoryStore, TierStore, open_store, opening
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
+from children import command_of
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,13 @@ def test_an_unknown_scheme_lists_the_known_ones_and_what_to_install() -> None:
 def test_client_libraries_are_not_imported_before_they_are_needed() -> None:
     """In a process of its own, past the package's face, which would bring in transformers and take seconds."""
     script = """
-import sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
 from cake_hf.stores import open_store
 open_store("memory:")
 assert not {"obstore", "redis", "botocore", "numpy"} & set(sys.modules)
 open_store("redis://localhost")
 assert "redis" in sys.modules and "obstore" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0]], check=True, timeout=120)
+    subprocess.run(command_of(script, bare=False), check=True, timeout=120)
 
 
 def test_a_directory_with_a_budget(tmp_path: Path) -> None:

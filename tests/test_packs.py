@@ -30,6 +30,7 @@ from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from pack_files import write_folder
+from stored import filled_store
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def store(model: torch.nn.Module) -> MemoryStore:
     """A store with all chunks of the prompt."""
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        cache.prefill(prompt(), whole=True)
-    return store
+    return filled_store(model)
 
 
 @pytest.fixture

@@ -5,22 +5,22 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import cake_hf
+import models
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.codec import checksums, encode_header, parse_header
-from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, oracle, prompt, run, shared_model
+from forwards import meeting_at
+from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, prompt, shared_model
+from stored import filled_store, keys_in_order, without
 
 ATTENTIONS = ("eager", "sdpa")
 VARIANTS = list(itertools.product(FAMILIES, DTYPES, ATTENTIONS))
@@ -28,46 +28,14 @@ VARIANTS = list(itertools.product(FAMILIES, DTYPES, ATTENTIONS))
 every_variant = pytest.mark.parametrize(("family", "dtype", "attention"), VARIANTS)
 
 
+NEW_TOKENS = 16
+run = partial(models.run, max_new_tokens=NEW_TOKENS)
+oracle = partial(models.oracle, max_new_tokens=NEW_TOKENS)
+
+
 @cache
 def expected(family: str, dtype: str, attention: str) -> Outcome:
     return oracle(shared_model(family, dtype, attention), prompt())
-
-
-@cache
-def filled_store(family: str, dtype: str, attention: str) -> MemoryStore:
-    """A store with all chunks of the prompt."""
-    store = MemoryStore()
-    with CakeCache(shared_model(family, dtype, attention), store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    assert len(list(store.keys())) == CHUNKS
-    return store
-
-
-@contextmanager
-def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int) -> Iterator[None]:
-    """Let the two sides meet exactly there.
-
-    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when they
-    are read. A contested load of that chunk waits at the gate until all is over.
-    """
-    forwards = 0
-
-    def before(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards == meeting:
-            gate.open(CHUNKS - meeting)
-            gate.await_reads(CHUNKS - meeting)
-
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-        gate.open()
-        for thread in threading.enumerate():
-            if thread.name.startswith("cake-load"):
-                thread.join(60)
 
 
 @every_variant
@@ -83,11 +51,11 @@ def test_cold_and_saving_changes_nothing(family: str, dtype: str, attention: str
 def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
     model = shared_model(family, dtype, attention)
     for meeting in range(1, CHUNKS):
-        gate = GateStore(filled_store(family, dtype, attention))
+        gate = GateStore(filled_store(model))
         # One loader: a second one would hold the chunk before the meeting point.
         with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as warm:
             kv_like(model)  # runs the model once, which must not count
-            with meeting_at(model, gate, meeting):
+            with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), warm)
             assert (warm.report.chunks_computed, warm.report.chunks_loaded) == (meeting, CHUNKS - meeting)
         assert difference(outcome, expected(family, dtype, attention)) == "", f"met at {meeting}"
@@ -98,7 +66,7 @@ def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
 def test_the_two_ends(family: str, dtype: str, attention: str, strategy: str, computed: int) -> None:
     """Meeting points 0 and 8: everything loaded, everything computed."""
     model = shared_model(family, dtype, attention)
-    store = filled_store(family, dtype, attention)
+    store = filled_store(model)
     with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as warm:
         outcome = run(model, prompt(), warm)
         assert (warm.report.chunks_computed, warm.report.chunks_loaded) == (computed, CHUNKS - computed)
@@ -109,13 +77,10 @@ def test_the_two_ends(family: str, dtype: str, attention: str, strategy: str, co
 @every_variant
 @pytest.mark.parametrize("holes", [(0,), (7,), (3, 4), (0, 1, 2, 5), (1, 3, 5, 7)], ids=str)
 def test_holes_are_computed_and_filled(family: str, dtype: str, attention: str, holes: tuple[int, ...]) -> None:
-    model, full = shared_model(family, dtype, attention), filled_store(family, dtype, attention)
-    store = MemoryStore()
-    for key in full.keys():  # noqa: SIM118  # a store is no mapping
-        value = full.read(key)
-        assert value is not None
-        if parse_header(value)[0].index not in holes:
-            store.write(key, [value])
+    model = shared_model(family, dtype, attention)
+    full = filled_store(model)
+    store = without(full, *holes)
+    assert len(list(store.keys())) == CHUNKS - len(holes)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as warm:
         outcome = run(model, prompt(), warm)
         assert warm.flush(60)
@@ -152,7 +117,7 @@ def save_all(directory: Path) -> None:
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_single_shot_gives_the_same_tokens_in_float32(family: str, attention: str) -> None:
     model = shared_model(family, "float32", attention)
-    single = model.generate(prompt(), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    single = model.generate(prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(single, expected(family, "float32", attention).tokens)
 
 
@@ -188,8 +153,7 @@ def test_a_wrong_payload_shows(tmp_path: Path) -> None:
         saving.prefill(prompt())
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as honest:
         assert difference(run(model, prompt(), honest), expected("llama", "float32", "sdpa")) == ""
-    key = next(key for key in store.keys() if parse_header(store.read(key) or b"")[0].index == 2)  # noqa: SIM118
-    forge(store, key, honest._session.layout())
+    forge(store, keys_in_order(store)[2], honest._session.layout())
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         outcome = run(model, prompt(), deceived)
         assert deceived.report.chunks_loaded == CHUNKS

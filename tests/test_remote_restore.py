@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,15 @@ from cake_hf import CakeCache, Limits
 from cake_hf.stores import Store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from servers import Relay, S3Server, Server, start_redis_server, start_s3_server
+from waiting import PATIENCE, join_loaders
 
 pytest_plugins = ["servers"]
 
-PATIENCE = 60.0
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
 HALF = 70_000
 """Bytes that a server sends until about half of the prompt's chunks have arrived."""
-
-
-@cache
-def expected() -> Outcome:
-    return oracle(shared_model("llama"), prompt())
 
 
 class Place:
@@ -71,13 +64,6 @@ def mortal_place(
     yield Place(server, relay_to(server.port), monkeypatch)
     server.kill()
     join_loaders()
-
-
-def join_loaders() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
 
 
 def fill(place: Place) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,11 @@ from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore, WrapperStore
 from cake_hf.testing.contract import run_together
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from forwards import before_forward
+from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
+from stored import filled_store
+from waiting import PATIENCE, await_true
 
-PATIENCE = 60.0
 BYTES = torch.arange(4, dtype=torch.uint8)
 
 
@@ -163,22 +164,6 @@ class Watched(WrapperStore):
                 self._now[key] -= 1
 
 
-def filled_store(model: torch.nn.Module) -> MemoryStore:
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    return store
-
-
-@contextmanager
-def before_forwards(model: torch.nn.Module, action: Callable[[], None]) -> Iterator[None]:
-    handle = model.register_forward_pre_hook(lambda *_: action())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
     """The first prompt's read of the last chunk is held up; the second prompt's loader waits for it and does not read, too."""
     model = shared_model("llama")
@@ -204,8 +189,7 @@ def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
     gate.open()
     for thread in threads:
         thread.join(PATIENCE)
-    expected = oracle(model, prompt())
-    assert [difference(outcomes[name], expected) for name in ("first", "second")] == ["", ""]
+    assert [difference(outcomes[name], expected("llama")) for name in ("first", "second")] == ["", ""]
     assert watched.most_of_a_key == 1
     assert sum(report.chunks_shared for report in reports.values()) >= 1
     for report in reports.values():
@@ -220,7 +204,7 @@ def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
     inside, go_on = threading.Event(), threading.Event()
     first_thread = []
 
-    def hold() -> None:
+    def hold(forward: int) -> None:
         if threading.current_thread() is first_thread[0] and not inside.is_set():
             inside.set()
             assert go_on.wait(PATIENCE)
@@ -237,7 +221,7 @@ def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
     threads = [threading.Thread(target=generate, args=(name,), daemon=True) for name in ("first", "second")]
     first_thread.append(threads[0])
     # The hook comes after ours: it holds the forward on chunk 0, which the restore runs.
-    with CakeCache(model, store, chunk_size=CHUNK), before_forwards(model, hold):
+    with CakeCache(model, store, chunk_size=CHUNK), before_forward(model, hold):
         threads[0].start()
         assert inside.wait(PATIENCE)
         threads[1].start()
@@ -245,8 +229,7 @@ def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
         go_on.set()
         for thread in threads:
             thread.join(PATIENCE)
-    expected = oracle(model, prompt())
-    assert [difference(outcomes[name], expected) for name in ("first", "second")] == ["", ""]
+    assert [difference(outcomes[name], expected("llama")) for name in ("first", "second")] == ["", ""]
     assert reports["second"].chunks_shared >= 1
     for report in reports.values():
         assert report.chunks_computed + report.chunks_loaded + report.chunks_shared == CHUNKS
@@ -271,12 +254,3 @@ def test_many_prompts_at_once(strategy: str, tmp_path: Path) -> None:
         assert difference(outcome, oracle(model, ids[number])) == ""
     assert watched.most <= budget
     assert watched.most_of_a_key == 1
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    """For what nobody signals: that a thread has come to where it waits."""
-    for _ in range(60_000):
-        if condition():
-            return
-        threading.Event().wait(0.001)
-    raise TimeoutError

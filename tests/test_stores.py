@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-import cake_hf
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store, wrappers
 from cake_hf.stores.base import total_bytes
@@ -27,6 +25,7 @@ from cake_hf.tensors.codec import ChunkFacts, check_header, check_pieces, checks
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import FaultStore, GateStore, StoreContract, ThrottledStore, WrapperStore, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, run_together, split, value_of
+from children import command_of
 
 PATIENCE = 60.0
 
@@ -139,17 +138,13 @@ def test_local_store_behaves_like_a_dict(tmp_path: Path) -> None:
 def test_test_tools_come_in_only_with_the_contract() -> None:
     """In a process of its own, past the package's face, which would bring in transformers and take seconds."""
     script = """
-import sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]
-sys.modules["cake_hf"] = package
 import cake_hf.testing
 assert cake_hf.testing.GateStore
 assert not {"pytest", "hypothesis"} & set(sys.modules)
 assert cake_hf.testing.StoreContract
 assert {"pytest", "hypothesis"} <= set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0]], check=True, timeout=PATIENCE)
+    subprocess.run(command_of(script, bare=False), check=True, timeout=PATIENCE)
 
 
 # Memory.

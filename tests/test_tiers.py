@@ -5,18 +5,16 @@ from __future__ import annotations
 import gc
 import logging
 import subprocess
-import sys
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cake_hf
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store
@@ -24,10 +22,12 @@ from cake_hf.stores.base import Part
 from cake_hf.stores.behind import Behind, Errand
 from cake_hf.stores.standing import REST_SECONDS, STUCK_SECONDS
 from cake_hf.stores.tiers import Tier, TierStore, open_tiers
-from cake_hf.tensors.codec import parse_header
 from cake_hf.testing import FaultStore, GateStore, StoreContract, WrapperStore, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, run_together, split, value_of
-from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from children import command_of
+from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
+from stored import keys_in_order
+from waiting import join_loaders
 
 KEY, VALUE = key_of(1), value_of(1)
 
@@ -574,17 +574,14 @@ def test_a_system_without_threads_promotes_nothing(monkeypatch: pytest.MonkeyPat
 def test_what_comes_when_the_interpreter_ends_is_written_behind_all_the_same(tmp_path: Path) -> None:
     """The writer's queue is flushed then, through a store that nobody has closed."""
     script = """
-import atexit, sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv[1]]  # past its face, which would bring in transformers and take seconds
-sys.modules["cake_hf"] = package
+import atexit
 from cake_hf.stores import LocalStore, MemoryStore
 from cake_hf.stores.tiers import Tier, TierStore
-store = TierStore([MemoryStore(), Tier(LocalStore(sys.argv[2]), write="behind")])
+store = TierStore([MemoryStore(), Tier(LocalStore(sys.argv[1]), write="behind")])
 store.write("1" * 40, [b"before"])
 atexit.register(lambda: store.write("2" * 40, [b"at the end"]))
 """
-    subprocess.run([sys.executable, "-c", script, cake_hf.__path__[0], str(tmp_path)], check=True, timeout=PATIENCE)
+    subprocess.run(command_of(script, tmp_path), check=True, timeout=PATIENCE)
     assert [LocalStore(tmp_path).read(digit * 40) for digit in "12"] == [b"before", b"at the end"]
 
 
@@ -921,11 +918,6 @@ def test_what_was_read_before_a_change_comes_too_late() -> None:
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
 
 
-@cache
-def expected() -> Outcome:
-    return oracle(shared_model("llama"), prompt())
-
-
 def generate(store: Store, **options: Any) -> CakeCache:
     """A run on the store, compared bit for bit with one without."""
     model = shared_model("llama")
@@ -939,7 +931,7 @@ def filled(store: Store) -> list[str]:
     """Have all chunks of the prompt written, and give their keys in order."""
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as saving:
         saving.prefill(prompt(), whole=True)
-    return sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
+    return keys_in_order(store)
 
 
 def test_a_prompt_comes_back_through_tiers_and_comes_nearer(tmp_path: Path) -> None:
@@ -1018,9 +1010,7 @@ def test_a_hanging_tier_hangs_nobody(tier: int) -> None:
         outcome = run(model, prompt(), cake)
         assert difference(outcome, expected()) == ""
         faulty.release()
-        for thread in threading.enumerate():
-            if thread.name.startswith("cake-load"):
-                thread.join(PATIENCE)
+        join_loaders()
         assert all((layer.keys == keys).all() for layer, keys in zip(cake.layers, outcome.keys, strict=True))
     store.close()
 

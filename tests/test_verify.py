@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf import CakeCache, MemoryStore
+from cake_hf import CakeCache
 from cake_hf.people import recompute as recompute_module
 from cake_hf.people.recompute import Comparing
 from cake_hf.people.verify import verify
@@ -21,7 +21,8 @@ from cake_hf.tensors.codec import check_file, parse_header
 from cake_hf.tensors.forgery import blank, forge, one_bit
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command, save_model, write_text
-from models import difference, oracle, prompt, run, shared_model
+from models import difference, expected, prompt, run, shared_model
+from stored import filled_store, keys_in_order
 
 CHUNK = 16
 CHUNKS = 6
@@ -53,10 +54,6 @@ def warm(model: Path, text: Path, store: Path, *more: object) -> None:
     assert result.exit_code == 0, result.output
 
 
-def keys_by_index(store: LocalStore) -> list[str]:
-    return sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
-
-
 def rewrite(store: LocalStore, key: str, change: Callable[[bytes], bytes]) -> None:
     raw = bytes(store.read(key) or b"")
     assert change(raw) != raw
@@ -79,7 +76,7 @@ def test_a_store_on_which_a_write_was_torn(tmp_path: Path) -> None:
     chunk_model, inner = shared_model("llama"), LocalStore(tmp_path)
     with CakeCache(chunk_model, inner, chunk_size=CHUNK) as cache:
         cache.prefill(prompt(), whole=True)
-    key = keys_by_index(inner)[3]
+    key = keys_in_order(inner)[3]
     raw = bytes(inner.read(key) or b"")
     inner.delete(key)
     torn = FaultStore(inner, {key: "tear"})
@@ -89,7 +86,7 @@ def test_a_store_on_which_a_write_was_torn(tmp_path: Path) -> None:
         assert cache.report.chunks_unsaved == 1
     assert [chunk.key for chunk in verify(inner, no_progress).bad] == [key]
     with CakeCache(chunk_model, inner, chunk_size=CHUNK, strategy="load") as cache:
-        assert difference(run(chunk_model, prompt(), cache), oracle(chunk_model, prompt())) == ""
+        assert difference(run(chunk_model, prompt(), cache), expected()) == ""
         assert cache.flush(60)
         assert (cache.report.chunks_failed, cache.report.chunks_saved) == (1, 1)
     assert inner.read(key) == raw
@@ -136,7 +133,7 @@ def test_a_true_store_is_found_true(store: LocalStore, model: Path, text: Path) 
 def test_a_well_formed_lie_is_found(
     store: LocalStore, model: Path, text: Path, index: int, change: Callable[[bytearray], None]
 ) -> None:
-    key = keys_by_index(store)[index]
+    key = keys_in_order(store)[index]
     rewrite(store, key, lambda raw: forge(raw, change))
     check_file(store.read(key) or b"", key)
     assert run_command("verify", store.root).exit_code == 0, "the checksum alone cannot know"
@@ -147,14 +144,14 @@ def test_a_well_formed_lie_is_found(
     if change is one_bit:
         assert "1 of 12,288 bytes differ" in said
     assert f"1 damaged of {CHUNKS} chunks" in said
-    assert len(keys_by_index(store)) == CHUNKS
+    assert len(keys_in_order(store)) == CHUNKS
 
 
 def test_a_lie_does_not_make_the_chunks_behind_it_look_wrong_or_right(
     store: LocalStore, model: Path, text: Path
 ) -> None:
     """Nothing stored goes into the computation: exactly the forged chunks are named."""
-    keys = keys_by_index(store)
+    keys = keys_in_order(store)
     for index in (1, 2):
         rewrite(store, keys[index], forge)
     said = recompute(store, model, "--prompt", text)
@@ -162,13 +159,13 @@ def test_a_lie_does_not_make_the_chunks_behind_it_look_wrong_or_right(
 
 
 def test_fix_removes_a_lie(store: LocalStore, model: Path, text: Path) -> None:
-    keys = keys_by_index(store)
+    keys = keys_in_order(store)
     rewrite(store, keys[2], forge)
     rewrite(store, keys[4], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
     said = recompute(store, model, "--prompt", text, "--fix")
     assert said.startswith("0 ")
     assert "2 chunks deleted" in said
-    assert keys_by_index(store) == [keys[0], keys[1], keys[3], keys[5]]
+    assert keys_in_order(store) == [keys[0], keys[1], keys[3], keys[5]]
     warm(model, text, store.root)
     assert recompute(store, model, "--prompt", text).startswith("0 ")
 
@@ -182,7 +179,7 @@ def test_a_header_that_says_the_chunk_stands_elsewhere_is_found(
         becomes = was[:-2] + (b'7"' if was[-2:] != b'7"' else b'8"')
         return raw.replace(was, becomes)
 
-    key = keys_by_index(store)[2]
+    key = keys_in_order(store)[2]
     rewrite(store, key, move)
     said = recompute(store, model, "--prompt", text)
     assert said.startswith("1 ")
@@ -190,7 +187,7 @@ def test_a_header_that_says_the_chunk_stands_elsewhere_is_found(
 
 
 def test_a_sample_is_chosen_by_its_seed(store: LocalStore) -> None:
-    keys = keys_by_index(store)
+    keys = keys_in_order(store)
 
     def sample(share: float, seed: int) -> set[str]:
         comparing = Comparing(store, share, seed)
@@ -212,7 +209,7 @@ def test_a_sample_is_computed_only_as_far_as_it_goes(
     store: LocalStore, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The forged chunk lies behind the sampled one, which is the first: nobody looks at it."""
-    keys = keys_by_index(store)
+    keys = keys_in_order(store)
     computed: list[str] = []
 
     class Watched(Comparing):
@@ -235,7 +232,7 @@ def test_several_prompts(tmp_path: Path, store: LocalStore, model: Path, text: P
     other = tmp_path / "other.txt"
     other.write_text(" ".join([*text.read_text().split()[: 2 * CHUNK], *(["w9"] * (2 * CHUNK))]))
     warm(model, other, store.root)
-    shared = keys_by_index(store)[0]
+    shared = keys_in_order(store)[0]
     rewrite(store, shared, forge)
     said = recompute(store, model, "--prompt", text, "--prompt", other)
     assert said.startswith("1 ")
@@ -267,7 +264,7 @@ def test_what_cannot_be_recomputed(tmp_path: Path, store: LocalStore, model: Pat
 def test_a_sampled_chunk_that_cannot_be_read_is_named_and_stays(
     store: LocalStore, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = keys_by_index(store)[1]
+    key = keys_in_order(store)[1]
     rewrite(store, key, lambda raw: raw[:-1])
     said = recompute(store, model, "--prompt", text)
     assert said.startswith("1 ")
@@ -283,7 +280,7 @@ def test_the_help_says_why_a_prompt_is_needed() -> None:
 
 
 def test_a_forged_chunk_passes_every_check(store: LocalStore) -> None:
-    key = keys_by_index(store)[0]
+    key = keys_in_order(store)[0]
     raw = bytes(store.read(key) or b"")
     forged = forge(raw)
     assert len(forged) == len(raw)
@@ -293,11 +290,10 @@ def test_a_forged_chunk_passes_every_check(store: LocalStore) -> None:
 
 def test_a_lie_steers_the_model() -> None:
     """What the checks do not promise: KV that somebody made up is used, and changes what the model says."""
-    inner, chunk_model = MemoryStore(), shared_model("llama")
-    with CakeCache(chunk_model, inner, chunk_size=CHUNK) as cache:
-        cache.prefill(prompt(), whole=True)
+    chunk_model = shared_model("llama")
+    inner = filled_store(chunk_model)
     lying = FaultStore(inner, dict.fromkeys(inner.keys(), "lie"))
     with CakeCache(chunk_model, lying, chunk_size=CHUNK, strategy="load") as cache:
         outcome = run(chunk_model, prompt(), cache)
         assert cache.report.chunks_failed == 0
-    assert difference(outcome, oracle(chunk_model, prompt())) != ""
+    assert difference(outcome, expected()) != ""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import accumulate
 from types import TracebackType
@@ -212,6 +213,7 @@ def best_seconds(setting: Setting) -> float:
     return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
 
 
+@lru_cache(maxsize=1)  # several policies are asked about one setting after the other
 def _learned(setting: Setting) -> Costs:
     """What is believed after a prompt that was all computed and one that was all loaded, learnt as a restore learns it."""
     if not setting.costs_known:

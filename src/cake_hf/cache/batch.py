@@ -15,8 +15,8 @@ So a row's KV is that of the row alone, and nothing but the lengths of the promp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -28,8 +28,20 @@ from cake_hf.cache.probe import kv_like
 from cake_hf.cache.restore import wait_for_devices
 from cake_hf.cache.session import Session
 
-RestoreRow = Callable[[list[TokenMajorLayer], list[str], torch.Tensor, Report, float], None]
-"""Restores one prompt into layers that may hold its first chunks, with these keys: `(layers, known, ids, report, started)`."""
+
+class RestoreRow(Protocol):
+    """Restores one prompt into layers that may hold its first chunks, with the known keys."""
+
+    def __call__(
+        self,
+        layers: list[TokenMajorLayer],
+        known: list[str],
+        ids: torch.Tensor,
+        *,
+        namespace: str,
+        report: Report,
+        started: float,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,8 @@ class BatchRestore:
         self._started = self._tail_begin = started
         lengths = call.lengths
         self.report = Report(tokens=sum(lengths), chunk_size=session.chunk_size, batch=len(lengths))
-        namespace = session.namespace()
-        self._rows = [self._row(number, length, namespace) for number, length in enumerate(lengths)]
+        self._namespace = session.namespace()  # made once for all rows, since that takes milliseconds
+        self._rows = [self._row(number, length) for number, length in enumerate(lengths)]
         self.start = min(self._end_of(row) for row in self._rows)
 
     def run(self, restore_row: RestoreRow) -> None:
@@ -121,11 +133,11 @@ class BatchRestore:
             layer.show(self.start)
         self._tail_begin = time.monotonic()
 
-    def _row(self, number: int, length: int, namespace: str) -> Row:
+    def _row(self, number: int, length: int) -> Row:
         size, tokens = self._session.chunk_size, self._call.tokens
         chunks = max(0, length - self._call.wanted_logits) // size
         prefix = self._call.ids[number, tokens - length : tokens - length + chunks * size]
-        return Row(number, tokens - length, chunks, chunk_keys(namespace, prefix.tolist(), size))
+        return Row(number, tokens - length, chunks, chunk_keys(self._namespace, prefix.tolist(), size))
 
     def _end_of(self, row: Row) -> int:
         """The column at which the row's last piece begins."""
@@ -142,6 +154,13 @@ class BatchRestore:
             self.report.chunks_shared += common
         if common < row.chunks:
             ids = self._call.ids[row.number : row.number + 1, row.pad : self._end_of(row)]
-            restore_row(places, row.keys[:common], ids, self.report, self._started)
+            restore_row(
+                places,
+                row.keys[:common],
+                ids,
+                namespace=self._namespace,
+                report=self.report,
+                started=self._started,
+            )
         for layer, place in zip(self._layers, places, strict=True):
             layer.take_row(row.number, row.pad, place)

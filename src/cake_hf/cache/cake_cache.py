@@ -355,14 +355,12 @@ class CakeCache(GuardedCache):
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
 
-    def _restore_row(
-        self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, report: Report, started: float
-    ) -> None:
+    def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
         """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
         row = type(self).__new__(type(self))
         row._start(self._session, layers, self._model_reason)
         row._known = list(known)
-        if row._prefill(ids, 0, _no_progress, report=report, started=started) is None:
+        if row._prefill(ids, 0, _no_progress, **counted) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
 
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
@@ -400,6 +398,7 @@ class CakeCache(GuardedCache):
         beyond_loads: bool,
         report: Report | None = None,
         started: float | None = None,
+        namespace: str | None = None,
     ) -> Restore | None:
         """Restore the call's full chunks, but for its last `leave` tokens.
 
@@ -410,6 +409,7 @@ class CakeCache(GuardedCache):
             beyond_loads: see `Restore`.
             report: where all is counted, if not in a new one.
             started: when the call came, if not now.
+            namespace: of the session, where that was just made.
 
         Returns:
             What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
@@ -431,7 +431,7 @@ class CakeCache(GuardedCache):
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size
             if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
-                prompt = look_up(session, call, chunks, self._known, report, started)
+                prompt = look_up(session, call, chunks, self._known, report, started, namespace)
             else:
                 prompt = off_schedule(session, call, chunks, report, started)
             self.report = prompt.report

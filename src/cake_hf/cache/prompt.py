@@ -72,7 +72,13 @@ class Prompt:
 
 
 def look_up(
-    session: Session, call: ForwardCall, chunks: int, known: list[str], report: Report, started: float
+    session: Session,
+    call: ForwardCall,
+    chunks: int,
+    known: list[str],
+    report: Report,
+    started: float,
+    namespace: str | None = None,
 ) -> Prompt:
     """Name the prompt's chunks and ask the store which of them it has.
 
@@ -83,8 +89,9 @@ def look_up(
         known: keys of the chunks that the cache holds already, all from the canonical schedule.
         report: where all is counted.
         started: when the call came.
+        namespace: of the session, where that was just made.
     """
-    namespace = session.namespace()
+    namespace = namespace or session.namespace()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     marks, whole = call.marks(session.chunk_size), call.whole_chunks(session.chunk_size)

@@ -12,12 +12,13 @@ import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
+from cake_hf.movers.checking import Check
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.place import Landing, Place, byte_view
 from cake_hf.movers.sharing import Flight, ReadSlot, Sharing
 from cake_hf.stores.base import Store
 from cake_hf.tensors.aligned import empty_aligned
-from cake_hf.tensors.codec import ChunkFacts, check_header, check_pieces, header_size
+from cake_hf.tensors.codec import header_size
 from cake_hf.tensors.layout import ChunkLayout, LayerRange
 
 logger = logging.getLogger("cake_hf")
@@ -164,45 +165,30 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
 
 def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
     """Read, check and commit a chunk, whole or range by range; False for a miss."""
-    key, check = job.keys[index], _Check(job, index, landing, header)
+    key, check = job.keys[index], Check(job.keys[index], job.layout, header, landing.parts)
+
+    def commit(end: int) -> None:
+        check.up_to(end)
+        landing.commit(end)
+
     if len(landing.parts) < len(job.layout.pieces):
         found = job.store.read_range(key, [header, *landing.parts], 0)
         if found:
-            check.up_to(len(landing.parts))
+            commit(len(landing.parts))
         return found
     if len(ranges) == 1:
         # The header is the first of the parts; each piece is checked as soon as it is there.
-        return job.store.read_gradually(key, [header, *landing.parts], lambda count: check.up_to(count - 1)) is not None
+        return job.store.read_gradually(key, [header, *landing.parts], lambda count: commit(count - 1)) is not None
     offset = 0
     for part in ranges:
         pieces = landing.parts[part.start : part.end]
         buffers = [header, *pieces] if offset == 0 else pieces
         if not job.store.read_range(key, buffers, offset):
             return False
-        check.up_to(part.end)
+        commit(part.end)
         job.frontier.landed(index, part.layers)
         offset += sum(buffer.nbytes for buffer in buffers)
     return True
-
-
-class _Check:
-    """Checks a chunk as it comes, and commits what is checked."""
-
-    def __init__(self, job: LoadJob, index: int, landing: Landing, header: memoryview) -> None:
-        self._job = job
-        self._key = job.keys[index]
-        self._landing = landing
-        self._header = header
-        self._facts: ChunkFacts | None = None
-        self._checked = 0
-
-    def up_to(self, end: int) -> None:
-        """The header and the first `end` pieces are there."""
-        if self._facts is None:
-            self._facts = check_header(self._header, self._key, self._job.layout)
-        check_pieces(self._landing.parts[self._checked : end], self._facts, self._checked)
-        self._landing.commit(end)
-        self._checked = end
 
 
 def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:

@@ -7,9 +7,10 @@ import threading
 
 import torch
 
+from cake_hf.movers.checking import Check
 from cake_hf.movers.place import split_payload
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import check_header, check_pieces, header_size
+from cake_hf.tensors.codec import header_size
 from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
@@ -50,9 +51,8 @@ class StateRead:
             payload = torch.empty(self._layout.nbytes, dtype=torch.uint8)
             header = memoryview(bytearray(header_size(self._layout)))
             parts = split_payload(payload, self._layout)
-            if self._store.read_into(self._key, [header, *parts]) is None:
-                return
-            check_pieces(parts, check_header(header, self._key, self._layout))
-            self._payload = payload
+            if self._store.read_into(self._key, [header, *parts]) is not None:
+                Check(self._key, self._layout, header, parts).up_to(len(parts))
+                self._payload = payload
         except Exception as error:  # whatever a store's client raises: the prompt must not suffer from it
             logger.warning("A stored state is not usable and is computed instead. %s", error)

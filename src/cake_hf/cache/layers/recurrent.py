@@ -66,7 +66,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridLayer:
         copied: HybridLayer = TokenMajorLayer.__deepcopy__(self, memo)
-        copied.number_of_states = self.number_of_states
+        copied.number_of_states, copied.record_past = self.number_of_states, self.record_past
         for name in _DICTIONARIES:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied

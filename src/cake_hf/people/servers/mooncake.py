@@ -10,19 +10,9 @@ import time
 from itertools import count
 from pathlib import Path
 
-import cake_hf
-from cake_hf.people.servers.plain import PATIENCE, Unavailable, free_port
+from cake_hf.people.servers.plain import PATIENCE, Unavailable, faceless, free_port
 
 MASTER = [sys.executable, "-m", "mooncake.cli", "--rpc_address=127.0.0.1", "--metrics_host=127.0.0.1"]
-
-FACELESS = """
-import sys, types
-package = types.ModuleType("cake_hf")
-package.__path__ = [sys.argv.pop(1)]
-sys.modules["cake_hf"] = package
-from cake_hf.stores.mooncake import MooncakeStore
-"""
-"""Past the package's face, which would bring in transformers and take seconds."""
 
 LENDER = """
 store = MooncakeStore(sys.argv[1])
@@ -78,7 +68,7 @@ class Cluster:
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Run a script in a process of its own, where `MooncakeStore` is imported."""
-        command = [sys.executable, "-c", FACELESS + script, cake_hf.__path__[0], *arguments]
+        command = faceless(f"from cake_hf.stores.mooncake import MooncakeStore\n{script}", arguments)
         pipe = subprocess.PIPE
         self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log))
         return self.processes[-1]

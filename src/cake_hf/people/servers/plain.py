@@ -11,15 +11,25 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+import cake_hf
 from cake_hf.arithmetic.errors import CakeError
 
 PATIENCE = 60.0
 """Seconds after which a server that does not come up is given up."""
 
 _numbers = count()
+
+
+_FACELESS = """
+import os, sys, types
+package = types.ModuleType("cake_hf")
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["cake_hf"] = package
+"""
 
 
 class Unavailable(CakeError):
@@ -138,3 +148,14 @@ def _answers(process: subprocess.Popen[str], port: int) -> bool:
                 return True
         time.sleep(0.01)
     return False
+
+
+def faceless(script: str, arguments: Sequence[str], options: Sequence[str] = ()) -> list[str]:
+    """The command line of a Python process that imports parts of the package past its face, which would bring in transformers.
+
+    Args:
+        script: finds its arguments from `sys.argv[1]` on, and `os` and `sys` imported.
+        arguments: of the script.
+        options: of the interpreter.
+    """
+    return [sys.executable, *options, "-c", _FACELESS + script, cake_hf.__path__[0], *arguments]

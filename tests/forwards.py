@@ -1,0 +1,54 @@
+"""Hooks by which a test takes part in a model's forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cake_hf.stores.wrappers import GateStore
+from waiting import join_loaders
+
+
+def attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """One module per layer, each of which updates the cache when it runs."""
+    return [module for name, module in model.named_modules() if name.endswith(("self_attn", ".attention"))]
+
+
+@contextmanager
+def before_forward(module: torch.nn.Module, action: Callable[[int], None]) -> Iterator[None]:
+    """Call `action(number)` before each run of the module; runs are counted from 1."""
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+        action(count)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, reads: int) -> Iterator[None]:
+    """Let the two sides meet exactly there.
+
+    While chunk `meeting - 1` is being computed, the gate opens for so many reads, and the forward goes on only when they are
+    done. A contested load of that chunk waits at the gate until all is over.
+    """
+
+    def meet(forward: int) -> None:
+        if forward == meeting:
+            gate.open(reads)
+            gate.await_reads(reads)
+
+    try:
+        with before_forward(model, meet):
+            yield
+    finally:
+        gate.open()
+        join_loaders()

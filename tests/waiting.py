@@ -1,0 +1,26 @@
+"""Waiting for what other threads do, with an end that fails the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+PATIENCE = 60.0
+"""Seconds after which something that has to happen is taken not to happen."""
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """For a moment that nobody can signal: that a thread has come to where it waits, or is through with something."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.001)
+
+
+def join_loaders() -> None:
+    """A load that was overtaken may still be under way when its prompt is done; this is when it has ended."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-load"):
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), f"{thread.name} does not end"
