@@ -52,9 +52,8 @@ def test_every_warning_is_explained() -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    files = {
-        name: module for name, module in messages.sources().items() if name.startswith(("cache/", "stores/mismatch"))
-    }
+    speak = ("cache/", "stores/mismatch", "tensors/parallel")
+    files = {name: module for name, module in messages.sources().items() if name.startswith(speak)}
     found = [text for module in files.values() for text in messages.reasons(module)]
     assert len(found) > 20
     assert untold(iter(found)) == []
