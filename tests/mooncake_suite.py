@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import test_fault_matrix as matrix
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.servers import free_port
@@ -93,8 +95,19 @@ def test_memory_may_be_registered_before_it_is_used(cluster: Cluster, test: str)
 
 
 def test_mooncake_behaves_like_a_dict(cluster: Cluster) -> None:
-    """Few steps here, since each removal waits for a lease to end."""
-    check_against_dict(lambda: MooncakeStore(cluster.new_url()), max_examples=6, steps=12)
+    """Few steps here, since each removal waits for a lease to end; CAKE_HF_SEQUENCES=90 makes them a thousand."""
+    sequences = int(os.environ.get("CAKE_HF_SEQUENCES", "6"))
+    make = lambda: MooncakeStore(cluster.new_url())  # noqa: E731
+    assert check_against_dict(make, max_examples=sequences, steps=12) >= 10 * sequences
+
+
+@pytest.mark.parametrize("position", matrix.POSITIONS)
+@pytest.mark.parametrize("fault", matrix.COUNTS)
+def test_a_fault_changes_nothing_but_the_counts(store: MooncakeStore, fault: str, position: str) -> None:
+    """Mooncake's part of the fault matrix."""
+    for key, value in matrix.chunks():
+        store.write(key, [value])
+    matrix.test_a_fault_changes_nothing_but_the_counts(store, fault, position)
 
 
 def test_the_network_is_our_own() -> None:

@@ -8,24 +8,48 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.stores import LocalStore, Store
+from cake_hf.stores import LocalStore, Store, TierStore, open_store
+from cake_hf.stores.object import ObjectStore
+from cake_hf.stores.redis import RedisStore
 from cake_hf.stores.wrappers import FAULTS, FaultStore, ThrottledStore
 from models import CHUNK, CHUNKS, Outcome, difference, expected, prompt, run, shared_model
+from pack_files import write_folder
+from servers import S3Server, Server
 from stored import filled_store, keys_in_order
 from waiting import join_loaders
 
-STORES: dict[str, Callable[[Path], Store]] = {
-    "memory": lambda path: MemoryStore(),
-    "local": LocalStore,
-    "local with a budget": lambda path: LocalStore(path, budget=10**9, eviction="front-first"),
-    "throttled": lambda path: ThrottledStore(LocalStore(path), bytes_per_second=1e12),
+pytest_plugins = ["servers"]
+
+
+def on_redis(path: Path, request: pytest.FixtureRequest) -> Store:
+    server: Server = request.getfixturevalue("redis_server")
+    return RedisStore(f"redis://127.0.0.1:{server.port}/0?prefix=matrix-{next(_numbers)}", slice_bytes=5000)
+
+
+def on_s3(path: Path, request: pytest.FixtureRequest) -> Store:
+    server: S3Server = request.getfixturevalue("s3_server")
+    return ObjectStore(f"s3://{server.new_bucket()}/matrix", options=server.options)
+
+
+STORES: dict[str, Callable[[Path, pytest.FixtureRequest], Store]] = {
+    "memory": lambda path, request: MemoryStore(),
+    "local": lambda path, request: LocalStore(path),
+    "local with a budget": lambda path, request: LocalStore(path, budget=10**9, eviction="front-first"),
+    "throttled": lambda path, request: ThrottledStore(LocalStore(path), bytes_per_second=1e12),
+    "tiers": lambda path, request: TierStore([MemoryStore(), LocalStore(path)]),
+    "redis": on_redis,
+    "s3": on_s3,
 }
+"""Mooncake's are in `mooncake_suite.py`, in a network of its own; a pack, which is read-only, stands further down."""
+
+_numbers = count()
 POSITIONS = {"first": 0, "middle": CHUNKS // 2, "last": CHUNKS - 1}
 
 MISSED, FAILED = (1, 0), (0, 1)
@@ -49,7 +73,7 @@ def chunks() -> list[tuple[str, bytes]]:
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     """A store with all chunks of the prompt."""
-    opened = STORES[request.param](tmp_path)
+    opened = STORES[request.param](tmp_path, request)
     for key, value in chunks():
         opened.write(key, [value])
     yield opened
@@ -144,6 +168,25 @@ def test_all_chunks_have_the_fault(store: Store, fault: str) -> None:
     assert (report.chunks_loaded, report.chunks_computed) == (0, CHUNKS)
     if fault != "stall":  # there, what was not even begun when the first read was given up is no failure
         assert (report.chunks_missed, report.chunks_failed) == tuple(CHUNKS * count for count in COUNTS[fault])
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("fault", [fault for fault in COUNTS if fault != "tear"])
+def test_a_fault_of_a_pack_changes_nothing_but_the_counts(fault: str, position: str, tmp_path: Path) -> None:
+    """It cannot be healed, since nothing can be written there."""
+    key = chunks()[POSITIONS[position]][0]
+    faulty = FaultStore(open_store(f"pack:{write_folder(tmp_path, dict(chunks()))}"), {key: fault})
+    limits = IMPATIENT if fault == "stall" else PATIENT
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+        faulty.release()
+    assert difference(outcome, expected()) == ""
+    assert report.chunks_loaded + report.chunks_computed == CHUNKS
+    assert report.chunks_saved == 0
+    if fault != "stall":
+        assert (report.chunks_missed, report.chunks_failed) == COUNTS[fault]
+        assert report.chunks_computed == 1
 
 
 @pytest.mark.parametrize("position", POSITIONS)

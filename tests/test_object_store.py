@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,6 +61,10 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_module, "RANGE_BYTES", 250)
 
 
+SEQUENCES = int(os.environ.get("CAKE_HF_SEQUENCES", "5"))
+"""Of calls on the store and on a dict."""
+
+
 class TestObjectStore(StoreContract):
     @pytest.fixture
     def store(self, s3_server: S3Server, url: str) -> Iterator[Store]:
@@ -73,7 +78,9 @@ class TestObjectStore(StoreContract):
 
 
 def test_object_store_behaves_like_a_dict(s3_server: S3Server, bucket: str, small_ranges: None) -> None:
-    check_against_dict(lambda: ObjectStore(new_url(bucket), options=s3_server.options), max_examples=5, steps=12)
+    """Few steps, since each takes twenty requests; CAKE_HF_SEQUENCES=90 makes them a thousand."""
+    make = lambda: ObjectStore(new_url(bucket), options=s3_server.options)  # noqa: E731
+    assert check_against_dict(make, max_examples=SEQUENCES, steps=12) >= 10 * SEQUENCES
 
 
 # Objects.

@@ -141,11 +141,14 @@ class Folder:
 
         A link fails where the name is taken, so of two writers of one key only the first one succeeds. Where the filesystem has
         no links, both may, one after the other; their values are equal.
+
+        The partial name is gone then: as long as a chunk has both, evicting it frees nothing.
         """
         final = self.path(key)
         if not replace:
             try:
                 os.link(partial, final)
+                os.unlink(partial)
                 return True
             except FileExistsError:
                 return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -28,6 +29,9 @@ from cake_hf.stores.spread import Spread
 RANGE_BYTES = 8 * 2**20
 """Most bytes of one read request. One connection rarely brings what the line could, so larger values come over several, unless
 `spread` finds that the server is faster otherwise."""
+
+STEP_BYTES = 2**18
+"""What of an answer is taken over at once: about as much as the client has in one piece, so that it joins none."""
 
 REQUESTS = 32
 """Requests that are under way at once, per store."""
@@ -187,18 +191,18 @@ class ObjectStore(Store):
         end = start + total_bytes(parts)
         try:
             answer = self._reading.get(_path(key), options={"range": (start, end)})
-            content = np.frombuffer(answer.bytes(), np.uint8)
+            version = answer.meta["size"], answer.meta["e_tag"] or str(answer.meta["last_modified"])
+            left = deque(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
+            # As it comes: what is copied is still in the processor's cache, and nobody holds the whole of it.
+            for content in answer.stream(min_chunk_size=STEP_BYTES):
+                _pour(np.frombuffer(content, np.uint8), left)
         except BaseError as error:
             if "416 Range Not Satisfiable" in str(error):
                 raise CorruptChunk(f"Chunk {key} ended early.") from error
             raise
-        if len(content) != end - start:
+        if left:
             raise CorruptChunk(f"Chunk {key} ended early.")
-        done = 0
-        for part in parts:  # By numpy, which lets go of the GIL; slice assignment does not.
-            np.copyto(np.frombuffer(part, np.uint8), content[done : done + part.nbytes])
-            done += part.nbytes
-        return answer.meta["size"], answer.meta["e_tag"] or str(answer.meta["last_modified"])
+        return version
 
     def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Run the calls at once, the first one in this thread. When this returns or raises, none is running any more:
@@ -220,6 +224,18 @@ class ObjectStore(Store):
             if isinstance(error, FAULTS) or type(error).__name__ == "PanicException":
                 raise StoreError(f"{what} {self.url}: {advice(error, self._scheme)}") from error
             raise
+
+
+def _pour(source: np.ndarray[Any, Any], left: deque[np.ndarray[Any, Any]]) -> None:
+    """Copy bytes to what is left to be filled. By numpy, which lets go of the GIL; slice assignment does not."""
+    while len(source) and left:
+        count = min(len(source), len(left[0]))
+        np.copyto(left[0][:count], source[:count])
+        source = source[count:]
+        if count == len(left[0]):
+            left.popleft()
+        else:
+            left[0] = left[0][count:]
 
 
 def _path(key: str) -> str:

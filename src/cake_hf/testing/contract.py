@@ -306,18 +306,23 @@ class StoreContract:
         assert list(store.keys()) == []
 
 
-def check_against_dict(make_store: Callable[[], Store], *, max_examples: int = 50, steps: int = 30) -> None:
+def check_against_dict(make_store: Callable[[], Store], *, max_examples: int = 50, steps: int = 30) -> int:
     """Run random sequences of calls on a store and on a dict, and fail with the shortest one that tells them apart.
 
     Args:
         make_store: gives a new, empty store; called once per sequence.
         max_examples: sequences.
         steps: calls per sequence at most.
+
+    Returns:
+        How many calls were made in all sequences, without those by which the two are compared after each of them.
     """
+    machines: list[StoreMachine] = []
 
     class Machine(StoreMachine):
         def __init__(self) -> None:
             super().__init__(make_store())
+            machines.append(self)
 
     run_state_machine_as_test(
         Machine,
@@ -328,6 +333,7 @@ def check_against_dict(make_store: Callable[[], Store], *, max_examples: int = 5
             suppress_health_check=list(HealthCheck),
         ),
     )
+    return sum(machine.calls for machine in machines)
 
 
 _keys = st.integers(0, 4).map(key_of)
@@ -341,6 +347,7 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.store = store
         self.model: dict[str, bytes] = {}
+        self.calls = -1  # they are also compared before the first one
 
     @rule(key=_keys, parts=_parts, replace=st.booleans())
     def write(self, key: str, parts: list[bytes], replace: bool) -> None:
@@ -378,6 +385,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def same_as_the_dict(self) -> None:
+        self.calls += 1
         keys = [key_of(number) for number in range(5)]
         assert sorted(self.store.keys()) == sorted(self.model)
         assert self.store.contains(keys) == [key in self.model for key in keys]
