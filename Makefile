@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench eval clean
+.PHONY: demo test lint bench eval notebooks clean
 
 $(READY): pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
@@ -27,5 +27,8 @@ bench: $(READY)  ## the whole grid on this machine; on two cores some 40 minutes
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh
 
+notebooks: $(READY)  ## run the notebooks of examples/, into build/notebooks; --write of the script renews those in examples/
+	$(BIN)/python scripts/notebooks.py
+
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo build/notebooks
