@@ -109,7 +109,7 @@ show(monday)
 # %%
 tuesday = run_in_a_process(["\n" + ask[2], "\n" + ask[3]], Path(home.name, "chat"))
 show(tuesday)
-assert tuesday[0]["report"]["chunks_loaded"] > 0
+assert tuesday[0]["report"]["chunks_missed"] <= 1  # the last one may not have been full on Monday
 
 # %% [markdown]
 # Each reply was compared with that of a `generate` without cake_hf, which has to compute all that was said before. That

@@ -100,8 +100,9 @@ print(warm_cache.report)
 
 # %% [markdown]
 # Its timeline as a picture: the loader threads bring chunks from the back, the main thread would meet them from the
-# front. From a disk as near as this one, loading is so much faster than computing that nothing but the last piece is
-# left to compute. The tuning notebook slows the store down, and there the two meet in the middle.
+# front. From a disk as near as this one, loading is so much faster than computing that next to nothing but the last
+# piece is left to compute. (Grey is a forward that was left in the middle, since its chunk had come from the store.)
+# The tuning notebook slows the store down, and there the two meet in the middle.
 
 # %%
 timeline = cake_hf.plot_timeline(warm_cache.report)

@@ -90,8 +90,7 @@ def test_what_is_not_for_readers_is_found() -> None:
         (new_output("execute_result", data={"text/html": f"<b>{Path.home()}/kv</b>"}), "this machine"),
     ]:
         shown.cells[0].outputs = [output]
-        (found,) = notebooks.complaints(shown)
-        assert complaint in found
+        assert any(complaint in found for found in notebooks.complaints(shown))
     shown.cells[0].outputs = [new_output("stream", text="all is well")]
     assert list(notebooks.complaints(shown)) == []
 
