@@ -158,7 +158,7 @@ def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None =
         panel.plot(report.chunks_computed, prefix_seconds(report), marker, color=LIMIT, ms=8, label=name, clip_on=False)
     panel.set(xlabel="chunks that are computed", ylabel="seconds until all chunks are there", xlim=(0, chunks))
     panel.set_ylim(bottom=0)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     panel.margins(y=0.12)
     panel.grid(True, color="#e4e4e4", lw=0.6)
     panel.spines[["top", "right"]].set_visible(False)
