@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench eval docs clean
+.PHONY: demo test lint bench eval docs notebooks clean
 
 $(READY): pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
@@ -30,5 +30,8 @@ eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 docs: $(READY)  ## the documentation, in docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+notebooks: $(READY)  ## run the notebooks of examples/, into build/notebooks; --write of the script renews those in examples/
+	$(BIN)/python scripts/notebooks.py
+
 clean:
-	rm -rf $(VENV) .demo docs/_build
+	rm -rf $(VENV) .demo docs/_build build/notebooks

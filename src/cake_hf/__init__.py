@@ -6,16 +6,17 @@ model.generate(**inputs, past_key_values=cache)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.arithmetic.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.report import Report
-from cake_hf.cache import CakeCache, generate
-from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
-
 if TYPE_CHECKING:
+    from cake_hf.arithmetic.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
+    from cake_hf.arithmetic.limits import Limits
+    from cake_hf.arithmetic.report import Report
+    from cake_hf.cache import CakeCache, generate
     from cake_hf.people.packs import export_pack, import_pack, push_pack
+    from cake_hf.people.plots import plot_split, plot_timeline, plot_ttft
+    from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
 __version__ = "0.1.0"
 
@@ -37,16 +38,34 @@ __all__ = [
     "generate",
     "import_pack",
     "open_store",
+    "plot_split",
+    "plot_timeline",
+    "plot_ttft",
     "push_pack",
 ]
 
-_LATE = {"export_pack", "import_pack", "push_pack"}
-"""Imported on first use: most people never share a pack, and its client libraries take longer to import than all else here."""
+_NAMES_OF = {
+    "arithmetic.errors": ("CakeError", "CorruptChunk", "ForeignModel", "StoreError", "UnsupportedModel"),
+    "arithmetic.limits": ("Limits",),
+    "arithmetic.report": ("Report",),
+    "cache": ("CakeCache", "generate"),
+    "people.packs": ("export_pack", "import_pack", "push_pack"),
+    "people.plots": ("plot_split", "plot_timeline", "plot_ttft"),
+    "stores": ("LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"),
+}
+"""Module -> what it gives to the package's face. Each is imported when it is first asked for: a program that only looks at the
+version, or at an error's class, does not wait for torch."""
+
+_HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES_OF.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cake_hf.people import packs
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found  # the next one need not ask here
+    return found
 
-    return getattr(packs, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

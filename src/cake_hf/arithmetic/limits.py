@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from cake_hf.arithmetic.environment import a_count, limit_variable, some_bytes, some_seconds, value_from
 
 ASIDE_PER_THREAD = 3
 """Chunks per loader thread that may be in memory of their own, beside the KV, at any time."""
@@ -39,3 +43,25 @@ class Limits:
         for name in self.__dataclass_fields__:
             if not getattr(self, name) > 0:  # so that NaN is refused too
                 raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}.")
+
+    @classmethod
+    def from_environment(cls, **chosen: Any) -> Limits:
+        """What is not chosen here comes from its `CAKE_HF_*` variable (see docs/environment.md), or else from the defaults.
+
+        A `CakeCache` without `limits` has these.
+
+        Raises:
+            ValueError: a variable that is asked for cannot be used, or a number is not positive.
+        """
+        asked = {name: parse for name, parse in _PARSERS.items() if name not in chosen}
+        found: dict[str, Any] = {name: value_from(limit_variable(name), parse) for name, parse in asked.items()}
+        return cls(**chosen, **{name: value for name, value in found.items() if value is not None})
+
+
+_PARSERS: dict[str, Callable[[str], float]] = {
+    "loader_threads": a_count,
+    "read_timeout": some_seconds,
+    "lookup_timeout": some_seconds,
+    "save_queue_bytes": some_bytes,
+    "exit_flush_seconds": some_seconds,
+}

@@ -77,14 +77,14 @@ class CakeCache(GuardedCache):
     Args:
         model: a decoder-only transformers model (PEFT-wrapped ones, too), with its weights loaded.
         store: a directory, a URL (see `open_store`), a list of these for tiers, or a `Store`, which stays open when the cache
-            closes.
+            closes. By default what the environment variable `CAKE_HF_STORE` names.
         chunk_size: tokens per chunk, at least 16. Part of the key: other sizes do not share chunks.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
         save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
         exact: use only KV made with the same numerics (device type, kernels, library versions, threads), which gives
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
-        limits: budgets of threads, seconds and bytes.
+        limits: budgets of threads, seconds and bytes; by default `Limits.from_environment()`.
         snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can only go on
             where a snapshot of these is stored: keep one after every so many chunks. In any case one is kept at the end of
             each prompt, and where a prompt leaves what it shares with stored ones; 0 for no others.
@@ -94,14 +94,14 @@ class CakeCache(GuardedCache):
 
     Raises:
         UnsupportedModel: the model is on the meta device, an encoder-decoder, or takes no `past_key_values`.
-        StoreError: the store cannot be opened, or not be written to while `save` is set.
-        ValueError: `chunk_size` is below 16, or `strategy` is none of the three.
+        StoreError: no store is named, it cannot be opened, or not be written to while `save` is set.
+        ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        store: StoreSpec,
+        store: StoreSpec | None = None,
         *,
         chunk_size: int = 512,
         salt: str = "",
@@ -123,7 +123,7 @@ class CakeCache(GuardedCache):
             save=save,
             exact=exact,
             strategy=Strategy(strategy),
-            limits=limits or Limits(),
+            limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
         )
         layers = layers_for(model)

@@ -14,7 +14,9 @@ from cake_hf.stores.opening import StoreSpec
 _CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits")
 
 
-def generate(model: torch.nn.Module, inputs: torch.Tensor | None = None, *, store: StoreSpec, **kwargs: Any) -> Any:
+def generate(
+    model: torch.nn.Module, inputs: torch.Tensor | None = None, *, store: StoreSpec | None = None, **kwargs: Any
+) -> Any:
     """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
 
     Serves models whose forward has no `logits_to_keep`, too (a `CakeCache` alone cannot tell their prompts from calls that want

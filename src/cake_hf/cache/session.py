@@ -36,7 +36,7 @@ class Session:
     def __init__(
         self,
         model: torch.nn.Module,
-        store: StoreSpec,
+        store: StoreSpec | None,
         *,
         chunk_size: int,
         salt: str,

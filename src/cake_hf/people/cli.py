@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import cake_hf
+from cake_hf.arithmetic.environment import STORE
 from cake_hf.people.bench import bench_app
 from cake_hf.people.console import WRONG, PlainErrors, console, progress_bar
 from cake_hf.people.demo.play import DemoOptions, play
@@ -45,7 +46,9 @@ def main(
 def warm_command(
     model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
     file: Annotated[Path, typer.Argument(help="A text file; prompts that start with its text will be fast.")],
-    store: Annotated[str, typer.Option(help="Where the KV goes: a directory (made when missing) or a URL.")],
+    store: Annotated[
+        str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
+    ],
     chunk_size: ChunkSize = 512,
     salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find it.")] = "",
     dtype: DtypeOption = Dtype.AUTO,

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
+from cake_hf.arithmetic.environment import STORE
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.models import Dtype
 
-StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="A store: a directory or a URL.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, help="A store: a directory or a URL.")]
 ChunkSize = Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
 Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]

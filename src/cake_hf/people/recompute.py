@@ -105,7 +105,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
         CakeError: see `recompute`.
     """
     comparing = Comparing(store, job.share, job.seed)
-    limits = Limits(save_queue_bytes=QUEUE_BYTES)
+    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     with CakeCache(
         model,
         comparing,

@@ -57,7 +57,7 @@ def warm(job: WarmJob) -> Report:
         tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
-    limits = Limits(save_queue_bytes=QUEUE_BYTES)
+    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     with CakeCache(model, job.store, chunk_size=job.chunk_size, salt=job.salt, exact=job.exact, limits=limits) as cache:
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
+from cake_hf.arithmetic import environment
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.sizes import parse_bytes
@@ -77,18 +78,21 @@ REMOTE_KINDS = {
 """By URL scheme. A new kind of store is one line here and one file beside this one."""
 
 
-def open_store(spec: StoreSpec, limits: Limits | None = None) -> Store:
+def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> Store:
     """Open a store.
 
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
             `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
-            returned as it is.
+            returned as it is. Without it, the environment variable `CAKE_HF_STORE` names a path or a URL.
         limits: of tiers, for their `tier_queue_bytes`; the defaults where it is None.
 
     Raises:
-        StoreError: an unknown URL scheme, a client library that is not installed, or a place that cannot be a store.
+        StoreError: an unknown URL scheme, a client library that is not installed, a place that cannot be a store, or nothing is
+            named.
     """
+    if spec is None:
+        return _open_default()
     if isinstance(spec, Store):
         return spec
     if isinstance(spec, (list, tuple)):
@@ -120,6 +124,18 @@ def directory_of(spec: str) -> Path | None:
         return Path(rest.removeprefix("//").partition("?")[0]).expanduser()
     other = colon and (scheme in ("memory", "pack") or rest.startswith("//"))
     return None if other else Path(spec).expanduser()
+
+
+def _open_default() -> Store:
+    text = environment.text_from(environment.STORE)
+    if text is None:
+        raise StoreError(
+            f"No store is named: pass one, such as store='~/.cache/cake_hf', or set the variable {environment.STORE} to one."
+        )
+    try:
+        return open_store(text)
+    except StoreError as error:
+        raise StoreError(f"{environment.STORE} cannot be used: {error}") from error
 
 
 def _open_directory(text: str) -> LocalStore:

@@ -21,6 +21,7 @@ from cake_hf.people.bench.grid.show import build
 from cake_hf.people.bench.settings import SHAPES, Dtype
 from cake_hf.people.console import WRONG, console, errors
 from cake_hf.people.models import find_device
+from cake_hf.people.plots import require_matplotlib
 
 GRID_HELP = (
     "Measure the grid: model x length x share of compute left x store, both ends against each alone and against peers.\n\n"
@@ -83,7 +84,7 @@ def grid_command(
 ) -> None:
     """Measure all combinations of the axes; see GRID_HELP."""
     if plot_folder is not None:
-        plots.require_matplotlib()
+        require_matplotlib()
     target = str(find_device(device))
     chosen = PRESETS[preset.value if preset else "gpu" if target.startswith("cuda") else "cpu"]
     axes = with_options(

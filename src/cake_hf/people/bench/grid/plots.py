@@ -8,15 +8,16 @@ matplotlib is an extra (`plots`), and is imported when something is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.planner import optimum
+from cake_hf.arithmetic.report import Span
 from cake_hf.people.bench.grid.axes import BITS_PER_BYTE, GIGA
+from cake_hf.people.plots import BOTH, COMPUTE, LIMIT, LOAD, draw_lanes, new_figure, require_matplotlib
 from cake_hf.people.units import seconds_text
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Plain = dict[str, Any]
 
-BOTH, COMPUTE, LOAD, LIMIT = "#2a9d4b", "#e07b39", "#3a7ca5", "#222222"
 PEERS = {
     "plain_seconds": ("DynamicCache, by chunks", "#b08968", "-."),
     "one_forward_seconds": ("DynamicCache, one forward", "#c9ada7", "-."),
@@ -34,30 +34,10 @@ PEERS = {
 }
 """Figure -> label, colour, line."""
 
-SHADES = {
-    "computed": ("#e07b39", "#eb9a66"),
-    "loaded": ("#3a7ca5", "#639bc0"),
-    "left": ("#9aa0a6", "#b3b8bd"),
-    "not usable": ("#b00020", "#c43a52"),
-}
-"""Two for each outcome, so that neighbouring chunks can be told apart."""
-
 POINTS = 80
 DPI = 150
 NEAR = 1.6
 """Bandwidths nearer than that to each other have names that would overlap."""
-NARROW = 0.012
-"""Part of the width below which a chunk's number does not fit into its bar."""
-
-
-def require_matplotlib() -> None:
-    """Complain before anything is measured that cannot be drawn.
-
-    Raises:
-        CakeError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise CakeError("Plots need matplotlib; install it with: pip install 'cake-hf[plots]'")
 
 
 def draw(outcome: Plain, folder: Path) -> list[Path]:
@@ -97,15 +77,8 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, not pyplot's: nothing global is changed and no window can open."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _ttft_figure(groups: Sequence[Plain], axes: Plain) -> Figure:
-    figure = _new_figure(1.2 + 5.2 * len(groups), 5.6)
+    figure = new_figure(1.2 + 5.2 * len(groups), 5.6)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for group, panel in zip(groups, panels, strict=True):
         _draw_panel(panel, group)
@@ -205,51 +178,13 @@ def _share_text(group: Plain) -> str:
 
 
 def _timeline_figure(group: Plain) -> Figure:
-    from matplotlib.patches import Patch
-
     told = group["timeline"]
-    lanes = sorted({span[0] for span in told["spans"]})
-    figure = _new_figure(10, 1.5 + 0.55 * len(lanes))
-    panel = figure.subplots()
-    for number, lane in enumerate(lanes):
-        _draw_lane(panel, len(lanes) - 1 - number, [span for span in told["spans"] if span[0] == lane], told["seconds"])
-    panel.axvline(told["seconds"], color=BOTH, lw=2)
-    panel.annotate(
-        "first token", (told["seconds"], 1.0), xycoords=("data", "axes fraction"), xytext=(-4, 3),
-        textcoords="offset points", ha="right", va="bottom", fontsize=9, color=BOTH,
-    )  # fmt: skip
-    panel.set(
-        xlim=(0, told["seconds"] * 1.005),
-        ylim=(-0.6, len(lanes) - 0.4),
-        xlabel="seconds since the prompt came to the cache",
-    )
-    panel.set_yticks(range(len(lanes)), [_lane_name(lane) for lane in reversed(lanes)])
-    panel.tick_params(axis="y", length=0)
-    panel.spines[["top", "right", "left"]].set_visible(False)
-    outcomes = [name for name in SHADES if name in {_outcome(span) for span in told["spans"]}]
-    patches = [Patch(color=SHADES[name][0], label=name) for name in outcomes]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    spans = [Span(*span) for span in told["spans"]]
+    figure = new_figure(10, 1.5 + 0.55 * len({span.actor for span in spans}))
+    draw_lanes(figure, spans, told["seconds"])
     source = _source_text(told["source"])
     bandwidth = "" if source.endswith("Gbps") else f" ({told['gbps']:.3g} Gbps)"
     what = f"{group['chunks']} chunks, store: {source}{bandwidth}"
     title = f"{group['shape']} model, {group['tokens']:,} tokens in {what}: {seconds_text(told['seconds'])}"
     figure.suptitle(title, fontsize=11, fontweight="bold")
     return figure
-
-
-def _draw_lane(panel: Axes, height: int, spans: Iterable[Sequence[Any]], total: float) -> None:
-    for order, span in enumerate(sorted(spans, key=lambda span: span[2])):
-        _, chunk, start, end, _ = span
-        colour = SHADES[_outcome(span)][order % 2]
-        panel.barh(height, end - start, left=start, height=0.72, color=colour, edgecolor="white", linewidth=0.5)
-        label = "last piece" if chunk < 0 and (end - start) / total > 6 * NARROW else "" if chunk < 0 else str(chunk)
-        if (end - start) / total > NARROW:
-            panel.text((start + end) / 2, height, label, ha="center", va="center", fontsize=8, color="white")
-
-
-def _outcome(span: Sequence[Any]) -> str:
-    return span[4] if span[4] in SHADES else "not usable"
-
-
-def _lane_name(actor: str) -> str:
-    return "main thread" if actor == "compute" else actor.replace("load-", "loader ")
