@@ -24,6 +24,7 @@ LIMITS = {
     "read_timeout": ("2.5", 2.5),
     "lookup_timeout": ("1m", 60.0),
     "save_queue_bytes": ("4GB", 4 * 10**9),
+    "tier_queue_bytes": ("4GB", 4 * 10**9),
     "exit_flush_seconds": ("90s", 90.0),
 }
 

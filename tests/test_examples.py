@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,17 @@ def test_there_are_some() -> None:
     assert {"quickstart", "long_document", "chat", "packs", "tuning"} <= set(EXAMPLES)
 
 
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """A script may choose how much the library says. That is for that script."""
+    logger = logging.getLogger("cake_hf")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.usefixtures("quiet_log")
 def test_the_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its assertions are about the answers; the pictures are written for those who see no notebook."""
     monkeypatch.chdir(tmp_path)

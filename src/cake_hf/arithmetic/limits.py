@@ -63,5 +63,6 @@ _PARSERS: dict[str, Callable[[str], float]] = {
     "read_timeout": some_seconds,
     "lookup_timeout": some_seconds,
     "save_queue_bytes": some_bytes,
+    "tier_queue_bytes": some_bytes,
     "exit_flush_seconds": some_seconds,
 }
