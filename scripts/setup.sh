@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the virtual environment. Where there is no NVIDIA GPU, a CPU build of torch is preferred: it is a tenth of the size.
+# Make the virtual environment; further requirements may be given as arguments.
+# Where there is no NVIDIA GPU, a CPU build of torch is preferred: it is a tenth of the size.
 set -euo pipefail
 python=${PYTHON:-python3}
 venv=${VENV:-.venv}
@@ -11,4 +12,4 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi
     echo "No GPU here: installing torch $cpu_torch first."
     "${pip[@]}" "torch==$cpu_torch"
 fi
-"${pip[@]}" --editable '.[dev]'
+"${pip[@]}" --editable '.[dev]' "$@"

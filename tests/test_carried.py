@@ -39,7 +39,7 @@ from family_runs import (
     wait_for_loaders,
     without,
 )
-from models import CHUNK, prompt
+from models import CHUNK, prompt, run_ahead
 from test_gated import BadRange
 
 FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
@@ -218,7 +218,10 @@ def test_another_turn_after_some_generation(family: str) -> None:
     cake = CakeCache(model, store, chunk_size=CHUNK)
     for cache, options in ((DynamicCache(config=model.config), {"prefill_chunk_size": CHUNK}), (cake, {})):
         first = generate(model, cache, **options)
-        results.append(generate(model, cache, torch.cat([first.tokens, more], dim=1), **options))
+        longer = torch.cat([first.tokens, more], dim=1)
+        if options:
+            run_ahead(model, longer, cache)
+        results.append(generate(model, cache, longer, attention_mask=torch.ones_like(longer)))
     cake.close()
     assert difference(*results) == ""
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.people.models import RECALL_TINY
-from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, run_ahead, shared_model
 
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
 NEW_TOKENS = 10
@@ -325,20 +325,20 @@ def test_chat_with_one_cache_that_is_kept() -> None:
             if name == "dynamic"
             else CakeCache(model, MemoryStore(), chunk_size=CHUNK)
         )
-        options = {"prefill_chunk_size": CHUNK} if name == "dynamic" else {}
         ids = tokenizer()(TEXT, return_tensors="pt").input_ids
         for turn in range(3):
             more = tokenizer()(
                 f" Question {turn}: and what else?", return_tensors="pt", add_special_tokens=False
             ).input_ids
             ids = torch.cat([ids, more], dim=1)
+            if name == "dynamic":
+                run_ahead(model, ids, used)
             ids = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 past_key_values=used,
                 max_new_tokens=9,
                 do_sample=False,
-                **options,
             )
         kept[name] = ids
     assert torch.equal(kept["dynamic"], kept["cake"])
