@@ -53,12 +53,15 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     Returns:
         JSON-ready facts.
     """
-    return {
+    facts: dict[str, Any] = {
         "class": type(model).__name__,
         "config": config_facts(model.config),
         "weights": weights_digest(model, portable=portable),
         "adapters": adapter_facts(model),
     }
+    if foreign := foreign_modules(model):
+        facts["modules"] = foreign
+    return facts
 
 
 def config_facts(config: Any) -> dict[str, Any]:
@@ -83,6 +86,19 @@ def adapter_facts(model: torch.nn.Module) -> list[str]:
             state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
             facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
     return facts
+
+
+def foreign_modules(model: torch.nn.Module) -> list[str]:
+    """Where modules of a kind that neither torch.nn nor the model's own library has were put in, and of which kind.
+
+    They may compute something else with the same weights: some quantise only in the forward.
+    """
+    library = type(model).__module__.split(".")[0]
+    return [
+        f"{path}: {kind.__module__}.{kind.__qualname__}"
+        for path, kind in ((path, type(module)) for path, module in model.named_modules())
+        if path and not kind.__module__.startswith(("torch.nn.", f"{library}."))
+    ]
 
 
 def adapters_vary(model: torch.nn.Module) -> bool:
