@@ -3,18 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST_VENV := .venv-oldest
 
-.PHONY: demo test lint bench eval docs notebooks clean
+.PHONY: demo test test-oldest lint bench eval docs notebooks clean
 
 $(READY): pyproject.toml scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
 	touch $(READY)
+
+$(OLDEST_VENV)/.ready: pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(OLDEST_VENV) bash scripts/setup.sh --editable '.[dev]' "transformers==$(OLDEST)"
+	touch $@
 
 demo: $(READY)  ## ask a question about a long text, cold and warm, and see what happened
 	$(BIN)/cake-hf demo
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/pytest
+
+test-oldest: $(OLDEST_VENV)/.ready  ## the whole test suite with the oldest transformers that is supported
+	$(OLDEST_VENV)/bin/pytest
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
@@ -34,4 +43,4 @@ notebooks: $(READY)  ## run the notebooks of examples/, into build/notebooks; --
 	$(BIN)/python scripts/notebooks.py
 
 clean:
-	rm -rf $(VENV) .demo docs/_build build/notebooks
+	rm -rf $(VENV) $(OLDEST_VENV) .demo docs/_build build/notebooks

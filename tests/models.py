@@ -108,6 +108,19 @@ def expected(family: str = "llama", dtype: str = "float32", attention: str = "sd
     return oracle(shared_model(family, dtype, attention), prompt())
 
 
+def run_ahead(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) -> None:
+    """Run what is new of `ids` in chunks, but for the last piece: for any turn, what `prefill_chunk_size` does for the first.
+
+    (Of a cache that goes on, older versions of transformers run everything again where that is given.)
+    """
+    past = cache.get_seq_length()
+    with torch.no_grad():
+        for start in range(past, ids.shape[1] - CHUNK, CHUNK):
+            end = start + CHUNK
+            mask = torch.ones_like(ids[:, :end])
+            model(ids[:, start:end], attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+
+
 def difference(one: Outcome, other: Outcome) -> str:
     """The first thing in which two outcomes are not bit for bit equal; empty if there is none."""
     if not torch.equal(one.tokens, other.tokens):

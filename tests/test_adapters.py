@@ -210,24 +210,54 @@ def test_weights_that_cannot_be_told_are_computed() -> None:
         assert "content cannot be told" in used._model_reason
 
 
-@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
-def test_quantising_packages(package: str) -> None:
+class Coarse(torch.nn.Linear):
+    """Rounds its weights in each forward only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, (self.weight * 8).round() / 8, self.bias)
+
+
+def test_the_same_weights_in_modules_of_another_kind() -> None:
+    store = MemoryStore()
+    assert found(build("llama"), store) == 0
+    for expected in (0, CHUNKS):
+        model = build("llama")
+        for layer in model.model.layers:
+            layer.mlp.up_proj.__class__ = Coarse
+        assert weights_digest(model) == weights_digest(build("llama"))
+        assert found(model, store) == expected
+
+
+def by_torchao(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights as 8-bit integers, each row with a scale of its own; computed in the model's dtype."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def by_bitsandbytes(model: torch.nn.Module) -> torch.nn.Module:
+    """Its layers in the place of torch's. The weights stay as they are, and are quantised in each forward."""
+    import bitsandbytes
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                small = bitsandbytes.nn.Linear8bitLt(child.in_features, child.out_features, bias=False)
+                small.load_state_dict(child.state_dict())
+                setattr(module, name, small.to("cpu"))
+    return model
+
+
+PACKAGES = {"torchao": by_torchao, "bitsandbytes": by_bitsandbytes}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_weights_quantised_by_a_package(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    model = build("llama")
-    if package == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(model, Int8WeightOnlyConfig())
-    else:
-        import bitsandbytes
-
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    small = bitsandbytes.nn.Linear8bitLt(child.in_features, child.out_features, bias=False)
-                    small.load_state_dict(child.state_dict())
-                    setattr(module, name, small.to("cpu"))
-    store = MemoryStore()
-    assert found(model, store) == 0
-    assert found(model, store) == CHUNKS
+    quantise, store = PACKAGES[package], MemoryStore()
+    assert found(quantise(build("llama")), store) == 0
+    assert found(quantise(build("llama")), store) == CHUNKS
+    assert found(quantise(other_weights()), store) == 0
+    assert found(build("llama"), store) == 0

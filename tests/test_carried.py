@@ -36,7 +36,7 @@ from family_runs import (
     generate,
 )
 from forwards import meeting_at
-from models import CHUNK, prompt
+from models import CHUNK, prompt, run_ahead
 from stored import filled_store, without
 from test_gated import BadRange
 from waiting import join_loaders
@@ -217,7 +217,10 @@ def test_another_turn_after_some_generation(family: str) -> None:
     cake = CakeCache(model, store, chunk_size=CHUNK)
     for cache, options in ((DynamicCache(config=model.config), {"prefill_chunk_size": CHUNK}), (cake, {})):
         first = generate(model, cache, **options)
-        results.append(generate(model, cache, torch.cat([first.tokens, more], dim=1), **options))
+        longer = torch.cat([first.tokens, more], dim=1)
+        if options:
+            run_ahead(model, longer, cache)
+        results.append(generate(model, cache, longer, attention_mask=torch.ones_like(longer)))
     cake.close()
     assert difference(*results) == ""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import cache_utils
 
 from families import FAMILIES
 from family_runs import Verdict, examine
@@ -16,7 +18,15 @@ TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 @pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str) -> None:
-    assert rows()[family] == examine(family), "make docs/families.md anew: python scripts/families.py"
+    assert in_table(family) == examine(family), "make docs/families.md anew: python scripts/families.py"
+
+
+def in_table(family: str) -> Verdict:
+    """As the table says. It is made with the newest transformers; older ones have no layers for what keeps nothing."""
+    verdict = rows()[family]
+    if not hasattr(cache_utils, "DummyLayer"):
+        verdict = replace(verdict, layers=verdict.layers.removesuffix(", DummyLayer"))
+    return verdict
 
 
 def rows() -> dict[str, Verdict]:

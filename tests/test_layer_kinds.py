@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from cake_hf.cache.compat import DummyLayer, drop_content
 from cake_hf.cache.layers import ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.layers.recurrent import states_of
@@ -30,6 +31,9 @@ KINDS = {
     "two states": lambda: LinearAttentionLayer(number_of_states=2),
     "hybrid": LinearAttentionAndFullAttentionLayer,
 }
+
+OLDER = not hasattr(cache_utils, "DummyLayer")
+"""Whether this is not one of the newest versions of transformers."""
 
 operations = st.one_of(
     st.tuples(st.just("update"), st.integers(1, 20)),
@@ -67,6 +71,15 @@ def kept(layer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None and tensor.numel()}
 
 
+def reset(layer: Any) -> None:
+    """As the newest transformers does it. Older ones go on behind zeros."""
+    if hasattr(layer, "keys"):
+        drop_content(layer)
+    if type(layer) is DynamicIndexedLayer:
+        layer.indexer_keys, layer.is_indexer_initialized = None, False
+    layer.reset()
+
+
 def apply(layer: Any, name: str, number: int, batch: int, seed: int) -> Any:
     """The outcome of one operation: what it gives, or how it fails."""
     try:
@@ -75,7 +88,7 @@ def apply(layer: Any, name: str, number: int, batch: int, seed: int) -> Any:
         if name == "crop":
             layer.crop(-number)
         elif name == "reset":
-            layer.reset()
+            reset(layer)
         elif name == "reorder":
             layer.reorder_cache(torch.tensor([(number + row) % batch for row in range(batch)]))
         elif name == "repeat":
@@ -111,8 +124,12 @@ def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int
             old, ours = ours, copy.deepcopy(ours)
             run_model(old, batch, 3, seed)  # must not show in the copy
             continue
-        if name in ("repeat", "select") and (isinstance(theirs, LinearAttentionLayer) or not theirs.is_initialized):
+        if name in ("repeat", "select") and (isinstance(theirs, LinearAttentionLayer) or not theirs.get_seq_length()):
             continue  # transformers changes the batch of attention layers only
+        if name == "crop" and OLDER and not getattr(theirs, "is_initialized", True):
+            continue  # they fail at that
+        if name == "record" and OLDER and kind == "windowed":
+            continue  # of several updates they then show more than the mask says
         outcome = apply(theirs, name, number, batch, seed)
         assert_equal(apply(ours, name, number, batch, seed), outcome)
         if isinstance(outcome, type):
@@ -129,8 +146,9 @@ def test_each_kind_has_the_operations_compared_here() -> None:
     """If transformers gives layers a new operation, the tests above must learn it."""
     known = {
         "activate_past_recording", "batch_repeat_interleave", "batch_select_indices", "crop", "get_mask_sizes",
-        "get_max_length", "get_seq_length", "lazy_initialization", "lazy_initialization_indexer", "offload", "prefetch",
-        "reorder_cache", "reset", "update", "update_conv_state", "update_indexer", "update_recurrent_state",
+        "get_max_cache_shape", "get_max_length", "get_seq_length", "lazy_initialization", "lazy_initialization_indexer",
+        "offload", "prefetch", "reorder_cache", "reset", "update", "update_conv_state", "update_indexer",
+        "update_recurrent_state",
     }  # fmt: skip
     for make in KINDS.values():
         layer = make()  # type: ignore[operator]

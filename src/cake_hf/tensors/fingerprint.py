@@ -54,7 +54,7 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     Returns:
         JSON-ready facts.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "class": type(model).__name__,
         "config": config_facts(model.config),
         "weights": weights_digest(model, portable=portable),
@@ -62,6 +62,8 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     }
     if rounded := rounded_buffers(model):
         facts["rounded"] = rounded
+    if foreign := foreign_modules(model):
+        facts["modules"] = foreign
     return facts
 
 
@@ -109,6 +111,19 @@ def _attention_facts(config: Any) -> Any:
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
     named = {name: str(getattr(part, "_attn_implementation", None)) for name, part in parts.items() if part is not None}
     return {"": own, **named} if named else own
+
+
+def foreign_modules(model: torch.nn.Module) -> list[str]:
+    """Where modules of a kind that neither torch.nn nor the model's own library has were put in, and of which kind.
+
+    They may compute something else with the same weights: some quantise only in the forward.
+    """
+    library = type(model).__module__.split(".")[0]
+    return [
+        f"{path}: {kind.__module__}.{kind.__qualname__}"
+        for path, kind in ((path, type(module)) for path, module in model.named_modules())
+        if path and not kind.__module__.startswith(("torch.nn.", f"{library}."))
+    ]
 
 
 def adapters_vary(model: torch.nn.Module) -> bool:

@@ -115,8 +115,9 @@ def _has_parts(tensor: Any) -> bool:
 def _parts(name: str, made_of: Any, *, in_place: bool) -> Iterator[Weight]:
     """A tensor that is made of others, as those of torchao."""
     parts, context = made_of.__tensor_flatten__()
+    kind = type(made_of).__qualname__  # the same parts may be computed with in several ways
     for part in parts:
-        yield from _plain(f"{name}.{part} {context!r}", getattr(made_of, part), in_place=in_place)
+        yield from _plain(f"{name}.{part} {kind} {context!r}", getattr(made_of, part), in_place=in_place)
 
 
 def _quantized(name: str, value: torch.Tensor) -> Iterator[Weight]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -13,6 +12,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from cake_hf.cache.compat import DummyLayer
 from cake_hf.cache.layers.indexed import IndexedLayer
 from cake_hf.cache.layers.recurrent import HybridLayer, RecurrentLayer
 from cake_hf.cache.layers.token_major import TokenMajorLayer

@@ -10,10 +10,11 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, Linea
 
 from cake_hf.cache.layers.token_major import TokenMajorLayer
 
-_DICTIONARIES = (
-    "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
-    "has_previous_state", "conv_kernel_size",
+_OF_STATES = (
+    "number_of_states", "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
+    "has_previous_state", "conv_kernel_size", "device", "dtype", "record_past",
 )  # fmt: skip
+"""What a layer keeps for its states, whether or not it has any."""
 
 
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not typed for us
@@ -66,8 +67,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridLayer:
         copied: HybridLayer = TokenMajorLayer.__deepcopy__(self, memo)
-        copied.number_of_states, copied.record_past = self.number_of_states, self.record_past
-        for name in _DICTIONARIES:
+        for name in _OF_STATES:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 

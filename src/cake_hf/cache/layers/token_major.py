@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from cake_hf.cache.compat import drop_content
 from cake_hf.tensors.aligned import empty_aligned
 
 HEADROOM_TOKENS = 256
@@ -52,12 +53,13 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove >= 0 or not self.is_initialized:
+        if tokens_to_remove >= 0:
             super().crop(tokens_to_remove)
-        else:
+        elif self.is_initialized:
             self._show(max(0, self._take_over() + tokens_to_remove))
 
     def reset(self) -> None:
+        drop_content(self)
         super().reset()
         self._key_buffer = self._value_buffer = None
         self._shown = (None, None)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from cake_hf.cache.compat import drop_content
+
 Content = tuple[torch.Tensor | None, torch.Tensor | None, int]
 
 
@@ -35,9 +37,10 @@ class WindowedLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transfo
         """As `DynamicSlidingWindowLayer.update`."""
         if self.watched:
             self.recent = key_states, value_states
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
         self._own = self.keys, self.values
-        return states
+        visible = self.reach + key_states.shape[-2]  # more is kept while the past is being recorded
+        return keys[:, :, -visible:], values[:, :, -visible:]
 
     def crop(self, tokens_to_remove: int) -> None:
         own = self.is_own
@@ -46,6 +49,7 @@ class WindowedLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transfo
             self._own = self.keys, self.values
 
     def reset(self) -> None:
+        drop_content(self)
         super().reset()
         self._own = None, None
 
