@@ -109,7 +109,7 @@ def running_hub() -> Iterator[Hub]:
     hub = Hub()
     servers = [_Server(hub, _Endpoint), _Server(hub, _Content)]
     hub.endpoint = f"http://127.0.0.1:{servers[0].server_port}"
-    hub.content = f"http://localhost:{servers[1].server_port}"  # another host, as with the real Hub: older clients tell by the name
+    hub.content = f"http://localhost:{servers[1].server_port}"  # another host, as with the real Hub
     threads = [threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()
