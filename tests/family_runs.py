@@ -115,14 +115,17 @@ def wait_for_loaders() -> None:
 
 
 @contextmanager
-def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, reads: int) -> Iterator[None]:
-    """Let the two sides meet exactly there: so many reads go through while chunk `meeting - 1` is being computed."""
-    forwards = 0
+def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, states: int) -> Iterator[None]:
+    """Let the two sides meet exactly there: while chunk `meeting - 1` is being computed, the reads of all chunks behind it go
+    through, and those of `states` snapshots. These are among the first that come, but each comes from a thread of its own.
+    """
+    forwards, reads = 0, CHUNKS - meeting + states
 
     def before(module: torch.nn.Module, args: object, kwargs: object) -> None:
         nonlocal forwards
         forwards += 1
         if forwards == meeting:
+            gate.await_begun(states + 1)
             gate.open(reads)
             gate.await_reads(reads)
 
@@ -196,7 +199,7 @@ def examine_restored(family: str) -> None:
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
         kv_like(model)  # runs the model once, which must not count
         states = len(list(store.keys())) - CHUNKS
-        with meeting_at(model, gate, MEETING, CHUNKS - MEETING + states):
+        with meeting_at(model, gate, MEETING, states):
             check(family, generate(model, cache), "both")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (MEETING, CHUNKS - MEETING), cache.report
     holed = without(store, HOLE)
