@@ -25,9 +25,10 @@ from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.fingerprint import numerics_facts
 from cake_hf.tensors.offload import devices_of, home_device, where_computed
 from families import family_model
+from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, build, difference, prompt
 from second_device import OnOther, add_second_device
-from test_parity import meeting_at
+from stored import filled_store, without
 
 OTHER = add_second_device()
 CPU = torch.device("cpu")
@@ -49,13 +50,6 @@ def llama() -> Any:
 
 
 @cache
-def filled(model: Any) -> MemoryStore:
-    store = MemoryStore()
-    with CakeCache(model, store, chunk_size=CHUNK) as saving:
-        saving.prefill(prompt(), whole=True)
-    return store
-
-
 def run(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> Outcome:
     """As `models.run`, with its tensors on the host, and fewer tokens: each op on the second device goes through Python."""
     outcome = models.run(model, ids, cache, max_new_tokens=3, **options)
@@ -81,7 +75,7 @@ def devices_in(used: CakeCache) -> list[torch.device]:
 def case_mixing_devices_raises() -> None:
     """Negative control: the second device is one. KV on the wrong device does not go unnoticed."""
     model = llama()
-    with CakeCache(model, filled(model), chunk_size=CHUNK, strategy="load") as used:
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load") as used:
         used.prefill(prompt())
         layer = used.layers[1]
         layer.keys = layer.keys.cpu()
@@ -102,8 +96,8 @@ def case_the_split_model_computes_what_the_plain_one_does() -> None:
 
 def case_every_way_to_restore() -> None:
     model = llama()
-    store = filled(model)
-    holes = family_runs.without(store, *HOLES)
+    store = filled_store(model)
+    holes = without(store, *HOLES)
     for kept, options, loaded in (
         (MemoryStore(), {}, 0),
         (store, {"strategy": "load"}, CHUNKS),
@@ -119,12 +113,12 @@ def case_every_way_to_restore() -> None:
 
 def case_the_two_sides_meet() -> None:
     model = llama()
-    store = filled(model)
+    store = filled_store(model)
     for meeting in (1, CHUNKS - 2):
         gate = GateStore(store)
         with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as used:
             kv_like(model)
-            with meeting_at(model, gate, meeting):
+            with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), used)
             assert (used.report.chunks_computed, used.report.chunks_loaded) == (meeting, CHUNKS - meeting)
         assert difference(outcome, expected(model)) == ""
@@ -133,7 +127,7 @@ def case_the_two_sides_meet() -> None:
 def case_a_flipped_bit_shows() -> None:
     """Negative control, on the layer that is on the second device."""
     model = llama()
-    with CakeCache(model, filled(model), chunk_size=CHUNK, strategy="load") as used:
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load") as used:
         used.prefill(prompt())
         used.layers[1].buffers[1].view(torch.int32)[0, 3].bitwise_xor_(1 << 22)
         assert difference(run(model, prompt(), used), expected(model)) != ""
@@ -144,7 +138,7 @@ def case_offloaded_to_the_host_and_computed_on_the_device() -> None:
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     assert devices_of(model) == [OTHER]
     assert where_computed(model) == "other:0, weights offloaded"
-    with CakeCache(model, filled(model), chunk_size=CHUNK, strategy="load") as used:
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load") as used:
         outcome = run(model, prompt(), used)
         assert used.report.chunks_loaded == CHUNKS, used.report
         assert devices_in(used) == [OTHER] * 6
@@ -158,8 +152,8 @@ def case_windows_and_states() -> None:
         model.set_experts_implementation("eager")  # the others count in a dtype that only a GPU can
         split(model, *there)
         plain = family_runs.generate(model, dynamic(model), prefill_chunk_size=CHUNK)
-        store = family_runs.filled_store(model)
-        for kept in (store, family_runs.without(store, 2)):
+        store = filled_store(model, family_runs.IDS)
+        for kept in (store, without(store, 2)):
             with CakeCache(model, kept, chunk_size=CHUNK, save=False, strategy="load") as used:
                 outcome = family_runs.generate(model, used)
                 assert used.report.chunks_loaded > 0, (family, there, used.report)
@@ -169,7 +163,7 @@ def case_windows_and_states() -> None:
 
 def case_batches_copies_and_handing_over() -> None:
     model = llama()
-    store, ids = filled(model), torch.cat([prompt(), prompt().flip(1)])
+    store, ids = filled_store(model), torch.cat([prompt(), prompt().flip(1)])
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(ids, **options)
     for _ in range(2):

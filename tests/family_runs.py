@@ -147,7 +147,7 @@ def examine_restored(family: str) -> None:
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
         kv_like(model)  # runs the model once, which must not count
         states = len(list(store.keys())) - CHUNKS
-        with meeting_at(model, gate, MEETING, CHUNKS - MEETING + states):
+        with meeting_at(model, gate, MEETING, CHUNKS - MEETING, states):
             check(family, generate(model, cache), "both")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (MEETING, CHUNKS - MEETING), cache.report
     holed = without(store, HOLE)

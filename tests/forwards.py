@@ -34,15 +34,18 @@ def before_forward(module: torch.nn.Module, action: Callable[[int], None]) -> It
 
 
 @contextmanager
-def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, reads: int) -> Iterator[None]:
+def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, chunks: int, states: int = 0) -> Iterator[None]:
     """Let the two sides meet exactly there.
 
-    While chunk `meeting - 1` is being computed, the gate opens for so many reads, and the forward goes on only when they are
-    done. A contested load of that chunk waits at the gate until all is over.
+    While chunk `meeting - 1` is being computed, the gate opens for the reads of so many chunks and snapshots, and the forward
+    goes on only when they are done. A contested load of that chunk waits at the gate until all is over. Snapshots are among the
+    first that are asked for, but each by a thread of its own: so they are awaited before the gate opens.
     """
+    reads = chunks + states
 
     def meet(forward: int) -> None:
         if forward == meeting:
+            gate.await_begun(states + 1)
             gate.open(reads)
             gate.await_reads(reads)
 

@@ -108,7 +108,8 @@ def running_hub() -> Iterator[Hub]:
     """A hub that answers while the body runs."""
     hub = Hub()
     servers = [_Server(hub, _Endpoint), _Server(hub, _Content)]
-    hub.endpoint, hub.content = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    hub.endpoint = f"http://127.0.0.1:{servers[0].server_port}"
+    hub.content = f"http://localhost:{servers[1].server_port}"  # another host, as with the real Hub
     threads = [threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True) for server in servers]
     for thread in threads:
         thread.start()

@@ -31,6 +31,7 @@ from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
 from families import family_model
 from models import CHUNK, Outcome, build, difference, oracle, prompt, run
+from stored import filled_store, without
 
 RANK, FOLDER, SIZE = int(sys.argv[1]), Path(sys.argv[2]), 2
 SECONDS = 40
@@ -147,10 +148,10 @@ def case_the_namespace_says_which_part() -> Any:
 def case_windows() -> Any:
     """The rank that has lost a chunk has to go on from a place where all have what is before it."""
     model = sharded(family_model("gemma3"), "gemma3")
-    store = family_runs.filled_store(model)
+    store = filled_store(model, family_runs.IDS)
     plain = family_runs.generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK)
     found = []
-    for kept in (store, family_runs.without(store, 2, 4) if RANK else store):
+    for kept in (store, without(store, 2, 4) if RANK else store):
         with CakeCache(model, kept, chunk_size=CHUNK, save=False, strategy="load") as used:
             outcome = family_runs.generate(model, used)
             made = [span.chunk for span in used.report.timeline if span.outcome == "computed"]

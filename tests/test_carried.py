@@ -72,7 +72,7 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
         kv_like(model)  # runs the model once, which must not count
         states = len(keys_by_index(store, states=True))
         assert states == (family in RECURRENT)
-        with meeting_at(model, gate, meeting, CHUNKS - meeting + states):
+        with meeting_at(model, gate, meeting, CHUNKS - meeting, states):
             check(family, generate(model, cache), f"met at {meeting}")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (meeting, CHUNKS - meeting)
         assert cache.report.states_loaded == states

@@ -25,6 +25,7 @@ from cake_hf.tensors.fingerprint import numerics_facts, weights_digest
 from cake_hf.tensors.offload import Offloaded, devices_of, home_device, where_computed
 from families import family_model
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from stored import filled_store
 
 Offload = Callable[[Any, Path], Any]
 
@@ -124,7 +125,7 @@ def test_buffers_are_weights_too(portable: bool, tmp_path: Path) -> None:
 def test_windows_and_states(family: str, offload: Offload, tmp_path: Path) -> None:
     """Also where the probe has to run the model in two pieces."""
     moved = offload(copy.deepcopy(family_model(family)), tmp_path)
-    store = family_runs.filled_store(family_model(family))
+    store = filled_store(family_model(family), family_runs.IDS)
     with CakeCache(moved, store, chunk_size=CHUNK, save=False, strategy="load") as cache:
         outcome = family_runs.generate(moved, cache)
         assert (cache.report.chunks_loaded, cache.report.reason) == (family_runs.CHUNKS, "")

@@ -247,6 +247,7 @@ class GateStore(WrapperStore):
         with self._state:
             self._reads_begun += 1
             number = self._reads_begun
+            self._state.notify_all()
         self._await(lambda: number <= self._let_through)
         try:
             yield
@@ -260,6 +261,10 @@ class GateStore(WrapperStore):
         with self._state:
             self._let_through = reads
             self._state.notify_all()
+
+    def await_begun(self, count: int) -> None:
+        """Block until that many reads have come to the gate."""
+        self._await(lambda: self._reads_begun >= count)
 
     def await_reads(self, count: int) -> None:
         """Block until that many reads are done."""
