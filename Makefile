@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST_VENV := .venv-oldest
+TOGETHER := -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest lint bench eval docs notebooks clean
 
@@ -19,11 +20,11 @@ $(OLDEST_VENV)/.ready: pyproject.toml scripts/setup.sh
 demo: $(READY)  ## ask a question about a long text, cold and warm, and see what happened
 	$(BIN)/cake-hf demo
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/pytest
+test: $(READY)  ## the whole test suite, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
 test-oldest: $(OLDEST_VENV)/.ready  ## the whole test suite with the oldest transformers that is supported
-	$(OLDEST_VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest $(TOGETHER)
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
