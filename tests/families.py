@@ -22,7 +22,7 @@ Also how many an indexer chooses. It has heads enough that hardly any two tokens
 depends on how a prompt is cut.
 """
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,7 +34,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_PLAIN = {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+_PLAIN = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 _GPT = {
     "vocab_size": VOCABULARY,
     "n_embd": 32,
@@ -83,23 +83,23 @@ def _config(name: str, config: dict[str, Any]) -> Any:
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": _of("Llama", **_COMMON),
-    "qwen2": _of("Qwen2", **_COMMON),
-    "qwen3": _of("Qwen3", **_COMMON, head_dim=16),
-    "qwen3_moe": _of("Qwen3Moe", **_COMMON, **_EXPERTS, head_dim=8),
-    "mistral": _of("Mistral", **_COMMON, sliding_window=WINDOW),
-    "mixtral": _of("Mixtral", **_COMMON, num_local_experts=4, sliding_window=None),
-    "gemma2": _of("Gemma2", **_COMMON, head_dim=8, sliding_window=WINDOW),
+    "llama": _of("Llama", **COMMON),
+    "qwen2": _of("Qwen2", **COMMON),
+    "qwen3": _of("Qwen3", **COMMON, head_dim=16),
+    "qwen3_moe": _of("Qwen3Moe", **COMMON, **_EXPERTS, head_dim=8),
+    "mistral": _of("Mistral", **COMMON, sliding_window=WINDOW),
+    "mixtral": _of("Mixtral", **COMMON, num_local_experts=4, sliding_window=None),
+    "gemma2": _of("Gemma2", **COMMON, head_dim=8, sliding_window=WINDOW),
     "gemma3": _of(
         "Gemma3",
-        **{**_COMMON, "num_hidden_layers": 3},
+        **{**COMMON, "num_hidden_layers": 3},
         head_dim=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     "gemma3n": _of(
         "Gemma3n",
-        **{**_COMMON, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        **{**COMMON, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
         head_dim=8,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
@@ -112,7 +112,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "gemma4": _of(
         "Gemma4",
-        **{**_COMMON, "num_hidden_layers": 4},
+        **{**COMMON, "num_hidden_layers": 4},
         head_dim=8,
         global_head_dim=16,
         sliding_window=WINDOW,
@@ -123,38 +123,38 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "gpt_oss": _of(
         "GptOss",
-        **_COMMON,
+        **COMMON,
         head_dim=8,
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "phi3": _of("Phi3", **_COMMON, sliding_window=None),
-    "olmo2": _of("Olmo2", **_COMMON),
-    "cohere2": _of("Cohere2", **_COMMON, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
-    "granite": _of("Granite", **_COMMON),
+    "phi3": _of("Phi3", **COMMON, sliding_window=None),
+    "olmo2": _of("Olmo2", **COMMON),
+    "cohere2": _of("Cohere2", **COMMON, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "granite": _of("Granite", **COMMON),
     "falcon": _of("Falcon", **{n: v for n, v in _PLAIN.items() if n != "intermediate_size"}, ffn_hidden_size=48),
     "gpt_neox": _of("GPTNeoX", **_PLAIN),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT)),
     "bloom": _of("Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0),
-    "deepseek_v3": _of("DeepseekV3", **{**_COMMON, **_LATENT}),
-    "deepseek_v32": _of("DeepseekV32", **{**_COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
-    "glm_moe_dsa": _of("GlmMoeDsa", **{**_COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
+    "deepseek_v3": _of("DeepseekV3", **{**COMMON, **_LATENT}),
+    "deepseek_v32": _of("DeepseekV32", **{**COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
+    "glm_moe_dsa": _of("GlmMoeDsa", **{**COMMON, **_LATENT}, index_n_heads=8, index_head_dim=16, index_topk=WINDOW),
     "llama4": _of(
         "Llama4",
-        **_COMMON,
+        **COMMON,
         head_dim=8,
         intermediate_size_mlp=48,
         num_local_experts=2,
         attention_chunk_size=WINDOW,
         layer_types=["chunked_attention", "full_attention"],
     ),
-    "qwen3_next": _of("Qwen3Next", **{**_COMMON, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16}),
-    "qwen3_5": _of("Qwen3_5", **{**_COMMON, **_DELTA}),
+    "qwen3_next": _of("Qwen3Next", **{**COMMON, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16}),
+    "qwen3_5": _of("Qwen3_5", **{**COMMON, **_DELTA}),
     "jamba": _of(
         "Jamba",
-        **{**_COMMON, "num_hidden_layers": 3},
+        **{**COMMON, "num_hidden_layers": 3},
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
@@ -177,13 +177,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "lfm2": _of(
         "Lfm2",
-        **{**_COMMON, "num_hidden_layers": 3},
+        **{**COMMON, "num_hidden_layers": 3},
         layer_types=["conv", "full_attention", "conv"],
         block_auto_adjust_ff_dim=False,
     ),
     "granitemoehybrid": _of(
         "GraniteMoeHybrid",
-        **{**_COMMON, "num_hidden_layers": 3},
+        **{**COMMON, "num_hidden_layers": 3},
         **_MAMBA,
         layer_types=["linear_attention", "full_attention", "linear_attention"],
         shared_intermediate_size=32,
@@ -191,10 +191,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=1,
         position_embedding_type="rope",
     ),
-    "falcon_h1": _of("FalconH1", **{**_COMMON, "head_dim": 8}, **_MAMBA, mamba_d_ssm=64),
+    "falcon_h1": _of("FalconH1", **{**COMMON, "head_dim": 8}, **_MAMBA, mamba_d_ssm=64),
     "nemotron_h": _of(
         "NemotronH",
-        **{**_COMMON, "num_hidden_layers": 4},
+        **{**COMMON, "num_hidden_layers": 4},
         head_dim=8,
         layers_block_type=["mamba", "attention", "mlp", "mamba"],
         mamba_num_heads=4,

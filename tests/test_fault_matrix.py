@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf.arithmetic.report import Report
 from cake_hf.stores import LocalStore, Store, TierStore, open_store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
@@ -125,6 +126,16 @@ def test_a_fault_changes_nothing_but_the_counts(store: Store, fault: str, positi
     assert store.read(key) == dict(chunks())[key], "what the store has at the end is the good chunk"
 
 
+def report_of_an_exact_run(faulty: FaultStore, fault: str) -> Report:
+    limits = IMPATIENT if fault == "stall" else PATIENT
+    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
+        outcome = run(shared_model("llama"), prompt(), warm)
+        report = warm.report
+        faulty.release()
+    assert difference(outcome, expected()) == ""
+    return report
+
+
 def release_and_look_again(faulty: FaultStore, warm: CakeCache, outcome: Outcome) -> None:
     """The late read writes garbage to where it was told to: nothing of that may be in the cache."""
     faulty.release()
@@ -159,12 +170,7 @@ def test_all_chunks_have_the_fault(store: Store, fault: str) -> None:
         for key, value in chunks():
             store.write(key, [value[: len(value) // 2]], replace=True)
     faulty = FaultStore(store, {} if fault == "tear" else dict.fromkeys(keys, fault))
-    limits = IMPATIENT if fault == "stall" else PATIENT
-    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
-        outcome = run(shared_model("llama"), prompt(), warm)
-        report = warm.report
-        faulty.release()
-    assert difference(outcome, expected()) == ""
+    report = report_of_an_exact_run(faulty, fault)
     assert (report.chunks_loaded, report.chunks_computed) == (0, CHUNKS)
     if fault != "stall":  # there, what was not even begun when the first read was given up is no failure
         assert (report.chunks_missed, report.chunks_failed) == tuple(CHUNKS * count for count in COUNTS[fault])
@@ -176,12 +182,7 @@ def test_a_fault_of_a_pack_changes_nothing_but_the_counts(fault: str, position: 
     """It cannot be healed, since nothing can be written there."""
     key = chunks()[POSITIONS[position]][0]
     faulty = FaultStore(open_store(f"pack:{write_folder(tmp_path, dict(chunks()))}"), {key: fault})
-    limits = IMPATIENT if fault == "stall" else PATIENT
-    with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=limits) as warm:
-        outcome = run(shared_model("llama"), prompt(), warm)
-        report = warm.report
-        faulty.release()
-    assert difference(outcome, expected()) == ""
+    report = report_of_an_exact_run(faulty, fault)
     assert report.chunks_loaded + report.chunks_computed == CHUNKS
     assert report.chunks_saved == 0
     if fault != "stall":

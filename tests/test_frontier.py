@@ -514,7 +514,8 @@ def test_nothing_is_used_before_it_is_there(
                 there[index] += 1
         elif move == "settle" and loading:
             index = loading.pop(number % len(loading))
-            outcome = outcomes[number % len(outcomes)]
+            # A layer is told of when it has been checked: a load whose layers are all there is a good one.
+            outcome = Outcome.LOADED if there[index] == LAYERS else outcomes[number % len(outcomes)]
             if frontier.settle(index, outcome):
                 there[index] = LAYERS if outcome is Outcome.LOADED else 0
 

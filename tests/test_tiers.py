@@ -947,7 +947,9 @@ def test_a_prompt_comes_back_through_tiers_and_comes_nearer(tmp_path: Path) -> N
         assert [count.reads for count in tiers.counts()] == [0, 0, CHUNKS]
         assert [count.promoted for count in tiers.counts()] == [CHUNKS, CHUNKS, 0]
         assert generate(tiers, strategy="load").report.chunks_loaded == CHUNKS
-        assert [count.reads for count in tiers.counts()] == [CHUNKS, 0, CHUNKS]
+        nearest, *others = (count.reads for count in tiers.counts())
+        assert nearest >= CHUNKS  # where it pays, the last ones are read in several ranges
+        assert others == [0, CHUNKS]
 
 
 def test_half_a_prompt_from_each_tier() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from families import WINDOW, remember_more
+from families import COMMON, WINDOW, remember_more
 from models import CHUNK, VOCABULARY
 
 PLACE = VOCABULARY - 8
@@ -18,18 +18,6 @@ PLACE = VOCABULARY - 8
 Parts = tuple["int | str", ...]
 """A prompt: so many tokens of text, or an image by its name."""
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _PLACES: dict[str, Any] = {"image_token_id": PLACE, "video_token_id": PLACE + 1, "vision_start_token_id": PLACE + 2}
 _PATCHES = {"depth": 2, "num_heads": 2, "patch_size": 2, "temporal_patch_size": 2, "spatial_merge_size": 2}
@@ -49,7 +37,7 @@ IMAGE_SIZE = 8
 def _qwen2_5_vl() -> Any:
     vision = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "window_size": 8, **_PATCHES}
     config = hf.Qwen2_5_VLConfig(
-        text_config={**_TEXT, **_MROPE}, vision_config={**vision, "fullatt_block_indexes": [1]}, **_PLACES
+        text_config={**COMMON, **_MROPE}, vision_config={**vision, "fullatt_block_indexes": [1]}, **_PLACES
     )
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -57,7 +45,7 @@ def _qwen2_5_vl() -> Any:
 def _qwen2_vl() -> Any:
     vision = {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, **_PATCHES}
     return hf.Qwen2VLForConditionalGeneration(
-        hf.Qwen2VLConfig(text_config={**_TEXT, **_MROPE}, vision_config=vision, **_PLACES)
+        hf.Qwen2VLConfig(text_config={**COMMON, **_MROPE}, vision_config=vision, **_PLACES)
     )
 
 
@@ -70,7 +58,7 @@ def _qwen3_vl() -> Any:
         **_PATCHES,
     }
     config = hf.Qwen3VLConfig(
-        text_config={**_TEXT, **_MROPE, "head_dim": 8},
+        text_config={**COMMON, **_MROPE, "head_dim": 8},
         vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
         **_PLACES,
     )
@@ -79,7 +67,7 @@ def _qwen3_vl() -> Any:
 
 def _gemma3() -> Any:
     text = {
-        **_TEXT,
+        **COMMON,
         "num_hidden_layers": 3,
         "head_dim": 8,
         "sliding_window": WINDOW,
@@ -100,14 +88,14 @@ def _llava() -> Any:
         "projection_dim": 16,
     }
     return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(text_config={**_TEXT, "model_type": "llama"}, vision_config=vision, image_token_index=PLACE)
+        hf.LlavaConfig(text_config={**COMMON, "model_type": "llama"}, vision_config=vision, image_token_index=PLACE)
     )
 
 
 def _internvl() -> Any:
     vision = {**_TOWER, "image_size": [IMAGE_SIZE, IMAGE_SIZE], "patch_size": [2, 2]}
     return hf.InternVLForConditionalGeneration(
-        hf.InternVLConfig(text_config={**_TEXT, "model_type": "qwen2"}, vision_config=vision, image_token_id=PLACE)
+        hf.InternVLConfig(text_config={**COMMON, "model_type": "qwen2"}, vision_config=vision, image_token_id=PLACE)
     )
 
 

@@ -11,12 +11,12 @@ compute nothing, and a computed chunk that is done after the last load makes eve
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cake_hf.people.bench.bare import read_file
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample, interleave
 from cake_hf.people.bench.workbench import Run, Workbench, median_parts
@@ -71,22 +71,12 @@ class _Runs:
 
 def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], float]:
     """A function that reads all files into the same memory each time, and returns the seconds."""
-    memory = [memoryview(bytearray(path.stat().st_size)) for path in paths]
+    memory = [[memoryview(bytearray(path.stat().st_size))] for path in paths]
 
     def read() -> float:
         begin = time.perf_counter()
-        list(threads.map(_read_file, paths, memory))
+        list(threads.map(read_file, paths, memory))
         return time.perf_counter() - begin
 
     read()  # the memory's pages are there from now on
     return read
-
-
-def _read_file(path: Path, target: memoryview) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < target.nbytes:
-            done += os.preadv(descriptor, [target[done:]], done)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,6 @@ pinned bytes.
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.movers.loader import LoadJob, start_loaders
 from cake_hf.movers.place import HostPlace, place_for
+from cake_hf.people.bench.bare import read_file
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample, interleave
 from cake_hf.people.bench.workbench import Workbench, synchronize
@@ -204,7 +204,7 @@ def read_bare(chunks: Chunks, count: int, buffers: Tensors) -> None:
     def work() -> None:
         header = memoryview(bytearray(size))
         for index in left:
-            _read(_path(chunks.store, chunks.keys[index]), [header, *place.landing(index, aside=False).parts])
+            read_file(_path(chunks.store, chunks.keys[index]), [header, *place.landing(index, aside=False).parts])
 
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
@@ -215,16 +215,6 @@ def read_bare(chunks: Chunks, count: int, buffers: Tensors) -> None:
 
 def _path(store: LocalStore, key: str) -> str:
     return f"{store.root}/{key[:2]}/{key}{SUFFIX}"
-
-
-def _read(path: str, parts: list[memoryview]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        done, whole = os.preadv(descriptor, parts, 0), sum(part.nbytes for part in parts)
-    finally:
-        os.close(descriptor)
-    if done != whole:
-        raise CakeError(f"A bare read brought {done} of {whole} bytes.")
 
 
 def _copy(pinned: Tensors, device: str, buffers: Tensors) -> None:

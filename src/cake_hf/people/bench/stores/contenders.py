@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from cake_hf.people.bench.bare import read_file
 from cake_hf.people.bench.stores.race import Contender, read
 from cake_hf.people.bench.stores.values import StoreSettings, Values
 from cake_hf.people.packs.export import FolderSink
@@ -43,7 +43,7 @@ def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
     with LocalStore(folder / "local") as store:
         fill(store, values)
         paths = [f"{folder}/local/{key[:2]}/{key}{SUFFIX}" for key in values.keys]
-        yield Contender("directory", store, {"preadv": lambda n: _preadv(paths[n], values.parts[n])})
+        yield Contender("directory", store, {"preadv": lambda n: read_file(paths[n], values.parts[n])})
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Cont
     sink.finish({MANIFEST: manifest.to_json()})
 
     def raw(number: int) -> None:
-        _preadv(str(folder / "pack" / chunk_path(values.keys[number])), values.parts[number])
+        read_file(str(folder / "pack" / chunk_path(values.keys[number])), values.parts[number])
         digest_of(values.parts[number])
 
     with open_folder_pack(folder / "pack") as store:
@@ -86,13 +86,3 @@ def _move(source: int, parts: Sequence[memoryview]) -> None:
     for part in parts:
         ctypes.memmove(address_of(part), source, part.nbytes)
         source += part.nbytes
-
-
-def _preadv(path: str, parts: Sequence[memoryview]) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        count, whole = os.preadv(descriptor, parts, 0), sum(part.nbytes for part in parts)
-    finally:
-        os.close(descriptor)
-    if count != whole:
-        raise OSError(f"{path}: {count} of {whole} bytes were read.")

@@ -1,0 +1,24 @@
+"""A file as bare as it can be read: what nobody who reads it can beat."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cake_hf.arithmetic.errors import CakeError
+
+
+def read_file(path: str | Path, parts: Sequence[memoryview]) -> None:
+    """Fill the parts from a file, by one `preadv`.
+
+    Raises:
+        CakeError: it has not as many bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done, whole = os.preadv(descriptor, parts, 0), sum(part.nbytes for part in parts)
+    finally:
+        os.close(descriptor)
+    if done != whole:
+        raise CakeError(f"A bare read of {path} brought {done} of {whole} bytes.")
