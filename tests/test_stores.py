@@ -136,7 +136,7 @@ def test_local_store_behaves_like_a_dict(tmp_path: Path) -> None:
 
 
 def test_test_tools_come_in_only_with_the_contract() -> None:
-    """In a process of its own, past the package's face, which would bring in transformers and take seconds."""
+    """In a process of its own, which has nothing in it yet."""
     script = """
 import cake_hf.testing
 assert cake_hf.testing.GateStore
