@@ -45,7 +45,8 @@ class ModeMetrics:
         tokens_as_single, tokens_as_chunked, logits_as_chunked: shares of the rows, 0 to 1.
         score: the task's, 0 to 1; None where it could not be had.
         ttft: seconds, median.
-        hit_rate: share of full chunks that were loaded; None where there were none, or nothing to load from.
+        hit_rate: share of full chunks that the store had; None where there were none, or nothing to load from.
+        loaded: share of full chunks that were loaded; of the others that the store had, computing was faster or reading failed.
         failed: chunks whose load failed.
     """
 
@@ -57,6 +58,7 @@ class ModeMetrics:
     score: float | None = None
     ttft: float = 0.0
     hit_rate: float | None = None
+    loaded: float | None = None
     failed: int = 0
 
 
@@ -97,7 +99,7 @@ class Metrics:
     @property
     def loaded_anything(self) -> bool:
         """Whether any chunk was ever loaded; if not, equal results prove nothing."""
-        return any(mode.hit_rate for task in self.tasks.values() for mode in task.modes.values())
+        return any(mode.loaded for task in self.tasks.values() for mode in task.modes.values())
 
     @property
     def exact(self) -> bool:
@@ -180,6 +182,8 @@ def _of_mode(
     metrics.score = fmean(found) if found else None
     metrics.ttft = median(outcome.ttft for outcome in good)
     chunks = sum(outcome.loaded + outcome.computed for outcome in good)
-    metrics.hit_rate = sum(outcome.loaded for outcome in good) / chunks if chunks else None
+    if chunks:
+        metrics.hit_rate = 1 - sum(outcome.missed for outcome in good) / chunks
+        metrics.loaded = sum(outcome.loaded for outcome in good) / chunks
     metrics.failed = sum(outcome.failed for outcome in good)
     return metrics

@@ -49,10 +49,11 @@ def make_page(config: RunConfig, metrics: Metrics, environment: Mapping[str, Any
         "faults (reads that go wrong): with a CakeCache.</p>",
         _results(metrics),
         "<p>= single, = chunked: share of rows with the tokens of the single-shot and the chunked run; logits: with the "
-        "logits of the chunked run, bit for bit; TTFT: median; loaded: share of full chunks.</p>",
+        "logits of the chunked run, bit for bit; TTFT: median; hits, loaded: share of full chunks "
+        "that the store had, and that came from there.</p>",
         _legend(metrics),
         _section("Time to the first token, seconds (medians)", metrics, lambda mode: mode.ttft, lambda v: f"{v:.3g}"),
-        _section("Chunks loaded", metrics, lambda mode: mode.hit_rate, percent, most=1.0),
+        _section("Chunks loaded", metrics, lambda mode: mode.loaded, percent, most=1.0),
         _section("Score, per cent", metrics, lambda mode: mode.score, lambda v: f"{100 * v:.1f}", most=1.0),
         *(_list(title, lines) for title, lines in lists(metrics).items()),
         f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.as_dict(), indent=2))}</pre>",

@@ -15,7 +15,7 @@ from eval.compare import Metrics, ModeMetrics
 SHOWN = 20
 """Lines of a list at most; all of them stand in metrics.json and in the report."""
 
-COLUMNS = ("rows", "= single", "= chunked", "logits", "score", "TTFT, s", "loaded")
+COLUMNS = ("rows", "= single", "= chunked", "logits", "score", "TTFT, s", "hits", "loaded")
 LOGITS = COLUMNS.index("logits")
 
 
@@ -28,7 +28,7 @@ def cells(mode: ModeMetrics) -> list[str]:
         percent(mode.logits_as_chunked),
         "-" if mode.score is None else f"{100 * mode.score:.2f}",
         f"{mode.ttft:.3f}",
-        "-" if mode.hit_rate is None else percent(mode.hit_rate),
+        *("-" if share is None else percent(share) for share in (mode.hit_rate, mode.loaded)),
     ]
 
 

@@ -16,12 +16,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
-from transformers.generation.streamers import BaseStreamer
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, difference, oracle, prompt, run, run_ahead, shared_model
 from stored import filled_store
+from streamed import Collector
 from waiting import await_true
 
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
@@ -50,17 +50,6 @@ def both(
         torch.manual_seed(seed)
         results.append(model.generate(ids, past_key_values=cache, **{**QUIET, **options, **more}))
     return results
-
-
-class Collector(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.reshape(-1).tolist()
-
-    def end(self) -> None:
-        self.tokens.append(-1)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_all_equal_is_exact() -> None:
     assert metrics.exact
     assert (metrics.rows, metrics.broken, metrics.differences, metrics.loaded_anything) == (1, [], [], True)
     warm = metrics.tasks["qasper"].modes["warm"]
-    assert (warm.tokens_as_single, warm.tokens_as_chunked, warm.logits_as_chunked, warm.hit_rate) == (1, 1, 1, 1)
+    assert (warm.tokens_as_single, warm.tokens_as_chunked, warm.logits_as_chunked, warm.loaded) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("mode", ["cold", "warm", "middle", "faults"])
@@ -76,16 +76,19 @@ def test_metrics_of_a_mode() -> None:
         *both_oracles("r1"),
         *both_oracles("r2"),
         outcome("warm", "r0", ttft=1.0, loaded=3, computed=1),
-        outcome("warm", "r1", ttft=4.0, loaded=0, computed=4, failed=2, digests=["a", "b", "x"], note="too short"),
+        outcome(
+            "warm", "r1", ttft=4.0, loaded=0, computed=4, missed=1, failed=2, digests=["a", "b", "x"], note="too short"
+        ),
         outcome("warm", "r2", error="boom"),
     ]
     metrics = compare(outcomes, {("qasper", "r0", "warm"): 1.0, ("qasper", "r1", "warm"): 0.5}, float32=False)
     warm = metrics.tasks["qasper"].modes["warm"]
-    assert (warm.rows, warm.errors, warm.score, warm.ttft, warm.hit_rate, warm.failed) == (2, 1, 0.75, 2.5, 3 / 8, 2)
+    assert (warm.rows, warm.errors, warm.score, warm.ttft, warm.failed) == (2, 1, 0.75, 2.5, 2)
+    assert (warm.hit_rate, warm.loaded) == (7 / 8, 3 / 8)
     assert (warm.tokens_as_chunked, warm.logits_as_chunked) == (1.0, 0.5)
     assert metrics.tasks["qasper"].modes["plain"].hit_rate is None
     assert metrics.notes == {"qasper/r1 warm": "too short"}
-    assert cells(warm) == ["2 of 3", "100 %", "100 %", "50 %", "75.00", "2.500", "37 %"]
+    assert cells(warm) == ["2 of 3", "100 %", "100 %", "50 %", "75.00", "2.500", "87 %", "37 %"]
 
 
 def test_nearly_all_is_not_shown_as_all() -> None:

@@ -88,8 +88,8 @@ def test_every_mode_gives_the_same(
         assert (found[mode]["rows"], found[mode]["errors"]) == (2, 0)
     assert found["warm"]["hit_rate"] == 1.0
     assert found["cold"]["hit_rate"] == 0.5  # the second row finds the document that it shares with the first
-    assert 0.3 < found["middle"]["hit_rate"] < 0.7
-    assert found["faults"]["hit_rate"] < 1.0
+    assert 0.3 < found["middle"]["loaded"] < 0.7
+    assert found["faults"]["loaded"] < 1.0
     assert found["faults"]["failed"] > 0
     assert results(config)["notes"] == {}
 
@@ -125,7 +125,7 @@ def test_a_flipped_bit_with_the_checksum_on_changes_nothing(tmp_path: Path, monk
     monkeypatch.setattr(modes, "checksum_off", nullcontext)
     config = small(tmp_path, modes="faults", sabotage=True)
     assert run(config, tmp_path) == 0
-    assert results(config)["tasks"]["recall"]["modes"]["faults"]["hit_rate"] == 0.0
+    assert results(config)["tasks"]["recall"]["modes"]["faults"]["loaded"] == 0.0
 
 
 def test_the_checksum_is_back_afterwards() -> None:
@@ -364,4 +364,4 @@ def test_a_random_model_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "8 million weights" in capsys.readouterr().out
     config = small(tmp_path, model=str(tmp_path / "llama"), tasks="hotpotqa", rows=1, modes="cold,faults")
     assert run(config, tmp_path) == 0
-    assert results(config)["tasks"]["hotpotqa"]["modes"]["faults"]["hit_rate"] > 0
+    assert results(config)["tasks"]["hotpotqa"]["modes"]["faults"]["loaded"] > 0

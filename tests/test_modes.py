@@ -28,11 +28,11 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.people.models import RECALL_TINY
 from models import CHUNK, CHUNKS, build, prompt, run_ahead, shared_model
+from streamed import Collector
 
 ALL = ["llama", "gemma3", "qwen3_next"]
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
@@ -61,19 +61,6 @@ def model_of(family: str) -> torch.nn.Module:
     config = Qwen3NextConfig(**SMALL, **linear, **experts, shared_expert_intermediate_size=16,
                              layer_types=["linear_attention", "full_attention", "linear_attention"])  # fmt: skip
     return Qwen3NextForCausalLM(config).eval()
-
-
-class Collector(BaseStreamer):
-    """The prompt and all new tokens, in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.reshape(-1).tolist()
-
-    def end(self) -> None:
-        """No more tokens."""
 
 
 class StopAfter(StoppingCriteria):
@@ -229,7 +216,7 @@ def test_a_streamer_gets_each_token(family: str) -> None:
     model, streamed = model_of(family), Collector()
     with CakeCache(model, saved(family), chunk_size=CHUNK, strategy="load") as used:
         result = generate(model, used, streamer=streamed)
-    assert streamed.tokens == result.sequences[0].tolist()
+    assert streamed.tokens == [*result.sequences[0].tolist(), -1]
 
 
 def test_contrastive_search_is_no_longer_in_transformers() -> None:

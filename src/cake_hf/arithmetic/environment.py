@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds
+from cake_hf.arithmetic.sizes import parse_seconds
 
 T = TypeVar("T")
 
@@ -64,12 +64,3 @@ def some_seconds(text: str) -> float:
         return parse_seconds(text if text[-1:].isalpha() else f"{text}s")
     except ValueError:
         raise ValueError(f"{text!r} is not a time above 0; write it like 10, 2.5 or 1m.") from None
-
-
-def some_bytes(text: str) -> int:
-    """E.g. "512MiB".
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    return parse_bytes(text)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cake_hf.arithmetic.environment import a_count, limit_variable, some_bytes, some_seconds, value_from
+from cake_hf.arithmetic.environment import a_count, limit_variable, some_seconds, value_from
+from cake_hf.arithmetic.sizes import parse_bytes
 
 ASIDE_PER_THREAD = 3
 """Chunks per loader thread that may be in memory of their own, beside the KV, at any time."""
@@ -62,7 +63,7 @@ _PARSERS: dict[str, Callable[[str], float]] = {
     "loader_threads": a_count,
     "read_timeout": some_seconds,
     "lookup_timeout": some_seconds,
-    "save_queue_bytes": some_bytes,
-    "tier_queue_bytes": some_bytes,
+    "save_queue_bytes": parse_bytes,
+    "tier_queue_bytes": parse_bytes,
     "exit_flush_seconds": some_seconds,
 }

@@ -483,7 +483,7 @@ class CakeCache(GuardedCache):
         self._running = None
         restore.close(save_tail=save_tail)
         self._known += restore.prompt.keys[: restore.prompt.chunks]
-        learn_costs(self._session, restore.prompt)
+        learn_costs(restore.cost_memory, restore.prompt)
 
     def _abandon(self, restore: Restore) -> None:
         self._running = None

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class UnreadImages:
         self._model = model
         self._inputs = inputs
 
+    @classmethod
+    def of(cls, model: torch.nn.Module, given: dict[str, Any]) -> UnreadImages:
+        """Those among the arguments of a call."""
+        return cls(model, {name: given[name] for name in _INPUTS if given.get(name) is not None})
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
@@ -125,10 +131,7 @@ class UnreadImages:
     @cached_property
     def _rows(self) -> list[int]:
         """Where in the patches each image begins, and the last one ends."""
-        rows = [0]
-        for patches in self._inputs["image_grid_thw"].prod(dim=-1).tolist():
-            rows.append(rows[-1] + patches)
-        return rows
+        return list(accumulate(self._inputs["image_grid_thw"].prod(dim=-1).tolist(), initial=0))
 
     @cached_property
     def _whole(self) -> Any:
@@ -183,9 +186,11 @@ def _prepare(model: torch.nn.Module, is_wanted: Callable[[dict[str, Any]], bool]
     model_kwargs: dict[str, Any] = given.get("model_kwargs") or {}
     if not _is_single_prompt(given) or not _has_images_alone(model, model_kwargs) or not is_wanted(model_kwargs):
         return original(model, *args, **kwargs)
-    inputs = {name: model_kwargs.pop(name) for name in _INPUTS if model_kwargs.get(name) is not None}
+    images = UnreadImages.of(model, model_kwargs)
+    for name in _INPUTS:
+        model_kwargs.pop(name, None)
     prepared = original(model, *args, **kwargs)
-    prepared.setdefault("mm_encoder_outputs", {})["image"] = UnreadImages(model, inputs)
+    prepared.setdefault("mm_encoder_outputs", {})["image"] = images
     return prepared
 
 

@@ -11,6 +11,7 @@ from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
+from cake_hf.movers.cost_memory import CostMemory
 
 
 def new_frontier(
@@ -63,10 +64,9 @@ def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
     return 1 if moves_weights else ranges
 
 
-def learn_costs(session: Session, prompt: Prompt) -> None:
+def learn_costs(memory: CostMemory, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
-        memory = session.cost_memory(prompt.namespace)
         is_part = prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size
         last_piece = prompt.first + prompt.chunks if is_part else None
         memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)

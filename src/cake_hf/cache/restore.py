@@ -66,6 +66,7 @@ class Restore:
 
     Attributes:
         prompt: as given.
+        cost_memory: of what is decided by, and what is measured.
     """
 
     def __init__(
@@ -108,17 +109,21 @@ class Restore:
                 "stored chunks are computed where no snapshot of the model's state is stored behind them"
             )
         self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
-        costs = session.cost_memory(prompt.namespace).costs(prompt.layout.nbytes)
+        self.cost_memory = session.cost_memory(prompt.namespace)
+        costs = self.cost_memory.costs(prompt.layout.nbytes)
         self._ranks = ranks_of(session.model)
         one_by_one = beyond_loads and not self._carried and self._ranks is None
         ranges = ranges_for(session, prompt, costs) if one_by_one else 1
         self._beyond_loads = ranges > 1
-        on_host = is_host_place(self._buffers)
+        past = prompt.call.past
+        # Where loads land: one per piece of the layout, each on the device of its layer.
+        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+        on_host = is_host_place(buffers)
         self._frontier = new_frontier(
             session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
         )
         self._steps = steps_for(self._frontier, self._ranks)
-        self._job = self._load_job(ranges)
+        self._job = self._load_job(buffers, ranges)
 
     def run(self) -> None:
         """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
@@ -316,15 +321,13 @@ class Restore:
         """Chunks that are loaded already would have to be run again for what they carry."""
         return not self._carried or self._carried.standing == index
 
-    def _load_job(self, ranges: int) -> LoadJob:
+    def _load_job(self, buffers: list[torch.Tensor], ranges: int) -> LoadJob:
         limits = self._session.limits
         return LoadJob(
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(
-                self._buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows
-            ),
+            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
             frontier=self._frontier,
             record=self.prompt.record,
             clock=time.monotonic,
@@ -333,12 +336,6 @@ class Restore:
             patience=limits.read_timeout,
             ranges=ranges,
         )
-
-    @property
-    def _buffers(self) -> list[torch.Tensor]:
-        """Where loads land: one per piece of the layout, each on the device of its layer."""
-        past = self.prompt.call.past
-        return [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
 
     def _count(self) -> None:
         report, outcomes = self.prompt.report, self._frontier.outcomes()

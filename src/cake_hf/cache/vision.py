@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -192,12 +193,8 @@ class Vision:
         given = self._given_outputs.get("image")
         if isinstance(given, UnreadImages):
             return given
-        pixels = self._arguments.get("pixel_values")
-        if not isinstance(pixels, torch.Tensor):
-            return None
-        grid = self._arguments.get("image_grid_thw")
-        inputs = {"pixel_values": pixels} if grid is None else {"pixel_values": pixels, "image_grid_thw": grid}
-        return UnreadImages(self._model, inputs)
+        has_pixels = isinstance(self._arguments.get("pixel_values"), torch.Tensor)
+        return UnreadImages.of(self._model, self._arguments) if has_pixels else None
 
     @property
     def _given_outputs(self) -> dict[str, Any]:
@@ -228,10 +225,7 @@ class Vision:
     def _bounds(self) -> list[int]:
         """Where in `_places` each image begins, and the last one ends."""
         counts = [] if self._images is None else self._images.token_counts(self._merged_patches, len(self._places))
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
-        return bounds
+        return list(accumulate(counts, initial=0))
 
     @property
     def _merged_patches(self) -> int:

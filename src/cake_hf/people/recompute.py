@@ -207,7 +207,7 @@ class Comparing(WrapperStore):
         differing = np.flatnonzero(_payload(stored) != _payload(computed))
         if not differing.size:
             return ""
-        where = next(name for name, entry in table.items() if int(differing[0]) < entry["data_offsets"][1])  # type: ignore[index]
+        where = next(name for name, entry in table.items() if int(differing[0]) < entry["data_offsets"][1])  # type: ignore[index]  # checked by parse_header
         return (
             f"Chunk {key} (number {own.index}) is well-formed and is not what the model computes: {differing.size:,} of "
             f"{_payload(computed).size:,} bytes differ, the first in {where}."

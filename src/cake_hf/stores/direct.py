@@ -6,11 +6,12 @@ core at 1.2 GB/s, and 0.04 without, at the same speed. What is in the page cache
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 from collections.abc import Sequence
+
+from cake_hf.stores.pieces import address_of
 
 ALIGNMENT = 4096
 """Of memory, offset and length: what every disk and filesystem is content with that has direct reads at all."""
@@ -57,12 +58,8 @@ def is_refusal(error: OSError) -> bool:
 
 
 def _is_aligned(parts: Sequence[memoryview], offset: int) -> bool:
-    numbers = [offset, *(part.nbytes for part in parts), *(_address(part) for part in parts if part.nbytes)]
+    numbers = [offset, *(part.nbytes for part in parts), *(address_of(part) for part in parts if part.nbytes)]
     return all(number % ALIGNMENT == 0 for number in numbers)
-
-
-def _address(part: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(part))
 
 
 def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:

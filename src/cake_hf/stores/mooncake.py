@@ -7,7 +7,6 @@ A reader gets a lease on what it reads or asks for (10 seconds by default), in w
 
 from __future__ import annotations
 
-import ctypes
 import re
 import secrets
 import time
@@ -34,6 +33,7 @@ from cake_hf.stores.mooncake_client import (
     join,
     leave,
 )
+from cake_hf.stores.pieces import address_of
 
 MOST_PIECES = 256
 """Pieces of one transfer. The client gives each a place in a queue of 2,048 and fails where that is full."""
@@ -261,7 +261,7 @@ def _spots(pieces: Sequence[memoryview]) -> tuple[list[int], list[int]]:
 def _address(piece: memoryview) -> int:
     if piece.readonly:
         return int(np.frombuffer(piece, np.uint8).__array_interface__["data"][0])
-    return ctypes.addressof(ctypes.c_char.from_buffer(piece))  # ten times as fast; a read has hundreds of pieces
+    return address_of(piece)  # ten times as fast; a read has hundreds of pieces
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def copy(target: memoryview, source: memoryview) -> None:
     if source.readonly or not source.nbytes:
         target[:] = source
     else:
-        ctypes.memmove(_address(target), _address(source), source.nbytes)
+        ctypes.memmove(address_of(target), address_of(source), source.nbytes)
 
 
 def joined(parts: Sequence[Part]) -> bytearray:
@@ -64,5 +64,6 @@ def joined(parts: Sequence[Part]) -> bytearray:
     return value
 
 
-def _address(view: memoryview) -> int:
+def address_of(view: memoryview) -> int:
+    """Where writable bytes, at least one, are in memory. The caller keeps the view as long as the address is used."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))

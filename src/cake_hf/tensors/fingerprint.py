@@ -90,8 +90,11 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
     return [
         f"{path}.{name}: {buffer.dtype}"
         for path, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.dtype != torch.float32
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.is_floating_point()
+        and buffer.dtype != torch.float32
     ]
 
 

@@ -31,7 +31,8 @@ from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample, interleave
 from cake_hf.people.bench.workbench import Workbench, synchronize
 from cake_hf.people.units import bytes_text
-from cake_hf.stores.local import SUFFIX, LocalStore
+from cake_hf.stores.folder import Folder
+from cake_hf.stores.local import LocalStore
 from cake_hf.tensors.aligned import advise, empty_aligned
 from cake_hf.tensors.codec import header_size
 from cake_hf.tensors.layout import ChunkLayout
@@ -199,22 +200,19 @@ def load(chunks: Chunks, count: int, buffers: Tensors) -> None:
 def read_bare(chunks: Chunks, count: int, buffers: Tensors) -> None:
     """Read the same files to the same places with that many threads, and do nothing else."""
     place, size = HostPlace(buffers, chunks.layout), header_size(chunks.layout)
+    files = Folder(chunks.store.root)
     left = iter(range(len(chunks.keys)))  # `next` on it is one step of the interpreter, so threads may share it
 
     def work() -> None:
         header = memoryview(bytearray(size))
         for index in left:
-            read_file(_path(chunks.store, chunks.keys[index]), [header, *place.landing(index, aside=False).parts])
+            read_file(files.path(chunks.keys[index]), [header, *place.landing(index, aside=False).parts])
 
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _path(store: LocalStore, key: str) -> str:
-    return f"{store.root}/{key[:2]}/{key}{SUFFIX}"
 
 
 def _copy(pinned: Tensors, device: str, buffers: Tensors) -> None:

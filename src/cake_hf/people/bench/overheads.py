@@ -33,7 +33,8 @@ from cake_hf.cache.session import Session
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample
 from cake_hf.people.bench.workbench import Workbench, remove
-from cake_hf.stores.local import SUFFIX, LocalStore
+from cake_hf.stores.folder import Folder
+from cake_hf.stores.local import LocalStore
 
 SOON_KNOWN = Goal(20.0)
 CHEAPLY_DECIDED = Goal(50.0)
@@ -133,7 +134,7 @@ def fill(folder: Path, keys: Iterable[str], count: int) -> None:
     for shard in range(256):
         (folder / f"{shard:02x}").mkdir(exist_ok=True)
     for key in (*named, *others):
-        os.close(os.open(f"{folder}/{key[:2]}/{key}{SUFFIX}", os.O_WRONLY | os.O_CREAT, 0o644))
+        os.close(os.open(Folder(folder).path(key), os.O_WRONLY | os.O_CREAT, 0o644))
 
 
 def decide_seconds(chunks: int, layers: int) -> float:

@@ -96,8 +96,8 @@ def start_s3_server() -> S3Server:
     """
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
         raise Unavailable('moto, an S3 server, is not installed: pip install "moto[s3,server]"')
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", MOTO], text=True, **pipes)  # type: ignore[call-overload]
+    command, pipe = [sys.executable, "-c", MOTO], subprocess.PIPE
+    process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
     line = process.stdout.readline() if ready else ""

@@ -13,10 +13,12 @@ from cake_hf.people.bench.stores.race import Contender, read
 from cake_hf.people.bench.stores.values import StoreSettings, Values
 from cake_hf.people.packs.export import FolderSink
 from cake_hf.stores.base import Store
-from cake_hf.stores.local import SUFFIX, LocalStore
+from cake_hf.stores.folder import Folder
+from cake_hf.stores.local import LocalStore
 from cake_hf.stores.manifest import MANIFEST, PackChunk, PackManifest, chunk_path
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pack import block_digests, digest_of, open_folder_pack
+from cake_hf.stores.pieces import address_of
 from cake_hf.stores.tiers import TierStore
 
 
@@ -42,7 +44,7 @@ def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
     """A directory, beside preadv of its files (from the page cache, since they were just written)."""
     with LocalStore(folder / "local") as store:
         fill(store, values)
-        paths = [f"{folder}/local/{key[:2]}/{key}{SUFFIX}" for key in values.keys]
+        paths = [Folder(folder / "local").path(key) for key in values.keys]
         yield Contender("directory", store, {"preadv": lambda n: read_file(paths[n], values.parts[n])})
 
 
@@ -75,11 +77,6 @@ def tiers(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
         fill(store, values)
         raw = partial(read, near, values)
         yield Contender("tiers: memory, directory", store, {"the nearest alone": raw})
-
-
-def address_of(view: memoryview) -> int:
-    """Where writable memory is. It has to be kept by the caller."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _move(source: int, parts: Sequence[memoryview]) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.stores.contenders import address_of, fill
+from cake_hf.people.bench.stores.contenders import fill
 from cake_hf.people.bench.stores.race import Contender, Reader
 from cake_hf.people.bench.stores.values import StoreSettings, Values
 from cake_hf.people.servers import Unavailable, start_redis_server, start_s3_server
 from cake_hf.stores.base import Store
-from cake_hf.stores.pieces import even_sizes
+from cake_hf.stores.pieces import address_of, even_sizes
 
 SECONDS = 60.0
 """After which an answer is given up."""
