@@ -4,67 +4,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from cake_hf.arithmetic.errors import CakeError, ForeignModel
+from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
-from cake_hf.cache.batch import BatchRestore
-from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.guarded import GuardedCache
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
-from cake_hf.cache.layers import TokenMajorLayer
-from cake_hf.cache.pace import learn_costs
-from cake_hf.cache.prompt import Prompt, look_up, off_schedule
-from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, record_tail
+from cake_hf.cache.restore import Progress, no_progress
+from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import (
-    CUT_IMAGE,
-    batch_reason,
-    kept_reason,
-    layers_for,
-    model_reason,
-    refuse_unusable,
-    resolve_model,
-    unlike_reason,
-)
-from cake_hf.cache.vision import forget_numbering, numbering_reason
+from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.vision import forget_numbering
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
-from cake_hf.tensors.fingerprint import adapters_vary
-from cake_hf.tensors.offload import devices_of, home_device
-
-Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The last piece of a prompt, while the model runs it.
-
-    Attributes:
-        prompt: whose piece it is.
-        begin: when the model got it.
-        key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
-        restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
-        rows: how many equal prompts.
-    """
-
-    prompt: Prompt
-    begin: float
-    key: str = ""
-    restore: Restore | None = None
-    rows: int = 1
-
-
-class CakeCache(GuardedCache):
+class CakeCache(RestoringCache):
     """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
 
         cache = CakeCache(model, store="~/.cache/cake_hf")
@@ -127,23 +88,7 @@ class CakeCache(GuardedCache):
             snapshot_every=snapshot_every,
         )
         layers = layers_for(model)
-        self._start(session, layers, model_reason(model, layers))
-
-    def _start(self, session: Session, layers: list[Any], reason: str) -> None:
-        super().__init__()
-        self.layer_class_to_replicate = None
-        self.layers = layers
-        self.report = Report()
-        self._session = session
-        self._model_reason = reason
-        self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
-        self._depth = 0  # how deep inside a forward of our own model we are
-        self._busy = False  # a restore is running: its forwards pass the hook untouched
-        self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
-        self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
-        self._tail: Tail | None = None  # the last piece that is in the model now
-        self._running: Restore | None = None  # whose loads may be under way
-        self._batch: BatchRestore | None = None  # whose last pieces are in the model now
+        super().__init__(session, layers, model_reason(model, layers))
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -153,7 +98,7 @@ class CakeCache(GuardedCache):
         """A cache with its own KV, on the same model, store and writer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied._start(self._session, copy.deepcopy(self.layers, memo), self._model_reason)
+        RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
         return copied
@@ -162,11 +107,6 @@ class CakeCache(GuardedCache):
     def store(self) -> Store:
         """The store behind this cache."""
         return self._session.store
-
-    @property
-    def closed(self) -> bool:
-        """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
-        return self._session.closed
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice."""
@@ -203,9 +143,9 @@ class CakeCache(GuardedCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         self._prefilled = None
         if not self.get_seq_length():
-            super().reset()
+            self.reset()
             forget_numbering(self._session.model)
-        prompt = self._prefill(input_ids, 0 if whole else 1, progress or _no_progress)
+        prompt = self._prefill(input_ids, 0 if whole else 1, progress or no_progress)
         if prompt is not None:
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
@@ -240,262 +180,3 @@ class CakeCache(GuardedCache):
             CakeError: the model does not keep full attention in all layers.
         """
         return to_quantized(self, self._session.model.config, backend, options)
-
-    # What changes the content changes what is known about it.
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        del self._known[self.get_seq_length() // self._session.chunk_size :]
-
-    def reset(self) -> None:
-        super().reset()
-        self._known = []
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._known = []
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._known = []
-
-    def _before_update(self, layer: int, *, reads: bool) -> None:
-        if not self._depth and not self.closed:
-            raise self._foreign()
-        if self._lost():
-            raise ForwardLeft
-        if reads and self._running is not None:
-            self._running.await_layer(layer)
-
-    def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (keys, values) if self._batch is None else self._batch.keep(layer, keys, values)
-
-    # Called by the hook.
-
-    def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
-        if model is not self._session.model:
-            raise self._foreign()
-        rewritten = None if self._busy else self._handle(model, args, kwargs)
-        self._depth += 1
-        return rewritten
-
-    def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
-        if model is not self._session.model or self._depth == 0:
-            return
-        self._depth -= 1
-        if self._busy:
-            return
-        if failed:
-            self._give_up_tail()
-        batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
-        if batch is not None:
-            batch.close()
-            observe(batch.report)
-        if tail is not None:
-            self._finish(tail)
-
-    def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
-        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
-        self._give_up_tail()
-        past = self.get_seq_length()
-        ids = args[0] if args else kwargs.get("input_ids")
-        if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
-            return None  # decoding: the hot path
-        if not past:
-            super().reset()  # it may have been cropped to nothing, and had another number of rows
-        call = ForwardCall.parse(model, args, kwargs, past)
-        if past and call.wants_all_logits:
-            return None  # candidates of assisted decoding, not a prompt
-        size, prefilled = self._session.chunk_size, self._prefilled
-        self._prefilled = None
-        if call.is_batch:
-            return self._handle_batch(call)
-        if prefilled is not None and call.tokens < size and past == len(self._known) * size:
-            self._tail = Tail(prefilled, time.monotonic())
-            return None
-        restore = self._restore(call, call.wanted_logits, _no_progress, beyond_loads=True)
-        if restore is None:
-            return None
-        prompt = restore.prompt
-        is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
-        key = prompt.keys[prompt.chunks] if is_full_chunk else ""
-        self._tail = Tail(prompt, time.monotonic(), key, restore)
-        try:
-            return (), call.piece(prompt.chunks * size, call.tokens)
-        except BaseException:  # of the model's vision part
-            self._give_up_tail()
-            raise
-
-    def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`, for several prompts, or a padded one."""
-        session, started = self._session, time.monotonic()
-        reason = self._refusal(call)
-        if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
-            reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
-        if not reason and call.is_repeated:
-            return self._handle_repeated(call)
-        if reason := reason or batch_reason(self.layers):
-            self.report = self._plain_report(call, reason)
-            return None
-        batch = BatchRestore(session, self.layers, call, started)
-        self.report = batch.report
-        batch.run(self._restore_row)
-        self._batch = batch
-        return (), call.piece(batch.start, call.tokens)
-
-    def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`, for rows that are all equal, as for beams: one is restored, of whatever layers, and repeated."""
-        prompt = self._prefill(call.ids[:1], call.wanted_logits, _no_progress)
-        if prompt is None:
-            return None
-        rows = call.ids.shape[0]
-        self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
-        self._known = []
-        self.report.repeat(rows)
-        self._tail = Tail(prompt, time.monotonic(), rows=rows)
-        return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
-
-    def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
-        """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
-        row = type(self).__new__(type(self))
-        row._start(self._session, layers, self._model_reason)
-        row._known = list(known)
-        if row._prefill(ids, 0, _no_progress, **counted) is None:
-            raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
-
-    def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
-        """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
-        model, past = self._session.model, self.get_seq_length()
-        ids = input_ids[:, past:].to(home_device(model))
-        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
-        call = ForwardCall.parse(model, (), arguments, past)
-        if call.is_batch:
-            self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
-            return None
-        with torch.no_grad():
-            restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
-        if restore is None:
-            return None
-        self._close(restore)
-        return restore.prompt
-
-    def _refusal(self, call: ForwardCall) -> str:
-        model = self._session.model
-        training = "the model is in training mode" * model.training
-        varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
-        numbering = numbering_reason(model, call.arguments)
-        return self._model_reason or call.refusal() or training or varying or numbering
-
-    def _plain_report(self, call: ForwardCall, reason: str) -> Report:
-        return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
-
-    def _restore(
-        self,
-        call: ForwardCall,
-        leave: int,
-        progress: Progress,
-        *,
-        beyond_loads: bool,
-        report: Report | None = None,
-        started: float | None = None,
-        namespace: str | None = None,
-    ) -> Restore | None:
-        """Restore the call's full chunks, but for its last `leave` tokens.
-
-        Args:
-            call: one prompt, or what is new of it.
-            leave: tokens.
-            progress: see `prefill`.
-            beyond_loads: see `Restore`.
-            report: where all is counted, if not in a new one.
-            started: when the call came, if not now.
-            namespace: of the session, where that was just made.
-
-        Returns:
-            What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
-        """
-        session, started = self._session, time.monotonic() if started is None else started
-        reason = self._refusal(call)
-        if not reason and call.tokens < session.chunk_size:
-            reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if not self._model_reason:
-            reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
-        if reason := reason or kept_reason(session.model, self.layers):
-            self.report = self._plain_report(call, reason)
-            return None
-        report = report or self._plain_report(call, "")
-        chunks = max(0, call.tokens - leave) // session.chunk_size
-        if (whole := call.whole_chunks(session.chunk_size)) < chunks:
-            chunks, report.reason = whole, CUT_IMAGE.format(call.past // session.chunk_size + whole)
-        self._busy = True
-        try:
-            on_schedule = call.past == len(self._known) * session.chunk_size
-            if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
-                prompt = look_up(session, call, chunks, self._known, report, started, namespace)
-            else:
-                prompt = off_schedule(session, call, chunks, report, started)
-            self.report = prompt.report
-            restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
-            self._running = restore
-            try:
-                restore.run()
-            except BaseException:
-                self._abandon(restore)
-                raise
-        finally:
-            self._busy = False
-        return restore
-
-    def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
-        # Also in the middle of a forward, where a load that it waited for has failed.
-        outside = self._lost, self._busy
-        self._lost, self._busy = lost, True
-        try:
-            self._session.model(**arguments)
-        finally:
-            self._lost, self._busy = outside
-
-    def _finish(self, tail: Tail) -> None:
-        """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
-        restore = tail.restore
-        record_tail(
-            tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
-        )
-        if restore is not None:
-            self._close(restore, save_tail=bool(tail.key))
-        if restore is not None or tail.rows > 1:
-            observe(tail.prompt.report)
-        if tail.key:
-            self._known.append(tail.key)
-
-    def _give_up_tail(self) -> None:
-        """The last piece did not get through the model."""
-        if self._batch is not None:
-            self._batch.abandon()
-            self._batch = None
-        tail, self._tail = self._tail, None
-        if tail is not None and tail.restore is not None:
-            self._abandon(tail.restore)
-        elif tail is not None and tail.rows > 1:
-            self.reset()
-
-    def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
-        self._running = None
-        restore.close(save_tail=save_tail)
-        self._known += restore.prompt.keys[: restore.prompt.chunks]
-        learn_costs(restore.cost_memory, restore.prompt)
-
-    def _abandon(self, restore: Restore) -> None:
-        self._running = None
-        restore.abandon()
-
-    def _foreign(self) -> ForeignModel:
-        name = type(self._session.model).__name__
-        return ForeignModel(
-            f"This CakeCache belongs to one {name} and is used outside of it; make a CakeCache for each model, with that "
-            "model as the first argument."
-        )
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""

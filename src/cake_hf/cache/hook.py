@@ -16,7 +16,7 @@ from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
 
 if TYPE_CHECKING:
-    from cake_hf.cache.cake_cache import CakeCache
+    from cake_hf.cache.restoring import RestoringCache
 
 _hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -73,13 +73,13 @@ def _forget_copied(model: torch.nn.Module) -> None:
                 del hooks[number]
 
 
-def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CakeCache | None:
-    from cake_hf.cache.cake_cache import CakeCache
+def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache | None:
+    from cake_hf.cache.restoring import RestoringCache
 
     cache = kwargs.get("past_key_values")
     if cache is None and args:
-        cache = next((arg for arg in args if isinstance(arg, CakeCache)), None)
-    return cache if isinstance(cache, CakeCache) and not cache.closed else None
+        cache = next((arg for arg in args if isinstance(arg, RestoringCache)), None)
+    return cache if isinstance(cache, RestoringCache) and not cache.closed else None
 
 
 def _is_for_us(kwargs: dict[str, Any]) -> bool:
