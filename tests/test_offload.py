@@ -29,6 +29,9 @@ from stored import filled_store
 
 Offload = Callable[[Any, Path], Any]
 
+# Older transformers take an offloaded model to be where its weights wait.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids`:UserWarning")
+
 
 def to_memory(model: Any, folder: Path, **options: Any) -> Any:
     return accelerate.cpu_offload(model, **options)
