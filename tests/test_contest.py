@@ -67,7 +67,7 @@ def test_a_load_that_does_not_come_is_overtaken(family: str, dtype: str) -> None
 moves = st.lists(st.tuples(st.sampled_from(["claim", "settle", "advance", "computed"]), st.integers(0, 7)), max_size=80)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     present=st.lists(st.booleans(), min_size=1, max_size=9),
     near=st.integers(1, 4),
