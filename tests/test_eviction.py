@@ -711,8 +711,10 @@ def test_many_processes_share_a_budget(tmp_path: Path) -> None:
     for process in processes:
         process.communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [0] * 4
-    assert 9_000 <= most <= 10_000
-    assert account(tmp_path) == total(tmp_path) <= 10_000
+    assert most <= 10_000
+    assert 8_000 <= account(tmp_path) == total(tmp_path) <= 10_000, (
+        "who deletes or gives way leaves little free at the end"
+    )
 
 
 def test_a_budget_that_comes_later_counts_what_is_there(tmp_path: Path) -> None:
