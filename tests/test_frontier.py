@@ -495,7 +495,7 @@ def test_nothing_is_used_before_it_is_there(
     One thread plays all parts, in an order that hypothesis draws. Whenever `await_layer` says yes, that layer of all chunks
     before is there; when it says no, walking again mends it; and in the end each chunk was made once.
     """
-    frontier = Frontier(present, strategy=strategy, near=near, last=2, worth=lambda *_: False)
+    frontier = Frontier(present, strategy=strategy, near=near, last=2, worth=lambda *_: False, clock=Clock())
     there = dict.fromkeys(range(len(present)), 0)  # how many layers
     loading: list[int] = []
     script = iter(moves + [("claim", 0), ("settle", 0), ("landed", 0)] * 40)

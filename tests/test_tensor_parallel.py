@@ -21,7 +21,7 @@ from cake_hf.tensors.parallel import Ranks
 from models import CHUNKS
 
 RUNS = Path(__file__).parent / "rank_runs.py"
-PATIENCE = 200
+PATIENCE = 280
 
 Seen = list[Any]
 """What the ranks have seen of a case, by rank."""
