@@ -111,7 +111,9 @@ class Runner:
                 return self._restored(prompt, FlippingStore(self.store), strategy="load"), "sabotaged"
         seed = zlib.crc32(f"{self.config.seed}/{prompt.task}/{prompt.row}".encode())
         with expected_faults():
-            return self._restored(prompt, FaultStore(self.store, rate=self.config.fault_rate, seed=seed)), ""
+            # All is read, so that the seed alone says how much goes wrong.
+            faulty = FaultStore(self.store, rate=self.config.fault_rate, seed=seed)
+            return self._restored(prompt, faulty, strategy="load"), ""
 
     def _restored(
         self, prompt: Prompt, store: Store, *, save: bool = False, loader_threads: int = 2, strategy: str = "both"

@@ -34,7 +34,7 @@ from models import CHUNK, Outcome, build, difference, oracle, prompt, run
 from stored import filled_store, without
 
 RANK, FOLDER, SIZE = int(sys.argv[1]), Path(sys.argv[2]), 2
-SECONDS = 40
+SECONDS = 200
 FEW = {"max_new_tokens": 3}  # each token is a meeting of the ranks in each layer
 LLAMA: Any = None
 

@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 import cake_hf
+from cake_hf import Report
 
 MODEL = Path(cake_hf.__file__).parent / "assets" / "recall-tiny"
 DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 100
@@ -21,6 +22,11 @@ DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 1
 def snippets(page: Path) -> list[str]:
     """The Python code of a page, block by block."""
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def found(report: Report) -> bool:
+    """Whether the store had all of the prompt. How much of it is loaded and how much computed is the machine's affair."""
+    return report.chunks_missed == 0 and report.chunks_loaded + report.chunks_computed > 0
 
 
 @contextmanager

@@ -31,6 +31,8 @@ STORED_CHUNKS = 300
 CHUNK_TOKENS = (64, 256, 512)
 """Sizes of the chunks that the other processes write: 33 to 262 KB."""
 PATIENCE = 120.0
+LEAST_KILLS, LEAST_LOOKS = 3, 9
+"""Before that many there is nothing to judge."""
 
 
 # In the processes. Those that only use the store import nothing but the store, and so start in a tenth of a second.
@@ -119,13 +121,13 @@ class Worker:
     lives: int = 0
     sizes: list[dict[str, int]] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
-    latest: dict[str, int] = field(default_factory=dict)
+    latest: Counter[str] = field(default_factory=Counter)
     process: subprocess.Popen[str] | None = None
     listener: threading.Thread | None = None
 
     def start(self, seed: int) -> None:
         self.lives += 1
-        self.sizes, self.latest = [], {}
+        self.sizes, self.latest = [], Counter()
         self.process = subprocess.Popen([*self.command, str(seed)], stdout=subprocess.PIPE, text=True)
         self.listener = threading.Thread(target=self._listen, args=(self.process,), daemon=True)
         self.listener.start()
@@ -146,7 +148,7 @@ class Worker:
                 if line.endswith("\n"):
                     told = json.loads(line)
                     self.sizes.append(told["size"])
-                    self.latest = told["done"]
+                    self.latest = Counter(told["done"])
 
 
 @dataclass
@@ -180,7 +182,7 @@ def soak(seconds: float, processes: int, caches: int, seed: int, base: Path) -> 
     """Run it.
 
     Args:
-        seconds: how long.
+        seconds: how long at least; and on until enough has happened to judge it by, `PATIENCE` more at most.
         processes: that share the directory.
         caches: how many of them generate.
         seed: of all that is left to chance but for the machine's own timing.
@@ -204,7 +206,7 @@ def soak(seconds: float, processes: int, caches: int, seed: int, base: Path) -> 
     for worker in workers:
         worker.start(draw.randrange(2**31))
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end or (time.monotonic() < end + PATIENCE and not has_shown_enough(outcome, workers)):
             time.sleep(draw.uniform(0.0, 0.4))
             outcome.most = max(outcome.most, bytes_of(root))
             # A process that generates takes seconds to start; killed as often as the others it would never begin.
@@ -222,6 +224,17 @@ def soak(seconds: float, processes: int, caches: int, seed: int, base: Path) -> 
             outcome.done.update(worker.done)
     look_back(outcome, root, [worker for worker in workers if worker.spared])
     return outcome
+
+
+def has_shown_enough(outcome: Outcome, workers: list[Worker]) -> bool:
+    """Whether the budget was reached, processes have died, and the others have done all that they do, long enough."""
+    done = sum((worker.done + worker.latest for worker in workers), Counter[str]())
+    return (
+        outcome.most > outcome.budget - 2 * outcome.largest
+        and outcome.kills >= LEAST_KILLS
+        and all(done[what] for what in ("written", "deleted", "read", "missed"))
+        and all(len(worker.sizes) >= LEAST_LOOKS for worker in workers if worker.spared)
+    )
 
 
 def make_chunks(folder: Path) -> list[int]:
@@ -285,7 +298,7 @@ def look_back(outcome: Outcome, root: Path, spared: list[Worker]) -> None:
 
 def growth(sizes: list[dict[str, int]]) -> dict[str, float]:
     """Threads and files: by how many the most of the last third is over that of the first two. Memory: by which share."""
-    if len(sizes) < 9:
+    if len(sizes) < LEAST_LOOKS:
         return {"threads": 0, "files": 0, "resident": 0.0, "looks": len(sizes)}
     third = len(sizes) // 3
     change: dict[str, Any] = {

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.grid import competitor
+from cake_hf.people.bench.grid import competition, competitor
 from cake_hf.people.bench.grid.competition import SCRIPT, Competition, demand, usable_cores
 
 
@@ -29,7 +29,8 @@ def test_shares_out_of_range(share: float) -> None:
         Competition(share, "cpu")
 
 
-def test_it_works_rests_and_leaves() -> None:
+def test_it_works_rests_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(competition, "END_SECONDS", 60.0)  # beside others it may take long to leave by itself
     with Competition(0.5, "cpu") as others:
         assert others._processes == []  # nothing is started that is not needed
         for _ in range(2):

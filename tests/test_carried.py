@@ -374,16 +374,20 @@ class CountingStore(WrapperStore):
         super().__init__(inner)
         self.count = 0
         self.reads = 0
+        self._lock = threading.Lock()
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        self.count += sum(part.nbytes for part in parts)
-        self.reads += 1
+        self._add(parts)
         return super().read_into(key, parts)
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        self.count += sum(part.nbytes for part in parts)
-        self.reads += 1
+        self._add(parts)
         return super().read_range(key, parts, offset)
+
+    def _add(self, parts: Sequence[memoryview]) -> None:
+        with self._lock:
+            self.count += sum(part.nbytes for part in parts)
+            self.reads += 1
 
 
 def test_of_windows_only_the_last_is_read() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file
@@ -33,8 +33,6 @@ from cake_hf.tensors.codec import (
     payload_size,
 )
 from cake_hf.tensors.layout import ChunkLayout, Piece, dtype_name
-
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 KEY, PARENT, SPACE = "0a" * 20, "1b" * 20, "2c" * 20
@@ -100,7 +98,6 @@ def file_with_header(header: object, payload: bytes = b"") -> bytes:
 # What is written can be read, by us and by the safetensors library.
 
 
-@patient
 @given(layouts(), all_facts())
 def test_a_header_comes_back_as_it_was(layout: ChunkLayout, facts: ChunkFacts) -> None:
     read, table = parse_header(encode_header(layout, facts))
@@ -109,7 +106,6 @@ def test_a_header_comes_back_as_it_was(layout: ChunkLayout, facts: ChunkFacts) -
     assert read == ChunkFacts(facts.key, facts.parent, facts.index, facts.namespace, read.model, facts.checksums)
 
 
-@patient
 @given(layouts(), all_facts())
 def test_the_size_of_a_header_depends_on_the_layout_alone(layout: ChunkLayout, facts: ChunkFacts) -> None:
     header = encode_header(layout, facts)
@@ -129,7 +125,6 @@ def test_no_model_name_bursts_the_header(name: str) -> None:
         assert len(load(header + payload)) == layers
 
 
-@patient
 @given(layouts(), st.data())
 def test_the_safetensors_library_reads_what_we_write(layout: ChunkLayout, data: st.DataObject) -> None:
     payload = data.draw(st.binary(min_size=layout.nbytes, max_size=layout.nbytes))
@@ -169,7 +164,6 @@ def test_each_piece_has_a_checksum_of_its_own() -> None:
         check_pieces(pieces[1:], facts, 0)
 
 
-@patient
 @given(st.data())
 def test_any_wrong_letter_of_the_header_is_caught(data: st.DataObject) -> None:
     """What it says beside its tensors (its place, its parent, the model's name) is as safe as these."""
@@ -193,7 +187,6 @@ def test_a_file_that_is_right_is_taken() -> None:
 # What is not exactly the chunk that was asked for is refused.
 
 
-@patient
 @given(st.data())
 def test_any_wrong_bit_of_the_payload_is_caught(data: st.DataObject) -> None:
     raw = bytearray(chunk_file())
@@ -206,7 +199,6 @@ def test_any_wrong_bit_of_the_payload_is_caught(data: st.DataObject) -> None:
         take(*parts_of(raw), KEY, LAYOUT)
 
 
-@patient
 @given(st.integers(0, len(chunk_file()) - 1))
 def test_a_file_cut_short_is_refused(length: int) -> None:
     with pytest.raises(CorruptChunk):
@@ -437,13 +429,11 @@ def refuse_or_take(raw: bytes) -> None:
     assert peak < 10**6 + 20 * len(raw)
 
 
-@patient
 @given(st.binary(max_size=300))
 def test_fuzz_bytes(raw: bytes) -> None:
     refuse_or_take(raw)
 
 
-@patient
 @given(st.data())
 def test_fuzz_a_good_file_with_some_bytes_changed(data: st.DataObject) -> None:
     raw = bytearray(chunk_file())
@@ -460,7 +450,6 @@ json_values = st.recursive(
 )
 
 
-@patient
 @given(st.sampled_from([*METADATA, "offsets", "entry", "table", "extra"]), json_values)
 def test_fuzz_a_header_of_the_right_shape(place: str, value: object) -> None:
     """JSON that is nearly ours reaches further into the parser than any random bytes do."""
@@ -477,7 +466,6 @@ def test_fuzz_a_header_of_the_right_shape(place: str, value: object) -> None:
     refuse_or_take(file_with_header(value if place == "table" else header, b"1234"))
 
 
-@patient
 @given(layouts(), layouts())
 def test_check_header_takes_its_own_layout_only(layout: ChunkLayout, other: ChunkLayout) -> None:
     payload = bytes(layout.nbytes)
@@ -499,7 +487,6 @@ def test_a_header_that_somebody_wrote_anew_is_taken() -> None:
 # The layout itself.
 
 
-@patient
 @given(layouts())
 def test_a_layout_says_how_large_a_chunk_is(layout: ChunkLayout) -> None:
     tensors = [torch.empty(layout.chunk_size, p.heads, p.head_dim).to(p.dtype) for p in layout.pieces]

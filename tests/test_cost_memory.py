@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -117,16 +118,13 @@ def test_no_compute_step_is_begun_if_the_loads_will_be_there_first(model: torch.
 
 
 def test_learners_go_with_their_store() -> None:
-    from cake_hf.movers import cost_memory
-
-    gc.collect()
-    before = len(cost_memory._learners)
     store = MemoryStore()
-    recall_costs(store, "ns", "cpu")
-    assert len(cost_memory._learners) == before + 1
+    learner = weakref.ref(recall_costs(store, "ns", "cpu"))
+    gc.collect()
+    assert learner() is recall_costs(store, "ns", "cpu")
     del store
     gc.collect()
-    assert len(cost_memory._learners) == before
+    assert learner() is None
 
 
 def test_after_one_full_hit_no_forward_is_begun_that_the_loads_overtake() -> None:

@@ -141,7 +141,7 @@ def test_falling_and_too_steep_lines() -> None:
 # Learning.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.floats(0.001, 1.0), st.floats(0, 0.1), st.integers(20, 300), st.booleans())
 def test_compute_is_recovered(seed: int, base: float, relative_slope: float, steps: int, again: bool) -> None:
     random, cost = Random(seed), ComputeCost(base, base * relative_slope)
@@ -154,7 +154,7 @@ def test_compute_is_recovered(seed: int, base: float, relative_slope: float, ste
         assert learnt.slope == pytest.approx(cost.slope, rel=0.15)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds, st.floats(1e6, 1e11), st.integers(1, 4), st.integers(5, 60))
 def test_bandwidth_is_recovered(seed: int, bandwidth: float, threads: int, restores: int) -> None:
     random, learner = Random(seed), CostLearner()
@@ -260,7 +260,7 @@ def test_many_points_are_thinned_and_keep_their_line() -> None:
     assert (compute.base, compute.slope) == pytest.approx((1.0, 0.5))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(any_int, any_float), max_size=8),
     st.lists(st.tuples(any_int, st.lists(st.tuples(any_float, any_float), max_size=4)), max_size=6),

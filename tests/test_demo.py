@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.arithmetic.report import Span
 from cake_hf.people.cli import app
 from cake_hf.people.demo.asking import Answer, ask_plainly, ask_with_store
-from cake_hf.people.demo.play import judge
+from cake_hf.people.demo.play import judge, refuse_unrestored
 from cake_hf.people.demo.race import STRATEGIES, Race, run_race
 from cake_hf.people.demo.task import make_task
 from cake_hf.people.demo.worker import Request, ask_in_fresh_process, main
@@ -165,6 +166,21 @@ def test_a_demonstration_that_differs_exits_with_one(
     result = CliRunner().invoke(app, ["demo", "--tokens", "600", "--chunk-size", "128", "--store", str(tmp_path)])
     assert result.exit_code == 1, result.output
     assert "The logits differ" in result.output
+
+
+@pytest.mark.parametrize(
+    ("report", "refused"),
+    [
+        (Report(chunks_computed=4), ""),  # a fast model has computed all before the first load was done
+        (Report(chunks_loaded=1, chunks_computed=3, chunks_failed=1), ""),
+        (Report(chunks_computed=4, chunks_missed=4), "the store failed"),
+        (Report(chunks_computed=4, chunks_failed=1), "the store failed"),
+        (Report(reason="a reason"), "a reason"),
+    ],
+)
+def test_a_warm_process_is_refused_that_could_load_nothing(oracle: Answer, report: Report, refused: str) -> None:
+    with pytest.raises(CakeError, match=f"not load anything: {refused}") if refused else nullcontext():
+        refuse_unrestored(oracle, replace(oracle, report=report))
 
 
 def test_an_answer_survives_the_way_between_processes(tmp_path: Path, oracle: Answer) -> None:

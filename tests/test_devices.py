@@ -21,7 +21,7 @@ CASES = [line[4:].split("(")[0] for line in RUNS.read_text().splitlines() if lin
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, str]:
     """All cases in one process of its own: torch cannot be made to forget a device."""
-    done = subprocess.run([sys.executable, str(RUNS)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, str(RUNS)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found

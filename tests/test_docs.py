@@ -23,7 +23,7 @@ from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples
 from filling.pages import CannotFill, fill
 from filling.results import all_results, figures, one_result
-from snippets import reader, run, snippets
+from snippets import found, reader, run, snippets
 from test_hub import client, hub
 
 __all__ = ["client", "hub"]  # fixtures that are used here, too
@@ -205,13 +205,13 @@ def reader_scope(tmp_path: Path, hub: object) -> Iterator[dict[str, Any]]:
 WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
 
 OUTCOMES = {
-    "index": lambda scope: scope["cache"].report.chunks_loaded,
-    "quickstart": lambda scope: scope["report"].chunks_loaded,
+    "index": lambda scope: found(scope["cache"].report),
+    "quickstart": lambda scope: found(scope["report"]),
     "how-it-works": lambda scope: scope["cache"].report.timeline,
-    "guarantees": lambda scope: scope["cache"].report.chunks_loaded,
+    "guarantees": lambda scope: found(scope["cache"].report),
     "models": lambda scope: "none of the prompt's chunks yet" in scope["cache"].report.reason,
-    "stores": lambda scope: scope["other"].report.chunks_loaded and "none of" in scope["cache"].report.reason,
-    "sharing": lambda scope: scope["imported"].chunks and scope["cache"].report.chunks_loaded,
+    "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
+    "sharing": lambda scope: scope["imported"].chunks and found(scope["cache"].report),
     "adding-a-store": lambda scope: list(scope["store"].keys()) and scope["cache"].report.tokens,
     "troubleshooting": lambda scope: scope["logging"],
 }

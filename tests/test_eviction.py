@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cake_hf.arithmetic.errors import StoreError
@@ -35,8 +35,6 @@ from children import many_children, start_together
 PATIENCE = 60.0
 LONG_AGO = 1_000_000_000.0
 """Seconds since the epoch: before any of these files was used."""
-
-patient = settings(deadline=None)
 
 
 class TestBudgetedStore(StoreContract):
@@ -116,7 +114,6 @@ def test_chunks_without_a_place_go_by_their_use() -> None:
     assert [entry.key for entry in front_first(entries, places)] == ["x", "a0", "a1", "y"]
 
 
-@patient
 @given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), max_size=6), st.integers(0, 99))
 def test_front_first_on_prompts_that_share_nothing(prompts: list[list[int]], seed: int) -> None:
     chunks: dict[Entry, Place] = {}
@@ -127,7 +124,6 @@ def test_front_first_on_prompts_that_share_nothing(prompts: list[list[int]], see
     assert order == [f"{number}-{index}" for number in expected for index in range(len(prompts[number]))]
 
 
-@patient
 @given(
     st.dictionaries(
         st.sampled_from("abcdefgh"),
@@ -210,7 +206,6 @@ def test_what_is_no_header_has_no_place(header: bytes) -> None:
     assert place_in(len(header).to_bytes(8, "little") + header) is None
 
 
-@patient
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_no_bytes_upset_the_reading_of_a_place(noise: bytes, at: int) -> None:
     raw = bytearray(chunk(1, 1, "a" * 40))
@@ -716,8 +711,10 @@ def test_many_processes_share_a_budget(tmp_path: Path) -> None:
     for process in processes:
         process.communicate(timeout=PATIENCE)
     assert [process.returncode for process in processes] == [0] * 4
-    assert 9_000 <= most <= 10_000
-    assert account(tmp_path) == total(tmp_path) <= 10_000
+    assert most <= 10_000
+    assert 8_000 <= account(tmp_path) == total(tmp_path) <= 10_000, (
+        "who deletes or gives way leaves little free at the end"
+    )
 
 
 def test_a_budget_that_comes_later_counts_what_is_there(tmp_path: Path) -> None:

@@ -209,10 +209,11 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
 ) -> None:
     model = shared_model("llama")
     store = filled_store(model)
-    before = threading.active_count()
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
         if turn == 2:
             cache.prefill(prompt()[:, : 2 * CHUNK], whole=True)
+            join_loaders()
+        before = threading.active_count()
         reserve, calls = TokenMajorLayer.reserve, []
 
         def refuse(layer: TokenMajorLayer, *arguments: Any) -> None:
@@ -226,7 +227,7 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
             with pytest.raises(torch.OutOfMemoryError):
                 run(model, prompt(), cache)
         assert cache.get_seq_length() == (turn - 1) * 2 * CHUNK
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 

@@ -26,10 +26,10 @@ def no_progress(done: int, total: int) -> None:
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     """Ten chunks of 1,000 bytes; number n was used n days ago."""
-    store = LocalStore(tmp_path / "store")
+    store, now = LocalStore(tmp_path / "store"), time.time()
     for number in range(10):
         store.write(key_of(number), [value_of(number)])
-        use(store, number, time.time() - number * DAY)
+        use(store, number, now - number * DAY)
     return store
 
 
@@ -85,7 +85,7 @@ def test_front_first_takes_the_front(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     for index in range(6):
         store.write(key_of(index), [chunk(index, index, key_of(index - 1) if index else "0" * 40)])
-        use(store, index, time.time() - index)
+        use(store, index, time.time() - index * DAY)
     budget = 3 * len(chunk(0, 0, ""))
     for eviction, stay in (("front-first", [3, 4, 5]), ("lru", [3])):
         result = run_command("gc", tmp_path, "--budget", budget, "--eviction", eviction)

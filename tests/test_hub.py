@@ -526,7 +526,7 @@ else:
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-    subprocess.run(command_of(script, bare=False), env=environment, check=True, timeout=120)
+    subprocess.run(command_of(script, bare=False), env=environment, check=True, timeout=280)
 
 
 def commit_of(pushed: Pushed) -> str:

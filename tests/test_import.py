@@ -30,7 +30,7 @@ print(json.dumps(sorted(set(sys.modules) - there)))
 """
     paths = [str(Path(cake_hf.__path__[0]).parent)]
     code = f"import sys; sys.path[:0] = {paths!r}\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=280)
     return set(json.loads(done.stdout))
 
 

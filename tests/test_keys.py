@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cake_hf.arithmetic.keys import chunk_keys, namespace_digest
-
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SPACE = namespace_digest("one")
 tokens = st.lists(st.integers(0, 2**31), max_size=60)
 sizes = st.integers(1, 16)
 
 
-@patient
 @given(tokens, sizes)
 def test_one_key_per_full_chunk(ids: list[int], size: int) -> None:
     keys = chunk_keys(SPACE, ids, size)
@@ -26,7 +23,6 @@ def test_one_key_per_full_chunk(ids: list[int], size: int) -> None:
     assert len(set(keys)) == len(keys)
 
 
-@patient
 @given(tokens, tokens, tokens, sizes)
 def test_keys_tell_how_far_two_prompts_are_equal(start: list[int], one: list[int], two: list[int], size: int) -> None:
     first, second = start + one, start + two
@@ -35,7 +31,6 @@ def test_keys_tell_how_far_two_prompts_are_equal(start: list[int], one: list[int
     assert alike == equal_prefixes
 
 
-@patient
 @given(tokens, sizes, st.integers(0, 60))
 def test_keys_go_on_from_a_parent(ids: list[int], size: int, at: int) -> None:
     keys = chunk_keys(SPACE, ids, size)
@@ -44,7 +39,6 @@ def test_keys_go_on_from_a_parent(ids: list[int], size: int, at: int) -> None:
     assert keys[:done] + chunk_keys(SPACE, ids[done * size :], size, parent) == keys
 
 
-@patient
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=40))
 def test_every_namespace_has_keys_of_its_own(ids: list[int]) -> None:
     other = namespace_digest("two")
@@ -53,7 +47,6 @@ def test_every_namespace_has_keys_of_its_own(ids: list[int]) -> None:
     assert not set(chunk_keys(SPACE, ids, 4, parent)) & set(chunk_keys(other, ids, 4, parent))
 
 
-@patient
 @given(st.lists(st.integers(0, 9), min_size=12, max_size=40))
 def test_every_chunk_size_has_keys_of_its_own(ids: list[int]) -> None:
     assert not set(chunk_keys(SPACE, ids, 4)) & set(chunk_keys(SPACE, ids, 6))
@@ -63,7 +56,6 @@ def test_equal_chunks_at_other_places_have_other_keys() -> None:
     assert len(set(chunk_keys(SPACE, [7] * 64, 8))) == 8
 
 
-@patient
 @given(st.text(), st.text())
 def test_namespaces_are_equal_for_equal_facts_only(one: str, two: str) -> None:
     assert (namespace_digest(one) == namespace_digest(two)) == (one == two)

@@ -111,7 +111,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=st.lists(operations, max_size=10))
 @example([("record", 0), ("deepcopy", 0), ("update", 9), ("crop", 2)])
 def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int]]) -> None:

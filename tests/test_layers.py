@@ -49,7 +49,7 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(operations, max_size=14))
 def test_same_content_after_any_operations(steps: list[tuple[str, int]]) -> None:
     ours, theirs, batch = TokenMajorLayer(), DynamicLayer(), 2

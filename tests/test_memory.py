@@ -15,6 +15,8 @@ from cake_hf.people.bench.workbench import Workbench
 CHUNKS = 16
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=4, intermediate=256, vocabulary=256)
 """A chunk's KV is 2 MiB, large beside what a process takes now and then for other reasons."""
+FORWARD_CHUNKS = 4
+"""What the working memory of this model's forward may come to in chunks, of which the largest was seen to take 3.4."""
 
 
 def test_beside_the_kv_there_are_at_most_three_chunks_per_loader(tmp_path: Path) -> None:
@@ -25,8 +27,8 @@ def test_beside_the_kv_there_are_at_most_three_chunks_per_loader(tmp_path: Path)
         pytest.skip(str(result.details["reason"]))
     (looks,) = cast(list[dict[str, Any]], result.details["looks"])
     threads = settings.limits.loader_threads
-    assert 3 * threads < CHUNKS, "else a second copy of all would go unnoticed"
-    for strategy in ("load", "both"):
+    assert 3 * threads + FORWARD_CHUNKS < CHUNKS, "else a second copy of all would go unnoticed"
+    for strategy, forward in (("load", 0), ("both", FORWARD_CHUNKS)):
         look = looks[strategy]
         assert look["chunk_bytes"] == 2 * 2**20
-        assert look["extra_bytes"] <= 3 * threads * look["chunk_bytes"], strategy
+        assert look["extra_bytes"] <= (3 * threads + forward) * look["chunk_bytes"], strategy

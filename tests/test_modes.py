@@ -325,7 +325,7 @@ def test_chat_goes_on_in_another_process(tmp_path: Path) -> None:
         "print(sum(report.tokens // test_modes.CHUNK for report in test_modes.ask(sys.argv[2], 2)))\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
-    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    subprocess.run(command, check=True, timeout=280, capture_output=True)
     first, second, third = ask(tmp_path, 3)
     assert first.chunks_computed == second.chunks_computed == 0
     assert third.chunks_loaded >= second.chunks_loaded + second.chunks_computed

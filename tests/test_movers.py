@@ -498,7 +498,7 @@ def test_a_writer_has_no_thread_before_it_has_work() -> None:
     writer = Writer(MemoryStore(), capacity=100, exit_flush_seconds=PATIENCE)
     assert writer.flush(0) is True
     assert writer.close() is True
-    assert writer_threads() == before
+    assert writer_threads() <= before
 
 
 def test_close_may_be_called_twice_and_ends_the_thread() -> None:
@@ -686,10 +686,10 @@ def test_a_call_that_raises_raises_here(error: BaseException) -> None:
 
 
 def test_a_call_that_hangs_is_left_to_its_thread() -> None:
-    go_on = threading.Event()
+    go_on, before = threading.Event(), set(threading.enumerate())
     with pytest.raises(DeadlineExceeded, match=r"did not answer \(lookup\) within 0\.01 s"):
         call_with_deadline(lambda: go_on.wait(PATIENCE), 0.01, "lookup")
-    threads = [thread for thread in threading.enumerate() if thread.name == "cake-lookup"]
+    threads = [thread for thread in threading.enumerate() if thread.name == "cake-lookup" and thread not in before]
     assert [thread.daemon for thread in threads] == [True]
     go_on.set()
     run_all(threads)

@@ -100,7 +100,7 @@ assert not {"obstore", "redis", "botocore", "numpy"} & set(sys.modules)
 open_store("redis://localhost")
 assert "redis" in sys.modules and "obstore" not in sys.modules
 """
-    subprocess.run(command_of(script, bare=False), check=True, timeout=120)
+    subprocess.run(command_of(script, bare=False), check=True, timeout=280)
 
 
 def test_a_directory_with_a_budget(tmp_path: Path) -> None:

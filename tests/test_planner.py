@@ -74,7 +74,6 @@ def seconds_of(cost: ComputeCost, chunks: int) -> list[float]:
 # The plan.
 
 
-@settings(deadline=None)
 @given(computes, loads, masks, st.integers(0, 20), st.floats(0, 5))
 def test_plan_is_the_best_split(
     compute: ComputeCost, load: LoadCost, stored: list[bool], first: int, suffix: float
@@ -88,7 +87,6 @@ def test_plan_is_the_best_split(
     assert made.curve[made.split] == made.predicted_seconds
 
 
-@settings(deadline=None)
 @given(computes, loads, masks)
 def test_never_worse_than_the_better_single_method(compute: ComputeCost, load: LoadCost, stored: list[bool]) -> None:
     made = plan(Costs(compute, load), stored)
@@ -170,7 +168,7 @@ def test_there_is_one_optimum() -> None:
 # The rule.
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(computes, intervals, masks)
 def test_the_rule_with_true_costs_is_as_fast_as_the_best_split(
     compute: ComputeCost, interval: float, stored: list[bool]
@@ -185,7 +183,7 @@ def test_the_rule_with_true_costs_is_as_fast_as_the_best_split(
     assert taken <= min(made.compute_seconds, made.load_seconds) * (1 + 1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(computes, intervals, masks)
 def test_without_contest_the_rule_loses_one_interval_at_most(
     compute: ComputeCost, interval: float, stored: list[bool]
@@ -197,7 +195,7 @@ def test_without_contest_the_rule_loses_one_interval_at_most(
     assert taken <= (best + interval) * (1 + 1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.floats(0.01, 10), max_size=14), computes, intervals)
 def test_whatever_it_believes_about_computing_it_is_one_step_off_at_most(
     compute: list[float], believed: ComputeCost, interval: float

@@ -21,6 +21,7 @@ from cake_hf.stores.redis_wire import Wire
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
 from servers import Relay, Server, free_port, start_redis_server
+from waiting import await_answer
 
 pytest_plugins = ["servers"]
 
@@ -469,12 +470,12 @@ def test_nobody_there_is_a_store_error() -> None:
 def test_silence_is_a_store_error(redis_server: Server, relay_to: Callable[[int], Relay], nbytes: int) -> None:
     relay = relay_to(redis_server.port)
     with RedisStore(new_url(relay.port), slice_bytes=SLICE, timeout=0.2) as store:
-        store.write(key_of(1), [value_of(1)])
+        await_answer(lambda: store.write(key_of(1), [value_of(1)]))
         relay.limit(nbytes)
         with pytest.raises(StoreError, match="does not answer in time"):
             store.read_into(key_of(1), [memoryview(bytearray(1000))])
         relay.cut()
-        assert read_whole(store, key_of(1)) == value_of(1)
+        assert await_answer(lambda: read_whole(store, key_of(1))) == value_of(1)
 
 
 def test_a_write_that_breaks_off_is_not_listed(redis_server: Server, relay_to: Callable[[int], Relay]) -> None:

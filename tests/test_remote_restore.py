@@ -112,8 +112,11 @@ def test_a_server_killed_in_mid_restore_is_done_without(mortal_place: Place) -> 
         mortal_place.server.kill()
         relay.close()
 
-    store = mortal_place.open(timeout=1.0)
-    with store, CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", save=False) as warm:
+    store = mortal_place.open(timeout=PATIENCE)
+    with (
+        store,
+        CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", save=False, limits=PATIENT) as warm,
+    ):
         relay.limit(HALF, then=die)
         outcome = run(shared_model("llama"), prompt(), warm)
         report = warm.report

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_hf.arithmetic.report import LANE_WIDTH, Report, Span
 
-patient = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fewer = settings(max_examples=50)
 
 OUTCOMES = ["computed", "loaded", "missed", "corrupt", "error", "late"]
 seconds = st.floats(0, 1e6)
@@ -31,7 +31,7 @@ def reports(draw: st.DrawFn) -> Report:
     return Report(**counts, prefill_seconds=draw(seconds), timeline=draw(st.lists(spans())), reason=draw(st.text()))
 
 
-@patient
+@fewer
 @given(reports())
 def test_any_report_prints_as_text(report: Report) -> None:
     text = str(report)
@@ -39,7 +39,7 @@ def test_any_report_prints_as_text(report: Report) -> None:
     assert all(value in text for _, value in report.rows())
 
 
-@patient
+@fewer
 @given(reports())
 def test_lanes_are_one_per_actor_and_of_one_width(report: Report) -> None:
     drawn = re.findall(r"^(compute|load-\d)\s*\|(.*)\|$", str(report), flags=re.MULTILINE)
@@ -48,7 +48,7 @@ def test_lanes_are_one_per_actor_and_of_one_width(report: Report) -> None:
     assert all(len(lane) == LANE_WIDTH for _, lane in drawn)
 
 
-@patient
+@fewer
 @given(reports())
 def test_lanes_lose_no_span(report: Report) -> None:
     lanes = report.lanes()
@@ -57,7 +57,7 @@ def test_lanes_lose_no_span(report: Report) -> None:
     assert sum(len(spans) for spans in lanes.values()) == len(report.timeline)
 
 
-@patient
+@fewer
 @given(reports())
 def test_any_report_is_json(report: Report) -> None:
     read = json.loads(json.dumps(report.as_dict(), allow_nan=False))
@@ -68,7 +68,7 @@ def test_any_report_is_json(report: Report) -> None:
     ]
 
 
-@patient
+@fewer
 @given(reports())
 def test_printing_changes_nothing(report: Report) -> None:
     before = repr(report), list(report.timeline)

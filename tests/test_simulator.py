@@ -56,7 +56,7 @@ any_setting = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(where=any_setting, policy=st.sampled_from(POLICIES))
 def test_every_chunk_is_computed_or_loaded_once(where: Setting, policy: Policy) -> None:
     outcome = simulate(where, policy)
@@ -77,7 +77,7 @@ def min_over_splits(where: Setting) -> float:
     return min(max(front + where.suffix_seconds, finish(where.chunks - m)) for m, front in enumerate(fronts))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(where=any_setting)
 def test_nothing_is_faster_than_the_best_split(where: Setting) -> None:
     best = best_seconds(where)
@@ -88,7 +88,7 @@ def test_nothing_is_faster_than_the_best_split(where: Setting) -> None:
         assert simulate(where, policy).seconds >= limit * (1 - TINY)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(where=any_setting)
 def test_the_single_methods_take_what_their_formulas_say(where: Setting) -> None:
     compute = simulate(where, "compute")
@@ -99,7 +99,7 @@ def test_the_single_methods_take_what_their_formulas_say(where: Setting) -> None
     assert (load.computed, load.loaded) == (0, where.chunks)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(where=any_setting)
 def test_the_papers_policy_takes_what_a_loop_without_a_ledger_says(where: Setting) -> None:
     """Chunk i arrives as the (n - i)-th; the first that is there when it is asked for ends the walk."""
@@ -113,7 +113,7 @@ def test_the_papers_policy_takes_what_a_loop_without_a_ledger_says(where: Settin
     assert simulate(where, "cake").seconds == pytest.approx(now + where.suffix_seconds)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(where=any_setting)
 def test_the_same_setting_gives_the_same_outcome(where: Setting) -> None:
     first = evaluate(where)

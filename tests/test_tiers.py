@@ -27,7 +27,7 @@ from cake_hf.testing.contract import PATIENCE, key_of, read_parts, run_together,
 from children import command_of
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import keys_in_order
-from waiting import join_loaders
+from waiting import await_true, join_loaders
 
 KEY, VALUE = key_of(1), value_of(1)
 
@@ -394,9 +394,12 @@ def test_two_tiers_load_different_chunks_at_the_same_time() -> None:
 def test_reads_spread_over_tiers_that_are_equally_near() -> None:
     gates = [GateStore(Watched(*range(4))) for _ in range(2)]
     store = TierStore([gates])
-    readers = [start(lambda n=n: get(store, n)) for n in range(4)]
+    readers = []
+    for n in range(4):
+        readers.append(start(lambda n=n: get(store, n)))
+        await_true(lambda n=n: sum(gate._reads_begun for gate in gates) == n + 1)
     for gate in gates:
-        gate._await(lambda gate=gate: gate._reads_begun == 2)
+        assert gate._reads_begun == 2
         gate.open()
     for reader in readers:
         reader.join(PATIENCE)

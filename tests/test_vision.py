@@ -218,7 +218,7 @@ def test_another_process_finds_the_same_keys() -> None:
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{KEYS_ELSEWHERE}", *MAIN],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
     assert elsewhere.stdout.splitlines() == here, elsewhere.stderr

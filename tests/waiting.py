@@ -5,9 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from cake_hf.arithmetic.errors import StoreError
 
 PATIENCE = 60.0
 """Seconds after which something that has to happen is taken not to happen."""
+
+
+Result = TypeVar("Result")
 
 
 def await_true(condition: Callable[[], bool]) -> None:
@@ -16,6 +23,19 @@ def await_true(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.001)
+
+
+def await_answer(call: Callable[[], Result]) -> Result:
+    """What the call gives once its store works: an impatient store on a busy machine may need more than one attempt."""
+    answers: list[Result] = []
+
+    def ask() -> bool:
+        with suppress(StoreError):
+            answers.append(call())
+        return bool(answers)
+
+    await_true(ask)
+    return answers[0]
 
 
 def join_loaders() -> None:

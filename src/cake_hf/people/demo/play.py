@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.cache import CakeCache
 from cake_hf.people.console import console, progress_bar
-from cake_hf.people.demo.asking import Answer, ask_plainly, warm_up
+from cake_hf.people.demo.asking import Answer, ask_plainly, ask_with_store, warm_up
 from cake_hf.people.demo.pictures import show_race, show_task, show_verdict, show_warm
 from cake_hf.people.demo.race import Race, run_race
 from cake_hf.people.demo.task import Task, make_task
@@ -97,7 +98,7 @@ def play(options: DemoOptions) -> Verdict:
                 warm_up(model, task.ids, options.chunk_size)
                 oracle = ask_plainly(model, task.ids, options.new_tokens, options.chunk_size)
             show_warm(task, tokenizer, oracle, cold, warm)
-            race = _race(model, task, store, warm, options)
+            race = _race(model, task, store, options)
         show_race(race)
     verdict = judge(oracle, [cold, warm], race)
     show_verdict(verdict.logits, verdict.answers)
@@ -145,25 +146,32 @@ def _ask_twice(name: str, options: DemoOptions, task: Task, store: Path) -> tupl
             cold = ask_in_fresh_process(cold_request, task.ids, Path(folder, "cold"))
         with console.status("another fresh process finds it in the store"):
             warm = ask_in_fresh_process(replace(cold_request, strategy="both"), task.ids, Path(folder, "warm"))
-    _refuse_unrestored(cold, warm)
+    refuse_unrestored(cold, warm)
     return cold, warm
 
 
-def _refuse_unrestored(cold: Answer, warm: Answer) -> None:
+def refuse_unrestored(cold: Answer, warm: Answer) -> None:
+    """Nothing is shown by a store that has not kept the chunks.
+
+    Raises:
+        CakeError: it has not.
+    """
     if cold.report.chunks_unsaved:
         raise CakeError(f"{cold.report.chunks_unsaved} chunks could not be saved; is the disk full?")
-    if not warm.report.chunks_loaded:
-        raise CakeError(f"The second process could not load anything: {warm.report.reason or 'the store failed'}.")
+    report = warm.report
+    if not report.chunks_loaded and (report.chunks_missed or report.chunks_failed or report.reason):
+        raise CakeError(f"The second process could not load anything: {report.reason or 'the store failed'}.")
 
 
-def _race(model: Any, task: Task, store: Path, warm: Answer, options: DemoOptions) -> Race:
-    chunk_bytes = warm.report.bytes_loaded / warm.report.chunks_loaded
+def _race(model: Any, task: Task, store: Path, options: DemoOptions) -> Race:
     with progress_bar("the race", "runs") as progress, open_store(store) as opened:
-        race = run_race(model, task.ids, opened, options.chunk_size, chunk_bytes, options.repeats, progress)
-    reason = race.middle_run("load").report.reason
-    if reason:
-        raise CakeError(f"The race could not be run: {reason}.")
-    return race
+        # The warm process may have loaded little: it also computes, and on some machines that is faster.
+        loading = CakeCache(model, opened, chunk_size=options.chunk_size, strategy="load", save=False)
+        report = ask_with_store(model, task.ids, 1, loading).report
+        if not report.chunks_loaded:
+            raise CakeError(f"The race could not be run: {report.reason or 'the store failed'}.")
+        chunk_bytes = report.bytes_loaded / report.chunks_loaded
+        return run_race(model, task.ids, opened, options.chunk_size, chunk_bytes, options.repeats, progress)
 
 
 @contextmanager
