@@ -167,7 +167,7 @@ def case_batches_copies_and_handing_over() -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(ids, **options)
     for _ in range(2):
-        with CakeCache(model, store, chunk_size=CHUNK) as used:
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as used:
             assert torch.equal(model.generate(ids, past_key_values=used, **options), plain)
     assert used.report.chunks_loaded == 2 * CHUNKS, used.report
     with CakeCache(model, store, chunk_size=CHUNK) as used:
