@@ -116,7 +116,9 @@ def case_the_two_sides_meet() -> None:
     store = filled_store(model)
     for meeting in (1, CHUNKS - 2):
         gate = GateStore(store)
-        with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as used:
+        with CakeCache(
+            model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+        ) as used:
             kv_like(model)
             with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), used)
