@@ -152,8 +152,9 @@ class Runner:
 class MeetingStore(GateStore):
     """A store that lets the two ends meet at one chunk, whatever computing and loading cost.
 
-    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when they are
-    read. A contested load of that chunk waits at the gate until all is over.
+    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when the one
+    loader has settled them: its next read, a contested one of that chunk, has then come to the gate, where it waits until all
+    is over.
 
     Args:
         inner: the store with the chunks.
@@ -193,7 +194,7 @@ class MeetingStore(GateStore):
             self.open()
         elif self._forwards == self.meeting:
             self.open(self.chunks - self.meeting)
-            self.await_reads(self.chunks - self.meeting)
+            self.await_begun(self.chunks - self.meeting + 1)
 
 
 class FlippingStore(WrapperStore):

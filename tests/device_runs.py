@@ -116,7 +116,9 @@ def case_the_two_sides_meet() -> None:
     store = filled_store(model)
     for meeting in (1, CHUNKS - 2):
         gate = GateStore(store)
-        with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as used:
+        with CakeCache(
+            model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+        ) as used:
             kv_like(model)
             with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), used)
@@ -167,7 +169,7 @@ def case_batches_copies_and_handing_over() -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(ids, **options)
     for _ in range(2):
-        with CakeCache(model, store, chunk_size=CHUNK) as used:
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as used:
             assert torch.equal(model.generate(ids, past_key_values=used, **options), plain)
     assert used.report.chunks_loaded == 2 * CHUNKS, used.report
     with CakeCache(model, store, chunk_size=CHUNK) as used:

@@ -144,7 +144,9 @@ def examine_restored(family: str) -> None:
         report = cache.report
         assert (report.chunks_loaded, report.chunks_computed, report.chunks_failed) == (CHUNKS, 0, 0), report
     gate = GateStore(store)
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
         kv_like(model)  # runs the model once, which must not count
         states = len(list(store.keys())) - CHUNKS
         with meeting_at(model, gate, MEETING, CHUNKS - MEETING, states):

@@ -38,8 +38,9 @@ def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, chunks: in
     """Let the two sides meet exactly there.
 
     While chunk `meeting - 1` is being computed, the gate opens for the reads of so many chunks and snapshots, and the forward
-    goes on only when they are done. A contested load of that chunk waits at the gate until all is over. Snapshots are among the
-    first that are asked for, but each by a thread of its own: so they are awaited before the gate opens.
+    goes on only when the one loader has settled them: its next read, a contested one of that chunk, has then come to the gate,
+    where it waits until all is over. Snapshots are among the first that are asked for, but each by a thread of its own: so they
+    are awaited before the gate opens.
     """
     reads = chunks + states
 
@@ -47,7 +48,7 @@ def meeting_at(model: torch.nn.Module, gate: GateStore, meeting: int, chunks: in
         if forward == meeting:
             gate.await_begun(states + 1)
             gate.open(reads)
-            gate.await_reads(reads)
+            gate.await_begun(reads + 1)
 
     try:
         with before_forward(model, meet):

@@ -17,8 +17,9 @@ from cake_hf.cache.layers import token_major as layers
 from cake_hf.cache.session import Session
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
+from hanging import no_waiting_for
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
-from waiting import join_loaders
+from waiting import PATIENCE, join_loaders
 
 LENGTHS = (70, 83, 9, 4 * CHUNK, 70, 1, CHUNK + 1)
 """Tokens of each row: rows 0 and 4 are equal; some are shorter than a chunk, one ends with a full chunk."""
@@ -179,9 +180,10 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
     model, (full, cold) = shared_model("llama"), cold_run()
     keys = [key for key in full.keys() if parse_header(full.read(key) or b"")[0].index == index]  # noqa: SIM118
     store = FaultStore(full, dict.fromkeys(keys, fault))
-    limits = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=60)
+    limits = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False, limits=limits) as used:
-        result = generate(model, batch(), used)
+        with no_waiting_for(store):
+            result = generate(model, batch(), used)
         assert equal(result, cold)
         assert used.report.chunks_failed >= 1
         before = [layer.keys.clone() for layer in used.layers]

@@ -104,11 +104,11 @@ def test_generate_function_returns_what_generate_returns(model: torch.nn.Module,
     expected = oracle(model, prompt())
     for inputs in ((prompt(),), ()):
         result = cake_hf.generate(
-            model, *inputs, store=store, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, **QUIET, **({} if inputs else {"input_ids": prompt()}),
+            model, *inputs, store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=NEW_TOKENS, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, **QUIET, **({} if inputs else {"input_ids": prompt()}),
         )  # fmt: skip
         assert torch.equal(torch.stack(result.logits), expected.logits)
-        assert result.past_key_values.report.chunks_loaded > 0
+        assert result.past_key_values.report.chunks_loaded == CHUNKS
     plain = cake_hf.generate(model, prompt(), store=store, chunk_size=CHUNK, max_new_tokens=3, do_sample=False, **QUIET)
     assert torch.equal(plain, expected.tokens[:, : plain.shape[1]])
 

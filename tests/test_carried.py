@@ -21,6 +21,7 @@ from cake_hf.cache import pace
 from cake_hf.cache.layers import IndexedLayer
 from cake_hf.cache.probe import forgets, kv_like
 from cake_hf.movers.place import DevicePlace
+from cake_hf.movers.states import StateRead
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import header_size, parse_header
@@ -36,10 +37,11 @@ from family_runs import (
     generate,
 )
 from forwards import meeting_at
+from hanging import no_waiting_for
 from models import CHUNK, prompt, run_ahead
 from stored import filled_store, without
 from test_gated import BadRange
-from waiting import join_loaders
+from waiting import PATIENCE, join_loaders
 
 FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
 RECURRENT = ("qwen3_next", "falcon_h1", "lfm2")
@@ -68,7 +70,9 @@ def oracle(family: str, ids: torch.Tensor) -> Any:
 def test_every_meeting_point(family: str, meeting: int) -> None:
     model, store = family_model(family), filled_store(family_model(family), IDS)
     gate = GateStore(store)
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
         kv_like(model)  # runs the model once, which must not count
         states = len(keys_by_index(store, states=True))
         assert states == (family in RECURRENT)
@@ -80,10 +84,13 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
 
 
 @contextmanager
-def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def arriving(
+    model: torch.nn.Module, gate: GateStore, begun: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Open the gate while that chunk is being computed, and hold the forward until the chunk has come from the store.
 
-    It is held before the model's last layer: what the layers before it carry has moved on, what this one carries has not.
+    It is held before the model's last layer: what the layers before it carry has moved on, what this one carries has not. So
+    many reads have to have come to the gate before the first forward: a load that began later might not let others contest.
     """
     arrived, settle, forwards = threading.Event(), Frontier.settle, 0
 
@@ -96,6 +103,8 @@ def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: p
     def before(module: object, args: object, kwargs: object) -> None:
         nonlocal forwards
         forwards += 1
+        if forwards == 1:
+            gate.await_begun(begun)
         if forwards == chunk + 1:
             gate.open()
             assert arrived.wait(60)
@@ -114,8 +123,10 @@ def arriving(model: torch.nn.Module, gate: GateStore, chunk: int, monkeypatch: p
 @pytest.mark.parametrize("chunk", [0, 3, CHUNKS - 1])
 def test_a_forward_whose_chunk_arrives_is_left(family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, gate = family_model(family), GateStore(filled_store(family_model(family), IDS))
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
-        with arriving(model, gate, chunk, monkeypatch):
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
+        with arriving(model, gate, 1 + (family in RECURRENT), chunk, monkeypatch):
             check(family, generate(model, cache), f"left at {chunk}")
         report = cache.report
     assert [span.outcome for span in report.timeline if span.chunk == chunk and span.actor == "compute"] == ["left"]
@@ -128,9 +139,9 @@ def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: p
     model, store = family_model(family), filled_store(family_model(family), IDS)
     stalled = FaultStore(store, {keys_by_index(store)[4]: "stall"})
     gate = GateStore(stalled)
-    limits = Limits(loader_threads=2, read_timeout=1)
+    limits = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
     with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=limits) as cache:
-        with arriving(model, gate, 3, monkeypatch):
+        with no_waiting_for(stalled), arriving(model, gate, 2 + (family in RECURRENT), 3, monkeypatch):
             check(family, generate(model, cache), "left, and the next one late")
         report = cache.report
         stalled.release()
@@ -156,13 +167,15 @@ def test_chunks_that_fail_are_made_up_for(family: str, fault: str) -> None:
 
 @pytest.mark.parametrize("family", RECURRENT)
 @pytest.mark.parametrize("fault", ["drop", "flip", "error", "truncate", "stall"])
-def test_a_state_that_fails_is_computed(family: str, fault: str) -> None:
+def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a state is of no use, all is computed; and where it was stored, and is unusable, it is made anew."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: fault})
-    limits = Limits(read_timeout=0.2 if fault == "stall" else 60)
-    with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load", limits=limits) as cache:
+    if fault == "stall":
+        wait = StateRead.wait
+        monkeypatch.setattr(StateRead, "wait", lambda read, seconds: wait(read, 0.01))
+    with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load") as cache:
         check(family, generate(model, cache), fault)
         faulty.release()
         join_loaders()
@@ -266,9 +279,9 @@ def test_a_late_load_lands_nowhere(family: str) -> None:
     model, store = family_model(family), filled_store(family_model(family), IDS)
     for index, strategy in itertools.product((2, 5), ("load", "both")):
         stalled = FaultStore(store, {keys_by_index(store)[index]: "stall"})
-        limits = Limits(read_timeout=0.2)
-        with CakeCache(model, stalled, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
-            cache.prefill(IDS)
+        with CakeCache(model, stalled, chunk_size=CHUNK, strategy=strategy, save=False) as cache:
+            with no_waiting_for(stalled):
+                cache.prefill(IDS)
             stalled.release()
             join_loaders()
             check(family, generate(model, cache), f"{index} {strategy}")
@@ -360,7 +373,7 @@ def test_an_indexer_waits_for_its_layer_too(
 
     monkeypatch.setattr(Frontier, "settle", settling)
     monkeypatch.setattr(IndexedLayer, method, updating)
-    limits = Limits(loader_threads=1)
+    limits = Limits.from_environment(loader_threads=1)
     with CakeCache(model, gate, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
         check(family, generate(model, cache), fault)
         report = cache.report

@@ -28,7 +28,9 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     model = shared_model(family, dtype)
     gate = GateStore(filled_store(model))
     assert len(attentions(model)) == LAYERS
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
         kv_like(model)
 
         def arrive(forward: int) -> None:

@@ -20,6 +20,7 @@ from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore, WrapperStore
 from forwards import attentions, before_forward
+from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model
 from stored import filled_store, keys_in_order
 from waiting import PATIENCE, join_loaders
@@ -45,7 +46,7 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def cache_of(model: torch.nn.Module, store: Store, strategy: str, **limits: float) -> CakeCache:
     kv_like(model)  # runs the model once, which must not count
-    found = Limits(**{"loader_threads": 1, **limits})  # type: ignore[arg-type]
+    found = Limits.from_environment(**{"loader_threads": 1, **limits})
     return CakeCache(model, store, chunk_size=CHUNK, save=False, strategy=strategy, limits=found)
 
 
@@ -103,6 +104,7 @@ class BadRange(WrapperStore):
         self.number = number
         self.fault = fault
         self.count = 0
+        self.stalled = threading.Event()
         self.released = threading.Event()
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
@@ -115,7 +117,8 @@ class BadRange(WrapperStore):
         if self.fault == "flip":
             parts[-1][5] ^= 1
         if self.fault == "stall":
-            self.released.wait(60)
+            self.stalled.set()
+            self.released.wait(PATIENCE)
             for part in parts:
                 part[:] = b"\xa5" * part.nbytes
         return found and self.fault != "drop"
@@ -130,7 +133,7 @@ def test_a_load_that_fails_within_the_last_piece_is_made_up_for(
     """The chunk is computed in the middle of the last piece's forward, which then goes on as if nothing had been."""
     model = shared_model(family, dtype)
     store = BadRange(filled_store(model), number, fault)
-    with cache_of(model, store, strategy, read_timeout=0.2 if fault == "stall" else 60) as warm:
+    with no_waiting_when(store.stalled.is_set), cache_of(model, store, strategy, read_timeout=PATIENCE) as warm:
         outcome = run(model, prompt(), warm)
         store.released.set()
         join_loaders()

@@ -198,7 +198,9 @@ def test_a_forward_is_left_under_hooks(tmp_path: Path) -> None:
     gate = GateStore(filled(shared_model("llama")))
     contested = 3
     forwards = 0
-    with CakeCache(moved, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+    with CakeCache(
+        moved, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
         kv_like(moved)
 
         def arrive(*_: object) -> None:

@@ -53,7 +53,9 @@ def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
     for meeting in range(1, CHUNKS):
         gate = GateStore(filled_store(model))
         # One loader: a second one would hold the chunk before the meeting point.
-        with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as warm:
+        with CakeCache(
+            model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+        ) as warm:
             kv_like(model)  # runs the model once, which must not count
             with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), warm)

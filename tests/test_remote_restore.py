@@ -12,6 +12,7 @@ from cake_hf import CakeCache, Limits
 from cake_hf.stores import Store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
+from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from servers import Relay, S3Server, Server, start_redis_server, start_s3_server
 from waiting import PATIENCE, join_loaders
@@ -91,7 +92,7 @@ def test_both_ends_meet_over_the_network(place: Place) -> None:
 
 def test_a_server_killed_before_the_prompt_is_done_without(mortal_place: Place) -> None:
     fill(mortal_place)
-    limits = Limits(lookup_timeout=PATIENCE, exit_flush_seconds=PATIENCE)
+    limits = Limits(read_timeout=PATIENCE, lookup_timeout=PATIENCE, exit_flush_seconds=PATIENCE)
     with CakeCache(shared_model("llama"), mortal_place.url, chunk_size=CHUNK, limits=limits) as warm:
         mortal_place.server.kill()
         outcome = run(shared_model("llama"), prompt(), warm)
@@ -130,13 +131,13 @@ def test_a_server_killed_in_mid_restore_is_done_without(mortal_place: Place) -> 
 def test_a_server_that_falls_silent_in_mid_restore_is_done_without(place: Place) -> None:
     fill(place)
     store = place.open(timeout=1.0)
-    limits = Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=PATIENCE)
     with (
         store,
-        CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", save=False, limits=limits) as warm,
+        CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load", save=False, limits=PATIENT) as warm,
     ):
         place.relay.limit(HALF)
-        outcome = run(shared_model("llama"), prompt(), warm)
+        with no_waiting_when(place.relay.spent.is_set):
+            outcome = run(shared_model("llama"), prompt(), warm)
         report = warm.report
         assert difference(outcome, expected()) == ""
         assert report.chunks_loaded + report.chunks_computed == CHUNKS

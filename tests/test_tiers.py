@@ -25,6 +25,7 @@ from cake_hf.stores.tiers import Tier, TierStore, open_tiers
 from cake_hf.testing import FaultStore, GateStore, StoreContract, WrapperStore, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, run_together, split, value_of
 from children import command_of
+from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import keys_in_order
 from waiting import await_true, join_loaders
@@ -1009,10 +1010,11 @@ def test_a_hanging_tier_hangs_nobody(tier: int) -> None:
     if tier == 1:
         for key in keys:
             stores[0].delete(key)
-    model, limits = shared_model("llama"), Limits(loader_threads=2, read_timeout=0.2, lookup_timeout=PATIENCE)
+    model = shared_model("llama")
     store = TierStore([faulty, stores[1]] if tier == 0 else [stores[0], faulty])
-    with CakeCache(model, store, chunk_size=CHUNK, limits=limits, save=False) as cake:
-        outcome = run(model, prompt(), cake)
+    with CakeCache(model, store, chunk_size=CHUNK, limits=PATIENT, save=False) as cake:
+        with no_waiting_for(faulty):
+            outcome = run(model, prompt(), cake)
         assert difference(outcome, expected()) == ""
         faulty.release()
         join_loaders()

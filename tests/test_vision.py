@@ -270,7 +270,12 @@ def test_an_image_is_seen_in_the_middle_of_a_forward(family: str, number: int, m
     fill(family, store, inputs)
     bad = BadRange(store, number, "flip")
     with CakeCache(
-        vision_model(family), bad, chunk_size=CHUNK, save=False, strategy="load", limits=Limits(loader_threads=1)
+        vision_model(family),
+        bad,
+        chunk_size=CHUNK,
+        save=False,
+        strategy="load",
+        limits=Limits.from_environment(loader_threads=1),
     ) as cache:
         with counting_images(vision_model(family)) as seen:
             run = ask(family, cache, inputs)

@@ -160,7 +160,9 @@ def _examine_warm(family: str, store: MemoryStore, check: Any) -> None:
         assert (cache.report.chunks_loaded, cache.report.chunks_computed) == (CHUNKS, 0), cache.report
         assert not seen, "images went through the vision part, though all of their tokens were loaded"
     gate = GateStore(store)
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=1)) as cache:
+    with CakeCache(
+        model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
+    ) as cache:
         kv_like(model)  # runs the model once, which must not count
         with meeting_at(model, gate, MEETING, CHUNKS - MEETING), counting_images(model) as seen:
             check(ask(family, cache, inputs), "both")

@@ -13,7 +13,6 @@ from cake_hf.arithmetic.errors import StoreError
 PATIENCE = 60.0
 """Seconds after which something that has to happen is taken not to happen."""
 
-
 Result = TypeVar("Result")
 
 
@@ -38,9 +37,13 @@ def await_answer(call: Callable[[], Result]) -> Result:
     return answers[0]
 
 
+def loaders() -> list[threading.Thread]:
+    """The threads of all prompts that load chunks or snapshots just now."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("cake-load")]
+
+
 def join_loaders() -> None:
     """A load that was overtaken may still be under way when its prompt is done; this is when it has ended."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-load"):
-            thread.join(PATIENCE)
-            assert not thread.is_alive(), f"{thread.name} does not end"
+    for thread in loaders():
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), f"{thread.name} does not end"

@@ -115,7 +115,8 @@ def look(bench: Workbench, store: LocalStore, strategy: str) -> dict[str, Any]:
     """Restore, forget, restore again under observation.
 
     Raises:
-        CakeError: nothing was loaded, so that this would be the memory of something else.
+        CakeError: not all was restored, or something computed that was to be loaded, so that this would be the memory of
+            something else.
     """
     chunks = bench.settings.chunks
     with bench.cache(store, strategy=strategy) as cache:
@@ -128,7 +129,8 @@ def look(bench: Workbench, store: LocalStore, strategy: str) -> dict[str, Any]:
             report = cache.prefill(bench.ids)
             await_loaders()
         kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    if not report.chunks_loaded or report.chunks_loaded + report.chunks_computed != chunks:
+    restored = report.chunks_loaded + report.chunks_computed
+    if restored != chunks or (strategy == "load" and report.chunks_computed):
         raise CakeError(f"{report.chunks_loaded} of {chunks} chunks were loaded. {report.reason}")
     return {
         "extra_bytes": seen.highest - seen.before - kv,
