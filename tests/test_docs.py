@@ -22,6 +22,7 @@ from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples
 from filling.pages import CannotFill, fill
+from filling.parity import FILES, all_runs
 from filling.results import all_results, figures, one_result
 from snippets import found, reader, run, snippets
 from test_hub import client, hub
@@ -167,6 +168,28 @@ def test_a_result_of_an_unknown_form_is_shown_all_the_same() -> None:
 def test_a_mismatch_is_not_hidden() -> None:
     parity = {"one": {"checks": 3, "mismatches": []}, "two": {"checks": 2, "mismatches": ["logits"]}}
     assert "4 of 5 checks" in one_result({"parity": parity})
+
+
+def test_parity_runs_are_summed_up_over_their_tasks(tmp_path: Path) -> None:
+    """Nothing rounds up to all, and what is not exact is said."""
+    mode = {"rows": 3, "tokens_as_single": 1.0, "tokens_as_chunked": 1.0, "logits_as_chunked": 1.0, "loaded": 1.0}
+    tasks = {
+        "qasper": {"modes": {"warm": mode}},
+        "lcc": {"modes": {"warm": mode | {"rows": 1, "logits_as_chunked": 0.0}}},
+    }
+    metrics = {"rows": 4, "tasks": tasks, "broken": ["x"], "differences": ["y"], "skipped": {"a": "b"}, "cut": 2}
+    environment = {"numerics": {"dtype": "torch.bfloat16"}, "machine": {"cpu": "Another Processor"}}
+    config = {"max_tokens": 8192, "chunk_size": 512}
+    (tmp_path / "some-model").mkdir()
+    for name, content in zip(FILES, (config, environment, metrics), strict=True):
+        (tmp_path / "some-model" / name).write_text(json.dumps(content))
+    shown = all_runs([tmp_path / "some-model"])
+    assert "| some-model | bfloat16 | 4, 2 | warm | 4 | 100 % | 100 % | 75 % | 100 % |" in shown
+    assert "Another Processor" in shown
+    assert "**1 places are not exact.**" in shown
+    tasks["lcc"]["modes"]["warm"]["logits_as_chunked"] = 0.9999
+    (tmp_path / "some-model" / "metrics.json").write_text(json.dumps(metrics))
+    assert "| 99.9 % |" in all_runs([tmp_path / "some-model"])
 
 
 def test_all_results_have_a_section_each() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filling.commands import command_line
+from filling.parity import FILES, all_runs
 from filling.results import all_results
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -96,6 +97,12 @@ def _results(folder: str, files: list[Path]) -> str:
     return all_results(files)
 
 
+def _parity(folder: str, files: list[Path]) -> str:
+    runs = sorted(path.parent for path in (ROOT / folder).glob("*/metrics.json"))
+    files.extend(run / name for run in runs for name in FILES)
+    return all_runs(runs)
+
+
 def _commands(_: str, files: list[Path]) -> str:
     files.extend((ROOT / "src" / "cake_hf" / "people").rglob("*.py"))
     return command_line()
@@ -105,5 +112,6 @@ FILLINGS: dict[str, Callable[[str, list[Path]], str]] = {
     "file": _file,
     "section": _section,
     "results": _results,
+    "parity": _parity,
     "commands": _commands,
 }

@@ -24,7 +24,7 @@ def all_results(files: Sequence[Path]) -> str:
 
 def one_result(result: dict[str, Any]) -> str:
     """Machine, settings and tables of one file; of a form that is not known, one table of all its figures."""
-    parts = [_machine(result.get("machine", {}))]
+    parts = [machine_of(result.get("machine", {}))]
     if "groups" in result:
         parts += [_axes(result["axes"]), _grid(result["groups"])]
         rest = {name: part for name, part in result.items() if name != "groups"}
@@ -51,7 +51,8 @@ def figures(part: Any, path: tuple[str, ...] = ("",)) -> Iterator[tuple[tuple[st
             yield from figures(value, path)
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def machine_of(machine: dict[str, Any]) -> str:
+    """Where it was measured, and with what."""
     processor = f"{machine.get('cpu', 'unknown processor')}, {machine.get('cores', '?')} cores, "
     memory = f"{machine.get('memory_gib', '?')} GiB"
     graphics = f", {machine['gpu']} ({machine.get('gpu_memory_gib', '?')} GiB)" if "gpu" in machine else ", no GPU used"
@@ -87,7 +88,7 @@ def _by_load(result: dict[str, Any]) -> str:
         + [_text(found.get(f"{name}_at_{ratio}")) for name in STRATEGIES]
         for ratio in ratios
     ]
-    return "Seconds to the first token.\n\n" + _table(["loading takes", "compute only", *HEADINGS], rows)
+    return "Seconds to the first token.\n\n" + table(["loading takes", "compute only", *HEADINGS], rows)
 
 
 def _grid(groups: Sequence[dict[str, Any]]) -> str:
@@ -98,9 +99,9 @@ def _grid(groups: Sequence[dict[str, Any]]) -> str:
         for group in groups
         for cell in group["cells"]
     ]
-    table = _table(["model", "tokens", "device left", "store", "Gbps", "compute only", *HEADINGS], rows)
+    shown = table(["model", "tokens", "device left", "store", "Gbps", "compute only", *HEADINGS], rows)
     failed = [f"* {group['shape']}, {group['tokens']:,} tokens failed" for group in groups if group.get("failure")]
-    return "\n\n".join(["Seconds to the first token.", table, *failed])
+    return "\n\n".join(["Seconds to the first token.", shown, *failed])
 
 
 def _figures(found: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> str:
@@ -114,7 +115,7 @@ def _figures(found: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> str:
         ]
         for path, figure in found
     ]
-    return _table(["measured", "figure", "median", "low", "high", "goal", "met"], rows) if rows else ""
+    return table(["measured", "figure", "median", "low", "high", "goal", "met"], rows) if rows else ""
 
 
 def _parity(parity: dict[str, Any]) -> str:
@@ -136,6 +137,7 @@ def _number(value: float) -> str:
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Of texts, in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
