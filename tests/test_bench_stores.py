@@ -49,7 +49,7 @@ def test_the_stores_that_need_no_server_are_measured(tmp_path: Path) -> None:
     assert str(tmp_path) not in run.stdout
 
 
-@pytest.mark.parametrize("name", ["redis", "s3"])
+@pytest.mark.parametrize("name", ["redis", "s3", "hub"])
 def test_the_stores_behind_a_server_are_measured(name: str) -> None:
     """Where a server is missing it is left out with the reason; that it is there is seen to by the stores' own tests."""
     run = run_command("bench", "stores", *SMALL, "--only", name, "--json")
@@ -57,7 +57,7 @@ def test_the_stores_behind_a_server_are_measured(name: str) -> None:
     outcome = json.loads(run.stdout)
     if name in outcome["left_out"]:
         pytest.skip(outcome["left_out"][name])
-    raw = {"redis": {"bare_socket", "redis-py"}, "s3": {"get_ranges", "get"}}[name]
+    raw = {"redis": {"bare_socket", "redis-py"}, "s3": {"get_ranges", "get"}, "hub": {"get_and_blake3"}}[name]
     assert outcome["results"][name].keys() >= {f"{way}_2" for way in (*raw, "store", "share")}
 
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_had_is_left_out_and_what_fails_decides_the_exit_code(mon
 def test_an_unknown_store_is_named() -> None:
     run = run_command("bench", "stores", "--only", "tape")
     assert run.exit_code == 2
-    assert "choose from local, memory, redis, s3, mooncake, pack, tiers" in " ".join(run.output.split())
+    assert "choose from local, memory, redis, s3, mooncake, pack, hub, tiers" in " ".join(run.output.split())
 
 
 class Liar(MemoryStore):

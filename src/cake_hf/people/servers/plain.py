@@ -1,4 +1,4 @@
-"""redis-server and moto's S3 service on loopback. Every wait for them is bounded; the caller kills them."""
+"""redis-server, moto's S3 service and a Hub with one pack, on loopback. Every wait is bounded; the caller kills them."""
 
 from __future__ import annotations
 
@@ -96,15 +96,16 @@ def start_s3_server() -> S3Server:
     """
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
         raise Unavailable('moto, an S3 server, is not installed: pip install "moto[s3,server]"')
-    command, pipe = [sys.executable, "-c", MOTO], subprocess.PIPE
-    process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-    line = process.stdout.readline() if ready else ""
-    if not line:
-        Server(process, 0).kill()
-        raise Unavailable("moto's server did not start")
-    return S3Server(process, int(line))
+    return S3Server(*_started([sys.executable, "-c", MOTO], "moto's server"))
+
+
+def start_hub_server(folder: Path) -> Server:
+    """Start a Hub that has the pack in this folder, and nothing else; see `hub`.
+
+    Raises:
+        Unavailable: it does not start.
+    """
+    return Server(*_started([sys.executable, "-m", "cake_hf.people.servers.hub", str(folder)], "the server of packs"))
 
 
 def start_redis_server(folder: Path, *options: str, port: int | None = None) -> Server:
@@ -130,6 +131,19 @@ def start_redis_server(folder: Path, *options: str, port: int | None = None) -> 
         process.kill()
         process.wait(PATIENCE)
     raise Unavailable("redis-server did not start")
+
+
+def _started(command: list[str], name: str) -> tuple[subprocess.Popen[str], int]:
+    """A server that says its port, and that."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+    line = process.stdout.readline() if ready else ""
+    if not line:
+        Server(process, 0).kill()
+        raise Unavailable(f"{name} did not start")
+    return process, int(line)
 
 
 def free_port() -> int:

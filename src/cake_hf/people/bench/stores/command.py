@@ -24,13 +24,13 @@ from cake_hf.people.servers import Unavailable
 
 STORES_HELP = (
     "Measure each store as a share of what its client can do raw; 0.8 or more is the goal.\n\n"
-    "Servers are started on loopback where they are installed: redis-server, moto for S3, a Mooncake cluster in a network of "
-    "its own. With --redis, --s3 or --mooncake yours is measured instead: what is written there is removed again. What cannot "
-    "be had here is named with the reason.\n\n"
+    "Servers are started on loopback where they are installed: redis-server, moto for S3, a Hub, a Mooncake cluster in a "
+    "network of its own. With --redis, --s3 or --mooncake yours is measured instead: what is written there is removed again. "
+    "What cannot be had here is named with the reason.\n\n"
     "Goals never decide the exit code; it is 1 only if a store gave back other bytes than it was given, or failed."
 )
 
-NAMES = ("local", "memory", "redis", "s3", "mooncake", "pack", "tiers")
+NAMES = ("local", "memory", "redis", "s3", "mooncake", "pack", "hub", "tiers")
 
 QUICK = StoreSettings(chunks=3, layers=2, tokens=64, repeats=2)
 
@@ -105,6 +105,7 @@ def measures(settings: StoreSettings, folder: Path, urls: Mapping[str, str], nam
         if urls["mooncake"]
         else partial(own_cluster.measure, settings),
         "pack": partial(run, contenders.pack),
+        "hub": partial(run, remote.hub),
         "tiers": partial(run, contenders.tiers),
     }
     return {name: ways[name] for name in names}

@@ -51,16 +51,7 @@ def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
 @contextmanager
 def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
     """A pack in a folder, beside preadv of its files and the digest that no byte of a pack is used without."""
-    chunks = tuple(
-        PackChunk(key, index, len(file), digest_of([file]), block_digests(memoryview(file)))
-        for index, (key, file) in enumerate(zip(values.keys, values.files, strict=True))
-    )
-    facts = settings.facts()
-    manifest = PackManifest(values.namespace, facts, False, "random", "", "BF16", settings.tokens, chunks)
-    sink = FolderSink(folder / "pack")
-    for key, file in zip(values.keys, values.files, strict=True):
-        sink.add(chunk_path(key), file)
-    sink.finish({MANIFEST: manifest.to_json()})
+    write_pack(values, settings, folder / "pack")
 
     def raw(number: int) -> None:
         read_file(str(folder / "pack" / chunk_path(values.keys[number])), values.parts[number])
@@ -68,6 +59,20 @@ def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Cont
 
     with open_folder_pack(folder / "pack") as store:
         yield Contender("pack in a folder", store, {"preadv and blake3": raw})
+
+
+def write_pack(values: Values, settings: StoreSettings, folder: Path) -> None:
+    """All chunks as a pack."""
+    chunks = tuple(
+        PackChunk(key, index, len(file), digest_of([file]), block_digests(memoryview(file)))
+        for index, (key, file) in enumerate(zip(values.keys, values.files, strict=True))
+    )
+    facts = settings.facts()
+    manifest = PackManifest(values.namespace, facts, False, "random", "", "BF16", settings.tokens, chunks)
+    sink = FolderSink(folder)
+    for key, file in zip(values.keys, values.files, strict=True):
+        sink.add(chunk_path(key), file)
+    sink.finish({MANIFEST: manifest.to_json()})
 
 
 @contextmanager

@@ -9,12 +9,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.stores.contenders import fill
+from cake_hf.arithmetic.errors import CakeError, StoreError
+from cake_hf.people.bench.stores.contenders import fill, write_pack
 from cake_hf.people.bench.stores.race import Contender, Reader
 from cake_hf.people.bench.stores.values import StoreSettings, Values
-from cake_hf.people.servers import Unavailable, start_redis_server, start_s3_server
+from cake_hf.people.servers import Unavailable, start_hub_server, start_redis_server, start_s3_server
+from cake_hf.people.servers.hub import COMMIT, REPO
 from cake_hf.stores.base import Store
+from cake_hf.stores.hub import HubSource, hub_client
+from cake_hf.stores.manifest import chunk_path
+from cake_hf.stores.pack import PackStore, digest_of
 from cake_hf.stores.pieces import address_of, even_sizes
 
 SECONDS = 60.0
@@ -160,6 +164,31 @@ def mooncake(values: Values, settings: StoreSettings, folder: Path, url: str) ->
                 _expect(client.get_into(name, spots[number], values.nbytes), values)
 
             yield Contender("Mooncake", store, {"get_into": get})
+
+
+@contextmanager
+def hub(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
+    """A pack on the Hub, beside its client's own session: each file as a whole, and the digest that no byte is used without.
+
+    Raises:
+        Unavailable: the client is not installed.
+    """
+    try:
+        client = hub_client()
+    except StoreError as error:
+        raise Unavailable(str(error)) from error
+    write_pack(values, settings, folder / "hub")
+    with start_hub_server(folder / "hub") as server:
+        endpoint = f"http://127.0.0.1:{server.port}"
+        with PackStore(HubSource(REPO, endpoint=endpoint)) as store:
+            urls = [client.hf_hub_url(REPO, chunk_path(key), revision=COMMIT, endpoint=endpoint) for key in values.keys]
+
+            def get(number: int) -> None:
+                content = client.get_session().get(urls[number], follow_redirects=True, timeout=SECONDS).content
+                _expect(len(content), values)
+                digest_of([content])
+
+            yield Contender("pack on the Hub", store, {"get and blake3": get})
 
 
 def _expect(count: int, values: Values) -> None:
