@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import string
 import struct
 import tracemalloc
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.tensors import codec
 from cake_hf.tensors.codec import (
     ALIGNMENT,
     FORMAT_VERSION,
@@ -482,6 +485,26 @@ def test_a_header_that_somebody_wrote_anew_is_taken() -> None:
     table = json.loads(header[8:])
     anew = json.dumps(dict(reversed(table.items()))).encode().ljust(len(header) - 8)
     assert check_header(header[:8] + anew, KEY, LAYOUT) == check_header(header, KEY, LAYOUT)
+
+
+NAMES = st.text(string.printable, max_size=MAX_MODEL_NAME) | st.text(max_size=MAX_MODEL_NAME)
+
+
+@given(layouts(), all_facts(), NAMES)
+def test_what_is_recognised_at_sight_is_what_would_be_parsed(
+    layout: ChunkLayout, facts: ChunkFacts, model: str
+) -> None:
+    header = encode_header(layout, replace(facts, model=model))
+    parsed, usual = parse_header(header), codec._usual_header(header, layout)
+    name = parsed[0].model
+    assert usual == (parsed if json.dumps(name) == f'"{name}"' else None)
+
+
+@given(st.data())
+def test_a_header_with_a_wrong_letter_is_not_recognised(data: st.DataObject) -> None:
+    header = bytearray(parts_of(chunk_file())[0])
+    header[data.draw(st.integers(0, len(header) - 1))] ^= data.draw(st.integers(1, 255))
+    assert codec._usual_header(header, LAYOUT) is None
 
 
 # The layout itself.

@@ -27,7 +27,7 @@ class Check:
         self._checked = 0
 
     def up_to(self, end: int) -> None:
-        """The header and the first `end` pieces are there.
+        """The header and the first `end` pieces are there; to be called whenever there are more.
 
         Raises:
             CorruptChunk: they are not what was asked for, or not as they were written.

@@ -90,13 +90,14 @@ class Sharing:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # a cache that is collected while its thread holds it abandons its flights
+        self._changed = threading.Condition(self._lock)
         self._reads = 0
         self._board: dict[str, Flight] = {}
 
     def reads(self) -> int:
         """How many reads are under way."""
-        with self._changed:
+        with self._lock:
             return self._reads
 
     def begin_read(self, limit: int, until: Callable[[], bool]) -> ReadSlot | None:
@@ -104,7 +105,7 @@ class Sharing:
 
         `until` is asked whenever a read ends, and after `wake`.
         """
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._reads < limit or until())
             if until():
                 return None
@@ -113,12 +114,12 @@ class Sharing:
 
     def flights(self) -> list[Flight]:
         """What is on the board."""
-        with self._changed:
+        with self._lock:
             return list(self._board.values())
 
     def wake(self) -> None:
         """Let those who wait for a place ask again whether they need one."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     @contextmanager
@@ -134,7 +135,7 @@ class Sharing:
             computes: it is about to compute the chunk, not to load it.
             saves: it will bring the chunk to the store.
         """
-        with self._changed:
+        with self._lock:
             found = self._board.get(key)
             if found is None:
                 led = self._board[key] = Flight(owner, computes=computes, saves=saves)
@@ -150,14 +151,14 @@ class Sharing:
         try:
             yield plan
         finally:
-            with self._changed:
+            with self._lock:
                 if self._board.get(key) is led:
                     del self._board[key]
             led.end(plan.payload)
 
     def abandon(self, owner: object) -> None:
         """The owner's restore is over; what it has on the board is not coming, or not in time."""
-        with self._changed:
+        with self._lock:
             left = [(key, flight) for key, flight in self._board.items() if flight.owner is owner]
             for key, _ in left:
                 del self._board[key]
@@ -165,7 +166,7 @@ class Sharing:
             flight.end(None)
 
     def _end_read(self) -> None:
-        with self._changed:
+        with self._lock:
             self._reads -= 1
             self._changed.notify_all()
 

@@ -28,7 +28,7 @@ from cake_hf.people.warm import QUEUE_BYTES, Pace
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.tensors.codec import check_file, offsets_of, parse_header
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Comparing(WrapperStore):
         differing = np.flatnonzero(_payload(stored) != _payload(computed))
         if not differing.size:
             return ""
-        where = next(name for name, entry in table.items() if int(differing[0]) < entry["data_offsets"][1])  # type: ignore[index]  # checked by parse_header
+        where = next(name for name, entry in table.items() if int(differing[0]) < offsets_of(entry)[1])
         return (
             f"Chunk {key} (number {own.index}) is well-formed and is not what the model computes: {differing.size:,} of "
             f"{_payload(computed).size:,} bytes differ, the first in {where}."

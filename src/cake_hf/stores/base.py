@@ -160,7 +160,7 @@ class Store(ABC):
 
 def total_bytes(parts: Sequence[Part]) -> int:
     """Bytes of all parts together."""
-    return sum(memoryview(part).nbytes for part in parts)
+    return sum([memoryview(part).nbytes for part in parts])
 
 
 def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:

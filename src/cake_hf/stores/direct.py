@@ -31,10 +31,10 @@ def skip_page_cache(descriptor: int, parts: Sequence[memoryview], offset: int) -
     Returns:
         Whether reads are direct now.
     """
-    if not hasattr(os, "O_DIRECT") or not _is_aligned(parts, offset):
+    if not hasattr(os, "O_DIRECT"):
         return False
-    nbytes = sum(part.nbytes for part in parts)
-    if nbytes < _LEAST_BYTES or _is_cached(descriptor, offset, nbytes):
+    nbytes = sum([part.nbytes for part in parts])
+    if nbytes < _LEAST_BYTES or _is_cached(descriptor, offset, nbytes) or not _is_aligned(parts, offset):
         return False
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)

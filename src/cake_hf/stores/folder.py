@@ -207,16 +207,16 @@ def read_scattered(
     for end, part in enumerate(parts, start=1):
         nbytes += part.nbytes
         if nbytes >= step or end == len(parts):
-            _fill(descriptor, parts[begin:end], key, offset)
+            _fill(descriptor, parts[begin:end], nbytes, key, offset)
             arrived(end)
             begin, offset, nbytes = end, offset + nbytes, 0
 
 
-def _fill(descriptor: int, parts: Sequence[memoryview], key: str, offset: int) -> None:
-    pending = [part for part in parts if part.nbytes]
-    while pending:
+def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, offset: int) -> None:
+    """Fill the parts, which have that many bytes."""
+    while nbytes:
         try:
-            count = os.preadv(descriptor, pending[:IOV_MAX], offset)
+            count = os.preadv(descriptor, parts[:IOV_MAX], offset)
         except OSError as error:
             if not is_refusal(error) or not use_page_cache(descriptor):
                 raise
@@ -224,7 +224,9 @@ def _fill(descriptor: int, parts: Sequence[memoryview], key: str, offset: int) -
         if count == 0:
             raise CorruptChunk(f"Chunk {key} ended early.")
         offset += count
-        pending = after(pending, count)
+        nbytes -= count
+        if nbytes:
+            parts = after(parts, count)
 
 
 def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:

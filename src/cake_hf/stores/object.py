@@ -113,8 +113,7 @@ class ObjectStore(Store):
                 self._put(_path(key), parts, "overwrite" if replace else "create")
             except AlreadyExistsError:
                 return False
-            except NotImplementedError:
-                # A service without conditional writes: whoever is last wins, with the same bytes.
+            except NotImplementedError:  # a service without conditional writes: the last one wins, with the same bytes
                 self._put(_path(key), parts, "overwrite")
         return True
 

@@ -38,8 +38,9 @@ METADATA_ROOM = 2048
 
 CHECKSUM_DIGITS = 32
 
-_OPENING = '{"__metadata__":'
-_DECODER = json.JSONDecoder()
+LITTLE_BYTES = 2**18
+"""A checksum of so many bytes that were just read takes some 10 microseconds."""
+
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 MAX_PAYLOAD_BYTES = 2**40
@@ -50,11 +51,36 @@ Buffer = bytes | bytearray | memoryview
 Table = dict[str, dict[str, object]]
 """safetensors' entry of each tensor: dtype, shape, data offsets."""
 
-_KEY = re.compile(r"[0-9a-f]{40}")
-_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
-_DIGITS = re.compile(r"[0-9a-f]*")
-_MODEL = re.compile(rf"(?s:.){{0,{MAX_MODEL_NAME}}}")
-"""The forms of the metadata: a namespace is a digest as a key is. An index fits 64 bits."""
+_FORMS = {
+    "key": r"[0-9a-f]{40}",
+    "parent": r"[0-9a-f]{40}",
+    "index": r"0|[1-9][0-9]{0,17}",
+    "namespace": r"[0-9a-f]{40}",
+    "model": rf"(?s:.){{0,{MAX_MODEL_NAME}}}",
+    "checksums": rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*",
+}
+"""The forms of the metadata, in the order of writing: a namespace is a digest as a key is. An index fits 64 bits."""
+
+_PATTERNS = {name: re.compile(form) for name, form in _FORMS.items()}
+
+_UNESCAPED = rf"[ !#-\[\]-~]{{0,{MAX_MODEL_NAME}}}"
+"""A name whose characters stand in JSON as they are."""
+
+_USUAL = re.compile(
+    r'\{"__metadata__":\{'
+    + ",".join(
+        f'"{name}":"(?P<{name}>{form})"'
+        for name, form in {
+            "format": "cake_hf",
+            "version": FORMAT_VERSION,
+            **_FORMS,
+            "model": _UNESCAPED,
+            "header": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
+        }.items()
+    )
+    + r"\}"
+)
+"""How the metadata stand in a file."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +105,12 @@ class ChunkFacts:
 
 
 def checksum(data: Buffer) -> str:
-    """xxh3-128; guards against accidents, not against an adversary."""
+    """xxh3-128; guards against accidents, not against an adversary.
+
+    While it looks at much, other threads run; to let them for a little costs more than it takes.
+    """
+    if len(data) <= LITTLE_BYTES:
+        return xxhash.xxh3_128_hexdigest(data)
     digest = xxhash.xxh3_128()
     digest.update(data)  # this call lets other threads run meanwhile
     return digest.hexdigest()
@@ -155,47 +186,12 @@ def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
     Raises:
         CorruptChunk: another key, other tensors, or not a header that can be trusted.
     """
-    facts, table = _expected_header(raw, layout) or parse_header(raw)
+    facts, table = _usual_header(raw, layout) or parse_header(raw)
     if facts.key != key:
         raise CorruptChunk(f"Asked for chunk {key}, got {facts.key[:40]!r}.")
     if table != layout.tensor_table or len(facts.checksums) != len(layout.pieces):
         raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
     return facts
-
-
-def _expected_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Table] | None:
-    """What `parse_header` gives, of a header with the layout's tensor table word for word; None of any other.
-
-    All good chunks have such headers. To compare the table is less work than to parse it, which counts where chunks are small.
-    """
-    (length,) = struct.unpack("<Q", bytes(raw[:8]))
-    try:
-        text = bytes(raw[8:]).decode("ascii")
-        if length != len(text) or not text.startswith(_OPENING):
-            return None
-        metadata, end = _DECODER.raw_decode(text, len(_OPENING))
-        if text[end:].rstrip(" ") != f",{layout.table_json[1:]}":
-            return None
-        return _sealed_facts(metadata, layout.sorted_table_json), layout.tensor_table
-    except _UNREADABLE:
-        return None
-
-
-def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
-    """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
-
-    Args:
-        metadata: with the seal, which is taken out.
-        table: of the tensors, as sorted JSON.
-
-    Raises:
-        CorruptChunk: another format or version, or not as it was written.
-    """
-    if (metadata["format"], metadata["version"]) != ("cake_hf", FORMAT_VERSION):
-        raise CorruptChunk("The file is not a chunk of this format version.")
-    if metadata.pop("header") != _seal(metadata, table):
-        raise CorruptChunk("The chunk's header does not match its checksum.")
-    return _facts(metadata)
 
 
 def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) -> None:
@@ -228,39 +224,74 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
         raise CorruptChunk(f"The file named {key} says that it is {facts.key[:40]!r}.")
     if len(payload) != payload_size(table):
         raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {payload_size(table)}.")
-    spans = sorted(_offsets(entry) for entry in table.values())
+    spans = sorted(offsets_of(entry) for entry in table.values())
     if len(facts.checksums) != len(spans):
         raise CorruptChunk(f"Chunk {key} has {len(spans)} tensors and {len(facts.checksums)} checksums.")
     check_pieces([payload[start:end] for start, end in spans], facts)
     return facts
 
 
-def _facts(metadata: Mapping[str, object]) -> ChunkFacts:
-    """What a header says beside its tensors. A field that is not of the form in which it is written is a ValueError."""
+def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Table] | None:
+    """What `parse_header` gives, of a header that is word for word as `encode_header` writes it; None of any other.
 
-    def field(name: str, form: re.Pattern[str]) -> str:
-        value = metadata[name]
-        if not isinstance(value, str) or not form.fullmatch(value):
+    All good chunks have such headers, unless their model's name has odd characters. Nothing of them has to be parsed, which
+    counts where chunks are small.
+    """
+    text = bytes(raw[8:]).decode("latin-1")
+    written = _USUAL.match(text)
+    if written is None or int.from_bytes(raw[:8], "little") != len(text):
+        return None
+    if text[written.end() :] != f",{layout.table_json[1:]}".ljust(len(text) - written.end()):
+        return None
+    metadata = written.groupdict()
+    seal = metadata.pop("header")
+    # As sorted JSON, without its help: none of these words has anything that JSON would write otherwise.
+    words = ",".join([f'"{name}":"{metadata[name]}"' for name in sorted(metadata)])
+    if seal != checksum(f"[{{{words}}},{layout.sorted_table_json}]".encode()):
+        return None
+    return _facts(metadata), layout.tensor_table
+
+
+def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
+    """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
+
+    Args:
+        metadata: with the seal, which is taken out.
+        table: of the tensors, as sorted JSON.
+
+    Raises:
+        CorruptChunk: another format or version, or not as it was written.
+    """
+    if (metadata["format"], metadata["version"]) != ("cake_hf", FORMAT_VERSION):
+        raise CorruptChunk("The file is not a chunk of this format version.")
+    if metadata.pop("header") != _seal(metadata, table):
+        raise CorruptChunk("The chunk's header does not match its checksum.")
+    words: dict[str, str] = {}
+    for name, pattern in _PATTERNS.items():
+        word = metadata[name]
+        if not isinstance(word, str) or not pattern.fullmatch(word):
             raise ValueError(f"{name} is not of its form")
-        return value
+        words[name] = word
+    return _facts(words)
 
-    digits = field("checksums", _DIGITS)
-    if len(digits) % CHECKSUM_DIGITS:
-        raise ValueError("a checksum is cut short")
+
+def _facts(words: Mapping[str, str]) -> ChunkFacts:
+    """What metadata of the right form says."""
+    digits = words["checksums"]
     return ChunkFacts(
-        key=field("key", _KEY),
-        parent=field("parent", _KEY),
-        index=int(field("index", _INDEX)),
-        namespace=field("namespace", _KEY),
-        model=field("model", _MODEL),
-        checksums=tuple(digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)),
+        key=words["key"],
+        parent=words["parent"],
+        index=int(words["index"]),
+        namespace=words["namespace"],
+        model=words["model"],
+        checksums=tuple([digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)]),
     )
 
 
 def _check_table(table: Mapping[str, Mapping[str, object]]) -> None:
     """A ValueError, KeyError or TypeError where a tensor is not what its dtype and shape make it."""
     for entry in table.values():
-        start, stop = _offsets(entry)
+        start, stop = offsets_of(entry)
         shape = entry["shape"]
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
             raise ValueError("a shape is no list of a few numbers")
@@ -278,7 +309,7 @@ def payload_size(table: Table) -> int:
     """
     end = 0
     try:
-        for start, stop in sorted(_offsets(entry) for entry in table.values()):
+        for start, stop in sorted(offsets_of(entry) for entry in table.values()):
             if start != end or stop < start:
                 raise CorruptChunk("The chunk's tensors overlap or leave holes.")
             end = stop
@@ -292,7 +323,12 @@ def _seal(metadata: Mapping[str, object], table: str) -> str:
     return checksum(f"[{sorted_json(metadata)},{table}]".encode())
 
 
-def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+def offsets_of(entry: Mapping[str, object]) -> tuple[int, int]:
+    """Where in the payload a tensor of the table begins and ends, in bytes.
+
+    Raises:
+        KeyError, TypeError, ValueError: the entry does not say it; never of a table that `parse_header` gave.
+    """
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or any(type(offset) is not int for offset in offsets):
         raise TypeError("data_offsets is no list of numbers")

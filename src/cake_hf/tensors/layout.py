@@ -19,6 +19,8 @@ _NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
+_PLAIN = json.JSONEncoder(separators=(",", ":"))
+_SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -155,9 +157,9 @@ class ChunkLayout:
 
 def plain_json(value: object) -> str:
     """JSON without blanks, in ASCII."""
-    return json.dumps(value, separators=(",", ":"))
+    return _PLAIN.encode(value)
 
 
 def sorted_json(value: object) -> str:
     """The same, whatever order the keys had."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return _SORTED.encode(value)

@@ -40,7 +40,7 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformer
             self.has_previous_state[index] = True
 
 
-class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMajorLayer):  # type: ignore[misc]  # as above
+class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMajorLayer):  # type: ignore[misc]  # untyped base
     """A `LinearAttentionAndFullAttentionLayer` whose attention part is token-major."""
 
     is_compileable = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.people.bench.grid.competition import LEAST_SHARE
@@ -155,7 +155,7 @@ def with_options(
     Raises:
         ValueError: something cannot be read or is out of range.
     """
-    given: dict[str, object] = {name: value for name, value in others.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
     if shapes is not None:
         given["shapes"] = tuple(_words(shapes))
     if lengths is not None:
@@ -164,7 +164,7 @@ def with_options(
         given["shares"] = tuple(_number(word, float, "--shares") for word in _words(shares))
     if stores is not None:
         given["sources"] = tuple(Source.parse(word) for word in _words(stores))
-    return replace(preset, device=device, **given)  # type: ignore[arg-type]  # the names come from the signature above
+    return replace(preset, device=device, **given)
 
 
 def _words(text: str) -> Iterable[str]:
