@@ -69,14 +69,13 @@ def cell_figures(compute: Sample, load: Sample, both: Sample, limit: float, goal
     """
     better = min(compute, load, key=lambda sample: sample.median)
     etas, sigmas = Sample(tuple(limit / t for t in both.values)), _sigmas(compute, load, both)
-    sigma = both.median / compute.median + both.median / load.median
     return {
         "load_seconds": Figure.of("load-only", load),
         "both_seconds": Figure.of("both", both),
         "limit_seconds": Figure("T*, the limit", limit, limit, limit, "s"),
         "ratio": Figure("both over the better one", *ratio(both, better), "x", goals.ratio),
         "eta": Figure("eta = T* / T", limit / both.median, *etas.spread, "x", goals.eta),
-        "sigma": Figure("sigma", sigma, *sigmas.spread, "x", goals.sigma),
+        "sigma": Figure("sigma", sigmas.median, *sigmas.spread, "x", goals.sigma),
     }
 
 

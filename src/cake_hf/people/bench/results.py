@@ -48,7 +48,7 @@ class Figure:
 
     @classmethod
     def ratio(cls, label: str, above: Sample, below: Sample, goal: Goal | None = None) -> Figure:
-        """The ratio of two samples' medians; its spread is that of the rounds' own ratios."""
+        """How one sample compares with another, round by round; see `timing.ratio`."""
         return cls(label, *ratio(above, below), "x", goal)
 
     def prefixed(self, words: str) -> Figure:

@@ -54,6 +54,9 @@ def interleave(arms: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, li
 
 
 def ratio(above: Sample, below: Sample) -> tuple[float, float, float]:
-    """Ratio of the medians, and the spread of the ratios that the single rounds showed."""
+    """The median of the ratios that the single rounds showed, and their spread.
+
+    Not the ratio of the medians, which may come from rounds that ran at different times, on a machine of another speed.
+    """
     by_round = Sample(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
-    return above.median / below.median, *by_round.spread
+    return by_round.median, *by_round.spread
