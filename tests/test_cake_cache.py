@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
+from cake_hf.cache.generate import _CACHE_OPTIONS
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, difference, oracle, prompt, run, run_ahead, shared_model
 from stored import filled_store
 from streamed import Collector
@@ -138,6 +140,11 @@ def test_generate_function_serves_models_without_logits_to_keep(
     assert result.past_key_values.report.chunks_loaded == CHUNKS
     monkeypatch.undo()
     assert torch.equal(result.sequences, oracle(model, prompt(), max_new_tokens=8).tokens)
+
+
+def test_generate_function_takes_all_options_of_a_cache() -> None:
+    options = set(inspect.signature(CakeCache).parameters) - {"model", "store"}
+    assert set(_CACHE_OPTIONS) == options
 
 
 def test_generate_function_refuses_a_cache(model: torch.nn.Module, store: MemoryStore) -> None:

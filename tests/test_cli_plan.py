@@ -82,6 +82,23 @@ def test_measured_costs(command: Command, measured: Path) -> None:
     assert line(result, "both ends").endswith("1.50 s 1.50x")
 
 
+def test_measured_costs_are_of_as_many_threads(command: Command, tmp_path: Path) -> None:
+    """Two at a time wait their 0.2 s at once; asked for one, it waits each time."""
+    learner = CostLearner()
+    learner.saw_compute(0, 0.5)
+    learner.saw_loads(2**20, [(0.0, 0.2), (0.0, 0.2), (0.2, 0.4), (0.2, 0.4)])
+    path = tmp_path / "costs.json"
+    path.write_text(learner.to_json())
+    assert line(command("--chunks", 4, "--costs", path), "loading") == "1.0 MiB every 100 ms"
+    assert line(command("--chunks", 4, "--costs", path, "--threads", 1), "loading") == "1.0 MiB every 200 ms"
+
+
+def test_a_file_of_costs_and_a_model_exclude_each_other(command: Command, measured: Path) -> None:
+    result = command("--chunks", 4, "--costs", measured, "--model", "gpt2", "--store", "memory:")
+    assert result.exit_code == 2
+    assert "leave out --model and --store" in " ".join(result.stderr.split())
+
+
 def test_options_override_measured_costs(command: Command, measured: Path) -> None:
     result = command("--chunks", 9, "--costs", measured, "--compute-base", 5, "--chunk-mib", 2)
     assert line(result, "loading") == "2.0 MiB every 500 ms"

@@ -153,9 +153,11 @@ def test_a_pack_among_tiers_is_never_written() -> None:
     assert TierStore([Sealed()]).read_only
 
 
-def test_a_caches_limits_bound_what_its_tiers_hold() -> None:
-    for limits, expected in ((None, Limits().tier_queue_bytes), (Limits(tier_queue_bytes=5000), 5000)):
+def test_a_caches_limits_bound_what_its_tiers_hold_and_how_long_closing_takes() -> None:
+    for limits in (None, Limits(tier_queue_bytes=5000, exit_flush_seconds=0.5)):
         with open_store(["memory:1MB", "memory:2MB"], limits) as tiers:
+            expected = limits or Limits()
             assert isinstance(tiers, TierStore)
-            assert tiers._behind.has_room(expected)
-            assert not tiers._behind.has_room(expected + 1)
+            assert tiers._behind.has_room(expected.tier_queue_bytes)
+            assert not tiers._behind.has_room(expected.tier_queue_bytes + 1)
+            assert tiers._behind._exit_seconds == expected.exit_flush_seconds

@@ -862,6 +862,8 @@ def test_tiers_are_opened_from_what_users_write(tmp_path: Path) -> None:
     assert [one.closed for one in (*opened, own)] == [1, 1, 1, 0]
     with pytest.raises(StoreError, match="list of stores is empty"):
         open_tiers([], open_one)
+    with pytest.raises(StoreError, match="another must be written at once"):
+        open_tiers([Tier(MemoryStore(), write="behind")], open_one)
 
 
 # The background on its own.

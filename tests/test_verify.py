@@ -13,15 +13,17 @@ import pytest
 
 from cake_hf import CakeCache
 from cake_hf.people import recompute as recompute_module
-from cake_hf.people.recompute import Comparing
+from cake_hf.people.recompute import Comparing, RecomputeJob, recompute_prompt
 from cake_hf.people.verify import verify
-from cake_hf.stores import LocalStore
+from cake_hf.stores import LocalStore, MemoryStore
 from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import check_file, parse_header
 from cake_hf.tensors.forgery import blank, forge, one_bit
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command, save_model, write_text
+from families import family_model
 from models import difference, expected, prompt, run, shared_model
+from pack_files import write_folder
 from stored import filled_store, keys_in_order
 
 CHUNK = 16
@@ -237,6 +239,34 @@ def test_several_prompts(tmp_path: Path, store: LocalStore, model: Path, text: P
     said = recompute(store, model, "--prompt", text, "--prompt", other)
     assert said.startswith("1 ")
     assert f"{CHUNKS + 4} chunks of {CHUNKS + 4} computed again, 1 are not" in said
+
+
+def test_a_pack_is_recomputed_as_well(tmp_path: Path, model: Path, text: Path, store: LocalStore) -> None:
+    """What nobody can write to can be compared with all the same. The pack's digests are of the lie."""
+    keys = keys_in_order(store)
+    rewrite(store, keys[4], forge)
+    content = {key: bytes(store.read(key) or b"") for key in keys}
+    folder = write_folder(tmp_path / "pack", content)
+    options = ("--recompute", "100%", "--model", model, "--chunk-size", CHUNK, "--prompt", text)
+    result = run_command("verify", f"pack:{folder}", *options)
+    assert result.exit_code == 1, result.output
+    assert f"{CHUNKS} chunks of {CHUNKS} computed again, 1 are not" in flat(result.output)
+
+
+def test_snapshots_of_recurrent_models_are_recomputed_as_well() -> None:
+    """Wherever in the prompt they were kept."""
+    chunk_model, store, ids = family_model("qwen3_next"), MemoryStore(), prompt()
+    with CakeCache(chunk_model, store, chunk_size=CHUNK, snapshot_every=2) as cache:
+        cache.prefill(ids)
+        assert cache.flush(60)
+        chunks, snapshots = cache.report.chunks_saved, cache.report.states_saved
+    assert snapshots > 1
+    job = RecomputeJob("", [], 1.0, chunk_size=CHUNK)
+    result = recompute_prompt(job, store, chunk_model, ids, "a prompt")
+    assert (result.sampled, result.stored, result.bad) == (chunks + snapshots, chunks + snapshots, [])
+    lie = max(store.keys(), key=lambda key: parse_header(bytes(store.read(key) or b""))[0].key)
+    store.write(lie, [forge(bytes(store.read(lie) or b""))], replace=True)
+    assert [chunk.key for chunk in recompute_prompt(job, store, chunk_model, ids, "a prompt").bad] == [lie]
 
 
 @pytest.mark.parametrize("options", [("--salt", "a"), ("--dtype", "bfloat16"), ("--no-exact",)])

@@ -41,16 +41,6 @@ class Plan:
     curve: tuple[float, ...] = ()
 
     @property
-    def compute_seconds(self) -> float | None:
-        """Predicted if all is computed."""
-        return self.curve[-1] if self.curve else None
-
-    @property
-    def load_seconds(self) -> float | None:
-        """Predicted if all that is stored is loaded."""
-        return self.curve[0] if self.curve else None
-
-    @property
     def gain(self) -> float | None:
         """How many times faster than the better of the two methods alone; at least 1."""
         if not self.curve or self.predicted_seconds is None:

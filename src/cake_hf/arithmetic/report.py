@@ -51,7 +51,7 @@ class Report:
         bytes_loaded, bytes_saved: payload bytes, of chunks and states.
         prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
         timeline: who did which chunk, from when to when.
-        reason: empty, or why the prompt was computed plainly instead of restored.
+        reason: empty, or why the prompt, or a part of it, was not restored.
     """
 
     tokens: int = 0

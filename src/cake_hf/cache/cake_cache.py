@@ -164,7 +164,7 @@ class CakeCache(RestoringCache):
             into: one to fill again, instead of a new one. Its tensors stay where they are, so nothing is compiled anew.
 
         Raises:
-            ValueError: there is no room for what is in here and one token more.
+            ValueError: there is no room for what is in here and one token more, or `into` was made for other rows.
             CakeError: the model does not keep full attention in all layers.
         """
         return to_static(self, self._session.model.config, max_cache_len, into)

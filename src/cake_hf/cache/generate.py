@@ -11,7 +11,7 @@ from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.support import resolve_model
 from cake_hf.stores.opening import StoreSpec
 
-_CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits")
+_CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every")
 
 
 def generate(
@@ -26,13 +26,14 @@ def generate(
         model: a decoder-only transformers model.
         inputs: `[batch, tokens]` token ids; or pass `input_ids=...`.
         store: as for `CakeCache`.
-        **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits) and of `model.generate`.
+        **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every) and of
+            `model.generate`.
 
     Returns:
         What `model.generate` returns.
 
     Raises:
-        ValueError: `past_key_values` is given; use a `CakeCache` and `model.generate` for that.
+        ValueError: `past_key_values` is given; use a `CakeCache` and `model.generate` for that. Or as `CakeCache` raises.
         CakeError: as `CakeCache` raises.
     """
     if kwargs.get("past_key_values") is not None:

@@ -34,7 +34,7 @@ def to_static(cache: Cache, config: Any, max_cache_len: int, into: StaticCache |
     rows = [states.shape[0] for states in (cache.layers[0].keys,) if states is not None]
     if static.layers[0].is_initialized and rows not in ([], [static.layers[0].batch_size]):
         raise ValueError(
-            f"The cache has {rows[0]} rows, the one to fill again was made for {static.layers[0].batch_size}."
+            f"The cache has {rows[0]} rows, the one to fill again was made for {static.layers[0].batch_size}; leave out `into`."
         )
     static.reset()
     return _refilled(static, cache)

@@ -19,7 +19,7 @@ from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import CUT_IMAGE, batch_reason, kept_reason, unlike_reason
+from cake_hf.cache.support import batch_reason, cut_image_reason, kept_reason, unlike_reason
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
@@ -264,7 +264,7 @@ class RestoringCache(GuardedCache):
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
         if (whole := call.whole_chunks(session.chunk_size)) < chunks:
-            chunks, report.reason = whole, CUT_IMAGE.format(call.past // session.chunk_size + whole)
+            chunks, report.reason = whole, cut_image_reason(call.past // session.chunk_size + whole)
         self._busy = True
         try:
             on_schedule = call.past == len(self._known) * session.chunk_size

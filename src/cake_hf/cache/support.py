@@ -23,11 +23,6 @@ from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.weights import unknown_weights
 
-CUT_IMAGE = (
-    "from chunk {} on the prompt is computed in one piece, since an image lies across that chunk's end, and its tokens see "
-    "each other in both directions; another chunk_size may cut elsewhere"
-)
-
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model itself, also when it is wrapped by PEFT."""
@@ -106,6 +101,14 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     if not any(keeps_tokens(layer) for layer in like):
         return "this model keeps no attention at all, so its cache cannot tell how long it is"
     return ""
+
+
+def cut_image_reason(chunk: int) -> str:
+    """Why all from that chunk on is the last piece."""
+    return (
+        f"from chunk {chunk} on the prompt is computed in one piece, since an image lies across that chunk's end, and its "
+        "tokens see each other in both directions; another chunk_size may cut elsewhere"
+    )
 
 
 def batch_reason(layers: list[Any]) -> str:

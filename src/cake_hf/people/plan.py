@@ -61,8 +61,9 @@ def plan_command(
         float | None, typer.Option(help="Milliseconds until a load's first byte; 0 if not given.")
     ] = None,
     threads: Annotated[
-        int, typer.Option(help="Loads at a time; they share the bandwidth and overlap the latency.")
-    ] = 1,
+        int | None,
+        typer.Option(help="Loads at a time; they share the bandwidth and overlap the latency. As measured, or 1."),
+    ] = None,
     suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's last piece.")] = 0.0,
     gpu_share: Annotated[
         float, typer.Option(help="Part of the device's compute, above 0 to 1, that computing chunks gets.")
@@ -81,6 +82,8 @@ def plan_command(
         _refuse_outside("--tokens", tokens, 1, MAX_TOKENS)
     if chunk_size is not None:
         _refuse_outside("--chunk-size", chunk_size, MIN_CHUNK_SIZE, MAX_TOKENS)
+    if costs is not None and (model or store):
+        raise ValueError("--costs brings costs of its own; leave out --model and --store.")
     known, measured = None, Costs()
     if model or store:
         if not (model and store and (tokens or chunks)):
@@ -262,7 +265,11 @@ def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float
 
 
 def _load_cost(
-    measured: LoadCost | None, chunk_mib: float | None, gbps: float | None, latency_ms: float | None, threads: int
+    measured: LoadCost | None,
+    chunk_mib: float | None,
+    gbps: float | None,
+    latency_ms: float | None,
+    threads: int | None,
 ) -> LoadCost:
     given_bytes = None if chunk_mib is None else chunk_mib * MIB
     given_bandwidth = None if gbps is None else gbps * GIGA / BITS_PER_BYTE
@@ -271,7 +278,7 @@ def _load_cost(
         latency=_given("--latency-ms", given_latency, measured.latency if measured else 0.0),
         bandwidth=_given("--gbps", given_bandwidth, measured.bandwidth if measured else None),
         chunk_bytes=_given("--chunk-mib", given_bytes, measured.chunk_bytes if measured else None),
-        threads=threads,
+        threads=threads if threads is not None else measured.threads if measured else 1,
     )
 
 

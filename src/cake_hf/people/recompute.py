@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cake_hf.arithmetic.errors import CakeError, StoreError
+from cake_hf.arithmetic.keys import state_key
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
 from cake_hf.people.console import console, progress_bar
@@ -114,6 +115,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
         exact=job.exact,
         strategy="compute",
         limits=limits,
+        snapshot_every=1,  # wherever the store may have one
     ) as cache:
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar(f"computing {name}", "chunks") as show:
@@ -158,13 +160,14 @@ class Comparing(WrapperStore):
         asked: whether the cache has asked for chunks at all.
         stored: how many of the chunks asked for are there.
         sample: keys of those that are compared.
-        last: how many chunks have to be computed for that.
+        last: how many of the prompt's chunks have to be computed for that.
         compared: how many have been.
         bad: those that differ.
     """
 
     def __init__(self, inner: Store, share: float, seed: int) -> None:
         super().__init__(inner)
+        self.read_only = False  # what is written is compared and goes nowhere, so a pack will do
         self._share, self._seed = share, seed
         self._lock = threading.Lock()
         self.asked = False
@@ -175,7 +178,9 @@ class Comparing(WrapperStore):
     def contains(self, keys: Sequence[str]) -> list[bool]:
         stored = [index for index, has in enumerate(self.inner.contains(keys)) if has]
         chosen = random.Random(self._seed).sample(stored, math.ceil(self._share * len(stored)))
-        self.asked, self.stored, self.last = True, len(stored), max(chosen, default=-1) + 1
+        snapshots = {state_key(key): number for number, key in enumerate(keys)}
+        numbers = [snapshots.get(keys[index], index) for index in chosen]
+        self.asked, self.stored, self.last = True, len(stored), max(numbers, default=-1) + 1
         self.sample = {keys[index] for index in chosen}
         return [False] * len(keys)
 

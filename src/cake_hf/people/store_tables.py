@@ -63,11 +63,10 @@ def chunk_facts(chunk: StoredChunk) -> RenderableType:
     )
 
 
-def show_verified(name: str, result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
+def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
     """The damaged chunks, if any, and what to do about them.
 
     Args:
-        name: of the store.
         result: of the check of all chunks.
         bad: the damaged ones, by whatever check.
         deleted: how many of them are gone.
@@ -86,9 +85,7 @@ def show_verified(name: str, result: Verified, bad: Sequence[BadChunk], deleted:
     if deleted:
         console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
     elif any(chunk.corrupt for chunk in bad):
-        console.print(
-            f"Delete them with the same command and  [bold]--fix[/bold]: cake-hf verify {name} --fix", soft_wrap=True
-        )
+        console.print("Delete them with the same command and [bold]--fix[/bold].")
 
 
 def show_recomputed(result: Recomputed) -> None:

@@ -58,7 +58,7 @@ def verify_command(
         recomputed = recompute(job, opened) if job else None
         bad = _together(result.bad, recomputed.bad if recomputed else [])
         deleted = delete(opened, bad) if fix else 0
-    show_verified(store, result, bad, deleted)
+    show_verified(result, bad, deleted)
     if recomputed:
         show_recomputed(recomputed)
     if deleted < len(bad):

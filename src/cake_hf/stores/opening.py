@@ -85,7 +85,7 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
             `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
             returned as it is. Without it, the environment variable `CAKE_HF_STORE` names a path or a URL.
-        limits: of tiers, for their `tier_queue_bytes`; the defaults where it is None.
+        limits: of tiers, for their `tier_queue_bytes` and `exit_flush_seconds`; the defaults where it is None.
 
     Raises:
         StoreError: an unknown URL scheme, a client library that is not installed, a place that cannot be a store, or nothing is
@@ -96,7 +96,7 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
     if isinstance(spec, Store):
         return spec
     if isinstance(spec, (list, tuple)):
-        return open_tiers(spec, open_store, (limits or Limits()).tier_queue_bytes)
+        return open_tiers(spec, open_store, limits)
     if not isinstance(spec, (str, os.PathLike)):
         raise StoreError(f"A store is a path, a URL, a Store or a list of these, not {type(spec).__name__}.")
     text = os.fspath(spec)

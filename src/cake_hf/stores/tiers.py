@@ -271,21 +271,21 @@ class TierStore(Store):
             place.standing.count(skipped=1)
 
 
-def open_tiers(
-    specs: Sequence[object], open_one: Callable[[Any], Store], queue_bytes: int = Limits.tier_queue_bytes
-) -> TierStore:
+def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits: Limits | None = None) -> TierStore:
     """Tiers from what a user writes for each of them; chunks are checked before they are copied to a nearer tier.
 
     Args:
         specs: nearest first: what `open_one` takes, or a `Tier`, or a list of those, which are equally near then.
         open_one: opens one store. What it makes is owned, so it is closed with the tiers; a store object is left open.
-        queue_bytes: as in `TierStore`.
+        limits: how many bytes may wait for the background (`tier_queue_bytes`), and how long closing waits for it
+            (`exit_flush_seconds`); the defaults where it is None.
 
     Raises:
-        StoreError: there is none, or one cannot be opened; those before it are closed again.
+        StoreError: there is none, one cannot be opened, or they do not go together; what was opened is closed again.
     """
     from cake_hf.tensors.codec import check_file  # not above, since it brings in torch
 
+    limits = limits or Limits()
     if not specs:
         raise StoreError('The list of stores is empty; give one or more, such as ["memory:4GB", "~/.cache/cake_hf"].')
     with ExitStack() as opened:
@@ -299,6 +299,14 @@ def open_tiers(
             return Tier(store, owned=store is not spec)
 
         levels = [[tier(one) for one in spec] if isinstance(spec, (list, tuple)) else tier(spec) for spec in specs]
-        tiers = TierStore(levels, queue_bytes=queue_bytes, check=check_file)
+        try:
+            tiers = TierStore(
+                levels,
+                queue_bytes=limits.tier_queue_bytes,
+                close_seconds=limits.exit_flush_seconds,
+                check=check_file,
+            )
+        except ValueError as error:
+            raise StoreError(str(error)) from error
         opened.pop_all()
         return tiers

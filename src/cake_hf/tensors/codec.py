@@ -8,7 +8,7 @@ The metadata has a checksum of each piece, so that a part of a chunk can be read
 the header.
 
 All chunks of one layout have headers of one length. So a reader knows the whole file's shape beforehand and brings
-header and payload, scattered to their places, in a single positional read.
+header and payload, scattered to their places, in one pass.
 """
 
 from __future__ import annotations

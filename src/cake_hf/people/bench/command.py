@@ -38,7 +38,8 @@ MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
 
 
 HELP = (
-    "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk.\n\n"
+    "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk, "
+    "the weights' checksum, loading against bare reads, bookkeeping.\n\n"
     "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
     "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device. `cake-hf bench stores` "
@@ -95,6 +96,7 @@ def bench(
         console.print(build_tables(results))
     line = json.dumps(outcome)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(line + "\n")
     typer.echo(line)
     faults = [*outcome["parity"]["mismatches"], *outcome["failures"]]

@@ -28,7 +28,7 @@ class Figure:
 
     Attributes:
         label: what it is, for people.
-        value: a median, or a ratio of medians.
+        value: a median; of ratios, over those of the rounds.
         low, high: the spread over the rounds (see `Sample.spread`).
         unit: "s", "ms", "x" for ratios, "chunks".
         goal: None where the number is there to explain others.

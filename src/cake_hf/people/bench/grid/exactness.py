@@ -60,7 +60,7 @@ class _Outcome:
 
 
 def runs_of(chunks: int) -> int:
-    """How many runs `check` has for a prompt of so many chunks."""
+    """How many runs an `Examination` has for a prompt of so many chunks."""
     return 3 + (chunks - 1) + 2 * len(FAULT_SEEDS) + 2
 
 
