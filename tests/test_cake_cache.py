@@ -147,6 +147,32 @@ def test_generate_function_takes_all_options_of_a_cache() -> None:
     assert set(_CACHE_OPTIONS) == options
 
 
+@pytest.mark.parametrize("change", ["reset", "crop"])
+def test_a_prefill_that_was_undone_is_not_reported(change: str, model: torch.nn.Module, store: MemoryStore) -> None:
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+        cache.reset() if change == "reset" else cache.crop(-cache.get_seq_length())
+        run(model, prompt(CHUNK - 3, seed=4), cache)
+        assert (cache.report.tokens, cache.report.chunks_computed) == (CHUNK - 3, 0)
+
+
+def test_an_interrupted_forward_does_not_lower_the_guard(model: torch.nn.Module, store: MemoryStore) -> None:
+    """Ctrl-C comes past torch's hooks behind a forward. From the next forward of the model on all is as it was."""
+
+    def interrupt(module: torch.nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        handle = model.model.layers[0].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, prompt(CHUNK - 3), cache)
+        handle.remove()
+        cache.reset()
+        run(model, prompt(CHUNK - 3), cache)
+        with pytest.raises(ForeignModel), torch.no_grad():
+            build("llama", seed=7)(prompt(3), past_key_values=cache)
+
+
 def test_generate_function_refuses_a_cache(model: torch.nn.Module, store: MemoryStore) -> None:
     with pytest.raises(ValueError, match="makes its own cache"):
         cake_hf.generate(model, prompt(), store=store, past_key_values=DynamicCache())

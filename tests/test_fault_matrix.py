@@ -57,8 +57,8 @@ MISSED, FAILED = (1, 0), (0, 1)
 COUNTS = {"drop": MISSED, "truncate": FAILED, "flip": FAILED, "error": FAILED, "stall": FAILED, "tear": FAILED}
 """Chunks missed and failed, for one fault of a kind. What a lie does stands at the end."""
 
-HEALED = {"truncate", "flip", "tear"}
-"""Faults after which the store gets the chunk anew: it has one that is no good. The others say nothing about the chunk."""
+HEALED = {"drop", "truncate", "flip", "tear"}
+"""Faults after which the store gets the chunk anew: it has lost it, or what it has is no good."""
 
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
 

@@ -105,6 +105,32 @@ def test_other_settings_miss(options: dict[str, object]) -> None:
     assert loaded(shared_model("llama"), filled(shared_model("llama")), **options) == 0
 
 
+def test_other_kernels_miss() -> None:
+    model = build("llama", "bfloat16")
+    store = filled(model)
+    torch.backends.mkldnn.set_flags(False)
+    try:
+        assert loaded(model, store) == 0
+    finally:
+        torch.backends.mkldnn.set_flags(True)
+    assert loaded(model, store) == CHUNKS
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such setting")
+@pytest.mark.parametrize("where", ["matmul", "conv"])
+def test_another_precision_set_in_torchs_new_way_misses(where: str) -> None:
+    """From then on torch refuses to say it in the old way: that must not end in an error."""
+    model = build("llama")
+    store = filled(model)
+    setting = getattr(torch.backends.mkldnn, where)
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        assert loaded(model, store) == 0
+    finally:
+        setting.fp32_precision = before
+    assert loaded(model, store) == CHUNKS
+
+
 def test_other_threads_miss_unless_inexact() -> None:
     model = shared_model("llama")
     exact, inexact = filled(model), filled(model, exact=False)

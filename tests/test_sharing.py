@@ -19,7 +19,9 @@ from cake_hf.testing.contract import run_together
 from forwards import before_forward
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
 from stored import filled_store
-from waiting import PATIENCE, await_true
+from waiting import PATIENCE, await_answer, await_true
+
+LIMITS = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
 
 BYTES = torch.arange(4, dtype=torch.uint8)
 
@@ -255,3 +257,26 @@ def test_many_prompts_at_once(strategy: str, tmp_path: Path) -> None:
     if strategy == "load":  # else reads that were overtaken may still be under way, and count no more
         assert watched.most <= budget
         assert watched.most_of_a_key == 1
+
+
+def test_a_prompt_that_is_done_waits_for_no_other_prompts_reads() -> None:
+    """Its loaders have waited for a place among the reads, and are not needed any more."""
+    model, other = shared_model("llama"), prompt(seed=5)
+    inner = filled_store(model)
+    with CakeCache(model, inner, chunk_size=CHUNK) as cache:
+        run(model, other, cache)
+        assert cache.flush(60)
+    gate = GateStore(inner)
+    with (
+        CakeCache(model, gate, chunk_size=CHUNK, strategy="load", limits=LIMITS) as slow,
+        CakeCache(model, gate, chunk_size=CHUNK, limits=LIMITS) as quick,
+    ):
+        thread = threading.Thread(target=run, args=(model, prompt(), slow))
+        thread.start()
+        gate.await_begun(LIMITS.loader_threads)
+        outcome = await_answer(lambda: run(model, other, quick))
+        assert (quick.report.chunks_loaded, quick.report.chunks_computed) == (0, CHUNKS)
+        gate.open()
+        thread.join(60)
+        assert slow.report.chunks_loaded == CHUNKS
+    assert difference(outcome, oracle(model, other)) == ""

@@ -6,12 +6,12 @@ passes untouched.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cake_hf.arithmetic.turns import Turns
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cake_hf.cache.restoring import RestoringCache
 
 _hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_turns = Turns()
 
 
 class ModelHook:
@@ -45,7 +45,7 @@ class ModelHook:
     @classmethod
     def attach(cls, model: torch.nn.Module) -> ModelHook:
         """The model's hook, with one user more."""
-        with _lock:
+        with _turns:
             hook = _hooks.get(model)
             if hook is None:
                 hook = _hooks[model] = cls(model)
@@ -53,14 +53,16 @@ class ModelHook:
             return hook
 
     def detach(self) -> None:
-        """One user less; the last one takes the hooks off the model."""
-        with _lock:
-            self._users -= 1
-            if self._users == 0:
-                for handle in self._handles:
-                    handle.remove()
-                for model in [model for model, hook in _hooks.items() if hook is self]:
-                    del _hooks[model]
+        """One user less; the last one takes the hooks off the model. For finalizers, too."""
+        _turns.soon(self._detach)
+
+    def _detach(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            for handle in self._handles:
+                handle.remove()
+            for model in [model for model, hook in _hooks.items() if hook is self]:
+                del _hooks[model]
 
 
 def _forget_copied(model: torch.nn.Module) -> None:

@@ -102,8 +102,7 @@ def look_up(
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
-        objection = session.store.objection(namespace, session.namespace_facts)
-        report.reason = objection or "the store has none of the prompt's chunks yet"
+        report.reason = _objection(session, namespace) or "the store has none of the prompt's chunks yet"
     layout = session.layout()
     first_span = len(report.timeline)
     return Prompt(
@@ -130,13 +129,21 @@ def off_schedule(session: Session, call: ForwardCall, chunks: int, report: Repor
     return Prompt(call, 0, chunks, "", [], "", none, none, session.layout(), session.state_layout(), report, started)
 
 
+def _objection(session: Session, namespace: str) -> str:
+    try:
+        return session.store.objection(namespace, session.namespace_facts)
+    except Exception as error:  # whatever a store's author has made of it: the prompt must not suffer from it
+        return f"the store could not be asked: {error}"
+
+
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
         return [False] * len(keys)
     begin = time.monotonic()
     try:
-        return call_with_deadline(lambda: session.store.contains(keys), session.limits.lookup_timeout, "lookup")
+        mask = call_with_deadline(lambda: session.store.contains(keys), session.limits.lookup_timeout, "lookup")
+        return [bool(has) for _, has in zip(keys, mask, strict=True)]
     except Exception as error:
         logger.warning("The store cannot be asked for chunks; the prompt is computed. %s", error)
         report.reason = f"the store could not be asked: {error}"

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -87,6 +88,8 @@ class Restore:
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
+        # What is called by those whom the restore holds must not hold it: KV would wait for the collector.
+        me = weakref.proxy(self)
         like = kv_like(session.model)
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
@@ -99,7 +102,7 @@ class Restore:
             session.chunk_size,
             prompt.call.past,
             prompt.state_layout,
-            self._loaded_block,
+            lambda index: cast(Restore, me)._loaded_block(index),
             self._states.get,
         )
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states)
@@ -120,7 +123,13 @@ class Restore:
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         on_host = is_host_place(buffers)
         self._frontier = new_frontier(
-            session, prompt, self._plan.usable, costs, ranges, on_host=on_host, can_run=self._can_run
+            session,
+            prompt,
+            self._plan.usable,
+            costs,
+            ranges,
+            on_host=on_host,
+            can_run=lambda index: cast(Restore, me)._can_run(index),
         )
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
@@ -159,6 +168,7 @@ class Restore:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
         """
         self._settle_in()
+        self._session.sharing.wake()  # loaders that wait for other prompts' reads to end are not needed any more
         if not self._frontier.left_behind():
             for thread in self._threads:
                 thread.join()
@@ -232,10 +242,10 @@ class Restore:
             wait_for_devices(self._devices)
             self.prompt.record("compute", index, begin, time.monotonic(), "left")
             return False
-        corrupt = self._frontier.outcomes().get(index) is Outcome.CORRUPT
+        load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
-        self._save(index, corrupt=corrupt)
+        self._save(index, load)
         return True
 
     def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
@@ -260,8 +270,8 @@ class Restore:
         loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
         return self._windows.block(index) if loaded else None
 
-    def _save(self, index: int, *, corrupt: bool = False) -> None:
-        self._saver.chunk(index, corrupt=corrupt)
+    def _save(self, index: int, load: Outcome | None = None) -> None:
+        self._saver.chunk(index, load)
         self._saver.state(index)
 
     def _take_over(self, index: int, flight: Flight) -> bool:

@@ -84,11 +84,12 @@ class RestoringCache(GuardedCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        self._prefilled = None
         del self._known[self.get_seq_length() // self._session.chunk_size :]
 
     def reset(self) -> None:
         super().reset()
-        self._known = []
+        self._known, self._prefilled = [], None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -114,7 +115,10 @@ class RestoringCache(GuardedCache):
     def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
         if model is not self._session.model:
             raise self._foreign()
-        rewritten = None if self._busy else self._handle(model, args, kwargs)
+        rewritten = None
+        if not self._busy:
+            self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
+            rewritten = self._handle(model, args, kwargs)
         self._depth += 1
         return rewritten
 
@@ -149,7 +153,7 @@ class RestoringCache(GuardedCache):
         self._prefilled = None
         if call.is_batch:
             return self._handle_batch(call)
-        if prefilled is not None and call.tokens < size and past == len(self._known) * size:
+        if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
             self._tail = Tail(prefilled, time.monotonic())
             return None
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
@@ -164,6 +168,12 @@ class RestoringCache(GuardedCache):
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
+
+    def _is_rest(self, call: ForwardCall) -> bool:
+        """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
+        others."""
+        size = self._session.chunk_size
+        return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`, for several prompts, or a padded one."""

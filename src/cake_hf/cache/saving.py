@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.frontier import Outcome
 from cake_hf.cache.carried import Carried
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.prompt import Prompt
@@ -40,10 +41,16 @@ class Saver:
         self._carried = carried
         self._stored = stored
 
-    def chunk(self, index: int, *, corrupt: bool = False) -> None:
-        """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order."""
+    def chunk(self, index: int, load: Outcome | None = None) -> None:
+        """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order.
+
+        Args:
+            index: of the chunk.
+            load: how the attempt to load it ended, if there was one.
+        """
         session, prompt = self._session, self._prompt
-        if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt):
+        corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
+        if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
             return
         pieces = partial(self.pieces, index)
         session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)

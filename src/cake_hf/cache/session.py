@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,10 @@ class Session:
         self.sharing = sharing_of(self.store)
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
         self._count_lock = threading.Lock()
-        owned = None if self.store is store else self.store
-        # Runs once: on close(), or when the last cache of this session is gone.
-        self._release = weakref.finalize(self, _release, ModelHook.attach(model), self._writer, owned)
+        self._owned = None if self.store is store else self.store
+        self._hook = ModelHook.attach(model)
+        # When the last cache of this session is gone, and nobody has closed it.
+        self._release = weakref.finalize(self, _forsake, self._hook, self._writer, self._owned)
         self._release.atexit = False
 
     @property
@@ -79,9 +81,11 @@ class Session:
     def close(self) -> bool:
         """Remove the hook, save what is queued (with a bound), close the store if it is ours; False on time-out."""
         flushed = True
-        if self._release.alive:
+        if self._release.detach():
             flushed = self._writer.close()
-            self._release()
+            _release(self._hook, self._writer)
+            if self._owned is not None and self._writer.flush(0):
+                self._owned.close()
         return flushed
 
     @property
@@ -160,9 +164,17 @@ class Session:
             done(False)
 
 
-def _release(hook: ModelHook, writer: Writer, owned: Store | None) -> None:
-    """What is left to do when nobody holds the session any more; knows nothing of the session itself."""
+def _release(hook: ModelHook, writer: Writer) -> None:
     hook.detach()
     writer.retire()
+
+
+def _forsake(hook: ModelHook, writer: Writer, owned: Store | None) -> None:
+    """What is left to do when nobody holds the session any more; knows nothing of the session itself.
+
+    The collector calls it, in whatever thread it runs: nothing in here waits. To close tiers may take long.
+    """
+    _release(hook, writer)
     if owned is not None and writer.flush(0):
-        owned.close()
+        with suppress(RuntimeError):  # no more threads, or the interpreter ends: then it ends without
+            threading.Thread(target=owned.close, name="cake-close", daemon=True).start()

@@ -73,16 +73,12 @@ class Writer:
             return not self._closed and self._bytes + nbytes <= self._capacity
 
     def offer(self, job: SaveJob) -> bool:
-        """Queue a chunk; False, and nothing happens, when it does not fit or the writer is closed."""
+        """Queue a chunk; False, and nothing happens, where it does not fit, the writer is closed, or can have no thread."""
         with self._changed:
-            if self._closed or self._bytes + job.layout.nbytes > self._capacity:
+            if self._closed or self._bytes + job.layout.nbytes > self._capacity or not self._has_thread():
                 return False
             self._queue.append(job)
             self._bytes += job.layout.nbytes
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="cake-writer", daemon=True)
-                self._thread.start()
-                atexit.register(self.close)
             self._changed.notify_all()
             return True
 
@@ -106,6 +102,18 @@ class Writer:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _has_thread(self) -> bool:
+        """Start the thread if there is none; False where the system gives no more threads."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="cake-writer", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return False
+            self._thread = thread
+            atexit.register(self.close)
+        return True
 
     def _run(self) -> None:
         # Only Linux has a niceness per thread; elsewhere this lowers nothing or is refused.

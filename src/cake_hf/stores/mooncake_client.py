@@ -13,12 +13,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.sizes import parse_bytes
+from cake_hf.arithmetic.turns import Turns
 
 PROTOCOLS = ("tcp", "rdma")
 
@@ -171,25 +173,27 @@ class Member:
 
 
 _members: dict[Settings, Member] = {}
-_lock = threading.Lock()
+_turns = Turns()
 
 
 def join(settings: Settings) -> Member:
     """The process's membership with these settings; asks nothing of the cluster yet."""
-    with _lock:
+    with _turns:
         member = _members.setdefault(settings, Member(settings))
         member.stores += 1
         return member
 
 
 def leave(member: Member) -> None:
-    """A store is done with its membership; that of the last one ends it."""
-    with _lock:
-        member.stores -= 1
-        if member.stores:
-            return
+    """A store is done with its membership; that of the last one ends it. For finalizers, too."""
+    _turns.soon(partial(_leave, member))
+
+
+def _leave(member: Member) -> None:
+    member.stores -= 1
+    if not member.stores:
         _members.pop(member.settings, None)
-    member.retire()
+        member.retire()
 
 
 @atexit.register

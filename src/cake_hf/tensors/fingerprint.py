@@ -9,7 +9,9 @@ import hashlib
 import json
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +23,27 @@ from cake_hf.tensors.weights import weights
 HASHED_BLOCK = 2**15
 """64-bit words per row of the on-device checksum."""
 SAMPLES_PER_TENSOR = 16
+
+_CPU_SETTINGS = (
+    "mkldnn.enabled",
+    "mkldnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+)
+_CUDA_SETTINGS = (
+    "cuda.matmul.allow_tf32",
+    "cuda.matmul.fp32_precision",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_accumulation",
+    "cuda.preferred_blas_library",
+    "cuda.fp16_bf16_reduction_math_sdp_allowed",
+    "cudnn.enabled",
+    "cudnn.allow_tf32",
+    "cudnn.fp32_precision",
+    "cudnn.conv.fp32_precision",
+)
+"""Settings of `torch.backends` by which the same weights round differently; none of them is in every version."""
 
 _SILENT_CONFIG = {
     "_name_or_path",
@@ -148,7 +171,7 @@ def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
         "attention": _attention_facts(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "torch": torch.__version__,
-        "precision": torch.get_float32_matmul_precision(),
+        "precision": [_said(torch.get_float32_matmul_precision), _setting("fp32_precision")],
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     by_device = {device: _device_facts(device) for device in devices_of(model)}
@@ -164,14 +187,32 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
     if device.type == "cuda":
         facts["hardware"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = [torch.version.cuda, torch.backends.cuda.matmul.allow_tf32]
+        facts["cuda"] = [torch.version.cuda, *map(_setting, _CUDA_SETTINGS)]
         facts["sdpa"] = _sdpa_facts()
     elif device.type == "cpu":
         facts["hardware"] = torch.backends.cpu.get_cpu_capability()
         facts["threads"] = torch.get_num_threads()
         facts["quantized"] = torch.backends.quantized.engine
+        facts["mkldnn"] = list(map(_setting, _CPU_SETTINGS))
         facts["sdpa"] = _sdpa_facts()
     return facts
+
+
+def _setting(path: str) -> str:
+    """What a setting of `torch.backends` is at present; empty where this version of torch does not have it, or say it."""
+    try:
+        found = attrgetter(path)(torch.backends)
+    except (AttributeError, RuntimeError):
+        return ""
+    return _said(found if callable(found) else lambda: found)
+
+
+def _said(ask: Callable[[], object]) -> str:
+    """The answer; empty where torch refuses it: once a precision was set in the new way, the old way of asking is an error."""
+    try:
+        return str(ask())
+    except RuntimeError:
+        return ""
 
 
 def autocast_facts(device_type: str) -> str:
