@@ -17,16 +17,7 @@ FACTS = {"chunk_size": 16, "format": "1", "layout": {"layers.0.keys": {"dtype": 
 
 def manifest_of(content: Mapping[str, bytes], **changes: Any) -> PackManifest:
     """A manifest for these files."""
-    chunks = tuple(
-        PackChunk(
-            key,
-            index,
-            len(value),
-            blake3(value).hexdigest(),
-            tuple(blake3(value[at : at + BLOCK_BYTES]).hexdigest() for at in range(0, len(value), BLOCK_BYTES)),
-        )
-        for index, (key, value) in enumerate(content.items())
-    )
+    chunks = tuple(entry_of(key, index, value) for index, (key, value) in enumerate(content.items()))
     fields: dict[str, Any] = {
         "namespace": namespace_digest(canonical({**FACTS, "salt": ""})),
         "facts": FACTS,
@@ -38,6 +29,12 @@ def manifest_of(content: Mapping[str, bytes], **changes: Any) -> PackManifest:
         "chunks": chunks,
     }
     return PackManifest(**{**fields, **changes})
+
+
+def entry_of(key: str, index: int, value: bytes) -> PackChunk:
+    """What a manifest says about a file."""
+    blocks = tuple(blake3(value[at : at + BLOCK_BYTES]).hexdigest() for at in range(0, len(value), BLOCK_BYTES))
+    return PackChunk(key, index, len(value), blake3(value).hexdigest(), blocks)
 
 
 def pack_files(content: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from typer.testing import CliRunner, Result
 
+import family_runs
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.cache.probe import kv_like
@@ -31,6 +32,7 @@ from cake_hf.testing import ReadOnlyContract
 from cake_hf.testing.contract import key_of, read_whole, value_of
 from children import command_of
 from commands import write_text
+from families import family_model
 from hub_endpoint import TOKEN, File, Hub, Repo, running_hub
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from pack_files import pack_files
@@ -204,6 +206,25 @@ def test_pulling_gives_the_store_that_was_pushed(hub: Hub, pushed: Pushed, tmp_p
         key: read_whole(store, key)
         for key in store.keys()  # noqa: SIM118
     }
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+def test_snapshots_of_recurrent_states_go_along(hub: Hub, tmp_path: Path, family: str) -> None:
+    model, ids = family_model(family), family_runs.IDS
+    store = filled_store(model, ids)
+    pushed = push_pack(store, REPO, model, ids, chunk_size=CHUNK)
+    (state,) = pushed.manifest.states
+    with CakeCache(model, open_hub_pack(pushed.url), chunk_size=CHUNK, strategy="load") as cache:
+        family_runs.check(family, family_runs.generate(model, cache), "from the hub")
+        assert (cache.report.chunks_loaded, cache.report.states_loaded) == (family_runs.CHUNKS, 1)
+    result = cake("pull", REPO, tmp_path / "store")
+    assert f"pulled {family_runs.CHUNKS} chunks and 1 snapshot (" in result.output
+    assert f"wrote {family_runs.CHUNKS} chunks and 1 snapshot, " in result.output
+    assert "; 0 were there already" in result.output
+    assert sorted(LocalStore(tmp_path / "store").keys()) == sorted(store.keys())
+    assert f"{family_runs.CHUNKS + 1} were there already" in cake("pull", REPO, tmp_path / "store").output
+    push_pack(store, REPO, model, ids[:, :CHUNK], chunk_size=CHUNK)
+    assert chunk_path(state.key) not in hub.files(REPO)
 
 
 def test_the_hubs_own_client_can_download_a_pack(hub: Hub, pushed: Pushed, tmp_path: Path, store: MemoryStore) -> None:

@@ -11,33 +11,68 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores.manifest import BLOCK_BYTES, MAX_MANIFEST_BYTES, chunk_path, parse_manifest, printable
+from cake_hf.arithmetic.keys import state_key
+from cake_hf.stores.manifest import (
+    BLOCK_BYTES,
+    MAX_MANIFEST_BYTES,
+    PackChunk,
+    PackManifest,
+    chunk_path,
+    parse_manifest,
+    printable,
+)
 from cake_hf.stores.pack import PackSource, PackStore
 from cake_hf.testing.contract import key_of, value_of
-from pack_files import FACTS, manifest_of
+from pack_files import FACTS, entry_of, manifest_of
 
 FUZZ = int(os.environ.get("CAKE_HF_FUZZ", "2000"))
 """Mutations of a manifest; a long run takes 100,000."""
 
 CONTENT = {key_of(1): value_of(1), key_of(2): value_of(2, BLOCK_BYTES + 10)}
 
+STATES = tuple(
+    entry_of(state_key(key), index, value_of(10 + index, len(value)))
+    for index, (key, value) in enumerate(CONTENT.items())
+)
+"""Snapshots at the ends of both chunks."""
 
-def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
-    fields = json.loads(manifest_of(CONTENT).to_json())
+
+def changed(change: Callable[[dict[str, Any]], object], **more: Any) -> bytes:
+    fields = json.loads(manifest_of(CONTENT, **more).to_json())
     change(fields)
     return json.dumps(fields).encode()
 
 
-def test_the_manifest_of_the_tests_is_good() -> None:
+def test_the_manifests_of_the_tests_are_good() -> None:
     """So that what follows fails for what was changed."""
     assert parse_manifest(changed(lambda fields: None)) == manifest_of(CONTENT)
+    for states in (STATES, STATES[:1], STATES[1:]):
+        assert parse_manifest(changed(lambda fields: None, states=states)) == manifest_of(CONTENT, states=states)
+
+
+def test_a_manifest_without_snapshots_is_written_as_it_always_was() -> None:
+    """Before there were snapshots in packs, these very bytes had this digest."""
+    digest = blake3(manifest_of(CONTENT).to_json()).hexdigest()
+    assert digest == "e2156ebec8a3bf65f857c98ffa2af495a562fb1234fef0e712394c9632e91d1d"
+
+
+def test_snapshots_are_files_as_chunks_are() -> None:
+    manifest = manifest_of(CONTENT, states=STATES)
+    assert list(manifest.by_key) == [*CONTENT, *map(state_key, CONTENT)]
+    assert manifest.nbytes == 2 * sum(map(len, CONTENT.values()))
+    assert manifest.tokens == (0, 32)
 
 
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": lambda m: m.update(format="zip"),
-    "another version": lambda m: m.update(version="2"),
+    "another version": lambda m: m.update(version="3"),
+    "a version that is a list": lambda m: m.update(version=["1"]),
+    "the version with states, without": lambda m: m.update(version="2"),
+    "the version with states, with an empty list": lambda m: m.update(version="2", states=[]),
+    "states in the version without": lambda m: m.update(states=m["chunks"][:1]),
     "no version": lambda m: m.pop("version"),
     "a field more": lambda m: m.update(script="run me"),
     "a field less": lambda m: m.pop("dtype"),
@@ -81,11 +116,57 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "a revision that is none": lambda m: m.update(model_revision="main"),
 }
 
+WRONG_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "states in the version without": lambda m: m.update(version="1"),
+    "no states": lambda m: m.pop("states"),
+    "an empty list of states": lambda m: m.update(states=[]),
+    "states as an object": lambda m: m.update(states={"0": m["states"][0]}),
+    "states as nothing": lambda m: m.update(states=None),
+    "a state as a number": lambda m: m["states"].__setitem__(1, 7),
+    "more states than chunks": lambda m: m["states"].append(m["states"][1]),
+    "a path as a key": lambda m: m["states"][0].update(key="../../etc/passwd"),
+    "a path in a key": lambda m: m["states"][0].update(key="../" + "a" * 37),
+    "a key in capitals": lambda m: m["states"][0].update(key=m["states"][0]["key"].upper()),
+    "a key with an end of line": lambda m: m["states"][0].update(key=m["states"][0]["key"] + "\n"),
+    "one key twice": lambda m: m["states"][1].update(key=m["states"][0]["key"]),
+    "one place twice": lambda m: m["states"][1].update(index=0),
+    "one state twice": lambda m: m["states"].__setitem__(1, m["states"][0]),
+    "out of order": lambda m: m["states"].reverse(),
+    "a chunk among the states": lambda m: m["states"].__setitem__(0, m["chunks"][0]),
+    "a state among the chunks": lambda m: m["chunks"][1].update(key=m["states"][0]["key"]),
+    "any other key": lambda m: m["states"][0].update(key="a" * 40),
+    "another chunk's state": lambda m: m.update(states=[{**m["states"][1], "index": 0}]),
+    "of a chunk that is not there": lambda m: m["states"][1].update(index=2),
+    "of a chunk that was taken out": lambda m: m.update(chunks=m["chunks"][:1], tokens=[0, 16], states=m["states"][1:]),
+    "a negative place": lambda m: m["states"][0].update(index=-1),
+    "a place that is false": lambda m: m["states"][0].update(index=False),
+    "a negative size": lambda m: m["states"][0].update(size=-1),
+    "a size of nothing": lambda m: m["states"][0].update(size=0, blocks=[]),
+    "a huge size": lambda m: m["states"][0].update(size=2**40),
+    "a size that is a float": lambda m: m["states"][0].update(size=1000.0),
+    "a size that is a text": lambda m: m["states"][0].update(size="1000"),
+    "a size that is true": lambda m: m["states"][0].update(size=True),
+    "a digest too short": lambda m: m["states"][0].update(blake3="ab"),
+    "no digest": lambda m: m["states"][0].pop("blake3"),
+    "blocks missing": lambda m: m["states"][1]["blocks"].pop(),
+    "blocks too many": lambda m: m["states"][0]["blocks"].append("a" * 64),
+    "a block that is a number": lambda m: m["states"][0].update(blocks=[5]),
+    "more in a state": lambda m: m["states"][0].update(url="http://elsewhere"),
+}
 
-@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_manifest_is_refused_in_one_sentence(change: Callable[[dict[str, Any]], object]) -> None:
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        *(pytest.param(change, {}, id=name) for name, change in WRONG.items()),
+        *(pytest.param(change, {"states": STATES}, id=f"states: {name}") for name, change in WRONG_STATES.items()),
+    ],
+)
+def test_a_wrong_manifest_is_refused_in_one_sentence(
+    change: Callable[[dict[str, Any]], object], more: dict[str, Any]
+) -> None:
     with pytest.raises(StoreError) as caught:
-        parse_manifest(changed(change))
+        parse_manifest(changed(change, **more))
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 400
@@ -139,25 +220,37 @@ def test_a_flood_is_bounded_in_memory(flood: bytes) -> None:
 def test_mutated_manifests_give_typed_errors_only() -> None:
     """Each mutation is refused with a StoreError, or is a manifest that a pack can be asked about."""
     generator = random.Random(5)
-    good = [manifest_of(CONTENT).to_json(), manifest_of(CONTENT, salted=True).to_json()]
+    good = [
+        manifest.to_json()
+        for manifest in (
+            manifest_of(CONTENT),
+            manifest_of(CONTENT, salted=True),
+            manifest_of(CONTENT, states=STATES),
+            manifest_of(CONTENT, states=STATES[1:], salted=True),
+        )
+    ]
     refused = 0
     tracemalloc.start()
     try:
         for number in range(FUZZ):
-            pack = opened_or_refused(mutated(good[number % 2], generator))
+            pack = opened_or_refused(mutated(good[number % len(good)], generator))
             if pack is None:
                 refused += 1
                 continue
-            assert pack.contains([*pack.keys(), "?"]) == [True] * len(pack.manifest.chunks) + [False]
+            assert pack.contains([*pack.keys(), "?"]) == [True] * len(files(pack.manifest)) + [False]
             assert all(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{40}\.safetensors", chunk_path(key)) for key in pack.keys())  # noqa: SIM118
             assert pack.objection("0" * 40, lambda: FACTS).isprintable()
-            for chunk in pack.manifest.chunks:
+            for file in files(pack.manifest):
                 with pytest.raises(StoreError):  # its digest is not that of the zeros which are read
-                    pack.read_into(chunk.key, [memoryview(bytearray(1000))])
+                    pack.read_into(file.key, [memoryview(bytearray(1000))])
         assert tracemalloc.get_traced_memory()[1] <= 2 * MAX_MANIFEST_BYTES
     finally:
         tracemalloc.stop()
     assert refused > FUZZ // 2
+
+
+def files(manifest: PackManifest) -> list[PackChunk]:
+    return [*manifest.chunks, *manifest.states]
 
 
 def opened_or_refused(raw: bytes) -> PackStore | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ import pytest
 import torch
 import yaml
 
+import family_runs
 from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.keys import state_key
 from cake_hf.cache.session import Session
+from cake_hf.people.inspect_store import take_inventory
 from cake_hf.people.packs import export_pack, import_pack
+from cake_hf.people.recompute import RecomputeJob, recompute_prompt
+from cake_hf.people.verify import verify
 from cake_hf.stores.manifest import (
     CARD,
     MANIFEST,
@@ -28,6 +34,7 @@ from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.tensors.codec import parse_header
 from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
+from families import family_model
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from pack_files import write_folder
 from stored import filled_store
@@ -401,6 +408,110 @@ def test_a_missing_package_is_said_at_opening(pack: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "blake3", None)
     with pytest.raises(StoreError, match=r'pip install "cake-hf\[hub\]"'):
         open_folder_pack(pack)
+
+
+# Snapshots of recurrent states.
+
+
+@pytest.fixture(params=["qwen3_next", "falcon_h1", "lfm2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def recurrent(tmp_path: Path, family: str) -> Path:
+    """A pack of a model with recurrent states: all chunks of the prompt, and the snapshot at the end of the last one."""
+    model, ids = family_model(family), family_runs.IDS
+    export_pack(filled_store(model, ids), tmp_path / "recurrent", model, ids, chunk_size=CHUNK)
+    return tmp_path / "recurrent"
+
+
+def loaded_from(family: str, store: Store) -> tuple[int, int]:
+    """The chunks and snapshots that were loaded for the prompt; what came of it is checked."""
+    with CakeCache(family_model(family), store, chunk_size=CHUNK, strategy="load", save=False) as cache:
+        family_runs.check(family, family_runs.generate(family_model(family), cache), "from a pack")
+        return cache.report.chunks_loaded, cache.report.states_loaded
+
+
+def test_a_pack_brings_the_snapshot_that_its_chunks_need(recurrent: Path, family: str) -> None:
+    opened = open_folder_pack(recurrent)
+    (state,) = opened.manifest.states
+    last = opened.manifest.chunks[-1]
+    assert (state.key, state.index) == (state_key(last.key), last.index)
+    assert opened.manifest.nbytes == sum(path.stat().st_size for path in recurrent.rglob("*.safetensors"))
+    assert "| snapshots | 1, of the model's recurrent state |" in (recurrent / CARD).read_text()
+    assert loaded_from(family, opened) == (family_runs.CHUNKS, 1)
+    # Negative control: without it the same chunks are of no use.
+    (recurrent / MANIFEST).write_bytes(replace(opened.manifest, states=()).to_json())
+    assert loaded_from(family, open_folder_pack(recurrent)) == (0, 0)
+
+
+def test_a_snapshot_comes_into_a_store(recurrent: Path, family: str, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    files = family_runs.CHUNKS + 1
+    imported = import_pack(
+        recurrent, tmp_path / "store", model=family_model(family), progress=lambda *at: seen.append(at)
+    )
+    assert (imported.chunks, imported.states) == (family_runs.CHUNKS, 1)
+    assert imported.nbytes == imported.manifest.nbytes
+    assert seen == [(done, files) for done in range(files + 1)]
+    local, saved = LocalStore(tmp_path / "store"), filled_store(family_model(family), family_runs.IDS)
+    assert sorted(local.keys()) == sorted(saved.keys())
+    assert all(read_whole(local, key) == read_whole(saved, key) for key in saved.keys())  # noqa: SIM118
+    assert loaded_from(family, local) == (family_runs.CHUNKS, 1)
+    assert local.delete(imported.manifest.states[0].key)
+    again = import_pack(recurrent, local)
+    assert (again.chunks, again.states, again.nbytes) == (0, 1, imported.manifest.states[0].size)
+
+
+@pytest.mark.parametrize("where", [0, 4200, -1])
+def test_a_damaged_snapshot_serves_nobody(recurrent: Path, family: str, where: int, tmp_path: Path) -> None:
+    (state,) = open_folder_pack(recurrent).manifest.states
+    flip(recurrent / chunk_path(state.key), where)
+    opened = open_folder_pack(recurrent)
+    with pytest.raises(CorruptChunk, match="not the one that its manifest names"):
+        opened.read(state.key)
+    assert loaded_from(family, opened)[1] == 0
+    assert [bad.key for bad in verify(opened, lambda *_: None).bad] == [state.key]
+    with pytest.raises(CorruptChunk, match=state.key):
+        import_pack(recurrent, tmp_path / "store")
+    assert state.key not in set(LocalStore(tmp_path / "store").keys())
+
+
+def test_a_damaged_snapshot_is_not_published(tmp_path: Path, family: str) -> None:
+    model, ids = family_model(family), family_runs.IDS
+    store = filled_store(model, ids)
+    (key,) = take_inventory(store, lambda *_: None).states
+    store.write(key, [(raw := read_whole(store, key))[:-1], bytes([raw[-1] ^ 1])], replace=True)
+    with pytest.raises(CorruptChunk, match=f"{key} does not match its checksum"):
+        export_pack(store, tmp_path / "pack", model, ids, chunk_size=CHUNK)
+
+
+def test_what_looks_at_stores_sees_a_packs_snapshots(recurrent: Path, family: str) -> None:
+    opened, chunks = open_folder_pack(recurrent), family_runs.CHUNKS
+    verified = verify(opened, lambda *_: None)
+    assert (verified.checked, verified.nbytes, verified.bad) == (chunks + 1, opened.manifest.nbytes, [])
+    inventory = take_inventory(opened, lambda *_: None)
+    assert (len(inventory.chunks), len(inventory.states), inventory.unreadable) == (chunks, 1, {})
+    job = RecomputeJob("", [], 1.0, chunk_size=CHUNK)
+    result = recompute_prompt(job, opened, family_model(family), family_runs.IDS, "a prompt")
+    assert (result.sampled, result.stored, result.bad) == (chunks + 1, chunks + 1, [])
+
+
+def test_every_snapshot_of_the_prompt_goes_along_and_no_other(tmp_path: Path) -> None:
+    model, ids, store = family_model("lfm2"), family_runs.IDS, MemoryStore()
+    for tokens in (ids, prompt(4 * CHUNK, seed=9)):
+        with CakeCache(model, store, chunk_size=CHUNK, snapshot_every=2) as cache:
+            cache.prefill(tokens, whole=True)
+    manifest = export_pack(store, tmp_path / "all", model, ids, chunk_size=CHUNK)
+    assert [state.index for state in manifest.states] == [1, 3, 5]
+    assert loaded_from("lfm2", open_folder_pack(tmp_path / "all")) == (family_runs.CHUNKS, 1)
+    store.delete(manifest.chunks[3].key)  # a snapshot without its chunk is left out
+    manifest = export_pack(store, tmp_path / "all", model, ids, chunk_size=CHUNK)
+    assert [state.index for state in manifest.states] == [1, 5]
+    beginning = export_pack(store, tmp_path / "all", model, ids[:, :CHUNK], chunk_size=CHUNK)
+    assert (len(beginning.chunks), beginning.states) == (1, ())
+    assert len(list((tmp_path / "all").rglob("*.safetensors"))) == 1  # of the older pack no snapshot is left
 
 
 # Helpers.

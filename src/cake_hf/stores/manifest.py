@@ -1,4 +1,4 @@
-"""What a pack says about itself: one JSON file that names every chunk, its size and its digests.
+"""What a pack says about itself: one JSON file that names every file, its size and its digests.
 
 Whoever made a pack may be a stranger. So the manifest is bounded before it is parsed, every field is checked, and files are
 found by their keys alone: no path stands in it. What makes its KV interchangeable is written out as facts, and those must
@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import namespace_digest
+from cake_hf.arithmetic.keys import namespace_digest, state_key
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.tensors.fingerprint import canonical
 
@@ -23,6 +23,8 @@ MANIFEST = "cake_pack.json"
 CARD = "README.md"
 FORMAT = "cake_hf-pack"
 VERSION = "1"
+STATES_VERSION = "2"
+"""Of a manifest with snapshots. Who knows the first version only then names the version, and does not call the pack damaged."""
 
 BLOCK_BYTES = 2**20
 """A chunk's file has a digest for each block of so many bytes, so that a part of it can be checked by itself."""
@@ -46,11 +48,11 @@ _REVISION = re.compile(r"[0-9a-f]{40}|")
 
 @dataclass(frozen=True)
 class PackChunk:
-    """One file of a pack.
+    """One file of a pack: a chunk, or a snapshot of the model's recurrent state at the end of one.
 
     Attributes:
         key: its name.
-        index: its place on the absolute grid.
+        index: its place on the absolute grid; a snapshot's is that of its chunk.
         size: bytes of the file.
         digest: blake3 of the file, 64 hexadecimal digits.
         blocks: blake3 of each of its blocks of `BLOCK_BYTES`; the last one may be shorter.
@@ -75,7 +77,8 @@ class PackManifest:
         model_revision: commit of the model on the Hub, 40 hexadecimal digits; empty where it is not known.
         dtype: of the KV, as safetensors names it.
         chunk_size: tokens per chunk.
-        chunks: the files, by their place in the prompt.
+        chunks: by their place in the prompt.
+        states: snapshots at the ends of some of them, in the same order.
     """
 
     namespace: str
@@ -86,11 +89,12 @@ class PackManifest:
     dtype: str
     chunk_size: int
     chunks: tuple[PackChunk, ...]
+    states: tuple[PackChunk, ...] = ()
 
     @cached_property
     def by_key(self) -> dict[str, PackChunk]:
-        """The files by name."""
-        return {chunk.key: chunk for chunk in self.chunks}
+        """All files by name: the chunks, then the snapshots."""
+        return {file.key: file for file in (*self.chunks, *self.states)}
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -100,7 +104,7 @@ class PackManifest:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(chunk.size for chunk in self.chunks)
+        return sum(file.size for file in (*self.chunks, *self.states))
 
     def to_json(self) -> bytes:
         """The manifest file.
@@ -111,7 +115,7 @@ class PackManifest:
         text = json.dumps(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": STATES_VERSION if self.states else VERSION,
                 "namespace": self.namespace,
                 "salted": self.salted,
                 "model": self.model,
@@ -120,10 +124,8 @@ class PackManifest:
                 "chunk_size": self.chunk_size,
                 "tokens": self.tokens,
                 "facts": self.facts,
-                "chunks": [
-                    {"key": c.key, "index": c.index, "size": c.size, "blake3": c.digest, "blocks": c.blocks}
-                    for c in self.chunks
-                ],
+                "chunks": _rows(self.chunks),
+                **({"states": _rows(self.states)} if self.states else {}),
             },
             indent=1,
         ).encode()
@@ -160,11 +162,12 @@ def parse_manifest(raw: bytes) -> PackManifest:
 def _manifest(fields: Any) -> PackManifest:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError("it has another format")
-    if fields.get("version") != VERSION:
+    if fields.get("version") not in (VERSION, STATES_VERSION):
         raise StoreError(
             "The pack was written in another version of the format; use the cake_hf that fits, or a new pack."
         )
     taken = _Fields(fields, "the manifest")
+    chunks = tuple(_file(entry, "a chunk") for entry in taken.rows("chunks", 1, MAX_CHUNKS))
     manifest = PackManifest(
         namespace=taken.text("namespace", _KEY.fullmatch),
         facts=taken.facts("facts"),
@@ -173,11 +176,10 @@ def _manifest(fields: Any) -> PackManifest:
         model_revision=taken.text("model_revision", _REVISION.fullmatch),
         dtype=taken.text("dtype", _DTYPE.fullmatch),
         chunk_size=taken.number("chunk_size", MIN_CHUNK_SIZE, 2**20),
-        chunks=tuple(_chunk(entry) for entry in taken.rows("chunks", 1, MAX_CHUNKS)),
+        chunks=chunks,
+        states=_states(taken, len(chunks)) if fields["version"] == STATES_VERSION else (),
     )
-    indices = [chunk.index for chunk in manifest.chunks]
-    if indices != sorted(set(indices)) or len(manifest.by_key) != len(indices):
-        raise ValueError("its chunks are not in order, or not different ones")
+    _check_places(manifest)
     if taken.rows("tokens", 2, 2) != list(manifest.tokens):
         raise ValueError("its tokens are not those of its chunks")
     if manifest.facts.get("chunk_size") != manifest.chunk_size or "salt" in manifest.facts:
@@ -188,11 +190,32 @@ def _manifest(fields: Any) -> PackManifest:
     return manifest
 
 
-def _chunk(entry: Any) -> PackChunk:
-    taken = _Fields(entry, "a chunk")
+def _states(taken: _Fields, most: int) -> tuple[PackChunk, ...]:
+    return tuple(_file(entry, "a state") for entry in taken.rows("states", 1, most))
+
+
+def _check_places(manifest: PackManifest) -> None:
+    """Each file has a name of its own, each chunk a place of its own, and each snapshot is that of one of the chunks."""
+    for files, what in ((manifest.chunks, "chunks"), (manifest.states, "states")):
+        indices = [file.index for file in files]
+        if indices != sorted(set(indices)):
+            raise ValueError(f"its {what} are not in order, or not different ones")
+    if len(manifest.by_key) != len(manifest.chunks) + len(manifest.states):
+        raise ValueError("two of its files have one name")
+    keys = {chunk.index: chunk.key for chunk in manifest.chunks}
+    if any(state.index not in keys or state_key(keys[state.index]) != state.key for state in manifest.states):
+        raise ValueError("its states are not those of its chunks")
+
+
+def _rows(files: Sequence[PackChunk]) -> list[dict[str, Any]]:
+    return [{"key": f.key, "index": f.index, "size": f.size, "blake3": f.digest, "blocks": f.blocks} for f in files]
+
+
+def _file(entry: Any, what: str) -> PackChunk:
+    taken = _Fields(entry, what)
     size = taken.number("size", 1, MAX_CHUNK_BYTES)
     blocks = -(-size // BLOCK_BYTES)
-    chunk = PackChunk(
+    file = PackChunk(
         key=taken.text("key", _KEY.fullmatch),
         index=taken.number("index", 0, 2**32),
         size=size,
@@ -200,7 +223,7 @@ def _chunk(entry: Any) -> PackChunk:
         blocks=tuple(_digest(text) for text in taken.rows("blocks", blocks, blocks)),
     )
     taken.expect_only()
-    return chunk
+    return file
 
 
 def _digest(value: Any) -> str:

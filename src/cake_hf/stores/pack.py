@@ -53,7 +53,7 @@ class PackSource(ABC):
 
 
 class PackStore(Store):
-    """The chunks of a pack. Nothing can be written.
+    """The chunks and snapshots of a pack. Nothing can be written.
 
     Args:
         source: of the files; `open_folder_pack` and `cake_hf.stores.hub.open_hub_pack` make one from a path and a URL.

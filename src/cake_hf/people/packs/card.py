@@ -24,6 +24,7 @@ def card_text(manifest: PackManifest, name: str) -> str:
         "model": f"`{manifest.model}`" + (f" at `{manifest.model_revision}`" if manifest.model_revision else ""),
         "dtype": manifest.dtype,
         "tokens": f"{first:,} to {last:,}, in {len(manifest.chunks):,} chunks of {manifest.chunk_size:,}",
+        **({"snapshots": f"{len(manifest.states):,}, of the model's recurrent state"} if manifest.states else {}),
         "size": bytes_text(manifest.nbytes),
         "serves": _serves(manifest),
         "namespace": f"`{manifest.namespace}`",

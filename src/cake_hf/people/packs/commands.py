@@ -42,7 +42,7 @@ def push_command(
         with console.status("loading the model"):
             tokenizer, loaded = load_tokenizer(model), load_model(model, dtype.value, device)
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
-        with progress_bar("uploading", "chunks") as progress:
+        with progress_bar("uploading", "files") as progress:
             pushed = push_pack(
                 opened,
                 repo,
@@ -70,12 +70,12 @@ def pull_command(
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
 ) -> None:
-    """Copy a pack into a store, every chunk checked against the pack's manifest."""
+    """Copy a pack into a store, every file checked against the pack's manifest."""
     is_url_or_path = "://" in repo or repo.startswith((".", "/", "~", "pack:"))
     source = repo if is_url_or_path else f"{SCHEME}{repo}"
     with console.status("loading the model"):
         loaded = load_model(model, dtype.value, device) if model else None
-    with progress_bar("downloading", "chunks") as progress:
+    with progress_bar("downloading", "files") as progress:
         imported = import_pack(source, store, model=loaded, salt=salt, progress=progress)
     _show_pulled(imported, store)
 
@@ -92,18 +92,21 @@ def _show_pushed(pushed: Pushed) -> None:
 
 
 def _show_pulled(imported: Imported, store: str) -> None:
-    there = len(imported.manifest.chunks) - imported.chunks
+    there = len(imported.manifest.by_key) - imported.chunks - imported.states
+    wrote = _count_text(imported.chunks, imported.states)
     console.print(f"pulled {_summary(imported.manifest)}", markup=False)
     console.print(f"from {imported.url}", markup=False, soft_wrap=True)
-    console.print(
-        f"wrote {count_text(imported.chunks, 'chunk')}, {bytes_text(imported.nbytes)}; {there:,} were there already"
-    )
+    console.print(f"wrote {wrote}, {bytes_text(imported.nbytes)}; {there:,} were there already")
     console.print(f"\ncache = CakeCache(model, {_arguments(store, imported.manifest)})", markup=False, soft_wrap=True)
 
 
 def _summary(manifest: PackManifest) -> str:
-    (first, last), chunks = manifest.tokens, count_text(len(manifest.chunks), "chunk")
-    return f"{chunks} ({bytes_text(manifest.nbytes)}), tokens {first:,} to {last:,}, for {manifest.model}"
+    (first, last), files = manifest.tokens, _count_text(len(manifest.chunks), len(manifest.states))
+    return f"{files} ({bytes_text(manifest.nbytes)}), tokens {first:,} to {last:,}, for {manifest.model}"
+
+
+def _count_text(chunks: int, states: int) -> str:
+    return count_text(chunks, "chunk") + (f" and {count_text(states, 'snapshot')}" if states else "")
 
 
 def _arguments(store: str, manifest: PackManifest) -> str:

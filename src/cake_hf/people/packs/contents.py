@@ -1,4 +1,4 @@
-"""Which chunks of a store belong to a prompt, and their way into a pack, checked on the way."""
+"""Which chunks and snapshots of a store belong to a prompt, and their way into a pack, checked on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
@@ -36,7 +36,7 @@ class Sink(ABC):
 
     @abstractmethod
     def add(self, path: str, raw: bytes | bytearray) -> None:
-        """Take a chunk's file."""
+        """Take the file of a chunk or a snapshot."""
 
     @abstractmethod
     def finish(self, files: Mapping[str, bytes]) -> None:
@@ -45,17 +45,19 @@ class Sink(ABC):
 
 @dataclass(frozen=True)
 class Contents:
-    """The chunks of one prompt that a store has.
+    """The chunks of one prompt that a store has, and the snapshots of the model's recurrent state at their ends.
 
     Attributes:
         store: that has them.
-        keys: by their place on the grid.
+        keys: of the chunks, by their place on the grid.
+        states: keys of the snapshots, by the place of their chunk.
         missing: chunks of the prompt that the store has not.
         namespace, facts, salted, model, model_revision, chunk_size: as in `PackManifest`.
     """
 
     store: Store
     keys: Mapping[int, str]
+    states: Mapping[int, str]
     missing: int
     namespace: str
     facts: Mapping[str, Any]
@@ -65,18 +67,19 @@ class Contents:
     chunk_size: int
 
     def write(self, sink: Sink, card: Callable[[PackManifest, str], str], progress: Progress) -> PackManifest:
-        """Read the chunks, check them, and hand them on, one at a time.
+        """Read the files, check them, and hand them on, one at a time.
 
         Raises:
             CorruptChunk: one of them is damaged.
             StoreError: one of them cannot be read, or the sink does not take it.
         """
-        chunks = []
-        for index, key in sorted(self.keys.items()):
+        files = []
+        wanted = [*sorted(self.keys.items()), *sorted(self.states.items())]
+        for index, key in wanted:
             raw = self._read(index, key)
-            chunks.append(PackChunk(key, index, len(raw), digest_of([raw]), block_digests(memoryview(raw))))
+            files.append(PackChunk(key, index, len(raw), digest_of([raw]), block_digests(memoryview(raw))))
             sink.add(chunk_path(key), raw)
-            progress(len(chunks), len(self.keys))
+            progress(len(files), len(wanted))
         manifest = PackManifest(
             namespace=self.namespace,
             facts=self.facts,
@@ -85,7 +88,8 @@ class Contents:
             model_revision=self.model_revision,
             dtype=dtypes(self.facts),
             chunk_size=self.chunk_size,
-            chunks=tuple(chunks),
+            chunks=tuple(files[: len(self.keys)]),
+            states=tuple(files[len(self.keys) :]),
         )
         sink.finish({MANIFEST: manifest.to_json(), CARD: card(manifest, sink.name).encode()})
         return manifest
@@ -116,7 +120,7 @@ def contents_of(
     exact: bool,
     allow_salted: bool,
 ) -> Iterator[Contents]:
-    """Find the chunks of a prompt, as a `CakeCache` with these arguments would look for them.
+    """Find the chunks and snapshots of a prompt, as a `CakeCache` with these arguments would look for them.
 
     Raises:
         CakeError: KV of this model is not kept.
@@ -137,17 +141,16 @@ def contents_of(
         with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact) as session:
             facts, namespace = json.loads(canonical(session.namespace_facts())), session.namespace()
             revision = getattr(session.model.config, "_commit_hash", None) or ""
-            name = printable(session.model_name)
+            name, has_states = printable(session.model_name), bool(session.state_layout().pieces)
         keys = chunk_keys(namespace, input_ids[0].tolist(), chunk_size)
-        stored = {
-            index: key for index, (key, there) in enumerate(zip(keys, opened.contains(keys), strict=True)) if there
-        }
+        stored = _stored(opened, dict(enumerate(keys)))
         if not stored:
             raise StoreError(
                 "The store has none of this prompt's chunks; save them first (cake-hf warm) with the same model and options."
             )
         missing = len(keys) - len(stored)
-        yield Contents(opened, stored, missing, namespace, facts, bool(salt), name, revision, chunk_size)
+        states = _stored(opened, {index: state_key(key) for index, key in stored.items()}) if has_states else {}
+        yield Contents(opened, stored, states, missing, namespace, facts, bool(salt), name, revision, chunk_size)
     finally:
         if opened is not store:
             opened.close()
@@ -178,6 +181,12 @@ def session_for(model: torch.nn.Module, store: Store, *, chunk_size: int, salt: 
         yield session
     finally:
         session.close()
+
+
+def _stored(store: Store, keys: Mapping[int, str]) -> dict[int, str]:
+    """Those of the keys that the store has."""
+    there = store.contains(list(keys.values()))
+    return {index: key for (index, key), has in zip(keys.items(), there, strict=True) if has}
 
 
 def no_progress(done: int, total: int) -> None:

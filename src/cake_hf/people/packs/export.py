@@ -31,6 +31,8 @@ def export_pack(
 ) -> PackManifest:
     """Write the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
 
+    Of a model with recurrent states, the snapshots that the store has at the ends of those chunks come with them.
+
     Args:
         store: that has the KV, as `CakeCache` takes it.
         folder: to write to; new, empty, or an older pack, which is replaced.
@@ -38,7 +40,7 @@ def export_pack(
             same numerics; to be used elsewhere it has to be saved and exported with `exact=False`.
         input_ids: `[1, tokens]` of the prompt.
         allow_salted: give away KV that was saved under a salt. The pack does not tell the salt, but a short one can be guessed.
-        progress: called with (chunks written, all chunks).
+        progress: called with (files written, all files).
 
     Returns:
         What the pack says about itself.

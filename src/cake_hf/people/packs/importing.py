@@ -32,12 +32,14 @@ class Imported:
         url: of the pack, pinned to a commit if it is on the Hub.
         manifest: what it says about itself.
         chunks: that were written.
-        nbytes: of those.
+        states: snapshots of the model's recurrent state that were written.
+        nbytes: of all those.
     """
 
     url: str
     manifest: PackManifest
     chunks: int
+    states: int
     nbytes: int
 
 
@@ -49,14 +51,14 @@ def import_pack(
     salt: str = "",
     progress: Progress = no_progress,
 ) -> Imported:
-    """Copy a pack's chunks into a store, each checked against the manifest. Those that are there already are not read again.
+    """Copy a pack's files into a store, each checked against the manifest. Those that are there already are not read again.
 
     Args:
         source: a folder, or `hf://org/pack@revision`.
         store: to copy to, as `CakeCache` takes it.
         model: refuse the pack if it is of no use to this model.
         salt: that the pack was made with; looked at only together with `model`.
-        progress: called with (chunks that are there, all chunks).
+        progress: called with (files that are there, all files).
 
     Raises:
         StoreError: there is no such pack, it is another model's, or one of the two sides fails.
@@ -81,7 +83,8 @@ def import_pack(
                 finally:
                     pool.shutdown(cancel_futures=True)
     nbytes = sum(pack.manifest.by_key[key].size for key in wanted)
-    return Imported(str(pack.source), pack.manifest, len(wanted), nbytes)
+    states = len({state.key for state in pack.manifest.states}.intersection(wanted))
+    return Imported(str(pack.source), pack.manifest, len(wanted) - states, states, nbytes)
 
 
 def open_pack(source: str | os.PathLike[str]) -> PackStore:

@@ -58,7 +58,7 @@ def push_pack(
         repo: "org/name"; made when missing. What it has of an older pack is replaced; any other repository is refused.
         model, input_ids, chunk_size, salt, exact, allow_salted: as for `export_pack`.
         private: whether a new repository is; by default as the Hub decides.
-        progress: called with (chunks handed to the client, all chunks).
+        progress: called with (files handed to the client, all files).
 
     Raises:
         StoreError, CorruptChunk, CakeError, ValueError: as `export_pack`; a StoreError also where the repository holds
