@@ -21,6 +21,7 @@ from cake_hf.cache import pace
 from cake_hf.cache.layers import IndexedLayer
 from cake_hf.cache.probe import forgets, kv_like
 from cake_hf.movers.place import DevicePlace
+from cake_hf.movers.sharing import LEFT_PER_READ
 from cake_hf.movers.states import StateRead
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
@@ -41,7 +42,7 @@ from hanging import no_waiting_for
 from models import CHUNK, prompt, run_ahead
 from stored import filled_store, without
 from test_gated import BadRange
-from waiting import PATIENCE, join_loaders
+from waiting import PATIENCE, join_loaders, loaders
 
 FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
 RECURRENT = ("qwen3_next", "falcon_h1", "lfm2")
@@ -182,6 +183,29 @@ def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: py
         assert cache.flush(60)
         assert cache.report.states_loaded == 0
         assert cache.report.states_saved == 1
+
+
+@pytest.mark.parametrize("strategy", ["load", "both"])
+def test_states_that_hang_cost_no_more_threads_with_each_prompt(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where prompts follow each other long before these are known to hang: nobody waits for them here."""
+    family = RECURRENT[0]
+    model, store = family_model(family), filled_store(family_model(family), IDS)
+    (key,) = keys_by_index(store, states=True).values()
+    faulty = FaultStore(store, {key: "stall"})
+    wait = StateRead.wait
+    monkeypatch.setattr(StateRead, "wait", lambda read, seconds: wait(read, 0.01))
+    limits = Limits(loader_threads=1, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
+    for _ in range(LEFT_PER_READ + 3):
+        with CakeCache(model, faulty, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
+            check(family, generate(model, cache), strategy)
+    states = [thread for thread in loaders() if thread.name == "cake-load-state"]
+    assert len(states) == len(faulty.injected) == LEFT_PER_READ
+    faulty.release()
+    join_loaders()
+    faulty.faults.clear()
+    with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load", save=False, limits=limits) as cache:
+        check(family, generate(model, cache), "again")
+        assert cache.report.states_loaded == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
-from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
 from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
 from cake_hf.movers.slots import SlotRing
@@ -28,8 +31,8 @@ from cake_hf.stores.wrappers import FaultStore, WrapperStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from children import command_of
+from waiting import PATIENCE, await_true
 
-PATIENCE = 60.0
 SPACE = "2c" * 20
 CHUNK, CHUNKS, CAPACITY = 16, 5, 100
 
@@ -387,6 +390,66 @@ def test_a_load_that_was_given_up_is_not_recorded() -> None:
     assert restore.records == []
 
 
+class Hanging:
+    """A loader at a read that hangs, until `end`."""
+
+    def __init__(self, place: Place, *, aside: bool) -> None:
+        self.store = FaultStore(filled_store(), {key_of(4): "stall"})
+        restore = Restore(self.store, place)
+        self.job, self.frontier = restore.job, restore.frontier
+        if aside:
+            self.frontier.lands_aside = lambda index: True  # type: ignore[method-assign]
+        self.threads = start_loaders(self.job, 1)
+        await_true(lambda: bool(self.store.injected))
+
+    def end(self) -> None:
+        self.store.release()
+        run_all(self.threads)
+
+
+@pytest.mark.parametrize(("place", "aside"), [(HostPlace, True), (DevicePlace, False), (DevicePlace, True)])
+def test_a_read_that_hangs_holds_no_memory_but_its_own(place: type[Place], *, aside: bool) -> None:
+    arrays = [np.zeros(buffer.nbytes, np.uint8) for buffer in make_buffers()]
+    buffers = [
+        torch.from_numpy(array).view(buffer.dtype).view(buffer.shape)
+        for array, buffer in zip(arrays, make_buffers(), strict=True)
+    ]
+    hanging = Hanging(place(buffers, LAYOUT, 2), aside=aside)
+    held = [weakref.ref(array) for array in arrays]
+    ring = weakref.ref(hanging.job.place._ring.take())
+    hanging.frontier.stop()
+    hanging.job.let_go()
+    del arrays, buffers
+    gc.collect()
+    assert [array() for array in held] == [None] * len(held)
+    assert ring() is None
+    hanging.end()
+    assert hanging.frontier.outcomes() == {4: Outcome.LATE}
+
+
+def test_a_restore_that_ends_while_a_loader_begins_holds_no_memory() -> None:
+    buffers = make_buffers()
+    restore = Restore(filled_store(), HostPlace(buffers, LAYOUT))
+    index = restore.frontier.claim()
+    restore.frontier.stop()
+    restore.job.let_go()
+    assert index is not None
+    assert restore.job.lands("load-0", index).parts == []
+    assert not restore.job.aside
+
+
+def test_loaders_that_may_not_read_leave_all_to_the_main_thread(caplog: pytest.LogCaptureFixture) -> None:
+    restore = Restore(filled_store(), HostPlace(make_buffers(), LAYOUT))
+    restore.job.most_reads = 1
+    read = restore.job.sharing.begin_read(1, lambda: False, 0.0)
+    assert read is not None
+    read.leave()
+    run_loader(restore.job, "load-0")
+    assert restore.frontier.counts() == {State.WAITING: CHUNKS}
+    assert call_with_deadline(restore.frontier.advance, PATIENCE / 2, "advance") == 0
+    assert caplog.messages == ["Nothing is loaded as long as reads of earlier prompts hang: 1."]
+
+
 # Writer.
 
 
@@ -693,3 +756,14 @@ def test_a_call_that_hangs_is_left_to_its_thread() -> None:
     assert [thread.daemon for thread in threads] == [True]
     go_on.set()
     run_all(threads)
+
+
+def test_while_a_call_hangs_the_next_one_is_not_begun() -> None:
+    go_on, late = threading.Event(), Late()
+    with pytest.raises(DeadlineExceeded, match="did not answer"):
+        call_with_deadline(lambda: go_on.wait(PATIENCE), 0.01, "lookup", late)
+    with pytest.raises(DeadlineExceeded, match=r"An earlier question \(lookup\) is still not answered"):
+        call_with_deadline(lambda: pytest.fail("begun"), PATIENCE, "lookup", late)
+    go_on.set()
+    await_true(lambda: not late)
+    assert call_with_deadline(lambda: 7, PATIENCE, "lookup", late) == 7

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf.cache import session
 from cake_hf.cache.probe import kv_like
-from cake_hf.movers.sharing import Sharing, sharing_of
+from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import GateStore, WrapperStore
+from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.testing.contract import run_together
 from forwards import before_forward
+from hanging import no_waiting_for, no_waiting_when
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
 from stored import filled_store
-from waiting import PATIENCE, await_answer, await_true
-
-LIMITS = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
+from waiting import PATIENCE, await_answer, await_true, join_loaders, loaders
 
 BYTES = torch.arange(4, dtype=torch.uint8)
 
@@ -127,6 +129,79 @@ def test_who_is_not_needed_any_more_does_not_wait_for_the_budget() -> None:
     sharing.wake()
     thread.join(PATIENCE)
     assert result == [None]
+
+
+class Clock:
+    """Seconds that go by when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def begin(sharing: Sharing, limit: int = 2, patience: float = 10.0) -> ReadSlot:
+    slot = sharing.begin_read(limit, lambda: False, patience)
+    assert slot is not None
+    return slot
+
+
+def test_reads_that_hang_keep_others_from_beginning_until_one_has_come_back() -> None:
+    clock = Clock()
+    sharing = Sharing(clock)
+    slots = [begin(sharing), begin(sharing)]
+    for slot in slots:
+        slot.leave()
+    clock.now = 9.0  # they are slow, and may be healthy
+    other = begin(sharing)
+    clock.now = 10.0
+    assert sharing.hanging() == 2
+    assert sharing.begin_read(2, lambda: False, 10.0) is None
+    assert sharing.begin_beside(2, 10.0) is None
+    assert sharing.begin_read(3, lambda: False, 10.0) is not None  # a more generous reader
+    slots[0].release()
+    assert sharing.hanging() == 1
+    assert sharing.begin_beside(2, 10.0) is not None
+    other.release()
+    begin(sharing)
+
+
+def test_a_read_that_is_over_cannot_be_left() -> None:
+    sharing = Sharing(Clock())
+    slot = begin(sharing, patience=0.0)
+    slot.release()
+    slot.leave()
+    assert (sharing.reads(), sharing.hanging()) == (0, 0)
+
+
+def test_a_long_read_that_somebody_waits_for_does_not_hang() -> None:
+    clock = Clock()
+    sharing = Sharing(clock)
+    begin(sharing)
+    clock.now = 1000.0
+    assert sharing.hanging() == 0
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_reads_that_were_left_are_bounded_before_they_hang(*, comes_back: bool) -> None:
+    """Prompts may follow each other much faster than a read is known to hang."""
+    clock = Clock()
+    sharing, result = Sharing(clock), []
+    left = []
+    for _ in range(LEFT_PER_READ):
+        left.append(begin(sharing, limit=1))
+        left[-1].leave()
+    assert sharing.begin_beside(1, 10.0) is None
+    thread = threading.Thread(target=lambda: result.append(sharing.begin_read(1, lambda: False)), daemon=True)
+    thread.start()
+    if comes_back:
+        left[0].release()
+    else:
+        clock.now = 10.0
+        sharing.wake()
+    thread.join(PATIENCE)
+    assert [slot is not None for slot in result] == [comes_back]
 
 
 def test_two_stores_of_one_directory_are_one_place(tmp_path: Path) -> None:
@@ -268,15 +343,125 @@ def test_a_prompt_that_is_done_waits_for_no_other_prompts_reads() -> None:
         assert cache.flush(60)
     gate = GateStore(inner)
     with (
-        CakeCache(model, gate, chunk_size=CHUNK, strategy="load", limits=LIMITS) as slow,
-        CakeCache(model, gate, chunk_size=CHUNK, limits=LIMITS) as quick,
+        CakeCache(model, gate, chunk_size=CHUNK, strategy="load", limits=IMPATIENT) as slow,
+        CakeCache(model, gate, chunk_size=CHUNK, limits=IMPATIENT) as quick,
     ):
         thread = threading.Thread(target=run, args=(model, prompt(), slow))
         thread.start()
-        gate.await_begun(LIMITS.loader_threads)
+        gate.await_begun(IMPATIENT.loader_threads)
         outcome = await_answer(lambda: run(model, other, quick))
         assert (quick.report.chunks_loaded, quick.report.chunks_computed) == (0, CHUNKS)
         gate.open()
         thread.join(60)
         assert slow.report.chunks_loaded == CHUNKS
     assert difference(outcome, oracle(model, other)) == ""
+
+
+# A store that hangs.
+
+IMPATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
+
+
+@pytest.fixture
+def hung() -> Iterator[FaultStore]:
+    """All its reads hang."""
+    inner = filled_store(shared_model("llama"))
+    store = FaultStore(inner, dict.fromkeys(inner.keys(), "stall"))
+    yield store
+    store.release()
+    join_loaders()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The one by which reads hang."""
+    clock = Clock()
+    board = Sharing(clock)
+    monkeypatch.setattr(session, "sharing_of", lambda store: board)
+    return clock
+
+
+def prefill(store: Store, strategy: str = "both") -> CakeCache:
+    model = shared_model("llama")
+    with CakeCache(model, store, chunk_size=CHUNK, save=False, strategy=strategy, limits=IMPATIENT) as cache:
+        assert difference(run(model, prompt(), cache), expected("llama")) == ""
+    return cache
+
+
+def test_reads_that_hang_cost_no_more_threads_with_each_prompt(
+    hung: FaultStore, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(8):
+        with no_waiting_for(hung):
+            assert prefill(hung, "load").report.chunks_computed == CHUNKS
+        clock.now += PATIENCE
+    assert len(hung.injected) == len(loaders()) == IMPATIENT.loader_threads
+    assert caplog.messages.count("Nothing is loaded as long as reads of earlier prompts hang: 2.") == 7
+    hung.release()
+    join_loaders()
+    hung.faults.clear()
+    assert prefill(hung, "load").report.chunks_loaded == CHUNKS
+
+
+def test_prompts_in_quick_succession_leave_a_bounded_number_of_reads(hung: FaultStore, clock: Clock) -> None:
+    """Each is done long before its reads are known to hang."""
+    model, limit = shared_model("llama"), IMPATIENT.loader_threads
+    kv_like(model)
+    most = LEFT_PER_READ * limit
+    for number in range(LEFT_PER_READ + 3):
+        alive = min(number * limit, most) + limit
+
+        def all_at_it(forward: int, alive: int = alive) -> None:
+            await_true(lambda: forward > 1 or (len(loaders()) >= alive and len(hung.injected) >= min(alive, most)))
+
+        # The hook comes after ours: it holds the forward on chunk 0, which the restore runs.
+        waits_in_vain = no_waiting_for(hung) if alive <= most else no_waiting_when(lambda: True)
+        with CakeCache(model, hung, chunk_size=CHUNK), before_forward(model, all_at_it), waits_in_vain:
+            assert prefill(hung).report.chunks_computed == CHUNKS
+        await_true(lambda: len(loaders()) <= most)
+    assert len(hung.injected) == most
+
+
+def test_a_read_that_hangs_does_not_keep_the_cache(hung: FaultStore) -> None:
+    with no_waiting_for(hung):
+        cache = weakref.ref(prefill(hung, "load"))
+    gc.collect()
+    assert loaders()
+    assert cache() is None
+
+
+class HungLookups(WrapperStore):
+    """Lookups wait at a gate."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.asked = 0
+        self.gate = threading.Event()
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        self.asked += 1
+        assert self.gate.wait(PATIENCE)
+        return super().contains(keys)
+
+
+def test_while_a_lookup_hangs_nothing_is_asked() -> None:
+    model = shared_model("llama")
+    store = HungLookups(filled_store(model))
+    reasons = []
+    for seconds in (0.01, PATIENCE, PATIENCE):
+        limits = Limits(lookup_timeout=seconds)
+        # A warning that is kept would keep the session.
+        with expected_faults(), CakeCache(model, store, chunk_size=CHUNK, save=False, limits=limits) as cache:
+            assert difference(run(model, prompt(), cache), expected("llama")) == ""
+            reasons.append(cache.report.reason)
+        ended = weakref.ref(cache._session)
+        del cache
+        gc.collect()
+        assert ended() is None
+    assert store.asked == 1
+    assert "did not answer (lookup) within" in reasons[0]
+    assert all("An earlier question (lookup) is still not answered" in reason for reason in reasons[1:])
+    store.gate.set()
+    await_true(lambda: not sharing_of(store).lookups)
+    assert prefill(store, "load").report.chunks_loaded == CHUNKS
+    assert store.asked == 2

@@ -306,6 +306,18 @@ class Frontier:
             orphans, self._orphans = self._orphans, False
             return orphans
 
+    def close(self) -> None:
+        """Nothing more is claimed. What is in flight may still come."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """The restore is over: what `worth` knows about it is not held, should a load still be under way."""
+        with self._changed:
+            self._open = False
+            self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True
+
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
         with self._changed:
@@ -326,8 +338,8 @@ class Frontier:
     # Called with the lock held.
 
     def _should_wait(self, index: int, state: State) -> bool:
-        if not self._open or state not in (State.WAITING, State.LOADING):
-            return state is State.LOADING
+        if state is not State.LOADING and (state is not State.WAITING or not self._open):
+            return False
         if self._strategy is Strategy.LOAD or not self._aside.get(index, True):
             return True
         if self._near == 0:

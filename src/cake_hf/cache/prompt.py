@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,7 +16,9 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
 from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.movers.sharing import Sharing
 from cake_hf.movers.telemetry import observe_lookup
+from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import ChunkFacts
 from cake_hf.tensors.layout import ChunkLayout
 
@@ -68,7 +72,11 @@ class Prompt:
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
-        self.report.timeline.append(Span(actor, index, begin - self.started, end - self.started, outcome))
+        _record(self.report, self.started, actor, index, begin, end, outcome)
+
+    def recorder(self) -> Callable[[str, int, float, float, str], None]:
+        """As `record`, for threads that may hang: it does not hold the call, which has the cache among its arguments."""
+        return partial(_record, self.report, self.started)
 
 
 def look_up(
@@ -140,9 +148,10 @@ def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
         return [False] * len(keys)
-    begin = time.monotonic()
+    begin, sharing = time.monotonic(), session.sharing
+    ask = partial(_ask, session.store, keys, sharing)
     try:
-        mask = call_with_deadline(lambda: session.store.contains(keys), session.limits.lookup_timeout, "lookup")
+        mask = call_with_deadline(ask, session.limits.lookup_timeout, "lookup", sharing.lookups)
         return [bool(has) for _, has in zip(keys, mask, strict=True)]
     except Exception as error:
         logger.warning("The store cannot be asked for chunks; the prompt is computed. %s", error)
@@ -150,3 +159,12 @@ def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
         return [False] * len(keys)
     finally:
         observe_lookup(time.monotonic() - begin)
+
+
+def _ask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
+    """Where this hangs it keeps alive what is known about that (`sharing`), and nothing of the session."""
+    return store.contains(keys)
+
+
+def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
+    report.timeline.append(Span(actor, index, begin - started, end - started, outcome))

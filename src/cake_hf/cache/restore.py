@@ -173,6 +173,7 @@ class Restore:
             for thread in self._threads:
                 thread.join()
         self._job.let_go()
+        self._states.let_go()
         self._count()
         if save_tail:
             self._carried.passed(self.prompt.chunks)
@@ -183,6 +184,7 @@ class Restore:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._frontier.stop()
         self._job.let_go()
+        self._states.let_go()
         self._go_back()
         self._carried.go_back()
         self._carried.end()
@@ -339,7 +341,7 @@ class Restore:
             layout=self.prompt.layout,
             place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
             frontier=self._frontier,
-            record=self.prompt.record,
+            record=self.prompt.recorder(),
             clock=time.monotonic,
             sharing=self._session.sharing,
             most_reads=limits.loader_threads,

@@ -29,8 +29,9 @@ class StoredStates:
     def begin(self, chunk: int) -> StateRead:
         """Start to read the state at that chunk's end, unless that was done."""
         if chunk not in self._reads:
-            key = state_key(self._prompt.keys[chunk])
-            self._reads[chunk] = StateRead(self._session.store, key, self._prompt.state_layout)
+            key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
+            slot = self._session.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
+            self._reads[chunk] = StateRead(self._session.store, key, self._prompt.state_layout, slot)
         return self._reads[chunk]
 
     def get(self, chunk: int) -> list[torch.Tensor] | None:
@@ -41,3 +42,8 @@ class StoredStates:
         states = self.begin(chunk).wait(self._session.limits.read_timeout)
         (self.unusable if states is None else self.loaded).add(chunk)
         return states
+
+    def let_go(self) -> None:
+        """The restore is over: reads that are still under way are left to their threads."""
+        for read in self._reads.values():
+            read.leave()

@@ -29,7 +29,7 @@ SHARED = "shared"
 """What a timeline calls a chunk that came from a prompt beside this one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadJob:
     """What all loader threads of one restore share.
 
@@ -65,6 +65,8 @@ class LoadJob:
     shared: set[int] = field(default_factory=set)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
+    _landings: dict[str, Landing] = field(default_factory=dict)
+    _over: bool = False
 
     def adopt_landed(self) -> None:
         """Put the chunks into place that have arrived aside. Main thread only."""
@@ -85,11 +87,30 @@ class LoadJob:
         self.adopt_landed()
 
     def let_go(self) -> None:
-        """The restore is over: loaders that wait end, and reads that hang do not count as under way any more."""
+        """The restore is over: loaders that wait end, and reads that hang do not count as under way any more.
+
+        Such a read keeps this job alive. So the job lets go of the cache, and of all memory but where that read lands.
+        """
+        self.frontier.end()
         self.sharing.abandon(self)
         self.sharing.wake()
         for slot in list(self._slots.values()):
-            slot.release()
+            slot.leave()
+        self._over = True
+        for landing in list(self._landings.values()):
+            landing.let_go()
+        self.aside.clear()
+        self.place.let_go()
+
+    def lands(self, actor: str, index: int) -> Landing:
+        """Where that loader brings a chunk. If the restore ends meanwhile, nowhere."""
+        landing = self._landings[actor] = self.place.landing(index, aside=self.frontier.lands_aside(index))
+        if landing.aside:
+            self.aside[index] = landing
+        if self._over:
+            landing.let_go()
+            self.aside.clear()
+        return landing
 
 
 def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
@@ -112,7 +133,11 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 def run_loader(job: LoadJob, actor: str) -> None:
     """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
     header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))
-    while (slot := job.sharing.begin_read(job.most_reads, lambda: not job.frontier.has_claims())) is not None:
+
+    def has_no_claims() -> bool:
+        return not job.frontier.has_claims()
+
+    while (slot := job.sharing.begin_read(job.most_reads, has_no_claims, job.patience)) is not None:
         job._slots[actor] = slot
         try:
             index = job.frontier.claim()
@@ -120,15 +145,17 @@ def run_loader(job: LoadJob, actor: str) -> None:
                 _bring(job, actor, index, header, slot)
         finally:
             slot.release()
+    hanging = job.sharing.hanging()
+    if hanging >= job.most_reads and job.frontier.has_claims():
+        job.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
+        job.frontier.close()
 
 
 def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadSlot) -> None:
     start = job.clock()
     landing: Landing | None = None
     try:
-        landing = job.place.landing(index, aside=job.frontier.lands_aside(index))
-        if landing.aside:
-            job.aside[index] = landing
+        landing = job.lands(actor, index)
         outcome = _load(job, index, landing, header, slot)
     except CorruptChunk as error:
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Landing(ABC):
 
     parts: list[memoryview]
     aside: bool
+    _places: Sequence[Any]
     _brought = 0
 
     @abstractmethod
@@ -39,13 +41,18 @@ class Landing(ABC):
 
     def adopt(self, end: int) -> None:
         """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
-        for number in range(self._brought, min(end, len(self.parts))):
-            self._bring(number)
+        places = self._places
+        for number in range(self._brought, min(end, len(places))):
+            self._bring(number, places[number])
         self._brought = max(self._brought, end)
 
+    def let_go(self) -> None:
+        """Nothing of it is wanted any more: what was not brought stays where it is, and the buffers are not held."""
+        self._places = ()
+
     @abstractmethod
-    def _bring(self, number: int) -> None:
-        """Bring one piece into its buffer."""
+    def _bring(self, number: int, place: Any) -> None:
+        """Bring one piece into its place in a buffer."""
 
 
 class Place(ABC):
@@ -95,6 +102,11 @@ class Place(ABC):
     def landing(self, index: int, *, aside: bool) -> Landing:
         """Memory for chunk `index` to be read into. Called by the thread that reads."""
 
+    def let_go(self) -> None:
+        """Nobody wants anything here any more. The buffers are not held, also by who comes now: it lands nowhere."""
+        self._buffers = []
+        self._ring.let_go()
+
     def catch_up(self) -> None:
         """What the model's devices compute from now on sees all that was brought so far."""
 
@@ -104,6 +116,10 @@ class HostPlace(Place):
 
     def _prepare(self) -> None:
         self._views = [byte_view(buffer) for buffer in self._buffers]
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._views = []
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
@@ -125,8 +141,8 @@ class HostLanding(Landing):
         if self._ring is not None and self._slot is not None:
             self._ring.give_back(self._slot)
 
-    def _bring(self, number: int) -> None:
-        _copy_on_host(self._places[number], self.parts[number])
+    def _bring(self, number: int, place: memoryview) -> None:
+        _copy_on_host(place, self.parts[number])
 
 
 class DevicePlace(Place):
@@ -174,9 +190,8 @@ class _DeviceLanding(Landing):
         self._slot.copied_by(self._streams.of(self._places[: self._brought]))
         self._ring.give_back(self._slot)
 
-    def _bring(self, number: int) -> None:
+    def _bring(self, number: int, place: torch.Tensor) -> None:
         # The destinations may have been made in inference mode by the main thread; whoever copies has to be in it, too.
-        place = self._places[number]
         if place.device.type == "cpu":
             _copy_on_host(byte_view(place), self.parts[number])
             return

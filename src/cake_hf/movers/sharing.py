@@ -4,18 +4,29 @@ Prompts that run at the same time often begin alike. A chunk that one of them lo
 second time beside it: the others wait for it and copy it (single flight). Equal keys mean equal KV, so no bit depends on it.
 Nobody waits for ever: waits have bounds, and whoever waits in vain does the work itself. Nor in a circle: who computes a chunk
 waits only for chunks before it, who loads one for nobody.
+
+A read cannot be ended from outside. One whose restore is over is left to its thread, and nobody waits for it; but a store that
+hangs would cost two threads, and what they hold, for each prompt. So those that were left are counted beside the budget, and
+what still has not come back when its reader's patience is over *hangs*: as long as as many hang as may be under way, none
+begins. A read that was only overtaken keeps nobody from loading.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from cake_hf.movers.deadline import Late
 from cake_hf.stores.base import Store
+
+LEFT_PER_READ = 3
+"""Reads that were left, hanging or not, for each that may be under way; beyond that nothing begins before some come back."""
 
 Payload = torch.Tensor
 """`[nbytes]` uint8 on the host: a chunk's pieces, back to back."""
@@ -70,47 +81,77 @@ class Flight:
 
 
 class ReadSlot:
-    """A place among the reads that may be under way; given back once, by whoever comes first."""
+    """A read that may begin, and then is under way. Get it from `Sharing`, which is kept alive by it.
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
-        self._give_back: Callable[[], None] | None = give_back
-        self._lock = threading.Lock()
+    Attributes:
+        due: when it counts as one that hangs, if it is left.
+    """
+
+    def __init__(self, sharing: Sharing, due: float) -> None:
+        self._sharing = sharing
+        self.due = due
+
+    def leave(self) -> None:
+        """Nobody waits for the read any more, though its thread may still be at it. Does nothing once it has ended."""
+        self._sharing._leave(self)
 
     def release(self) -> None:
-        """May be called more than once."""
-        with self._lock:
-            give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+        """The read has ended. May be called more than once."""
+        self._sharing._release(self)
 
 
 class Sharing:
     """Get it from `sharing_of`. Invariants: at most as many reads are under way as the least generous reader allows at its
     beginning; of each key there is at most one flight on the board.
+
+    Args:
+        clock: monotonic seconds.
+
+    Attributes:
+        lookups: the questions to the place of chunks that were not answered in time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.lookups = Late()
+        self._clock = clock
         self._lock = threading.RLock()  # a cache that is collected while its thread holds it abandons its flights
         self._changed = threading.Condition(self._lock)
-        self._reads = 0
+        self._reads: set[ReadSlot] = set()  # of the budget
+        self._beside: set[ReadSlot] = set()
+        self._left: set[ReadSlot] = set()
         self._board: dict[str, Flight] = {}
 
     def reads(self) -> int:
         """How many reads are under way."""
         with self._lock:
-            return self._reads
+            return len(self._reads)
 
-    def begin_read(self, limit: int, until: Callable[[], bool]) -> ReadSlot | None:
-        """Wait for a place among at most `limit` reads; None if meanwhile `until()` says that it is not needed any more.
+    def begin_read(self, limit: int, until: Callable[[], bool], patience: float = math.inf) -> ReadSlot | None:
+        """Wait for a place among at most `limit` reads; None if the store hangs, or the place is not needed any more.
 
-        `until` is asked whenever a read ends, and after `wake`.
+        Args:
+            limit: of reads that are under way.
+            until: says that it is not needed; asked whenever a read ends, and after `wake`.
+            patience: seconds after which the read hangs, if it was left.
         """
         with self._lock:
-            self._changed.wait_for(lambda: self._reads < limit or until())
-            if until():
-                return None
-            self._reads += 1
-        return ReadSlot(self._end_read)
+            while not until() and self.hanging() < limit:
+                if len(self._reads) < limit and not self._too_many_left(limit):
+                    return self._begin(self._reads, patience)
+                self._changed.wait(self._until_one_hangs())
+            return None
+
+    def begin_beside(self, limit: int, patience: float) -> ReadSlot | None:
+        """As `begin_read`, for a read beside the budget: it never waits."""
+        with self._lock:
+            refused = self.hanging() >= limit or self._too_many_left(limit)
+            return None if refused else self._begin(self._beside, patience)
+
+    def hanging(self) -> int:
+        """How many reads were left and have not come back within their reader's patience."""
+        with self._lock:
+            now = self._clock()
+            return sum(slot.due <= now for slot in self._left)
 
     def flights(self) -> list[Flight]:
         """What is on the board."""
@@ -165,10 +206,34 @@ class Sharing:
         for _, flight in left:
             flight.end(None)
 
-    def _end_read(self) -> None:
+    def _begin(self, among: set[ReadSlot], patience: float) -> ReadSlot:
+        slot = ReadSlot(self, self._clock() + patience)
+        among.add(slot)
+        return slot
+
+    def _too_many_left(self, limit: int) -> bool:
+        return len(self._left) >= LEFT_PER_READ * limit
+
+    def _until_one_hangs(self) -> float | None:
+        now = self._clock()
+        soonest = min((slot.due for slot in self._left if slot.due > now), default=math.inf)
+        return min(soonest - now, threading.TIMEOUT_MAX)
+
+    def _leave(self, slot: ReadSlot) -> None:
         with self._lock:
-            self._reads -= 1
+            if slot in self._reads or slot in self._beside:
+                self._forget(slot)
+                self._left.add(slot)
+                self._changed.notify_all()
+
+    def _release(self, slot: ReadSlot) -> None:
+        with self._lock:
+            self._forget(slot)
             self._changed.notify_all()
+
+    def _forget(self, slot: ReadSlot) -> None:
+        for slots in (self._reads, self._beside, self._left):
+            slots.discard(slot)
 
 
 class FlightPlan:
@@ -190,8 +255,8 @@ _lock = threading.Lock()
 
 def sharing_of(store: Store) -> Sharing:
     """What all users of a place of chunks share in this process, also through several store objects. Keep it while in use."""
+    identity = store.identity()  # it may ask a file system, which may hang
     with _lock:
-        identity = store.identity()
         sharing = _known.get(identity)
         if sharing is None:
             sharing = _known[identity] = Sharing()

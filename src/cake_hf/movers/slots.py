@@ -57,6 +57,7 @@ class SlotRing:
         self._lock = threading.Lock()
         self._free: deque[Slot] = deque()
         self._made = 0
+        self._over = False
 
     def take(self) -> Slot:
         """A slot that nobody uses; may wait for the copy from it."""
@@ -71,4 +72,11 @@ class SlotRing:
     def give_back(self, slot: Slot) -> None:
         """The caller writes to the slot no more."""
         with self._lock:
-            self._free.append(slot)
+            if not self._over:
+                self._free.append(slot)
+
+    def let_go(self) -> None:
+        """Nothing goes round any more: slots end with whoever still has one."""
+        with self._lock:
+            self._over = True
+            self._free.clear()

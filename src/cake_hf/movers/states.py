@@ -9,6 +9,7 @@ import torch
 
 from cake_hf.movers.checking import Check
 from cake_hf.movers.place import split_payload
+from cake_hf.movers.sharing import ReadSlot
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import header_size
 from cake_hf.tensors.layout import ChunkLayout
@@ -17,23 +18,28 @@ logger = logging.getLogger("cake_hf")
 
 
 class StateRead:
-    """A read that begins at once. Its faults are answers, nothing is raised.
+    """A read that begins at once, if at all. Its faults are answers, nothing is raised.
 
     Args:
         store: to read from.
         key: of the state.
         layout: of the state.
+        slot: beside the budget of reads; None where no read may begin.
     """
 
-    def __init__(self, store: Store, key: str, layout: ChunkLayout) -> None:
+    def __init__(self, store: Store, key: str, layout: ChunkLayout, slot: ReadSlot | None) -> None:
         self._store = store
         self._key = key
         self._layout = layout
+        self._slot = slot
         self._payload: torch.Tensor | None = None
         self._thread = threading.Thread(target=self._run, name="cake-load-state", daemon=True)
+        if slot is None:
+            return
         try:
             self._thread.start()
         except RuntimeError as error:  # a system that gives no more threads is no reason to fail
+            slot.release()
             logger.warning("A stored state cannot be read: no more threads. %s", error)
 
     def wait(self, seconds: float) -> list[torch.Tensor] | None:
@@ -46,7 +52,19 @@ class StateRead:
         parts = payload.split(list(self._layout.sizes))
         return [part.view(piece.dtype) for part, piece in zip(parts, self._layout.pieces, strict=True)]
 
+    def leave(self) -> None:
+        """Nobody waits for the state any more."""
+        if self._slot is not None:
+            self._slot.leave()
+
     def _run(self) -> None:
+        try:
+            self._read()
+        finally:
+            if self._slot is not None:
+                self._slot.release()
+
+    def _read(self) -> None:
         try:
             payload = torch.empty(self._layout.nbytes, dtype=torch.uint8)
             header = memoryview(bytearray(header_size(self._layout)))
