@@ -159,6 +159,7 @@ class Restore:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
         """
         self._settle_in()
+        self._session.sharing.wake()  # loaders that wait for others' reads to end
         if not self._frontier.left_behind():
             for thread in self._threads:
                 thread.join()
