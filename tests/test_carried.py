@@ -185,8 +185,7 @@ def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: py
         assert cache.report.states_saved == 1
 
 
-@pytest.mark.parametrize("strategy", ["load", "both"])
-def test_states_that_hang_cost_no_more_threads_with_each_prompt(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_hang_cost_no_more_threads_with_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where prompts follow each other long before these are known to hang: nobody waits for them here."""
     family = RECURRENT[0]
     model, store = family_model(family), filled_store(family_model(family), IDS)
@@ -196,8 +195,8 @@ def test_states_that_hang_cost_no_more_threads_with_each_prompt(strategy: str, m
     monkeypatch.setattr(StateRead, "wait", lambda read, seconds: wait(read, 0.01))
     limits = Limits(loader_threads=1, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
     for _ in range(LEFT_PER_READ + 3):
-        with CakeCache(model, faulty, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
-            check(family, generate(model, cache), strategy)
+        with CakeCache(model, faulty, chunk_size=CHUNK, save=False, limits=limits) as cache:
+            check(family, generate(model, cache), "hung")
     states = [thread for thread in loaders() if thread.name == "cake-load-state"]
     assert len(states) == len(faulty.injected) == LEFT_PER_READ
     faulty.release()
