@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import torch
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.arithmetic.report import Span
-from cake_hf.movers.cost_memory import CostMemory, recall_costs
+from cake_hf.movers import cost_memory
+from cake_hf.movers.cost_memory import CostMemory, flush_notes, note_of, recall_costs
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from stored import filled_store
+from waiting import PATIENCE, await_true
 
 COMPUTED = [Span("compute", index, 10.0 * index, 10.0 * index + 5.0, "computed") for index in range(4)]
 LOADED = [Span("load-0", 7 - index, float(index), index + 1.0, "loaded") for index in range(4)]
@@ -25,7 +29,14 @@ def model() -> torch.nn.Module:
     return shared_model("llama")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may be slow."""
+    monkeypatch.setattr(cost_memory, "NOTE_SECONDS", PATIENCE)
+
+
 def notes(root: Path) -> list[Path]:
+    assert flush_notes(PATIENCE)
     return sorted((root / "notes").glob("*"))
 
 
@@ -86,6 +97,78 @@ def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path, monk
     monkeypatch.setattr("os.replace", refuse)
     recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
     assert notes(tmp_path) == []
+
+
+class Gate:
+    """What is called waits here."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.opened = threading.Event()
+
+    def __call__(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        assert self.opened.wait(PATIENCE)
+
+
+@pytest.fixture
+def hung(tmp_path: Path) -> Path:
+    """The file of a note; who opens it waits for ever, as on a mount that is gone."""
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    (note,) = notes(tmp_path)
+    note.unlink()
+    os.mkfifo(note)
+    return note
+
+
+def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(
+    tmp_path: Path, hung: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = {thread for thread in threading.enumerate() if thread.name == "cake-notes"}
+    monkeypatch.setattr(cost_memory, "NOTE_SECONDS", 0.01)
+    for _ in range(3):  # each time for another store object, as for another cache
+        assert recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100).compute is None
+    hanging = {thread for thread in threading.enumerate() if thread.name == "cake-notes"} - readers
+    assert len(hanging) == 1
+    with open(hung, "w"):  # an end, and nothing before it
+        pass
+    for thread in hanging:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_nobody_else_waits_for_a_note_that_hangs(tmp_path: Path, hung: Path) -> None:
+    waiting = threading.Thread(target=lambda: recall_costs(LocalStore(tmp_path), "ns", "cpu"), daemon=True)
+    waiting.start()
+    await_true(lambda: any(thread.name == "cake-notes" for thread in threading.enumerate()))
+    others: list[CostMemory] = []
+    other = threading.Thread(target=lambda: others.append(recall_costs(MemoryStore(), "ns", "cpu")), daemon=True)
+    other.start()
+    other.join(PATIENCE / 2)
+    assert others
+    with open(hung, "w"):
+        pass
+    waiting.join(PATIENCE)
+    assert not waiting.is_alive()
+
+
+def test_what_is_learnt_is_written_in_the_background_and_the_last_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, replace = Gate(), os.replace
+    monkeypatch.setattr("os.replace", lambda *names: (gate(), replace(*names)))
+    memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
+    for _ in range(5):  # would hang here if it were waited for
+        memory.learn(COMPUTED, 0, 100)
+    memory.learn(LOADED, 0, 100)
+    await_true(lambda: gate.calls == 1)
+    assert not flush_notes(0.0)
+    assert recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100).load is not None  # though no file has it yet
+    gate.opened.set()
+    (note,) = notes(tmp_path)
+    assert gate.calls <= 3
+    assert json.loads(note.read_text()) == json.loads(memory._learner.to_json())
+    assert note_of(note).read() == note.read_text()
 
 
 def test_prompts_teach_and_notes_are_no_chunks(model: torch.nn.Module, tmp_path: Path) -> None:

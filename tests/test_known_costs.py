@@ -13,10 +13,12 @@ from typer.testing import CliRunner, Result
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.movers.cost_memory import flush_notes
 from cake_hf.people import known_costs
 from cake_hf.people.cli import app
 from cake_hf.people.known_costs import Wanted, measure, remembered
 from cake_hf.people.models import RECALL_TINY, load_model
+from waiting import PATIENCE
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +51,7 @@ def use(store: LocalStore | MemoryStore, *, times: int, chunk_size: int = CHUNK,
         with CakeCache(model, store, chunk_size=chunk_size, strategy="load" if number else "both") as cache:
             cache.prefill(ids)
             cache.flush()
+    assert flush_notes(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,7 @@ def test_measured_on_the_spot(command: Command, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "of 10 chunks computed" in result.stdout
     assert list(LocalStore(store).keys()) == []  # what was made to be measured is gone
+    assert flush_notes(PATIENCE)
     assert len(list((store / "notes").iterdir())) == 1  # and what was learnt is kept
 
 

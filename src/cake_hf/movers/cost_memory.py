@@ -2,40 +2,111 @@
 
 One learner per (store, namespace, device). Within a process it lives as long as the store object; a store that has room for
 notes on this machine also keeps it in a small file there. Nothing depends on it but speed: whatever is wrong with the file,
-it is ignored and written anew.
+it is ignored and written anew. Nobody waits long for it: its directory may be on a mount that is gone.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from cake_hf.arithmetic.costs import CostLearner, Costs
+from cake_hf.arithmetic.errors import DeadlineExceeded
 from cake_hf.arithmetic.report import Span
+from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.stores.base import Store
 
 logger = logging.getLogger("cake_hf")
 
 MAX_FILE_BYTES = 2**20
 
+NOTE_SECONDS = 5.0
+"""How long a note is waited for, when it is read and at the interpreter's end; without it costs are learnt anew."""
+
 _learners: weakref.WeakKeyDictionary[Store, dict[str, CostMemory]] = weakref.WeakKeyDictionary()
+_notes: weakref.WeakValueDictionary[Path, Note] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+class Note:
+    """A small file, of which at most one read and one write hang. Get it from `note_of`.
+
+    It is written in the background: what comes later replaces what waits.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._late = Late()
+        self._changed = threading.Condition()
+        self._waiting: str | None = None
+        self._written: str | None = None  # just now
+        self._busy = False
+
+    def read(self) -> str | None:
+        """What was written last, or is about to be; None if there is nothing, or it does not come in time."""
+        with self._changed:
+            text = self._waiting if self._waiting is not None else self._written
+        if text is not None:
+            return text
+        try:
+            return call_with_deadline(self._load, NOTE_SECONDS, "notes", self._late)
+        except (OSError, UnicodeDecodeError, DeadlineExceeded, RuntimeError) as error:  # the last: no more threads
+            logger.debug("Costs are not recalled from %s: %s", self._file, error)
+            return None
+
+    def write(self, text: str) -> None:
+        """Replace the file, soon."""
+        with self._changed:
+            self._waiting = text
+            if self._busy:
+                return
+            self._busy = True
+        try:
+            threading.Thread(target=self._run, name="cake-notes", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            logger.debug("Costs are not remembered in %s: %s", self._file, error)
+            with self._changed:
+                self._busy = False
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until nothing waits to be written; False if it took longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, seconds)
+
+    def _load(self) -> str:
+        """Where this hangs it keeps the note alive, which knows that."""
+        with open(self._file, encoding="utf-8") as stream:
+            return stream.read(MAX_FILE_BYTES)
+
+    def _run(self) -> None:
+        while (text := self._take()) is not None:
+            _write(self._file, text)
+
+    def _take(self) -> str | None:
+        with self._changed:
+            self._written, self._waiting = self._waiting, None
+            self._busy = self._written is not None
+            self._changed.notify_all()
+            return self._written
 
 
 class CostMemory:
     """A learner, its lock and its file. Get it from `recall_costs`."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file = file
+        self._note = None if file is None else note_of(file)
         self._lock = threading.Lock()
-        self._learner = _read(file) or CostLearner()
+        text = None if self._note is None else self._note.read()
+        self._learner = (None if text is None else CostLearner.from_json(text)) or CostLearner()
 
     def costs(self, chunk_bytes: int) -> Costs:
         """The present estimate for chunks of that size; its halves are None until something was measured."""
@@ -61,9 +132,8 @@ class CostMemory:
             if loads:
                 self._learner.saw_loads(chunk_bytes, loads)
             self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
-            text = self._learner.to_json()
-        if self._file is not None:
-            _write(self._file, text)
+            if self._note is not None:
+                self._note.write(self._learner.to_json())
 
 
 def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:
@@ -76,21 +146,34 @@ def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:
     """
     name = hashlib.blake2b(f"{namespace} {device}".encode(), digest_size=8).hexdigest()
     with _lock:
-        known = _learners.setdefault(store, {})
-        if name not in known:
-            folder = store.notes_folder()
-            known[name] = CostMemory(None if folder is None else folder / f"costs-{name}.json")
-        return known[name]
+        known = _learners.setdefault(store, {}).get(name)
+    if known is not None:
+        return known
+    folder = store.notes_folder()
+    memory = CostMemory(None if folder is None else folder / f"costs-{name}.json")
+    with _lock:
+        return _learners.setdefault(store, {}).setdefault(name, memory)
 
 
-def _read(file: Path | None) -> CostLearner | None:
-    if file is None:
-        return None
-    try:
-        with open(file, encoding="utf-8") as stream:
-            return CostLearner.from_json(stream.read(MAX_FILE_BYTES))
-    except (OSError, UnicodeDecodeError):
-        return None
+def note_of(file: Path) -> Note:
+    """The one object of this process for a file, as long as somebody uses it, or it is being read or written."""
+    with _lock:
+        note = _notes.get(file)
+        if note is None:
+            note = _notes[file] = Note(file)
+        return note
+
+
+def flush_notes(seconds: float) -> bool:
+    """Wait until all notes are written; False if it took longer."""
+    with _lock:
+        notes = list(_notes.values())
+    end = time.monotonic() + seconds
+    return all(note.flush(max(0.0, end - time.monotonic())) for note in notes)
+
+
+# A daemon thread that is in the middle of a write would leave half a file behind.
+atexit.register(lambda: flush_notes(NOTE_SECONDS))
 
 
 def _write(file: Path, text: str) -> None:
