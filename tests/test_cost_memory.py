@@ -14,8 +14,10 @@ import torch
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.arithmetic.report import Span
+from cake_hf.cache import session
 from cake_hf.movers import cost_memory
 from cake_hf.movers.cost_memory import CostMemory, flush_notes, note_of, recall_costs
+from cake_hf.stores.base import Store
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from stored import filled_store
 from waiting import PATIENCE, await_true
@@ -169,6 +171,30 @@ def test_what_is_learnt_is_written_in_the_background_and_the_last_counts(
     assert gate.calls <= 3
     assert json.loads(note.read_text()) == json.loads(memory._learner.to_json())
     assert note_of(note).read() == note.read_text()
+
+
+def test_a_cache_that_is_closed_leaves_no_note_to_be_written(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory may be a temporary one, which cannot be removed while files appear in it."""
+    gate, write, flush = threading.Event(), cost_memory._write, session.flush_costs
+
+    def write_late(file: Path, text: str) -> None:
+        assert gate.wait(PATIENCE)
+        write(file, text)
+
+    def open_and_flush(store: Store, seconds: float) -> bool:
+        gate.set()
+        return flush(store, seconds)
+
+    monkeypatch.setattr(cost_memory, "_write", write_late)
+    monkeypatch.setattr(session, "flush_costs", open_and_flush)
+    try:
+        with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+            cache.prefill(prompt())
+        assert list((tmp_path / "notes").glob("*.json"))
+    finally:
+        gate.set()
 
 
 def test_prompts_teach_and_notes_are_no_chunks(model: torch.nn.Module, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
-from cake_hf.movers.cost_memory import CostMemory, recall_costs
+from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
 from cake_hf.movers.sharing import sharing_of
 from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, Writer, pack
@@ -83,6 +83,7 @@ class Session:
         flushed = True
         if self._release.detach():
             flushed = self._writer.close()
+            flush_costs(self.store, self.limits.exit_flush_seconds)
             _release(self._hook, self._writer)
             if self._owned is not None and self._writer.flush(0):
                 self._owned.close()

@@ -135,6 +135,10 @@ class CostMemory:
             if self._note is not None:
                 self._note.write(self._learner.to_json())
 
+    def flush(self, seconds: float) -> bool:
+        """Wait until what was learnt is written; False if it took longer."""
+        return self._note is None or self._note.flush(seconds)
+
 
 def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:
     """The memory for a store, a namespace and a device, from this process, from its file, or new.
@@ -164,12 +168,23 @@ def note_of(file: Path) -> Note:
         return note
 
 
+def flush_costs(store: Store, seconds: float) -> bool:
+    """Wait until what was learnt about a store is written, so that its directory may be removed; False if it took longer."""
+    with _lock:
+        known = list(_learners.get(store, {}).values())
+    return _flush_all(known, min(seconds, NOTE_SECONDS))
+
+
 def flush_notes(seconds: float) -> bool:
     """Wait until all notes are written; False if it took longer."""
     with _lock:
         notes = list(_notes.values())
+    return _flush_all(notes, seconds)
+
+
+def _flush_all(what: Sequence[CostMemory | Note], seconds: float) -> bool:
     end = time.monotonic() + seconds
-    return all(note.flush(max(0.0, end - time.monotonic())) for note in notes)
+    return all(one.flush(max(0.0, end - time.monotonic())) for one in what)
 
 
 # A daemon thread that is in the middle of a write would leave half a file behind.
