@@ -313,7 +313,7 @@ class Frontier:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The restore is over: what `worth` knows about it is not held, should a load still be under way."""
+        """The restore is over: what `worth` knows about it is not held, neither in a circle nor by a load that is under way."""
         with self._changed:
             self._open = False
             self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True

@@ -116,7 +116,11 @@ class Carried:
         self.standing = 0
 
     def end(self) -> None:
-        """The restore is over: the layers are left alone, and what was kept is let go."""
+        """The restore is over: the layers are left alone, and what was kept is let go.
+
+        So is the restore itself, which holds this: in a circle, KV would wait for the collector.
+        """
+        self._loaded_block = lambda chunk: None
         for layer in self._windowed:
             layer.watch(on=False)
         self._computed.clear()

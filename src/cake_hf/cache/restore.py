@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -88,8 +87,6 @@ class Restore:
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
-        # What is called by those whom the restore holds must not hold it: KV would wait for the collector.
-        me = weakref.proxy(self)
         like = kv_like(session.model)
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
@@ -102,7 +99,7 @@ class Restore:
             session.chunk_size,
             prompt.call.past,
             prompt.state_layout,
-            lambda index: cast(Restore, me)._loaded_block(index),
+            self._loaded_block,
             self._states.get,
         )
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states)
@@ -129,7 +126,7 @@ class Restore:
             costs,
             ranges,
             on_host=on_host,
-            can_run=lambda index: cast(Restore, me)._can_run(index),
+            can_run=self._can_run,
         )
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
