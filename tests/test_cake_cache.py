@@ -201,6 +201,18 @@ def test_second_turn(family: str, more: int) -> None:
     cache.close()
 
 
+def test_tokens_are_decoded_on_memory_that_lies_by_head(model: torch.nn.Module, store: MemoryStore) -> None:
+    """A decoded token appends to it; the chunks of the next turn land in memory that lies by token again."""
+    ids = torch.cat([prompt(), prompt(2 * CHUNK, seed=9)], dim=1)
+    first, second = prompt().shape[1], ids.shape[1] - 4
+    ends = {first: True, first + 1: False, first + 3: False, second: True, second + 2: True, second + 3: False}
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        for end, by_token in ends.items():
+            with torch.no_grad():
+                model(input_ids=ids[:, cache.get_seq_length() : end], past_key_values=cache, logits_to_keep=1)
+            assert cache.layers[0].keys.transpose(1, 2).is_contiguous() == by_token
+
+
 def test_chunks_given_one_by_one_are_on_the_schedule(model: torch.nn.Module) -> None:
     """`prefill_chunk_size` equal to ours: each call brings one full chunk, and each is saved."""
     store = MemoryStore()

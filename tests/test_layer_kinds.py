@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from cake_hf.cache.compat import DummyLayer, drop_content
-from cake_hf.cache.layers import ours_for
+from cake_hf.cache.layers import TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.layers.recurrent import states_of
 
@@ -44,6 +44,7 @@ operations = st.one_of(
     st.tuples(st.just("select"), st.integers(0, 5)),
     st.tuples(st.just("deepcopy"), st.just(0)),
     st.tuples(st.just("record"), st.just(0)),
+    st.tuples(st.just("lay by head"), st.just(0)),
 )
 
 
@@ -123,6 +124,10 @@ def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int
         if name == "deepcopy":
             old, ours = ours, copy.deepcopy(ours)
             run_model(old, batch, 3, seed)  # must not show in the copy
+            continue
+        if name == "lay by head":
+            if isinstance(ours, TokenMajorLayer):
+                ours.lay_by_head()
             continue
         if name in ("repeat", "select") and (isinstance(theirs, LinearAttentionLayer) or not theirs.get_seq_length()):
             continue  # transformers changes the batch of attention layers only

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from cake_hf.cache.compat import drop_content
-from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 8, 6
 Operation = Callable[[Any], None]
@@ -46,6 +46,7 @@ operations = st.one_of(
     st.tuples(st.just("deepcopy"), st.just(0)),
     st.tuples(st.just("replace"), st.integers(1, 5)),
     st.tuples(st.just("reserve"), st.integers(1, 600)),
+    st.tuples(st.just("lay by head"), st.just(0)),
 )
 
 
@@ -90,6 +91,9 @@ def test_same_content_after_any_operations(steps: list[tuple[str, int]]) -> None
                 layer.values = layer.values[:, :, ::number].clone()
         elif name == "reserve" and length:
             ours.reserve(*states(1, 1, 0), number)
+            assert all(buffer[:1].is_contiguous() for buffer in ours.buffers)
+        elif name == "lay by head":
+            ours.lay_by_head()
         assert_equal(ours, theirs)
 
 
@@ -122,6 +126,24 @@ def test_a_chunk_of_tokens_is_one_piece_of_memory() -> None:
     layer.update(*states(1, 64, 0))
     assert all(buffer[:, 16:32].is_contiguous() for buffer in layer.buffers)
     assert layer.keys.transpose(1, 2).is_contiguous()
+
+
+def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
+    layer = TokenMajorLayer()
+    layer.lay_by_head()
+    assert not layer.is_initialized
+    layer.update(*states(1, 64, 0))
+    layer.lay_by_head()
+    before = layer.buffers[0].data_ptr()
+    for seed in range(HEADROOM_TOKENS):
+        layer.update(*states(1, 1, seed))
+        layer.lay_by_head()
+    assert layer.buffers[0].data_ptr() == before
+    for seed in range(2 * HEADROOM_TOKENS):  # beyond the room that there was
+        layer.update(*states(1, 1, seed))
+    assert all(kept[0, head].is_contiguous() for kept in (layer.keys, layer.values) for head in range(HEADS))
+    layer.reserve(*states(1, 1, 0), 1)
+    assert all(buffer.is_contiguous() for buffer in layer.buffers)
 
 
 def test_another_shape_is_refused() -> None:

@@ -143,11 +143,13 @@ class RestoringCache(GuardedCache):
         past = self.get_seq_length()
         ids = args[0] if args else kwargs.get("input_ids")
         if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
+            self._lay_by_head()
             return None  # decoding: the hot path
         if not past:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
         call = ForwardCall.parse(model, args, kwargs, past)
         if past and call.wants_all_logits:
+            self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
@@ -168,6 +170,11 @@ class RestoringCache(GuardedCache):
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
+
+    def _lay_by_head(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, TokenMajorLayer):
+                layer.lay_by_head()
 
     def _is_rest(self, call: ForwardCall) -> bool:
         """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
