@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
+from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
 from forwards import attentions, before_forward
@@ -46,12 +47,21 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     assert [span.chunk for span in report.timeline if span.outcome == "left"] == [contested]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("family", "dtype"), VARIANTS)
-def test_a_load_that_does_not_come_is_overtaken(family: str, dtype: str) -> None:
-    """No deadline is needed for that: the main thread computes what loaders hold near the front."""
+def test_a_load_that_does_not_come_is_overtaken(
+    family: str, dtype: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No deadline is needed for that: the main thread computes what loaders hold near the front.
+
+    Had it expected all loads to be there at once they would come into place, where nobody else may write.
+    """
     model = shared_model(family, dtype)
     gate = GateStore(filled_store(model))
     held = 2
+    if in_place:
+        monkeypatch.setattr(Rule, "worth", lambda *_: False)
+        monkeypatch.setattr(Rule, "overdue", lambda *_: True)
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=held, read_timeout=60)
     ) as cache:
@@ -59,6 +69,7 @@ def test_a_load_that_does_not_come_is_overtaken(family: str, dtype: str) -> None
         outcome = run(model, prompt(), cache)
         assert cache.report.chunks_failed == 0
         assert cache.report.chunks_computed >= held  # at least those whose reads the gate held back
+        assert cache.report.chunks_computed == held or not in_place
         gate.open()  # what comes now is nobody's
         join_loaders()
         for layer, keys in zip(cache.layers, outcome.keys, strict=True):
@@ -71,7 +82,12 @@ def standing_clock() -> float:
     return 0.0
 
 
-moves = st.lists(st.tuples(st.sampled_from(["claim", "settle", "advance", "computed"]), st.integers(0, 7)), max_size=80)
+moves = st.lists(
+    st.tuples(
+        st.sampled_from(["claim", "settle", "advance", "computed", "wait or not", "late or not"]), st.integers(0, 7)
+    ),
+    max_size=80,
+)
 
 
 @settings(max_examples=200)
@@ -84,8 +100,12 @@ moves = st.lists(st.tuples(st.sampled_from(["claim", "settle", "advance", "compu
 def test_conservation_under_any_interleaving(
     present: list[bool], near: int, steps: list[tuple[str, int]], outcomes: list[Outcome]
 ) -> None:
-    """One thread plays all parts, in an order that hypothesis draws, then everybody finishes."""
-    frontier = Frontier(present, near=near, clock=standing_clock)
+    """One thread plays all parts, in an order that hypothesis draws, then everybody finishes.
+
+    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late.
+    """
+    waits = late = left_the_place = False
+    frontier = Frontier(present, near=near, clock=standing_clock, worth=lambda *_: not waits, overdue=lambda *_: late)
     loading: list[int] = []
     computing: int | None = None
     in_place: set[int] = set()
@@ -93,8 +113,12 @@ def test_conservation_under_any_interleaving(
     met = False
 
     def play(move: str, number: int) -> None:
-        nonlocal computing, met
-        if move == "claim":
+        nonlocal computing, met, waits, late, left_the_place
+        if move == "wait or not":
+            waits = not waits
+        elif move == "late or not":
+            late = not late
+        elif move == "claim":
             index = frontier.claim()
             if index is not None:
                 assert present[index]
@@ -108,12 +132,17 @@ def test_conservation_under_any_interleaving(
             index = loading.pop(number % len(loading))
             outcome = outcomes[number % len(outcomes)]
             accepted = frontier.settle(index, outcome)
+            assert not (accepted and left_the_place)
             if accepted and outcome is Outcome.LOADED:
                 assert done.setdefault(index, "loaded") == "loaded"
         elif move == "advance" and computing is None and not met and _will_not_block():
             computing = frontier.advance()
             met = computing is None
-            assert computing is None or not (computing in in_place and computing in loading)
+            if frontier.take_orphans():
+                assert computing in in_place
+                assert late
+                left_the_place = True
+            assert computing is None or left_the_place or not (computing in in_place and computing in loading)
         elif move == "computed" and computing is not None:
             if frontier.lost(computing):
                 assert done[computing] == "loaded"
@@ -124,12 +153,17 @@ def test_conservation_under_any_interleaving(
         assert sum(frontier.counts().values()) == len(present)
 
     def _will_not_block() -> bool:
-        """An in-place load at the front is waited for; here nobody else could settle it meanwhile."""
+        """What is waited for at the front nobody else could settle meanwhile."""
         front = next((index for index in range(len(present)) if done.get(index) is None), None)
-        return front is None or not (front in loading and front in in_place)
+        if front is None or left_the_place:
+            return True
+        if front in loading:
+            return late if front in in_place else not waits
+        return not waits
 
     for move, number in steps:
         play(move, number)
+    waits, late = False, True
     for _ in range(200):
         for move in ("settle", "advance", "computed", "claim", "settle"):
             play(move, 0)
@@ -141,6 +175,7 @@ def test_conservation_under_any_interleaving(
     landed = frontier.take_landed()
     assert all(done[index] == "loaded" and index not in in_place for index in landed)
     assert set(landed) == {index for index, how in done.items() if how == "loaded"} - in_place
+    assert frontier.left_behind() or not left_the_place
     assert frontier.take_landed() == []
 
 
@@ -154,6 +189,32 @@ def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
     assert frontier.claim() is None  # once is enough
     frontier.computed(0)
     assert frontier.advance() is None
+
+
+def test_loads_go_into_place_while_the_main_thread_would_rather_wait() -> None:
+    """They are not copied once more then. Whether they can be overtaken there is decided by whoever knows the memory."""
+    for overdue, aside in ((lambda *_: False, False), (None, True)):
+        frontier = Frontier([True] * 3, near=3, worth=lambda *_: False, overdue=overdue)
+        assert frontier.claim() == 2
+        assert frontier.lands_aside(2) == aside
+
+
+def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
+    late = False
+    frontier = Frontier([True] * 4, near=4, worth=lambda *_: False, overdue=lambda *_: late, clock=standing_clock)
+    assert [frontier.claim() for _ in range(4)] == [3, 2, 1, 0]
+    assert frontier.settle(3, Outcome.LOADED)
+    late = True
+    assert frontier.advance() == 0
+    assert frontier.take_orphans()
+    assert frontier.claim() is None
+    assert not frontier.settle(2, Outcome.LOADED)  # it came to where the layers were before
+    for expected_next in (1, 2):
+        frontier.computed(expected_next - 1)
+        assert frontier.advance() == expected_next
+    frontier.computed(2)
+    assert frontier.advance() is None
+    assert frontier.outcomes() == {3: Outcome.LOADED}
 
 
 def test_without_nearness_there_is_no_contest() -> None:

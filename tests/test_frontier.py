@@ -7,6 +7,7 @@ predicts every answer from a plain model of the rules.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections import Counter
@@ -482,6 +483,7 @@ LAYERS = 3
     near=st.integers(0, 4),
     moves=st.lists(st.tuples(st.sampled_from(["claim", "landed", "settle", "walk"]), st.integers(0, 7)), max_size=60),
     outcomes=st.lists(st.sampled_from([Outcome.LOADED, Outcome.LOADED, Outcome.CORRUPT, Outcome.MISSED]), min_size=1),
+    patience=st.none() | st.integers(0, 20),
 )
 def test_nothing_is_used_before_it_is_there(
     present: list[bool],
@@ -489,13 +491,25 @@ def test_nothing_is_used_before_it_is_there(
     near: int,
     moves: list[tuple[str, int]],
     outcomes: list[Outcome],
+    patience: int | None,
 ) -> None:
     """The main thread goes beyond the loads wherever it may, and asks for layer after layer; loaders act in between.
 
     One thread plays all parts, in an order that hypothesis draws. Whenever `await_layer` says yes, that layer of all chunks
-    before is there; when it says no, walking again mends it; and in the end each chunk was made once.
+    before is there; when it says no, walking again mends it; and in the end each chunk was made once. Loads into place are
+    overtaken once the main thread has asked often enough.
     """
-    frontier = Frontier(present, strategy=strategy, near=near, last=2, worth=lambda *_: False, clock=Clock())
+    asked = itertools.count()
+    frontier = Frontier(
+        present,
+        strategy=strategy,
+        near=near,
+        last=2,
+        worth=lambda *_: False,
+        overdue=None if patience is None else lambda *_: next(asked) > patience,
+        clock=Clock(),
+    )
+    made: set[int] = set()
     there = dict.fromkeys(range(len(present)), 0)  # how many layers
     loading: list[int] = []
     script = iter(moves + [("claim", 0), ("settle", 0), ("landed", 0)] * 40)
@@ -546,12 +560,17 @@ def test_nothing_is_used_before_it_is_there(
     def walk(until: int, *, beyond_loads: bool) -> None:
         while (index := frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
             assert index < until
+            if frontier.take_orphans():  # the layers move out, and what is under way lands where they were
+                for left in loading:
+                    there[left] = LAYERS if left in made else 0
+                loading.clear()
             if beyond_loads:
                 use_all_layers(index)
             assert all(there[before] == LAYERS for before in range(index))
             frontier.computed(index)
             assert there[index] < LAYERS
             there[index] = LAYERS
+            made.add(index)
 
     let_loaders_act()
     walk(len(present), beyond_loads=True)

@@ -146,12 +146,13 @@ def test_a_load_that_fails_within_the_last_piece_is_made_up_for(
 
 
 def test_a_late_load_is_overtaken_within_the_last_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aside, so that no deadline is needed: computing it is found worth it after all."""
+    """Although it comes into place, no deadline is needed: the layers move out in the middle of the forward."""
     model = shared_model("llama", "float32")
     gate = GateStore(filled_store(model), ranges=True)
     gate.open(WHOLE + 1)
     late = threading.Event()
     monkeypatch.setattr(Rule, "worth", lambda *_: late.is_set())
+    monkeypatch.setattr(Rule, "overdue", lambda *_: late.is_set())
     with (
         cache_of(model, gate, "both", read_timeout=60) as warm,
         before_layers(model, lambda layer, forward: late.set() if (layer, forward) == (1, 1) else None),
@@ -276,7 +277,7 @@ def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeyp
         return advance(frontier, **options)
 
     monkeypatch.setattr(Frontier, "advance", advance_when_torn)
-    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0 and torn.torn.is_set())
+    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0)
     with (
         cache_of(model, torn, "both", loader_threads=2, read_timeout=PATIENCE) as warm,
         before_layers(model, lambda layer, forward: torn.go_on.set() if (layer, forward) == (0, 2) else None),

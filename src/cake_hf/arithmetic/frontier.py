@@ -11,6 +11,9 @@ Where they meet, both may work on one chunk: a loader that finds nothing else le
 and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
 so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
 
+A main thread that rather waits than computes has nothing to contest: loads go into place then. Should they be late, they are
+overtaken by leaving them the place.
+
 What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
 go beyond them (`advance(beyond_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
 
@@ -62,6 +65,10 @@ class Strategy(str, Enum):
     LOAD = "load"
 
 
+Judgement = Callable[[int, int, int, float], bool]
+"""Of a chunk, with the loads that are left, those that have ended, and the seconds since one last began or ended."""
+
+
 class Changed(Protocol):
     """What the frontier needs of a `threading.Condition`."""
 
@@ -92,6 +99,9 @@ class Frontier:
         worth: called as `worth(chunk, loads_left, loads_done, idle_seconds)` before a chunk is computed that could be loaded:
             False if the loads that are left would be there before its computation ends. Idle is the time since a load last
             began or ended.
+        overdue: called in the same way while a load that goes into place is waited for: True to overtake it. All loads under
+            way are then left where they are (see `take_orphans`) and none are begun. None: such loads are waited for until the
+            deadline, and whatever the main thread would rather do, the loads near the front go aside.
         clock: monotonic seconds; replaceable for tests.
         changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
             `threading.Condition`.
@@ -106,7 +116,8 @@ class Frontier:
         near: int = 0,
         most_aside: int = 2**31,
         last: int = 0,
-        worth: Callable[[int, int, int, float], bool] = lambda chunk, loads_left, loads_done, idle_seconds: True,
+        worth: Judgement = lambda chunk, loads_left, loads_done, idle_seconds: True,
+        overdue: Judgement | None = None,
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
     ) -> None:
@@ -120,6 +131,7 @@ class Frontier:
         self._most_aside = most_aside
         self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
         self._worth = worth
+        self._overdue = overdue
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
         self._front = 0
@@ -214,8 +226,9 @@ class Frontier:
     def advance(self, *, until: int | None = None, beyond_loads: bool = False) -> int | None:
         """Walk over what is already there and claim the next chunk to compute; None when the two sides have met.
 
-        Blocks only while a load is the faster way (see `worth`) or the only safe one, and at most until that read's deadline;
-        then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost again (see `lost`).
+        Blocks only while a load is the faster way (see `worth` and `overdue`) or the only safe one, and at most until that
+        read's deadline; then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost
+        again (see `lost`).
 
         Args:
             until: the walk ends before this chunk; by default after the last one.
@@ -231,6 +244,8 @@ class Frontier:
                     self._given_out.discard(self._front)
                     self._front += 1
                 elif not self._should_wait(self._front, state):
+                    if self._is_in_place(self._front):
+                        self._leave_the_place()
                     return self._give_out(self._front)
                 elif beyond_loads and (after := self._after_loads()) is not None:
                     self._beyond = after
@@ -313,10 +328,11 @@ class Frontier:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The restore is over: what `worth` knows about it is not held, neither in a circle nor by a load that is under way."""
+        """The restore is over: what the judgements know is not held, neither in a circle nor by a load under way."""
         with self._changed:
             self._open = False
             self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True
+            self._overdue = None
 
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
@@ -340,14 +356,23 @@ class Frontier:
     def _should_wait(self, index: int, state: State) -> bool:
         if state is not State.LOADING and (state is not State.WAITING or not self._open):
             return False
-        if self._strategy is Strategy.LOAD or not self._aside.get(index, True):
+        if self._strategy is Strategy.LOAD:
             return True
+        if self._is_in_place(index):
+            return self._overdue is None or not self._judged(self._overdue, index)
         if self._near == 0:
             return state is State.LOADING
         return not self._is_worth(index)
 
     def _is_worth(self, index: int) -> bool:
-        return self._worth(index, self._loads_left, len(self._outcomes), self._clock() - self._last_progress)
+        return self._judged(self._worth, index)
+
+    def _judged(self, judgement: Judgement, index: int) -> bool:
+        return judgement(index, self._loads_left, len(self._outcomes), self._clock() - self._last_progress)
+
+    def _is_in_place(self, index: int) -> bool:
+        """Whether a load goes into place, so that nobody else may write there."""
+        return not self._aside.get(index, True)
 
     def _give_out(self, index: int) -> int:
         self._turn(index, State.COMPUTING)
@@ -378,6 +403,9 @@ class Frontier:
     def _goes_aside(self, index: int) -> bool:
         if self._near == 0 or index > self._front + self._near:
             return False
+        contests = self._states[self._front] is State.COMPUTING or self._is_worth(self._front)
+        if self._overdue is not None and not contests:
+            return False
         reserved = max(0, self._most_aside // 3 - 1)
         if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
             return True
@@ -400,18 +428,23 @@ class Frontier:
             self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near else remaining)
 
     def _give_up(self) -> None:
+        self._leave_the_place(Outcome.LATE)
+
+    def _leave_the_place(self, outcome: Outcome | None = None) -> None:
+        """Nobody waits any more for what is under way, wherever it lands; with no outcome it is as if it had not been begun."""
         self._open = False
         for index, aside in list(self._aside.items()):
             self._orphans |= not aside
             self._left_behind = True
-            self._finish(index, Outcome.LATE)
+            self._finish(index, outcome)
         self._changed.notify_all()
 
-    def _finish(self, index: int, outcome: Outcome) -> None:
+    def _finish(self, index: int, outcome: Outcome | None) -> None:
         """A load has ended. A chunk that is also being computed stays with the main thread unless the load brought it."""
         del self._aside[index]
         self._layers_there.pop(index, None)
-        self._outcomes[index] = outcome
+        if outcome is not None:
+            self._outcomes[index] = outcome
         if outcome is Outcome.LOADED:
             self._turn(index, State.LOADED)
         elif self._states[index] is State.LOADING:

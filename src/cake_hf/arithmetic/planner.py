@@ -184,6 +184,11 @@ class Rule:
             return overdue(self.costs, index, loads_left, loads_done, idle_seconds)
         return worth_starting(self.costs, index, loads_left, idle_seconds, loads_done=loads_done)
 
+    def overdue(self, chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
+        """Whether to overtake loads into place now, as `Frontier` asks it; False where a cost is not known."""
+        known = self.costs.compute is not None and self.costs.load is not None
+        return known and overdue(self.costs, self.first + chunk, loads_left, loads_done, idle_seconds)
+
 
 def hidden_by_layers(costs: Costs, following_seconds: float, ranges: int) -> float:
     """Seconds of the loads' time that are hidden where the last chunks come in ranges of layers.

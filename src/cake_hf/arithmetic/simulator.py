@@ -316,6 +316,7 @@ class _Restore:
             most_aside=most_aside,
             last=setting.threads,
             worth=rule.worth,
+            overdue=None if policy == "cake" else rule.overdue,
             clock=self._clock,
             changed=_Changed(self._clock),
         )

@@ -42,6 +42,9 @@ def new_frontier(
     def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
         return can_run(chunk) and rule.worth(chunk, loads_left, loads_done, idle_seconds)
 
+    def overdue(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
+        return can_run(chunk) and rule.overdue(chunk, loads_left, loads_done, idle_seconds)
+
     return Frontier(
         stored,
         strategy=session.strategy,
@@ -51,6 +54,8 @@ def new_frontier(
         most_aside=(ASIDE_PER_THREAD if on_host else ASIDE_PER_THREAD - 1) * threads,
         last=threads,
         worth=worth,
+        # On a device all loads come through host memory anyway, and there may be no room for the layers to move out.
+        overdue=overdue if on_host else None,
     )
 
 

@@ -109,7 +109,13 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         Takes one copy of the content, as `DynamicLayer` makes with each token, and no loads may be under way.
         """
         buffer = self._key_buffer
-        if buffer is None or buffer.device.type != "cpu" or buffer.shape[2] == 1 or _lies_by_head(buffer) or not self.is_own:
+        if (
+            buffer is None
+            or buffer.device.type != "cpu"
+            or buffer.shape[2] == 1
+            or _lies_by_head(buffer)
+            or not self.is_own
+        ):
             return
         length = self._take_over()
         self._move(length, buffer.shape[1], by_head=True)
@@ -229,7 +235,9 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
 def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) -> torch.Tensor:
     """A new buffer that starts with the content `[batch, length, heads, head_dim]` and has `capacity` tokens or more.
 
-    Its shape is the content's in any case; `by_head` says in which order it lies in memory. Made outside inference mode, so that it can be written to from any mode and any thread later.
+    Its shape is the content's in any case; `by_head` says in which order it lies in memory.
+
+    Made outside inference mode, so that it can be written to from any mode and any thread later.
     """
     batch, length, heads, head_dim = content.shape
     if content.requires_grad:
