@@ -12,6 +12,7 @@ from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
+from cake_hf.tensors.tree import has, modules_of
 
 
 def new_frontier(
@@ -65,7 +66,7 @@ def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
         return 1
     ranges = ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
     # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
-    moves_weights = ranges > 1 and any(hasattr(module, "_hf_hook") for module in session.model.modules())
+    moves_weights = ranges > 1 and any(has(module, "_hf_hook") for _, module in modules_of(session.model))
     return 1 if moves_weights else ranges
 
 

@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from cake_hf.tensors.offload import computing_devices, devices_of
+from cake_hf.tensors.tree import has, modules_of
 from cake_hf.tensors.weights import weights
 
 HASHED_BLOCK = 2**15
@@ -112,7 +113,7 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
     """
     return [
         f"{path}.{name}: {buffer.dtype}"
-        for path, module in model.named_modules()
+        for path, module in modules_of(model)
         for name, buffer in module._buffers.items()
         if name in module._non_persistent_buffers_set
         and buffer is not None
@@ -124,8 +125,8 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
 def adapter_facts(model: torch.nn.Module) -> list[str]:
     """Which adapters take part, module by module. Their weights are parameters and counted there."""
     facts = []
-    for name, module in model.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters"):
+    for name, module in modules_of(model):
+        if has(module, "active_adapters") and has(module, "merged_adapters"):
             state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
             facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
     return facts
@@ -144,11 +145,13 @@ def foreign_modules(model: torch.nn.Module) -> list[str]:
 
     They may compute something else with the same weights: some quantise only in the forward.
     """
-    library = type(model).__module__.split(".")[0]
+    usual = ("torch.nn.", f"{type(model).__module__.split('.')[0]}.")
+    below = modules_of(model)[1:]
+    foreign = {kind for kind in {type(module) for _, module in below} if not kind.__module__.startswith(usual)}
     return [
         f"{path}: {kind.__module__}.{kind.__qualname__}"
-        for path, kind in ((path, type(module)) for path, module in model.named_modules())
-        if path and not kind.__module__.startswith(("torch.nn.", f"{library}."))
+        for path, kind in ((path, type(module)) for path, module in below)
+        if kind in foreign
     ]
 
 
@@ -158,7 +161,7 @@ def adapters_vary(model: torch.nn.Module) -> bool:
     What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
     on the adapted modules.
     """
-    adapted = (module for module in model.modules() if hasattr(module, "merged_adapters"))
+    adapted = (module for _, module in modules_of(model) if has(module, "merged_adapters"))
     return any(
         module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
         for module in adapted
@@ -260,7 +263,7 @@ def canonical(facts: Any) -> str:
 def _signature(model: torch.nn.Module) -> int:
     """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
     identity: list[Any] = []
-    samples: list[torch.Tensor] = []
+    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for weight in weights(model):
         name, tensor = weight.name, weight.tensor
         if weight.elsewhere is not None and (stamp := weight.elsewhere.stamp()) is not None:
@@ -272,14 +275,16 @@ def _signature(model: torch.nn.Module) -> int:
             continue
         version = 0 if tensor.is_inference() else tensor._version
         identity.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:0]
-        step = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        samples.append(flat[::step][:SAMPLES_PER_TENSOR].contiguous().view(torch.uint8))
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for sample in samples:
-        by_device.setdefault(sample.device, []).append(sample)
-    values = [torch.cat(group).cpu().numpy().tobytes() for group in by_device.values()]
+        if tensor.is_contiguous():
+            samples.setdefault((tensor.device, tensor.dtype), []).append(_sampled(tensor))
+    values = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in samples.values()]
     return hash((tuple(identity), *values))
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a contiguous tensor, from all over it; a view."""
+    count, flat = min(tensor.numel(), SAMPLES_PER_TENSOR), tensor.detach()
+    return flat.as_strided((count,), (max(1, tensor.numel() // SAMPLES_PER_TENSOR),))
 
 
 def _host_bytes(tensor: torch.Tensor) -> memoryview:

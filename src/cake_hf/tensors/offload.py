@@ -8,12 +8,14 @@ is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cake_hf.tensors.tree import below, modules_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Offloaded:
 def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
     """By their names in the model, the parameters and buffers that hooks bring for each forward."""
     found: dict[str, Offloaded] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         for hook in _hooks(module):
             if not getattr(hook, "offload", False) or getattr(hook, "weights_map", None) is None:
                 continue
@@ -75,18 +77,20 @@ def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
             if getattr(hook, "offload_buffers", False):
                 names += [name for name, _ in module.named_buffers(recurse=recurse, remove_duplicate=False)]
             for name in names:
-                found[f"{path}.{name}" if path else name] = _without_prefixes(hook.weights_map, name, device)
+                found[below(path, name)] = _without_prefixes(hook.weights_map, name, device)
     return found
 
 
-def computing_devices(model: torch.nn.Module) -> Iterator[tuple[str, torch.device]]:
+def computing_devices(model: torch.nn.Module) -> list[tuple[str, torch.device]]:
     """For each module with parameters of its own its path, and the device that it computes on."""
-    yield from _visit(model, "", None)
+    found: list[tuple[str, torch.device]] = []
+    _visit(model, "", None, found)
+    return found
 
 
 def home_device(model: torch.nn.Module) -> torch.device:
     """Where a model computes with its first parameter, and best gets its token ids."""
-    return next(computing_devices(model))[1]
+    return computing_devices(model)[0][1]
 
 
 def devices_of(model: torch.nn.Module) -> list[torch.device]:
@@ -96,34 +100,34 @@ def devices_of(model: torch.nn.Module) -> list[torch.device]:
 
 def where_computed(model: torch.nn.Module) -> str:
     """For people, and for what computing costs there: "cuda:0", "cpu, weights offloaded", ..."""
-    moved = any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
+    moved = any(getattr(hook, "offload", False) for _, module in modules_of(model) for hook in _hooks(module))
     return ", ".join([*map(str, devices_of(model)), *["weights offloaded"] * moved])
 
 
-def _visit(module: torch.nn.Module, path: str, outer: torch.device | None) -> Iterator[tuple[str, torch.device]]:
+def _visit(
+    module: torch.nn.Module, path: str, outer: torch.device | None, found: list[tuple[str, torch.device]]
+) -> None:
     own, whole = _execution_device(module)
-    # By its dictionaries: each prompt looks at hundreds of modules, and torch's own iterators take several times as long.
     parameter = next((one for one in module._parameters.values() if one is not None), None)
     if parameter is not None:
-        yield path, own or outer or parameter.device
+        found.append((path, own or outer or parameter.device))
     for name, child in module._modules.items():
         if child is not None:
-            yield from _visit(child, f"{path}.{name}" if path else name, own if whole else outer)
+            _visit(child, below(path, name), own if whole else outer, found)
 
 
 def _execution_device(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
     """Where hooks have a module compute, and whether that goes for all that is in it."""
-    for hook in reversed(list(_hooks(module))):
+    for hook in reversed(_hooks(module)):
         device = _as_device(getattr(hook, "execution_device", None))
         if device is not None:
             return device, bool(getattr(hook, "place_submodules", True))
     return None, False
 
 
-def _hooks(module: torch.nn.Module) -> Iterator[Any]:
-    hook = vars(module).get("_hf_hook")  # not by getattr, which takes long where there is none
-    if hook is not None:
-        yield from getattr(hook, "hooks", (hook,))
+def _hooks(module: torch.nn.Module) -> Sequence[Any]:
+    hook = vars(module).get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
 def _as_device(given: Any) -> torch.device | None:

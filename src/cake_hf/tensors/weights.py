@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cake_hf.tensors.offload import Offloaded, offloaded_weights
+from cake_hf.tensors.tree import modules_of, parameters_of
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def weights(model: torch.nn.Module) -> Iterator[Weight]:
     each forward. A weight that modules share counts for each of them: once it is offloaded, nothing shows that it is shared.
     """
     offloaded = offloaded_weights(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(model):
         yield from _found(name, parameter, offloaded.get(name))
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+    for path, module in modules_of(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield from _found(f"{path}.{name}", buffer, offloaded.get(f"{path}.{name}"))
         for name, value in _saved_besides(module).items():
             yield from _plain(f"{path}.{name}", value, in_place=False)

@@ -1,0 +1,54 @@
+"""A model's modules and parameters, by their dictionaries.
+
+Each prompt looks at hundreds of modules several times. torch's own iterators take twice as long for that, and `hasattr` on a
+module, where it has no such attribute, ten times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+Named = list[tuple[str, torch.nn.Module]]
+
+
+def modules_of(model: torch.nn.Module) -> Named:
+    """As `model.named_modules()`: each module once."""
+    return _walked(model, once=True)
+
+
+def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """As `model.named_parameters(remove_duplicate=False)`: one that modules share comes for each of them."""
+    for path, module in _walked(model, once=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield below(path, name), parameter
+
+
+def has(module: torch.nn.Module, name: str) -> bool:
+    """As `hasattr`, but for parameters, buffers and modules."""
+    return name in vars(module) or hasattr(type(module), name)
+
+
+def below(path: str, name: str) -> str:
+    """The path of what a module has."""
+    return f"{path}.{name}" if path else name
+
+
+def _walked(model: torch.nn.Module, *, once: bool) -> Named:
+    found: Named = []
+    seen: set[torch.nn.Module] = set()
+
+    def visit(path: str, module: torch.nn.Module) -> None:
+        if once:
+            if module in seen:
+                return
+            seen.add(module)
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found

@@ -1,0 +1,35 @@
+"""Walking a model gives what torch's iterators give, in their order: the weights' checksum depends on it."""
+
+from __future__ import annotations
+
+import torch
+
+from cake_hf.tensors.tree import has, modules_of, parameters_of
+from models import shared_model
+
+
+def odd_model() -> torch.nn.Module:
+    """With a module and a parameter that several places share, and empty places."""
+    model, shared = torch.nn.Sequential(), torch.nn.Linear(2, 3)
+    model.add_module("first", shared)
+    model.add_module("nothing", None)
+    model.add_module("again", torch.nn.Sequential(shared, torch.nn.Linear(3, 2, bias=False)))
+    model.register_parameter("none", None)
+    model.register_parameter("tied", shared.weight)
+    return model
+
+
+def test_as_torch_iterates() -> None:
+    for model in (odd_model(), shared_model("llama"), torch.nn.Linear(1, 1)):
+        assert modules_of(model) == list(model.named_modules())
+        found, theirs = list(parameters_of(model)), list(model.named_parameters(remove_duplicate=False))
+        assert [name for name, _ in found] == [name for name, _ in theirs]
+        assert all(one is other for (_, one), (_, other) in zip(found, theirs, strict=True))
+
+
+def test_has_sees_what_an_instance_and_its_class_have() -> None:
+    module = torch.nn.Linear(1, 1)
+    module.merged_adapters = []
+    assert has(module, "merged_adapters")
+    assert has(module, "forward")
+    assert not has(module, "active_adapters")
