@@ -41,7 +41,7 @@ GOALS = {
     "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
     "cached": {"over_floor", "load_over_floor", "over_load", "computed_chunks"},
     "identity": {"first_seconds"},
-    "loading": {f"speed_{kind}_{threads}" for kind in ("touched", "fresh") for threads in (1, 2)},
+    "loading": {"speed_fresh_1", "speed_fresh_2"},
     "overheads": {"named_milliseconds", "decision_microseconds"},
 }
 TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
