@@ -199,6 +199,35 @@ def test_loads_go_into_place_while_the_main_thread_would_rather_wait() -> None:
         assert frontier.lands_aside(2) == aside
 
 
+def test_between_two_steps_loads_near_the_front_go_aside() -> None:
+    """The main thread is not done with computing; it is only not at it."""
+    frontier = Frontier([True] * 4, near=4, worth=lambda chunk, *_: chunk == 1, overdue=lambda *_: False)
+    frontier._worth = lambda *_: True
+    assert frontier.advance() == 0
+    frontier.computed(0)
+    frontier._worth = lambda *_: False  # of chunk 0, which is there
+    assert frontier.claim() == 3
+    assert frontier.lands_aside(3)
+
+
+def test_layers_that_come_are_progress() -> None:
+    now = [0.0]
+    idle: list[float] = []
+
+    def overdue(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
+        idle.append(idle_seconds)
+        return True
+
+    frontier = Frontier([True], near=1, last=1, worth=lambda *_: False, overdue=overdue, clock=lambda: now[0])
+    assert frontier.claim() == 0
+    assert frontier.comes_last(0)
+    now[0] = 5.0
+    frontier.landed(0, 1)
+    now[0] = 7.0
+    assert frontier.advance() == 0
+    assert idle == [2.0]
+
+
 def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
     late = False
     frontier = Frontier([True] * 4, near=4, worth=lambda *_: False, overdue=lambda *_: late, clock=standing_clock)

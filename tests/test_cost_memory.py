@@ -66,6 +66,20 @@ def test_a_store_without_a_folder_remembers_as_long_as_it_lives() -> None:
     assert recall_costs(MemoryStore(), "ns", "cpu").costs(100).compute is None
 
 
+def test_overtaken_loads_are_learnt_from_where_there_are_no_others() -> None:
+    overtaken = Span("load-1", 0, 0.0, 90.0, "overtaken")
+    memory = CostMemory(None)
+    memory.learn([*LOADED, overtaken], 0, 100)
+    load = memory.costs(100).load
+    assert load is not None
+    assert load.seconds == pytest.approx(1.0)
+    memory = CostMemory(None)
+    memory.learn([overtaken], 0, 100)
+    load = memory.costs(100).load
+    assert load is not None
+    assert load.seconds == pytest.approx(90.0)
+
+
 def test_the_tail_left_forwards_and_failed_loads_are_not_learnt_from() -> None:
     memory = CostMemory(None)
     spans = [

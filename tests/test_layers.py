@@ -146,6 +146,34 @@ def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
     assert all(buffer.is_contiguous() for buffer in layer.buffers)
 
 
+def test_memory_that_lies_by_head_stays_so_when_rows_change() -> None:
+    """Beams are reordered with each token; to lay them anew each time would take a second copy of all KV."""
+    layer = TokenMajorLayer()
+    layer.update(*states(2, 64, 0))
+    layer.lay_by_head()
+    for change in (
+        lambda: layer.reorder_cache(torch.tensor([1, 1])),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.batch_select_indices(torch.tensor([3, 0])),
+    ):
+        change()
+        before = layer.buffers[0].data_ptr()
+        layer.lay_by_head()
+        layer.update(*states(layer.keys.shape[0], 1, 1))
+        assert layer.buffers[0].data_ptr() == before
+        assert layer.keys[0, 0].is_contiguous()
+
+
+def test_laying_by_head_leaves_room_for_tokens() -> None:
+    layer = TokenMajorLayer()
+    layer.update(*states(1, 64, 0))
+    layer = copy.deepcopy(layer)  # as small as can be
+    layer.lay_by_head()
+    before = layer.buffers[0].data_ptr()
+    layer.update(*states(1, 1, 0))
+    assert layer.buffers[0].data_ptr() == before
+
+
 def test_another_shape_is_refused() -> None:
     layer = TokenMajorLayer()
     layer.update(*states(2, 4, 0))

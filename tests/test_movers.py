@@ -27,7 +27,7 @@ from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, P
 from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
-from cake_hf.stores.wrappers import FaultStore, WrapperStore
+from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from children import command_of
@@ -368,8 +368,10 @@ def test_a_place_that_fails_is_an_outcome_too(owner: type, method: str, monkeypa
     assert set(restore.frontier.outcomes().values()) == {Outcome.ERROR}
 
 
-def test_a_load_that_was_given_up_is_not_recorded() -> None:
-    store = FaultStore(filled_store(), {key_of(4): "stall"})
+@pytest.mark.parametrize("over", [False, True])
+def test_a_load_that_comes_too_late_is_told_apart(*, over: bool) -> None:
+    """What it took is worth knowing as long as the restore goes on, and nobody's business afterwards."""
+    store = GateStore(filled_store())
     restore = Restore(store, DevicePlace(make_buffers(), LAYOUT))
     held = threading.Event()
     claim = restore.frontier.claim
@@ -383,11 +385,13 @@ def test_a_load_that_was_given_up_is_not_recorded() -> None:
     threads = start_loaders(restore.job, 1)
     assert held.wait(PATIENCE)
     restore.frontier.stop()
-    store.release()
+    if over:
+        restore.job.let_go()
+    store.open()
     run_all(threads)
     assert restore.frontier.outcomes() == {4: Outcome.LATE}
     assert restore.frontier.take_orphans() is True
-    assert restore.records == []
+    assert [outcome for *_, outcome in restore.records] == ["overtaken"] * (not over)
 
 
 class Hanging:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.planner import Plan, optimum, plan, worth_starting
+from cake_hf.arithmetic.planner import Plan, Rule, optimum, plan, worth_starting
 from cake_hf.people.bench import cells
 
 computes = st.builds(ComputeCost, st.floats(0.01, 10), st.floats(0, 3))
@@ -217,6 +217,19 @@ def test_a_stuck_store_is_waited_for_two_steps_at_most(
     costs, step = Costs(compute, load_cost(interval)), compute.seconds(index)
     assume(not worth_starting(costs, index, left, busy))
     assert worth_starting(costs, index, left, busy + 2 * step * (1 + 1e-9) + 1e-9)
+
+
+@given(computes, loads, st.integers(0, 50), st.integers(1, 8), st.integers(0, 8))
+def test_loads_in_place_are_overtaken_when_late_by_what_that_costs(
+    compute: ComputeCost, load: LoadCost, index: int, left: int, done: int
+) -> None:
+    rule = Rule(Costs(compute, load), first=3)
+    due, price = load.finish(done + left) - load.finish(done), left * compute.seconds(3 + index)
+    assert not rule.overdue(index, left, done, 0.0)
+    assert not rule.overdue(index, left, done, (due + price) * (1 - 1e-9))
+    assert rule.overdue(index, left, done, (due + price) * (1 + 1e-9) + 1e-9)
+    assert not Rule(Costs(compute, None)).overdue(index, left, done, 1e6)
+    assert not Rule(Costs(None, load)).overdue(index, left, done, 1e6)
 
 
 def test_unknown_costs_and_holes_are_worth_it() -> None:

@@ -13,16 +13,19 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import session
+from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
+from cake_hf.tensors.codec import parse_header, payload_size
 from cake_hf.testing.contract import run_together
 from forwards import before_forward
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
-from stored import filled_store
+from stored import filled_store, keys_in_order, without
 from waiting import PATIENCE, await_answer, await_true, join_loaders, loaders
 
 BYTES = torch.arange(4, dtype=torch.uint8)
@@ -311,6 +314,44 @@ def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
     for report in reports.values():
         assert report.chunks_computed + report.chunks_loaded + report.chunks_shared == CHUNKS
     assert len(list(store.keys())) == CHUNKS
+
+
+def test_a_copied_chunk_lands_where_the_layers_have_moved_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loads were late and the layers have moved out; then another prompt computes the next chunk that is missing."""
+    model = shared_model("llama")
+    complete = filled_store(model)
+    hole = CHUNKS - 1
+    key = keys_in_order(complete)[hole]
+    value = complete.read(key)
+    assert value is not None
+    payload = torch.frombuffer(bytearray(value), dtype=torch.uint8)[-payload_size(parse_header(value)[1]) :]
+    gate = GateStore(without(complete, hole))
+    gate.open(hole - 1)  # all but one
+    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    monkeypatch.setattr(Rule, "overdue", lambda *_: True)
+    board, moved = sharing_of(gate), []
+    move_out = TokenMajorLayer.move_out
+    monkeypatch.setattr(TokenMajorLayer, "move_out", lambda *args: (moved.append(1), move_out(*args))[1])
+    outcomes: list[Outcome] = []
+    limits = Limits(loader_threads=1, read_timeout=PATIENCE)
+
+    def generate() -> None:
+        with CakeCache(model, gate, chunk_size=CHUNK, limits=limits) as cache:
+            outcomes.append(run(model, prompt(), cache))
+            assert cache.report.chunks_shared == 1
+            gate.open()
+
+    with board.flight(key, "another prompt", computes=True) as leading:
+        assert leading.followed is None
+        leading.payload = payload.clone
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        await_true(lambda: any(flight.followed_by for flight in board.flights()))
+        assert moved
+    thread.join(PATIENCE)
+    assert difference(outcomes[0], expected("llama")) == ""
+    join_loaders()
+    assert [gate.read(key) for key in keys_in_order(gate)] == [complete.read(key) for key in keys_in_order(complete)]
 
 
 @pytest.mark.parametrize("strategy", ["both", "load"])

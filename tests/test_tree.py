@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 
+from cake_hf.tensors.offload import devices_of
 from cake_hf.tensors.tree import has, modules_of, parameters_of
 from models import shared_model
 
@@ -25,6 +29,21 @@ def test_as_torch_iterates() -> None:
         found, theirs = list(parameters_of(model)), list(model.named_parameters(remove_duplicate=False))
         assert [name for name, _ in found] == [name for name, _ in theirs]
         assert all(one is other for (_, one), (_, other) in zip(found, theirs, strict=True))
+
+
+def test_a_model_that_was_walked_waits_for_no_collector() -> None:
+    model = odd_model()
+    gone = weakref.ref(model[0])
+    gc.collect()
+    gc.disable()
+    try:
+        modules_of(model)
+        list(parameters_of(model))
+        devices_of(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_has_sees_what_an_instance_and_its_class_have() -> None:

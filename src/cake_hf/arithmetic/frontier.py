@@ -11,8 +11,9 @@ Where they meet, both may work on one chunk: a loader that finds nothing else le
 and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
 so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
 
-A main thread that rather waits than computes has nothing to contest: loads go into place then. Should they be late, they are
-overtaken by leaving them the place.
+Where the main thread would rather wait than compute, nothing is contested, and loads may go into place (where `overdue` is
+given). Should they be late, the main thread leaves them the place: it goes on in other memory, loads under way are nobody's,
+and the rest is computed.
 
 What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
 go beyond them (`advance(beyond_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
@@ -42,7 +43,7 @@ class State(Enum):
     WAITING = "waiting"  # in the store, claimed by nobody
     LOADING = "loading"  # claimed by a loader
     LOADED = "loaded"
-    FAILED = "failed"  # a loader gave it up: only the main thread can make it
+    FAILED = "failed"  # given up, or left in its place: only the main thread can make it
     COMPUTING = "computing"  # claimed by the main thread
     COMPUTED = "computed"
 
@@ -66,7 +67,8 @@ class Strategy(str, Enum):
 
 
 Judgement = Callable[[int, int, int, float], bool]
-"""Of a chunk, with the loads that are left, those that have ended, and the seconds since one last began or ended."""
+"""Whether to compute a chunk now; of the loads that are left, those that have ended, and the seconds since one last began or
+ended."""
 
 
 class Changed(Protocol):
@@ -92,9 +94,10 @@ class Frontier:
         present: for each chunk, whether the store has it.
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
-        near: how many chunks beyond the front are loaded aside and may be contested; 0 for no contest at all.
+        near: how many chunks beyond the front may be contested, and are loaded aside for that; 0 for no contest at all.
         most_aside: how many chunks may be on their way aside, or wait there to be put into place. A third of that is for the
-            chunks nearest to the front, which always go aside; of the others, those go into place for which nothing is left.
+            chunks nearest to the front, which go aside wherever they may be contested; of the others, those go
+            into place for which nothing is left.
         last: how many chunks are the last ones to be loaded, whose layers are waited for.
         worth: called as `worth(chunk, loads_left, loads_done, idle_seconds)` before a chunk is computed that could be loaded:
             False if the loads that are left would be there before its computation ends. Idle is the time since a load last
@@ -203,6 +206,7 @@ class Frontier:
         with self._changed:
             if index in self._aside:
                 self._layers_there[index] = layers
+                self._last_progress = self._clock()
                 self._changed.notify_all()
 
     def settle(self, index: int, outcome: Outcome) -> bool:
@@ -316,7 +320,10 @@ class Frontier:
             return self._left_behind
 
     def take_orphans(self) -> bool:
-        """Whether loads were given up since the last call. Their threads may still write to where they were told to."""
+        """Whether loads were given up, or overtaken in place, since the last call.
+
+        Their threads may still write to where they were told to.
+        """
         with self._changed:
             orphans, self._orphans = self._orphans, False
             return orphans
@@ -328,7 +335,7 @@ class Frontier:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The restore is over: what the judgements know is not held, neither in a circle nor by a load under way."""
+        """The restore is over. The judgements, which hold it, are let go: KV waits for no collector and no load that hangs."""
         with self._changed:
             self._open = False
             self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True
@@ -403,9 +410,9 @@ class Frontier:
     def _goes_aside(self, index: int) -> bool:
         if self._near == 0 or index > self._front + self._near:
             return False
-        contests = self._states[self._front] is State.COMPUTING or self._is_worth(self._front)
-        if self._overdue is not None and not contests:
-            return False
+        waits = self._states[self._front] in (State.WAITING, State.LOADING) and not self._is_worth(self._front)
+        if self._overdue is not None and waits:
+            return False  # there is no contest: what went aside would be copied for nothing
         reserved = max(0, self._most_aside // 3 - 1)
         if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
             return True

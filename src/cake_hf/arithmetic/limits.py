@@ -10,7 +10,8 @@ from cake_hf.arithmetic.environment import a_count, limit_variable, some_seconds
 from cake_hf.arithmetic.sizes import parse_bytes
 
 ASIDE_PER_THREAD = 3
-"""Chunks per loader thread that may be in memory of their own, beside the KV, at any time."""
+"""Chunks per loader thread that may be in memory of their own, beside the KV, at any time; what is left to late reads is
+not counted."""
 
 MIN_CHUNK_SIZE = 16
 """Below this a chunk's fixed costs (one file, one forward) dwarf its tokens."""

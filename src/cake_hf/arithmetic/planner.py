@@ -19,6 +19,9 @@ Decision = Literal["compute", "load", "both"]
 MAX_RANGES = 16
 """Finer steps would hide next to nothing more, and each costs a read."""
 
+FEW_CHUNKS = 32
+"""See `overtakes_in_place`."""
+
 RANGES_COST = 0.05
 """Of a chunk's time, what may be spent on reading it in ranges; it is spent on the last few chunks only."""
 
@@ -125,7 +128,9 @@ def worth_starting(costs: Costs, index: int, loads_left: int, idle_seconds: floa
     `L(i) <= F(i) + g_i`, and it began the step before at `F(i - 1) < L(i - 1)`, so `F(i) < L(i - 1) + f_(i-1)`; while every
     split takes at least `min(F(i), L(i - 1))`. In the same way it is at most one true step slower than loading all.
 
-    If loads stop arriving, it waits at most `2 * g_i` before it computes, provided that it is asked again meanwhile.
+    If loads stop arriving, it waits at most `2 * g_i` before it computes, provided that it is asked again meanwhile; for loads
+    in place as long as was expected and what they cost (see `Rule.overdue`), or, if these cannot be overtaken, until their
+    deadline.
 
     Args:
         costs: as believed.
@@ -185,9 +190,14 @@ class Rule:
         return worth_starting(self.costs, index, loads_left, idle_seconds, loads_done=loads_done)
 
     def overdue(self, chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
-        """Whether to overtake loads into place now, as `Frontier` asks it; False where a cost is not known."""
-        known = self.costs.compute is not None and self.costs.load is not None
-        return known and overdue(self.costs, self.first + chunk, loads_left, loads_done, idle_seconds)
+        """Whether to overtake loads in place now, as `Frontier` asks it; without a cost nothing says that they are late.
+
+        All that are under way are lost then. So they must be late by more than it takes to compute all of them.
+        """
+        if self.costs.compute is None or self.costs.load is None:
+            return False
+        price = loads_left * self.costs.compute.seconds(self.first + chunk)
+        return -_expected(self.costs.load, loads_left, loads_done, idle_seconds) > price
 
 
 def hidden_by_layers(costs: Costs, following_seconds: float, ranges: int) -> float:
@@ -222,6 +232,15 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
         return 1
     affordable = RANGES_COST * costs.load.interval / range_seconds if range_seconds > 0 else layers
     return max(1, int(min(layers, MAX_RANGES, affordable)))
+
+
+def overtakes_in_place(chunks: int) -> bool:
+    """Whether loads of a prompt in host memory that are waited for go into place, to be overtaken there if they are late.
+
+    For a prompt of so many chunks: of a longer one, the few chunks that are copied once more for having gone aside are next to
+    nothing; and its KV, which is in memory twice from the overtaking to the end of the late loads, is much.
+    """
+    return chunks <= FEW_CHUNKS
 
 
 def nearness(costs: Costs, first: int, chunks: int, threads: int) -> int:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, fields
 
 LANE_WIDTH = 60
 
-_COLOURS = {"computed": "#e07b39", "gated": "#e07b39", "loaded": "#3a7ca5", "shared": "#5b9a68", "left": "#8a8f98"}
+_COLOURS = {
+    **dict.fromkeys(("computed", "gated"), "#e07b39"),
+    "loaded": "#3a7ca5",
+    "shared": "#5b9a68",
+    **dict.fromkeys(("left", "overtaken"), "#8a8f98"),
+}
+_FILLS = {**dict.fromkeys(("computed", "gated", "loaded", "shared"), "="), **dict.fromkeys(("left", "overtaken"), "~")}
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Span:
         start, end: seconds since the restore began.
         outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
             chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
-            "shared" where the chunk came from another prompt that was being restored at the same time.
+            "shared" where the chunk came from another prompt that was being restored at the same time; "overtaken" where a load
+            came when its chunk had been computed, or was about to be.
     """
 
     actor: str
@@ -147,12 +154,12 @@ class Report:
 
 
 def _text_lane(spans: list[Span], total: float) -> str:
-    """One actor's lane: each span is its chunk's number, then '=' (or '~': it was left, '!': it was not usable)."""
+    """One actor's lane: each span is its chunk's number, then '=' ('~': it was left or overtaken, '!': it was not usable)."""
     cells = [" "] * LANE_WIDTH
     for span in spans:
         start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
         end = max(start + 1, round(span.end / total * LANE_WIDTH))
-        fill = {"left": "~", **dict.fromkeys(("computed", "gated", "loaded", "shared"), "=")}.get(span.outcome, "!")
+        fill = _FILLS.get(span.outcome, "!")
         label = "t" if span.chunk < 0 else str(span.chunk)
         cells[start:end] = list((label + fill * (end - start))[: end - start])
     return "".join(cells)

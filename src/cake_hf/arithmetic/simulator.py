@@ -27,7 +27,7 @@ from cake_hf.arithmetic.costs import MAX_SECONDS, CostLearner, Costs, LoadCost
 from cake_hf.arithmetic.frontier import Frontier, Strategy
 from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
+from cake_hf.arithmetic.planner import Rule, nearness, overtakes_in_place, ranges_of
 from cake_hf.arithmetic.report import Span
 
 Policy = Literal["both", "compute", "load", "cake"]
@@ -316,7 +316,7 @@ class _Restore:
             most_aside=most_aside,
             last=setting.threads,
             worth=rule.worth,
-            overdue=None if policy == "cake" else rule.overdue,
+            overdue=rule.overdue if policy != "cake" and overtakes_in_place(setting.chunks) else None,
             clock=self._clock,
             changed=_Changed(self._clock),
         )

@@ -8,7 +8,7 @@ from itertools import dropwhile
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, ranges_of
+from cake_hf.arithmetic.planner import Rule, nearness, overtakes_in_place, ranges_of
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
@@ -56,7 +56,7 @@ def new_frontier(
         last=threads,
         worth=worth,
         # On a device all loads come through host memory anyway, and there may be no room for the layers to move out.
-        overdue=overdue if on_host else None,
+        overdue=overdue if on_host and overtakes_in_place(prompt.chunks) else None,
     )
 
 

@@ -32,7 +32,7 @@ from cake_hf.cache.saving import Saver
 from cake_hf.cache.session import Session
 from cake_hf.cache.states import StoredStates
 from cake_hf.cache.steps import steps_for
-from cake_hf.movers.loader import SHARED, LoadJob, fill, start_loaders
+from cake_hf.movers.loader import SHARED, LoadJob, start_loaders
 from cake_hf.movers.place import is_host_place, place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
 from cake_hf.movers.writer import pack
@@ -159,7 +159,7 @@ class Restore:
         self._job.place.catch_up()
 
     def close(self, *, save_tail: bool = False) -> None:
-        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless a load was overtaken.
+        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
 
         Args:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
@@ -182,9 +182,11 @@ class Restore:
         self._frontier.stop()
         self._job.let_go()
         self._states.let_go()
-        self._go_back()
-        self._carried.go_back()
-        self._carried.end()
+        try:
+            self._go_back()
+            self._carried.go_back()
+        finally:
+            self._carried.end()
 
     @property
     def waited(self) -> bool:
@@ -278,11 +280,7 @@ class Restore:
         begin = time.monotonic()
         if not flight.wait(self._session.limits.read_timeout) or flight.payload is None:
             return False
-        landing = self._job.place.landing(index, aside=True)
-        fill(landing, flight.payload)
-        landing.adopt(len(self.prompt.layout.pieces))
-        landing.release()
-        self._job.place.catch_up()
+        self._copy_in(index, flight.payload)
         self._frontier.computed(index)
         self._shared.add(index)
         self.prompt.record("compute", index, begin, time.monotonic(), SHARED)
@@ -297,13 +295,22 @@ class Restore:
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
 
+    def _copy_in(self, index: int, payload: torch.Tensor) -> None:
+        """Bring a chunk's payload, `[nbytes]` uint8 on the host, to where the layers are now: they may have moved out."""
+        offset = 0
+        with torch.inference_mode():
+            for piece in self._saver.pieces(index):
+                target = piece.view(torch.uint8)
+                target.copy_(payload[offset : offset + target.numel()].view(target.shape))
+                offset += target.numel()
+
     def _copy_out(self, index: int) -> torch.Tensor:
         return pack(self._saver.pieces(index), self.prompt.layout)
 
     def _settle_in(self) -> None:
         """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
 
-        After that nothing lands any more: giving up one load ends all loading.
+        After that nothing lands any more: giving up one load, or overtaking it in place, ends all loading.
         """
         self._job.adopt_landed()
         self._job.place.catch_up()

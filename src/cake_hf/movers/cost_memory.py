@@ -128,8 +128,8 @@ class CostMemory:
                     self._learner.saw_compute(first + span.chunk, span.end - span.start)
                 elif span.outcome == "computed" and last_piece is not None:
                     self._learner.saw_part(last_piece, span.end - span.start)
-            loads = [(span.start, span.end) for span in timeline if span.outcome == "loaded"]
-            if loads:
+            # Where each load was overtaken, nothing else would tell that loads take longer than was believed.
+            if loads := _spans(timeline, "loaded") or _spans(timeline, "overtaken"):
                 self._learner.saw_loads(chunk_bytes, loads)
             self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
             if self._note is not None:
@@ -138,6 +138,10 @@ class CostMemory:
     def flush(self, seconds: float) -> bool:
         """Wait until what was learnt is written; False if it took longer."""
         return self._note is None or self._note.flush(seconds)
+
+
+def _spans(timeline: Sequence[Span], outcome: str) -> list[tuple[float, float]]:
+    return [(span.start, span.end) for span in timeline if span.outcome == outcome]
 
 
 def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:

@@ -28,6 +28,9 @@ Record = Callable[[str, int, float, float, str], None]
 SHARED = "shared"
 """What a timeline calls a chunk that came from a prompt beside this one."""
 
+OVERTAKEN = "overtaken"
+"""What it calls a load that came when nobody waited for it any more. It still tells what loads take."""
+
 
 @dataclass
 class LoadJob:
@@ -39,7 +42,7 @@ class LoadJob:
         layout: of a chunk.
         place: where chunks land.
         frontier: the ledger.
-        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted.
+        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted, or was overtaken.
         clock: monotonic seconds.
         sharing: with the other restores of this process.
         most_reads: how many reads may be under way, those of the other restores included.
@@ -167,6 +170,8 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     counts = job.frontier.settle(index, outcome)
     if counts:
         job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
+    elif outcome is Outcome.LOADED and index not in job.shared and not job._over:
+        job.record(actor, index, start, job.clock(), OVERTAKEN)
     if landing is None or (counts and landing.aside and outcome is Outcome.LOADED):
         return
     job.aside.pop(index, None)
@@ -224,12 +229,12 @@ def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome
         return Outcome.LATE
     if flight.payload is None:
         return Outcome.ERROR
-    fill(landing, flight.payload)
+    _fill(landing, flight.payload)
     job.shared.add(index)
     return Outcome.LOADED
 
 
-def fill(landing: Landing, payload: torch.Tensor) -> None:
+def _fill(landing: Landing, payload: torch.Tensor) -> None:
     """Put a whole chunk, `[nbytes]` uint8 on the host, into a landing, and commit it."""
     offset, source = 0, payload.numpy()
     for part in landing.parts:

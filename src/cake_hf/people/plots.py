@@ -29,6 +29,7 @@ SHADES = {
     "loaded": (LOAD, "#639bc0"),
     "shared": ("#5b9a68", "#84b58e"),
     "left": ("#9aa0a6", "#b3b8bd"),
+    "overtaken": ("#9aa0a6", "#b3b8bd"),
     "not usable": ("#b00020", "#c43a52"),
 }
 """Two for each outcome, so that neighbouring chunks can be told apart."""

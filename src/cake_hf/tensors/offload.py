@@ -85,17 +85,7 @@ def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
 def computing_devices(model: torch.nn.Module, most: float = math.inf) -> list[tuple[str, torch.device]]:
     """For each module with parameters of its own its path, and the device that it computes on; of the first `most` modules."""
     found: list[tuple[str, torch.device]] = []
-
-    def visit(module: torch.nn.Module, path: str, outer: torch.device | None) -> None:
-        own, whole = _execution_device(module)
-        parameter = next((one for one in module._parameters.values() if one is not None), None)
-        if parameter is not None:
-            found.append((path, own or outer or parameter.device))
-        for name, child in module._modules.items():
-            if child is not None and len(found) < most:
-                visit(child, below(path, name), own if whole else outer)
-
-    visit(model, "", None)
+    _visit(model, "", None, found, most)
     return found
 
 
@@ -113,6 +103,18 @@ def where_computed(model: torch.nn.Module) -> str:
     """For people, and for what computing costs there: "cuda:0", "cpu, weights offloaded", ..."""
     moved = any(getattr(hook, "offload", False) for _, module in modules_of(model) for hook in _hooks(module))
     return ", ".join([*map(str, devices_of(model)), *["weights offloaded"] * moved])
+
+
+def _visit(
+    module: torch.nn.Module, path: str, outer: torch.device | None, found: list[tuple[str, torch.device]], most: float
+) -> None:
+    own, whole = _execution_device(module)
+    parameter = next((one for one in module._parameters.values() if one is not None), None)
+    if parameter is not None:
+        found.append((path, own or outer or parameter.device))
+    for name, child in module._modules.items():
+        if child is not None and len(found) < most:
+            _visit(child, below(path, name), own if whole else outer, found, most)
 
 
 def _execution_device(module: torch.nn.Module) -> tuple[torch.device | None, bool]:

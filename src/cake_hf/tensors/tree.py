@@ -27,7 +27,7 @@ def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
-    """As `hasattr`, but for parameters, buffers and modules."""
+    """As `hasattr`, except that it does not see parameters, buffers and modules."""
     return name in vars(module) or hasattr(type(module), name)
 
 
@@ -38,17 +38,17 @@ def below(path: str, name: str) -> str:
 
 def _walked(model: torch.nn.Module, *, once: bool) -> Named:
     found: Named = []
-    seen: set[torch.nn.Module] = set()
-
-    def visit(path: str, module: torch.nn.Module) -> None:
-        if once:
-            if module in seen:
-                return
-            seen.add(module)
-        found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", model)
+    _visit("", model, found, set() if once else None)
     return found
+
+
+def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.Module] | None) -> None:
+    # Not a function within the other one: it would be held by what it holds, and the modules by it.
+    if seen is not None:
+        if module in seen:
+            return
+        seen.add(module)
+    found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _visit(below(path, name), child, found, seen)

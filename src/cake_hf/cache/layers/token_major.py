@@ -104,11 +104,12 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             self._show(length)
 
     def lay_by_head(self) -> None:
-        """Tokens are going to be decoded: where it pays, have each head's tokens lie next to each other. Of no other effect.
+        """Tokens are going to be decoded: where it pays, have each head's tokens lie next to each other. Changes nothing else.
 
-        Takes one copy of the content, as `DynamicLayer` makes with each token, and no loads may be under way.
+        Takes one copy of the content, as `DynamicLayer` makes with each token. No loads may be under way.
         """
         buffer = self._key_buffer
+        # With one head both orders are the same; content that was replaced from outside is taken over by the next update.
         if (
             buffer is None
             or buffer.device.type != "cpu"
@@ -118,7 +119,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         ):
             return
         length = self._take_over()
-        self._move(length, buffer.shape[1], by_head=True)
+        self._move(length, max(buffer.shape[1], length + HEADROOM_TOKENS), by_head=True)
         self._show(length)
 
     def make_room(self, like: Any, capacity: int) -> None:
@@ -197,7 +198,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         return int(_given(self.keys).shape[-2])
 
     def _move(self, length: int, capacity: int, *, by_head: bool = False) -> None:
-        """Go on in new buffers, without telling anybody yet."""
+        """Go on in new buffers; `_show` comes after it."""
         self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity, by_head=by_head)
         self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, by_head=by_head)
 
@@ -209,8 +210,8 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def _per_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.get_seq_length() > 0:
             length = self._take_over()
-            self._key_buffer = change(_given(self._key_buffer))
-            self._value_buffer = change(_given(self._value_buffer))
+            self._key_buffer = _changed(_given(self._key_buffer), change)
+            self._value_buffer = _changed(_given(self._value_buffer), change)
             self._show(length)
 
 
@@ -230,6 +231,13 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
         buffer = _room_for(buffer[:, :length], capacity, by_head=_lies_by_head(buffer))
     buffer[:, length:end].copy_(states)
     return buffer
+
+
+def _changed(buffer: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What a change of the rows makes of a buffer, lying as that does: beams are changed with each token."""
+    if _lies_by_head(buffer):
+        return change(buffer.transpose(1, 2)).transpose(1, 2)
+    return change(buffer)
 
 
 def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) -> torch.Tensor:

@@ -3,7 +3,7 @@
 `DynamicCache` makes a new tensor and copies all KV for each token; `CakeCache` appends in place. Both start from the same KV
 of the same prompt and are given the same tokens. They take turns token by token, each going first every other time, and
 every step's logits are compared. One step is one forward of the model: what `generate` adds is the same for both. The first
-step is shown by itself: on a CPU, the `CakeCache` has its KV lie by head then.
+step is shown by itself: on a CPU, the `CakeCache` has its KV lie by head then, which is in no other figure.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     names = list(caches)
     token = torch.zeros((1, 1), dtype=torch.long, device=bench.settings.device)
-    _forward(bench.model, token, plain_copy(bench.model, caches["cake"]))  # kernels are chosen at the first token
+    _forward(
+        bench.model, token, plain_copy(bench.model, caches["cake"])
+    )  # once, since kernels are chosen at the first token
     for step in range(WARM_UP_STEPS + bench.settings.decode_steps):
         logits = {}
         for name in names if step % 2 == 0 else names[::-1]:
