@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits
+from cake_hf.arithmetic import planner
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache.probe import kv_like
@@ -210,22 +211,18 @@ def test_between_two_steps_loads_near_the_front_go_aside() -> None:
     assert frontier.lands_aside(3)
 
 
-def test_layers_that_come_are_progress() -> None:
-    now = [0.0]
-    idle: list[float] = []
-
-    def overdue(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
-        idle.append(idle_seconds)
-        return True
-
-    frontier = Frontier([True], near=1, last=1, worth=lambda *_: False, overdue=overdue, clock=lambda: now[0])
-    assert frontier.claim() == 0
-    assert frontier.comes_last(0)
-    now[0] = 5.0
-    frontier.landed(0, 1)
-    now[0] = 7.0
-    assert frontier.advance() == 0
-    assert idle == [2.0]
+@pytest.mark.parametrize("few", [CHUNKS, CHUNKS + 1])
+def test_only_what_is_short_is_loaded_in_place_to_be_overtaken_there(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the last piece, the prompt takes the room of one chunk more. Of a long one, too much would be in memory twice."""
+    model = shared_model("llama")
+    monkeypatch.setattr(planner, "FEW_CHUNKS", few)
+    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    lands_aside, aside = Frontier.lands_aside, []
+    monkeypatch.setattr(Frontier, "lands_aside", lambda *args: (aside.append(lands_aside(*args)), aside[-1])[1])
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
+        assert difference(run(model, prompt(), cache), expected()) == ""
+        assert cache.report.chunks_loaded == CHUNKS
+    assert any(aside) == (few == CHUNKS)
 
 
 def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:

@@ -206,7 +206,6 @@ class Frontier:
         with self._changed:
             if index in self._aside:
                 self._layers_there[index] = layers
-                self._last_progress = self._clock()
                 self._changed.notify_all()
 
     def settle(self, index: int, outcome: Outcome) -> bool:

@@ -237,8 +237,11 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
 def overtakes_in_place(chunks: int) -> bool:
     """Whether loads of a prompt in host memory that are waited for go into place, to be overtaken there if they are late.
 
-    For a prompt of so many chunks: of a longer one, the few chunks that are copied once more for having gone aside are next to
-    nothing; and its KV, which is in memory twice from the overtaking to the end of the late loads, is much.
+    In a longer one, the few chunks that are copied once more for having gone aside are next to nothing; and its KV, which would
+    be in memory twice from the overtaking to the end of the late loads, is much.
+
+    Args:
+        chunks: in memory with that prompt.
     """
     return chunks <= FEW_CHUNKS
 

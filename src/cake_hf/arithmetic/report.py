@@ -27,7 +27,7 @@ class Span:
         outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
             chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
             "shared" where the chunk came from another prompt that was being restored at the same time; "overtaken" where a load
-            came when its chunk had been computed, or was about to be.
+            came when nobody waited for it any more.
     """
 
     actor: str

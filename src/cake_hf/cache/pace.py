@@ -56,7 +56,7 @@ def new_frontier(
         last=threads,
         worth=worth,
         # On a device all loads come through host memory anyway, and there may be no room for the layers to move out.
-        overdue=overdue if on_host and overtakes_in_place(prompt.chunks) else None,
+        overdue=overdue if on_host and overtakes_in_place(_chunks_in_memory(prompt)) else None,
     )
 
 
@@ -76,6 +76,12 @@ def learn_costs(memory: CostMemory, prompt: Prompt) -> None:
         is_part = prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size
         last_piece = prompt.first + prompt.chunks if is_part else None
         memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)
+
+
+def _chunks_in_memory(prompt: Prompt) -> int:
+    """How many chunks' room the cache takes with the prompt in it, of all rows."""
+    tokens = prompt.call.past + prompt.call.tokens
+    return -(-tokens // prompt.layout.chunk_size) * prompt.report.batch
 
 
 def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:

@@ -170,7 +170,8 @@ def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None =
 
 def prefix_seconds(report: Report) -> float:
     """When the last full chunk was there; the prompt's last piece comes after it."""
-    return max((span.end for span in report.timeline if span.chunk >= 0), default=0.0)
+    counted = (span for span in report.timeline if span.chunk >= 0 and span.outcome != "overtaken")
+    return max((span.end for span in counted), default=0.0)
 
 
 def draw_lanes(figure: Figure, spans: Sequence[Span], seconds: float) -> Axes:
