@@ -19,6 +19,7 @@ TIMELINE = [
     Span("load-1", 2, 0.0, 0.5, "corrupt"),
     Span("load-1", 1, 0.5, 0.6, "shared"),
     Span("compute", -1, 0.6, 0.8, "gated"),
+    Span("load-0", 0, 0.3, 0.7, "overtaken"),
 ]
 REPORT = Report(tokens=2100, chunks_loaded=1, chunks_computed=2, timeline=TIMELINE)
 COSTS = Costs(ComputeCost(1.0), LoadCost(0.0, 10.0, 10.0))
@@ -35,7 +36,7 @@ def test_a_lane_for_each_thread_and_a_bar_for_each_span() -> None:
     assert [label.get_text() for label in panel.get_yticklabels()] == ["loader 1", "loader 0", "main thread"]
     drawn = sorted((round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in panel.patches)
     assert drawn == sorted((span.start, round(span.end - span.start, 6)) for span in TIMELINE)
-    assert shown(figure) == ["computed", "loaded", "shared", "left", "not usable"]
+    assert shown(figure) == ["computed", "loaded", "shared", "left", "overtaken", "not usable"]
     assert figure.get_suptitle() == "2,100 tokens: 1 chunks loaded, 2 computed"
 
 
@@ -65,7 +66,7 @@ def test_the_curve_is_the_longer_of_two_sides() -> None:
     front, back = lines["computing the front"][1], lines["loading the back"][1]
     assert (front, back) == ([0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0])
     assert lines["both at once"][1] == [max(pair) for pair in zip(front, back, strict=True)]
-    assert lines["measured"] == ([2], [0.6])  # the last piece is none of the chunks
+    assert lines["measured"] == ([2], [0.6])  # not the last piece, nor what came too late
     assert [text.get_text() for text in figure.axes[0].texts] == ["best: compute 3, load 3"]
 
 
