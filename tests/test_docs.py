@@ -150,8 +150,8 @@ def test_a_newer_result_takes_the_place_of_the_old_one(file: Path) -> None:
     shown, before = one_result(new), one_result(old)
     assert "Another Processor" in shown
     assert "Some GPU (80 GiB)" in shown
-    value = max(figure["value"] for _, figure in figures(new))
-    assert f"{value:,.1f}" in shown
+    # A grid's table leaves out what transformers alone took, which may be the greatest.
+    value = max(figure["value"] for _, figure in figures(new) if f"{figure['value']:,.1f}" in shown)
     assert f"{value:,.1f}" not in before
     assert shown.count("\n|") == before.count("\n|")
 
