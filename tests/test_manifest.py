@@ -66,7 +66,30 @@ def test_snapshots_are_files_as_chunks_are() -> None:
     assert manifest.tokens == (0, 32)
 
 
+def wrong_files(what: str) -> dict[str, Callable[[dict[str, Any]], object]]:
+    """What no list of files may say, be they "chunks" or "states"."""
+    return {
+        "a path as a key": lambda m: m[what][0].update(key="../../etc/passwd"),
+        "a path in a key": lambda m: m[what][0].update(key="../" + "a" * 37),
+        "one key twice": lambda m: m[what][1].update(key=m[what][0]["key"]),
+        "one place twice": lambda m: m[what][1].update(index=0),
+        "a negative place": lambda m: m[what][0].update(index=-1),
+        "a negative size": lambda m: m[what][0].update(size=-1),
+        "a size of nothing": lambda m: m[what][0].update(size=0, blocks=[]),
+        "a huge size": lambda m: m[what][0].update(size=2**40),
+        "a size that is a float": lambda m: m[what][0].update(size=1000.0),
+        "a size that is a text": lambda m: m[what][0].update(size="1000"),
+        "a size that is true": lambda m: m[what][0].update(size=True),
+        "a digest too short": lambda m: m[what][0].update(blake3="ab"),
+        "no digest": lambda m: m[what][0].pop("blake3"),
+        "blocks missing": lambda m: m[what][1]["blocks"].pop(),
+        "blocks too many": lambda m: m[what][0]["blocks"].append("a" * 64),
+        "a block that is a number": lambda m: m[what][0].update(blocks=[5]),
+    }
+
+
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
+    **wrong_files("chunks"),
     "another format": lambda m: m.update(format="zip"),
     "another version": lambda m: m.update(version="3"),
     "a version that is a list": lambda m: m.update(version=["1"]),
@@ -76,28 +99,12 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "no version": lambda m: m.pop("version"),
     "a field more": lambda m: m.update(script="run me"),
     "a field less": lambda m: m.pop("dtype"),
-    "a path as a key": lambda m: m["chunks"][0].update(key="../../etc/passwd"),
-    "a path in a key": lambda m: m["chunks"][0].update(key="../" + "a" * 37),
     "a key in capitals": lambda m: m["chunks"][0].update(key="A" * 40),
     "a key with an end of line": lambda m: m["chunks"][0].update(key="a" * 40 + "\n"),
-    "one key twice": lambda m: m["chunks"][1].update(key=m["chunks"][0]["key"]),
-    "one place twice": lambda m: m["chunks"][1].update(index=0),
     "out of order": lambda m: m["chunks"].reverse(),
-    "a negative place": lambda m: m["chunks"][0].update(index=-1),
     "no chunks": lambda m: m.update(chunks=[]),
     "chunks as an object": lambda m: m.update(chunks={"0": m["chunks"][0]}),
     "a chunk as a number": lambda m: m["chunks"].append(7),
-    "a negative size": lambda m: m["chunks"][0].update(size=-1),
-    "a size of nothing": lambda m: m["chunks"][0].update(size=0, blocks=[]),
-    "a huge size": lambda m: m["chunks"][0].update(size=2**40),
-    "a size that is a float": lambda m: m["chunks"][0].update(size=1000.0),
-    "a size that is a text": lambda m: m["chunks"][0].update(size="1000"),
-    "a size that is true": lambda m: m["chunks"][0].update(size=True),
-    "a digest too short": lambda m: m["chunks"][0].update(blake3="ab"),
-    "no digest": lambda m: m["chunks"][0].pop("blake3"),
-    "blocks missing": lambda m: m["chunks"][1]["blocks"].pop(),
-    "blocks too many": lambda m: m["chunks"][0]["blocks"].append("a" * 64),
-    "a block that is a number": lambda m: m["chunks"][0].update(blocks=[5]),
     "more in a chunk": lambda m: m["chunks"][0].update(url="http://elsewhere"),
     "tokens that do not fit": lambda m: m.update(tokens=[0, 99]),
     "tokens that are none": lambda m: m.update(tokens=5),
@@ -117,6 +124,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 WRONG_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
+    **wrong_files("states"),
     "states in the version without": lambda m: m.update(version="1"),
     "no states": lambda m: m.pop("states"),
     "an empty list of states": lambda m: m.update(states=[]),
@@ -124,12 +132,8 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "states as nothing": lambda m: m.update(states=None),
     "a state as a number": lambda m: m["states"].__setitem__(1, 7),
     "more states than chunks": lambda m: m["states"].append(m["states"][1]),
-    "a path as a key": lambda m: m["states"][0].update(key="../../etc/passwd"),
-    "a path in a key": lambda m: m["states"][0].update(key="../" + "a" * 37),
     "a key in capitals": lambda m: m["states"][0].update(key=m["states"][0]["key"].upper()),
     "a key with an end of line": lambda m: m["states"][0].update(key=m["states"][0]["key"] + "\n"),
-    "one key twice": lambda m: m["states"][1].update(key=m["states"][0]["key"]),
-    "one place twice": lambda m: m["states"][1].update(index=0),
     "one state twice": lambda m: m["states"].__setitem__(1, m["states"][0]),
     "out of order": lambda m: m["states"].reverse(),
     "a chunk among the states": lambda m: m["states"].__setitem__(0, m["chunks"][0]),
@@ -138,19 +142,7 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], object]] = {
     "another chunk's state": lambda m: m.update(states=[{**m["states"][1], "index": 0}]),
     "of a chunk that is not there": lambda m: m["states"][1].update(index=2),
     "of a chunk that was taken out": lambda m: m.update(chunks=m["chunks"][:1], tokens=[0, 16], states=m["states"][1:]),
-    "a negative place": lambda m: m["states"][0].update(index=-1),
     "a place that is false": lambda m: m["states"][0].update(index=False),
-    "a negative size": lambda m: m["states"][0].update(size=-1),
-    "a size of nothing": lambda m: m["states"][0].update(size=0, blocks=[]),
-    "a huge size": lambda m: m["states"][0].update(size=2**40),
-    "a size that is a float": lambda m: m["states"][0].update(size=1000.0),
-    "a size that is a text": lambda m: m["states"][0].update(size="1000"),
-    "a size that is true": lambda m: m["states"][0].update(size=True),
-    "a digest too short": lambda m: m["states"][0].update(blake3="ab"),
-    "no digest": lambda m: m["states"][0].pop("blake3"),
-    "blocks missing": lambda m: m["states"][1]["blocks"].pop(),
-    "blocks too many": lambda m: m["states"][0]["blocks"].append("a" * 64),
-    "a block that is a number": lambda m: m["states"][0].update(blocks=[5]),
     "more in a state": lambda m: m["states"][0].update(url="http://elsewhere"),
 }
 

@@ -248,7 +248,7 @@ class Frontier:
                     self._front += 1
                 elif not self._should_wait(self._front, state):
                     if self._is_in_place(self._front):
-                        self._leave_the_place()
+                        self._give_up(None)
                     return self._give_out(self._front)
                 elif beyond_loads and (after := self._after_loads()) is not None:
                     self._beyond = after
@@ -343,7 +343,7 @@ class Frontier:
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
         with self._changed:
-            self._give_up()
+            self._give_up(Outcome.LATE)
 
     # Both.
 
@@ -409,8 +409,8 @@ class Frontier:
     def _goes_aside(self, index: int) -> bool:
         if self._near == 0 or index > self._front + self._near:
             return False
-        waits = self._states[self._front] in (State.WAITING, State.LOADING) and not self._is_worth(self._front)
-        if self._overdue is not None and waits:
+        undecided = self._overdue is not None and self._states[self._front] in (State.WAITING, State.LOADING)
+        if undecided and not self._is_worth(self._front):
             return False  # there is no contest: what went aside would be copied for nothing
         reserved = max(0, self._most_aside // 3 - 1)
         if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
@@ -428,15 +428,12 @@ class Frontier:
         since = self._claimed_at.get(index, self._last_progress)
         remaining = since + self._read_timeout - self._clock()
         if remaining <= 0:
-            self._give_up()
+            self._give_up(Outcome.LATE)
         else:
             # Where the main thread could also compute the chunk, it looks again now and then.
             self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near else remaining)
 
-    def _give_up(self) -> None:
-        self._leave_the_place(Outcome.LATE)
-
-    def _leave_the_place(self, outcome: Outcome | None = None) -> None:
+    def _give_up(self, outcome: Outcome | None) -> None:
         """Nobody waits any more for what is under way, wherever it lands; with no outcome it is as if it had not been begun."""
         self._open = False
         for index, aside in list(self._aside.items()):
