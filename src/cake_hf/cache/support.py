@@ -21,6 +21,7 @@ from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
 from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
+from cake_hf.tensors.tree import parameters_of
 from cake_hf.tensors.weights import unknown_weights
 
 
@@ -37,8 +38,8 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         UnsupportedModel: on the meta device, encoder-decoder, or without `past_key_values`.
     """
     name = type(model).__name__
-    offloaded = offloaded_weights(model)
-    if any(weight.device.type == "meta" and path not in offloaded for path, weight in model.named_parameters()):
+    empty = {path for path, weight in parameters_of(model) if weight.device.type == "meta"}
+    if empty and not empty <= offloaded_weights(model).keys():
         raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")

@@ -29,7 +29,7 @@ SUFFIX = ".safetensors"
 PARTIAL = "partial"
 NOTES = "notes"
 BYTES = "bytes"
-CACHED_STEP = 2**18
+CACHED_STEP = 2**19
 """Bytes after which whoever checks them is told: few enough to be in the processor's cache still."""
 DIRECT_STEP = 2**23
 """A disk wants larger requests."""

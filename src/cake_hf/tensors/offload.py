@@ -109,9 +109,10 @@ def _visit(
     module: torch.nn.Module, path: str, outer: torch.device | None, found: list[tuple[str, torch.device]], most: float
 ) -> None:
     own, whole = _execution_device(module)
-    parameter = next((one for one in module._parameters.values() if one is not None), None)
-    if parameter is not None:
-        found.append((path, own or outer or parameter.device))
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found.append((path, own or outer or parameter.device))
+            break
     for name, child in module._modules.items():
         if child is not None and len(found) < most:
             _visit(child, below(path, name), own if whole else outer, found, most)
