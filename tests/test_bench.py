@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
 from cake_hf.people.bench import bench, decoding
 from cake_hf.people.bench import command as bench_command
+from cake_hf.people.bench.machine import disturbance
 from cake_hf.people.bench.models import build_model
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.settings import SHAPES, Settings, Shape, choose
+from cake_hf.people.bench.stolen import StolenTime, ticks
 from cake_hf.people.bench.table import build_tables
 from cake_hf.people.bench.timing import Sample, interleave, ratio
 from cake_hf.people.bench.workbench import Parity
@@ -180,6 +183,48 @@ def test_arms_take_turns_and_none_is_always_first() -> None:
     clock = count()
     times = interleave({"a": lambda: next(clock), "b": lambda: next(clock)}, rounds=4)
     assert times == {"a": [0, 3, 4, 7], "b": [1, 2, 5, 6]}
+
+
+class Watch(StolenTime):
+    """Says in turn what share of each run's time was stolen."""
+
+    def __init__(self, shares: Iterable[float]) -> None:
+        super().__init__(lambda: (0, 0))
+        self._shares = iter(shares)
+
+    def share(self) -> float:
+        return next(self._shares)
+
+
+def test_a_run_from_which_time_was_stolen_is_repeated_and_the_least_disturbed_counts() -> None:
+    runs, watch = count(), Watch([0.9, 0.3, 0.2, 0.25, 0.05, 0.06, 0.0])
+    times = interleave({"a": lambda: next(runs)}, rounds=4, watch=lambda: watch)
+    # The first round is what it is; in the second the middle one of three counts; the third was good; then the second try.
+    assert times == {"a": [0, 2, 4, 6]}
+
+
+def test_stolen_time_is_what_the_system_counts(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  10 0 10 60 5 0 5 10 7 0\ncpu0 1 2 3\n")
+    assert ticks(stat) == (10, 100)
+    watch = StolenTime(lambda: ticks(stat))
+    assert watch.share() == 0
+    stat.write_text("cpu  20 0 20 120 10 0 10 20 14 0\n")
+    assert watch.share() == 0.1
+
+
+@pytest.mark.parametrize("content", ["", "cpu 1 2 3", "cpu a b c d e f g h", None])
+def test_where_the_system_does_not_count_nothing_is_stolen(tmp_path: Path, content: str | None) -> None:
+    stat = tmp_path / "stat"
+    if content is not None:
+        stat.write_text(content)
+    assert ticks(stat) == (0, 0)
+    assert StolenTime(lambda: ticks(stat)).share() == 0
+
+
+def test_a_disturbed_machine_is_said_to_be_one() -> None:
+    assert disturbance({"stolen_share": 0.05}) == disturbance({}) == ""
+    assert disturbance({"stolen_share": 0.125}).startswith("12% of the processors' time")
 
 
 def test_goals() -> None:

@@ -58,7 +58,8 @@ def machine_of(machine: dict[str, Any]) -> str:
     graphics = f", {machine['gpu']} ({machine.get('gpu_memory_gib', '?')} GiB)" if "gpu" in machine else ", no GPU used"
     versions = [f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "cake_hf") if name in machine]
     load = f"load average before it began: {machine.get('load_average_before', 'not known')}"
-    return f"**Measured on** {processor}{memory}{graphics}; {', '.join([*versions, load])}."
+    stolen = f"{machine['stolen_share']:.1%} of its time stolen by other machines" if "stolen_share" in machine else ""
+    return f"**Measured on** {processor}{memory}{graphics}; {', '.join(filter(None, [*versions, load, stolen]))}."
 
 
 def _settings(settings: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
 from cake_hf.people.bench.grid.command import GRID_HELP, grid_command, plot_command
-from cake_hf.people.bench.machine import describe
+from cake_hf.people.bench.machine import Machine, disturbance
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.settings import SHAPES, Dtype, Settings, choose
@@ -94,6 +94,8 @@ def bench(
     outcome, results = measure_all(settings, store, tell, _chosen(only))
     if not as_json:
         console.print(build_tables(results))
+        if told := disturbance(outcome["machine"]):
+            console.print(told, style="yellow")
     line = json.dumps(outcome)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,7 @@ def measure_all(
     Returns:
         All that there is to say, JSON-ready; and the results for a table.
     """
-    begin, machine = time.perf_counter(), describe(settings.device)
+    begin, machine = time.perf_counter(), Machine(settings.device)
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
@@ -144,7 +146,7 @@ def measure_all(
             tell(f"measuring {name} ...")
             results[name] = _measured(name, measure, bench)
     outcome = {
-        "machine": machine,
+        "machine": machine.as_dict(),
         "settings": settings.as_dict(),
         "results": {name: result.as_dict() for name, result in results.items()},
         "parity": bench.parity.as_dict(),

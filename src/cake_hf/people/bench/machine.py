@@ -6,12 +6,43 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 import cake_hf
 from cake_hf.people.bench.models import transformers_version
+from cake_hf.people.bench.stolen import StolenTime
+from cake_hf.people.bench.timing import TOLERATED
+
+
+class Machine:
+    """What runs a bench that begins now.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._found = describe(device)
+        self._stolen = StolenTime()
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-ready: what `describe` found, and the share of the processors' time that was stolen so far."""
+        return {**self._found, "stolen_share": round(self._stolen.share(), 3)}
+
+
+def disturbance(machine: Mapping[str, object]) -> str:
+    """A sentence for people; empty where they need none.
+
+    Args:
+        machine: as `Machine.as_dict` gives it.
+    """
+    share = machine.get("stolen_share")
+    if not isinstance(share, float) or share <= TOLERATED:
+        return ""
+    return f"{share:.0%} of the processors' time went to other virtual machines: measure again in a quieter hour."
 
 
 def describe(device: str = "cpu") -> dict[str, object]:

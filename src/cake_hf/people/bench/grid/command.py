@@ -151,6 +151,8 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
         def step(what: str) -> None:
             nonlocal group
             progress.update(task, description=what, advance=1)
+            if progress.tasks[task].completed > total:  # disturbed runs are repeated
+                progress.update(task, total=progress.tasks[task].completed)
             if shown and not errors.is_terminal and (now := what.partition(":")[0]) != group:
                 group = now
                 errors.print(f"{group} ...", style="dim")

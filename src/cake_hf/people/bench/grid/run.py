@@ -24,7 +24,7 @@ from cake_hf.people.bench.grid.exactness import Exactness, Examination
 from cake_hf.people.bench.grid.group import Group, Point, arm_count, measure, open_sources
 from cake_hf.people.bench.grid.peers import SavedCache
 from cake_hf.people.bench.grid.summary import summarise
-from cake_hf.people.bench.machine import describe
+from cake_hf.people.bench.machine import Machine
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.workbench import Parity, Workbench, cheap_collections
@@ -52,7 +52,7 @@ class Grid:
     """
 
     axes: Axes
-    machine: dict[str, object]
+    machine: Machine
     exactness: dict[str, Exactness] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     decoding: dict[str, Result] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Grid:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "machine": self.machine,
+            "machine": self.machine.as_dict(),
             "axes": self.axes.as_dict(),
             "exactness": {shape: found.as_dict() for shape, found in self.exactness.items()},
             "groups": [group.as_dict() for group in self.groups],
@@ -108,7 +108,7 @@ def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None
         step: called with what is done next.
         keep: called with the grid so far, whenever a group is done.
     """
-    grid = Grid(axes, describe(axes.device))
+    grid = Grid(axes, Machine(axes.device))
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     clock = _Clock(axes.minutes)

@@ -15,6 +15,7 @@ from cake_hf.people.bench.grid.group import Cell, Group
 from cake_hf.people.bench.grid.peers import FORMATS
 from cake_hf.people.bench.grid.run import Grid
 from cake_hf.people.bench.grid.summary import summarise
+from cake_hf.people.bench.machine import disturbance
 from cake_hf.people.bench.results import Figure
 from cake_hf.people.bench.table import build_tables
 from cake_hf.people.units import seconds_text
@@ -44,6 +45,8 @@ def build(grid: Grid) -> RenderableType:
     parts.append(Text(LEGEND, style="dim"))
     parts += [Text(f"{name}: left out, there was no time", style="yellow") for name in grid.left_out]
     parts += _summary(grid)
+    if told := disturbance(grid.machine.as_dict()):
+        parts.append(Text(told, style="yellow"))
     return Lines(*parts)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.machine import describe
+from cake_hf.people.bench.machine import Machine, disturbance
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.stores import contenders, own_cluster, remote
 from cake_hf.people.bench.stores.race import race
@@ -71,6 +71,8 @@ def stores_command(
     outcome |= {"settings": settings.as_dict()}
     if not as_json:
         console.print(build_tables(results))
+        if told := disturbance(outcome["machine"]):
+            console.print(told, style="yellow")
         for name, reason in outcome["left_out"].items():
             console.print(f"{name} was left out: {reason}", style="yellow", markup=False)
     line = json.dumps(outcome)
@@ -117,7 +119,7 @@ def measure_all(ways: Mapping[str, Measure], tell: Callable[[str], None]) -> tup
     Returns:
         All that there is to say but the settings, JSON-ready; and the results for a table.
     """
-    begin, machine = time.perf_counter(), describe()
+    begin, machine = time.perf_counter(), Machine()
     results: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     for name, measure in ways.items():
@@ -129,7 +131,7 @@ def measure_all(ways: Mapping[str, Measure], tell: Callable[[str], None]) -> tup
         except CakeError as error:
             results[name] = Result(name, {}, failure=str(error))
     outcome = {
-        "machine": machine,
+        "machine": machine.as_dict(),
         "results": {name: result.as_dict() for name, result in results.items()},
         "left_out": left_out,
         "failures": [f"{name}: {result.failure}" for name, result in results.items() if result.failure],
