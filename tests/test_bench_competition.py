@@ -94,6 +94,22 @@ def test_it_takes_its_part_of_the_time(monkeypatch: pytest.MonkeyPatch, part: fl
     assert done * 0.002 / clock.now == pytest.approx(part, rel=0.01)
 
 
+@pytest.mark.parametrize(("each", "count"), [(0.0002, 50), (0.004, 2), (0.03, 1)])
+def test_a_gpu_is_given_work_in_bursts(each: float, count: int) -> None:
+    """It is shared in slices of milliseconds: what is given piece by piece would hardly get its part."""
+    asked: list[int] = []
+
+    def multiply(products: int) -> float:
+        asked.append(products)
+        return products * each + (
+            10.0 if len(asked) in (1, 3) else 0.0
+        )  # the first is slow, and so is what has to wait
+
+    work = competitor.in_bursts(multiply)
+    assert work() == pytest.approx(count * each)
+    assert asked == [1, competitor.CALIBRATION_ROUNDS, count]
+
+
 def test_it_does_not_catch_up_in_bursts_after_others_had_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, running, ends = Clock(), threading.Event(), []
     monkeypatch.setattr(competitor, "time", clock)

@@ -16,9 +16,9 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.people.bench.cells import Costs, calibrate, seconds_per_load
 from cake_hf.people.bench.grid.axes import PRESETS, Source
 from cake_hf.people.bench.grid.exactness import Examination, runs_of
-from cake_hf.people.bench.grid.group import Steadied, goals_for
+from cake_hf.people.bench.grid.group import Point, Steadied, goals_for
 from cake_hf.people.bench.grid.peers import FORMATS, SavedCache
-from cake_hf.people.bench.grid.run import run, step_count
+from cake_hf.people.bench.grid.run import GroupClock, run, step_count
 from cake_hf.people.bench.models import build_model, build_prompt
 from cake_hf.people.bench.settings import Settings, shape_named
 from cake_hf.people.bench.workbench import Run, Workbench
@@ -246,6 +246,27 @@ def test_the_better_method_alone() -> None:
     assert costs.limit(1.0) == pytest.approx(2.5)  # the first chunk computed, the others loaded
 
 
+# What is not expected to end in time is left out.
+
+
+def test_a_group_takes_as_long_as_the_last_one_or_longer_with_its_prompt() -> None:
+    """Short runs are repeated within a turn, so that a short prompt's group says little about what a token costs."""
+    now, begun = 0.0, []
+    clock = GroupClock(9, lambda: now)
+    for tokens, share, seconds in (
+        *((4096, 1.0, 100.0), (8192, 1.0, 100.0), (16384, 1.0, 120.0)),
+        *((32768, 1.0, 185.0), (4096, 0.5, 999.0), (4096, 0.6, 100.0)),
+    ):
+        point = Point("8b", tokens, tokens // 512, share)
+        if clock.allows(point):
+            begun.append((tokens, share))
+            with clock.timing(point):
+                now += seconds
+    assert begun == [(4096, 1.0), (8192, 1.0), (16384, 1.0), (4096, 0.6)]
+    assert clock.seconds == 420
+    assert GroupClock(0, lambda: now).allows(Point("8b", 2**20, 2**11, 0.1))
+
+
 # Short runs are repeated within a turn.
 
 
@@ -259,6 +280,6 @@ def test_the_better_method_alone() -> None:
 )
 def test_a_turn_of_short_runs_is_their_median(seconds: list[float], first: float, second: float) -> None:
     left = iter(seconds)
-    arm = Steadied(lambda: Run(0.0, next(left), Report()))
+    arm = Steadied(lambda: Run(0.0, next(left), Report()), 1.0)
     assert arm().first_token_seconds == first
     assert arm().first_token_seconds == pytest.approx(second)

@@ -97,16 +97,30 @@ moves = st.lists(
     near=st.integers(1, 4),
     steps=moves,
     outcomes=st.lists(st.sampled_from([Outcome.LOADED, Outcome.LOADED, Outcome.CORRUPT, Outcome.MISSED]), min_size=1),
+    turns=st.booleans(),
 )
 def test_conservation_under_any_interleaving(
-    present: list[bool], near: int, steps: list[tuple[str, int]], outcomes: list[Outcome]
+    present: list[bool], near: int, steps: list[tuple[str, int]], outcomes: list[Outcome], turns: bool
 ) -> None:
     """One thread plays all parts, in an order that hypothesis draws, then everybody finishes.
 
-    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late.
+    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late. Where what is
+    on its way into place can be turned aside, all but contested loads go there.
     """
     waits = late = left_the_place = False
-    frontier = Frontier(present, near=near, clock=standing_clock, worth=lambda *_: not waits, overdue=lambda *_: late)
+
+    def turn_aside(index: int) -> None:
+        assert index in loading
+        in_place.remove(index)
+
+    frontier = Frontier(
+        present,
+        near=near,
+        clock=standing_clock,
+        worth=lambda *_: not waits,
+        overdue=None if turns else lambda *_: late,
+        turn_aside=turn_aside if turns else None,
+    )
     loading: list[int] = []
     computing: int | None = None
     in_place: set[int] = set()
@@ -128,6 +142,7 @@ def test_conservation_under_any_interleaving(
                 if not frontier.lands_aside(index):
                     in_place.add(index)
                     assert index != computing
+                assert not turns or (index in in_place) == (index != computing)
                 loading.append(index)
         elif move == "settle" and loading:
             index = loading.pop(number % len(loading))
@@ -140,6 +155,7 @@ def test_conservation_under_any_interleaving(
             computing = frontier.advance()
             met = computing is None
             if frontier.take_orphans():
+                assert not turns
                 assert computing in in_place
                 assert late
                 left_the_place = True
@@ -159,7 +175,7 @@ def test_conservation_under_any_interleaving(
         if front is None or left_the_place:
             return True
         if front in loading:
-            return late if front in in_place else not waits
+            return late if front in in_place and not turns else not waits
         return not waits
 
     for move, number in steps:
@@ -241,6 +257,29 @@ def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
     frontier.computed(2)
     assert frontier.advance() is None
     assert frontier.outcomes() == {3: Outcome.LOADED}
+
+
+def test_a_late_load_in_place_is_turned_aside_and_may_still_win() -> None:
+    late, turned = False, list[int]()
+    frontier = Frontier([True] * 4, near=4, worth=lambda *_: late, turn_aside=turned.append, clock=standing_clock)
+    assert [frontier.claim() for _ in range(3)] == [3, 2, 1]
+    assert frontier.claim() == 0
+    assert not any(frontier.lands_aside(index) for index in range(4))
+    late = True
+    assert frontier.advance() == 0
+    assert turned == [0]
+    assert frontier.lands_aside(0)
+    assert not frontier.take_orphans()
+    assert frontier.settle(0, Outcome.LOADED)
+    assert frontier.lost(0)
+    assert frontier.take_landed() == [0]
+    assert frontier.advance() == 1
+    frontier.computed(1)
+    assert not frontier.settle(1, Outcome.LOADED)  # it was overtaken
+    assert frontier.settle(2, Outcome.LOADED)  # as if nothing had been late
+    assert frontier.settle(3, Outcome.LOADED)
+    assert frontier.take_landed() == []
+    assert frontier.advance() is None
 
 
 def test_without_nearness_there_is_no_contest() -> None:

@@ -12,6 +12,7 @@ import threading
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from transformers import (
 
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.people.models import RECALL_TINY
-from models import CHUNK, CHUNKS, build, prompt, run_ahead, shared_model
+from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, run_ahead, shared_model
 from streamed import Collector
 
 ALL = ["llama", "gemma3", "qwen3_next"]
@@ -358,3 +359,24 @@ def test_chat_with_one_cache_that_is_kept() -> None:
             )
         kept[name] = ids
     assert torch.equal(kept["dynamic"], kept["cake"])
+
+
+def test_a_default_device_of_the_callers_is_not_ours() -> None:
+    """Many scripts set the GPU to be what new tensors are made on. Here it is one that has no content at all."""
+    model, ids, store, plain = shared_model("llama"), prompt(), MemoryStore(), expected()
+    with torch.device("meta"):
+        for strategy, loaded in (("both", 0), ("load", CHUNKS)):
+            with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
+                assert difference(run(model, ids, cache), plain) == ""
+                assert cache.flush(60)
+            assert cache.report.chunks_loaded == loaded
+    assert len(list(store.keys())) == CHUNKS
+
+
+def test_no_cache_of_ours_makes_generate_compile() -> None:
+    """It would on a GPU, where all layers are of a kind that can be compiled, unless the cache is a plain `DynamicCache`."""
+    model = shared_model("llama")
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        assert not cache.is_compileable
+        cache.layers = [SimpleNamespace(is_compileable=True)]
+        assert not cache.is_compileable

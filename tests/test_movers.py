@@ -24,7 +24,7 @@ from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
 from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
-from cake_hf.movers.slots import SlotRing
+from cake_hf.movers.slots import Slot, SlotRing
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
@@ -165,6 +165,63 @@ def test_threads_of_a_device_place_do_not_share_host_memory(device: str) -> None
     run_all([threading.Thread(target=load, args=(index,), daemon=True) for index in range(CHUNKS)])
     place.catch_up()
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
+
+
+@devices
+def test_what_is_on_its_way_to_a_device_can_be_turned_aside(device: str) -> None:
+    """Part of it was there already; then the main thread writes to the place. Should it be wanted after all, all is brought."""
+    buffers = make_buffers(device)
+    place = DevicePlace(buffers, LAYOUT)
+    landing = place.landing(2, aside=False)
+    fill_parts(landing, 2)
+    landing.commit(1)
+    landing.turn_aside()
+    place.catch_up()
+    for buffer in buffers:
+        buffer.zero_()
+    landing.commit(len(LAYOUT.pieces))
+    place.catch_up()
+    assert untouched(buffers, 2)
+    landing.adopt(len(LAYOUT.pieces))
+    landing.release()
+    place.catch_up()
+    assert chunk_in(buffers, 2) == payload_of(2)
+
+
+@devices
+def test_what_was_let_go_comes_to_no_device(device: str) -> None:
+    buffers = make_buffers(device)
+    place = DevicePlace(buffers, LAYOUT)
+    landing = place.landing(2, aside=False)
+    fill_parts(landing, 2)
+    landing.let_go()
+    landing.commit(len(LAYOUT.pieces))
+    landing.release()
+    place.catch_up()
+    assert untouched(buffers, 2)
+
+
+def test_a_load_that_begins_when_it_was_turned_or_given_up_lands_there() -> None:
+    """The main thread decides between a loader's claim and its first read."""
+    for decide, aside in (("turned", True), ("given up", False)):
+        buffers = make_buffers()
+        restore = Restore(filled_store(), DevicePlace(buffers, LAYOUT))
+        index = restore.frontier.claim()
+        assert index is not None
+        if decide == "turned":
+            restore.job.turn_aside(index)
+            restore.frontier.lands_aside = lambda index: True  # type: ignore[method-assign]
+        else:
+            assert restore.job.detach()
+        landing = restore.job.lands(index)
+        fill_parts(landing, index)
+        landing.commit(len(LAYOUT.pieces))
+        assert (restore.job.aside.get(index) is landing) == aside
+        assert untouched(buffers, index)
+
+
+def test_what_is_read_into_the_buffers_cannot_be_detached() -> None:
+    assert not Restore(filled_store(), HostPlace(make_buffers(), LAYOUT)).job.detach()
 
 
 def test_slots_go_round_once_there_are_enough() -> None:
@@ -438,7 +495,7 @@ def test_a_restore_that_ends_while_a_loader_begins_holds_no_memory() -> None:
     restore.frontier.stop()
     restore.job.let_go()
     assert index is not None
-    assert restore.job.lands("load-0", index).parts == []
+    assert restore.job.lands(index).parts == []
     assert not restore.job.aside
 
 
@@ -491,7 +548,8 @@ class Saving:
         self.done: dict[int, bool] = {}
 
     def job(self, index: int, *, overwrite: bool = False) -> SaveJob:
-        payload = torch.frombuffer(bytearray(payload_of(index)), dtype=torch.uint8)
+        payload = Slot(LAYOUT.nbytes, pinned=False)
+        byte_view(payload.memory)[:] = payload_of(index)
         return SaveJob(facts_of(index), LAYOUT, payload, overwrite, lambda durable: self.report(index, durable))
 
     def report(self, index: int, durable: bool) -> None:
@@ -677,10 +735,60 @@ def test_the_writer_yields_to_the_model_and_lowers_nobody_else() -> None:
     assert store.nice[0] > mine or mine >= 10
 
 
+def test_the_writer_waits_for_what_is_still_on_its_way_from_a_device() -> None:
+    class Copy:
+        """Stands in for an event on a device, and brings the bytes that it is waited for."""
+
+        def __init__(self, memory: torch.Tensor, content: bytes) -> None:
+            self.memory, self.content = memory, content
+
+        def synchronize(self) -> None:
+            byte_view(self.memory)[:] = self.content
+
+        def record_event(self) -> Copy:
+            return self
+
+    store, saving = MemoryStore(), Saving()
+    job = saving.job(0)
+    job.payload.memory.zero_()
+    job.payload.copied_by([Copy(job.payload.memory, payload_of(0))])  # type: ignore[list-item]
+    writer = Writer(store, capacity=2**20, exit_flush_seconds=PATIENCE)
+    writer.offer(job)
+    writer.close()
+    assert saving.done == {0: True}
+    assert check_file(store.read(key_of(0)) or b"", key_of(0)).index == 0
+    assert (store.read(key_of(0)) or b"").endswith(payload_of(0))
+
+
+def test_a_payload_that_cannot_be_read_does_not_end_the_saving(caplog: pytest.LogCaptureFixture) -> None:
+    saving, store = Saving(), MemoryStore()
+    bad = saving.job(0)
+    bad.payload.memory = torch.empty(LAYOUT.nbytes, dtype=torch.uint8, device="meta")
+    writer = Writer(store, capacity=2**20, exit_flush_seconds=PATIENCE)
+    writer.offer(bad)
+    writer.offer(saving.job(1))
+    assert writer.flush(PATIENCE) is True
+    assert saving.done == {0: False, 1: True}
+    assert "Chunks are not being saved" in caplog.text
+    writer.close()
+
+
+@devices
+def test_what_is_packed_is_what_was_there_then(device: str) -> None:
+    """A GPU goes on computing while it is copied out."""
+    pieces = [torch.randn(CHUNK, p.heads, p.head_dim).to(p.dtype) for p in LAYOUT.pieces]
+    there = [piece.to(device, copy=True) for piece in pieces]
+    packed = pack(there, LAYOUT)
+    for piece in there:
+        piece.zero_()
+    packed.await_copy()
+    assert byte_view(packed.memory).tobytes() == b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
+
+
 def test_packing_copies_the_pieces_in_payload_order() -> None:
     pieces = [torch.randn(CHUNK, p.heads, p.head_dim).to(p.dtype) for p in LAYOUT.pieces]
     in_heads_first_memory = [piece.transpose(0, 1).contiguous().transpose(0, 1) for piece in pieces]
-    payload = pack(in_heads_first_memory, LAYOUT)
+    payload = pack(in_heads_first_memory, LAYOUT).memory
     expected = b"".join(piece.view(torch.uint8).numpy().tobytes() for piece in pieces)
     assert byte_view(payload).tobytes() == expected
     in_heads_first_memory[0].zero_()
@@ -690,7 +798,7 @@ def test_packing_copies_the_pieces_in_payload_order() -> None:
 EXIT = """
 import atexit, threading
 import torch
-from cake_hf.movers.slots import SlotRing
+from cake_hf.movers.slots import Slot
 from cake_hf.movers.writer import SaveJob, Writer
 from cake_hf.stores import LocalStore
 from cake_hf.tensors.codec import ChunkFacts
@@ -704,7 +812,9 @@ layout = ChunkLayout(16, (Piece("layers.0.keys", 2, 4, torch.float32),))
 writer = Writer(Slow(sys.argv[1]), 2**20, float(sys.argv[2]))
 for n in range(3):
     facts = ChunkFacts(f"{n:040x}", "0" * 40, n, "0" * 40, "m", "")
-    assert writer.offer(SaveJob(facts, layout, torch.full((layout.nbytes,), n, dtype=torch.uint8), False, print))
+    payload = Slot(layout.nbytes, pinned=False)
+    payload.memory.fill_(n)
+    assert writer.offer(SaveJob(facts, layout, payload, False, print))
 if sys.argv[3] == "slow":
     # Handlers run last in, first out: nothing is written before the interpreter is on its way out.
     atexit.register(leaving.set)

@@ -234,3 +234,12 @@ def test_the_checksum_for_devices_sees_every_word() -> None:
     swapped = words.clone()
     swapped[[0, 1]] = swapped[[1, 0]]
     assert _device_digest(swapped) != digest
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 8 * 2**15 - 1, 8 * 2**15, 8 * 2**15 + 1, 3 * 8 * 2**15])
+def test_the_checksum_for_devices_fills_up_the_last_row(nbytes: int) -> None:
+    """And only that is copied. What does not begin at a word is, too."""
+    content = torch.randint(0, 256, (nbytes + 1,), dtype=torch.uint8)
+    filled = torch.nn.functional.pad(content[:nbytes], (0, -nbytes % (8 * 2**15)))
+    assert _device_digest(content[:nbytes]) == _device_digest(filled)
+    assert _device_digest(content[1:]) == _device_digest(content[1:].clone())

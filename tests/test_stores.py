@@ -649,6 +649,29 @@ def test_a_wrapper_hands_everything_on() -> None:
     assert calls == ["check_writable", "close"]
 
 
+def test_what_a_wrapper_does_about_reads_it_does_about_gradual_ones() -> None:
+    """Where it does nothing about them, they are as gradual as those of the store inside."""
+
+    class Gradual(MemoryStore):
+        def read_gradually(self, key: str, parts: Any, arrived: Callable[[int], None]) -> int | None:
+            arrived(1)
+            return super().read_gradually(key, parts, arrived)
+
+    inner = Gradual()
+    inner.write(key_of(1), [b"value"])
+    for store, steps in ((WrapperStore(inner), [1, 2]), (ThrottledStore(inner, 1e9), [2]), (GateStore(inner), [2])):
+        if isinstance(store, GateStore):
+            store.open()
+        told, parts = list[int](), [bytearray(2), bytearray(3)]
+        assert store.read_gradually(key_of(1), [memoryview(part) for part in parts], told.append) == 5
+        assert told == steps
+        assert b"".join(parts) == b"value"
+    broken = FaultStore(inner, {key_of(1): "flip"})
+    parts = [bytearray(5)]
+    broken.read_gradually(key_of(1), [memoryview(parts[0])], lambda count: None)
+    assert parts != [b"value"]
+
+
 # Opening.
 
 

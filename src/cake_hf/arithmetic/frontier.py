@@ -95,9 +95,12 @@ class Frontier:
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
         near: how many chunks beyond the front may be contested, and are loaded aside for that; 0 for no contest at all.
-        most_aside: how many chunks may be on their way aside, or wait there to be put into place. A third of that is for the
-            chunks nearest to the front, which go aside wherever they may be contested; of the others, those go
-            into place for which nothing is left.
+        most_aside: how many chunks may be on their way aside, or wait there to be put into place.
+        nearest: how many of these are for the chunks nearest to the front, which go aside wherever they may be contested. Of
+            the others, those go into place for which nothing is left.
+        turn_aside: called, with the lock held, with a chunk on its way into place that the main thread is given to compute:
+            what comes of it lands aside from now on, and in full. So no load need go aside before. None: what is on its way
+            into place cannot be turned.
         last: how many chunks are the last ones to be loaded, whose layers are waited for.
         worth: called as `worth(chunk, loads_left, loads_done, idle_seconds)` before a chunk is computed that could be loaded:
             False if the loads that are left would be there before its computation ends. Idle is the time since a load last
@@ -118,6 +121,8 @@ class Frontier:
         read_timeout: float = 10.0,
         near: int = 0,
         most_aside: int = 2**31,
+        nearest: int = 1,
+        turn_aside: Callable[[int], None] | None = None,
         last: int = 0,
         worth: Judgement = lambda chunk, loads_left, loads_done, idle_seconds: True,
         overdue: Judgement | None = None,
@@ -132,6 +137,8 @@ class Frontier:
         self._read_timeout = read_timeout
         self._near = near if strategy is Strategy.BOTH else 0
         self._most_aside = most_aside
+        self._nearest = nearest
+        self._turn_aside = turn_aside
         self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
         self._worth = worth
         self._overdue = overdue
@@ -174,6 +181,11 @@ class Frontier:
             self._claimed_at[index] = self._last_progress = self._clock()
             self._changed.notify_all()
             return index
+
+    def is_untouched(self, index: int) -> bool:
+        """Whether no load of that chunk was ever begun."""
+        with self._changed:
+            return index not in self._claimed_at
 
     def has_claims(self) -> bool:
         """Whether `claim` would give something now."""
@@ -248,7 +260,7 @@ class Frontier:
                     self._front += 1
                 elif not self._should_wait(self._front, state):
                     if self._is_in_place(self._front):
-                        self._give_up(None)
+                        self._clear_place(self._front)
                     return self._give_out(self._front)
                 elif beyond_loads and (after := self._after_loads()) is not None:
                     self._beyond = after
@@ -334,11 +346,11 @@ class Frontier:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The restore is over. The judgements, which hold it, are let go: KV waits for no collector and no load that hangs."""
+        """The restore is over. The callables, which hold it, are let go: KV waits for no collector and no load that hangs."""
         with self._changed:
             self._open = False
             self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True
-            self._overdue = None
+            self._overdue = self._turn_aside = None
 
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
@@ -364,7 +376,7 @@ class Frontier:
             return False
         if self._strategy is Strategy.LOAD:
             return True
-        if self._is_in_place(index):
+        if self._is_in_place(index) and self._turn_aside is None:
             return self._overdue is None or not self._judged(self._overdue, index)
         if self._near == 0:
             return state is State.LOADING
@@ -379,6 +391,14 @@ class Frontier:
     def _is_in_place(self, index: int) -> bool:
         """Whether a load goes into place, so that nobody else may write there."""
         return not self._aside.get(index, True)
+
+    def _clear_place(self, index: int) -> None:
+        """The main thread is going to write where a load is on its way to."""
+        if self._turn_aside is None:
+            self._give_up(None)
+        else:
+            self._turn_aside(index)
+            self._aside[index] = True
 
     def _give_out(self, index: int) -> int:
         self._turn(index, State.COMPUTING)
@@ -407,15 +427,14 @@ class Frontier:
         )
 
     def _goes_aside(self, index: int) -> bool:
-        if self._near == 0 or index > self._front + self._near:
+        if self._near == 0 or index > self._front + self._near or self._turn_aside is not None:
             return False
         undecided = self._overdue is not None and self._states[self._front] in (State.WAITING, State.LOADING)
         if undecided and not self._is_worth(self._front):
             return False  # there is no contest: what went aside would be copied for nothing
-        reserved = max(0, self._most_aside // 3 - 1)
-        if index <= self._front + reserved:  # the front itself among them: these are at most `reserved + 1` at a time
+        if index < self._front + self._nearest:  # the front itself among them: as many at a time
             return True
-        return sum(self._aside.values()) + len(self._landed) < self._most_aside - reserved - 1
+        return sum(self._aside.values()) + len(self._landed) < self._most_aside - self._nearest
 
     def _can_be_contested(self, index: int) -> bool:
         if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:

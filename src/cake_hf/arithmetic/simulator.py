@@ -314,6 +314,7 @@ class _Restore:
             read_timeout=setting.read_timeout,
             near=near,
             most_aside=most_aside,
+            nearest=setting.threads,
             last=setting.threads,
             worth=rule.worth,
             overdue=rule.overdue if policy != "cake" and overtakes_in_place(setting.chunks) else None,

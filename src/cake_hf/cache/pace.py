@@ -22,8 +22,8 @@ def new_frontier(
     costs: Costs,
     ranges: int,
     *,
-    on_host: bool,
     can_run: Callable[[int], bool],
+    turn_aside: Callable[[int], None] | None,
 ) -> Frontier:
     """The ledger of one restore.
 
@@ -33,8 +33,8 @@ def new_frontier(
         stored: for each chunk, whether it can be loaded.
         costs: as believed.
         ranges: in how many ranges of layers the last chunks are read.
-        on_host: the layers are in host memory.
         can_run: whether a chunk could be computed right now; if not, nothing is gained by not waiting for its load.
+        turn_aside: see `Frontier`.
     """
     threads, first = session.limits.loader_threads, prompt.first
     following = _following_seconds(prompt, stored, costs)
@@ -51,12 +51,12 @@ def new_frontier(
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
         near=nearness(costs, first, prompt.chunks, threads),
-        # Beside the KV there are at most ASIDE_PER_THREAD chunks per thread; on a device one of them is being read in place.
-        most_aside=(ASIDE_PER_THREAD if on_host else ASIDE_PER_THREAD - 1) * threads,
+        most_aside=ASIDE_PER_THREAD * threads,
+        nearest=threads,
+        turn_aside=turn_aside,
         last=threads,
         worth=worth,
-        # On a device all loads come through host memory anyway, and there may be no room for the layers to move out.
-        overdue=overdue if on_host and overtakes_in_place(_chunks_in_memory(prompt)) else None,
+        overdue=overdue if turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)) else None,
     )
 
 

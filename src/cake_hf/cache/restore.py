@@ -87,6 +87,7 @@ class Restore:
         self._threads: list[threading.Thread] = []
         self._shared: set[int] = set()  # chunks that the main thread has from another restore
         self._waited = False
+        self._made = 0  # all chunks before this one were made by the main thread, or what the devices compute sees them
         like = kv_like(session.model)
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
@@ -118,15 +119,9 @@ class Restore:
         past = prompt.call.past
         # Where loads land: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
-        on_host = is_host_place(buffers)
+        turn_aside = None if is_host_place(buffers) else self._turn_aside
         self._frontier = new_frontier(
-            session,
-            prompt,
-            self._plan.usable,
-            costs,
-            ranges,
-            on_host=on_host,
-            can_run=self._can_run,
+            session, prompt, self._plan.usable, costs, ranges, can_run=self._can_run, turn_aside=turn_aside
         )
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
@@ -165,6 +160,7 @@ class Restore:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
         """
         self._settle_in()
+        self._job.place.catch_up()
         self._session.sharing.wake()  # loaders that wait for other prompts' reads to end are not needed any more
         if not self._frontier.left_behind():
             for thread in self._threads:
@@ -180,10 +176,12 @@ class Restore:
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._frontier.stop()
+        detached = self._job.detach()
+        self._job.place.catch_up()
         self._job.let_go()
         self._states.let_go()
         try:
-            self._go_back()
+            self._go_back(detached=detached)
             self._carried.go_back()
         finally:
             self._carried.end()
@@ -208,26 +206,32 @@ class Restore:
                     layer.reset()
             raise
 
-    def _go_back(self) -> None:
+    def _go_back(self, *, detached: bool) -> None:
         past = self.prompt.call.past
         for layer in self._layers:
-            # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
-            if past:
-                layer.move_out(past, capacity=past)
-            else:
+            if not past:
                 layer.reset()
+            elif detached:
+                layer.show(past)
+            else:
+                # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
+                layer.move_out(past, capacity=past)
 
     def _walk(self, until: int, *, beyond_loads: bool) -> None:
         """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
         while (index := self._steps.advance(until=until, beyond_loads=beyond_loads)) is not None:
             self._settle_in()
+            self._see(index)
             with self._flight(index) as plan:
                 if plan.followed is not None and self._take_over(index, plan.followed):
+                    self._made = index + 1
                     continue
                 if self._compute(index):
+                    self._made = index + 1
                     plan.payload = partial(self._copy_out, index)
             self._progress(index + 1, self.prompt.chunks)
         self._settle_in()
+        self._job.place.catch_up()
         self._waited = False
         self._stand(until)
         self._show(until)
@@ -305,7 +309,9 @@ class Restore:
                 offset += target.numel()
 
     def _copy_out(self, index: int) -> torch.Tensor:
-        return pack(self._saver.pieces(index), self.prompt.layout)
+        packed = pack(self._saver.pieces(index), self.prompt.layout)
+        packed.await_copy()
+        return packed.memory
 
     def _settle_in(self) -> None:
         """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
@@ -313,10 +319,17 @@ class Restore:
         After that nothing lands any more: giving up one load, or overtaking it in place, ends all loading.
         """
         self._job.adopt_landed()
-        self._job.place.catch_up()
-        if self._frontier.take_orphans():
+        if self._frontier.take_orphans() and not self._job.detach():
             for layer in self._layers:
                 layer.move_out(self._end)
+
+    def _see(self, index: int) -> None:
+        """Have the devices, before they compute that chunk, wait for the copies to where it looks and where it goes.
+
+        As a rule there are none: what is copied meanwhile belongs to the back of the prompt.
+        """
+        if index != self._made or self._carried or not self._frontier.is_untouched(index):
+            self._job.place.catch_up()
 
     def _show(self, chunks: int) -> None:
         for layer in self._layers:
@@ -336,6 +349,9 @@ class Restore:
     def _can_run(self, index: int) -> bool:
         """Chunks that are loaded already would have to be run again for what they carry."""
         return not self._carried or self._carried.standing == index
+
+    def _turn_aside(self, index: int) -> None:
+        self._job.turn_aside(index)
 
     def _load_job(self, buffers: list[torch.Tensor], ranges: int) -> LoadJob:
         limits = self._session.limits

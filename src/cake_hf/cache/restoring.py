@@ -76,6 +76,11 @@ class RestoringCache(GuardedCache):
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
 
     @property
+    def is_compileable(self) -> bool:
+        """`generate` is not to compile the decoding by itself, as it would for other caches than `DynamicCache`."""
+        return False
+
+    @property
     def closed(self) -> bool:
         """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
         return self._session.closed

@@ -68,8 +68,9 @@ class LoadJob:
     shared: set[int] = field(default_factory=set)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
-    _landings: dict[str, Landing] = field(default_factory=dict)
+    _landings: dict[int, Landing] = field(default_factory=dict)
     _over: bool = False
+    _detached: bool = False
 
     def adopt_landed(self) -> None:
         """Put the chunks into place that have arrived aside. Main thread only."""
@@ -89,6 +90,23 @@ class LoadJob:
                 landing.adopt(self.layout.ends[layer])
         self.adopt_landed()
 
+    def turn_aside(self, index: int) -> None:
+        """What a load under way brings goes aside from now on, with what it brought before: see `Frontier`."""
+        landing = self._landings.get(index)
+        if landing is not None:  # else it has not begun, and asks when it does
+            landing.turn_aside()
+            self.aside[index] = landing
+
+    def detach(self) -> bool:
+        """Loads under way, which nobody waits for any more, bring nothing into the buffers from now on; False where they read
+        right into them. Main thread only, when all that has landed aside is in place."""
+        if self.place.is_read_into:
+            return False
+        self._detached = True
+        for landing in list(self._landings.values()):
+            landing.let_go()
+        return True
+
     def let_go(self) -> None:
         """The restore is over: loaders that wait end, and reads that hang do not count as under way any more.
 
@@ -105,12 +123,14 @@ class LoadJob:
         self.aside.clear()
         self.place.let_go()
 
-    def lands(self, actor: str, index: int) -> Landing:
-        """Where that loader brings a chunk. If the restore ends meanwhile, nowhere."""
-        landing = self._landings[actor] = self.place.landing(index, aside=self.frontier.lands_aside(index))
+    def lands(self, index: int) -> Landing:
+        """Where a loader brings a chunk. If the restore ends meanwhile, nowhere."""
+        landing = self._landings[index] = self.place.landing(index, aside=self.frontier.lands_aside(index))
+        if not self.place.is_read_into and self.frontier.lands_aside(index):
+            landing.turn_aside()
         if landing.aside:
             self.aside[index] = landing
-        if self._over:
+        if self._over or self._detached:
             landing.let_go()
             self.aside.clear()
         return landing
@@ -158,7 +178,7 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     start = job.clock()
     landing: Landing | None = None
     try:
-        landing = job.lands(actor, index)
+        landing = job.lands(index)
         outcome = _load(job, index, landing, header, slot)
     except CorruptChunk as error:
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
@@ -168,6 +188,7 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
         job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
         outcome = Outcome.ERROR
     counts = job.frontier.settle(index, outcome)
+    job._landings.pop(index, None)
     if counts:
         job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
     elif outcome is Outcome.LOADED and index not in job.shared and not job._over:

@@ -7,8 +7,10 @@ memory.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -36,14 +38,21 @@ class Landing(ABC):
     def commit(self, end: int) -> None:
         """The first `end` parts hold checked pieces: unless aside, bring them into the buffers. For who filled them."""
 
+    def turn_aside(self) -> None:
+        """What was brought into the buffers will be overwritten there: from now on all of the chunk waits aside.
+
+        Only where nobody reads into the buffers. Main thread only, or who fills the parts.
+        """
+        raise NotImplementedError
+
     def release(self) -> None:
         """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
 
     def adopt(self, end: int) -> None:
         """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
-        places = self._places
-        for number in range(self._brought, min(end, len(places))):
-            self._bring(number, places[number])
+        places = self._places[self._brought : end]
+        if places:
+            self._bring(self._brought, places)
         self._brought = max(self._brought, end)
 
     def let_go(self) -> None:
@@ -51,12 +60,15 @@ class Landing(ABC):
         self._places = ()
 
     @abstractmethod
-    def _bring(self, number: int, place: Any) -> None:
-        """Bring one piece into its place in a buffer."""
+    def _bring(self, first: int, places: Sequence[Any]) -> None:
+        """Bring the pieces from that number on into their places in the buffers."""
 
 
 class Place(ABC):
     """Destination of the chunks of one restore.
+
+    Attributes:
+        is_read_into: reads that are not aside write to the buffers themselves, so that nothing can be done about one under way.
 
     Args:
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
@@ -64,6 +76,8 @@ class Place(ABC):
         slots: chunks that may be in host memory beside the KV.
         windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in chunks.
     """
+
+    is_read_into: bool
 
     def __init__(
         self,
@@ -114,6 +128,8 @@ class Place(ABC):
 class HostPlace(Place):
     """The layers' own buffers: reading a chunk is putting it into place, unless it must wait aside."""
 
+    is_read_into = True
+
     def _prepare(self) -> None:
         self._views = [byte_view(buffer) for buffer in self._buffers]
 
@@ -141,17 +157,20 @@ class HostLanding(Landing):
         if self._ring is not None and self._slot is not None:
             self._ring.give_back(self._slot)
 
-    def _bring(self, number: int, place: memoryview) -> None:
-        _copy_on_host(place, self.parts[number])
+    def _bring(self, first: int, places: Sequence[memoryview]) -> None:
+        for number, place in enumerate(places, first):
+            _copy_on_host(place, self.parts[number])
 
 
 class DevicePlace(Place):
     """Through page-locked host memory, and from there on a copy stream of its own for each GPU, while these compute.
 
     Events order copies and computing (see `CopyStreams`), and a slot is not filled again before the copies from it are done. A
-    read that comes back too late has written to host memory only, which no one looks at any more. Where some layers are in host
-    memory, their pieces are copied by whoever brings the chunk.
+    read that comes back when its landing was let go has written to host memory only, which no one looks at any more. Where some
+    layers are in host memory, their pieces are copied by whoever brings the chunk.
     """
+
+    is_read_into = False
 
     def _prepare(self) -> None:
         self._streams = CopyStreams(self._buffers)
@@ -179,24 +198,38 @@ class _DeviceLanding(Landing):
         self._streams = streams
         self._slot = ring.take()
         self._pieces = self._slot.memory.split(layout.sizes)
+        self._copied_to: set[torch.device] = set()
+        self._bringing = threading.Lock()  # so that nothing is being brought once it was let go
         self.aside = aside
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
-        if not self.aside:
-            self.adopt(end)
+        with self._bringing:
+            if not self.aside:
+                self.adopt(end)
+
+    def turn_aside(self) -> None:
+        with self._bringing:
+            if not self.aside:
+                self.aside, self._brought = True, 0
+
+    def let_go(self) -> None:
+        with self._bringing:
+            super().let_go()
 
     def release(self) -> None:
-        self._slot.copied_by(self._streams.of(self._places[: self._brought]))
+        self._slot.copied_by(self._streams.of(self._copied_to))
         self._ring.give_back(self._slot)
 
-    def _bring(self, number: int, place: torch.Tensor) -> None:
-        # The destinations may have been made in inference mode by the main thread; whoever copies has to be in it, too.
-        if place.device.type == "cpu":
-            _copy_on_host(byte_view(place), self.parts[number])
-            return
-        with torch.inference_mode(), torch.cuda.stream(self._streams.on(place.device)):
-            place.copy_(self._pieces[number], non_blocking=True)
+    def _bring(self, first: int, places: Sequence[torch.Tensor]) -> None:
+        for device, numbered in groupby(enumerate(places, first), lambda one: one[1].device):
+            there = list(numbered)
+            if device.type == "cpu":
+                for number, place in there:
+                    _copy_on_host(byte_view(place), self.parts[number])
+            else:
+                self._copied_to.add(device)
+                self._streams.copy([place for _, place in there], [self._pieces[number] for number, _ in there])
 
 
 def _copy_on_host(target: memoryview, source: memoryview) -> None:

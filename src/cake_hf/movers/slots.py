@@ -22,17 +22,17 @@ class Slot:
         # Not an inference tensor: it is written to by threads that are not in inference mode.
         with torch.inference_mode(False):
             if pinned:
-                self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+                self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             else:
                 self.memory = empty_aligned([nbytes], torch.uint8)
         self._copied: list[torch.cuda.Event] = []
 
     def copied_by(self, streams: Sequence[torch.cuda.Stream]) -> None:
-        """What is on these streams now has to be done before the memory is written to again."""
+        """What is on these streams now, copies from the memory or to it, has to be done before others use the memory."""
         self._copied = [stream.record_event() for stream in streams]
 
     def await_copy(self) -> None:
-        """Block until the memory may be written to."""
+        """Block until the memory may be used."""
         for copied in self._copied:
             copied.synchronize()
 

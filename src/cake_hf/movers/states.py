@@ -66,7 +66,7 @@ class StateRead:
 
     def _read(self) -> None:
         try:
-            payload = torch.empty(self._layout.nbytes, dtype=torch.uint8)
+            payload = torch.empty(self._layout.nbytes, dtype=torch.uint8, device="cpu")
             header = memoryview(bytearray(header_size(self._layout)))
             parts = split_payload(payload, self._layout)
             if self._store.read_into(self._key, [header, *parts]) is not None:

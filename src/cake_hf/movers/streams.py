@@ -23,13 +23,26 @@ class CopyStreams:
             if buffer.device in self._streams:
                 buffer.record_stream(self._streams[buffer.device])
 
-    def on(self, device: torch.device) -> torch.cuda.Stream | None:
-        """The stream for copies to that device."""
-        return self._streams.get(device)
+    def copy(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
+        """Begin to copy each piece, in host memory, to its place; all of these are on one device.
 
-    def of(self, places: Iterable[torch.Tensor]) -> list[torch.cuda.Stream]:
-        """The streams for copies to these places, each once."""
-        return [self._streams[device] for device in {place.device for place in places} if device in self._streams]
+        On a GPU it goes on behind what was begun before, and the pieces are not to be written to until it is done: see `of`.
+        Elsewhere it is done on return.
+        """
+        stream = self._streams.get(places[0].device)
+        # The places may have been made in inference mode by the main thread; whoever copies has to be in it, too.
+        with torch.inference_mode():
+            if stream is None:
+                for place, piece in zip(places, pieces, strict=True):
+                    place.copy_(piece)
+                return
+            # The device first: a stream's context, at its end, goes back to whatever device this thread was on.
+            with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+                torch._foreach_copy_(list(places), list(pieces), non_blocking=True)
+
+    def of(self, devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
+        """The streams for copies to these devices."""
+        return [self._streams[device] for device in devices if device in self._streams]
 
     def catch_up(self) -> None:
         """What the model computes from now on, on whichever device, sees all copies that were begun so far."""

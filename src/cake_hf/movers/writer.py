@@ -15,6 +15,7 @@ import torch
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.movers.place import byte_view
+from cake_hf.movers.slots import Slot
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout
@@ -32,14 +33,14 @@ class SaveJob:
     Attributes:
         facts: what the chunk says about itself; the checksums are filled in by the writer.
         layout: of the chunk.
-        payload: its bytes, one flat uint8 tensor on the host that nobody else changes.
+        payload: its bytes, in memory that nobody else changes; from a GPU they may still be coming.
         overwrite: the store has a chunk of this key that turned out to be unusable.
         done: called with whether the chunk is durable now.
     """
 
     facts: ChunkFacts
     layout: ChunkLayout
-    payload: torch.Tensor
+    payload: Slot
     overwrite: bool
     done: Callable[[bool], None]
 
@@ -139,9 +140,10 @@ class Writer:
             return None
 
     def _save(self, job: SaveJob) -> bool:
-        payload = byte_view(job.payload)
-        facts = replace(job.facts, checksums=checksums(payload, job.layout))
         try:
+            job.payload.await_copy()
+            payload = byte_view(job.payload.memory)
+            facts = replace(job.facts, checksums=checksums(payload, job.layout))
             self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
         except Exception as error:
             self._tell(error)
@@ -163,11 +165,15 @@ class Writer:
             logger.warning("Chunks are not being saved (generation goes on). %s", advice)
 
 
-def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> torch.Tensor:
-    """Copy a chunk's pieces, wherever they are, into one flat host tensor in payload order."""
-    payload = torch.empty(layout.nbytes, dtype=torch.uint8)
-    offset = 0
-    for piece, size in zip(pieces, layout.sizes, strict=True):
-        payload[offset : offset + size].view(piece.dtype).view(piece.shape).copy_(piece)
-        offset += size
-    return payload
+def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> Slot:
+    """Copy a chunk's pieces, wherever they are, into host memory in payload order.
+
+    From a GPU they are on their way when this returns, behind what the GPU computes now: it does not stop for that, and the
+    pieces may be changed or freed in the order of its work. Whoever reads the memory calls `await_copy` before.
+    """
+    gpus = {piece.device for piece in pieces if piece.device.type == "cuda"}
+    slot = Slot(layout.nbytes, pinned=bool(gpus))
+    for piece, place in zip(pieces, slot.memory.split(layout.sizes), strict=True):
+        place.view(piece.dtype).view(piece.shape).copy_(piece, non_blocking=piece.device in gpus)
+    slot.copied_by([torch.cuda.current_stream(gpu) for gpu in gpus])
+    return slot

@@ -54,7 +54,11 @@ def use_page_cache(descriptor: int) -> bool:
 
 def is_refusal(error: OSError) -> bool:
     """Whether a direct read failed for being one."""
-    return error.errno in (errno.EINVAL, errno.EOPNOTSUPP)
+    return error.errno in (
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.EFAULT,
+    )  # the last: of memory that a disk cannot write to
 
 
 def _is_aligned(parts: Sequence[memoryview], offset: int) -> bool:

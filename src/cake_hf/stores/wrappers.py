@@ -36,6 +36,11 @@ class WrapperStore(Store):
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
         return self.inner.read_range(key, parts, offset)
 
+    def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
+        if type(self).read_into is WrapperStore.read_into:
+            return self.inner.read_gradually(key, parts, arrived)
+        return super().read_gradually(key, parts, arrived)  # what a subclass is about is what it does in `read_into`
+
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         return self.inner.write(key, parts, replace=replace)
 

@@ -26,7 +26,7 @@ def empty_aligned(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     if torch.device(device).type != "cpu" or nbytes < PAGE:
         return torch.empty(*shape, dtype=dtype, device=device)
     alignment = PAGE if nbytes < _LEAST_HUGE else HUGE_PAGE
-    room = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    room = torch.empty(nbytes + alignment, dtype=torch.uint8, device="cpu")
     start = -room.data_ptr() % alignment
     memory = room[start : start + nbytes]
     if alignment == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):

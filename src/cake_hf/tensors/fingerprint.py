@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -190,7 +191,7 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
     if device.type == "cuda":
         facts["hardware"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = [torch.version.cuda, *map(_setting, _CUDA_SETTINGS)]
+        facts["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, _CUDA_SETTINGS)]
         facts["sdpa"] = _sdpa_facts()
     elif device.type == "cpu":
         facts["hardware"] = torch.backends.cpu.get_cpu_capability()
@@ -299,16 +300,21 @@ def _device_digest(tensor: torch.Tensor) -> bytes:
     a single word changes its row's sum, and the rows' sums are hashed in order on the host.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    padding = -flat.numel() % (8 * HASHED_BLOCK)
-    rows = torch.nn.functional.pad(flat, (0, padding)).view(torch.int64).view(-1, HASHED_BLOCK)
+    whole = flat.numel() - flat.numel() % (8 * HASHED_BLOCK)
+    if flat.storage_offset() % 8:  # not to be looked at as 64-bit words
+        whole = 0
+    # Only what is no full row is copied, to be filled up: there may be no room for another of the largest weights.
+    rest = torch.nn.functional.pad(flat[whole:], (0, (whole - flat.numel()) % (8 * HASHED_BLOCK)))
     factors = _factors().to(tensor.device)
-    sums = torch.cat([(part * factors).sum(dim=1) for part in rows.split(256)])
+    parts = [flat[:whole], rest] if whole else [rest]
+    rows = [part.view(torch.int64).view(-1, HASHED_BLOCK).split(256) for part in parts]
+    sums = torch.cat([(some * factors).sum(dim=1) for some in chain(*rows)])
     return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def _factors() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0xCA4E)
-    return torch.randint(-(2**62), 2**62, (HASHED_BLOCK,), dtype=torch.int64, generator=generator) * 2 + 1
+    generator = torch.Generator("cpu").manual_seed(0xCA4E)
+    return torch.randint(-(2**62), 2**62, (HASHED_BLOCK,), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1
 
 
 def _sdpa_facts() -> list[bool]:

@@ -100,7 +100,7 @@ def _plain(name: str, value: Any, *, in_place: bool) -> Iterator[Weight]:
         for number, item in enumerate(value):
             yield from _plain(f"{name}.{number}", item, in_place=in_place)
     elif not torch.is_tensor(value):
-        yield Weight(f"{name}={value!r}", torch.empty(0), in_place)
+        yield Weight(f"{name}={value!r}", torch.empty(0, device="cpu"), in_place)
     elif _has_parts(value):
         yield from _parts(name, value, in_place=in_place)
     elif value.is_quantized:
@@ -125,7 +125,7 @@ def _quantized(name: str, value: torch.Tensor) -> Iterator[Weight]:
     """A tensor of one of torch's quantised dtypes."""
     yield Weight(f"{name} {value.qscheme()}", value.int_repr(), in_place=False)
     if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        steps = torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)
+        steps = torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64, device="cpu")
         yield Weight(f"{name} steps", steps, in_place=False)
     else:
         yield Weight(f"{name} scales", value.q_per_channel_scales(), in_place=False)

@@ -25,6 +25,7 @@ import torch
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
 from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.movers.loader import LoadJob, start_loaders
 from cake_hf.movers.place import HostPlace, place_for
 from cake_hf.people.bench.bare import read_file
@@ -186,7 +187,7 @@ def load(chunks: Chunks, count: int, buffers: Tensors) -> None:
         store=chunks.store,
         keys=chunks.keys,
         layout=chunks.layout,
-        place=place_for(buffers, chunks.layout),
+        place=place_for(buffers, chunks.layout, ASIDE_PER_THREAD * count),
         frontier=frontier,
         record=lambda actor, chunk, start, end, outcome: None,
         clock=time.monotonic,

@@ -25,12 +25,17 @@ class Machine:
     """
 
     def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
         self._found = describe(device)
         self._stolen = StolenTime()
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready: what `describe` found, and the share of the processors' time that was stolen so far."""
-        return {**self._found, "stolen_share": round(self._stolen.share(), 3)}
+        known = {**self._found, "stolen_share": round(self._stolen.share(), 3)}
+        if self._device.type == "cuda":
+            # More than a few: timed runs have waited for memory that was being freed.
+            known["gpu_allocation_retries"] = torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)
+        return known
 
 
 def disturbance(machine: Mapping[str, object]) -> str:
@@ -72,6 +77,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "driver": _driver_version(),
+        "gpu_allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
 
 

@@ -145,6 +145,7 @@ def decide_seconds(chunks: int, layers: int) -> float:
         [True] * chunks,
         near=nearness(ALWAYS_WORTH, 0, chunks, threads),
         most_aside=ASIDE_PER_THREAD * threads,
+        nearest=threads,
         last=threads,
         worth=Rule(ALWAYS_WORTH).worth,
     )

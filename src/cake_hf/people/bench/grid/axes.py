@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.bench.grid.competition import LEAST_SHARE
-from cake_hf.people.bench.settings import READ_TIMEOUT, Settings, shape_named
+from cake_hf.people.bench.settings import Settings, shape_named
 
 MAX_TOKENS = 2**21
 MAX_REPEATS = 1_000
@@ -126,7 +126,6 @@ class Axes:
             dtype=self.dtype,
             device=self.device,
             repeats=self.repeats,
-            limits=Limits(read_timeout=READ_TIMEOUT),
         )
 
     def as_dict(self) -> dict[str, object]:

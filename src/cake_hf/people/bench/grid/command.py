@@ -29,9 +29,12 @@ GRID_HELP = (
     "computed one, or something could not be measured.\n\n"
     "On a GPU the preset first checks that restoring is exact there, then measures the 8b model at 4K to 32K tokens, and "
     "decoding. It leaves out what would not end within nine minutes, and says so; the rest is for another command:\n\n"
+    "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b.json\n\n"
-    "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b-long.json --lengths 32768 --shares 0.5 --no-parity\n\n"
+    "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b-shared.json --shares 0.5 --no-parity --no-peers\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-1b.json --shape 1b --shares 1 --repeats 5\n\n"
+    "Without the first line the growing caches of others leave the GPU's memory in pieces, and whoever comes next waits for it "
+    "to be tidied up.\n\n"
     "The 8b model at 32K tokens takes about 30 GB of GPU memory, 25 GB of memory and 21 GB of disk; with --no-peers a third of "
     "the memory and a quarter of the disk."
 )

@@ -20,6 +20,8 @@ QUANTUM = 0.002
 MOST_DEBT = 0.05
 """Seconds of work that may be caught up on after others had the device; more would make bursts of it."""
 MATRIX = 4096
+GPU_QUANTUM = 0.01
+"""Seconds of work that a GPU is given at a time: it is shared in slices of some milliseconds, so less would hardly be seen."""
 CALIBRATION_ROUNDS = 20
 
 Work = Callable[[], float]
@@ -34,24 +36,35 @@ def cpu_work() -> float:
 
 
 def gpu_work(device: str) -> Work:
-    """A matrix product, and how long it takes when nobody else wants the GPU (measured now)."""
+    """Some matrix products, and how long they take when nobody else wants the GPU (measured now)."""
     import torch
 
     matrix = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device)
+    product = torch.empty_like(matrix)
 
-    def multiply() -> None:
-        torch.mm(matrix, matrix)
+    def multiply(count: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(count):
+            torch.mm(matrix, matrix, out=product)
         torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
 
-    multiply()
-    begin = time.perf_counter()
-    for _ in range(CALIBRATION_ROUNDS):
-        multiply()
-    seconds = (time.perf_counter() - begin) / CALIBRATION_ROUNDS
+    return in_bursts(multiply)
+
+
+def in_bursts(multiply: Callable[[int], float]) -> Work:
+    """Work of about GPU_QUANTUM.
+
+    Args:
+        multiply: does so many products, and returns the seconds.
+    """
+    multiply(1)
+    each = multiply(CALIBRATION_ROUNDS) / CALIBRATION_ROUNDS
+    count = max(1, round(GPU_QUANTUM / each))
 
     def work() -> float:
-        multiply()
-        return seconds
+        multiply(count)
+        return count * each
 
     return work
 

@@ -35,9 +35,9 @@ FEW_CHUNKS = 8
 WORTH_USING = 0.9
 """Both sides are worth using where the best split takes no more than so much of the better one alone."""
 
-TURN_SECONDS = 1.0
+TURN_SECONDS = {"cpu": 1.0, "cuda": 0.3}
+"""How long one turn of an arm takes at least, unless that takes MOST_RUNS."""
 MOST_RUNS = 9
-"""In one turn of an arm."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,13 @@ def goals_for(device: str, chunks: int, limit_over_alone: float) -> Goals:
         chunks: of the prefix.
         limit_over_alone: T* over what the better method alone would take.
     """
-    goals = GOALS["cuda" if device.startswith("cuda") else "cpu"]
+    goals = GOALS[_kind(device)]
     worth_judging = chunks >= FEW_CHUNKS and limit_over_alone <= WORTH_USING
     return goals if worth_judging else Goals(ratio=goals.ratio)
+
+
+def _kind(device: str) -> str:
+    return "cuda" if device.startswith("cuda") else "cpu"
 
 
 def arm_count(sources: int, *, peers: bool, competing: bool) -> int:
@@ -192,7 +196,8 @@ def measure(
         CakeError: a run did something else than it should, so its time would mean nothing.
     """
     arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
-    told = {name: partial(_turn, name, Steadied(arm), others, step) for name, arm in arms.items()}
+    seconds = TURN_SECONDS[_kind(bench.settings.device)]
+    told = {name: partial(_turn, name, Steadied(arm, seconds), others, step) for name, arm in arms.items()}
     if point.share < 1:
         told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
     runs = interleave(told, bench.settings.repeats)
@@ -205,15 +210,22 @@ class Steadied:
     """An arm that takes a turn of some length: a short run, which any hiccup doubles, is repeated, and the median run counts.
 
     Not in the first turn, in which a cache is to know little of what things cost.
+
+    Args:
+        arm: one run.
+        seconds: of a turn.
     """
 
-    def __init__(self, arm: Callable[[], Run]) -> None:
+    def __init__(self, arm: Callable[[], Run], seconds: float) -> None:
         self._arm = arm
+        self._seconds = seconds
         self._first = True
 
     def __call__(self) -> Run:
         runs = [self._arm()]
-        while not self._first and len(runs) < MOST_RUNS and sum(run.first_token_seconds for run in runs) < TURN_SECONDS:
+        while (
+            not self._first and len(runs) < MOST_RUNS and sum(run.first_token_seconds for run in runs) < self._seconds
+        ):
             runs.append(self._arm())
         self._first = False
         return sorted(runs, key=lambda run: run.first_token_seconds)[len(runs) // 2]

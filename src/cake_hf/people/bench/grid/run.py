@@ -75,6 +75,7 @@ class Grid:
         return {
             "machine": self.machine.as_dict(),
             "axes": self.axes.as_dict(),
+            "loader_threads": self.axes.settings(self.axes.shapes[0]).limits.loader_threads,
             "exactness": {shape: found.as_dict() for shape, found in self.exactness.items()},
             "groups": [group.as_dict() for group in self.groups],
             "decoding": {shape: result.as_dict() for shape, result in self.decoding.items()},
@@ -111,7 +112,7 @@ def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None
     grid = Grid(axes, Machine(axes.device))
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(axes.minutes)
+    clock = GroupClock(axes.minutes)
     for shape in axes.shapes:
         with tempfile.TemporaryDirectory(prefix="cake-bench-", dir=parent) as folder, cheap_collections():
             for _ in _Shape(grid, shape, Path(folder), clock, step).measured():
@@ -123,35 +124,46 @@ def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None
     return grid
 
 
-class _Clock:
-    """Knows whether there is time for one more group, from how long the others took."""
+class GroupClock:
+    """Knows whether there is time for one more group, from how long the one before it took.
 
-    def __init__(self, minutes: float) -> None:
-        self._begin = time.monotonic()
+    Args:
+        minutes: that there are; 0 for no end.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begin = clock()
         self._end = minutes * 60 or math.inf
-        self._per_token = 0.0
+        self._last: tuple[Point, float] | None = None
 
     @property
     def seconds(self) -> float:
         """Since the begin."""
-        return time.monotonic() - self._begin
+        return self._clock() - self._begin
 
     def allows(self, point: Point) -> bool:
-        """Whether a group can be expected to be done before the end."""
-        return self.seconds + self._per_token * point.tokens / point.share <= self._end
+        """Whether a group can be expected to be done before the end: in as long as the last one, or, if its prompt is longer
+        or its share of the device less, in proportion to that."""
+        if self._last is None:
+            return self.seconds <= self._end
+        last, seconds = self._last
+        longer = max(1.0, point.tokens / last.tokens) * max(1.0, last.share / point.share)
+        return self.seconds + seconds * longer <= self._end
 
     @contextmanager
     def timing(self, point: Point) -> Iterator[None]:
-        """Learn from the group in the body what a token costs."""
+        """Learn how long the group in the body takes."""
         begin = self.seconds
         yield
-        self._per_token = max(self._per_token, (self.seconds - begin) * point.share / point.tokens)
+        self._last = (point, self.seconds - begin)
 
 
 class _Shape:
     """All groups of one model."""
 
-    def __init__(self, grid: Grid, shape: str, folder: Path, clock: _Clock, step: Step) -> None:
+    def __init__(self, grid: Grid, shape: str, folder: Path, clock: GroupClock, step: Step) -> None:
         self._grid, self._axes, self._name = grid, grid.axes, shape
         self._folder, self._clock, self._tell = folder, clock, step
         settings = grid.axes.settings(shape)

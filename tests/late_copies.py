@@ -1,0 +1,90 @@
+"""A plugin that has every restore come through the place that serves GPUs, with copies that are as late as they may be.
+
+PYTHONPATH=tests pytest -p late_copies tests/test_parity.py
+
+A GPU copies behind the processor's back. Here a copy is done when somebody waits for it, and not before: whoever forgets to
+wait sees what was in the buffers until then, and whoever fills a slot too early spoils a copy from it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import pytest
+import torch
+
+from cake_hf.movers import place
+from cake_hf.movers.streams import CopyStreams
+
+Copy = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+
+
+class LateCopies(CopyStreams):
+    """One stream for all buffers, wherever they are."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        super().__init__([])
+        self._queue: deque[Copy] = deque()
+        self._lock = Lock()
+        self._begun = self._done = 0
+
+    def copy(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
+        with self._lock:
+            self._queue.append((places, pieces))
+            self._begun += 1
+
+    def of(self, devices: Iterable[torch.device]) -> list[Any]:
+        return [self] if list(devices) else []
+
+    def record_event(self) -> Event:
+        with self._lock:
+            return Event(self, self._begun)
+
+    def catch_up(self) -> None:
+        self.do(self._begun)
+
+    def do(self, count: int) -> None:
+        """The first copies, as many, in order."""
+        with self._lock, torch.inference_mode():
+            while self._done < count:
+                torch._foreach_copy_(*self._queue.popleft())
+                self._done += 1
+
+
+class Event:
+    """After so many copies."""
+
+    def __init__(self, stream: LateCopies, count: int) -> None:
+        self._stream, self._count = stream, count
+
+    def synchronize(self) -> None:
+        self._stream.do(self._count)
+
+
+class LateLanding(place._DeviceLanding):
+    """All of its places are on the GPU, so to say."""
+
+    def _bring(self, first: int, places: Sequence[torch.Tensor]) -> None:
+        self._copied_to |= {one.device for one in places}
+        self._streams.copy(places, self._pieces[first : first + len(places)])
+
+
+@contextmanager
+def late_copies() -> Iterator[None]:
+    """All restores in the body, see above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cake_hf.cache.restore.place_for", place.DevicePlace)
+        patch.setattr("cake_hf.cache.restore.is_host_place", lambda buffers: False)
+        patch.setattr(place, "CopyStreams", LateCopies)
+        patch.setattr(place, "_DeviceLanding", LateLanding)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _late_copies() -> Iterator[None]:
+    with late_copies():
+        yield
