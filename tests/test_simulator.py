@@ -52,6 +52,7 @@ any_setting = st.builds(
     gpu_share=st.floats(0.1, 1),
     costs_known=st.booleans(),
     near=st.none() | st.integers(0, 50),
+    on_host=st.booleans(),
     read_timeout=st.sampled_from([float("inf"), 10.0, 0.5]),
 )
 
@@ -168,7 +169,7 @@ def grid(threads: tuple[int, ...], latencies: tuple[float, ...], **rest: float |
         costs = steps(chunks, 0.05, 0.05 * slope)
         load = ratio * sum(costs) / chunks
         for count, latency, layers in product(threads, latencies, (1, 32)):
-            where = {"threads": count, "layers": layers, "suffix": 0.01, "near": chunks, **rest}
+            where = {"threads": count, "layers": layers, "suffix": 0.01, "near": chunks, "on_host": True, **rest}
             yield setting(chunks, 0.05, 0.05 * slope, load, latency * load, **where)
 
 
@@ -203,13 +204,15 @@ def test_near_perfect_with_known_costs() -> None:
     assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0))) == []
 
 
-def test_never_slower_with_as_many_chunks_loaded_aside_as_a_restore_takes() -> None:
-    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None)) == []
-    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None)) == []
+@pytest.mark.parametrize("on_host", [True, False])
+def test_never_slower_with_as_many_chunks_loaded_aside_as_a_restore_takes(on_host: bool) -> None:
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None, on_host=on_host)) == []
+    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None, on_host=on_host)) == []
 
 
-def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk() -> None:
-    assert too_slow(grid((1, 2, 4), (0.0, 0.3), near=None, suffix=0.05)) == []
+@pytest.mark.parametrize("on_host", [True, False])
+def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk(on_host: bool) -> None:
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3), near=None, suffix=0.05, on_host=on_host)) == []
 
 
 def test_too_few_chunks_aside_would_be_slower() -> None:

@@ -53,6 +53,7 @@ class Setting:
         costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
         near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
             restore does (`planner.nearness`, and at most ASIDE_PER_THREAD chunks aside per thread).
+        on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
 
     Raises:
@@ -69,6 +70,7 @@ class Setting:
     gpu_share: float = 1.0
     costs_known: bool = True
     near: int | None = None
+    on_host: bool = False
     read_timeout: float = math.inf
 
     def __post_init__(self) -> None:
@@ -318,6 +320,7 @@ class _Restore:
             last=setting.threads,
             worth=rule.worth,
             overdue=rule.overdue if policy != "cake" and overtakes_in_place(setting.chunks) else None,
+            turn_aside=None if setting.on_host else lambda index: None,
             clock=self._clock,
             changed=_Changed(self._clock),
         )
