@@ -37,12 +37,9 @@ class LateCopies(CopyStreams):
             self._queue.append((places, pieces))
             self._begun += 1
 
-    def of(self, devices: Iterable[torch.device]) -> list[Any]:
-        return [self] if list(devices) else []
-
-    def record_event(self) -> Event:
+    def marks(self, devices: Iterable[torch.device]) -> list[Any]:
         with self._lock:
-            return Event(self, self._begun)
+            return [Event(self, self._begun)] if list(devices) else []
 
     def catch_up(self) -> None:
         self.do(self._begun)

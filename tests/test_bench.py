@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.people.bench import bench, decoding
+from cake_hf.people.bench import bench, decoding, timing
 from cake_hf.people.bench import command as bench_command
 from cake_hf.people.bench.machine import disturbance
 from cake_hf.people.bench.models import build_model
@@ -203,6 +203,17 @@ def test_a_run_from_which_time_was_stolen_is_repeated_and_the_least_disturbed_co
     assert times == {"a": [0, 2, 4, 6]}
 
 
+def test_no_measurement_counts_what_was_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run but the first ones is disturbed, and run three times."""
+    monkeypatch.setattr(timing.StolenTime, "share", lambda self: 0.5)
+    settings = choose(quick=True, repeats=2, tokens=None, chunk_size=None, dtype="float32")
+    outcome, results = bench_command.measure_all(settings, tmp_path, lambda line: None)
+    assert outcome["failures"] == []
+    assert outcome["parity"]["mismatches"] == []
+    assert len(results) == len(MEASUREMENTS)
+    assert outcome["machine"]["stolen_share"] == 0.5
+
+
 def test_stolen_time_is_what_the_system_counts(tmp_path: Path) -> None:
     stat = tmp_path / "stat"
     stat.write_text("cpu  10 0 10 60 5 0 5 10 7 0\ncpu0 1 2 3\n")
@@ -211,6 +222,8 @@ def test_stolen_time_is_what_the_system_counts(tmp_path: Path) -> None:
     assert watch.share() == 0
     stat.write_text("cpu  20 0 20 120 10 0 10 20 14 0\n")
     assert watch.share() == 0.1
+    stat.write_text("cpu  10 0 10 60 5 0 5 12 7 0\n")
+    assert watch.share() == 0, "two ticks are nothing"
 
 
 @pytest.mark.parametrize("content", ["", "cpu 1 2 3", "cpu a b c d e f g h", None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -36,8 +37,10 @@ def test_it_works_rests_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             with others.working():
                 processes = list(others._processes)
-                assert len(processes) == usable_cores()
+                assert len(processes) == len(usable_cores())
                 assert all(process.poll() is None for process in processes)
+                if hasattr(os, "sched_getaffinity"):
+                    assert [os.sched_getaffinity(process.pid) for process in processes] == [{n} for n in usable_cores()]
     assert [process.returncode for process in processes] == [0] * len(processes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.people.bench.cells import Costs, calibrate, seconds_per_load
 from cake_hf.people.bench.grid.axes import PRESETS, Source
 from cake_hf.people.bench.grid.exactness import Examination, runs_of
-from cake_hf.people.bench.grid.group import Point, Steadied, goals_for
+from cake_hf.people.bench.grid.group import Group, Point, Steadied, goals_for
 from cake_hf.people.bench.grid.peers import FORMATS, SavedCache
 from cake_hf.people.bench.grid.run import GroupClock, run, step_count
 from cake_hf.people.bench.models import build_model, build_prompt
@@ -252,6 +253,12 @@ def test_the_better_method_alone() -> None:
 def test_a_group_takes_as_long_as_the_last_one_or_longer_with_its_prompt() -> None:
     """Short runs are repeated within a turn, so that a short prompt's group says little about what a token costs."""
     now, begun = 0.0, []
+
+    def take(seconds: float, group: Group) -> Group:
+        nonlocal now
+        now += seconds
+        return group
+
     clock = GroupClock(9, lambda: now)
     for tokens, share, seconds in (
         *((4096, 1.0, 100.0), (8192, 1.0, 100.0), (16384, 1.0, 120.0)),
@@ -260,10 +267,12 @@ def test_a_group_takes_as_long_as_the_last_one_or_longer_with_its_prompt() -> No
         point = Point("8b", tokens, tokens // 512, share)
         if clock.allows(point):
             begun.append((tokens, share))
-            with clock.timing(point):
-                now += seconds
+            clock.timed(partial(take, seconds, Group(point)))
     assert begun == [(4096, 1.0), (8192, 1.0), (16384, 1.0), (4096, 0.6)]
     assert clock.seconds == 420
+    clock.timed(partial(take, 1.0, Group(point, failure="out of memory")))
+    assert not clock.allows(Point("8b", 8192, 16, 0.5)), "a group that failed says nothing"
+    assert clock.allows(Point("1b", 8192, 16, 0.5)), "nor does another model's"
     assert GroupClock(0, lambda: now).allows(Point("8b", 2**20, 2**11, 0.1))
 
 

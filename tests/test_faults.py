@@ -304,3 +304,20 @@ def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture)
     assert f"2 of 2, given up after {PATIENCE:g} s (Limits.read_timeout)" in said[0]
     store.release()
     join_loaders()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_no_memory_for_a_copy_is_said_once_and_nothing_is_saved(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("cannot allocate memory")
+
+    monkeypatch.setattr("cake_hf.cache.session.pack", fail)
+    store = MemoryStore()
+    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as cold:
+        assert difference(run(shared_model("llama"), prompt(), cold), expected()) == ""
+        assert cold.flush(60)
+        assert (cold.report.chunks_saved, cold.report.chunks_unsaved) == (0, CHUNKS)
+    assert list(store.keys()) == []
+    assert len([line for line in caplog.messages if "Chunks are not being saved" in line]) == 1

@@ -21,6 +21,7 @@ import torch
 
 from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
+from cake_hf.movers import writer as writing
 from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
 from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
@@ -243,20 +244,13 @@ def test_a_slot_is_not_taken_before_its_copy_is_done() -> None:
         def synchronize(self) -> None:
             self.awaited = True
 
-    class Stream:
-        def __init__(self) -> None:
-            self.copy = Copy()
-
-        def record_event(self) -> Copy:
-            return self.copy
-
-    ring, stream = SlotRing(16, 1, pinned=False), Stream()
+    ring, copy = SlotRing(16, 1, pinned=False), Copy()
     slot = ring.take()
-    slot.copied_by([stream])  # type: ignore[list-item]
+    slot.copied_by([copy])  # type: ignore[list-item]
     ring.give_back(slot)
-    assert not stream.copy.awaited
+    assert not copy.awaited
     assert ring.take() is slot
-    assert stream.copy.awaited
+    assert copy.awaited
 
 
 @devices
@@ -745,9 +739,6 @@ def test_the_writer_waits_for_what_is_still_on_its_way_from_a_device() -> None:
         def synchronize(self) -> None:
             byte_view(self.memory)[:] = self.content
 
-        def record_event(self) -> Copy:
-            return self
-
     store, saving = MemoryStore(), Saving()
     job = saving.job(0)
     job.payload.memory.zero_()
@@ -771,6 +762,23 @@ def test_a_payload_that_cannot_be_read_does_not_end_the_saving(caplog: pytest.Lo
     assert saving.done == {0: False, 1: True}
     assert "Chunks are not being saved" in caplog.text
     writer.close()
+
+
+def test_where_no_more_pages_can_be_locked_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    def refuse(nbytes: int, *, pinned: bool) -> Slot:
+        made.append(pinned)
+        if pinned:
+            raise RuntimeError("CUDA error: out of memory")
+        return Slot(nbytes, pinned=False)
+
+    monkeypatch.setattr(writing, "Slot", refuse)
+    assert writing._memory(16, pinned=True).memory.numel() == 16
+    assert made == [True, False]
+    monkeypatch.setattr(writing, "Slot", lambda *_, **__: refuse(16, pinned=True))
+    with pytest.raises(RuntimeError):
+        writing._memory(16, pinned=False)
 
 
 @devices

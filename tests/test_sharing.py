@@ -59,6 +59,21 @@ def test_nothing_is_copied_where_nobody_follows() -> None:
         leading.payload = lambda: pytest.fail("copied for nobody")
 
 
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_copy_that_cannot_be_made_harms_nobody(error: type[Exception]) -> None:
+    sharing = Sharing()
+
+    def fail() -> torch.Tensor:
+        raise error("no memory is left")
+
+    with sharing.flight("a", "first", computes=False) as leading:
+        with sharing.flight("a", "second", computes=False) as following:
+            assert following.followed is not None
+        leading.payload = fail
+    assert following.followed.wait(0)
+    assert following.followed.payload is None
+
+
 def test_a_flight_that_fails_lets_its_followers_go() -> None:
     sharing = Sharing()
     plans = []

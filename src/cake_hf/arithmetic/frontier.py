@@ -320,9 +320,13 @@ class Frontier:
                 del self._outcomes[index]
 
     def take_landed(self) -> list[int]:
-        """Chunks that were loaded aside since the last call and are for the main thread to put into place."""
+        """Chunks that were loaded aside since the last call and are for the main thread to put into place.
+
+        Not one that it is computing: a forward that writes to that place is left, or done, before.
+        """
         with self._changed:
-            landed, self._landed = self._landed, []
+            landed = [index for index in self._landed if index not in self._given_out]
+            self._landed = [index for index in self._landed if index in self._given_out]
             return landed
 
     def left_behind(self) -> bool:

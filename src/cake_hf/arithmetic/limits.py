@@ -25,7 +25,8 @@ class Limits:
         loader_threads: threads that read chunks while a prompt is being restored (they end with the restore).
         read_timeout: seconds one chunk's read may take before the chunk is computed instead.
         lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing.
-        save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted.
+        save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted. Of a model on a
+            GPU that is page-locked memory, which torch hands out in powers of two and keeps for the next prompt.
         tier_queue_bytes: bytes of chunks that tiers may hold for copies and writes behind; beyond it these are skipped and
             counted. For tiers that the cache opens itself.
         exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable.

@@ -161,7 +161,13 @@ class Session:
         if not self._writer.has_room(layout.nbytes):
             done(False)
             return
-        if not self._writer.offer(SaveJob(facts, layout, pack(pieces(), layout), overwrite, done)):
+        try:
+            payload = pack(pieces(), layout)
+        except (MemoryError, RuntimeError) as error:  # there is no memory for it
+            self._writer.tell(error)
+            done(False)
+            return
+        if not self._writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
 
 

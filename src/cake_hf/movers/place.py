@@ -218,7 +218,7 @@ class _DeviceLanding(Landing):
             super().let_go()
 
     def release(self) -> None:
-        self._slot.copied_by(self._streams.of(self._copied_to))
+        self._slot.copied_by(self._streams.marks(self._copied_to))
         self._ring.give_back(self._slot)
 
     def _bring(self, first: int, places: Sequence[torch.Tensor]) -> None:

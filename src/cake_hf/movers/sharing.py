@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -76,7 +76,9 @@ class Flight:
             if self._ended.is_set():
                 return
             if payload is not None and self._followers:
-                self._payload = payload()
+                # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
+                with suppress(MemoryError, RuntimeError):
+                    self._payload = payload()
             self._ended.set()
 
 

@@ -27,9 +27,9 @@ class Slot:
                 self.memory = empty_aligned([nbytes], torch.uint8)
         self._copied: list[torch.cuda.Event] = []
 
-    def copied_by(self, streams: Sequence[torch.cuda.Stream]) -> None:
-        """What is on these streams now, copies from the memory or to it, has to be done before others use the memory."""
-        self._copied = [stream.record_event() for stream in streams]
+    def copied_by(self, marks: Sequence[torch.cuda.Event]) -> None:
+        """Copies from the memory, or to it, which have to be done before others use it, are when these events have come."""
+        self._copied = list(marks)
 
     def await_copy(self) -> None:
         """Block until the memory may be used."""

@@ -26,7 +26,7 @@ class CopyStreams:
     def copy(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
         """Begin to copy each piece, in host memory, to its place; all of these are on one device.
 
-        On a GPU it goes on behind what was begun before, and the pieces are not to be written to until it is done: see `of`.
+        On a GPU it goes on behind what was begun before, and the pieces are not to be written to until it is done: see `marks`.
         Elsewhere it is done on return.
         """
         stream = self._streams.get(places[0].device)
@@ -40,11 +40,18 @@ class CopyStreams:
             with torch.cuda.device(stream.device), torch.cuda.stream(stream):
                 torch._foreach_copy_(list(places), list(pieces), non_blocking=True)
 
-    def of(self, devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
-        """The streams for copies to these devices."""
-        return [self._streams[device] for device in devices if device in self._streams]
+    def marks(self, devices: Iterable[torch.device]) -> list[torch.cuda.Event]:
+        """After all copies to these devices that were begun so far."""
+        return [mark(self._streams[device]) for device in devices if device in self._streams]
 
     def catch_up(self) -> None:
         """What the model computes from now on, on whichever device, sees all copies that were begun so far."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """What is on the stream now. Who waits for it sleeps meanwhile; others would keep a processor busy with asking."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(stream)
+    return event

@@ -16,6 +16,7 @@ import torch
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.movers.place import byte_view
 from cake_hf.movers.slots import Slot
+from cake_hf.movers.streams import mark
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout
@@ -146,7 +147,7 @@ class Writer:
             facts = replace(job.facts, checksums=checksums(payload, job.layout))
             self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
         except Exception as error:
-            self._tell(error)
+            self.tell(error)
             return False
         return True
 
@@ -157,8 +158,8 @@ class Writer:
         except Exception:
             logger.exception("The saving of a chunk could not be reported.")
 
-    def _tell(self, error: Exception) -> None:
-        """One line for the first fault; a full disk would otherwise print one per chunk."""
+    def tell(self, error: Exception) -> None:
+        """Say why a chunk is not saved: one line for the first fault; a full disk would otherwise print one per chunk."""
         if not self._told:
             self._told = True
             advice = error if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
@@ -172,8 +173,17 @@ def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> Slot:
     pieces may be changed or freed in the order of its work. Whoever reads the memory calls `await_copy` before.
     """
     gpus = {piece.device for piece in pieces if piece.device.type == "cuda"}
-    slot = Slot(layout.nbytes, pinned=bool(gpus))
+    slot = _memory(layout.nbytes, pinned=bool(gpus))
     for piece, place in zip(pieces, slot.memory.split(layout.sizes), strict=True):
         place.view(piece.dtype).view(piece.shape).copy_(piece, non_blocking=piece.device in gpus)
-    slot.copied_by([torch.cuda.current_stream(gpu) for gpu in gpus])
+    slot.copied_by([mark(torch.cuda.current_stream(gpu)) for gpu in gpus])
     return slot
+
+
+def _memory(nbytes: int, *, pinned: bool) -> Slot:
+    try:
+        return Slot(nbytes, pinned=pinned)
+    except RuntimeError:
+        if not pinned:
+            raise
+        return Slot(nbytes, pinned=False)  # the system locks no more pages: copies take longer

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from cake_hf.people.bench.bare import read_file
@@ -28,17 +29,19 @@ NOTHING_COMPUTED = Goal(0)
 
 def measure(bench: Workbench) -> Result:
     """Time full hits and bare reads, interleaved."""
-    store, runs = bench.filled_store(), _Runs()
+    store = bench.filled_store()
     with ThreadPoolExecutor(bench.settings.limits.loader_threads) as threads:
         read = _reader(threads, sorted(store.root.glob("??/*")))
-        arms: dict[str, Callable[[], float]] = {
-            "read": read,
-            "both": lambda: runs.keep("both", bench.cake_run(store, "fully cached")),
-            "load": lambda: runs.keep("load", bench.cake_run(store, "fully cached, load-only", strategy="load")),
+        arms: dict[str, Callable[[], _Round]] = {
+            "read": lambda: _Round(read()),
+            "both": lambda: _Round.of(bench.cake_run(store, "fully cached")),
+            "load": lambda: _Round.of(bench.cake_run(store, "fully cached, load-only", strategy="load")),
         }
-        times = {name: Sample(tuple(found)) for name, found in interleave(arms, bench.settings.repeats).items()}
-    tails = Sample(tuple(run.tail_seconds for run in runs.load))
-    computed = Sample(tuple(float(run.report.chunks_computed) for run in runs.both))
+        rounds = interleave(arms, bench.settings.repeats)
+    times = {name: Sample(tuple(one.seconds for one in found)) for name, found in rounds.items()}
+    both, load = ([one.run for one in rounds[name] if one.run is not None] for name in ("both", "load"))
+    tails = Sample(tuple(run.tail_seconds for run in load))
+    computed = Sample(tuple(float(run.report.chunks_computed) for run in both))
     floor = Sample(tuple(r + t for r, t in zip(times["read"].values, tails.values, strict=True)))
     return Result(
         "Fully cached on the unthrottled local store",
@@ -53,20 +56,25 @@ def measure(bench: Workbench) -> Result:
             "computed_chunks": Figure.of("chunks computed all the same", computed, "chunks", NOTHING_COMPUTED),
             "over_load": Figure.ratio("first token over load-only", times["both"], times["load"], NEVER_SLOWER),
         },
-        {"parts": median_parts(runs.both), "load_parts": median_parts(runs.load)},
+        {"parts": median_parts(both), "load_parts": median_parts(load)},
     )
 
 
-class _Runs:
-    """The runs behind the seconds, kept for a closer look."""
+@dataclass(frozen=True)
+class _Round:
+    """What an arm came to in one round.
 
-    def __init__(self) -> None:
-        self.both: list[Run] = []
-        self.load: list[Run] = []
+    Attributes:
+        seconds: that it took.
+        run: behind them, for a closer look; None for bare reads.
+    """
 
-    def keep(self, strategy: str, run: Run) -> float:
-        getattr(self, strategy).append(run)
-        return run.seconds
+    seconds: float
+    run: Run | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> _Round:
+        return cls(run.seconds, run)
 
 
 def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], float]:

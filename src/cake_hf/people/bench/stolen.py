@@ -11,6 +11,9 @@ from pathlib import Path
 Ticks = tuple[int, int]
 """Of all processors together since the system's start: how many were stolen, and how many there were."""
 
+LEAST_TICKS = 3
+"""Ticks are some 10 ms long. Of a short run one is a large share, and may be owed to a time before."""
+
 _STOLEN, _KINDS = 7, 8
 """The columns behind the eighth, of guests, are counted in the first two already."""
 
@@ -36,6 +39,6 @@ class StolenTime:
         self._begin = read()
 
     def share(self) -> float:
-        """From 0 to 1."""
+        """From 0 to 1; 0 of less than LEAST_TICKS."""
         stolen, total = (now - then for now, then in zip(self._read(), self._begin, strict=True))
-        return stolen / total if total > 0 else 0.0
+        return stolen / total if stolen >= LEAST_TICKS else 0.0

@@ -42,9 +42,9 @@ class Competition:
         if not LEAST_SHARE <= share <= 1:
             raise ValueError(f"The share of compute left must be from {LEAST_SHARE:g} to 1, got {share:g}.")
         each, part = demand(share)
-        count = each * (1 if torch.device(device).type == "cuda" else usable_cores())
-        self._command = [sys.executable, "-I", str(SCRIPT), device, f"{part:.6f}"]
-        self._count = count
+        command = [sys.executable, "-I", str(SCRIPT), device, f"{part:.6f}"]
+        cores = [[]] if torch.device(device).type == "cuda" else [[str(core)] for core in usable_cores()]
+        self._commands = [command + core for core in cores * each]
         self._ends = ExitStack()
         self._processes: list[subprocess.Popen[str]] = []
 
@@ -72,8 +72,8 @@ class Competition:
             self._tell("rest")
 
     def _start(self) -> None:
-        while len(self._processes) < self._count:
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for command in self._commands[len(self._processes) :]:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self._ends.callback(_end, process)
             self._processes.append(process)
 
@@ -99,9 +99,9 @@ def demand(share: float) -> tuple[int, float]:
     return each, (1 - share) / each
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _end(process: subprocess.Popen[str]) -> None:

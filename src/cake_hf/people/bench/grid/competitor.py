@@ -2,9 +2,10 @@
 
 Run as a script by `competition`, with `python -I`, so that it starts without this package:
 
-    competitor.py DEVICE PART
+    competitor.py DEVICE PART [CORE]
 
-It reads "go" and "rest" from its input, a line each, and repeats the word once it has obeyed. When its input ends, so does it.
+Where a core is given it stays there: two of them on one core, and none on the other, would be another competition. It
+reads "go" and "rest" from its input, a line each, and repeats the word once it has obeyed. When its input ends, so does it.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ def listen(running: threading.Event, changed: threading.Event) -> None:
     os._exit(0)
 
 
-def main(device: str, part: float) -> None:
+def main(device: str, part: float, core: int | None = None) -> None:
     """Work and rest as told, until the input ends."""
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
     work = gpu_work(device) if device.startswith("cuda") else cpu_work
     running, changed = threading.Event(), threading.Event()
     threading.Thread(target=listen, args=(running, changed), daemon=True).start()
@@ -101,4 +104,4 @@ def main(device: str, part: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -7,8 +7,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +144,21 @@ class GroupClock:
         return self._clock() - self._begin
 
     def allows(self, point: Point) -> bool:
-        """Whether a group can be expected to be done before the end: in as long as the last one, or, if its prompt is longer
-        or its share of the device less, in proportion to that."""
-        if self._last is None:
+        """Whether a group can be expected to be done before the end: in as long as the last one of its shape, or, if its prompt
+        is longer or its share of the device less, in proportion to that."""
+        if self._last is None or self._last[0].shape != point.shape:
             return self.seconds <= self._end
         last, seconds = self._last
         longer = max(1.0, point.tokens / last.tokens) * max(1.0, last.share / point.share)
         return self.seconds + seconds * longer <= self._end
 
-    @contextmanager
-    def timing(self, point: Point) -> Iterator[None]:
-        """Learn how long the group in the body takes."""
+    def timed(self, measure: Callable[[], Group]) -> Group:
+        """Measure a group, and learn how long it took, unless it failed."""
         begin = self.seconds
-        yield
-        self._last = (point, self.seconds - begin)
+        group = measure()
+        if not group.failure:
+            self._last = (group.point, self.seconds - begin)
+        return group
 
 
 class _Shape:
@@ -185,8 +186,8 @@ class _Shape:
             with Competition(share, self._axes.device) as others:
                 for point in self._points(share):
                     if self._clock.allows(point):
-                        with self._clock.timing(point):
-                            self._grid.groups.append(self._group(point, memory, others))
+                        group = self._clock.timed(partial(self._group, point, memory, others))
+                        self._grid.groups.append(group)
                     else:
                         self._grid.left_out.append(str(point))
                     yield
