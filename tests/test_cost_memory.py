@@ -80,13 +80,19 @@ def test_overtaken_loads_are_learnt_from_where_there_are_no_others() -> None:
     assert load.seconds == pytest.approx(90.0)
 
 
-def test_the_tail_left_forwards_and_failed_loads_are_not_learnt_from() -> None:
+def test_forwards_that_were_left_are_learnt_from_but_for_the_first_cold_one() -> None:
     memory = CostMemory(None)
-    spans = [
-        Span("compute", -1, 0, 9, "computed"),
-        Span("compute", 3, 0, 9, "left"),
-        Span("load-0", 2, 0, 9, "corrupt"),
-    ]
+    memory.learn([Span("compute", 0, 0, 9, "left")], 3, 100)
+    assert memory.costs(100).compute is None
+    memory.learn([Span("compute", 0, 0, 7, "left")], 3, 100)
+    compute = memory.costs(100).compute
+    assert compute is not None
+    assert compute.seconds(3) == pytest.approx(7.0)
+
+
+def test_the_tail_and_failed_loads_are_not_learnt_from() -> None:
+    memory = CostMemory(None)
+    spans = [Span("compute", -1, 0, 9, "computed"), Span("load-0", 2, 0, 9, "corrupt")]
     memory.learn(spans, 0, 100)
     assert memory.costs(100).compute is None
     assert memory.costs(100).load is None

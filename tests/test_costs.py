@@ -25,6 +25,7 @@ from cake_hf.arithmetic.costs import (
     fit_line,
     most_at_once,
 )
+from cake_hf.arithmetic.planner import worth_starting
 
 CHUNK = 2**20
 seeds = st.integers(0, 2**32)
@@ -226,6 +227,36 @@ def test_a_part_of_a_chunk_counts_only_until_a_whole_one_was_seen() -> None:
         assert other.costs().compute is None
 
 
+@given(st.floats(1e-3, 1e3), st.floats(0.0, 0.99), st.floats(1.01, 9.0))
+def test_a_chunk_that_is_left_again_and_again_is_not_begun_for_long(load: float, guess: float, late: float) -> None:
+    """Computing takes longer than all loads, but was believed to take less. It is left some time after these are there."""
+    learner = CostLearner()
+    learner.saw_part(4, guess * load)
+    learner.saw_loads(CHUNK, [(0.0, load)])
+    begun = 0
+    while worth_starting(learner.costs(), 4, 1, 0.0):
+        begun += 1
+        assert begun <= 2
+        learner.saw_left(4, late * load)
+    assert begun == 2  # the first one was cold
+    again = CostLearner.from_json(learner.to_json())
+    assert again is not None
+    assert not worth_starting(again.costs(), 4, 1, 0.0)
+
+
+def test_a_forward_that_was_left_early_says_nothing_new() -> None:
+    learner = CostLearner()
+    for seconds in (9.0, 2.0):
+        learner.saw_compute(3, seconds)
+    learner.saw_left(3, 1.5)
+    assert learner.costs().compute == ComputeCost(2.0, 0.0)
+    learner.saw_left(3, 6.0)
+    assert learner.costs().compute == ComputeCost(4.0, 0.0)
+    for seconds in (-1.0, float("nan")):
+        learner.saw_left(3, seconds)
+    assert learner.costs().compute == ComputeCost(4.0, 0.0)
+
+
 def test_overlapping_loads_share_the_bandwidth() -> None:
     learner = CostLearner()
     learner.saw_loads(CHUNK, [(0.0, 2.0), (0.0, 2.0), (10.0, 11.0)])
@@ -271,6 +302,7 @@ def test_no_measurement_makes_a_senseless_cost(
     learner = CostLearner()
     for index, seconds in steps:
         learner.saw_compute(index, seconds)
+        learner.saw_left(index, seconds)
     for chunk_bytes, spans in restores:
         learner.saw_loads(chunk_bytes, spans)
     assert_sound(learner.costs())

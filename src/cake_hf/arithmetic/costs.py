@@ -169,7 +169,7 @@ class CostLearner:
         self._batches: deque[_Batch] = deque(maxlen=LOAD_WINDOW)
         self._cold_step: tuple[int, float] | None = None
         self._cold_batch: _Batch | None = None
-        self._step_seen = self._batch_seen = False
+        self._step_seen = self._left_seen = self._batch_seen = False
         self._compute: ComputeCost | None = None
         self._stale = False
 
@@ -199,6 +199,25 @@ class CostLearner:
         """
         if _is_step(index, seconds) and not self._steps and not self._step_seen:
             self._cold_step, self._stale = (index, seconds), True
+
+    def saw_left(self, index: int, seconds: float) -> None:
+        """A chunk was begun, and left after that long for having come from the store: all of it would have taken longer.
+
+        Counts where that is more than was believed. Otherwise a chunk that is left each time would be begun each time.
+
+        Args:
+            index: of the chunk on the absolute grid.
+            seconds: until it was left.
+        """
+        if not _is_step(index, seconds):
+            return
+        if not (self._step_seen or self._left_seen):
+            self._left_seen = True  # it was cold
+            return
+        believed = self.costs().compute
+        if believed is None or believed.seconds(index) < seconds:
+            self._steps.append((index, seconds))
+            self._stale = True
 
     def saw_loads(self, chunk_bytes: int, spans: Iterable[tuple[float, float]]) -> None:
         """Chunks were loaded, by any number of threads: best all of one restore at once, those that failed left out.

@@ -126,6 +126,8 @@ class CostMemory:
             for span in timeline:
                 if span.outcome == "computed" and span.chunk >= 0:
                     self._learner.saw_compute(first + span.chunk, span.end - span.start)
+                elif span.outcome == "left":
+                    self._learner.saw_left(first + span.chunk, span.end - span.start)
                 elif span.outcome == "computed" and last_piece is not None:
                     self._learner.saw_part(last_piece, span.end - span.start)
             # Where each load was overtaken, nothing else would tell that loads take longer than was believed.

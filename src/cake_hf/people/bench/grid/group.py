@@ -38,6 +38,8 @@ WORTH_USING = 0.9
 TURN_SECONDS = {"cpu": 1.0, "cuda": 0.3}
 """How long one turn of an arm takes at least, unless that takes MOST_RUNS."""
 MOST_RUNS = 9
+BESIDE_OTHERS = 3
+"""So many times as long are turns beside others: there two runs of the same differ by a third."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def measure(
         CakeError: a run did something else than it should, so its time would mean nothing.
     """
     arms = {**_shared_arms(bench, peers=saved is not None), **_cell_arms(bench, sources, saved)}
-    seconds = TURN_SECONDS[_kind(bench.settings.device)]
+    seconds = TURN_SECONDS[_kind(bench.settings.device)] * (BESIDE_OTHERS if point.share < 1 else 1)
     told = {name: partial(_turn, name, Steadied(arm, seconds), others, step) for name, arm in arms.items()}
     if point.share < 1:
         told["alone"] = partial(_told, "alone", lambda: bench.plain_run("alone"), step)
