@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,21 +18,12 @@ RECALL_TINY = Path(__file__).parent.parent / "assets" / "recall-tiny"
 T = TypeVar("T")
 
 
-class Dtype(str, Enum):
-    """The dtype of the weights, and so of the KV; "auto" is the one they were saved in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
     """A causal language model, ready for inference.
 
     Args:
         name: a folder, or a name on the Hugging Face Hub.
-        dtype: one of `Dtype`.
+        dtype: one of `options.Dtype`.
         device: as torch names it; "auto" is the GPU where there is one.
 
     Raises:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
 
 from cake_hf.arithmetic.environment import STORE
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.models import Dtype
+
+
+class Dtype(str, Enum):
+    """The dtype of the weights, and so of the KV; "auto" is the one they were saved in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
 
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, help="A store: a directory or a URL.")]
 ChunkSize = Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")]

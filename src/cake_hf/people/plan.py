@@ -18,7 +18,8 @@ from cake_hf.people import known_costs
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.known_costs import KnownCosts
-from cake_hf.people.models import Dtype, find_device, load_config, load_model, refuse_too_long
+from cake_hf.people.models import find_device, load_config, load_model, refuse_too_long
+from cake_hf.people.options import Dtype
 from cake_hf.people.tables import Bar, Bars
 from cake_hf.people.units import bytes_text, count_text, seconds_text
 from cake_hf.stores import open_store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,9 +11,11 @@ from rich.text import Text
 
 from cake_hf.people.console import console
 from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
-from cake_hf.people.recompute import Recomputed
 from cake_hf.people.units import bytes_text, count_text
 from cake_hf.people.verify import BadChunk, Verified
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from cake_hf.people.recompute import Recomputed
 
 SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""

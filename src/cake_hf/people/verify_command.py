@@ -10,8 +10,7 @@ import typer
 from cake_hf.arithmetic.sizes import parse_share
 from cake_hf.people.console import WRONG, progress_bar
 from cake_hf.people.inspect_store import existing_store
-from cake_hf.people.models import Dtype
-from cake_hf.people.options import ChunkSize, Device, DtypeOption, StoreArgument
+from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
 from cake_hf.people.recompute import RecomputeJob, recompute
 from cake_hf.people.store_tables import show_recomputed, show_verified
 from cake_hf.people.verify import BadChunk, delete, verify

@@ -29,7 +29,7 @@ class WarmJob:
         file: the document, UTF-8 text.
         store: as `CakeCache` takes it.
         chunk_size, salt, exact: as `CakeCache` takes them.
-        dtype: of the weights; see `models.Dtype`.
+        dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: only so many from the start; None for all.
     """

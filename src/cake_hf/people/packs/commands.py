@@ -10,7 +10,8 @@ import typer
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.console import console, errors, progress_bar
 from cake_hf.people.inspect_store import existing_store
-from cake_hf.people.models import Dtype, load_model, load_tokenizer, read_text
+from cake_hf.people.models import load_model, load_tokenizer, read_text
+from cake_hf.people.options import Device, Dtype, DtypeOption
 from cake_hf.people.packs.importing import Imported, import_pack
 from cake_hf.people.packs.publish import Pushed, push_pack
 from cake_hf.people.units import bytes_text, count_text
@@ -18,8 +19,6 @@ from cake_hf.stores.hub import SCHEME
 from cake_hf.stores.manifest import PackManifest
 
 Salt = Annotated[str, typer.Option(help="That the KV was saved under.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
-Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]
 
 
 def push_command(

@@ -1,0 +1,34 @@
+"""`cake-hf demo`: its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cake_hf.people.console import WRONG
+from cake_hf.people.demo.play import DemoOptions, play
+from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
+
+
+def demo_command(
+    model: Annotated[str, typer.Option(help="A folder or a name on the Hub; recall-tiny comes with the package.")] = "",
+    file: Annotated[
+        Path | None, typer.Option(help="Your text; by default source files of the installed Python.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="Your question; by default facts are hidden and asked for.")] = "",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the text. [default: 8192, or all of FILE]")
+    ] = None,
+    chunk_size: ChunkSize = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of the race.")] = 3,
+    store: Annotated[Path | None, typer.Option(help="Keep the KV here; by default it is removed afterwards.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+) -> None:
+    """Ask a question about a long text, cold and warm, in fresh processes; exit code 1 if a single bit differs."""
+    options = DemoOptions(model, file, question, tokens, chunk_size, new_tokens, repeats, store, dtype.value, device)
+    if not play(options).good:
+        raise typer.Exit(WRONG)

@@ -1,0 +1,36 @@
+"""`cake-hf ls` and `cake-hf info`: what a store has, from the chunks' headers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cake_hf.people.console import console, progress_bar
+from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
+from cake_hf.people.options import StoreArgument
+from cake_hf.people.store_tables import chunk_facts, listing, totals
+
+
+def ls_command(
+    store: StoreArgument,
+    prompts: Annotated[int, typer.Option(min=0, help="Show so many prompts at most, the longest.")] = 20,
+) -> None:
+    """List what a store has, by namespace and by prompt (reads only the chunks' headers)."""
+    with existing_store(store) as opened, progress_bar("reading headers", "chunks") as progress:
+        inventory = take_inventory(opened, progress)
+    console.print(listing(inventory, prompts))
+
+
+def info_command(
+    store: StoreArgument,
+    key: Annotated[str, typer.Argument(help="The first digits of a chunk's key.")] = "",
+) -> None:
+    """Show the totals of a store, or all that one chunk says about itself."""
+    with existing_store(store) as opened:
+        if key:
+            console.print(chunk_facts(find_chunk(opened, key)))
+            return
+        with progress_bar("reading headers", "chunks") as progress:
+            inventory = take_inventory(opened, progress)
+    console.print(totals(store, inventory))
