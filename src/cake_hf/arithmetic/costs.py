@@ -214,7 +214,7 @@ class CostLearner:
         if not (self._step_seen or self._left_seen):
             self._left_seen = True  # it was cold
             return
-        believed = self.costs().compute
+        believed = self._compute_cost()
         if believed is None or believed.seconds(index) < seconds:
             self._steps.append((index, seconds))
             self._stale = True
@@ -240,11 +240,8 @@ class CostLearner:
         Args:
             chunk_bytes: of the chunks that will be loaded; by default as last seen.
         """
-        if self._stale:
-            self._compute = _fit_compute(list(self._steps) or ([self._cold_step] if self._cold_step else []))
-            self._stale = False
         batches = list(self._batches) or ([self._cold_batch] if self._cold_batch else [])
-        return Costs(self._compute, _fit_load(batches, chunk_bytes))
+        return Costs(self._compute_cost(), _fit_load(batches, chunk_bytes))
 
     def to_json(self) -> str:
         """All that is remembered, as one line of JSON."""
@@ -269,6 +266,12 @@ class CostLearner:
             return cls._from_plain(json.loads(text))
         except (ValueError, TypeError, LookupError, RecursionError):
             return None
+
+    def _compute_cost(self) -> ComputeCost | None:
+        if self._stale:
+            self._compute = _fit_compute(list(self._steps) or ([self._cold_step] if self._cold_step else []))
+            self._stale = False
+        return self._compute
 
     @classmethod
     def _from_plain(cls, plain: Any) -> CostLearner:

@@ -43,7 +43,7 @@ class Landing(ABC):
 
         Only where nobody reads into the buffers. Main thread only, or who fills the parts.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # of a landing that reads right into the buffers: nothing can be done about it any more
 
     def release(self) -> None:
         """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""

@@ -65,21 +65,17 @@ def deferring(deferred: Mapping[str, Deferred]) -> type[PlainErrors]:
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             self.commands: Any = _Commands(deferred)
-            self._listing = False
-
-        def format_help(self, ctx: Any, formatter: Any) -> None:
-            self._listing = True
-            try:
-                super().format_help(ctx, formatter)
-            finally:
-                self._listing = False
 
         def list_commands(self, ctx: Any) -> list[str]:
             return list(deferred)
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            if self._listing:
-                return TyperCommand(cmd_name, help=deferred[cmd_name].help)
-            return super().get_command(ctx, cmd_name)
+            """What the list of commands shows of it; None if there is no such command."""
+            return TyperCommand(cmd_name, help=deferred[cmd_name].help) if cmd_name in deferred else None
+
+        def resolve_command(self, ctx: Any, args: Any) -> Any:
+            """The command itself, to be run."""
+            name, listed, rest = super().resolve_command(ctx, args)
+            return name, listed and self.commands[listed.name], rest
 
     return Group
