@@ -27,7 +27,8 @@ import yaml
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.bench.machine import describe
 from cake_hf.stores import Store
-from cake_hf.tensors.fingerprint import numerics_facts, weights_digest
+from cake_hf.tensors.fingerprint import weights_digest
+from cake_hf.tensors.numerics import numerics_facts
 from eval.compare import ORACLES
 from eval.config import RunConfig
 from eval.outcomes import Outcome

@@ -22,7 +22,7 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.place import DevicePlace, place_for
 from cake_hf.stores.wrappers import GateStore
-from cake_hf.tensors.fingerprint import numerics_facts
+from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import devices_of, home_device, where_computed
 from families import family_model
 from forwards import meeting_at

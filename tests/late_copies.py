@@ -3,11 +3,13 @@
 PYTHONPATH=tests pytest -p late_copies tests/test_parity.py
 
 A GPU copies behind the processor's back. Here a copy is done when somebody waits for it, and not before: whoever forgets to
-wait sees what was in the buffers until then, and whoever fills a slot too early spoils a copy from it.
+wait sees what was in the buffers until then, and whoever fills a slot too early spoils a copy from it. What is saved is copied
+out when the model's stream is told to wait for that: whoever changes it before spoils what is stored.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import torch
 
 from cake_hf.movers import place
 from cake_hf.movers.streams import CopyStreams
+from waiting import PATIENCE
 
 Copy = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -62,6 +65,40 @@ class Event:
         self._stream.do(self._count)
 
 
+class LateCopiesOut:
+    """What is saved, on its way to the host."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Copy, threading.Event]] = deque()
+        self._lock = Lock()
+
+    def copy_out(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> list[Any]:
+        done = threading.Event()
+        with self._lock:
+            self._queue.append(((places, pieces), done))
+        return [CopiedOut(self, done)]
+
+    def end(self) -> None:
+        """Stands in for `let_copies_out_end`."""
+        with self._lock, torch.inference_mode():
+            while self._queue:
+                copy, done = self._queue.popleft()
+                torch._foreach_copy_(*copy)
+                done.set()
+
+
+class CopiedOut:
+    """The writer is patient: it must not be what has a copy done. Who else awaits one cannot go on without."""
+
+    def __init__(self, copies: LateCopiesOut, done: threading.Event) -> None:
+        self._copies, self._done = copies, done
+
+    def synchronize(self) -> None:
+        if threading.current_thread().name != "cake-writer":
+            self._copies.end()
+        assert self._done.wait(PATIENCE)
+
+
 class LateLanding(place._DeviceLanding):
     """All of its places are on the GPU, so to say."""
 
@@ -71,14 +108,18 @@ class LateLanding(place._DeviceLanding):
 
 
 @contextmanager
-def late_copies() -> Iterator[None]:
-    """All restores in the body, see above."""
+def late_copies() -> Iterator[LateCopiesOut]:
+    """All restores in the body, see above; what is saved meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cake_hf.cache.restore.place_for", place.DevicePlace)
         patch.setattr("cake_hf.cache.restore.is_host_place", lambda buffers: False)
         patch.setattr(place, "CopyStreams", LateCopies)
         patch.setattr(place, "_DeviceLanding", LateLanding)
-        yield
+        out = LateCopiesOut()
+        patch.setattr("cake_hf.movers.writer.copy_out", out.copy_out)
+        for user in ("session", "restore"):
+            patch.setattr(f"cake_hf.cache.{user}.let_copies_out_end", out.end)
+        yield out
 
 
 @pytest.fixture(autouse=True)

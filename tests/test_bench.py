@@ -47,7 +47,7 @@ GOALS = {
     "loading": {"speed_fresh_1", "speed_fresh_2"},
     "overheads": {"named_milliseconds", "decision_microseconds"},
 }
-TINY = ["--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
+TINY = ["--device", "cpu", "--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
 
 app = typer.Typer()
 app.command()(bench)

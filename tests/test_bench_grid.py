@@ -250,7 +250,7 @@ def test_the_better_method_alone() -> None:
 # What is not expected to end in time is left out.
 
 
-def test_a_group_takes_as_long_as_the_last_one_or_longer_with_its_prompt() -> None:
+def test_a_group_takes_as_long_as_one_of_its_length_or_longer_than_the_last_one_with_its_prompt() -> None:
     """Short runs are repeated within a turn, so that a short prompt's group says little about what a token costs."""
     now, begun = 0.0, []
 
@@ -262,13 +262,13 @@ def test_a_group_takes_as_long_as_the_last_one_or_longer_with_its_prompt() -> No
     clock = GroupClock(9, lambda: now)
     for tokens, share, seconds in (
         *((4096, 1.0, 100.0), (8192, 1.0, 100.0), (16384, 1.0, 120.0)),
-        *((32768, 1.0, 185.0), (4096, 0.5, 999.0), (4096, 0.6, 100.0)),
+        *((32768, 1.0, 999.0), (4096, 0.4, 999.0), (4096, 0.5, 100.0)),
     ):
         point = Point("8b", tokens, tokens // 512, share)
         if clock.allows(point):
             begun.append((tokens, share))
             clock.timed(partial(take, seconds, Group(point)))
-    assert begun == [(4096, 1.0), (8192, 1.0), (16384, 1.0), (4096, 0.6)]
+    assert begun == [(4096, 1.0), (8192, 1.0), (16384, 1.0), (4096, 0.5)]
     assert clock.seconds == 420
     clock.timed(partial(take, 1.0, Group(point, failure="out of memory")))
     assert not clock.allows(Point("8b", 8192, 16, 0.5)), "a group that failed says nothing"

@@ -289,6 +289,21 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
+def test_too_little_memory_for_windows_takes_none_for_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_model("llama")
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
+        with monkeypatch.context() as patched:
+            patched.setattr("cake_hf.cache.restore.WindowBuffers", refuse)
+            with pytest.raises(torch.OutOfMemoryError):
+                run(model, prompt(), cache)
+        assert not any(layer.is_initialized for layer in cache.layers)
+        assert difference(run(model, prompt(), cache), expected()) == ""
+
+
 def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     inner = filled_store(shared_model("llama"))
     store = FaultStore(inner, dict.fromkeys(inner.keys(), "stall"))

@@ -21,11 +21,11 @@ import torch
 
 from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
-from cake_hf.movers import writer as writing
 from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
 from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
 from cake_hf.movers.slots import Slot, SlotRing
+from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
@@ -235,6 +235,25 @@ def test_slots_go_round_once_there_are_enough() -> None:
     assert [ring.take() for _ in range(3)] == [second, first, third]
 
 
+def test_where_no_pages_can_be_locked_slots_are_plain_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("the system locks no more pages")
+        return torch.zeros(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    slot = SlotRing(16, 1, pinned=True).take()
+    assert slot.memory.shape == (16,)
+    slot.await_copy()
+
+    def none(*size: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("there is no memory at all")
+
+    monkeypatch.setattr(torch, "empty", none)
+    with pytest.raises(RuntimeError, match="no memory at all"):
+        SlotRing(16, 1, pinned=True).take()
+
+
 def test_a_slot_is_not_taken_before_its_copy_is_done() -> None:
     class Copy:
         """Stands in for an event on a device."""
@@ -266,6 +285,7 @@ def test_threads_load_into_what_was_made_under_inference_mode(
         place = kind(buffers, LAYOUT)
     restore = Restore(filled_store(), place)
     run_all(start_loaders(restore.job, 2))
+    place.catch_up()
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
 
 
@@ -764,29 +784,13 @@ def test_a_payload_that_cannot_be_read_does_not_end_the_saving(caplog: pytest.Lo
     writer.close()
 
 
-def test_where_no_more_pages_can_be_locked_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[bool] = []
-
-    def refuse(nbytes: int, *, pinned: bool) -> Slot:
-        made.append(pinned)
-        if pinned:
-            raise RuntimeError("CUDA error: out of memory")
-        return Slot(nbytes, pinned=False)
-
-    monkeypatch.setattr(writing, "Slot", refuse)
-    assert writing._memory(16, pinned=True).memory.numel() == 16
-    assert made == [True, False]
-    monkeypatch.setattr(writing, "Slot", lambda *_, **__: refuse(16, pinned=True))
-    with pytest.raises(RuntimeError):
-        writing._memory(16, pinned=False)
-
-
 @devices
 def test_what_is_packed_is_what_was_there_then(device: str) -> None:
-    """A GPU goes on computing while it is copied out."""
+    """A GPU goes on computing while it is copied out, and changes it only afterwards."""
     pieces = [torch.randn(CHUNK, p.heads, p.head_dim).to(p.dtype) for p in LAYOUT.pieces]
     there = [piece.to(device, copy=True) for piece in pieces]
     packed = pack(there, LAYOUT)
+    let_copies_out_end()
     for piece in there:
         piece.zero_()
     packed.await_copy()

@@ -116,6 +116,25 @@ def test_other_kernels_miss() -> None:
     assert loaded(model, store) == CHUNKS
 
 
+def test_another_processor_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch calls both the same: kernels for AVX-512 and for AMX round differently."""
+    model = build("llama")
+    exact, inexact = filled(model), filled(model, exact=False)
+    monkeypatch.setattr("cake_hf.tensors.numerics.processor", lambda: "another")
+    assert loaded(model, exact) == 0
+    assert loaded(model, inexact, exact=False) == CHUNKS
+
+
+@pytest.mark.parametrize("variable", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"])
+def test_libraries_that_are_told_to_round_otherwise_miss(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    store = filled(model)
+    with monkeypatch.context() as changed:
+        changed.setenv(variable, "COMPATIBLE")
+        assert loaded(model, store) == 0
+    assert loaded(model, store) == CHUNKS
+
+
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such setting")
 @pytest.mark.parametrize("where", ["matmul", "conv"])
 def test_another_precision_set_in_torchs_new_way_misses(where: str) -> None:

@@ -21,7 +21,8 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
-from cake_hf.tensors.fingerprint import numerics_facts, weights_digest
+from cake_hf.tensors.fingerprint import weights_digest
+from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import Offloaded, devices_of, home_device, where_computed
 from families import family_model
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model

@@ -63,8 +63,6 @@ class Carried:
         self._base_states = {
             n: {name: state.clone() for name, state in states_of(layer).items()} for n, layer in self._recurrent.items()
         }
-        for layer in self._windowed:
-            layer.watch(on=True)
 
     def __bool__(self) -> bool:
         """Whether there is anything that is carried."""
@@ -74,6 +72,11 @@ class Carried:
     def window_chunks(self) -> int:
         """How many chunks the longest window reaches back."""
         return max((-(-layer.reach // self._size) for layer in self._windowed), default=0)
+
+    def start(self) -> None:
+        """The restore begins: from now on the layers keep what `passed` asks for."""
+        for layer in self._windowed:
+            layer.watch(on=True)
 
     def begin(self) -> None:
         """A forward begins; if it is left, or fails, what is carried is of no place."""

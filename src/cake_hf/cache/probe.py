@@ -15,8 +15,8 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
-from cake_hf.tensors.fingerprint import autocast_facts
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.tensors.numerics import autocast_facts
 from cake_hf.tensors.offload import home_device
 
 STATE_TOLERANCE = 0.05

@@ -35,6 +35,7 @@ from cake_hf.cache.steps import steps_for
 from cake_hf.movers.loader import SHARED, LoadJob, start_loaders
 from cake_hf.movers.place import is_host_place, place_for
 from cake_hf.movers.sharing import Flight, FlightPlan
+from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.writer import pack
 from cake_hf.tensors.offload import devices_of
 from cake_hf.tensors.parallel import ranks_of
@@ -91,7 +92,6 @@ class Restore:
         like = kv_like(session.model)
         self._all_layers = layers
         self._layers: list[TokenMajorLayer] = []  # those that keep each token
-        self._reserve(like)
         self._devices = devices_of(session.model)
         self._states = StoredStates(session, prompt)
         self._carried = Carried(
@@ -116,6 +116,7 @@ class Restore:
         one_by_one = beyond_loads and not self._carried and self._ranks is None
         ranges = ranges_for(session, prompt, costs) if one_by_one else 1
         self._beyond_loads = ranges > 1
+        self._reserve(like)  # last of all that takes memory: whoever fails before has nothing to give back
         past = prompt.call.past
         # Where loads land: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
@@ -129,6 +130,7 @@ class Restore:
     def run(self) -> None:
         """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
         prompt, session = self.prompt, self._session
+        self._carried.start()
         if session.strategy is not Strategy.COMPUTE and any(self._plan.usable):
             if self._plan.state is not None:
                 self._states.begin(self._plan.state)
@@ -171,6 +173,7 @@ class Restore:
         if save_tail:
             self._carried.passed(self.prompt.chunks)
             self._save(self.prompt.chunks)
+        let_copies_out_end()
         self._carried.end()
 
     def abandon(self) -> None:
@@ -180,6 +183,7 @@ class Restore:
         self._job.place.catch_up()
         self._job.let_go()
         self._states.let_go()
+        let_copies_out_end()
         try:
             self._go_back(detached=detached)
             self._carried.go_back()

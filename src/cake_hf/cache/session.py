@@ -20,13 +20,15 @@ from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
 from cake_hf.movers.sharing import sharing_of
+from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
-from cake_hf.tensors.fingerprint import canonical, model_facts, numerics_facts
+from cake_hf.tensors.fingerprint import canonical, model_facts
 from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import where_computed
 from cake_hf.tensors.parallel import parallel_facts
 
@@ -139,6 +141,8 @@ class Session:
     ) -> None:
         """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
 
+        Before a chunk's tensors are written to again, `let_copies_out_end` has to be called.
+
         Args:
             facts: of the chunk, without its checksums.
             layout: of the chunk.
@@ -163,6 +167,8 @@ class Session:
             return
         try:
             payload = pack(pieces(), layout)
+            if is_state:
+                let_copies_out_end()  # the next chunk changes it; a chunk's KV stays as it is while its restore lasts
         except (MemoryError, RuntimeError) as error:  # there is no memory for it
             self._writer.tell(error)
             done(False)

@@ -14,6 +14,10 @@ from cake_hf.tensors.aligned import empty_aligned
 class Slot:
     """Memory for one chunk.
 
+    Args:
+        nbytes: of it.
+        pinned: page-locked; if the system locks no more pages it is not, and copies take longer.
+
     Attributes:
         memory: `[nbytes]` uint8 on the host.
     """
@@ -21,10 +25,8 @@ class Slot:
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
         # Not an inference tensor: it is written to by threads that are not in inference mode.
         with torch.inference_mode(False):
-            if pinned:
-                self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-            else:
-                self.memory = empty_aligned([nbytes], torch.uint8)
+            locked = _locked(nbytes) if pinned else None
+            self.memory = empty_aligned([nbytes], torch.uint8) if locked is None else locked
         self._copied: list[torch.cuda.Event] = []
 
     def copied_by(self, marks: Sequence[torch.cuda.Event]) -> None:
@@ -80,3 +82,10 @@ class SlotRing:
         with self._lock:
             self._over = True
             self._free.clear()
+
+
+def _locked(nbytes: int) -> torch.Tensor | None:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return None

@@ -1,10 +1,15 @@
-"""Copy streams: one for each GPU that buffers of a cache lie on, beside the one that the model computes on there."""
+"""Copy streams, beside the one that the model computes on: for what a restore brings to a GPU, for what is saved from it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import torch
+
+_out: dict[torch.device, torch.cuda.Stream] = {}
+"""What all caches save goes by these; only `copy_out` adds to them."""
+_out_lock = threading.Lock()
 
 
 class CopyStreams:
@@ -48,6 +53,46 @@ class CopyStreams:
         """What the model computes from now on, on whichever device, sees all copies that were begun so far."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def copy_out(places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> list[torch.cuda.Event]:
+    """Begin to copy each piece, wherever it is, to its place in host memory.
+
+    From a GPU that goes on beside what is computed there from now on. The pieces may be freed at once, but nobody may write to
+    them before `let_copies_out_end` was called.
+
+    Returns:
+        When these have come, all is in its place.
+    """
+    marks = []
+    for device in dict.fromkeys(piece.device for piece in pieces):
+        here = [number for number, piece in enumerate(pieces) if piece.device == device]
+        targets, sources = [places[number] for number in here], [pieces[number] for number in here]
+        if device.type != "cuda":
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+            continue
+        stream = _stream_out(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        for source in sources:
+            source.record_stream(stream)
+        marks.append(mark(stream))
+    return marks
+
+
+def let_copies_out_end() -> None:
+    """What is computed from now on, on whichever GPU, waits for what `copy_out` has begun, and may change it."""
+    for device, stream in list(_out.items()):
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _stream_out(device: torch.device) -> torch.cuda.Stream:
+    with _out_lock:
+        if device not in _out:
+            _out[device] = torch.cuda.Stream(device)
+        return _out[device]
 
 
 def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

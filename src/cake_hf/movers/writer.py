@@ -16,7 +16,7 @@ import torch
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.movers.place import byte_view
 from cake_hf.movers.slots import Slot
-from cake_hf.movers.streams import mark
+from cake_hf.movers.streams import copy_out
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout
@@ -169,21 +169,9 @@ class Writer:
 def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> Slot:
     """Copy a chunk's pieces, wherever they are, into host memory in payload order.
 
-    From a GPU they are on their way when this returns, behind what the GPU computes now: it does not stop for that, and the
-    pieces may be changed or freed in the order of its work. Whoever reads the memory calls `await_copy` before.
+    From a GPU they are on their way when this returns, see `copy_out`. Whoever reads the memory calls `await_copy` before.
     """
-    gpus = {piece.device for piece in pieces if piece.device.type == "cuda"}
-    slot = _memory(layout.nbytes, pinned=bool(gpus))
-    for piece, place in zip(pieces, slot.memory.split(layout.sizes), strict=True):
-        place.view(piece.dtype).view(piece.shape).copy_(piece, non_blocking=piece.device in gpus)
-    slot.copied_by([mark(torch.cuda.current_stream(gpu)) for gpu in gpus])
+    slot = Slot(layout.nbytes, pinned=any(piece.device.type == "cuda" for piece in pieces))
+    parts = zip(pieces, slot.memory.split(layout.sizes), strict=True)
+    slot.copied_by(copy_out([part.view(piece.dtype).view(piece.shape) for piece, part in parts], pieces))
     return slot
-
-
-def _memory(nbytes: int, *, pinned: bool) -> Slot:
-    try:
-        return Slot(nbytes, pinned=pinned)
-    except RuntimeError:
-        if not pinned:
-            raise
-        return Slot(nbytes, pinned=False)  # the system locks no more pages: copies take longer

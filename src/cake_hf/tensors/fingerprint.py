@@ -1,6 +1,7 @@
-"""What a model is, by its content: config facts, a checksum over all weights, active adapters, and the numerics.
+"""What a model is, by its content: config facts, a checksum over all weights, and active adapters.
 
-Two models with equal fingerprints give equal KV for equal tokens. Names and paths do not count, only content does.
+Two models with equal fingerprints give equal KV for equal tokens where machines round alike (see `tensors.numerics`). Names
+and paths do not count, only content does.
 """
 
 from __future__ import annotations
@@ -9,43 +10,19 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
 import xxhash
 
-from cake_hf.tensors.offload import computing_devices, devices_of
 from cake_hf.tensors.tree import has, modules_of
 from cake_hf.tensors.weights import weights
 
 HASHED_BLOCK = 2**15
 """64-bit words per row of the on-device checksum."""
 SAMPLES_PER_TENSOR = 16
-
-_CPU_SETTINGS = (
-    "mkldnn.enabled",
-    "mkldnn.fp32_precision",
-    "mkldnn.matmul.fp32_precision",
-    "mkldnn.conv.fp32_precision",
-)
-_CUDA_SETTINGS = (
-    "cuda.matmul.allow_tf32",
-    "cuda.matmul.fp32_precision",
-    "cuda.matmul.allow_bf16_reduced_precision_reduction",
-    "cuda.matmul.allow_fp16_reduced_precision_reduction",
-    "cuda.matmul.allow_fp16_accumulation",
-    "cuda.preferred_blas_library",
-    "cuda.fp16_bf16_reduction_math_sdp_allowed",
-    "cudnn.enabled",
-    "cudnn.allow_tf32",
-    "cudnn.fp32_precision",
-    "cudnn.conv.fp32_precision",
-)
-"""Settings of `torch.backends` by which the same weights round differently; none of them is in every version."""
 
 _SILENT_CONFIG = {
     "_name_or_path",
@@ -133,14 +110,6 @@ def adapter_facts(model: torch.nn.Module) -> list[str]:
     return facts
 
 
-def _attention_facts(config: Any) -> Any:
-    """The kernels of the model, and of its parts where it is made of several (text, vision)."""
-    own = str(getattr(config, "_attn_implementation", None))
-    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
-    named = {name: str(getattr(part, "_attn_implementation", None)) for name, part in parts.items() if part is not None}
-    return {"": own, **named} if named else own
-
-
 def foreign_modules(model: torch.nn.Module) -> list[str]:
     """Where modules of a kind that neither torch.nn nor the model's own library has were put in, and of which kind.
 
@@ -167,63 +136,6 @@ def adapters_vary(model: torch.nn.Module) -> bool:
         module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
         for module in adapted
     )
-
-
-def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
-    """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
-    facts: dict[str, Any] = {
-        "attention": _attention_facts(model.config),
-        "experts": str(getattr(model.config, "_experts_implementation", None)),
-        "torch": torch.__version__,
-        "precision": [_said(torch.get_float32_matmul_precision), _setting("fp32_precision")],
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    by_device = {device: _device_facts(device) for device in devices_of(model)}
-    facts.update(next(iter(by_device.values())))
-    if any(other != next(iter(by_device.values())) for other in by_device.values()):
-        # Which kind of device computes what. Devices of one kind round alike: from one to the other makes no difference.
-        facts["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
-    return facts
-
-
-def _device_facts(device: torch.device) -> dict[str, Any]:
-    """What makes a device round differently from others."""
-    facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
-    if device.type == "cuda":
-        facts["hardware"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, _CUDA_SETTINGS)]
-        facts["sdpa"] = _sdpa_facts()
-    elif device.type == "cpu":
-        facts["hardware"] = torch.backends.cpu.get_cpu_capability()
-        facts["threads"] = torch.get_num_threads()
-        facts["quantized"] = torch.backends.quantized.engine
-        facts["mkldnn"] = list(map(_setting, _CPU_SETTINGS))
-        facts["sdpa"] = _sdpa_facts()
-    return facts
-
-
-def _setting(path: str) -> str:
-    """What a setting of `torch.backends` is at present; empty where this version of torch does not have it, or say it."""
-    try:
-        found = attrgetter(path)(torch.backends)
-    except (AttributeError, RuntimeError):
-        return ""
-    return _said(found if callable(found) else lambda: found)
-
-
-def _said(ask: Callable[[], object]) -> str:
-    """The answer; empty where torch refuses it: once a precision was set in the new way, the old way of asking is an error."""
-    try:
-        return str(ask())
-    except RuntimeError:
-        return ""
-
-
-def autocast_facts(device_type: str) -> str:
-    """The dtype that autocast computes in at present, or "off"."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return "off"
-    return str(torch.get_autocast_dtype(device_type))
 
 
 def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
@@ -315,13 +227,3 @@ def _device_digest(tensor: torch.Tensor) -> bytes:
 def _factors() -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(0xCA4E)
     return torch.randint(-(2**62), 2**62, (HASHED_BLOCK,), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1
-
-
-def _sdpa_facts() -> list[bool]:
-    backends = torch.backends.cuda
-    return [
-        backends.flash_sdp_enabled(),
-        backends.mem_efficient_sdp_enabled(),
-        backends.math_sdp_enabled(),
-        backends.cudnn_sdp_enabled(),
-    ]

@@ -203,8 +203,8 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, by_head=by_head)
 
     def _show(self, length: int) -> None:
-        self.keys = _given(self._key_buffer)[:, :length].transpose(1, 2)
-        self.values = _given(self._value_buffer)[:, :length].transpose(1, 2)
+        self.keys = _first(_given(self._key_buffer), length)
+        self.values = _first(_given(self._value_buffer), length)
         self._shown = (self.keys, self.values)
 
     def _per_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -213,6 +213,19 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             self._key_buffer = _changed(_given(self._key_buffer), change)
             self._value_buffer = _changed(_given(self._value_buffer), change)
             self._show(length)
+
+
+def _first(buffer: torch.Tensor, length: int) -> torch.Tensor:
+    """The first tokens as attention takes them, `[batch, heads, length, head_dim]`; a view.
+
+    The stride of a single row says nothing, and is that of the length then: cuDNN's attention keeps a plan for each shape and
+    stride, so with the capacity in it there would be none for a prompt of another length.
+    """
+    if buffer.shape[0] > 1:
+        return buffer[:, :length].transpose(1, 2)
+    _, heads, head_dim = buffer.shape[1:]
+    _, token, head, number = buffer.stride()
+    return buffer.as_strided((buffer.shape[0], heads, length, head_dim), (length * token, head, token, number))
 
 
 def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
         "driver": _driver_version(),
-        "gpu_allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        "gpu_allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
 
 

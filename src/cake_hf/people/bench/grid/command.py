@@ -28,7 +28,7 @@ GRID_HELP = (
     "Goals are judged in the table and never decide the exit code; it is 1 only if a restored prompt gave other logits than a "
     "computed one, or something could not be measured.\n\n"
     "On a GPU the preset first checks that restoring is exact there, then measures the 8b model at 4K to 32K tokens, and "
-    "decoding. It leaves out what would not end within nine minutes, and says so; the rest is for another command:\n\n"
+    "decoding. It leaves out what would not end within eight minutes, and says so; the rest is for another command:\n\n"
     "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b.json\n\n"
     "cake-hf bench grid --device cuda --out benchmarks/results/gpu-8b-shared.json --shares 0.5 --no-parity --no-peers\n\n"

@@ -125,7 +125,7 @@ def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None
 
 
 class GroupClock:
-    """Knows whether there is time for one more group, from how long the one before it took.
+    """Knows whether there is time for one more group, from how long others of its shape took.
 
     Args:
         minutes: that there are; 0 for no end.
@@ -136,7 +136,7 @@ class GroupClock:
         self._clock = clock
         self._begin = clock()
         self._end = minutes * 60 or math.inf
-        self._last: tuple[Point, float] | None = None
+        self._timed: list[tuple[Point, float]] = []
 
     @property
     def seconds(self) -> float:
@@ -144,12 +144,17 @@ class GroupClock:
         return self._clock() - self._begin
 
     def allows(self, point: Point) -> bool:
-        """Whether a group can be expected to be done before the end: in as long as the last one of its shape, or, if its prompt
-        is longer or its share of the device less, in proportion to that."""
-        if self._last is None or self._last[0].shape != point.shape:
+        """Whether a group can be expected to be done before the end.
+
+        In as long as one of its length took, or else the last one of its shape, or, if its prompt is longer or its share of the
+        device less, in proportion to that.
+        """
+        of_shape = [timed for timed in self._timed if timed[0].shape == point.shape]
+        if not of_shape:
             return self.seconds <= self._end
-        last, seconds = self._last
-        longer = max(1.0, point.tokens / last.tokens) * max(1.0, last.share / point.share)
+        of_length = [timed for timed in of_shape if timed[0].tokens == point.tokens]
+        known, seconds = (of_length or of_shape)[-1]
+        longer = max(1.0, point.tokens / known.tokens) * max(1.0, known.share / point.share)
         return self.seconds + seconds * longer <= self._end
 
     def timed(self, measure: Callable[[], Group]) -> Group:
@@ -157,7 +162,7 @@ class GroupClock:
         begin = self.seconds
         group = measure()
         if not group.failure:
-            self._last = (group.point, self.seconds - begin)
+            self._timed.append((group.point, self.seconds - begin))
         return group
 
 

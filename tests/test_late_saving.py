@@ -1,0 +1,63 @@
+"""What is saved is copied out while the model goes on, as late as it may be (see `late_copies`): the same bytes are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cake_hf import CakeCache, MemoryStore
+from families import family_model
+from family_runs import IDS, generate
+from late_copies import late_copies
+from models import CHUNK
+from waiting import PATIENCE
+
+CROPPED = ("llama", "deepseek_v3")
+FAMILIES = (*CROPPED, "gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
+
+
+def go_on(family: str, cache: CakeCache) -> None:
+    """Change all that is saved: states by what follows them; KV, where a cache can go back, by another prompt in its place."""
+    model: Any = family_model(family)
+    if family in CROPPED:
+        cache.prefill(IDS)
+        cache.crop(CHUNK - cache.get_seq_length())
+        cache.prefill(IDS.flip(1))
+    else:
+        generate(model, cache)
+
+
+def stored(cache: CakeCache, store: MemoryStore) -> dict[str, bytes]:
+    assert cache.flush(PATIENCE)
+    return {key: store.read(key) or b"" for key in store.keys()}  # noqa: SIM118  # a store is no mapping
+
+
+def saved(family: str) -> dict[str, bytes]:
+    store = MemoryStore()
+    with CakeCache(family_model(family), store, chunk_size=CHUNK, snapshot_every=2) as cache:
+        go_on(family, cache)
+        return stored(cache, store)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_is_stored_however_late_it_is_copied(family: str) -> None:
+    plain = saved(family)
+    with late_copies():
+        assert saved(family) == plain
+
+
+@pytest.mark.parametrize(("family", "where"), [("llama", "restore"), ("qwen3_next", "session")])
+def test_who_changes_it_before_shows(family: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the chunks' KV is only awaited where the restore ends, the states' at once."""
+    plain, store = saved(family), MemoryStore()
+    with late_copies() as copies:
+        monkeypatch.setattr(f"cake_hf.cache.{where}.let_copies_out_end", lambda: None)
+        with CakeCache(family_model(family), store, chunk_size=CHUNK, snapshot_every=2) as cache:
+            go_on(family, cache)
+            copies.end()
+            late = stored(cache, store)
+    assert late.keys() == plain.keys()
+    assert late != plain
