@@ -31,7 +31,7 @@ lint: $(READY)  ## style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the whole grid on this machine; on two cores about an hour
+bench: $(READY)  ## the whole grid on this machine; on two cores half an hour or more
 	$(BIN)/cake-hf bench grid --out benchmarks/results/grid.json --plots benchmarks/plots
 
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cake_hf import CakeCache, MemoryStore
 from families import family_model
-from family_runs import IDS, generate
+from family_runs import CHUNKS, IDS, generate
+from forwards import before_forward
 from late_copies import late_copies
 from models import CHUNK
 from waiting import PATIENCE
@@ -20,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says abou
 
 
 def go_on(family: str, cache: CakeCache) -> None:
-    """Change all that is saved: states by what follows them; KV, where a cache can go back, by another prompt in its place."""
+    """Change all that is saved: states by what follows them; KV, where a cache can go back, by another prompt in its place.
+
+    Nobody writes to windows: for layers of these it shows no more than that all is copied at last.
+    """
     model: Any = family_model(family)
     if family in CROPPED:
         cache.prefill(IDS)
@@ -30,15 +36,30 @@ def go_on(family: str, cache: CakeCache) -> None:
         generate(model, cache)
 
 
+def fail_and_go_on(family: str, cache: CakeCache) -> None:
+    """A restore that fails after it has saved chunks, behind one that is there; then another prompt in its place."""
+    model: Any = family_model(family)
+
+    def fail(forward: int) -> None:
+        if forward == 3:
+            raise TimeoutError("in the third chunk")
+
+    cache.prefill(IDS[:, :CHUNK], whole=True)
+    with pytest.raises(TimeoutError), before_forward(model.model.layers[0], fail):
+        cache.prefill(IDS)
+    assert cache.get_seq_length() == CHUNK
+    cache.prefill(torch.cat([IDS[:, :CHUNK], IDS[:, CHUNK:].flip(1)], dim=1))
+
+
 def stored(cache: CakeCache, store: MemoryStore) -> dict[str, bytes]:
     assert cache.flush(PATIENCE)
     return {key: store.read(key) or b"" for key in store.keys()}  # noqa: SIM118  # a store is no mapping
 
 
-def saved(family: str) -> dict[str, bytes]:
+def saved(family: str, act: Callable[[str, CakeCache], None] = go_on) -> dict[str, bytes]:
     store = MemoryStore()
     with CakeCache(family_model(family), store, chunk_size=CHUNK, snapshot_every=2) as cache:
-        go_on(family, cache)
+        act(family, cache)
         return stored(cache, store)
 
 
@@ -61,3 +82,10 @@ def test_who_changes_it_before_shows(family: str, where: str, monkeypatch: pytes
             late = stored(cache, store)
     assert late.keys() == plain.keys()
     assert late != plain
+
+
+def test_a_restore_that_fails_leaves_no_copy_under_way() -> None:
+    plain = saved("llama", fail_and_go_on)
+    assert len(plain) > CHUNKS  # the failed restore has saved, too
+    with late_copies():
+        assert saved("llama", fail_and_go_on) == plain

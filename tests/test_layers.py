@@ -128,6 +128,19 @@ def test_a_chunk_of_tokens_is_one_piece_of_memory() -> None:
     assert layer.keys.transpose(1, 2).is_contiguous()
 
 
+def test_how_attention_sees_tokens_does_not_tell_how_much_room_there_is() -> None:
+    """Of a single row. Kernels that keep a plan for each shape and stride would make one for each capacity."""
+    tight, roomy = TokenMajorLayer(), TokenMajorLayer()
+    for layer, capacity in ((tight, 1), (roomy, 500)):
+        layer.reserve(*states(1, 1, 0), capacity)
+        layer.update(*states(1, 64, 0))
+        layer.update(*states(1, 3, 1))
+    assert tight.buffers[0].stride() != roomy.buffers[0].stride()
+    for one, other in ((tight.keys, roomy.keys), (tight.values, roomy.values)):
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)
+
+
 def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
     layer = TokenMajorLayer()
     layer.lay_by_head()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, MemoryStore
+from cake_hf.tensors import numerics
 from cake_hf.tensors.fingerprint import _device_digest, weights_digest
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 
@@ -120,18 +123,30 @@ def test_another_processor_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch calls both the same: kernels for AVX-512 and for AMX round differently."""
     model = build("llama")
     exact, inexact = filled(model), filled(model, exact=False)
-    monkeypatch.setattr("cake_hf.tensors.numerics.processor", lambda: "another")
+    monkeypatch.setattr("cake_hf.tensors.numerics.processor", lambda: {"cpu model": "another"})
     assert loaded(model, exact) == 0
     assert loaded(model, inexact, exact=False) == CHUNKS
 
 
+@pytest.fixture
+def fresh_variables() -> Iterator[Callable[[], None]]:
+    """Variables are read once per process; this makes it a new one."""
+    yield numerics._variables.cache_clear
+    numerics._variables.cache_clear()
+
+
 @pytest.mark.parametrize("variable", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"])
-def test_libraries_that_are_told_to_round_otherwise_miss(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_that_are_told_to_round_otherwise_miss(
+    variable: str, monkeypatch: pytest.MonkeyPatch, fresh_variables: Callable[[], None]
+) -> None:
     model = build("llama")
     store = filled(model)
     with monkeypatch.context() as changed:
         changed.setenv(variable, "COMPATIBLE")
+        assert loaded(model, store) == CHUNKS  # too late: the libraries have looked at it already
+        fresh_variables()
         assert loaded(model, store) == 0
+    fresh_variables()
     assert loaded(model, store) == CHUNKS
 
 
@@ -147,6 +162,30 @@ def test_another_precision_set_in_torchs_new_way_misses(where: str) -> None:
         assert loaded(model, store) == 0
     finally:
         setting.fp32_precision = before
+    assert loaded(model, store) == CHUNKS
+
+
+@contextmanager
+def precision_as_of_old(precision: str) -> Iterator[None]:
+    """Where torch knows the new way, the old one sets that, too, and does not set it back to "as always"."""
+    parts = [getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul]
+    newer: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
+    before, said = torch.get_float32_matmul_precision(), [part.fp32_precision for part in newer]
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for part, value in zip(newer, said, strict=True):
+            part.fp32_precision = value
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_another_precision_set_in_torchs_old_way_misses(precision: str) -> None:
+    model = build("llama")
+    store = filled(model)
+    with precision_as_of_old(precision):
+        assert loaded(model, store) == 0
     assert loaded(model, store) == CHUNKS
 
 

@@ -32,6 +32,7 @@ from cake_hf.stores.manifest import (
 from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.tensors.codec import parse_header
+from cake_hf.tensors.processor import processor
 from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
 from families import family_model
@@ -229,6 +230,12 @@ def test_the_report_says_what_is_different(
         assert cache.report.reason == ""
 
 
+def test_another_processor_is_told_by_what_it_has() -> None:
+    theirs = {"numerics": {"processor": {"cpu model": "143", "instructions": {"amx_tile": True, "avx": True}}}}
+    ours = {"numerics": {"processor": {"cpu model": "106", "instructions": {"avx": True}}}}
+    assert '(cpu model: "143" there, "106" here; amx_tile: true there, null here)' in why_not(theirs, False, ours)
+
+
 def test_what_a_stranger_wrote_does_not_reach_the_terminal() -> None:
     evil = "\x1b[2J\u202e" + "x" * 500
     theirs = {"format": "1", "chunk_size": 16, "model": {evil: evil}, "layout": {"a": {"dtype": evil}}}
@@ -258,6 +265,8 @@ def test_the_card_has_metadata_and_code_that_can_be_pasted(pack: Path, model: to
     card = (pack / CARD).read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata == {"library_name": "cake_hf", "tags": ["cake_hf", "kv-cache"]}
+    processors = [f"{name} {value}" for name, value in processor().items() if name != "instructions"]
+    assert all(told in card for told in processors)
     snippet = card.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert f'CakeCache(model, "pack:pack", chunk_size={CHUNK})' in snippet

@@ -54,7 +54,7 @@ class TestRedisStoreOfManySlices(TestRedisStore):
 
 
 def test_redis_store_behaves_like_a_dict(redis_server: Server) -> None:
-    assert check_against_dict(lambda: RedisStore(new_url(redis_server.port), slice_bytes=7), max_examples=40) >= 1000
+    assert check_against_dict(lambda: RedisStore(new_url(redis_server.port), slice_bytes=7), max_examples=60) >= 1000
 
 
 class Setup:

@@ -132,7 +132,7 @@ def test_memory_store_behaves_like_a_dict() -> None:
 
 
 def test_local_store_behaves_like_a_dict(tmp_path: Path) -> None:
-    assert check_against_dict(lambda: LocalStore(tempfile.mkdtemp(dir=tmp_path)), max_examples=40) >= 1000
+    assert check_against_dict(lambda: LocalStore(tempfile.mkdtemp(dir=tmp_path)), max_examples=60) >= 1000
 
 
 def test_test_tools_come_in_only_with_the_contract() -> None:

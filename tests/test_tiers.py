@@ -74,7 +74,7 @@ def test_tiers_behave_like_a_dict(policy: str, tmp_path: Path) -> None:
     def make() -> Store:
         return TierStore(POLICIES[policy](Path(tempfile.mkdtemp(dir=tmp_path))))
 
-    assert check_against_dict(make, max_examples=40) >= 1000
+    assert check_against_dict(make, max_examples=60) >= 1000
 
 
 # Stores to watch and to break.

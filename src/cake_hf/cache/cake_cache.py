@@ -42,7 +42,7 @@ class CakeCache(RestoringCache):
         chunk_size: tokens per chunk, at least 16. Part of the key: other sizes do not share chunks.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
         save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
-        exact: use only KV made with the same numerics (device type, kernels, library versions, threads), which gives
+        exact: use only KV made with the same numerics (device, processor, kernels, library versions, threads), which gives
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
         limits: budgets of threads, seconds and bytes; by default `Limits.from_environment()`.

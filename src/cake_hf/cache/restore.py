@@ -161,20 +161,22 @@ class Restore:
         Args:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
         """
-        self._settle_in()
-        self._job.place.catch_up()
-        self._session.sharing.wake()  # loaders that wait for other prompts' reads to end are not needed any more
-        if not self._frontier.left_behind():
-            for thread in self._threads:
-                thread.join()
-        self._job.let_go()
-        self._states.let_go()
-        self._count()
-        if save_tail:
-            self._carried.passed(self.prompt.chunks)
-            self._save(self.prompt.chunks)
-        let_copies_out_end()
-        self._carried.end()
+        try:
+            self._settle_in()
+            self._job.place.catch_up()
+            self._session.sharing.wake()  # loaders that wait for other prompts' reads to end are not needed any more
+            if not self._frontier.left_behind():
+                for thread in self._threads:
+                    thread.join()
+            self._job.let_go()
+            self._states.let_go()
+            self._count()
+            if save_tail:
+                self._carried.passed(self.prompt.chunks)
+                self._save(self.prompt.chunks)
+        finally:
+            let_copies_out_end()
+            self._carried.end()
 
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""

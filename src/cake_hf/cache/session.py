@@ -167,12 +167,14 @@ class Session:
             return
         try:
             payload = pack(pieces(), layout)
-            if is_state:
-                let_copies_out_end()  # the next chunk changes it; a chunk's KV stays as it is while its restore lasts
         except (MemoryError, RuntimeError) as error:  # there is no memory for it
             self._writer.tell(error)
             done(False)
             return
+        finally:
+            if is_state:
+                # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
+                let_copies_out_end()
         if not self._writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -67,7 +68,7 @@ def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
         "attention": _attention_facts(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "torch": torch.__version__,
-        "precision": _setting("fp32_precision") or _said(torch.get_float32_matmul_precision),
+        "precision": _precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     by_device = {device: _device_facts(device) for device in devices_of(model)}
@@ -113,6 +114,12 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def _precision() -> str:
+    """What counts for every kind of device; the old way of asking makes torch warn where it knows the new one."""
+    told = [_setting(path) for path in ("fp32_precision", "mkldnn.matmul.fp32_precision")]
+    return ", ".join(told) if any(told) else _said(torch.get_float32_matmul_precision)
+
+
 def _setting(path: str) -> str:
     """What a setting of `torch.backends` is at present; empty where this version of torch does not have it, or say it."""
     try:
@@ -140,5 +147,7 @@ def _sdpa_facts() -> list[bool]:
     ]
 
 
+@cache
 def _variables(names: Sequence[str]) -> dict[str, str]:
+    """Those that are set. Looked at once, for the libraries do so, too, at about the same time: when they are first used."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
 _MODEL = re.compile(
@@ -24,21 +26,30 @@ _VECTOR_FLAG = re.compile(r"mmx|sse|ssse|avx|amx|fma|f16c|misalignsse")
 
 
 @cache
-def processor() -> str:
-    """Maker, model and vector instructions of this machine's processor; found out once per process."""
+def processor() -> Mapping[str, Any]:
+    """Maker, model and vector instructions of this machine's processor, JSON-ready; found out once per process.
+
+    Says too much rather than too little. Where only a part of the cores is on while it is asked, or a newer kernel tells of an
+    instruction more, the same machine looks like another one: a miss, and no harm.
+    """
     try:
         told = CPUINFO.read_text(errors="replace")
     except OSError:
         told = ""
-    return described(told) or _named_by_the_system()
+    return described(told) or {"cpu": _named_by_the_system()}
 
 
-def described(cpuinfo: str) -> str:
+def described(cpuinfo: str) -> dict[str, Any]:
     """What counts of a Linux `/proc/cpuinfo`, each thing once, for cores may differ; empty where it says nothing."""
-    models = sorted({f"{name} {value.strip()}" for name, value in _MODEL.findall(cpuinfo)})
+    models: dict[str, set[str]] = {}
+    for name, value in _MODEL.findall(cpuinfo):
+        models.setdefault(name if name.lower().startswith("cpu") else f"cpu {name}", set()).add(value.strip())
     features = {feature for line in set(_FEATURES.findall(cpuinfo)) for feature in line.split()}
     flags = {flag for line in set(_FLAGS.findall(cpuinfo)) for flag in line.split() if _VECTOR_FLAG.match(flag)}
-    return "; ".join([*models, " ".join(sorted(features | flags))]) if models else ""
+    if not models:
+        return {}
+    told = {name: ", ".join(sorted(values)) for name, values in models.items()}
+    return {**told, "instructions": dict.fromkeys(sorted(features | flags), True)}
 
 
 def _named_by_the_system() -> str:

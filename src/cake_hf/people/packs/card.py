@@ -70,6 +70,8 @@ def _serves(manifest: PackManifest) -> str:
     if not isinstance(numerics, dict):
         return "these weights in this dtype, on any machine (`exact=False`)"
     named = [f"{name} {numerics[name]}" for name in ("transformers", "torch", "device", "hardware") if name in numerics]
+    processor = numerics.get("processor", {})
+    named += [f"{name} {value}" for name, value in processor.items() if isinstance(value, str)]
     return f"only the very same numerics, bit for bit ({', '.join(named)})"
 
 
