@@ -201,16 +201,38 @@ def test_second_turn(family: str, more: int) -> None:
     cache.close()
 
 
-def test_tokens_are_decoded_on_memory_that_lies_by_head(model: torch.nn.Module, store: MemoryStore) -> None:
-    """A decoded token appends to it; the chunks of the next turn land in memory that lies by token again."""
-    ids = torch.cat([prompt(), prompt(2 * CHUNK, seed=9)], dim=1)
-    first, second = prompt().shape[1], ids.shape[1] - 4
-    ends = {first: True, first + 1: False, first + 3: False, second: True, second + 2: True, second + 3: False}
-    with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        for end, by_token in ends.items():
-            with torch.no_grad():
-                model(input_ids=ids[:, cache.get_seq_length() : end], past_key_values=cache, logits_to_keep=1)
-            assert cache.layers[0].keys.transpose(1, 2).is_contiguous() == by_token
+def go_on_to(cache: CakeCache, model: torch.nn.Module, ids: torch.Tensor, end: int) -> bool:
+    """Run the tokens up to there; returns whether the KV lies by token then, or else by head."""
+    with torch.no_grad():
+        model(input_ids=ids[:, cache.get_seq_length() : end], past_key_values=cache, logits_to_keep=1)
+    return bool(cache.layers[0].keys.transpose(1, 2).is_contiguous())
+
+
+def test_kv_lies_by_token_while_chunks_land_in_it(model: torch.nn.Module, store: MemoryStore) -> None:
+    """While tokens are decoded it lies by head."""
+    end = prompt().shape[1]
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        assert go_on_to(cache, model, prompt(), end - 2)
+        assert not go_on_to(cache, model, prompt(), end - 1)
+        cache.crop(3 * CHUNK - cache.get_seq_length())
+        assert go_on_to(cache, model, prompt(), end)
+        assert cache.report.chunks_loaded == CHUNKS - 3
+
+
+@pytest.mark.parametrize("strategy", ["both", "compute"])
+def test_kv_that_is_only_computed_lies_by_head_from_the_first(
+    strategy: str, model: torch.nn.Module, store: MemoryStore
+) -> None:
+    """So it is not moved at all: not for the tokens that are decoded, and not for the next turn."""
+    ids = torch.cat([prompt(), prompt(CHUNK, seed=9)], dim=1)
+    first, second = prompt().shape[1], ids.shape[1] - 2
+    store = store if strategy == "compute" else MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
+        places = set()
+        for end in (first, first + 1, second, second + 1):
+            assert not go_on_to(cache, model, ids, end)
+            places.add(cache.layers[0].keys.data_ptr())
+    assert len(places) == 1
 
 
 def test_chunks_given_one_by_one_are_on_the_schedule(model: torch.nn.Module) -> None:

@@ -274,11 +274,11 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
         before = threading.active_count()
         reserve, calls = TokenMajorLayer.reserve, []
 
-        def refuse(layer: TokenMajorLayer, *arguments: Any) -> None:
+        def refuse(layer: TokenMajorLayer, *arguments: Any, **options: Any) -> None:
             calls.append(layer)
             if len(calls) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            reserve(layer, *arguments)
+            reserve(layer, *arguments, **options)
 
         with monkeypatch.context() as patched:
             patched.setattr(TokenMajorLayer, "reserve", refuse)

@@ -46,6 +46,7 @@ operations = st.one_of(
     st.tuples(st.just("deepcopy"), st.just(0)),
     st.tuples(st.just("replace"), st.integers(1, 5)),
     st.tuples(st.just("reserve"), st.integers(1, 600)),
+    st.tuples(st.just("reserve by head"), st.integers(1, 600)),
     st.tuples(st.just("lay by head"), st.just(0)),
 )
 
@@ -92,6 +93,9 @@ def test_same_content_after_any_operations(steps: list[tuple[str, int]]) -> None
         elif name == "reserve" and length:
             ours.reserve(*states(1, 1, 0), number)
             assert all(buffer[:1].is_contiguous() for buffer in ours.buffers)
+        elif name == "reserve by head" and length:
+            ours.reserve(*states(1, 1, 0), number, by_head=True)
+            assert all(buffer.shape[1] >= number for buffer in ours.buffers)
         elif name == "lay by head":
             ours.lay_by_head()
         assert_equal(ours, theirs)
@@ -156,6 +160,24 @@ def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
         layer.update(*states(1, 1, seed))
     assert all(kept[0, head].is_contiguous() for kept in (layer.keys, layer.values) for head in range(HEADS))
     layer.reserve(*states(1, 1, 0), 1)
+    assert all(buffer.is_contiguous() for buffer in layer.buffers)
+
+
+def test_room_for_what_is_only_computed_lies_by_head() -> None:
+    layer = TokenMajorLayer()
+    layer.reserve(*states(1, 1, 0), 100, by_head=True)
+    before = [buffer.data_ptr() for buffer in layer.buffers]
+    layer.update(*states(1, 64, 0))
+    assert all(kept[0, head].is_contiguous() for kept in (layer.keys, layer.values) for head in range(HEADS))
+    layer.lay_by_head()
+    layer.reserve(*states(1, 1, 0), 90, by_head=True)
+    assert [buffer.data_ptr() for buffer in layer.buffers] == before
+
+
+def test_one_head_lies_by_token_in_any_case() -> None:
+    """Both orders are the same then; loads want to hear that it is theirs."""
+    layer = TokenMajorLayer()
+    layer.reserve(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 6), 100, by_head=True)
     assert all(buffer.is_contiguous() for buffer in layer.buffers)
 
 

@@ -116,10 +116,13 @@ class Restore:
         one_by_one = beyond_loads and not self._carried and self._ranks is None
         ranges = ranges_for(session, prompt, costs) if one_by_one else 1
         self._beyond_loads = ranges > 1
+        self._loads = session.strategy is not Strategy.COMPUTE and any(self._plan.usable)
         self._reserve(like)  # last of all that takes memory: whoever fails before has nothing to give back
         past = prompt.call.past
         # Where loads land: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+        if not self._loads:
+            buffers = []  # they may lie by head, as no chunk does
         turn_aside = None if is_host_place(buffers) else self._turn_aside
         self._frontier = new_frontier(
             session, prompt, self._plan.usable, costs, ranges, can_run=self._can_run, turn_aside=turn_aside
@@ -131,7 +134,7 @@ class Restore:
         """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
         prompt, session = self.prompt, self._session
         self._carried.start()
-        if session.strategy is not Strategy.COMPUTE and any(self._plan.usable):
+        if self._loads:
             if self._plan.state is not None:
                 self._states.begin(self._plan.state)
             self._threads = start_loaders(self._job, session.limits.loader_threads)
@@ -181,7 +184,7 @@ class Restore:
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._frontier.stop()
-        detached = self._job.detach()
+        detached = not self._loads or self._job.detach()
         self._job.place.catch_up()
         self._job.let_go()
         self._states.let_go()
@@ -205,7 +208,7 @@ class Restore:
             for layer, one in zip(self._all_layers, like, strict=True):
                 if isinstance(layer, TokenMajorLayer) and keeps_tokens(one):
                     self._layers.append(layer)
-                    layer.make_room(one, self._end + HEADROOM_TOKENS)
+                    layer.make_room(one, self._end + HEADROOM_TOKENS, by_head=not self._loads)
         except BaseException:
             for layer in self._layers:
                 if not self.prompt.call.past:

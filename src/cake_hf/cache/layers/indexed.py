@@ -70,8 +70,8 @@ class IndexedLayer(TokenMajorLayer):
 
     # What the restore needs.
 
-    def make_room(self, like: Any, capacity: int) -> None:
-        super().make_room(like, capacity)
+    def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
+        super().make_room(like, capacity, by_head=by_head)
         if like.is_indexer_initialized:
             keys = like.indexer_keys.unsqueeze(1)
             self._indexer.reserve(keys, keys[..., :0], capacity)

@@ -4,8 +4,9 @@ Each of K and V is one buffer `[batch, capacity, heads, head_dim]`. Attention is
 `[batch, heads, length, head_dim]` of its first `length` tokens. So the tokens of a chunk are one contiguous piece, and what
 lies beyond `length` (chunks that are being loaded) is seen by nobody.
 
-While tokens are decoded on a CPU, the same buffers lie head by head in memory: attention for a single query does little but
-read KV, and reads it about twice as fast when a head's tokens are neighbours. The next restore has them lie by token again.
+On a CPU the same buffers lie head by head in memory while nothing is loaded into them, that is, for a prompt of which nothing
+is stored, and while tokens are decoded: attention reads KV faster when a head's tokens are neighbours. The next restore that
+loads something has them lie by token again.
 """
 
 from __future__ import annotations
@@ -89,18 +90,23 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
 
     # What the restore needs beyond DynamicLayer.
 
-    def reserve(self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int) -> None:
+    def reserve(
+        self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, by_head: bool = False
+    ) -> None:
         """Make room for `capacity` tokens, so that buffers stay where they are until it is used up.
 
         Args:
             key_like, value_like: `[1, heads, any, head_dim]` tensors of the right dtype and device.
             capacity: tokens.
+            by_head: nothing will be loaded: what lies by head may stay so, and new memory is laid so where that pays.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
         length = self._take_over()
-        if _given(self._key_buffer).shape[1] < capacity or _lies_by_head(_given(self._key_buffer)):
-            self._move(length, capacity)
+        buffer = _given(self._key_buffer)
+        by_head = by_head and _pays_by_head(buffer)
+        if buffer.shape[1] < capacity or (_lies_by_head(buffer) and not by_head):
+            self._move(length, capacity, by_head=by_head)
             self._show(length)
 
     def lay_by_head(self) -> None:
@@ -109,22 +115,16 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         Takes one copy of the content, as `DynamicLayer` makes with each token. No loads may be under way.
         """
         buffer = self._key_buffer
-        # With one head both orders are the same; content that was replaced from outside is taken over by the next update.
-        if (
-            buffer is None
-            or buffer.device.type != "cpu"
-            or buffer.shape[2] == 1
-            or _lies_by_head(buffer)
-            or not self.is_own
-        ):
+        # Content that was replaced from outside is taken over by the next update.
+        if buffer is None or not _pays_by_head(buffer) or _lies_by_head(buffer) or not self.is_own:
             return
         length = self._take_over()
         self._move(length, max(buffer.shape[1], length + HEADROOM_TOKENS), by_head=True)
         self._show(length)
 
-    def make_room(self, like: Any, capacity: int) -> None:
+    def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
         """`reserve` as for a layer of the same kind that holds a token."""
-        self.reserve(like.keys, like.values, capacity)
+        self.reserve(like.keys, like.values, capacity, by_head=by_head)
 
     def show(self, length: int) -> None:
         """Make the first `length` tokens of the buffers the layer's content."""
@@ -270,6 +270,11 @@ def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) ->
         buffer = buffer.transpose(1, 2) if by_head else buffer
         buffer[:, :length].copy_(content)
     return buffer
+
+
+def _pays_by_head(buffer: torch.Tensor) -> bool:
+    """GPUs' kernels take either order; with one head both are the same."""
+    return buffer.device.type == "cpu" and buffer.shape[2] > 1
 
 
 def _lies_by_head(buffer: torch.Tensor) -> bool:
