@@ -290,6 +290,16 @@ def test_the_model_is_made_in_its_dtype_and_the_same_each_time() -> None:
     assert one.lm_head.weight.float().std() > 0.01  # weights, not zeros
 
 
+def test_decoding_is_rehearsed_where_kernels_are_chosen_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both caches are then again what they were: each step's logits are compared."""
+    monkeypatch.setattr(decoding, "_chooses_by_length", lambda device: True)
+    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding"])
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)
+    assert found["parity"]["mismatches"] == []
+    assert found["results"]["decoding"]["ratio"]["value"] > 0
+
+
 def test_decoding_has_to_be_faster_at_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "LONG_CONTEXT", 96)
     run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding", "--device", "cpu"])

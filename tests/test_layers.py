@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
 from cake_hf.cache.compat import drop_content
@@ -143,6 +144,32 @@ def test_how_attention_sees_tokens_does_not_tell_how_much_room_there_is() -> Non
     for one, other in ((tight.keys, roomy.keys), (tight.values, roomy.values)):
         assert one.stride() == other.stride()
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("queries", "tokens"), [(512, 512), (1, 512), (1, 4161), (1, 32833)])
+def test_attention_gives_the_same_bits_however_kv_lies(
+    queries: int, tokens: int, dtype: torch.dtype, device: str
+) -> None:
+    """What all exactness rests on where attention is handed KV as it lies: in the first chunk, and while decoding."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 8, queries, 64).to(device, dtype)
+    plain = [torch.randn(1, 2, tokens, 64).to(device, dtype) for _ in range(2)]
+    outcomes = []
+    for by_head in (None, True, False):
+        keys, values = plain
+        if by_head is not None:
+            layer = TokenMajorLayer()
+            layer.reserve(keys[:, :, :0], values[:, :, :0], tokens + 100, by_head=by_head)
+            keys, values = layer.update(keys, values)
+        attended = scaled_dot_product_attention(query, keys, values, is_causal=queries > 1, enable_gqa=True)
+        outcomes.append(attended.cpu())
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
 
 
 def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:

@@ -21,9 +21,19 @@ import torch
 
 from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
+from cake_hf.movers import loader
 from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
-from cake_hf.movers.place import DevicePlace, HostLanding, HostPlace, Landing, Place, byte_view, place_for
+from cake_hf.movers.place import (
+    DevicePlace,
+    HostLanding,
+    HostPlace,
+    Landing,
+    Place,
+    _DeviceLanding,
+    byte_view,
+    place_for,
+)
 from cake_hf.movers.slots import Slot, SlotRing
 from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.writer import SaveJob, Writer, pack
@@ -425,6 +435,34 @@ def test_a_bad_read_is_an_outcome_and_the_next_chunk_is_loaded(
     assert untouched(buffers, 2), "a chunk that was refused came into the cache"
     assert all(chunk_in(buffers, n) == payload_of(n) for n in range(CHUNKS) if n != 2)
     assert len(caplog.records) == (0 if outcome is Outcome.MISSED else 1)
+
+
+class Gradual(WrapperStore):
+    """Says of each part that it is there."""
+
+    def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
+        found = self.inner.read_into(key, parts)
+        for count in range(1, len(parts) + 1):
+            arrived(count)
+        return found
+
+
+@pytest.mark.parametrize(("step", "commits"), [(1, [1, 2, 3]), (sum(LAYOUT.sizes[:2]), [2, 3]), (2**23, [3])])
+def test_pieces_are_brought_on_by_the_step(step: int, commits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    commit = _DeviceLanding.commit
+
+    def count(landing: _DeviceLanding, end: int) -> None:
+        counts.append(end)
+        commit(landing, end)
+
+    monkeypatch.setattr(loader, "COMMIT_STEP", step)
+    monkeypatch.setattr(_DeviceLanding, "commit", count)
+    buffers = make_buffers()
+    restore = Restore(Gradual(filled_store()), DevicePlace(buffers, LAYOUT))
+    run_loader(restore.job, "load-0")
+    assert counts == commits * CHUNKS
+    assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
 
 
 @pytest.mark.parametrize(("owner", "method"), [(HostPlace, "landing"), (HostLanding, "commit")])

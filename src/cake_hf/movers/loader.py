@@ -16,7 +16,7 @@ from cake_hf.movers.checking import Check
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.place import Landing, Place, byte_view
 from cake_hf.movers.sharing import Flight, ReadSlot, Sharing
-from cake_hf.stores.base import Store
+from cake_hf.stores.base import Store, total_bytes
 from cake_hf.tensors.aligned import empty_aligned
 from cake_hf.tensors.codec import header_size
 from cake_hf.tensors.layout import ChunkLayout, LayerRange
@@ -30,6 +30,9 @@ SHARED = "shared"
 
 OVERTAKEN = "overtaken"
 """What it calls a load that came when nobody waited for it any more. It still tells what loads take."""
+
+COMMIT_STEP = 2**23
+"""Bytes of a chunk that are brought on together. To a GPU each time is some Python, which the model's launches wait for."""
 
 
 @dataclass
@@ -230,8 +233,17 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
             commit(len(landing.parts))
         return found
     if len(ranges) == 1:
-        # The header is the first of the parts; each piece is checked as soon as it is there.
-        return job.store.read_gradually(key, [header, *landing.parts], lambda count: commit(count - 1)) is not None
+        brought = 0
+
+        def arrived(count: int) -> None:
+            nonlocal brought
+            count -= 1  # the header is the first of the parts
+            check.up_to(count)  # as soon as they are there
+            if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
+                landing.commit(count)
+                brought = count
+
+        return job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
     offset = 0
     for part in ranges:
         pieces = landing.parts[part.start : part.end]

@@ -211,5 +211,5 @@ PRESETS = {
         minutes=8.0,
     ),
 }
-"""By the name that the command line knows. The order of the groups is by share, then by length, so that what is left out when
-the minutes are over is what was asked for last."""
+"""By the name that the command line knows. The order of the groups is by share, then by length with the longest first, so that
+what is left out when the minutes are over tells least."""

@@ -127,11 +127,12 @@ class Examination:
             await_loaders()
 
     def _try_hanging(self, name: str, strategy: str) -> None:
-        last = max(self._store.keys())
-        store = FaultStore(self._store, {last: "stall"})
+        store = FaultStore(self._store, {self._bench.keys()[-1]: "stall"})
         limits = Limits(read_timeout=HANGING_SECONDS)
         try:
             self._try(name, store, strategy=strategy, limits=limits)
+            if strategy == "load" and not store.injected:
+                self.found.wrong.append(f"{name}: no load did")
         finally:
             store.release()
             await_loaders()

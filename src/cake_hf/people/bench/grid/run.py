@@ -146,15 +146,15 @@ class GroupClock:
     def allows(self, point: Point) -> bool:
         """Whether a group can be expected to be done before the end.
 
-        In as long as one of its length took, or else the last one of its shape, or, if its prompt is longer or its share of the
-        device less, in proportion to that.
+        In as long as one of its length took, or else the last one of its shape, in proportion to the prompt; longer, if its
+        share of the device is less. The longest come first: in proportion, shorter ones are rather done sooner.
         """
         of_shape = [timed for timed in self._timed if timed[0].shape == point.shape]
         if not of_shape:
             return self.seconds <= self._end
         of_length = [timed for timed in of_shape if timed[0].tokens == point.tokens]
         known, seconds = (of_length or of_shape)[-1]
-        longer = max(1.0, point.tokens / known.tokens) * max(1.0, known.share / point.share)
+        longer = point.tokens / known.tokens * max(1.0, known.share / point.share)
         return self.seconds + seconds * longer <= self._end
 
     def timed(self, measure: Callable[[], Group]) -> Group:
@@ -202,7 +202,7 @@ class _Shape:
             yield
 
     def _points(self, share: float) -> Iterator[Point]:
-        for tokens in self._axes.lengths:
+        for tokens in reversed(self._axes.lengths):
             yield Point(self._name, tokens, tokens // self._axes.chunk_size, share)
 
     def _group(self, point: Point, memory: MemoryStore | None, others: Competition) -> Group:
