@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cake_hf.cache.compat import drop_content
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
+from device_marks import devices
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 8, 6
 Operation = Callable[[Any], None]
@@ -146,10 +147,7 @@ def test_how_attention_sees_tokens_does_not_tell_how_much_room_there_is() -> Non
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
+@devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("queries", "tokens"), [(512, 512), (1, 512), (1, 4161), (1, 32833)])
 def test_attention_gives_the_same_bits_however_kv_lies(

@@ -42,6 +42,7 @@ from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from children import command_of
+from device_marks import devices
 from waiting import PATIENCE, await_true
 
 SPACE = "2c" * 20
@@ -54,11 +55,6 @@ LAYOUT = ChunkLayout(
         Piece("layers.0.values", 2, 3, torch.bfloat16),
         Piece("layers.1.keys", 1, 5, torch.float16),
     ),
-)
-
-devices = pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
 
 

@@ -19,7 +19,6 @@ from cake_hf.tensors.processor import processor
 _CPU_SETTINGS = (
     "mkldnn.enabled",
     "mkldnn.fp32_precision",
-    "mkldnn.matmul.fp32_precision",
     "mkldnn.conv.fp32_precision",
 )
 _CUDA_SETTINGS = (

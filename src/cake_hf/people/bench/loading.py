@@ -24,6 +24,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
+from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.movers.loader import LoadJob, start_loaders
 from cake_hf.movers.place import HostPlace, place_for
@@ -64,9 +65,11 @@ class Chunks:
     @classmethod
     def of(cls, bench: Workbench) -> Chunks:
         """Of the bench's prompt."""
-        store = bench.filled_store()
-        with closing(bench.session(store)) as session:
-            return cls(store, bench.keys(), session.layout(), bench.settings.device)
+        s, store = bench.settings, bench.filled_store()
+        session = bench.session(store)
+        with closing(session):
+            keys = chunk_keys(session.namespace(), bench.ids[0, : s.tokens].tolist(), s.chunk_size)
+            return cls(store, keys, session.layout(), s.device)
 
     @property
     def nbytes(self) -> int:

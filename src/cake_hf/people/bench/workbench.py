@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
@@ -251,13 +250,6 @@ class Workbench:
                 raise CakeError(f"Only {report.chunks_saved} of {self.settings.chunks} chunks were saved.")
             self._filled = store
         return self._filled
-
-    def keys(self) -> list[str]:
-        """Of the prompt's chunks, in order."""
-        with closing(self.session(self.filled_store())) as session:
-            return chunk_keys(
-                session.namespace(), self.ids[0, : self.settings.tokens].tolist(), self.settings.chunk_size
-            )
 
     def chunk_bytes(self) -> int:
         """Bytes of one chunk at rest."""

@@ -15,6 +15,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.people.bench.loading import Chunks
 from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.workbench import Workbench, await_loaders
 from cake_hf.stores.base import Store
@@ -127,7 +128,7 @@ class Examination:
             await_loaders()
 
     def _try_hanging(self, name: str, strategy: str) -> None:
-        store = FaultStore(self._store, {self._bench.keys()[-1]: "stall"})
+        store = FaultStore(self._store, {Chunks.of(self._bench).keys[-1]: "stall"})
         limits = Limits(read_timeout=HANGING_SECONDS)
         try:
             self._try(name, store, strategy=strategy, limits=limits)
