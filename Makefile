@@ -1,21 +1,32 @@
-# Everything here works on a fresh machine: the environment is made on first use.
+# Everything here works on a fresh machine: each environment is made on first use, from a lock of all versions.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-OLDEST_VENV := .venv-oldest
 TOGETHER := -n 2 --dist loadfile
+CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_cake_cache.py tests/test_parity.py tests/test_modes.py \
+	tests/test_families.py tests/test_carried.py tests/test_batches.py tests/test_handover.py tests/test_layers.py \
+	tests/test_layer_kinds.py tests/test_vision.py tests/test_adapters.py tests/test_faults.py tests/test_gated.py \
+	tests/test_readme.py tests/test_docs.py
+# What a version of transformers can break; the rest of the suite never sees it.
 
-.PHONY: demo test test-oldest lint bench eval docs notebooks clean
+.PHONY: demo test test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
-$(READY): pyproject.toml scripts/setup.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
-	touch $(READY)
-
-$(OLDEST_VENV)/.ready: pyproject.toml scripts/setup.sh
-	PYTHON=$(PYTHON) VENV=$(OLDEST_VENV) bash scripts/setup.sh --editable '.[dev]' "transformers==$(OLDEST)"
+$(READY): requirements/locked.txt pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
+
+.venv-oldest/.ready: requirements/oldest.txt pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-oldest requirements/oldest.txt
+	touch $@
+
+.venv-kvpress/.ready: requirements/kvpress.txt pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-kvpress requirements/kvpress.txt
+	touch $@
+
+.PHONY: .venv-newest
+.venv-newest:
+	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-newest --newest
 
 demo: $(READY)  ## ask a question about a long text, cold and warm, and see what happened
 	$(BIN)/cake-hf demo
@@ -23,8 +34,23 @@ demo: $(READY)  ## ask a question about a long text, cold and warm, and see what
 test: $(READY)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
-test-oldest: $(OLDEST_VENV)/.ready  ## the whole test suite with the oldest transformers that is supported
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/pytest $(TOGETHER)
+test-oldest: .venv-oldest/.ready  ## the whole suite with the oldest transformers that is supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(TOGETHER)
+
+test-newest: .venv-newest  ## the whole suite with the newest release of everything, and pre-releases of transformers
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(TOGETHER)
+
+test-core-oldest: .venv-oldest/.ready  ## with the oldest transformers, the tests that a version of it can break
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(TOGETHER) $(CORE)
+
+test-core-newest: .venv-newest  ## the same with the newest of everything
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(TOGETHER) $(CORE)
+
+test-kvpress: .venv-kvpress/.ready  ## kvpress beside us
+	OMP_NUM_THREADS=1 CAKE_HF_REQUIRE_KVPRESS=1 .venv-kvpress/bin/pytest tests/test_kvpress.py
+
+lock: ## pin the newest release of everything anew; run the suite afterwards
+	PYTHON=$(PYTHON) bash scripts/lock.sh
 
 lint: $(READY)  ## style, types
 	$(BIN)/ruff check .
@@ -43,5 +69,8 @@ docs: $(READY)  ## the documentation, in docs/_build/html; a warning is an error
 notebooks: $(READY)  ## run the notebooks of examples/, into build/notebooks; --write of the script renews those in examples/
 	$(BIN)/python scripts/notebooks.py
 
+versions: ## docs/versions.md: run every family on a row of transformers versions; takes about ten minutes
+	PYTHON=$(PYTHON) bash scripts/versions.sh
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) .demo docs/_build build/notebooks
+	rm -rf .venv .venv-oldest .venv-newest .venv-kvpress .venv-versions .demo docs/_build build/notebooks

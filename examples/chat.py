@@ -58,7 +58,7 @@ with CakeCache(model, folder / "store", chunk_size=128) as cache:
     for message in json.load(sys.stdin):
         said += tokenizer(turn_text(message), add_special_tokens=False).input_ids
         ids = torch.tensor([said])
-        reply, seconds = reply_to(ids, past_key_values=cache)
+        reply, seconds = reply_to(ids, cache=cache)
         plain, plain_seconds = reply_to(ids, prefill_chunk_size=128)  # the same without cake_hf, to compare with
         assert reply == plain
         said += reply

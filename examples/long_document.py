@@ -38,7 +38,7 @@ print(f"{document_ids.shape[1]:,} tokens and {len(prompts)} questions, such as {
 def answer(key, cache, **options):
     inputs = prompts[key]
     begin = time.perf_counter()
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, **options)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=1, do_sample=False, **options)
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]), time.perf_counter() - begin
 
 

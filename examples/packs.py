@@ -56,7 +56,7 @@ print(f"    and {len(list(Path(pack.name).rglob('*.safetensors')))} chunks as sa
 def answer(fact, cache, **options):
     inputs = tokenizer(document + question(fact.key), return_tensors="pt")
     begin = time.perf_counter()
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False, **options)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=1, do_sample=False, **options)
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :]).strip(), time.perf_counter() - begin
 
 

@@ -47,7 +47,7 @@ def ask(cache, **options):
     begin = time.perf_counter()
     output = model.generate(
         **inputs,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=1,  # a real model has more to say
         do_sample=False,
         output_logits=True,

@@ -36,7 +36,7 @@ def run(store, strategy, chunk_size=CHUNK_SIZE, save=False):
     patient = Limits(read_timeout=60)  # slow reads are what we want to see here
     with CakeCache(model, store, chunk_size=chunk_size, strategy=strategy, save=save, limits=patient) as cache:
         begin = time.perf_counter()
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        model.generate(**inputs, cache=cache, max_new_tokens=1, do_sample=False)
         seconds = time.perf_counter() - begin
         cache.flush()
     return cache.report, seconds

@@ -1,16 +1,33 @@
 #!/usr/bin/env bash
-# Make the virtual environment. Where there is no NVIDIA GPU, a CPU build of torch is preferred: it is a tenth of the size.
-# Arguments say what to install, as pip takes it; without any it is this checkout with all that developing needs.
+# Make a virtual environment with this checkout in it, editable.
+#   setup.sh VENV LOCK            exactly what a lock file says
+#   setup.sh VENV --newest        the newest releases within the bounds of pyproject.toml, pre-releases of transformers included
+# torch: where there is no NVIDIA GPU, its CPU build is a tenth of the size. It is taken if pip can find it (a wheel on this machine,
+# or an index named by PIP_EXTRA_INDEX_URL that has "+cpu" builds); otherwise torch is what the package index has.
 set -euo pipefail
+venv=$1 wanted=$2
 python=${PYTHON:-python3}
-venv=${VENV:-.venv}
-cpu_torch=2.13.0
-[ $# -gt 0 ] || set -- --editable '.[dev]'
+gpu_parts='^(nvidia-|cuda-|triton)'      # of torch, in a lock
+builders='^(editables|hatchling|packaging|pathspec|pluggy|setuptools|trove-classifiers)=='  # by which other packages are built
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then
-    echo "No GPU here: installing torch $cpu_torch first."
-    "${pip[@]}" "torch==$cpu_torch"
+
+if [ "$wanted" = --newest ]; then
+    "${pip[@]}" --upgrade --upgrade-strategy eager --editable '.[dev]' 'transformers>=5.0.dev0,<6'
+    exit
 fi
-"${pip[@]}" "$@"
+
+torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$wanted")
+if command -v nvidia-smi >/dev/null || ! "${pip[@]}" --no-deps "torch==$torch+cpu" 2>/dev/null; then
+    "${pip[@]}" --no-deps "torch==$torch"
+fi
+parts=$(mktemp)
+trap 'rm -f "$parts"' EXIT
+grep -v '^torch==' "$wanted" > "$parts"
+case $("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))') in
+    *+cpu) grep -vE "$gpu_parts" "$wanted" | grep -v '^torch==' > "$parts" ;;
+esac
+"${pip[@]}" --no-deps $(grep -E "$builders" "$parts" | sed 's/ *;.*//' | sort -u)
+"${pip[@]}" --no-deps --no-build-isolation --use-pep517 --requirement "$parts"
+"${pip[@]}" --no-deps --no-build-isolation --editable .

@@ -49,7 +49,7 @@ def restore_a_prompt(store: Path) -> None:
 
     def logits(cache: object, **options: object) -> torch.Tensor:
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=4, do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=4, do_sample=False,
             eos_token_id=None, pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
         return torch.stack(output.logits)

@@ -27,6 +27,7 @@ from cake_hf.tensors.offload import devices_of, home_device, where_computed
 from families import family_model
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, build, difference, prompt
+from naming import given
 from second_device import OnOther, add_second_device
 from stored import filled_store, without
 
@@ -170,13 +171,13 @@ def case_batches_copies_and_handing_over() -> None:
     plain = model.generate(ids, **options)
     for _ in range(2):
         with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as used:
-            assert torch.equal(model.generate(ids, past_key_values=used, **options), plain)
+            assert torch.equal(model.generate(ids, **given(used), **options), plain)
     assert used.report.chunks_loaded == 2 * CHUNKS, used.report
     with CakeCache(model, store, chunk_size=CHUNK) as used:
         used.prefill(prompt())
         for other in (copy.deepcopy(used), used.to_dynamic_cache(), used):
-            assert torch.equal(model.generate(ids[:1], past_key_values=other, **options), plain[:1])
-        assert torch.equal(model.generate(ids[:1], **options, num_beams=2, past_key_values=CakeCache(model, store)),
+            assert torch.equal(model.generate(ids[:1], **given(other), **options), plain[:1])
+        assert torch.equal(model.generate(ids[:1], **options, num_beams=2, **given(CakeCache(model, store))),
                            model.generate(ids[:1], **options, num_beams=2))  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from cake_hf.stores.wrappers import GateStore
 from families import family_model
 from forwards import meeting_at
 from models import CHUNK, prompt
+from naming import given
 from stored import filled_store, without
 
 CHUNKS = 6
@@ -52,7 +53,7 @@ class Verdict:
 def generate(model: Any, cache: Any, ids: torch.Tensor = IDS, **options: Any) -> Run:
     """Greedy generation of NEW_TOKENS tokens with that cache."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    result = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+    result = model.generate(ids, **given(cache), return_dict_in_generate=True, output_logits=True, **options)
     return Run(result.sequences, torch.stack(result.logits), content(cache))
 
 

@@ -16,7 +16,7 @@ import cake_hf
 SOURCE = Path(cake_hf.__path__[0])
 GAP = "..."
 LOGGED = {"warning", "error", "exception", "critical"}
-RAISED = {"CakeError", "StoreError", "UnsupportedModel", "ForeignModel", "DeadlineExceeded"}
+RAISED = {"CakeError", "StoreError", "UnsupportedModel", "ForeignModel", "UnfitImages", "DeadlineExceeded"}
 NAMES_WHAT_FAILED = {"_faults", "tell"}
 """Called with the begin of a message, to which the cause is added."""
 NOT_FOR_USERS = ("people/bench", "people/demo", "stores/wrappers.py", "testing")

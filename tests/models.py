@@ -21,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from naming import cache_of, given
+
 torch.set_num_threads(1)  # models this small are slower on more threads, and far slower on a busy machine
 
 CHUNK = 16
@@ -86,9 +88,9 @@ def run(model: torch.nn.Module, ids: torch.Tensor, cache: Any, **options: Any) -
     """Greedy generation of NEW_TOKENS tokens with that cache."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, **options}
     result = model.generate(
-        ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
+        ids, **given(cache), return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
     )
-    layers = result.past_key_values.layers
+    layers = cache_of(result).layers
     return Outcome(
         result.sequences,
         torch.stack(result.logits),
@@ -118,7 +120,7 @@ def run_ahead(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) ->
         for start in range(past, ids.shape[1] - CHUNK, CHUNK):
             end = start + CHUNK
             mask = torch.ones_like(ids[:, :end])
-            model(ids[:, start:end], attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+            model(ids[:, start:end], attention_mask=mask, **given(cache), logits_to_keep=1)
 
 
 def difference(one: Outcome, other: Outcome) -> str:

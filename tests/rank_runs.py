@@ -31,6 +31,7 @@ from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import parse_header
 from families import family_model
 from models import CHUNK, Outcome, build, difference, oracle, prompt, run
+from naming import given
 from stored import filled_store, without
 
 RANK, FOLDER, SIZE = int(sys.argv[1]), Path(sys.argv[2]), 2
@@ -163,7 +164,7 @@ def case_a_batch() -> Any:
     ids, store = torch.cat([prompt(), prompt().flip(1)]), filled(LLAMA)
     options = {**FEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with CakeCache(LLAMA, with_faults(store, "flip", 4) if RANK else store, chunk_size=CHUNK, strategy="load") as used:
-        tokens = LLAMA.generate(ids, past_key_values=used, **options)
+        tokens = LLAMA.generate(ids, **given(used), **options)
     return torch.equal(tokens, LLAMA.generate(ids, **options)), used.report.chunks_loaded
 
 

@@ -14,6 +14,7 @@ import transformers
 
 import cake_hf
 from cake_hf import Report
+from naming import in_this_version
 
 MODEL = Path(cake_hf.__file__).parent / "assets" / "recall-tiny"
 DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 100
@@ -50,4 +51,4 @@ def reader(home: Path) -> Iterator[None]:
 def run(blocks: Iterable[str], name: str, scope: dict[str, Any]) -> None:
     """Run blocks one after the other, in one scope; `name` is for tracebacks."""
     for block in blocks:
-        exec(compile(block, name, "exec"), scope)
+        exec(compile(in_this_version(block), name, "exec"), scope)

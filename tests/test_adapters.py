@@ -15,6 +15,7 @@ from cake_hf import CakeCache, MemoryStore
 from cake_hf.tensors.fingerprint import weights_digest
 from cake_hf.tensors.weights import unknown_weights
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run
+from naming import given
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -93,7 +94,7 @@ def test_a_batch_with_an_adapter() -> None:
     plain = model.generate(input_ids=inputs, **options)
     for turn in range(2):
         with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as used:
-            assert torch.equal(model.generate(input_ids=inputs, past_key_values=used, **options), plain)
+            assert torch.equal(model.generate(input_ids=inputs, **given(used), **options), plain)
             assert used.report.chunks_loaded == turn * 2 * CHUNKS
 
 
@@ -106,9 +107,7 @@ def test_adapters_chosen_row_by_row_are_computed() -> None:
     for ids, names in ((prompt(), ["second"]), (prompt().repeat(2, 1), ["first", "second"])):
         plain = model.generate(input_ids=ids, adapter_names=names, **options)
         with CakeCache(model, store, chunk_size=CHUNK) as used:
-            assert torch.equal(
-                model.generate(input_ids=ids, adapter_names=names, past_key_values=used, **options), plain
-            )
+            assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **given(used), **options), plain)
             assert "chosen by the row" in used.report.reason
     assert sorted(store.keys()) == before
     assert found(model, store) == CHUNKS
@@ -123,7 +122,7 @@ def test_learnt_prompts_are_computed() -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = model.generate(input_ids=prompt(), **options)
     with CakeCache(model, store, chunk_size=CHUNK) as used:
-        assert torch.equal(model.generate(input_ids=prompt(), past_key_values=used, **options), plain)
+        assert torch.equal(model.generate(input_ids=prompt(), **given(used), **options), plain)
         assert used.report.reason
     assert list(store.keys()) == []
 

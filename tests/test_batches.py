@@ -19,6 +19,7 @@ from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
 from hanging import no_waiting_for
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
+from naming import cache_of, given
 from waiting import PATIENCE, join_loaders
 
 LENGTHS = (70, 83, 9, 4 * CHUNK, 70, 1, CHUNK + 1)
@@ -52,7 +53,7 @@ def batch() -> dict[str, torch.Tensor]:
 def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], used: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    return model.generate(**inputs, past_key_values=used, return_dict_in_generate=True, output_logits=True, **options)
+    return model.generate(**inputs, **given(used), return_dict_in_generate=True, output_logits=True, **options)
 
 
 def plainly(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -105,11 +106,11 @@ def test_each_rows_chunks_are_those_of_the_row_alone(family: str, dtype: str) ->
             used.prefill(row(number))
             tokens, pad = used.get_seq_length(), width - length
             assert tokens == CHUNKS[number] * CHUNK
-            for layer, own in zip(cold.past_key_values.layers, used.layers, strict=True):
+            for layer, own in zip(cache_of(cold).layers, used.layers, strict=True):
                 if tokens:
                     assert torch.equal(layer.keys[number, :, pad : pad + tokens], own.keys[0])
                     assert torch.equal(layer.values[number, :, pad : pad + tokens], own.values[0])
-    for layer in cold.past_key_values.layers:
+    for layer in cache_of(cold).layers:
         assert not layer.keys[5, :, : width - CHUNK].any(), "what is masked holds zeros"
         assert layer.keys.isfinite().all()
         assert layer.values.isfinite().all()
@@ -136,7 +137,7 @@ def test_other_rows_in_another_order_change_no_row() -> None:
     model = shared_model("llama")
     used = CakeCache(model, cold_run()[0], chunk_size=CHUNK, save=False)
     generate(model, padded([row(6), row(1)], width=100), used)
-    for layer, first in zip(used.layers, cold_run()[1].past_key_values.layers, strict=True):
+    for layer, first in zip(used.layers, cache_of(cold_run()[1]).layers, strict=True):
         chunks = CHUNKS[1] * CHUNK
         assert torch.equal(layer.keys[1, :, 100 - 83 : 100 - 83 + chunks], first.keys[1, :, :chunks])
     used.close()
@@ -309,13 +310,13 @@ def test_generate_function() -> None:
         eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     assert equal(result, cold)
-    assert result.past_key_values.report.chunks_loaded == DISTINCT
+    assert cache_of(result).report.chunks_loaded == DISTINCT
 
 
 def test_without_padding_or_mask() -> None:
     model, ids = shared_model("llama"), torch.cat([prompt(50, seed=1), prompt(50, seed=2)])
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used, torch.no_grad():
-        logits = model(ids, past_key_values=used, logits_to_keep=1).logits
+        logits = model(ids, **given(used), logits_to_keep=1).logits
         assert used.report.chunks_computed == 2 * 3
     with torch.no_grad():
         plain = model(ids, logits_to_keep=1).logits
@@ -328,7 +329,7 @@ def test_more_logits_than_one(keep: int) -> None:
     inputs = batch()
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used, torch.no_grad():
-        logits = model(**inputs, position_ids=positions, past_key_values=used, logits_to_keep=keep).logits
+        logits = model(**inputs, position_ids=positions, **given(used), logits_to_keep=keep).logits
         assert used.report.chunks_computed
         plain = model(**inputs, position_ids=positions, logits_to_keep=keep).logits
     kept = inputs["attention_mask"][:, -keep:].bool()
@@ -340,8 +341,8 @@ def refused(inputs: dict[str, Any], **more: Any) -> str:
     """The reason why a batch is left as it is; also checks that it is."""
     model = shared_model("llama")
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used, torch.no_grad():
-        result = model(**inputs, **more, past_key_values=used, logits_to_keep=1).logits
-        assert torch.equal(result, model(**inputs, **more, past_key_values=DynamicCache(), logits_to_keep=1).logits)
+        result = model(**inputs, **more, **given(used), logits_to_keep=1).logits
+        assert torch.equal(result, model(**inputs, **more, **given(DynamicCache()), logits_to_keep=1).logits)
         assert used.report.chunks_computed == 0
         return used.report.reason
 

@@ -22,6 +22,7 @@ import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
 from cake_hf.cache.generate import _CACHE_OPTIONS
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, difference, oracle, prompt, run, run_ahead, shared_model
+from naming import cache_of, given
 from stored import filled_store
 from streamed import Collector
 from waiting import await_true
@@ -50,7 +51,7 @@ def both(
         (CakeCache(model, store, chunk_size=CHUNK), {}),
     ):
         torch.manual_seed(seed)
-        results.append(model.generate(ids, past_key_values=cache, **{**QUIET, **options, **more}))
+        results.append(model.generate(ids, **given(cache), **{**QUIET, **options, **more}))
     return results
 
 
@@ -80,18 +81,14 @@ def test_other_modes_give_what_dynamic_cache_gives(model: torch.nn.Module, store
     expected = model.generate(prompt(), max_new_tokens=10, **QUIET, **options)
     torch.manual_seed(0)
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        assert torch.equal(
-            model.generate(prompt(), past_key_values=cache, max_new_tokens=10, **QUIET, **options), expected
-        )
+        assert torch.equal(model.generate(prompt(), **given(cache), max_new_tokens=10, **QUIET, **options), expected)
         assert cache.report.chunks_loaded + cache.report.chunks_computed == CHUNKS
 
 
 def test_streaming(model: torch.nn.Module, store: MemoryStore) -> None:
     streamed = Collector()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        tokens = model.generate(
-            prompt(), past_key_values=cache, streamer=streamed, max_new_tokens=6, do_sample=False, **QUIET
-        )
+        tokens = model.generate(prompt(), **given(cache), streamer=streamed, max_new_tokens=6, do_sample=False, **QUIET)
     assert streamed.tokens == [*tokens[0].tolist(), -1]
 
 
@@ -110,7 +107,7 @@ def test_generate_function_returns_what_generate_returns(model: torch.nn.Module,
             output_logits=True, return_dict_in_generate=True, **QUIET, **({} if inputs else {"input_ids": prompt()}),
         )  # fmt: skip
         assert torch.equal(torch.stack(result.logits), expected.logits)
-        assert result.past_key_values.report.chunks_loaded == CHUNKS
+        assert cache_of(result).report.chunks_loaded == CHUNKS
     plain = cake_hf.generate(model, prompt(), store=store, chunk_size=CHUNK, max_new_tokens=3, do_sample=False, **QUIET)
     assert torch.equal(plain, expected.tokens[:, : plain.shape[1]])
 
@@ -137,7 +134,7 @@ def test_generate_function_serves_models_without_logits_to_keep(
         model, prompt(), store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=8, do_sample=False,
         return_dict_in_generate=True, **QUIET,
     )  # fmt: skip
-    assert result.past_key_values.report.chunks_loaded == CHUNKS
+    assert cache_of(result).report.chunks_loaded == CHUNKS
     monkeypatch.undo()
     assert torch.equal(result.sequences, oracle(model, prompt(), max_new_tokens=8).tokens)
 
@@ -170,12 +167,12 @@ def test_an_interrupted_forward_does_not_lower_the_guard(model: torch.nn.Module,
         cache.reset()
         run(model, prompt(CHUNK - 3), cache)
         with pytest.raises(ForeignModel), torch.no_grad():
-            build("llama", seed=7)(prompt(3), past_key_values=cache)
+            build("llama", seed=7)(prompt(3), **given(cache))
 
 
 def test_generate_function_refuses_a_cache(model: torch.nn.Module, store: MemoryStore) -> None:
     with pytest.raises(ValueError, match="makes its own cache"):
-        cake_hf.generate(model, prompt(), store=store, past_key_values=DynamicCache())
+        cake_hf.generate(model, prompt(), store=store, **given(DynamicCache()))
 
 
 @pytest.mark.parametrize("more", [5, CHUNK - 1, CHUNK, 3 * CHUNK + 4])
@@ -204,7 +201,7 @@ def test_second_turn(family: str, more: int) -> None:
 def go_on_to(cache: CakeCache, model: torch.nn.Module, ids: torch.Tensor, end: int) -> bool:
     """Run the tokens up to there; returns whether the KV lies by token then, or else by head."""
     with torch.no_grad():
-        model(input_ids=ids[:, cache.get_seq_length() : end], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=ids[:, cache.get_seq_length() : end], **given(cache), logits_to_keep=1)
     return bool(cache.layers[0].keys.transpose(1, 2).is_contiguous())
 
 
@@ -263,7 +260,7 @@ def test_cropped_and_refilled_by_decoding_it_saves_nothing(model: torch.nn.Modul
         cache.crop(3 * CHUNK - 2 - cache.get_seq_length())
         with torch.no_grad():
             for token in prompt()[0, 3 * CHUNK - 2 : 3 * CHUNK]:
-                model(token.view(1, 1), past_key_values=cache)
+                model(token.view(1, 1), **given(cache))
         assert cache.get_seq_length() == 3 * CHUNK
         longer = torch.cat([prompt()[:, : 3 * CHUNK], prompt(2 * CHUNK, seed=5)], dim=1)
         run(model, longer, cache)
@@ -354,9 +351,9 @@ def test_a_closed_cache_is_a_plain_cache(model: torch.nn.Module, store: MemorySt
 
 def test_a_call_that_wants_all_logits_is_left_alone(model: torch.nn.Module, store: MemoryStore) -> None:
     with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
-        logits = model(prompt(), past_key_values=cache).logits
+        logits = model(prompt(), **given(cache)).logits
         assert "logits of all tokens" in cache.report.reason
-        assert torch.equal(logits, model(prompt(), past_key_values=DynamicCache(config=model.config)).logits)
+        assert torch.equal(logits, model(prompt(), **given(DynamicCache(config=model.config))).logits)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +367,7 @@ def test_a_call_that_wants_all_logits_is_left_alone(model: torch.nn.Module, stor
 def test_what_is_computed_plainly_and_why(model: torch.nn.Module, arguments: dict, reason: str) -> None:
     options = {**QUIET, **arguments, "max_new_tokens": 5, "do_sample": False}
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-        result = model.generate(past_key_values=cache, **options)
+        result = model.generate(**given(cache), **options)
         assert reason in cache.report.reason
         assert reason in str(cache.report)
     assert torch.equal(result, model.generate(**options))
@@ -396,7 +393,7 @@ def test_a_layer_kind_that_nobody_knows_is_computed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", SinkLayer)
     model, store = build("llama"), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        result = model.generate(prompt(), past_key_values=cache, max_new_tokens=8, do_sample=False, **QUIET)
+        result = model.generate(prompt(), **given(cache), max_new_tokens=8, do_sample=False, **QUIET)
         assert "SinkLayer" in cache.report.reason
     assert torch.equal(result, model.generate(prompt(), max_new_tokens=8, do_sample=False, **QUIET))
     assert list(store.keys()) == []
@@ -406,15 +403,15 @@ def test_another_models_cache_is_refused(model: torch.nn.Module) -> None:
     other = build("llama", seed=7)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         with pytest.raises(ForeignModel, match="make a CakeCache for each model"):
-            other.generate(prompt(), past_key_values=cache, max_new_tokens=2, **QUIET)
+            other.generate(prompt(), **given(cache), max_new_tokens=2, **QUIET)
         with CakeCache(other, MemoryStore()), pytest.raises(ForeignModel):
-            other.generate(prompt(), past_key_values=cache, max_new_tokens=2, **QUIET)
+            other.generate(prompt(), **given(cache), max_new_tokens=2, **QUIET)
         assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
 
 
 def test_the_decoder_alone_may_use_the_cache(model: torch.nn.Module) -> None:
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
-        model.model(prompt(), past_key_values=cache)
+        model.model(prompt(), **given(cache))
         assert cache.get_seq_length() == prompt().shape[1]
 
 
@@ -433,7 +430,7 @@ def test_models_that_are_refused() -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return input_ids
 
-    with pytest.raises(UnsupportedModel, match="past_key_values"):
+    with pytest.raises(UnsupportedModel, match="takes no cache"):
         CakeCache(Bare(), MemoryStore())
 
 

@@ -40,6 +40,7 @@ from family_runs import (
 from forwards import meeting_at
 from hanging import no_waiting_for
 from models import CHUNK, prompt, run_ahead
+from naming import given
 from stored import filled_store, without
 from test_gated import BadRange
 from waiting import PATIENCE, join_loaders, loaders
@@ -388,8 +389,8 @@ def test_an_indexer_waits_for_its_layer_too(
             settled.set()
         return counts
 
-    def updating(layer: IndexedLayer, *states: torch.Tensor) -> Any:
-        found = update(layer, *states)
+    def updating(layer: IndexedLayer, *states: torch.Tensor, **kwargs: Any) -> Any:
+        found = update(layer, *states, **kwargs)
         gate.open()
         assert settled.wait(60)
         return found
@@ -482,7 +483,7 @@ def test_other_ways_to_generate(family: str, mode: dict[str, Any]) -> None:
         for cache in (DynamicCache(config=model.config), cake):
             torch.manual_seed(3)
             try:
-                results.append(model.generate(IDS, past_key_values=cache, **options).tolist())
+                results.append(model.generate(IDS, **given(cache), **options).tolist())
             except (ValueError, RuntimeError, AttributeError) as error:
                 results.append(str(error))
     assert results[0] == results[1]

@@ -14,6 +14,8 @@ import pytest
 import torch
 from nbformat.v4 import new_output
 
+from naming import in_this_version
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
 
@@ -47,7 +49,9 @@ def test_the_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Its assertions are about the answers; the pictures are written for those who see no notebook."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    scope = runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    script = tmp_path / f"{name}.py"
+    script.write_text(in_this_version((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")), encoding="utf-8")
+    scope = runpy.run_path(str(script), run_name="__main__")
     for value in scope.values():
         if hasattr(value, "cleanup"):
             value.cleanup()

@@ -17,7 +17,7 @@ LIBRARIES = {
     "arithmetic": set(),
     "tensors": {"torch", "numpy", "safetensors", "xxhash"},
     "movers": {"torch", "numpy"},
-    "cache": {"torch", "numpy", "transformers"},
+    "cache": {"torch", "numpy", "transformers", "packaging"},
 }
 """What each floor may import besides the standard library. Each store has a client library of its own; see below."""
 

@@ -22,6 +22,7 @@ from cake_hf.stores.wrappers import GateStore, WrapperStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model
+from naming import given
 from stored import filled_store, keys_in_order
 from waiting import PATIENCE, join_loaders
 
@@ -172,7 +173,7 @@ def test_a_second_turn_is_gated_too(strategy: str) -> None:
     gate = GateStore(store, ranges=True)
     gate.open(2 + LAYERS)  # the first turn: two chunks before its last piece, which is a whole one
     with cache_of(model, gate, strategy) as warm:
-        model.generate(first, past_key_values=warm, max_new_tokens=1, do_sample=False)
+        model.generate(first, **given(warm), max_new_tokens=1, do_sample=False)
         gate.open()
         outcome = run(model, whole, warm)
         assert warm.report.chunks_loaded == CHUNKS - 3
@@ -222,7 +223,7 @@ def test_a_wrong_layer_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
         head = model.get_output_embeddings()  # it comes when all layers are through
         with torch.no_grad(), before_layers(model, spoil), before_forward(head, lambda _: gate.open()):
-            logits = model(input_ids=prompt(), past_key_values=warm, logits_to_keep=1).logits
+            logits = model(input_ids=prompt(), **given(warm), logits_to_keep=1).logits
     assert not torch.equal(logits[:, -1], expected("llama", "float32").logits[0])
 
 

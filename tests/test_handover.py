@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cake_hf import CakeCache, CakeError, MemoryStore
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from naming import NAME, given
 from stored import filled_store
 
 OPTIONS = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -43,7 +44,7 @@ def chunked_prefix(model: torch.nn.Module) -> DynamicCache:
     used = DynamicCache(config=model.config)
     with torch.no_grad():
         for piece in prompt()[:, : CHUNKS * CHUNK].split(CHUNK, dim=1):
-            model(piece, past_key_values=used)
+            model(piece, **given(used))
     return used
 
 
@@ -86,7 +87,7 @@ def test_to_static_cache_gives_the_same_tokens() -> None:
     for layer, plain in zip(static.layers, chunked_prefix(model).layers, strict=True):
         assert torch.equal(layer.keys[:, :, : CHUNKS * CHUNK], plain.keys)
         assert torch.equal(layer.values[:, :, : CHUNKS * CHUNK], plain.values)
-    assert torch.equal(model.generate(prompt(), past_key_values=static, **OPTIONS), model.generate(prompt(), **OPTIONS))
+    assert torch.equal(model.generate(prompt(), **given(static), **OPTIONS), model.generate(prompt(), **OPTIONS))
 
 
 def test_a_static_cache_is_filled_again() -> None:
@@ -95,12 +96,12 @@ def test_a_static_cache_is_filled_again() -> None:
     with restored() as used:
         static = used.to_static_cache(max_cache_len=CHUNKS * CHUNK + 40)
         places = [layer.keys.data_ptr() for layer in static.layers]
-        model.generate(prompt(), past_key_values=static, **OPTIONS)
+        model.generate(prompt(), **given(static), **OPTIONS)
         used.reset()
         used.prefill(other)
         assert used.to_static_cache(into=static) is static
         assert [layer.keys.data_ptr() for layer in static.layers] == places
-        assert torch.equal(model.generate(other, past_key_values=static, **OPTIONS), model.generate(other, **OPTIONS))
+        assert torch.equal(model.generate(other, **given(static), **OPTIONS), model.generate(other, **OPTIONS))
         used.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match="made for 1"):
             used.to_static_cache(into=static)
@@ -129,7 +130,7 @@ def test_compiled_decoding_is_compiled_once_for_all_prompts() -> None:
             with CakeCache(model, store, chunk_size=CHUNK) as used:
                 used.prefill(ids)
                 static = used.to_static_cache(128, into=static)
-            found = model.generate(ids, past_key_values=static, compile_config=compiled, **OPTIONS)
+            found = model.generate(ids, **given(static), compile_config=compiled, **OPTIONS)
             assert torch.equal(found, model.generate(ids, **OPTIONS))
     assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
@@ -153,8 +154,8 @@ def test_to_quantized_cache(backend: str) -> None:
     expected = QuantizedCache(backend, model.config)
     for number, layer in enumerate(chunked_prefix(model).layers):
         expected.update(layer.keys, layer.values, number)
-    found = model.generate(prompt(), past_key_values=quantized, **OPTIONS)
-    assert torch.equal(found, model.generate(prompt(), past_key_values=expected, **OPTIONS))
+    found = model.generate(prompt(), **given(quantized), **OPTIONS)
+    assert torch.equal(found, model.generate(prompt(), **given(expected), **OPTIONS))
 
 
 # kvpress 0.5.5 asks for transformers below 5.3, and its hooks for an argument that models are no longer given. So what its
@@ -172,7 +173,7 @@ def pressing(model: Any, kept: int) -> Iterator[None]:
     """A press at work: a hook on each attention, which shortens what the cache's layer holds once the attention is through."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        press(kwargs["past_key_values"].layers[module.layer_idx], kept)
+        press(kwargs[NAME].layers[module.layer_idx], kept)
 
     handles = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
     try:
@@ -190,7 +191,7 @@ def test_a_pressed_cache_goes_on() -> None:
             for layer in pressed.layers:
                 press(layer, 60)
             with torch.no_grad():
-                results.append(model(prompt(9, seed=6), past_key_values=pressed).logits)
+                results.append(model(prompt(9, seed=6), **given(pressed)).logits)
             assert pressed.get_seq_length() == 69
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -201,9 +202,9 @@ def test_a_press_works_in_a_forward_behind_a_restored_prompt() -> None:
     with restored() as used, torch.no_grad():
         for pressed in (chunked_prefix(model), used.to_dynamic_cache(), used):
             with pressing(model, 50):
-                model(prompt(9, seed=6), past_key_values=pressed)
+                model(prompt(9, seed=6), **given(pressed))
             assert pressed.get_seq_length() == 50
-            results.append([model(prompt(1, seed=seed), past_key_values=pressed).logits for seed in range(3)])
+            results.append([model(prompt(1, seed=seed), **given(pressed)).logits for seed in range(3)])
     for other in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
@@ -213,7 +214,7 @@ def test_a_press_while_a_prompt_is_restored_is_refused() -> None:
     model, store = shared_model("llama"), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as used:
         with pressing(model, 10), pytest.raises(CakeError, match="use a DynamicCache together with it"):
-            model.generate(prompt(), past_key_values=used, **OPTIONS)
+            model.generate(prompt(), **given(used), **OPTIONS)
         assert used.get_seq_length() == 0
         assert used.flush(60)
         assert list(store.keys()) == []
@@ -229,17 +230,17 @@ def test_windows_are_handed_over_as_they_are() -> None:
     )  # fmt: skip
     model = MistralForCausalLM(config).eval()
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used:
-        first = model.generate(prompt(), past_key_values=used, **OPTIONS)
+        first = model.generate(prompt(), **given(used), **OPTIONS)
         with pytest.raises(CakeError, match="to_dynamic_cache"):
             used.to_static_cache(max_cache_len=400)
         with pytest.raises(CakeError, match="to_dynamic_cache"):
             used.to_quantized_cache("fp8")
-        found = model.generate(first, past_key_values=used.to_dynamic_cache(), **OPTIONS)
-        assert torch.equal(found, model.generate(first, past_key_values=used, **OPTIONS))
+        found = model.generate(first, **given(used.to_dynamic_cache()), **OPTIONS)
+        assert torch.equal(found, model.generate(first, **given(used), **OPTIONS))
 
 
 def test_a_handed_over_cache_knows_no_model() -> None:
     """Another model may use it, as with any `DynamicCache`; the `CakeCache` itself refuses."""
     other = build("llama", seed=9)
     with restored() as used, torch.no_grad():
-        other(prompt(5), past_key_values=used.to_dynamic_cache())
+        other(prompt(5), **given(used.to_dynamic_cache()))

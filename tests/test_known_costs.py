@@ -18,6 +18,7 @@ from cake_hf.people import known_costs
 from cake_hf.people.cli import app
 from cake_hf.people.known_costs import Wanted, measure, remembered
 from cake_hf.people.models import RECALL_TINY, load_model
+from naming import NAME
 from waiting import PATIENCE
 
 pytest_plugins = ["one_thread"]
@@ -145,7 +146,7 @@ def test_the_last_chunk_is_measured_where_it_stands() -> None:
     model = load_model(str(RECALL_TINY), device="cpu")
 
     def noted(module: torch.nn.Module, args: object, kwargs: dict[str, object]) -> None:
-        cache = kwargs["past_key_values"]
+        cache = kwargs[NAME]
         if not isinstance(cache, CakeCache) and cache.get_seq_length():  # type: ignore[attr-defined]
             contexts.append(cache.get_seq_length())  # type: ignore[attr-defined]
 

@@ -33,6 +33,7 @@ from transformers import (
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.people.models import RECALL_TINY
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, run_ahead, shared_model
+from naming import given
 from streamed import Collector
 
 ALL = ["llama", "gemma3", "qwen3_next"]
@@ -105,7 +106,7 @@ def generate(model: torch.nn.Module, used: Any, **options: Any) -> Any:
         options = {**options, "assistant_model": assistant(type(model))}
     torch.manual_seed(0)
     options = {**QUIET, "max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
-    return model.generate(prompt(), past_key_values=used, return_dict_in_generate=True, output_logits=True, **options)
+    return model.generate(prompt(), **given(used), return_dict_in_generate=True, output_logits=True, **options)
 
 
 @cache
@@ -205,10 +206,10 @@ def test_embeddings_are_computed(family: str) -> None:
     model = model_of(family)
     embeddings = model.get_input_embeddings()(prompt()).detach()
     options = {**QUIET, "inputs_embeds": embeddings, "max_new_tokens": 6, "do_sample": False}
-    plain = model.generate(**options, past_key_values=DynamicCache(config=model.config))
+    plain = model.generate(**options, **given(DynamicCache(config=model.config)))
     for ids in ({}, {"input_ids": prompt()[:, :0]}):
         with CakeCache(model, saved(family), chunk_size=CHUNK) as used:
-            assert torch.equal(model.generate(**ids, **options, past_key_values=used), plain)
+            assert torch.equal(model.generate(**ids, **options, **given(used)), plain)
             assert "embeddings" in used.report.reason
 
 
@@ -252,7 +253,7 @@ def test_a_streamer_in_another_thread() -> None:
     expected = text_model().generate(**inputs, max_new_tokens=8, do_sample=False)
     streamer = TextIteratorStreamer(tokenizer(), skip_prompt=True, timeout=60)
     with CakeCache(text_model(), MemoryStore(), chunk_size=CHUNK) as used:
-        options = {**inputs, "past_key_values": used, "streamer": streamer, "max_new_tokens": 8, "do_sample": False}
+        options = {**inputs, **given(used), "streamer": streamer, "max_new_tokens": 8, "do_sample": False}
         thread = threading.Thread(target=text_model().generate, kwargs=options)
         thread.start()
         text = "".join(streamer)
@@ -261,14 +262,14 @@ def test_a_streamer_in_another_thread() -> None:
 
 
 def test_pipeline() -> None:
-    """The text-generation pipeline hands `past_key_values` on to `generate`."""
+    """The text-generation pipeline hands the cache on to `generate`."""
     pipe = pipeline("text-generation", model=text_model(), tokenizer=tokenizer())
     options = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     plain = pipe(TEXT, **options)
     store = MemoryStore()
     for turn in range(2):
         with CakeCache(text_model(), store, chunk_size=CHUNK, strategy="load") as used:
-            assert pipe(TEXT, past_key_values=used, **options) == plain
+            assert pipe(TEXT, **given(used), **options) == plain
             assert bool(used.report.chunks_loaded) == bool(turn)
 
 
@@ -283,7 +284,7 @@ def test_pipeline_with_a_batch() -> None:
     store = MemoryStore()
     for turn in range(2):
         with CakeCache(text_model(), store, chunk_size=CHUNK, strategy="load") as used:
-            assert pipe(texts, past_key_values=used, **options) == plain
+            assert pipe(texts, **given(used), **options) == plain
             assert used.report.batch == 2
             assert bool(used.report.chunks_loaded) == bool(turn)
 
@@ -299,7 +300,7 @@ def ask(store: Any, turns: int) -> list[Report]:
         )
         start = inputs["input_ids"].shape[1]
         with CakeCache(text_model(), store, chunk_size=CHUNK, strategy="load") as used:
-            output = text_model().generate(**inputs, past_key_values=used, max_new_tokens=24, do_sample=False)
+            output = text_model().generate(**inputs, **given(used), max_new_tokens=24, do_sample=False)
             reports.append(used.report)
         plain = text_model().generate(**inputs, max_new_tokens=24, do_sample=False)
         assert torch.equal(output, plain)
@@ -353,7 +354,7 @@ def test_chat_with_one_cache_that_is_kept() -> None:
             ids = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=used,
+                **given(used),
                 max_new_tokens=9,
                 do_sample=False,
             )

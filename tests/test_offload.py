@@ -26,6 +26,7 @@ from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import Offloaded, devices_of, home_device, where_computed
 from families import family_model
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
+from naming import given
 from stored import filled_store
 
 Offload = Callable[[Any, Path], Any]
@@ -232,12 +233,12 @@ def test_as_a_new_user_writes_it(offload: Offload, tmp_path: Path) -> None:
     plain = model.generate(**inputs, **options)
     for turn in range(2):
         with CakeCache(model, tmp_path / "kv", chunk_size=CHUNK) as cache:
-            assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), plain)
+            assert torch.equal(model.generate(**inputs, **options, **given(cache)), plain)
             assert (cache.report.chunks_missed, cache.report.reason == "") == (CHUNKS * (turn == 0), turn == 1)
     assert torch.equal(cake_hf.generate(model, **inputs, **options, store=tmp_path / "kv", chunk_size=CHUNK), plain)
     batch = {name: torch.cat([one, one.flip(1)]) for name, one in inputs.items()}
     with CakeCache(model, tmp_path / "kv", chunk_size=CHUNK, strategy="load") as cache:
-        tokens = model.generate(**batch, **options, past_key_values=cache)
+        tokens = model.generate(**batch, **options, **given(cache))
         assert torch.equal(tokens, model.generate(**batch, **options))
         assert cache.report.chunks_loaded == CHUNKS
 

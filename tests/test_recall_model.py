@@ -18,6 +18,7 @@ from cake_hf.tensors.layout import ChunkLayout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from eval_recall import accuracy
+from naming import given
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_wrong_kv_shows_as_a_wrong_answer(model: Any, tokenizer: Any) -> None:
 
     def answer(name: str) -> str:
         with CakeCache(model, stores[name], chunk_size=64, strategy="load") as cache:
-            tokens = model.generate(ids[name], past_key_values=cache, max_new_tokens=1)
+            tokens = model.generate(ids[name], **given(cache), max_new_tokens=1)
             return str(tokenizer.decode(tokens[0, -1]))
 
     assert [answer("true"), answer("false")] == [fact.answer, other.answer]

@@ -22,6 +22,7 @@ from cake_hf.cache.images import UnreadImages
 from cake_hf.cache.vision import look_at
 from family_runs import Run, Verdict, difference
 from models import CHUNK
+from naming import given
 from test_gated import BadRange
 from vision_models import (
     MAIN,
@@ -296,10 +297,10 @@ def in_uncut_pieces(family: str, inputs: Inputs, chunks: int) -> torch.Tensor:
     with torch.no_grad():
         for chunk in range(chunks):
             end = (chunk + 1) * CHUNK
-            model(input_ids=ids[:, end - CHUNK : end], past_key_values=cache, token_type_ids=types[:, :end])
+            model(input_ids=ids[:, end - CHUNK : end], **given(cache), token_type_ids=types[:, :end])
         result = model(
             input_ids=ids[:, chunks * CHUNK :],
-            past_key_values=cache,
+            **given(cache),
             token_type_ids=types,
             mm_encoder_outputs=features,
             logits_to_keep=1,
@@ -481,7 +482,7 @@ def test_positions_that_follow_from_images_are_not_guessed() -> None:
         model.model.rope_deltas = None
         cache = make()
         with torch.no_grad():
-            logits.append(model(**inputs, past_key_values=cache, logits_to_keep=1).logits)
+            logits.append(model(**inputs, **given(cache), logits_to_keep=1).logits)
         if isinstance(cache, CakeCache):
             assert "the positions of tokens follow from the images" in cache.report.reason
     assert torch.equal(*logits)
@@ -491,7 +492,7 @@ def test_positions_that_follow_from_images_are_not_guessed() -> None:
 def test_pixels_may_come_straight_to_the_model(family: str) -> None:
     model, inputs = vision_model(family), standard(family)
     with CakeCache(model, filled(family), chunk_size=CHUNK, strategy="load") as cache, torch.no_grad():
-        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(**inputs, **given(cache), logits_to_keep=1).logits
     assert cache.report.chunks_loaded == CHUNKS
     assert torch.equal(logits[:, -1], expected(family).logits[0])
 
@@ -507,7 +508,7 @@ def test_a_prompt_of_text_is_not_numbered_by_the_images_before(family: str) -> N
     assert model.model.rope_deltas.item() != 0
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         with torch.no_grad():
-            model(text["input_ids"], past_key_values=cache, logits_to_keep=1)
+            model(text["input_ids"], **given(cache), logits_to_keep=1)
         assert "numbered" in cache.report.reason or "number the tokens" in cache.report.reason
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         cache.prefill(text["input_ids"])

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from cake_hf.cache.compat import named_for
 from cake_hf.people.haystack import Fact, hide, make_facts, question, real_text
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -38,11 +39,12 @@ def make_context(tokenizer: PreTrainedTokenizerBase, filler: str, length: int, s
 def count_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, facts: Sequence[Fact]) -> int:
     """How many facts the model recalls, each question asked right after the same context."""
     ids = tokenizer(context, add_special_tokens=False, return_tensors="pt").input_ids
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = DynamicCache(config=model.config)
+    model(ids, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
     right = 0
     for fact in facts:
         asked = tokenizer(question(fact.key), add_special_tokens=False, return_tensors="pt").input_ids
-        logits = model(asked, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=1).logits
+        logits = model(asked, use_cache=True, logits_to_keep=1, **named_for(model.forward, copy.deepcopy(cache))).logits
         right += tokenizer.decode(logits[0, -1].argmax()) == fact.answer
     return right
 

@@ -1,7 +1,7 @@
 """cake_hf: a drop-in HuggingFace `Cache` that keeps the KV of long prompts and brings it back as fast as it can.
 
 cache = CakeCache(model, store="~/.cache/cake_hf")
-model.generate(**inputs, past_key_values=cache)
+model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ class DeadlineExceeded(StoreError):
 
 
 class UnsupportedModel(CakeError):
-    """A model that no KV cache of ours can serve at all (meta device, encoder-decoder, no `past_key_values`)."""
+    """A model that no KV cache of ours can serve at all (meta device, encoder-decoder, a forward without a cache)."""
+
+
+class UnfitImages(CakeError, ValueError):
+    """A prompt has places for more or fewer image tokens than its images give."""
 
 
 class ForeignModel(CakeError):

@@ -28,7 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from enum import Enum
+from enum import Enum, StrEnum
 from types import TracebackType
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class Outcome(Enum):
     LATE = "late"
 
 
-class Strategy(str, Enum):
+class Strategy(StrEnum):
     """Which sides take part. BOTH is Cake; the other two are the single methods it is measured against."""
 
     BOTH = "both"

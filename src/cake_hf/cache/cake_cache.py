@@ -17,8 +17,9 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
 from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
+from cake_hf.cache.selfcheck import checked_layers
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import refuse_unusable, resolve_model
 from cake_hf.cache.vision import forget_numbering
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
@@ -29,7 +30,7 @@ class CakeCache(RestoringCache):
     """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
 
         cache = CakeCache(model, store="~/.cache/cake_hf")
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
     When the model is called with a prompt and this cache, the prompt's full chunks are restored: computed from the front
     while background threads load from the back, until they meet. Chunks that were computed are saved in the background.
@@ -54,7 +55,7 @@ class CakeCache(RestoringCache):
         report: what happened to the last prompt.
 
     Raises:
-        UnsupportedModel: the model is on the meta device, an encoder-decoder, or takes no `past_key_values`.
+        UnsupportedModel: the model is on the meta device, an encoder-decoder, or its forward takes no cache.
         StoreError: no store is named, it cannot be opened, or not be written to while `save` is set.
         ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
     """
@@ -76,6 +77,7 @@ class CakeCache(RestoringCache):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
         model = resolve_model(model)
         refuse_unusable(model)
+        layers, reason = checked_layers(model)
         session = Session(
             model,
             store,
@@ -87,12 +89,11 @@ class CakeCache(RestoringCache):
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
         )
-        layers = layers_for(model)
-        super().__init__(session, layers, model_reason(model, layers))
+        super().__init__(session, layers, reason)
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
-        return f"CakeCache({state}{type(self._session.model).__name__}, {self.get_seq_length()} tokens, {self.store!r})"
+        return f"CakeCache({state}{type(self._session.model).__name__}, {self._length()} tokens, {self.store!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CakeCache:
         """A cache with its own KV, on the same model, store and writer."""
@@ -142,7 +143,7 @@ class CakeCache(RestoringCache):
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
         self._prefilled = None
-        if not self.get_seq_length():
+        if not self._length():
             self.reset()
             forget_numbering(self._session.model)
         prompt = self._prefill(input_ids, 0 if whole else 1, progress or no_progress)

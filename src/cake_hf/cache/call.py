@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from cake_hf.cache.compat import named_for, parameters_of
 from cake_hf.cache.vision import Vision, look_at
 
 _UNDERSTOOD = {
@@ -16,7 +17,6 @@ _UNDERSTOOD = {
     "attention_mask",
     "position_ids",
     "cache_position",
-    "past_key_values",
     "use_cache",
     "logits_to_keep",
     "return_dict",
@@ -24,9 +24,6 @@ _UNDERSTOOD = {
     "output_hidden_states",
 }
 """Arguments whose meaning for a chunk is known. Any other one that is set might change the KV."""
-
-_PASSED_THROUGH = {"return_dict", "use_cache"}
-"""Arguments that transformers' decorators take where the forward itself does not name them."""
 
 _LAST_CHUNK_ONLY = {"output_attentions", "output_hidden_states"}
 
@@ -36,25 +33,50 @@ class ForwardCall:
     """The arguments of a forward by name.
 
     Attributes:
-        arguments: as given by the caller, positional ones named.
+        arguments: as given by the caller, positional ones named, without the cache.
         past: tokens in the cache before the call.
+        cache: the cache, under the name by which the forward takes it.
+        accepts: names of the forward's parameters.
+        for_kv: nobody looks at the logits of the call.
         vision: what the call of a vision-language model brings beside its ids; None of other models.
     """
 
     arguments: dict[str, Any]
     past: int
+    cache: Mapping[str, Any] = field(repr=False)
     accepts: frozenset[str] = field(repr=False)
+    for_kv: bool = False
     vision: Vision | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(cls, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int) -> ForwardCall:
-        """Name the positional arguments."""
-        parameters = inspect.signature(model.forward).parameters
-        named = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    def parse(
+        cls,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: Any,
+        past: int,
+        *,
+        for_kv: bool = False,
+    ) -> ForwardCall:
+        """Name the positional arguments, and tell the cache from the others.
+
+        Args:
+            model: whose forward is called.
+            args: positional arguments of the call.
+            kwargs: named ones.
+            cache: which of all these is the cache.
+            past: tokens in it.
+            for_kv: see the attribute.
+        """
+        named = _named(model.forward, args, kwargs)
+        given_as = next((name for name, value in named.items() if value is cache), "")
+        named = {name: value for name, value in named.items() if value is not cache}
         if named.get("mm_encoder_outputs") == {}:
             del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
-        accepts = frozenset(parameters)
-        return cls(named, past, accepts, look_at(model, named, past, accepts))
+        accepts = frozenset(parameters_of(model.forward))
+        taken = named_for(model.forward, cache, given_as)
+        return cls(named, past, taken, accepts, for_kv, look_at(model, named, past, accepts))
 
     @property
     def ids(self) -> torch.Tensor:
@@ -105,7 +127,7 @@ class ForwardCall:
         ids, keep = a.get("input_ids"), a.get("logits_to_keep")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return "the prompt is given as embeddings, not as token ids"
-        if not isinstance(keep, int) or keep < 1:
+        if not self.for_kv and (not isinstance(keep, int) or keep < 1):
             return "the caller wants the logits of all tokens"
         understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
         if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
@@ -130,13 +152,16 @@ class ForwardCall:
                 piece[name] = piece[name][..., start:end]
         if piece.get("attention_mask") is not None:
             piece["attention_mask"] = piece["attention_mask"][:, : self.past + end]
-        return piece if self.vision is None else self.vision.piece(piece, start, end)
+        if self.vision is not None:
+            piece = self.vision.piece(piece, start, end)
+        return {**piece, **self.cache}
 
     def chunk(self, start: int, end: int) -> dict[str, Any]:
         """Arguments of a forward that is run for its KV alone."""
         piece = {name: value for name, value in self.piece(start, end).items() if name not in _LAST_CHUNK_ONLY}
-        piece.update(use_cache=True, logits_to_keep=1)
-        return {name: value for name, value in piece.items() if name in self.accepts or name in _PASSED_THROUGH}
+        if "logits_to_keep" in self.accepts or "logits_to_keep" in piece:
+            piece["logits_to_keep"] = 1
+        return {**piece, "use_cache": True}
 
     def marks(self, size: int) -> list[bytes]:
         """For each full chunk of `size` tokens what its key must cover beside them; empty where that is so for none."""
@@ -180,3 +205,11 @@ class ForwardCall:
         mask = mask.to(positions.device)
         plain = self.past + mask.cumsum(dim=1) - 1
         return bool(((positions == plain) | ~mask).all())
+
+
+def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name; those that it takes by `*args` get numbers, which nothing understands."""
+    parameters = parameters_of(forward).values()
+    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    names += [f"*{number}" for number in range(len(names), len(args))]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,21 +1,162 @@
-"""What differs between the versions of transformers that are supported: the only place that knows.
+"""What differs between the versions of transformers that are supported: the only file that knows.
 
-The oldest is 5.17. Before it, models with an indexer attend to the wrong tokens in every forward that goes on from others.
+Three things change from release to release: what a forward and `generate` call the cache that they are given, which kinds of
+cache layers there are, and what these layers have. All of them are found by looking at what is there, never by version numbers.
+The version number itself only says whether this library was tested with it (`is_untested`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-from transformers import cache_utils
+import transformers
+from packaging.version import Version
+
+OLDEST = "5.0"
+"""The oldest version of transformers that is supported."""
+NEWEST_TESTED = "5.24.0"
+"""The newest version that the test suite has passed with; `requirements/locked.txt` installs it."""
+
+if Version(transformers.__version__) < Version(OLDEST):
+    raise ImportError(
+        f"cake_hf needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: "
+        f"pip install 'transformers>={OLDEST},<6'"
+    )
+
+from transformers import Cache, cache_utils  # noqa: E402  # older ones may have none of these
+
+GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
+"""How a snippet that is printed for people hands a cache over."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What forwards call the cache that they are given: from 5.24 on; before it, and in models from elsewhere."""
+
+T = TypeVar("T")
+
+_signatures: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
-class _Absent:
-    """In place of a class that this version has not: nothing is one."""
+def is_untested() -> bool:
+    """Whether the installed transformers is newer than the newest that was tested."""
+    return Version(transformers.__version__) > Version(NEWEST_TESTED)
 
 
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", _Absent)
+# What the cache is called.
+
+
+def find_cache(values: Iterable[Any], kind: type[T]) -> T | None:
+    """The first cache of that class among a call's arguments, whatever its name; None if there is none."""
+    return next((value for value in values if isinstance(value, kind)), None)
+
+
+def has_cache(arguments: Mapping[str, Any]) -> bool:
+    """Whether named arguments bring a cache, by its class or by a known name."""
+    return any(isinstance(value, Cache) or (name in CACHE_NAMES and value) for name, value in arguments.items())
+
+
+def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The named arguments of a call, but for any cache, or None in place of one."""
+    return {
+        name: value for name, value in arguments.items() if name not in CACHE_NAMES and not isinstance(value, Cache)
+    }
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a forward calls the cache that it takes; empty if its signature does not say, or it takes none."""
+    parameters = parameters_of(forward)
+    known = next((name for name in CACHE_NAMES if name in parameters), "")
+    annotated = [name for name, parameter in parameters.items() if _is_cache(parameter.annotation)]
+    return known or (annotated[0] if len(annotated) == 1 else "")
+
+
+def takes_any(forward: Callable[..., Any]) -> bool:
+    """Whether a forward takes arguments that its signature does not name."""
+    kinds = {parameter.kind for parameter in parameters_of(forward).values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a bound method or a function, without `self`."""
+    function = getattr(forward, "__func__", forward)
+    try:
+        if function not in _signatures:
+            _signatures[function] = dict(inspect.signature(function).parameters)
+        parameters = _signatures[function]
+    except TypeError:  # nothing can refer to it weakly
+        parameters = inspect.signature(function).parameters
+    return parameters if function is forward else dict(list(parameters.items())[1:])
+
+
+def named_for(forward: Callable[..., Any], cache: Any, given_as: str = "") -> dict[str, Any]:
+    """The cache as a named argument of a forward.
+
+    Args:
+        forward: of a model.
+        cache: any.
+        given_as: the name under which the caller gave it, for a forward whose signature does not say.
+    """
+    return {cache_name(forward) or given_as or generate_name(): cache}
+
+
+def renamed_for(forward: Callable[..., Any], arguments: Mapping[str, Any], cache: Any) -> dict[str, Any] | None:
+    """The named arguments with the cache under the name that the forward takes; None if they are right as they are.
+
+    Hooks run before transformers' own renaming, and models from elsewhere have none.
+    """
+    given_as = next((name for name, value in arguments.items() if value is cache), "")
+    if not given_as or given_as in parameters_of(forward) or not (takes := cache_name(forward)):
+        return None
+    return {takes if name == given_as else name: value for name, value in arguments.items()}
+
+
+def generate_name(model: Any = None) -> str:
+    """What `generate` of the installed transformers, or that of a model, calls the cache that it takes."""
+    from transformers import GenerationMixin  # it brings much with it that restoring alone does not need
+
+    own = [type(model).generate] if hasattr(type(model), "generate") else []
+    prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
+    named = [cache_name(function) for function in [*own, prepare] if function is not None]
+    return next(filter(None, named), CACHE_NAMES[0])
+
+
+def for_generate(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache as a named argument of `model.generate`."""
+    return {generate_name(model): cache}
+
+
+def _is_cache(annotation: Any) -> bool:
+    """Whether an annotation, evaluated or not, names a class of caches."""
+    if isinstance(annotation, type):
+        return issubclass(annotation, Cache)
+    return annotation is not inspect.Parameter.empty and "Cache" in str(annotation)
+
+
+# Kinds of layers, and what they have.
+
+
+def _layer_class(name: str) -> Any:
+    """A class of cache layers; one that has no instances where this version has none of that name."""
+    return getattr(cache_utils, name, None) or type(f"Absent{name}", (), {})
+
+
+DummyLayer = _layer_class("DummyLayer")
 """Of layers that keep nothing. Where it is absent, a cache has no layer for these, or a recurrent one that stays empty."""
+DynamicIndexedLayer = _layer_class("DynamicIndexedLayer")
+LinearAttentionLayer = _layer_class("LinearAttentionLayer")
+LinearAttentionAndFullAttentionLayer = _layer_class("LinearAttentionAndFullAttentionLayer")
+
+
+def has_numbered_states(layer: Any) -> bool:
+    """Whether a recurrent layer keeps its states by number. Older versions have one of each, and are not restored."""
+    return hasattr(layer, "number_of_states")
+
+
+def keeps_attention(layers: Iterable[Any]) -> bool:
+    """Whether any of a cache's layers can tell how long it is; recurrent layers alone cannot."""
+    return any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers)
 
 
 def drop_content(layer: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
 from cake_hf.cache.cake_cache import CakeCache
+from cake_hf.cache.compat import for_generate, has_cache, parameters_of, without_cache
 from cake_hf.cache.support import resolve_model
 from cake_hf.stores.opening import StoreSpec
 
@@ -33,24 +33,29 @@ def generate(
         What `model.generate` returns.
 
     Raises:
-        ValueError: `past_key_values` is given; use a `CakeCache` and `model.generate` for that. Or as `CakeCache` raises.
+        ValueError: a cache is given; use a `CakeCache` and `model.generate` for that. Or as `CakeCache` raises.
         CakeError: as `CakeCache` raises.
     """
-    if kwargs.get("past_key_values") is not None:
+    if has_cache(kwargs):
         raise ValueError(
-            "cake_hf.generate makes its own cache; to pass one, use model.generate(..., past_key_values=CakeCache(...))."
+            "cake_hf.generate makes its own cache; to pass one, use model.generate(..., cache=CakeCache(...))."
         )
     options = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
     with CakeCache(model, store, **options) as cache:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(ids, torch.Tensor) and not _keeps_logits(model) and _is_plain(kwargs.get("attention_mask")):
+        if isinstance(ids, torch.Tensor) and _needs_prefill(model) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
         plain: Any = model.generate
-        return plain(inputs, past_key_values=cache, **kwargs)
+        return plain(inputs, **for_generate(model, cache), **without_cache(kwargs))
 
 
-def _keeps_logits(model: torch.nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(resolve_model(model).forward).parameters
+def _needs_prefill(model: torch.nn.Module) -> bool:
+    """Whether the hook cannot tell a prompt by `logits_to_keep`, but `generate` can go on from what `prefill` brings.
+
+    For that `generate` has to make an attention mask: by its length it tells how much of the prompt is new.
+    """
+    parameters = parameters_of(resolve_model(model).forward)
+    return "logits_to_keep" not in parameters and "attention_mask" in parameters
 
 
 def _is_plain(mask: torch.Tensor | None) -> bool:

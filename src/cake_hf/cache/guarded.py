@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -56,3 +57,16 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         self._before_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return state
+
+
+def is_within(model: torch.nn.Module) -> bool:
+    """Whether the code that calls this runs within that model or one of its modules, as far as the call stack tells.
+
+    Meant for the rare call that the model's hook did not announce: it takes some 20 microseconds per level of the stack.
+    """
+    callers = set()
+    for frame, _ in traceback.walk_stack(None):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            callers.add(owner)
+    return model in callers or any(module in callers for module in model.modules())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cake_hf.arithmetic.turns import Turns
+from cake_hf.cache.compat import find_cache, renamed_for
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
 
@@ -78,10 +79,8 @@ def _forget_copied(model: torch.nn.Module) -> None:
 def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache | None:
     from cake_hf.cache.restoring import RestoringCache
 
-    cache = kwargs.get("past_key_values")
-    if cache is None and args:
-        cache = next((arg for arg in args if isinstance(arg, RestoringCache)), None)
-    return cache if isinstance(cache, RestoringCache) and not cache.closed else None
+    cache = find_cache((*kwargs.values(), *args), RestoringCache)
+    return None if cache is None or cache.closed else cache
 
 
 def _is_for_us(kwargs: dict[str, Any]) -> bool:
@@ -92,7 +91,13 @@ def _enter(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = _cake_cache(args, kwargs)
-    return None if cache is None else cache._enter_model(model, args, kwargs)
+    if cache is None:
+        return None
+    rewritten = cache._enter_model(model, args, kwargs)
+    if rewritten is not None:
+        return rewritten
+    renamed = renamed_for(model.forward, kwargs, cache)
+    return None if renamed is None else (args, renamed)
 
 
 def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -104,10 +109,10 @@ def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
-        cache._depth += 1
+        cache._enter_decoder()
 
 
 def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
-        cache._depth -= 1
+        cache._leave_decoder()

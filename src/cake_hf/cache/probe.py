@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
 
+from cake_hf.cache.compat import LinearAttentionLayer, named_for
 from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.layout import ChunkLayout, Piece
@@ -125,7 +125,8 @@ def _run(model: torch.nn.Module, pieces: list[torch.Tensor]) -> tuple[torch.Tens
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for piece in pieces:
-            logits: torch.Tensor = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[:, -1]
+            output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
+            logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
     return logits, list(cache.layers)
 
 

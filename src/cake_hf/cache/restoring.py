@@ -13,13 +13,22 @@ from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.compat import keeps_attention
+from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import batch_reason, cut_image_reason, kept_reason, unlike_reason
+from cake_hf.cache.support import (
+    batch_reason,
+    cut_image_reason,
+    is_misunderstanding,
+    kept_reason,
+    not_understood,
+    unlike_reason,
+    unseen_reason,
+)
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
@@ -61,8 +70,9 @@ class RestoringCache(GuardedCache):
 
     def __init__(self, session: Session, layers: list[Any], reason: str) -> None:
         super().__init__()
-        self.layer_class_to_replicate = None
-        self.layers = layers
+        if layers:
+            self.layer_class_to_replicate = None
+            self.layers = layers
         self.report = Report()
         self._session = session
         self._model_reason = reason
@@ -106,7 +116,7 @@ class RestoringCache(GuardedCache):
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         if not self._depth and not self.closed:
-            raise self._foreign()
+            self._arrived_outside()
         if self._lost():
             raise ForwardLeft
         if reads and self._running is not None:
@@ -123,7 +133,7 @@ class RestoringCache(GuardedCache):
         rewritten = None
         if not self._busy:
             self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
-            rewritten = self._handle(model, args, kwargs)
+            rewritten = self._handle_if_understood(model, args, kwargs)
         self._depth += 1
         return rewritten
 
@@ -142,17 +152,56 @@ class RestoringCache(GuardedCache):
         if tail is not None:
             self._finish(tail)
 
-    def _handle(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
-        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched."""
+    def _enter_decoder(self) -> None:
+        if not self._depth:  # it was called by itself, and nothing is restored then
+            self._note_unseen()
+        self._depth += 1
+
+    def _leave_decoder(self) -> None:
+        self._depth -= 1
+
+    def _handle_if_understood(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Rewritten | None:
+        """As `_handle`; where that fails since something about the model is not understood, the forward is left untouched."""
         self._give_up_tail()
-        past = self.get_seq_length()
+        past, known = self._length(), list(self._known)
+        try:
+            return self._handle(model, args, kwargs, past)
+        except Exception as error:
+            if not is_misunderstanding(model, error):
+                raise
+            self._go_back(past, known)
+            ids = args[0] if args else kwargs.get("input_ids")
+            tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
+            reason = not_understood(model, error)
+            self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
+            return None
+
+    def _handle(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
+    ) -> Rewritten | None:
+        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched.
+
+        Args:
+            model: whose forward is called.
+            args: positional arguments of the call.
+            kwargs: named ones, with this cache among them or the others.
+            past: tokens in this cache.
+        """
         ids = args[0] if args else kwargs.get("input_ids")
-        if past and isinstance(ids, torch.Tensor) and ids.shape[1] == 1:
+        is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
+        if past and is_one_token:
             self._lay_by_head()
             return None  # decoding: the hot path
+        if not self._counts():
+            if not is_one_token:
+                call = ForwardCall.parse(model, args, kwargs, self, 0)
+                self.report = self._plain_report(call, self._model_reason)
+            return None
         if not past:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
-        call = ForwardCall.parse(model, args, kwargs, past)
+        call = ForwardCall.parse(model, args, kwargs, self, past)
         if past and call.wants_all_logits:
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
@@ -175,6 +224,22 @@ class RestoringCache(GuardedCache):
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
+
+    def _counts(self) -> bool:
+        """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
+        return not self.layers or keeps_attention(self.layers)
+
+    def _length(self) -> int:
+        """Tokens in this cache; 0 where it cannot tell."""
+        return int(self.get_seq_length()) if self._counts() else 0
+
+    def _go_back(self, past: int, known: list[str]) -> None:
+        """Hold the first `past` tokens again, whose full chunks have these keys."""
+        if not past:
+            self.reset()
+        elif (more := self._length() - past) > 0:
+            self.crop(-more)
+        self._known = known[: past // self._session.chunk_size]
 
     def _lay_by_head(self) -> None:
         for layer in self.layers:
@@ -227,8 +292,7 @@ class RestoringCache(GuardedCache):
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
         ids = input_ids[:, past:].to(home_device(model))
-        arguments = {"input_ids": ids, "past_key_values": self, "logits_to_keep": 1}
-        call = ForwardCall.parse(model, (), arguments, past)
+        call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
         if call.is_batch:
             self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
             return None
@@ -348,6 +412,24 @@ class RestoringCache(GuardedCache):
     def _abandon(self, restore: Restore) -> None:
         self._running = None
         restore.abandon()
+
+    def _arrived_outside(self) -> None:
+        """KV arrives, and no forward of our model is known to run: it is another model's, or the hook was not called.
+
+        The hook is not called where a model's `forward` is called by itself. Then this cache is a plain one.
+
+        Raises:
+            ForeignModel: it is another model's.
+        """
+        if not is_within(self._session.model):
+            raise self._foreign()
+        self._note_unseen()
+
+    def _note_unseen(self) -> None:
+        """If a prompt begins, its report says that nobody asked us about it."""
+        if not self._length():
+            reason = unseen_reason(self._session.model)
+            self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

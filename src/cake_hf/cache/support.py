@@ -6,16 +6,17 @@ plainly, and the sentence from here goes to `report.reason`.
 
 from __future__ import annotations
 
-import inspect
+import logging
+import traceback
 import zlib
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
 
-from cake_hf.arithmetic.errors import UnsupportedModel
+from cake_hf.arithmetic.errors import CakeError, UnsupportedModel
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.compat import CACHE_NAMES, LinearAttentionLayer, cache_name, keeps_attention, takes_any
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
@@ -23,6 +24,11 @@ from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.tree import parameters_of
 from cake_hf.tensors.weights import unknown_weights
+
+logger = logging.getLogger("cake_hf")
+
+_LIBRARIES = {"accelerate", "cake_hf", "peft", "torch", "transformers"}
+_told: set[str] = set()
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -35,7 +41,7 @@ def refuse_unusable(model: torch.nn.Module) -> None:
     """Raise for a model that cannot be given a cache of ours.
 
     Raises:
-        UnsupportedModel: on the meta device, encoder-decoder, or without `past_key_values`.
+        UnsupportedModel: on the meta device, encoder-decoder, or with a forward that takes no cache.
     """
     name = type(model).__name__
     empty = {path for path, weight in parameters_of(model) if weight.device.type == "meta"}
@@ -43,8 +49,17 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModel(f"{name}.forward takes no `past_key_values`; CakeCache cannot be handed to it.")
+    if not _takes_cache(model):
+        raise UnsupportedModel(f"{name}.forward takes no cache; CakeCache cannot be handed to it.")
+
+
+def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
+    """A new cache's layers, ours where we know their kind, and why the model's prompts are computed plainly, if so."""
+    try:
+        layers = layers_for(model)
+        return layers, model_reason(model, layers)
+    except Exception as error:  # whatever it is that has changed
+        return plain_layers(model), not_understood(model, error)
 
 
 def layers_for(model: torch.nn.Module) -> list[Any]:
@@ -52,16 +67,77 @@ def layers_for(model: torch.nn.Module) -> list[Any]:
     return [ours_for(layer) for layer in DynamicCache(config=model.config).layers]
 
 
+def plain_cache(model: torch.nn.Module) -> Any:
+    """An empty cache as transformers makes it for a model."""
+    return DynamicCache(config=model.config)
+
+
+def plain_layers(model: torch.nn.Module) -> list[Any]:
+    """The layers of such a cache; an empty list where it makes them as they are needed."""
+    try:
+        layers: list[Any] = plain_cache(model).layers
+    except Exception:  # it was told already
+        return []
+    return layers
+
+
 def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     """Why this model's prompts are computed plainly; empty if they can be restored."""
     other = sorted({type(layer).__name__ for layer in layers if not is_ours(layer)})
     if other or not layers:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
+    if not keeps_attention(layers):
+        return "this model keeps no attention at all, so its cache cannot tell how long it is"
     if "dynamic" in _rope_types(model.config):
         return "this model's dynamic rope scaling depends on earlier prompts"
     if kind := unknown_weights(model):
         return f"this model keeps weights as {kind}, whose content cannot be told"
     return parallel_reason(model)
+
+
+def not_understood(model: torch.nn.Module, error: Exception) -> str:
+    """The reason for computing plainly after an error that shows that we do not understand a model. Logged once per kind."""
+    reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
+    _tell_once(f"{type(model).__name__} {type(error).__name__}", reason)
+    return reason
+
+
+def unseen_reason(model: torch.nn.Module) -> str:
+    """The reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
+    reason = f"a part of {type(model).__name__} was called by itself; call the model, or its generate, to have prompts restored"
+    _tell_once(f"{type(model).__name__} unseen", reason)
+    return reason
+
+
+def _tell_once(kind: str, reason: str) -> None:
+    logger.log(logging.DEBUG if kind in _told else logging.WARNING, "%s. Prompts are computed plainly.", reason)
+    _told.add(kind)
+
+
+def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
+    """Whether an error during a restore may come from how we call the model, so that a plain call could succeed.
+
+    What code of the user's raises (hooks, signal handlers, stopping criteria) is theirs, and so are errors that we raise on
+    purpose, and a lack of memory.
+    """
+    if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_in = str(frame.f_globals.get("__name__", "")).split(".")[0]
+    return raised_in in _LIBRARIES or raised_in == type(model).__module__.split(".")[0]
+
+
+def _takes_cache(model: torch.nn.Module) -> bool:
+    """Whether the model's forward can be given a cache.
+
+    A name that we do not know counts if the cache is for attention (a Mamba of older versions has one for its states alone).
+    Unnamed arguments count in a model that generates and is not transformers' own, since those name what they take.
+    """
+    forward = model.forward
+    if name := cache_name(forward):
+        return name in CACHE_NAMES or keeps_attention(plain_cache(model).layers)
+    from_elsewhere = not type(model).__module__.startswith("transformers.")
+    return takes_any(forward) and from_elsewhere and hasattr(model, "prepare_inputs_for_generation")
 
 
 def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, reason: str) -> str:

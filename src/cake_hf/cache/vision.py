@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.errors import UnfitImages
 from cake_hf.cache.images import Features, UnreadImages, digest_of
 
 
@@ -176,7 +177,7 @@ class Vision:
             end: see there.
 
         Raises:
-            ValueError: the vision part gives another number of tokens than the prompt has places for.
+            UnfitImages: the vision part gives another number of tokens than the prompt has places for.
         """
         piece = {name: value for name, value in piece.items() if name not in self.understood}
         if self._types is not None:  # masks are made of all types from the start of the prompt on
@@ -307,7 +308,7 @@ class Vision:
             features = self._images.embed(number, by_grid=self._family.by_grid)
             places = self._bounds[number + 1] - self._bounds[number]
             if features.tokens != places:
-                raise ValueError(
+                raise UnfitImages(
                     f"Image {number} of the prompt is {features.tokens} tokens for the model, but the prompt has {places} "
                     "places for it; make ids and images with the model's own processor."
                 )

@@ -20,6 +20,7 @@ from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
+from cake_hf.cache.compat import named_for
 from cake_hf.movers.cost_memory import recall_costs
 from cake_hf.people.inspect_store import Namespace, StoredChunk, namespaces, read_chunk, take_inventory
 from cake_hf.stores.base import Part, Store
@@ -209,7 +210,7 @@ def _last_chunk_seconds(
         _synchronize(device)
         begin = time.monotonic()
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=ids, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
         _synchronize(device)
         seconds = time.monotonic() - begin
     return seconds

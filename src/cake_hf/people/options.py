@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -11,7 +11,7 @@ from cake_hf.arithmetic.environment import STORE
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The dtype of the weights, and so of the KV; "auto" is the one they were saved in."""
 
     AUTO = "auto"

@@ -12,6 +12,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
+from cake_hf.cache.compat import GENERATE_LINE
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
 from cake_hf.people.tables import Lanes, legend, report_table
@@ -112,7 +113,7 @@ def _snippet(job: WarmJob) -> str:
     options += [f"chunk_size={job.chunk_size}"] if job.chunk_size != 512 else []
     options += [f"salt={job.salt!r}"] if job.salt else []
     options += ["exact=False"] if not job.exact else []
-    return f"cache = CakeCache(model, {', '.join(options)})\nmodel.generate(**inputs, past_key_values=cache)"
+    return f"cache = CakeCache(model, {', '.join(options)})\n{GENERATE_LINE}"
 
 
 def _refuse_unsaved(report: Report) -> None:

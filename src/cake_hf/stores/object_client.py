@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from typing import Any, cast
 
@@ -116,7 +116,7 @@ def _aws_profile(config: dict[str, Any]) -> Credentials | None:
             "access_key_id": now.access_key,
             "secret_access_key": now.secret_key,
             "token": now.token,
-            "expires_at": datetime.now(timezone.utc) + timedelta(minutes=15),
+            "expires_at": datetime.now(UTC) + timedelta(minutes=15),
         }
 
     return provide

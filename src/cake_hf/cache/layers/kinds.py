@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import (
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from cake_hf.cache.compat import (
+    DummyLayer,
     DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
+    has_numbered_states,
 )
-
-from cake_hf.cache.compat import DummyLayer
 from cake_hf.cache.layers.indexed import IndexedLayer
 from cake_hf.cache.layers.recurrent import HybridLayer, RecurrentLayer
 from cake_hf.cache.layers.token_major import TokenMajorLayer
@@ -31,9 +31,9 @@ def ours_for(layer: Any) -> Any:
         return IndexedLayer()
     if type(layer) is DynamicSlidingWindowLayer:
         return WindowedLayer(layer.sliding_window)
-    if type(layer) is LinearAttentionLayer:
+    if type(layer) is LinearAttentionLayer and has_numbered_states(layer):
         return RecurrentLayer(layer.number_of_states)
-    if type(layer) is LinearAttentionAndFullAttentionLayer:
+    if type(layer) is LinearAttentionAndFullAttentionLayer and has_numbered_states(layer):
         return HybridLayer(layer.number_of_states)
     return layer
 

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from cake_hf.cache.compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from cake_hf.cache.layers.token_major import TokenMajorLayer
 
 _OF_STATES = (

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.cache.compat import named_for
 from cake_hf.people.bench.models import plain_copy
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample
@@ -82,7 +83,7 @@ def _chooses_by_length(device: str) -> bool:
 
 def _forward(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
     with torch.no_grad():
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=token, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
     logits: torch.Tensor = output.logits
     return logits
 

@@ -101,7 +101,7 @@ def _name_prompts(bench: Workbench) -> list[Naming]:
 def _random_call(bench: Workbench, seed: int) -> ForwardCall:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, bench.settings.shape.vocabulary, (1, TOKENS), generator=generator)
-    return ForwardCall.parse(bench.model, (), {"input_ids": ids.to(bench.settings.device)}, 0)
+    return ForwardCall.parse(bench.model, (), {"input_ids": ids.to(bench.settings.device)}, None, 0)
 
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:

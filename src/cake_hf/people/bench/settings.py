@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from cake_hf.arithmetic.limits import Limits
@@ -12,7 +12,7 @@ READ_TIMEOUT = 600.0
 """Seconds. A throttled read is slow on purpose; it must not be given up for that."""
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Of the weights, and so of the KV."""
 
     BFLOAT16 = "bfloat16"

@@ -21,6 +21,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
+from cake_hf.cache.compat import for_generate
 from cake_hf.cache.session import Session
 from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.settings import Settings
@@ -201,7 +202,7 @@ class Workbench:
         out = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=cache,
+            **for_generate(self.model, cache),
             max_new_tokens=new_tokens,
             do_sample=False,
             output_logits=True,

@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
+from cake_hf.cache.compat import for_generate
 
 _TENSORS = "answer.safetensors"
 _FACTS = "answer.json"
@@ -88,7 +89,7 @@ def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: A
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **for_generate(model, cache),
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=streamer,

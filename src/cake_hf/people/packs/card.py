@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from cake_hf.cache.compat import GENERATE_LINE
 from cake_hf.people.units import bytes_text
 from cake_hf.stores.manifest import PackManifest
 
@@ -89,4 +90,4 @@ from cake_hf import CakeCache
 
 model = AutoModelForCausalLM.from_pretrained({", ".join(model)})
 cache = CakeCache({", ".join(cache)})
-model.generate(**inputs, past_key_values=cache)"""
+{GENERATE_LINE}"""

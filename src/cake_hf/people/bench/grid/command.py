@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +40,7 @@ GRID_HELP = (
 )
 
 
-class Preset(str, Enum):
+class Preset(StrEnum):
     """What the options start from."""
 
     CPU = "cpu"

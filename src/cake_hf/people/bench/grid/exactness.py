@@ -15,6 +15,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.cache.compat import for_generate
 from cake_hf.people.bench.loading import Chunks
 from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.workbench import Workbench, await_loaders
@@ -143,7 +144,7 @@ class Examination:
         out = self._bench.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **for_generate(self._bench.model, cache),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             output_logits=True,

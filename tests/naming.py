@@ -1,0 +1,25 @@
+"""What the installed transformers calls the cache: tests write `**given(cache)` and run on every version."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cake_hf.cache.compat import generate_name
+
+NAME = generate_name()
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """The cache as a named argument of `generate`, or of a forward of one of transformers' own models."""
+    return {NAME: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a forward, or `generate`, gives back."""
+    return getattr(output, NAME)
+
+
+def in_this_version(text: str) -> str:
+    """A snippet as people with the installed version of transformers have to write it."""
+    return re.sub(r"\bcache=(?=cache\b|copy\b|DynamicCache\b)", f"{NAME}=", text)

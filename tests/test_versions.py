@@ -1,0 +1,510 @@
+"""The cache under any name, models from elsewhere, and the next likely changes of transformers: right tokens in any case.
+
+The canaries change transformers as its next releases may, and say that its version is one that was not tested.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import Cache, DynamicCache, LlamaForCausalLM, cache_utils
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llama import modeling_llama
+from transformers.utils import ModelOutput
+
+import cake_hf
+from cake_hf import CakeCache, MemoryStore, Report
+from cake_hf.cache import compat, selfcheck, support
+from models import CHUNK, CHUNKS, build, prompt, shared_model
+from naming import NAME, given
+
+SOURCE = Path(cake_hf.__path__[0])
+ROOT = Path(__file__).parent.parent
+OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def told_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once per process is said once per test."""
+    monkeypatch.setattr(support, "_told", set())
+
+
+def plain_tokens() -> torch.Tensor:
+    """What transformers gives by itself; taken before a test changes it."""
+    model: Any = shared_model("llama")
+    return model.generate(prompt(), **OPTIONS)
+
+
+def twice(model: Any, expected: torch.Tensor, **options: Any) -> list[Report]:
+    """Generate with an empty store and again from it; the tokens have to be right both times."""
+    store, reports = MemoryStore(), []
+    for _ in range(2):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+            assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS, **options), expected)
+            assert cache.flush(60)
+            reports.append(cache.report)
+    return reports
+
+
+def assert_restored(reports: list[Report]) -> None:
+    assert [report.chunks_loaded for report in reports] == [0, CHUNKS], reports
+
+
+def assert_plain(reports: list[Report], caplog: pytest.LogCaptureFixture) -> None:
+    """Computed plainly, with the reason, and said once."""
+    assert [report.chunks_loaded for report in reports] == [0, 0]
+    assert all(report.reason for report in reports), reports
+    lines = [record.message for record in caplog.records if record.name == "cake_hf"]
+    assert len(lines) == 1, lines
+
+
+# The names.
+
+
+def names_in(source: str) -> set[str]:
+    """Where a source names the cache of a call: keywords, attributes, parameters and strings, but for docstrings."""
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in compat.CACHE_NAMES:
+            found.add(f"{node.arg}=")
+        if isinstance(node, (ast.Attribute, ast.arg, ast.Name)):
+            name = getattr(node, "attr", None) or getattr(node, "arg", None) or getattr(node, "id", None)
+            found |= {name} & set(compat.CACHE_NAMES[1:])
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            found |= {name for name in compat.CACHE_NAMES[1:] if name in node.value}
+        keys = [node.slice] if isinstance(node, ast.Subscript) else node.keys if isinstance(node, ast.Dict) else []
+        found |= {key.value for key in keys if isinstance(key, ast.Constant)} & set(compat.CACHE_NAMES)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_one_module_names_the_cache(path: Path) -> None:
+    if path.name != "compat.py" and path != SOURCE / "__init__.py":  # the package's face names a folder
+        assert names_in(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model(ids, past_key_values=kept)",
+        "model(ids, cache=kept)",
+        "kwargs['cache']",
+        "output.past_key_values",
+        "print('generate(past_key_values=c)')",
+        "def forward(self, past_key_values): ...",
+    ],
+)
+def test_the_look_for_names_finds_them(source: str) -> None:
+    assert names_in(source)
+
+
+def test_either_name_where_transformers_takes_it() -> None:
+    """Also one after the other with one store; the old name in `generate` makes transformers warn, never us."""
+    model: Any = shared_model("llama")
+    expected, store, used = plain_tokens(), MemoryStore(), 0
+    for name in compat.CACHE_NAMES:
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache, warnings.catch_warnings():
+            warnings.simplefilter("ignore" if name != NAME else "error", FutureWarning)
+            try:
+                tokens = model.generate(prompt(), **{name: cache}, **OPTIONS)
+            except ValueError:  # only for the new name, on versions before it
+                assert name != NAME
+                continue
+            assert torch.equal(tokens, expected)
+            assert cache.flush(60)
+            assert cache.report.chunks_loaded == CHUNKS * (used > 0)
+            used += 1
+    assert used
+
+
+@pytest.mark.parametrize("name", [*compat.CACHE_NAMES, "by position"])
+def test_a_forward_by_either_name_or_by_position(name: str) -> None:
+    """Without a warning: the hook hands the cache on under the name that the forward has."""
+    model: Any = shared_model("llama")
+    with torch.no_grad():
+        expected = model(prompt(), logits_to_keep=1).logits
+    store = MemoryStore()
+    for _ in range(2):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache, torch.no_grad():
+            if name == "by position":
+                logits = model(prompt(), None, None, cache, logits_to_keep=1).logits
+            else:
+                logits = model(prompt(), **{name: cache}, logits_to_keep=1).logits
+                more = model(prompt(1, seed=9), **{name: cache}).logits  # decoding passes the hook, too
+                assert more.shape[1] == 1
+            assert torch.allclose(logits, expected, atol=1e-5)
+            assert cache.get_seq_length() == prompt().shape[1] + (name != "by position")
+            assert cache.flush(60)
+    assert cache.report.chunks_loaded == CHUNKS
+
+
+def test_generate_as_a_function_refuses_a_cache_by_any_name() -> None:
+    model = shared_model("llama")
+    for name in compat.CACHE_NAMES:
+        with pytest.raises(ValueError, match="makes its own cache"):
+            cake_hf.generate(model, prompt(), store=MemoryStore(), **{name: DynamicCache()})
+        tokens = cake_hf.generate(model, prompt(), store=MemoryStore(), chunk_size=CHUNK, **{name: None}, **OPTIONS)
+        assert torch.equal(tokens, plain_tokens())
+
+
+# Models from elsewhere.
+
+
+class OldNames(LlamaForCausalLM):
+    """As a model that was written before the new name."""
+
+    def forward(  # type: ignore[no-untyped-def]
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+        logits_to_keep=0, **kwargs,
+    ):  # fmt: skip
+        assert not kwargs.keys() & {*compat.CACHE_NAMES}
+        return super().forward(
+            input_ids, attention_mask, position_ids, **given(past_key_values), inputs_embeds=inputs_embeds,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+
+class NeverHeardOf(LlamaForCausalLM):
+    """Its name for the cache is its own; only the annotation tells."""
+
+    def forward(  # type: ignore[no-untyped-def]
+        self, input_ids=None, attention_mask=None, position_ids=None, memory: Cache | None = None, inputs_embeds=None,
+        use_cache=None, logits_to_keep=0, **kwargs,
+    ):  # fmt: skip
+        assert not kwargs.keys() & {*compat.CACHE_NAMES}
+        return super().forward(
+            input_ids, attention_mask, position_ids, **given(memory), inputs_embeds=inputs_embeds, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+
+class TakesAnything(LlamaForCausalLM):
+    """Hands on whatever comes."""
+
+    def forward(self, input_ids=None, logits_to_keep=0, **kwargs):  # type: ignore[no-untyped-def]
+        return super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
+
+
+class TellsNothing(LlamaForCausalLM):
+    """As above, and its signature does not even say that it keeps logits."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return super().forward(*args, **kwargs)
+
+
+def from_elsewhere(kind: type[LlamaForCausalLM]) -> Any:
+    """The shared model's weights in a model of that class."""
+    like: Any = shared_model("llama")
+    torch.manual_seed(0)
+    model = kind(like.config).eval()
+    model.load_state_dict(like.state_dict())
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+@pytest.mark.parametrize("kind", [OldNames, NeverHeardOf, TakesAnything])
+def test_a_model_from_elsewhere_beside_a_new_one(kind: type[LlamaForCausalLM]) -> None:
+    """Whatever its forward calls the cache. Where `generate` itself does not know the name, our hook brings it there."""
+    expected = plain_tokens()
+    assert_restored(twice(from_elsewhere(kind), expected))
+    assert_restored(twice(shared_model("llama"), expected))
+
+
+def test_a_model_that_tells_nothing() -> None:
+    """`generate` makes no attention mask for it, and would run a restored prefix once more: so it is computed."""
+    model, store = from_elsewhere(TellsNothing), MemoryStore()
+    for _ in range(2):
+        options = {"store": store, "chunk_size": CHUNK, "strategy": "load", "return_dict_in_generate": True, **OPTIONS}
+        result = cake_hf.generate(model, prompt(), **options)
+        assert torch.equal(result.sequences, plain_tokens())
+        assert "logits of all tokens" in getattr(result, NAME).report.reason
+
+
+def test_a_cache_beside_another_one_is_not_understood() -> None:
+    model: Any = from_elsewhere(TakesAnything)
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
+        model(prompt(), other=DynamicCache(), **given(cache), logits_to_keep=1)
+        assert cache.report.reason == "the argument 'other' is not understood"
+
+
+class FailsInPieces(LlamaForCausalLM):
+    """Can be called only as a whole."""
+
+    error: type[Exception] = TypeError
+
+    def forward(self, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+        if input_ids.shape[1] == CHUNK:
+            raise self.error("one piece only")
+        return super().forward(input_ids, **kwargs)
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError])
+def test_what_is_not_understood_is_computed_plainly(error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
+    model = from_elsewhere(FailsInPieces)
+    model.error = error
+    assert_plain(twice(model, plain_tokens()), caplog)
+
+
+def test_what_is_not_understood_of_a_second_turn() -> None:
+    """The cache goes back to where the first turn ended."""
+    model = from_elsewhere(FailsInPieces)
+    ids = prompt(3 * CHUNK + 5)
+    expected = [model.generate(piece, **OPTIONS) for piece in (ids[:, : CHUNK - 2], ids)]
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        for piece, tokens in zip((ids[:, : CHUNK - 2], ids), expected, strict=True):
+            assert torch.equal(model.generate(piece, **given(cache), **OPTIONS), tokens)
+            cache.crop(-(cache.get_seq_length() - (CHUNK - 2)))
+
+
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt, MemoryError, ValueError])
+def test_what_a_user_raises_is_theirs(error: type[BaseException]) -> None:
+    """A hook, or a signal's handler: whatever it raises comes through, and the cache is as it was."""
+    model: Any = build("llama")
+
+    def interrupted(*_: object) -> None:
+        raise error("mine")
+
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        handle = model.model.layers[1].register_forward_pre_hook(interrupted)
+        with pytest.raises(error, match="mine"):
+            model.generate(prompt(), **given(cache), **OPTIONS)
+        handle.remove()
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+
+
+def test_a_forward_called_by_itself_is_a_plain_one(caplog: pytest.LogCaptureFixture) -> None:
+    """No hook runs then. It is our own model, so its KV is welcome."""
+    model: Any = shared_model("llama")
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
+        logits = model.forward(prompt(), **given(cache)).logits
+        step = model.forward(prompt(1, seed=9), **given(cache)).logits
+        assert "was called by itself" in cache.report.reason
+        assert cache.flush(60)
+        assert list(cache.store.keys()) == []
+        used = DynamicCache(config=model.config)
+        assert torch.equal(logits, model(prompt(), **given(used)).logits)
+        assert torch.equal(step, model(prompt(1, seed=9), **given(used)).logits)
+    assert len([record for record in caplog.records if record.name == "cake_hf"]) == 1
+
+
+# Canaries: what the next release may change.
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if the installed version were newer than all that were tested."""
+    monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
+    monkeypatch.setattr(selfcheck, "NEWEST_TESTED", "4.99")
+    return monkeypatch
+
+
+def test_an_untested_version_is_tried_once_and_serves(
+    untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, model = plain_tokens(), build("llama")
+    assert_restored(twice(model, expected))
+    lines = [record.message for record in caplog.records if record.name == "cake_hf"]
+    assert len(lines) == 1, lines
+    assert transformers.__version__ in lines[0]
+    assert "restored correctly" in lines[0]
+
+
+def test_a_model_in_training_mode_cannot_be_tried(untested: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama").train()
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        model.eval()
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+        assert "training mode" in cache.report.reason
+    assert_restored(twice(model, plain_tokens()))
+
+
+def test_canary_another_rounding(untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The negative control of the trial: a version on which what we restore is not what chunks give."""
+    expected, model = plain_tokens(), build("llama")
+    show = selfcheck.RestoringCache._as_kept
+    untested.setattr(
+        selfcheck.RestoringCache,
+        "_as_kept",
+        lambda self, layer, keys, values: show(self, layer, keys * 1.001, values),
+    )
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        assert "other logits" in cache._model_reason
+    untested.undo()
+    untested.setattr(compat, "NEWEST_TESTED", "4.99")
+    assert_plain(twice(model, expected), caplog)
+
+
+@dataclass
+class RenamedOutput(ModelOutput):
+    """Nothing in it is called as it was."""
+
+    logits: torch.Tensor | None = None
+    memory: Any = None
+
+
+class RenamedArgument(LlamaForCausalLM):
+    """Its forward has another name for the cache, and so has what it gives back."""
+
+    def forward(self, input_ids=None, kv_memory: Cache | None = None, logits_to_keep=0, **kwargs):  # type: ignore[no-untyped-def]
+        output = super().forward(input_ids, **given(kv_memory), logits_to_keep=logits_to_keep, **kwargs)
+        return RenamedOutput(output.logits, kv_memory)
+
+
+def test_canary_another_argument_and_another_field(untested: pytest.MonkeyPatch) -> None:
+    assert_restored(twice(from_elsewhere(RenamedArgument), plain_tokens()))
+
+
+def test_canary_generate_has_another_argument(untested: pytest.MonkeyPatch) -> None:
+    """What `generate` calls the cache is read off what it hands to `prepare_inputs_for_generation`."""
+    real = transformers.GenerationMixin.prepare_inputs_for_generation
+
+    def prepare(self: Any, input_ids: Any, kv_memory: Cache | None = None, **kwargs: Any) -> Any:
+        return real(self, input_ids, **given(kv_memory), **kwargs)
+
+    untested.setattr(transformers.GenerationMixin, "prepare_inputs_for_generation", prepare)
+    assert compat.generate_name(shared_model("llama")) == "kv_memory"
+
+
+class NoCacheInOutput(LlamaForCausalLM):
+    """The field for the cache is gone."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return CausalLMOutput(logits=super().forward(*args, **kwargs).logits)
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_canary_no_cache_in_the_output(untested: pytest.MonkeyPatch) -> None:
+    assert_restored(twice(from_elsewhere(NoCacheInOutput), plain_tokens()))
+
+
+def test_canary_update_with_new_arguments(untested: pytest.MonkeyPatch) -> None:
+    """Attention hands more to the cache, and that hands it on to its layers."""
+    expected, model = plain_tokens(), build("llama")
+    source = textwrap.dedent(inspect.getsource(modeling_llama.LlamaAttention.forward))
+    source = source[source.index("def forward") :]
+    changed = re.sub(r"(\.update\([^)]*)\)", r"\1, step=torch.ones(1))", source)
+    assert changed != source
+    scope = dict(vars(modeling_llama))
+    exec(changed, scope)
+    untested.setattr(modeling_llama.LlamaAttention, "forward", scope["forward"])
+    layer_update, cache_update = cache_utils.DynamicLayer.update, Cache.update
+
+    def update(self: Any, keys: Any, values: Any, index: int, *args: Any, step: Any = None, **kwargs: Any) -> Any:
+        assert step is not None
+        return cache_update(self, keys, values, index, *args, **kwargs)
+
+    untested.setattr(Cache, "update", update)
+    untested.setattr(
+        cache_utils.DynamicLayer, "update", lambda self, k, v, *a, step=None, **kw: layer_update(self, k, v)
+    )
+    assert_restored(twice(model, expected))
+
+
+def test_canary_layers_keep_their_tensors_elsewhere(
+    untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`keys` and `values` are gone: our layers are of no use then, and transformers' own are taken."""
+    expected, model = plain_tokens(), build("llama")
+    layer = cache_utils.DynamicLayer
+
+    def begin(self: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.device = keys.device
+        self.k, self.v = keys[..., :0, :], values[..., :0, :]
+        self.is_initialized = True
+
+    def update(self: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.k, self.v = torch.cat([self.k, keys], -2), torch.cat([self.v, values], -2)
+        return self.k, self.v
+
+    untested.setattr(layer, "lazy_initialization", begin)
+    untested.setattr(layer, "update", update)
+    untested.setattr(layer, "get_seq_length", lambda self: self.k.shape[-2] if self.is_initialized else 0)
+    assert_plain(twice(model, expected), caplog)
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_canary_a_cache_takes_no_config(
+    tested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, model = plain_tokens(), build("llama")
+    if not tested:
+        monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
+    real = DynamicCache.__init__
+
+    def begin(self: Any, *, layout: Any = None) -> None:
+        real(self)
+
+    monkeypatch.setattr(DynamicCache, "__init__", begin)
+    assert_plain(twice(model, expected), caplog)
+
+
+def test_canary_layers_of_a_kind_that_is_new(untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A version whose layers are all of new classes: none of them is ours to replace."""
+    expected, model = plain_tokens(), build("llama")
+    kind = type("PagedLayer", (cache_utils.DynamicLayer,), {})
+    real = DynamicCache.__init__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.layers = [kind() for _ in self.layers]
+
+    untested.setattr(DynamicCache, "__init__", begin)
+    reports = twice(model, expected)
+    assert all("PagedLayer" in report.reason for report in reports)
+    assert not caplog.records or all(record.levelno < logging.ERROR for record in caplog.records)
+
+
+# What is said, and what is installed.
+
+
+def test_a_version_below_the_floor_is_refused_in_one_sentence() -> None:
+    code = """
+import transformers
+transformers.__version__ = "4.57.6"
+try:
+    from cake_hf import CakeCache
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=280)
+    assert done.stdout == (
+        "cake_hf needs transformers 5.0 or newer, and 4.57.6 is installed: pip install 'transformers>=5.0,<6'\n"
+    )
+
+
+def test_the_versions_in_the_project_are_those_in_the_library() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"transformers>={compat.OLDEST},<6" in project["dependencies"]
+    pins = {name: (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8") for name in ("locked", "oldest")}
+    assert f"\ntransformers=={compat.NEWEST_TESTED}\n" in pins["locked"]
+    assert f"\ntransformers=={compat.OLDEST}.0\n" in pins["oldest"]
+    for text in pins.values():
+        assert all(re.match(r"[\w.-]+==\S+( ;.*)?$", line) for line in text.splitlines() if not line.startswith("#"))
+        assert "://" not in text
+
+
+def test_our_own_calls_make_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    twice(build("llama"), plain_tokens())
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
