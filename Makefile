@@ -69,8 +69,8 @@ docs: $(READY)  ## the documentation, in docs/_build/html; a warning is an error
 notebooks: $(READY)  ## run the notebooks of examples/, into build/notebooks; --write of the script renews those in examples/
 	$(BIN)/python scripts/notebooks.py
 
-versions: ## docs/versions.md: run every family on a row of transformers versions; takes about ten minutes
-	PYTHON=$(PYTHON) bash scripts/versions.sh
+versions: $(READY)  ## docs/versions.md: every family on a row of transformers versions; takes about ten minutes
+	$(BIN)/python scripts/versions.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-kvpress .venv-versions .demo docs/_build build/notebooks
+	rm -rf .venv .venv-oldest .venv-newest .venv-kvpress .demo docs/_build build/notebooks

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import transformers as hf
+from packaging.version import Version
 
+from cake_hf.cache.compat import takes_dynamic_cache
+from cake_hf.cache.layers.kinds import is_ours
+from cake_hf.cache.support import layers_for
 from models import VOCABULARY
 
 WINDOW = 24
@@ -205,6 +209,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         use_mamba_kernels=False,
     ),
 }
+
+
+@cache
+def exists(family: str) -> bool:
+    """Whether the installed transformers has that family. On versions since 5.17 it has all of them."""
+    try:
+        torch.manual_seed(0)
+        FAMILIES[family]()
+    except (AttributeError, ValueError, TypeError):  # no such class, or a config that it does not know
+        if Version(hf.__version__) >= Version("5.17"):
+            raise
+        return False
+    return True
+
+
+@cache
+def is_here(family: str) -> bool:
+    """Whether the installed transformers has that family, and keeps for it what can be restored."""
+    if not exists(family):
+        return False
+    model = FAMILIES[family]()
+    return takes_dynamic_cache(model) and all(map(is_ours, layers_for(model)))
+
+
+def here(*families: str) -> list[str]:
+    """Those of the families for which the installed transformers has all that it takes; on versions since 5.17 each of them."""
+    found = [family for family in families if is_here(family)]
+    assert len(found) == len(families) or Version(hf.__version__) < Version("5.17"), set(families) - set(found)
+    return found
 
 
 @cache

@@ -13,7 +13,7 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
-from families import family_model
+from families import exists, family_model
 from forwards import meeting_at
 from models import CHUNK, prompt
 from naming import given
@@ -41,7 +41,7 @@ class Verdict:
 
     Attributes:
         layers: what `DynamicCache` keeps for it, in order, each kind once.
-        way: "restored", "computed" or "refused".
+        way: "restored", "computed" or "refused"; "-" if the installed transformers does not have the family.
         reason: why not restored.
     """
 
@@ -99,6 +99,8 @@ def examine(family: str) -> Verdict:
     Raises:
         AssertionError: a result differs from the oracle's, or the report from what happened.
     """
+    if not exists(family):
+        return Verdict("", "-", "this version of transformers does not have it")
     model = family_model(family)
     try:
         CakeCache(model, MemoryStore(), chunk_size=CHUNK).close()

@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from naming import cache_of, given
+from old_versions import mend_chunked_prefill
 
+mend_chunked_prefill()
 torch.set_num_threads(1)  # models this small are slower on more threads, and far slower on a busy machine
 
 CHUNK = 16
@@ -108,6 +110,13 @@ def oracle(model: torch.nn.Module, ids: torch.Tensor, **options: Any) -> Outcome
 def expected(family: str = "llama", dtype: str = "float32", attention: str = "sdpa") -> Outcome:
     """What the oracle gives for `prompt()` on the shared model."""
     return oracle(shared_model(family, dtype, attention), prompt())
+
+
+def in_chunks_by_hand(model: Any, ids: torch.Tensor) -> Outcome:
+    """The reference without `prefill_chunk_size`: forwards of the chunks, then `generate` on what they left."""
+    used = DynamicCache(config=model.config)
+    run_ahead(model, ids, used)
+    return run(model, ids, used)
 
 
 def run_ahead(model: torch.nn.Module, ids: torch.Tensor, cache: DynamicCache) -> None:

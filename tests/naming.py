@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
+
+import torch
 
 from cake_hf.cache.compat import generate_name
 
@@ -18,6 +21,13 @@ def given(cache: Any) -> dict[str, Any]:
 def cache_of(output: Any) -> Any:
     """The cache in what a forward, or `generate`, gives back."""
     return getattr(output, NAME)
+
+
+def mask_sizes(layer: Any, queries: int) -> tuple[int, int]:
+    """What a layer says about the mask for so many new tokens; older versions ask by their positions."""
+    takes = next(iter(inspect.signature(layer.get_mask_sizes).parameters))
+    sizes: tuple[int, int] = layer.get_mask_sizes(torch.arange(queries) if takes == "cache_position" else queries)
+    return sizes
 
 
 def in_this_version(text: str) -> str:

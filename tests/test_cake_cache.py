@@ -16,7 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
@@ -390,7 +390,13 @@ def test_a_layer_kind_that_nobody_knows_is_computed(monkeypatch: pytest.MonkeyPa
     class SinkLayer(DynamicLayer):  # type: ignore[misc]
         """Registered from elsewhere; what else it keeps is not ours to guess."""
 
-    monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", SinkLayer)
+    begin = DynamicCache.__init__
+
+    def begin_with_sinks(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.layers = [SinkLayer() for _ in self.layers]
+
+    monkeypatch.setattr(DynamicCache, "__init__", begin_with_sinks)
     model, store = build("llama"), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         result = model.generate(prompt(), **given(cache), max_new_tokens=8, do_sample=False, **QUIET)

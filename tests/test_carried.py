@@ -27,7 +27,7 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import header_size, parse_header
 from families import FAMILIES as BUILDERS
-from families import WINDOW, family_model
+from families import WINDOW, family_model, here
 from family_runs import (
     CHUNKS,
     IDS,
@@ -45,8 +45,8 @@ from stored import filled_store, without
 from test_gated import BadRange
 from waiting import PATIENCE, join_loaders, loaders
 
-FAMILIES = ("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
-RECURRENT = ("qwen3_next", "falcon_h1", "lfm2")
+FAMILIES = here("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
+RECURRENT = here("qwen3_next", "falcon_h1", "lfm2")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
 
@@ -311,7 +311,7 @@ def test_a_late_load_lands_nowhere(family: str) -> None:
             check(family, generate(model, cache), f"{index} {strategy}")
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+@pytest.mark.parametrize("family", here("gemma3", "qwen3_next"))
 def test_prompts_at_once(family: str) -> None:
     """Two prompts that begin alike, one of which wants only the windows of a chunk's end that the other one has no use for."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
@@ -368,7 +368,7 @@ def test_snapshots_every_so_often(family: str) -> None:
     assert difference(run, oracle(family, ids)) == ""
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", here("deepseek_v32", "glm_moe_dsa"))
 @pytest.mark.parametrize("strategy", ["load", "both"])
 @pytest.mark.parametrize("fault", ["", "error"])
 @pytest.mark.parametrize("method", ["update", "update_indexer"])
@@ -453,7 +453,7 @@ def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
             assert layer.keys.untyped_storage().nbytes() == layer.keys.numel() * layer.keys.element_size()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_next", "deepseek_v32"])
+@pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "deepseek_v32"))
 def test_a_wrong_byte_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the checks off, one flipped bit in the last piece that is read must show."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
@@ -489,7 +489,7 @@ def test_other_ways_to_generate(family: str, mode: dict[str, Any]) -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v32", "gemma4", "granitemoehybrid", "nemotron_h"])
+@pytest.mark.parametrize("family", [*FAMILIES, *here("deepseek_v32", "gemma4", "granitemoehybrid", "nemotron_h")])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_in_bfloat16(family: str, attention: str) -> None:
     """Where the states of one layer may be of several dtypes."""
@@ -517,7 +517,7 @@ def test_a_model_that_forgets_is_found_out() -> None:
 def test_on_a_device_windows_come_through_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The place that serves GPUs, here between two parts of host memory."""
     monkeypatch.setattr("cake_hf.cache.restore.place_for", DevicePlace)
-    for family, strategy in itertools.product(("gemma3", "mistral", "falcon_h1"), ("load", "both")):
+    for family, strategy in itertools.product(here("gemma3", "mistral", "falcon_h1"), ("load", "both")):
         model = family_model(family)
         with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK, strategy=strategy) as cache:
             check(family, generate(model, cache), strategy)

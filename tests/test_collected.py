@@ -14,7 +14,7 @@ from cake_hf import CakeCache, MemoryStore
 from cake_hf.arithmetic.turns import Turns
 from cake_hf.cache import hook
 from cake_hf.stores.base import Part
-from families import family_model
+from families import family_model, here
 from family_runs import generate
 from models import CHUNK, CHUNKS, build, prompt, run, shared_model
 from stored import filled_store
@@ -31,7 +31,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
+@pytest.mark.parametrize("family", here("llama", "gemma2", "qwen3_next"))
 @pytest.mark.parametrize("strategy", ["compute", "load", "both"])
 def test_a_cache_that_is_dropped_is_gone_at_once(family: str, strategy: str, no_collector: None) -> None:
     """Its KV may be most of the device's memory; the collector may be long in coming."""

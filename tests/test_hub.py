@@ -32,7 +32,7 @@ from cake_hf.testing import ReadOnlyContract
 from cake_hf.testing.contract import key_of, read_whole, value_of
 from children import command_of
 from commands import write_text
-from families import family_model
+from families import family_model, here
 from hub_endpoint import TOKEN, File, Hub, Repo, running_hub
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from pack_files import pack_files
@@ -208,7 +208,7 @@ def test_pulling_gives_the_store_that_was_pushed(hub: Hub, pushed: Pushed, tmp_p
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize("family", here("qwen3_next", "falcon_h1", "lfm2"))
 def test_snapshots_of_recurrent_states_go_along(hub: Hub, tmp_path: Path, family: str) -> None:
     model, ids = family_model(family), family_runs.IDS
     store = filled_store(model, ids)

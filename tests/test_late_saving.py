@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore
-from families import family_model
+from families import family_model, here
 from family_runs import CHUNKS, IDS, generate
 from forwards import before_forward
 from late_copies import late_copies
@@ -17,7 +17,7 @@ from models import CHUNK
 from waiting import PATIENCE
 
 CROPPED = ("llama", "deepseek_v3")
-FAMILIES = (*CROPPED, "gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2")
+FAMILIES = (*CROPPED, *here("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from cake_hf.cache.compat import drop_content
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
 from device_marks import devices
+from naming import mask_sizes
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 8, 6
 Operation = Callable[[Any], None]
@@ -32,7 +33,7 @@ def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 def assert_equal(ours: TokenMajorLayer, theirs: DynamicLayer) -> None:
     assert ours.get_seq_length() == theirs.get_seq_length()
-    assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+    assert mask_sizes(ours, 3) == mask_sizes(theirs, 3)
     if theirs.get_seq_length():
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)

@@ -32,11 +32,12 @@ from transformers import (
 
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.people.models import RECALL_TINY
+from families import here
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, run_ahead, shared_model
 from naming import given
 from streamed import Collector
 
-ALL = ["llama", "gemma3", "qwen3_next"]
+ALL = here("llama", "gemma3", "qwen3_next")
 QUIET = {"eos_token_id": None, "pad_token_id": 0}
 NEW_TOKENS = 10
 SMALL = {

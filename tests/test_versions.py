@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import logging
 import re
 import subprocess
 import sys
@@ -458,22 +457,6 @@ def test_canary_a_cache_takes_no_config(
 
     monkeypatch.setattr(DynamicCache, "__init__", begin)
     assert_plain(twice(model, expected), caplog)
-
-
-def test_canary_layers_of_a_kind_that_is_new(untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A version whose layers are all of new classes: none of them is ours to replace."""
-    expected, model = plain_tokens(), build("llama")
-    kind = type("PagedLayer", (cache_utils.DynamicLayer,), {})
-    real = DynamicCache.__init__
-
-    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        self.layers = [kind() for _ in self.layers]
-
-    untested.setattr(DynamicCache, "__init__", begin)
-    reports = twice(model, expected)
-    assert all("PagedLayer" in report.reason for report in reports)
-    assert not caplog.records or all(record.levelno < logging.ERROR for record in caplog.records)
 
 
 # What is said, and what is installed.

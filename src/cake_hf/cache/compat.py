@@ -67,7 +67,9 @@ def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def cache_name(forward: Callable[..., Any]) -> str:
     """What a forward calls the cache that it takes; empty if its signature does not say, or it takes none."""
     parameters = parameters_of(forward)
-    known = next((name for name in CACHE_NAMES if name in parameters), "")
+    known = next(
+        (name for name in CACHE_NAMES if name in parameters and _may_be_cache(parameters[name].annotation)), ""
+    )
     annotated = [name for name, parameter in parameters.items() if _is_cache(parameter.annotation)]
     return known or (annotated[0] if len(annotated) == 1 else "")
 
@@ -127,11 +129,22 @@ def for_generate(model: Any, cache: Any) -> dict[str, Any]:
     return {generate_name(model): cache}
 
 
+def _may_be_cache(annotation: Any) -> bool:
+    """Whether an annotation does not speak against a cache: old models call a dictionary so."""
+    return "dict" not in str(annotation)
+
+
 def _is_cache(annotation: Any) -> bool:
     """Whether an annotation, evaluated or not, names a class of caches."""
     if isinstance(annotation, type):
         return issubclass(annotation, Cache)
     return annotation is not inspect.Parameter.empty and "Cache" in str(annotation)
+
+
+def takes_dynamic_cache(model: Any) -> bool:
+    """Whether a model can be given a `DynamicCache`; some have a cache class of their own, in older versions many."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    return supports is None or bool(supports())
 
 
 # Kinds of layers, and what they have.

@@ -32,9 +32,10 @@ def to_static(cache: Cache, config: Any, max_cache_len: int, into: StaticCache |
     if tokens >= room:
         raise ValueError(f"The cache holds {tokens} tokens, and there is room for {room}; give a larger max_cache_len.")
     rows = [states.shape[0] for states in (cache.layers[0].keys,) if states is not None]
-    if static.layers[0].is_initialized and rows not in ([], [static.layers[0].batch_size]):
+    made_for = static.layers[0].keys.shape[0] if static.layers[0].is_initialized else 0
+    if made_for and rows not in ([], [made_for]):
         raise ValueError(
-            f"The cache has {rows[0]} rows, the one to fill again was made for {static.layers[0].batch_size}; leave out `into`."
+            f"The cache has {rows[0]} rows, the one to fill again was made for {made_for}; leave out `into`."
         )
     static.reset()
     return _refilled(static, cache)

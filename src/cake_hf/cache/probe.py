@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from cake_hf.cache.compat import LinearAttentionLayer, named_for
 from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
+from cake_hf.cache.presses import Presses
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.tensors.numerics import autocast_facts
 from cake_hf.tensors.offload import home_device
@@ -122,11 +123,15 @@ def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 
 def _run(model: torch.nn.Module, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
     """The last logits, and the layers after these pieces of a prompt."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        for piece in pieces:
-            output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
-            logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
+    cache, presses = DynamicCache(config=model.config), Presses.on(model)
+    presses.rest()
+    try:
+        with torch.no_grad():
+            for piece in pieces:
+                output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
+                logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
+    finally:
+        presses.resume()
     return logits, list(cache.layers)
 
 

@@ -17,6 +17,7 @@ from cake_hf.cache.compat import keeps_attention
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
+from cake_hf.cache.presses import Presses
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.session import Session
@@ -84,6 +85,7 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
+        self._presses = Presses()  # that rest until the last piece is through
 
     @property
     def is_compileable(self) -> bool:
@@ -210,7 +212,7 @@ class RestoringCache(GuardedCache):
         if call.is_batch:
             return self._handle_batch(call)
         if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
-            self._tail = Tail(prefilled, time.monotonic())
+            self._begin(Tail(prefilled, time.monotonic()))
             return None
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
         if restore is None:
@@ -218,7 +220,7 @@ class RestoringCache(GuardedCache):
         prompt = restore.prompt
         is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
         key = prompt.keys[prompt.chunks] if is_full_chunk else ""
-        self._tail = Tail(prompt, time.monotonic(), key, restore)
+        self._begin(Tail(prompt, time.monotonic(), key, restore))
         try:
             return (), call.piece(prompt.chunks * size, call.tokens)
         except BaseException:  # of the model's vision part
@@ -278,7 +280,7 @@ class RestoringCache(GuardedCache):
         self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
         self._known = []
         self.report.repeat(rows)
-        self._tail = Tail(prompt, time.monotonic(), rows=rows)
+        self._begin(Tail(prompt, time.monotonic(), rows=rows))
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
@@ -308,7 +310,8 @@ class RestoringCache(GuardedCache):
         training = "the model is in training mode" * model.training
         varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
         numbering = numbering_reason(model, call.arguments)
-        return self._model_reason or call.refusal() or training or varying or numbering
+        pressed = Presses.on(model).reason(call, self.layers)
+        return self._model_reason or call.refusal() or training or varying or numbering or pressed
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -372,16 +375,27 @@ class RestoringCache(GuardedCache):
 
     def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
         # Also in the middle of a forward, where a load that it waited for has failed.
-        outside = self._lost, self._busy
+        outside, presses = (self._lost, self._busy), Presses.on(self._session.model)
         self._lost, self._busy = lost, True
+        presses.rest()
         try:
             self._session.model(**arguments)
         finally:
+            presses.resume()
             self._lost, self._busy = outside
+
+    def _begin(self, tail: Tail) -> None:
+        """The model runs this last piece next."""
+        self._tail = tail
+        if not tail.prompt.call.past:  # to a later turn presses do nothing, here as on any cache
+            self._presses = Presses.on(self._session.model)
+            self._presses.rest()
 
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
-        restore = tail.restore
+        restore, presses = tail.restore, self._presses
+        presses.resume()
+        self._presses = Presses()
         record_tail(
             tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
         )
@@ -391,9 +405,14 @@ class RestoringCache(GuardedCache):
             observe(tail.prompt.report)
         if tail.key:
             self._known.append(tail.key)
+        if presses.pressed:
+            presses.apply(self.layers)
+            self._known = []
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
+        self._presses.resume()
+        self._presses = Presses()
         if self._batch is not None:
             self._batch.abandon()
             self._batch = None

@@ -12,11 +12,19 @@ import zlib
 from typing import Any
 
 import torch
+import transformers
 from transformers import DynamicCache
 
 from cake_hf.arithmetic.errors import CakeError, UnsupportedModel
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.compat import CACHE_NAMES, LinearAttentionLayer, cache_name, keeps_attention, takes_any
+from cake_hf.cache.compat import (
+    CACHE_NAMES,
+    LinearAttentionLayer,
+    cache_name,
+    keeps_attention,
+    takes_any,
+    takes_dynamic_cache,
+)
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import is_ours
 from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
@@ -41,7 +49,7 @@ def refuse_unusable(model: torch.nn.Module) -> None:
     """Raise for a model that cannot be given a cache of ours.
 
     Raises:
-        UnsupportedModel: on the meta device, encoder-decoder, or with a forward that takes no cache.
+        UnsupportedModel: on the meta device, encoder-decoder, with a cache class of its own, or a forward that takes no cache.
     """
     name = type(model).__name__
     empty = {path for path, weight in parameters_of(model) if weight.device.type == "meta"}
@@ -49,6 +57,10 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
+    if not takes_dynamic_cache(model):
+        raise UnsupportedModel(
+            f"{name} has a cache class of its own in transformers {transformers.__version__}; a newer version may have none."
+        )
     if not _takes_cache(model):
         raise UnsupportedModel(f"{name}.forward takes no cache; CakeCache cannot be handed to it.")
 

@@ -21,7 +21,7 @@ class WindowedLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transfo
     """
 
     def __init__(self, sliding_window: int, **kwargs: Any) -> None:
-        super().__init__(sliding_window, **kwargs)
+        super().__init__(sliding_window=sliding_window, **kwargs)
         self.watched = False
         self.recent: tuple[torch.Tensor, torch.Tensor] | None = None
         self._own: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)

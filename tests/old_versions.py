@@ -1,0 +1,45 @@
+"""On versions of transformers whose `prefill_chunk_size` gives other results than forwards of the chunks: the latter instead.
+
+It is the reference of nearly every test, and of the bench and the evaluation. test_transformers_contract.py says from which
+version on nothing is to be mended here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import GenerationMixin
+
+from cake_hf.cache.compat import named_for
+
+WRONG_BEFORE = Version("5.3")
+"""Among those before it some are right; they lose nothing."""
+
+
+def mend_chunked_prefill() -> None:
+    """Have `generate(prefill_chunk_size=...)` run the chunks by plain forwards, where this version is one of those."""
+    if Version(transformers.__version__) >= WRONG_BEFORE or hasattr(GenerationMixin._prefill, "mended"):
+        return
+    original = GenerationMixin._prefill
+
+    def prefill(
+        self: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *more: Any
+    ) -> Any:
+        size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
+        cache = model_kwargs.get(next(iter(named_for(self.forward, None))))
+        if size is not None and cache is not None:
+            _run_ahead(self, input_ids, size, model_kwargs.get("attention_mask"), cache)
+        return original(self, input_ids, generation_config, model_kwargs, *more)
+
+    prefill.mended = True  # type: ignore[attr-defined]
+    GenerationMixin._prefill = prefill
+
+
+def _run_ahead(model: Any, ids: torch.Tensor, size: int, mask: torch.Tensor | None, cache: Any) -> None:
+    for start in range(cache.get_seq_length(), ids.shape[1] - size, size):
+        end = start + size
+        masked = {} if mask is None else {"attention_mask": mask[:, :end]}
+        model(ids[:, start:end], **masked, **named_for(model.forward, cache), use_cache=True, logits_to_keep=1)
