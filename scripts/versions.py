@@ -38,9 +38,8 @@ print("\\n" + json.dumps({family: examine(family).way for family in FAMILIES}))
 
 def main() -> None:
     ways = {version: examine(version) for version in VERSIONS}
-    rows = [f"| family | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
-    for family in ways[NEWEST_TESTED]:
-        rows.append(f"| {family} | {' | '.join(found[family] for found in ways.values())} |")
+    rows = [f"| {family} | {' | '.join(found[family] for found in ways.values())} |" for family in ways[NEWEST_TESTED]]
+    rows = [f"| family | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|", *rows]
     begin, end = "<!-- made by scripts/versions.py -->", "<!-- end -->"
     table = "\n".join([begin, "", *rows, "", end])
     PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: table, PAGE.read_text(), flags=re.DOTALL))

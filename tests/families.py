@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from cake_hf.cache.compat import takes_dynamic_cache
 from cake_hf.cache.layers.kinds import is_ours
-from cake_hf.cache.support import layers_for
+from cake_hf.cache.support import layers_for, model_reason
 from models import VOCABULARY
 
 WINDOW = 24
@@ -38,6 +38,9 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+OLD_NAMES = Version(hf.__version__) < Version("5.11")
+"""Whether hybrids have names of their own for kinds of layers."""
+
 _PLAIN = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 _GPT = {
     "vocab_size": VOCABULARY,
@@ -189,7 +192,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         "GraniteMoeHybrid",
         **{**COMMON, "num_hidden_layers": 3},
         **_MAMBA,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        layer_types=["mamba", "attention", "mamba"]
+        if OLD_NAMES
+        else ["linear_attention", "full_attention", "linear_attention"],
         shared_intermediate_size=32,
         num_local_experts=2,
         num_experts_per_tok=1,
@@ -217,7 +222,7 @@ def exists(family: str) -> bool:
     try:
         torch.manual_seed(0)
         FAMILIES[family]()
-    except (AttributeError, ValueError, TypeError):  # no such class, or a config that it does not know
+    except Exception:  # no such class, or a config that it does not know
         if Version(hf.__version__) >= Version("5.17"):
             raise
         return False
@@ -230,7 +235,8 @@ def is_here(family: str) -> bool:
     if not exists(family):
         return False
     model = FAMILIES[family]()
-    return takes_dynamic_cache(model) and all(map(is_ours, layers_for(model)))
+    layers = layers_for(model)
+    return takes_dynamic_cache(model) and all(map(is_ours, layers)) and not model_reason(model, layers)
 
 
 def here(*families: str) -> list[str]:

@@ -64,7 +64,8 @@ def content(cache: Any) -> dict[str, torch.Tensor]:
         for name in ("keys", "values", "indexer_keys"):
             found[f"{number}.{name}"] = getattr(layer, name, None)
         for name in ("conv_states", "recurrent_states"):
-            for index, state in getattr(layer, name, {}).items():
+            states = getattr(layer, name, {})
+            for index, state in (states if isinstance(states, dict) else {0: states}).items():  # older ones have one
                 found[f"{number}.{name}.{index}"] = state
     return {name: tensor.clone() for name, tensor in found.items() if tensor is not None and tensor.numel()}
 

@@ -7,6 +7,7 @@ import gc
 import inspect
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

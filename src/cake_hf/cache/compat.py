@@ -31,6 +31,8 @@ from transformers import Cache, cache_utils  # noqa: E402  # older ones may have
 GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
 """How a snippet that is printed for people hands a cache over."""
 
+INDEXERS_ARE_RIGHT_FROM = Version("5.17")
+
 CACHE_NAMES = ("cache", "past_key_values")
 """What forwards call the cache that they are given: from 5.24 on; before it, and in models from elsewhere."""
 
@@ -145,6 +147,18 @@ def takes_dynamic_cache(model: Any) -> bool:
     """Whether a model can be given a `DynamicCache`; some have a cache class of their own, in older versions many."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     return supports is None or bool(supports())
+
+
+def indexer_reason(config: Any) -> str:
+    """Why a model with an indexer (sparse attention) is computed plainly on this version; empty if it need not be.
+
+    Before 5.11 the model keeps the indexer's keys to itself, and before 5.17 it attends to the wrong tokens in every forward
+    that goes on from others. Neither shows in what there is, so this is the one place that goes by the number.
+    """
+    has_indexer = any(getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
+    if not has_indexer or Version(transformers.__version__) >= INDEXERS_ARE_RIGHT_FROM:
+        return ""
+    return f"transformers before {INDEXERS_ARE_RIGHT_FROM} computes models with an indexer wrongly in pieces"
 
 
 # Kinds of layers, and what they have.

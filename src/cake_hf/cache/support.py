@@ -21,6 +21,7 @@ from cake_hf.cache.compat import (
     CACHE_NAMES,
     LinearAttentionLayer,
     cache_name,
+    indexer_reason,
     keeps_attention,
     takes_any,
     takes_dynamic_cache,
@@ -100,6 +101,8 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
     if not keeps_attention(layers):
         return "this model keeps no attention at all, so its cache cannot tell how long it is"
+    if reason := indexer_reason(model.config):
+        return reason
     if "dynamic" in _rope_types(model.config):
         return "this model's dynamic rope scaling depends on earlier prompts"
     if kind := unknown_weights(model):
