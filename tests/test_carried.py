@@ -186,9 +186,9 @@ def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: py
         assert cache.report.states_saved == 1
 
 
-def test_states_that_hang_cost_no_more_threads_with_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", RECURRENT[:1])
+def test_states_that_hang_cost_no_more_threads_with_each_prompt(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where prompts follow each other long before these are known to hang: nobody waits for them here."""
-    family = RECURRENT[0]
     model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: "stall"})
@@ -503,6 +503,7 @@ def test_in_bfloat16(family: str, attention: str) -> None:
             assert loaded in (None, cache.report.chunks_loaded)
 
 
+@pytest.mark.skipif(not RECURRENT, reason="this version keeps no recurrent states in a form that can be restored")
 def test_a_model_that_forgets_is_found_out() -> None:
     """Also where its weights are such that its logits hardly show it."""
     torch.manual_seed(0)

@@ -38,9 +38,10 @@ ALL_KINDS = {
 def is_here(make: Any) -> bool:
     """Whether the installed transformers has that kind of layer, as it can be restored."""
     try:
-        return is_ours(ours_for(make()))
+        layer = make()
     except TypeError:  # it has one state of each kind, without a number
         return False
+    return hasattr(cache_utils, type(layer).__name__) and is_ours(ours_for(layer))
 
 
 KINDS = {name: make for name, make in ALL_KINDS.items() if is_here(make)}

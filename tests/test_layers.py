@@ -65,6 +65,7 @@ def test_same_content_after_any_operations(steps: list[tuple[str, int]]) -> None
             for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
                 assert torch.equal(one, other)
         elif name == "crop" and length:
+            number = min(number, length)  # of more, older versions leave some
             ours.crop(-number)
             theirs.crop(-number)
         elif name == "reset":

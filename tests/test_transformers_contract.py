@@ -134,7 +134,7 @@ def test_what_a_layer_has() -> None:
         (1, 2, 3, 5),
         "cpu",
     )
-    windowed = DynamicSlidingWindowLayer(8)
+    windowed = DynamicSlidingWindowLayer(sliding_window=8)
     assert (windowed.sliding_window, windowed.cumulative_length) == (8, 0)
 
 
