@@ -24,7 +24,7 @@ from cake_hf.movers.place import DevicePlace, place_for
 from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import devices_of, home_device, where_computed
-from families import family_model
+from families import family_model, here
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, build, difference, prompt
 from naming import given
@@ -149,7 +149,8 @@ def case_offloaded_to_the_host_and_computed_on_the_device() -> None:
 
 
 def case_windows_and_states() -> None:
-    for family, there in (("gemma3", (1, 2)), ("qwen3_next", (1, 2)), ("lfm2", (0,))):
+    places = {"gemma3": (1, 2), "qwen3_next": (1, 2), "lfm2": (0,)}
+    for family, there in ((family, places[family]) for family in here(*places)):
         model = copy.deepcopy(family_model(family))
         model.set_attn_implementation("eager")
         model.set_experts_implementation("eager")  # the others count in a dtype that only a GPU can

@@ -45,7 +45,7 @@ def mend_chunked_prefill() -> None:
 
 @contextmanager
 def skipped_where_older_versions_fail() -> Iterator[None]:
-    """For what transformers does by itself, on a `DynamicCache`: where an older one fails at that, there is nothing to compare."""
+    """For what transformers does by itself, on a `DynamicCache`: where an old one fails at it, there is nothing to compare."""
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:

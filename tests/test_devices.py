@@ -13,6 +13,7 @@ import torch
 
 from cake_hf import CakeCache, MemoryStore
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run
+from old_versions import OLD
 
 RUNS = Path(__file__).parent / "device_runs.py"
 CASES = [line[4:].split("(")[0] for line in RUNS.read_text().splitlines() if line.startswith("def case_")]
@@ -29,6 +30,8 @@ def complaints() -> dict[str, str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_devices(case: str, complaints: dict[str, str]) -> None:
+    if OLD and "offloaded_to_the_host" in case:
+        pytest.skip("here older transformers mixes devices by itself, on a DynamicCache")
     assert complaints[case] == ""
 
 

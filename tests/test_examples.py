@@ -15,6 +15,7 @@ import torch
 from nbformat.v4 import new_output
 
 from naming import in_this_version
+from old_versions import OLD
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
@@ -47,6 +48,8 @@ def quiet_log() -> Iterator[None]:
 @pytest.mark.usefixtures("quiet_log")
 def test_the_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its assertions are about the answers; the pictures are written for those who see no notebook."""
+    if OLD and "prefill_chunk_size=128)" in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"):
+        pytest.skip("older transformers cuts no prompt into chunks without a cache, with which the example compares")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     script = tmp_path / f"{name}.py"
@@ -61,7 +64,8 @@ def test_the_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_notebook_runs_and_shows_its_pictures() -> None:
-    ran = notebooks.to_notebook((ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8"))
+    script = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    ran = notebooks.to_notebook(in_this_version(script))
     notebooks.execute(ran)
     shown = [output for cell in ran.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 2

@@ -24,7 +24,7 @@ from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.fingerprint import weights_digest
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import Offloaded, devices_of, home_device, where_computed
-from families import family_model
+from families import family_model, here
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from naming import given
 from stored import filled_store
@@ -128,7 +128,10 @@ def test_buffers_are_weights_too(portable: bool, tmp_path: Path) -> None:
     assert plain != other
 
 
-@pytest.mark.parametrize(("family", "offload"), [("gemma3", to_files), ("lfm2", to_files), ("qwen3_next", to_memory)])
+BY_FAMILY = {"gemma3": to_files, "lfm2": to_files, "qwen3_next": to_memory}
+
+
+@pytest.mark.parametrize(("family", "offload"), [(family, BY_FAMILY[family]) for family in here(*BY_FAMILY)])
 def test_windows_and_states(family: str, offload: Offload, tmp_path: Path) -> None:
     """Also where the probe has to run the model in two pieces."""
     moved = offload(copy.deepcopy(family_model(family)), tmp_path)

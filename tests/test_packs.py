@@ -35,7 +35,7 @@ from cake_hf.tensors.codec import parse_header
 from cake_hf.tensors.processor import processor
 from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
-from families import family_model
+from families import family_model, here
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from pack_files import write_folder
 from stored import filled_store
@@ -239,8 +239,8 @@ def test_another_processor_is_told_by_what_it_has() -> None:
 def test_what_a_stranger_wrote_does_not_reach_the_terminal() -> None:
     evil = "\x1b[2J\u202e" + "x" * 500
     theirs = {"format": "1", "chunk_size": 16, "model": {evil: evil}, "layout": {"a": {"dtype": evil}}}
-    for there, here in [(theirs, {**theirs, "model": {}}), (theirs, {**theirs, "layout": {"a": {"dtype": "F32"}}})]:
-        text = why_not(there, False, here)
+    for there, ours in [(theirs, {**theirs, "model": {}}), (theirs, {**theirs, "layout": {"a": {"dtype": "F32"}}})]:
+        text = why_not(there, False, ours)
         assert text.isprintable()
         assert text.isascii()
         assert len(text) < 400
@@ -422,7 +422,7 @@ def test_a_missing_package_is_said_at_opening(pack: Path, monkeypatch: pytest.Mo
 # Snapshots of recurrent states.
 
 
-@pytest.fixture(params=["qwen3_next", "falcon_h1", "lfm2"])
+@pytest.fixture(params=here("qwen3_next", "falcon_h1", "lfm2"))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -507,14 +507,15 @@ def test_what_looks_at_stores_sees_a_packs_snapshots(recurrent: Path, family: st
     assert (result.sampled, result.stored, result.bad) == (chunks + 1, chunks + 1, [])
 
 
-def test_every_snapshot_of_the_prompt_goes_along_and_no_other(tmp_path: Path) -> None:
-    model, ids, store = family_model("lfm2"), family_runs.IDS, MemoryStore()
+@pytest.mark.parametrize("family", here("lfm2"))
+def test_every_snapshot_of_the_prompt_goes_along_and_no_other(family: str, tmp_path: Path) -> None:
+    model, ids, store = family_model(family), family_runs.IDS, MemoryStore()
     for tokens in (ids, prompt(4 * CHUNK, seed=9)):
         with CakeCache(model, store, chunk_size=CHUNK, snapshot_every=2) as cache:
             cache.prefill(tokens, whole=True)
     manifest = export_pack(store, tmp_path / "all", model, ids, chunk_size=CHUNK)
     assert [state.index for state in manifest.states] == [1, 3, 5]
-    assert loaded_from("lfm2", open_folder_pack(tmp_path / "all")) == (family_runs.CHUNKS, 1)
+    assert loaded_from(family, open_folder_pack(tmp_path / "all")) == (family_runs.CHUNKS, 1)
     store.delete(manifest.chunks[3].key)  # a snapshot without its chunk is left out
     manifest = export_pack(store, tmp_path / "all", model, ids, chunk_size=CHUNK)
     assert [state.index for state in manifest.states] == [1, 5]

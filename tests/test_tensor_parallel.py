@@ -19,6 +19,7 @@ from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.cache.steps import AgreedSteps, Steps, steps_for
 from cake_hf.tensors.parallel import Ranks
 from models import CHUNKS
+from old_versions import OLD
 
 RUNS = Path(__file__).parent / "rank_runs.py"
 PATIENCE = 280
@@ -30,6 +31,8 @@ Seen = list[Any]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     """All cases, once, in two processes that meet on the loopback."""
+    if OLD:
+        pytest.skip("older transformers has another way to spread a model over ranks, which is not served")
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(RUNS)]
     ranks = [

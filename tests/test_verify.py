@@ -21,7 +21,7 @@ from cake_hf.tensors.codec import check_file, parse_header
 from cake_hf.tensors.forgery import blank, forge, one_bit
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command, save_model, write_text
-from families import family_model
+from families import family_model, here
 from models import difference, expected, prompt, run, shared_model
 from pack_files import write_folder
 from stored import filled_store, keys_in_order
@@ -253,9 +253,10 @@ def test_a_pack_is_recomputed_as_well(tmp_path: Path, model: Path, text: Path, s
     assert f"{CHUNKS} chunks of {CHUNKS} computed again, 1 are not" in flat(result.output)
 
 
-def test_snapshots_of_recurrent_models_are_recomputed_as_well() -> None:
+@pytest.mark.parametrize("family", here("qwen3_next"))
+def test_snapshots_of_recurrent_models_are_recomputed_as_well(family: str) -> None:
     """Wherever in the prompt they were kept."""
-    chunk_model, store, ids = family_model("qwen3_next"), MemoryStore(), prompt()
+    chunk_model, store, ids = family_model(family), MemoryStore(), prompt()
     with CakeCache(chunk_model, store, chunk_size=CHUNK, snapshot_every=2) as cache:
         cache.prefill(ids)
         assert cache.flush(60)
