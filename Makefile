@@ -7,7 +7,7 @@ TOGETHER := -n 2 --dist loadfile
 CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_cake_cache.py tests/test_parity.py tests/test_modes.py \
 	tests/test_families.py tests/test_carried.py tests/test_batches.py tests/test_handover.py tests/test_layers.py \
 	tests/test_layer_kinds.py tests/test_vision.py tests/test_adapters.py tests/test_faults.py tests/test_gated.py \
-	tests/test_readme.py tests/test_docs.py
+	tests/test_readme.py tests/test_docs.py tests/test_demo.py
 # What a version of transformers can break; the rest of the suite never sees it.
 
 .PHONY: demo test test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean

@@ -28,9 +28,10 @@ from transformers.utils import ModelOutput
 
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report
-from cake_hf.cache import compat, selfcheck, support
-from models import CHUNK, CHUNKS, build, prompt, shared_model
+from cake_hf.cache import compat, selfcheck, session, support
+from models import CHUNK, CHUNKS, build, prompt, run, shared_model
 from naming import NAME, given
+from portable_chunks import IDS, kept_chunks, portable_cache, written_with
 
 SOURCE = Path(cake_hf.__path__[0])
 ROOT = Path(__file__).parent.parent
@@ -491,3 +492,25 @@ def test_the_versions_in_the_project_are_those_in_the_library() -> None:
 def test_our_own_calls_make_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     twice(build("llama"), plain_tokens())
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_chunks_of_one_version_are_read_on_the_others() -> None:
+    """With exact=False. They were written once and are kept with the tests; see portable_chunks.py."""
+    with portable_cache(kept_chunks(), strategy="load") as cache:
+        run(cache._session.model, IDS, cache)
+        assert cache.report.chunks_loaded == 2, (written_with(), cache.report)
+        restored = [layer.keys[..., : 2 * CHUNK, :] for layer in cache.layers]
+    with portable_cache(MemoryStore()) as cache:
+        run(cache._session.model, IDS, cache)
+        for layer, keys in zip(cache.layers, restored, strict=True):
+            assert torch.allclose(layer.keys[..., : 2 * CHUNK, :], keys, atol=1e-4)
+
+
+def test_exact_chunks_of_one_version_are_not_found_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+        assert cache.flush(60)
+    monkeypatch.setattr(session.transformers, "__version__", "5.1.99")
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        assert cache.prefill(prompt()).chunks_missed == CHUNKS
