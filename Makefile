@@ -10,10 +10,10 @@ CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_ca
 	tests/test_readme.py tests/test_docs.py tests/test_demo.py
 # What a version of transformers can break; the rest of the suite never sees it.
 
-.PHONY: demo test test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
+.PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
 $(READY): requirements/locked.txt pyproject.toml scripts/setup.sh
-	PYTHON=$(PYTHON) bash scripts/setup.sh $(VENV) requirements/locked.txt
+	PYTHON=$(PYTHON) TORCH=$(TORCH) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
 
 .venv-oldest/.ready: requirements/oldest.txt pyproject.toml scripts/setup.sh
@@ -33,6 +33,9 @@ demo: $(READY)  ## ask a question about a long text, cold and warm, and see what
 
 test: $(READY)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
+
+test-core: $(READY)  ## what a version can break; `make test-core VENV=.venv-torch TORCH=2.7.1`, or with PYTHON=python3.13
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) $(CORE)
 
 test-oldest: .venv-oldest/.ready  ## the whole suite with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(TOGETHER)

@@ -4,6 +4,7 @@
 #   setup.sh VENV --newest        the newest releases within the bounds of pyproject.toml, pre-releases of transformers included
 # torch: where there is no NVIDIA GPU, its CPU build is a tenth of the size. It is taken if pip can find it (a wheel on this machine,
 # or an index named by PIP_EXTRA_INDEX_URL that has "+cpu" builds); otherwise torch is what the package index has.
+# TORCH=2.7.1 in the environment means that release of it instead of the lock's, with all that it needs.
 set -euo pipefail
 venv=$1 wanted=$2
 python=${PYTHON:-python3}
@@ -19,15 +20,19 @@ if [ "$wanted" = --newest ]; then
 fi
 
 torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$wanted")
-if command -v nvidia-smi >/dev/null || ! "${pip[@]}" --no-deps "torch==$torch+cpu" 2>/dev/null; then
+if [ -n "${TORCH:-}" ]; then
+    "${pip[@]}" "torch==$TORCH"
+elif command -v nvidia-smi >/dev/null || ! "${pip[@]}" --no-deps "torch==$torch+cpu" 2>/dev/null; then
     "${pip[@]}" --no-deps "torch==$torch"
 fi
 parts=$(mktemp)
 trap 'rm -f "$parts"' EXIT
 grep -v '^torch==' "$wanted" > "$parts"
-case $("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))') in
-    *+cpu) grep -vE "$gpu_parts" "$wanted" | grep -v '^torch==' > "$parts" ;;
-esac
+installed=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
+if [ -n "${TORCH:-}" ] || [[ $installed == *+cpu ]]; then  # it has its own, or needs none
+    grep -vE "$gpu_parts" "$parts" > "$parts.rest"
+    mv "$parts.rest" "$parts"
+fi
 "${pip[@]}" --no-deps $(grep -E "$builders" "$parts" | sed 's/ *;.*//' | sort -u)
 "${pip[@]}" --no-deps --no-build-isolation --use-pep517 --requirement "$parts"
 "${pip[@]}" --no-deps --no-build-isolation --editable .
