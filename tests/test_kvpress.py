@@ -5,8 +5,10 @@ kvpress needs an older transformers than most environments have: `make test-kvpr
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
@@ -130,16 +132,19 @@ def test_beams_and_a_second_turn() -> None:
     used.close()
 
 
-def test_prefill_under_a_press() -> None:
-    """What `prefill` brings is pressed with the rest of the prompt, once the model runs that."""
+@pytest.mark.parametrize("chunks", [CHUNKS, 3])
+@pytest.mark.parametrize("copied", [False, True])
+def test_prefill_under_a_press(chunks: int, copied: bool) -> None:
+    """What `prefill` brings is pressed with the rest of the prompt, once the model runs that, however long it is."""
     model: Any = build("llama")
     press = make("KnormPress")
     with press(model):
         plain = model.generate(prompt(), **given(DynamicCache(config=model.config)), **OPTIONS)
         with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-            cache.prefill(prompt())
-            assert cache.get_seq_length() == CHUNK * CHUNKS
-            assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain)
+            cache.prefill(prompt()[:, : chunks * CHUNK + 1])
+            assert cache.get_seq_length() == chunks * CHUNK
+            used = copy.deepcopy(cache) if copied else cache
+            assert torch.equal(model.generate(prompt(), **given(used), **OPTIONS), plain)
 
 
 def test_a_press_that_needs_more_is_computed_plainly() -> None:
@@ -173,6 +178,62 @@ def test_an_error_in_the_last_piece_leaves_the_press_at_work() -> None:
         plain = model.generate(prompt(), **given(DynamicCache(config=model.config)), **OPTIONS)
         assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain)
     assert hooks_on(model) == 0
+
+
+def test_after_ctrl_c_the_press_is_at_work() -> None:
+    """In the last piece, where torch calls no hooks any more: on other caches at once, and on the same one."""
+    model: Any = build("llama")
+
+    def interrupt(module: Any, args: Any) -> None:
+        if args[0].shape[1] == 1:
+            raise KeyboardInterrupt
+
+    with make("KnormPress")(model):
+        plain = DynamicCache(config=model.config)
+        tokens = model.generate(prompt(), **given(plain), **OPTIONS)
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+            handle = model.lm_head.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(prompt(), **given(cache), **OPTIONS)
+            handle.remove()
+            for used in (DynamicCache(config=model.config), CakeCache(model, cache.store, chunk_size=CHUNK), cache):
+                assert torch.equal(model.generate(prompt(), **given(used), **OPTIONS), tokens)
+                assert used.get_seq_length() == plain.get_seq_length()
+
+
+def test_caches_in_several_threads_are_pressed_each() -> None:
+    """While one of them has its press rest, the others' are at work."""
+    model: Any = build("llama")
+    store, lengths = MemoryStore(), []
+    with make("KnormPress")(model):
+        plain = DynamicCache(config=model.config)
+        model.generate(prompt(), **given(plain), **OPTIONS)
+
+        def ask(number: int) -> None:
+            used: Any = DynamicCache(config=model.config)
+            if number % 2:
+                used = CakeCache(model, store, chunk_size=CHUNK)
+            model.generate(prompt(), **given(used), **OPTIONS)
+            lengths.append(used.get_seq_length())
+
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(ask, range(24)))
+    assert set(lengths) == {plain.get_seq_length()}
+
+
+class MyPress(kvpress.KnormPress):  # type: ignore[misc]
+    """A user's own."""
+
+
+def test_a_press_of_ones_own_is_computed_plainly() -> None:
+    model: Any = build("llama")
+    press, store = MyPress(compression_ratio=0.5), MemoryStore()
+    with press(model):
+        plain = model.generate(prompt(), **given(DynamicCache(config=model.config)), **OPTIONS)
+        for _ in range(2):
+            with CakeCache(model, store, chunk_size=CHUNK) as cache:
+                assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain)
+                assert "MyPress looks at more" in cache.report.reason
 
 
 def test_without_a_press_nothing_is_different() -> None:

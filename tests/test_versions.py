@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import Cache, DynamicCache, LlamaForCausalLM, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM, cache_utils
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
 from transformers.utils import ModelOutput
@@ -29,6 +29,8 @@ from transformers.utils import ModelOutput
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.cache import compat, selfcheck, session, support
+from cake_hf.cache.layers import TokenMajorLayer
+from families import family_model
 from models import CHUNK, CHUNKS, build, prompt, run, shared_model
 from naming import NAME, given
 from portable_chunks import IDS, kept_chunks, portable_cache, written_with
@@ -291,13 +293,60 @@ def test_what_a_user_raises_is_theirs(error: type[BaseException]) -> None:
         assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
 
 
+class FailsInTheLastPiece(LlamaForCausalLM):
+    """Takes several tokens only as a prompt's beginning."""
+
+    def forward(self, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+        if 1 < input_ids.shape[1] < CHUNK:
+            raise NotImplementedError("several tokens on a filled cache")
+        return super().forward(input_ids, **kwargs)
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_an_error_in_the_last_piece_comes_through_once() -> None:
+    """It cannot be undone any more. From then on the model's prompts are computed plainly."""
+    model = from_elsewhere(FailsInTheLastPiece)
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        with pytest.raises(NotImplementedError):
+            model.generate(prompt(), **given(cache), **OPTIONS)
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+        assert "several tokens on a filled cache" in cache.report.reason
+
+
+def test_a_model_that_was_not_understood_is_not_tried_again() -> None:
+    model = from_elsewhere(FailsInPieces)
+    calls: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for turn in range(2):
+        calls.clear()
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+            model.generate(prompt(), **given(cache), **OPTIONS)
+        assert (CHUNK in calls) == (turn == 0)
+        assert "one piece only" in cache.report.reason
+    handle.remove()
+
+
+def test_an_error_that_a_users_hook_causes_in_torch_is_theirs() -> None:
+    model: Any = build("llama")
+    wrong = torch.nn.Linear(3, 3)
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, output: wrong(torch.ones(2)))
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size mismatch|mat1"):
+            model.generate(prompt(), **given(cache), **OPTIONS)
+        handle.remove()
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+
+
 def test_a_forward_called_by_itself_is_a_plain_one(caplog: pytest.LogCaptureFixture) -> None:
     """No hook runs then. It is our own model, so its KV is welcome."""
     model: Any = shared_model("llama")
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
         logits = model.forward(prompt(), **given(cache)).logits
         step = model.forward(prompt(1, seed=9), **given(cache)).logits
-        assert "was called by itself" in cache.report.reason
+        assert "was called directly" in cache.report.reason
         assert cache.flush(60)
         assert list(cache.store.keys()) == []
         used = DynamicCache(config=model.config)
@@ -313,7 +362,6 @@ def test_a_forward_called_by_itself_is_a_plain_one(caplog: pytest.LogCaptureFixt
 def untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if the installed version were newer than all that were tested."""
     monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
-    monkeypatch.setattr(selfcheck, "NEWEST_TESTED", "4.99")
     return monkeypatch
 
 
@@ -335,6 +383,40 @@ def test_a_model_in_training_mode_cannot_be_tried(untested: pytest.MonkeyPatch) 
         assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
         assert "training mode" in cache.report.reason
     assert_restored(twice(model, plain_tokens()))
+
+
+def test_a_trial_in_which_nothing_was_restored_says_nothing(
+    untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither that prompts can be restored nor that they cannot; the next cache tries again."""
+    expected, model = plain_tokens(), build("llama")
+    with untested.context() as patch:
+        patch.setattr(selfcheck.RestoringCache, "_refusal", lambda self, call: "for a test")
+        CakeCache(model, MemoryStore(), chunk_size=CHUNK).close()
+    assert not [record for record in caplog.records if record.name == "cake_hf"]
+    assert_restored(twice(model, expected))
+
+
+def test_a_trial_whose_chunks_are_not_saved_fails(untested: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    with untested.context() as patch:
+        patch.setattr(MemoryStore, "write", lambda self, *args, **kwargs: True)
+        cache = CakeCache(model, MemoryStore(), chunk_size=CHUNK)
+        assert "0 of 3 chunks were loaded" in cache._model_reason
+        cache.close()
+
+
+def test_a_model_that_is_always_computed_makes_no_alarm(
+    untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It forgets its state where a prompt is cut, on every version, and its report says so."""
+    for family in ("jamba", "mamba2"):
+        model: Any = family_model(family)
+        plain = model.generate(prompt(), **OPTIONS)
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+            assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain)
+            assert re.search("forgets its recurrent state|keeps no attention", cache.report.reason)
+    assert not [record for record in caplog.records if record.name == "cake_hf"]
 
 
 def test_canary_another_rounding(untested: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -375,13 +457,23 @@ def test_canary_another_argument_and_another_field(untested: pytest.MonkeyPatch)
 
 def test_canary_generate_has_another_argument(untested: pytest.MonkeyPatch) -> None:
     """What `generate` calls the cache is read off what it hands to `prepare_inputs_for_generation`."""
-    real = transformers.GenerationMixin.prepare_inputs_for_generation
+    expected, store = plain_tokens(), MemoryStore()
+    prepare, generate = GenerationMixin.prepare_inputs_for_generation, GenerationMixin.generate
 
-    def prepare(self: Any, input_ids: Any, kv_memory: Cache | None = None, **kwargs: Any) -> Any:
-        return real(self, input_ids, **given(kv_memory), **kwargs)
+    def new_prepare(self: Any, input_ids: Any, kv_memory: Cache | None = None, **kwargs: Any) -> Any:
+        return prepare(self, input_ids, **kwargs)
 
-    untested.setattr(transformers.GenerationMixin, "prepare_inputs_for_generation", prepare)
-    assert compat.generate_name(shared_model("llama")) == "kv_memory"
+    def new_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert NAME not in kwargs
+        return generate(self, *args, **given(kwargs.pop("kv_memory")), **kwargs)
+
+    untested.setattr(GenerationMixin, "prepare_inputs_for_generation", new_prepare)
+    untested.setattr(GenerationMixin, "generate", new_generate)
+    options = {"store": store, "chunk_size": CHUNK, "strategy": "load", "return_dict_in_generate": True, **OPTIONS}
+    for loaded in (0, CHUNKS):
+        result = cake_hf.generate(build("llama"), prompt(), **options)
+        assert torch.equal(result.sequences, expected)
+        assert getattr(result, NAME).report.chunks_loaded == loaded
 
 
 class NoCacheInOutput(LlamaForCausalLM):
@@ -409,15 +501,24 @@ def test_canary_update_with_new_arguments(untested: pytest.MonkeyPatch) -> None:
     untested.setattr(modeling_llama.LlamaAttention, "forward", scope["forward"])
     layer_update, cache_update = cache_utils.DynamicLayer.update, Cache.update
 
-    def update(self: Any, keys: Any, values: Any, index: int, *args: Any, step: Any = None, **kwargs: Any) -> Any:
-        assert step is not None
-        return cache_update(self, keys, values, index, *args, **kwargs)
+    steps: list[Any] = []
 
+    def update(self: Any, keys: Any, values: Any, index: int, *args: Any, step: Any = None, **kwargs: Any) -> Any:
+        return cache_update(self, keys, values, index, *args, step=step, **kwargs)
+
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(kwargs["step"])
+        return own_update(self, *args, **kwargs)
+
+    own_update = TokenMajorLayer.update
+    untested.setattr(TokenMajorLayer, "update", seen)
     untested.setattr(Cache, "update", update)
     untested.setattr(
         cache_utils.DynamicLayer, "update", lambda self, k, v, *a, step=None, **kw: layer_update(self, k, v)
     )
     assert_restored(twice(model, expected))
+    assert steps
+    assert all(step is not None for step in steps)
 
 
 def test_canary_layers_keep_their_tensors_elsewhere(

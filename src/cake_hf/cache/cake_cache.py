@@ -102,6 +102,7 @@ class CakeCache(RestoringCache):
         RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
+        copied._unpressed = self._unpressed
         return copied
 
     @property

@@ -1,8 +1,8 @@
-"""What differs between the versions of transformers that are supported: the only file that knows.
+"""What differs between the supported versions of transformers: names of the cache, and kinds of layers that a version lacks.
 
 Three things change from release to release: what a forward and `generate` call the cache that they are given, which kinds of
-cache layers there are, and what these layers have. All of them are found by looking at what is there, never by version numbers.
-The version number itself only says whether this library was tested with it (`is_untested`).
+cache layers there are, and what these layers have. They are found by looking at what is there. Only `indexer_reason` goes by
+the version number, since what it is about does not show, and `is_untested`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"pip install 'transformers>={OLDEST},<6'"
     )
 
-from transformers import Cache, cache_utils  # noqa: E402  # older ones may have none of these
+from transformers import Cache, DynamicCache, cache_utils  # noqa: E402  # older ones may have none of these
 
 GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
 """How a snippet that is printed for people hands a cache over."""
@@ -60,7 +60,7 @@ def has_cache(arguments: Mapping[str, Any]) -> bool:
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The named arguments of a call, but for any cache, or None in place of one."""
+    """The call's named arguments without its cache."""
     return {
         name: value for name, value in arguments.items() if name not in CACHE_NAMES and not isinstance(value, Cache)
     }
@@ -132,7 +132,7 @@ def for_generate(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def _may_be_cache(annotation: Any) -> bool:
-    """Whether an annotation does not speak against a cache: old models call a dictionary so."""
+    """Whether an annotation allows a cache. Some old models use the name for a dictionary."""
     return "dict" not in str(annotation)
 
 
@@ -141,6 +141,11 @@ def _is_cache(annotation: Any) -> bool:
     if isinstance(annotation, type):
         return issubclass(annotation, Cache)
     return annotation is not inspect.Parameter.empty and "Cache" in str(annotation)
+
+
+def plain_cache(model: Any) -> Any:
+    """An empty cache as transformers makes it for a model."""
+    return DynamicCache(config=model.config)
 
 
 def takes_dynamic_cache(model: Any) -> bool:
@@ -165,7 +170,7 @@ def indexer_reason(config: Any) -> str:
 
 
 def _layer_class(name: str) -> Any:
-    """A class of cache layers; one that has no instances where this version has none of that name."""
+    """A class of cache layers, or an empty stand-in where this version has none of that name."""
     return getattr(cache_utils, name, None) or type(f"Absent{name}", (), {})
 
 
@@ -187,9 +192,9 @@ def keeps_attention(layers: Iterable[Any]) -> bool:
 
 
 def drop_content(layer: Any) -> None:
-    """Begin the `reset` of a layer that keeps tokens. Older versions would fill its tensors, which others may hold, with zeros.
+    """Empty a layer before its `reset`.
 
-    They would also go on behind these zeros.
+    Older versions fill the tensors with zeros, although others may hold them, and append after the zeros.
     """
     layer.keys = layer.values = None
     layer.is_initialized = False

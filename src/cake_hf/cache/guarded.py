@@ -38,10 +38,12 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         states: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return states
 
-    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    def update_indexer(
+        self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """As `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
         self._before_update(layer_idx, reads=True)
-        keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx)
+        keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return keys
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:

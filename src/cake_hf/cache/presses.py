@@ -1,9 +1,9 @@
 """kvpress beside us: its presses shorten what a cache holds, by hooks on the attention modules, when a prompt is through.
 
-A press expects the whole prompt in one forward. A restored prompt comes in pieces, most of which no forward sees. So while a
-prompt is restored its presses rest, and what is saved is the model's own KV. When the last piece is through, each press is
-applied to all that its layer holds, as it would be to a prompt that was computed. That serves presses that look at K and V
-alone; with others prompts are computed plainly.
+A press expects the whole prompt in one forward. A restored prompt comes in pieces, most of which no forward sees. So a cache
+that is being restored has its presses rest, and what is saved is the model's own KV. After the last piece each press is applied
+to all that its layer holds, as it would be to a prompt that was computed. That serves presses that look at K and V alone; with
+others prompts are computed plainly.
 
 Nothing here imports kvpress: a press is known by its hook, which is a method of it.
 """
@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache
 
+from cake_hf.cache.compat import find_cache
 from cake_hf.cache.layers import TokenMajorLayer
 
 if TYPE_CHECKING:
@@ -26,23 +28,25 @@ SERVED = {"KeyDiffPress", "KnormPress", "LagKVPress", "StreamingLLMPress"}
 
 
 @dataclass(frozen=True)
-class Pressed:
-    """One module with a press on it.
+class Gate:
+    """Stands in for a press's hook, and calls it unless the forward's cache says that its presses rest.
 
-    Attributes:
-        module: an attention module of transformers.
-        number: of the hook among the module's forward hooks.
-        hook: the press's method that is the hook.
+    The state is the cache's, so that other caches and threads are not concerned. Whoever removes the hook removes the gate.
     """
 
-    module: Any
-    number: int
     hook: Any
 
-    @property
-    def press(self) -> Any:
-        """The press itself."""
-        return self.hook.__self__
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        cache = find_cache((*kwargs.values(), *args), Cache)
+        return None if getattr(cache, "presses_rest", False) else self.hook(module, args, kwargs, output)
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """An attention module of transformers, and the press on it."""
+
+    module: Any
+    press: Any
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,15 @@ class Presses:
 
     @classmethod
     def on(cls, model: torch.nn.Module) -> Presses:
-        """Those on that model now."""
-        if "kvpress" not in sys.modules:
-            return cls()
-        return cls(
-            [
-                Pressed(module, number, hook)
-                for module in model.modules()
-                for number, hook in module._forward_hooks.items()
-                if type(getattr(hook, "__self__", None)).__module__.startswith("kvpress.")
-            ]
-        )
+        """Those on that model now, each behind a gate."""
+        found = []
+        for module in model.modules() if "kvpress" in sys.modules else ():
+            for number, hook in list(module._forward_hooks.items()):
+                inner = hook.hook if isinstance(hook, Gate) else hook
+                if _is_press(press := getattr(inner, "__self__", None)):
+                    found.append(Pressed(module, press))
+                    module._forward_hooks[number] = hook if isinstance(hook, Gate) else Gate(hook)
+        return cls(found)
 
     def reason(self, call: ForwardCall, layers: list[Any]) -> str:
         """Why a prompt with these presses is computed plainly; empty if it can be restored.
@@ -76,22 +78,13 @@ class Presses:
             return ""
         if call.is_batch and not call.is_repeated:
             return "a press is at work on a batch, or on a prompt with padding"
-        if other := sorted({type(one.press).__name__ for one in self.pressed} - SERVED):
-            return f"{other[0]} looks at more than the KV of a prompt, which is all that a restore brings"
+        if other := [one.press for one in self.pressed if not _is_served(one.press)]:
+            return (
+                f"{type(other[0]).__name__} looks at more than the KV of a prompt, which is all that a restore brings"
+            )
         if not all(isinstance(layers[one.module.layer_idx], TokenMajorLayer) for one in self.pressed):
             return "a press is at work on layers that do not keep every token"
         return ""
-
-    def rest(self) -> None:
-        """Have the hooks do nothing until `resume`."""
-        for one in self.pressed:
-            one.module._forward_hooks[one.number] = _resting
-
-    def resume(self) -> None:
-        """Have the hooks at work again, but for those that were removed meanwhile."""
-        for one in self.pressed:
-            if one.module._forward_hooks.get(one.number) is _resting:
-                one.module._forward_hooks[one.number] = one.hook
 
     def apply(self, layers: list[Any]) -> None:
         """Shorten what the layers hold of a whole prompt.
@@ -104,5 +97,10 @@ class Presses:
             layer.keys, layer.values = one.press.compress(one.module, None, layer.keys, layer.values, None, {})
 
 
-def _resting(*_: Any) -> None:
-    """In place of a press's hook."""
+def _is_press(owner: Any) -> bool:
+    """Whether a hook's owner is a press, be it one of a user's own."""
+    return any(base.__module__.split(".")[0] == "kvpress" for base in type(owner).__mro__)
+
+
+def _is_served(press: Any) -> bool:
+    return type(press).__name__ in SERVED and type(press).__module__.split(".")[0] == "kvpress"

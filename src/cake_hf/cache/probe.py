@@ -10,9 +10,8 @@ import weakref
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from cake_hf.cache.compat import LinearAttentionLayer, named_for
+from cake_hf.cache.compat import LinearAttentionLayer, named_for, plain_cache
 from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.cache.presses import Presses
@@ -123,15 +122,13 @@ def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 
 def _run(model: torch.nn.Module, pieces: list[torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
     """The last logits, and the layers after these pieces of a prompt."""
-    cache, presses = DynamicCache(config=model.config), Presses.on(model)
-    presses.rest()
-    try:
-        with torch.no_grad():
-            for piece in pieces:
-                output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
-                logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
-    finally:
-        presses.resume()
+    cache = plain_cache(model)
+    Presses.on(model)
+    cache.presses_rest = True
+    with torch.no_grad():
+        for piece in pieces:
+            output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
+            logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
     return logits, list(cache.layers)
 
 

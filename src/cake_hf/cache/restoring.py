@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cake_hf.cache.support import (
     cut_image_reason,
     is_misunderstanding,
     kept_reason,
+    misunderstood_reason,
     not_understood,
     unlike_reason,
     unseen_reason,
@@ -85,7 +87,8 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
-        self._presses = Presses()  # that rest until the last piece is through
+        self.presses_rest = False  # in forwards with this cache, as long as a prompt is being restored; see `presses`
+        self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
 
     @property
     def is_compileable(self) -> bool:
@@ -106,7 +109,7 @@ class RestoringCache(GuardedCache):
 
     def reset(self) -> None:
         super().reset()
-        self._known, self._prefilled = [], None
+        self._known, self._prefilled, self._unpressed = [], None, False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -136,6 +139,9 @@ class RestoringCache(GuardedCache):
         if not self._busy:
             self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
             rewritten = self._handle_if_understood(model, args, kwargs)
+            # To a later turn presses do nothing, here as on any cache.
+            self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
+            self._unpressed = False
         self._depth += 1
         return rewritten
 
@@ -146,6 +152,7 @@ class RestoringCache(GuardedCache):
         if self._busy:
             return
         if failed:
+            self._learn_from(sys.exc_info()[1])
             self._give_up_tail()
         batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
         if batch is not None:
@@ -153,6 +160,20 @@ class RestoringCache(GuardedCache):
             observe(batch.report)
         if tail is not None:
             self._finish(tail)
+        if self.presses_rest:
+            self._press()
+
+    def _press(self) -> None:
+        """The whole prompt is through, and the presses on the model have not seen it."""
+        self.presses_rest = False
+        if (presses := Presses.on(self._session.model)).pressed:
+            self._known = []
+            presses.apply(self.layers)
+
+    def _learn_from(self, error: BaseException | None) -> None:
+        """The last piece has failed. If we call the model in a way that it does not take, its next prompts are plain calls."""
+        if self._tail is not None and isinstance(error, Exception) and is_misunderstanding(self._session.model, error):
+            not_understood(self._session.model, error)
 
     def _enter_decoder(self) -> None:
         if not self._depth:  # it was called by itself, and nothing is restored then
@@ -173,7 +194,9 @@ class RestoringCache(GuardedCache):
         except Exception as error:
             if not is_misunderstanding(model, error):
                 raise
-            self._go_back(past, known)
+            if not past:
+                self.reset()
+            self._known = known
             ids = args[0] if args else kwargs.get("input_ids")
             tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
             reason = not_understood(model, error)
@@ -212,7 +235,7 @@ class RestoringCache(GuardedCache):
         if call.is_batch:
             return self._handle_batch(call)
         if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
-            self._begin(Tail(prefilled, time.monotonic()))
+            self._tail = Tail(prefilled, time.monotonic())
             return None
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
         if restore is None:
@@ -220,7 +243,7 @@ class RestoringCache(GuardedCache):
         prompt = restore.prompt
         is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
         key = prompt.keys[prompt.chunks] if is_full_chunk else ""
-        self._begin(Tail(prompt, time.monotonic(), key, restore))
+        self._tail = Tail(prompt, time.monotonic(), key, restore)
         try:
             return (), call.piece(prompt.chunks * size, call.tokens)
         except BaseException:  # of the model's vision part
@@ -234,14 +257,6 @@ class RestoringCache(GuardedCache):
     def _length(self) -> int:
         """Tokens in this cache; 0 where it cannot tell."""
         return int(self.get_seq_length()) if self._counts() else 0
-
-    def _go_back(self, past: int, known: list[str]) -> None:
-        """Hold the first `past` tokens again, whose full chunks have these keys."""
-        if not past:
-            self.reset()
-        elif (more := self._length() - past) > 0:
-            self.crop(-more)
-        self._known = known[: past // self._session.chunk_size]
 
     def _lay_by_head(self) -> None:
         for layer in self.layers:
@@ -280,7 +295,7 @@ class RestoringCache(GuardedCache):
         self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
         self._known = []
         self.report.repeat(rows)
-        self._begin(Tail(prompt, time.monotonic(), rows=rows))
+        self._tail = Tail(prompt, time.monotonic(), rows=rows)
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
@@ -303,6 +318,7 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         self._close(restore)
+        self._unpressed = not past
         return restore.prompt
 
     def _refusal(self, call: ForwardCall) -> str:
@@ -311,7 +327,15 @@ class RestoringCache(GuardedCache):
         varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
         numbering = numbering_reason(model, call.arguments)
         pressed = Presses.on(model).reason(call, self.layers)
-        return self._model_reason or call.refusal() or training or varying or numbering or pressed
+        return (
+            self._model_reason
+            or misunderstood_reason(model)
+            or call.refusal()
+            or training
+            or varying
+            or numbering
+            or pressed
+        )
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -375,27 +399,16 @@ class RestoringCache(GuardedCache):
 
     def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
         # Also in the middle of a forward, where a load that it waited for has failed.
-        outside, presses = (self._lost, self._busy), Presses.on(self._session.model)
-        self._lost, self._busy = lost, True
-        presses.rest()
+        outside = self._lost, self._busy, self.presses_rest
+        self._lost, self._busy, self.presses_rest = lost, True, True
         try:
             self._session.model(**arguments)
         finally:
-            presses.resume()
-            self._lost, self._busy = outside
-
-    def _begin(self, tail: Tail) -> None:
-        """The model runs this last piece next."""
-        self._tail = tail
-        if not tail.prompt.call.past:  # to a later turn presses do nothing, here as on any cache
-            self._presses = Presses.on(self._session.model)
-            self._presses.rest()
+            self._lost, self._busy, self.presses_rest = outside
 
     def _finish(self, tail: Tail) -> None:
         """The prompt's last piece is through: if it was a full chunk on the schedule, it is like the others."""
-        restore, presses = tail.restore, self._presses
-        presses.resume()
-        self._presses = Presses()
+        restore = tail.restore
         record_tail(
             tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
         )
@@ -405,14 +418,10 @@ class RestoringCache(GuardedCache):
             observe(tail.prompt.report)
         if tail.key:
             self._known.append(tail.key)
-        if presses.pressed:
-            presses.apply(self.layers)
-            self._known = []
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
-        self._presses.resume()
-        self._presses = Presses()
+        self.presses_rest = False
         if self._batch is not None:
             self._batch.abandon()
             self._batch = None

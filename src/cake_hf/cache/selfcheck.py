@@ -2,7 +2,8 @@
 
 One short prompt is computed in chunks on a `DynamicCache`, computed by us, and restored by us from a store in memory. All
 three have to give the same logits, bit for bit, and so has the token after it. It is done once per model, when the first cache
-is made for it, and takes the time of some 200 tokens. A model that fails gets transformers' own layers, and plain compute.
+is made for it, and takes as long as some 200 tokens and the checksum of the weights. A model that fails gets transformers' own
+layers, and plain compute.
 """
 
 from __future__ import annotations
@@ -11,35 +12,55 @@ import logging
 import threading
 import weakref
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 
+from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
-from cake_hf.cache.compat import NEWEST_TESTED, is_untested, named_for, parameters_of
+from cake_hf.arithmetic.report import Report
+from cake_hf.cache import compat
+from cake_hf.cache.compat import named_for, parameters_of, plain_cache
+from cake_hf.cache.presses import Presses
 from cake_hf.cache.restore import no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_and_reason, layers_for, plain_cache, plain_layers
+from cake_hf.cache.support import layers_and_reason, layers_for, plain_layers
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.tensors.offload import home_device
+from cake_hf.tensors.parallel import ranks_of
 
 logger = logging.getLogger("cake_hf")
 
 CHUNK = MIN_CHUNK_SIZE
-TOKENS = 3 * CHUNK + 5
+CHUNKS = 3
+TOKENS = CHUNKS * CHUNK + 5
 FLUSH_SECONDS = 60.0
 
-_verdicts: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+
+@dataclass
+class _Verdict:
+    """What was found out about a model; nothing yet where `reason` is None. Its lock is held while it is being found out."""
+
+    reason: str | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Undecided(Exception):
+    """The model is computed plainly just now, for a reason that has nothing to do with the version."""
+
+
+_verdicts: weakref.WeakKeyDictionary[torch.nn.Module, _Verdict] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
     """`layers_and_reason`, and on an untested version of transformers the verdict of a restored prompt."""
     layers, reason = layers_and_reason(model)
-    if reason or not is_untested():
+    if reason or not compat.is_untested():
         return layers, reason
     reason = _verdict(model)
     return (plain_layers(model) if reason else layers), reason
@@ -51,28 +72,37 @@ def _verdict(model: torch.nn.Module) -> str:
         return (
             "the model was in training mode when its cache was made, so this version of transformers could not be tried"
         )
+    if ranks_of(model) is not None:  # each rank would come to a verdict of its own
+        return "a tensor-parallel model is not tried on a version of transformers that is newer than the newest tested"
     with _lock:
-        if model not in _verdicts:
-            _verdicts[model] = _try_out(model)
-        return _verdicts[model]
+        verdict = _verdicts.setdefault(model, _Verdict())
+    with verdict.lock:
+        if verdict.reason is None:
+            try:
+                verdict.reason = _try_out(model)
+            except _Undecided:
+                return ""  # the prompt's own report will say why it is computed
+    return verdict.reason
 
 
 def _try_out(model: torch.nn.Module) -> str:
-    installed = transformers.__version__
+    installed, newest = transformers.__version__, compat.NEWEST_TESTED
     try:
         wrong = _examine(model)
+    except _Undecided:
+        raise
     except Exception as error:  # whatever it is that has changed
         wrong = f"{type(error).__name__}: {error}"
     if not wrong:
         logger.warning(
             "transformers %s is newer than %s, the newest that was tested; a short prompt was restored correctly.",
             installed,
-            NEWEST_TESTED,
+            newest,
         )
         return ""
     reason = (
-        f"transformers {installed} is newer than {NEWEST_TESTED}, the newest that was tested, and a short prompt could not be "
-        f"restored ({wrong}); update cake_hf, or install transformers<={NEWEST_TESTED}"
+        f"transformers {installed} is newer than {newest}, the newest that was tested, and a short prompt could not be "
+        f"restored ({wrong}); update cake_hf, or install transformers<={newest}"
     )
     logger.warning("%s. Prompts are computed plainly.", reason)
     return reason
@@ -80,34 +110,40 @@ def _try_out(model: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _examine(model: Any) -> str:
-    """What differs from chunks on a `DynamicCache`; empty if nothing does."""
+    """What differs from chunks on a `DynamicCache`; empty if nothing does.
+
+    Raises:
+        _Undecided: the model's prompts are computed plainly at present.
+        Exception: whatever comes of what has changed.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(TOKENS, device=home_device(model)) * 7 % min(vocabulary, 61)).unsqueeze(0)
-    expected = _in_chunks(model, ids)
     store = MemoryStore()
-    for strategy in (Strategy.COMPUTE, Strategy.LOAD):
-        if not torch.equal(_by_us(model, ids, store, strategy), expected):
-            return f"other logits, strategy {strategy.value!r}"
-    return ""
+    computed, report = _by_us(model, ids, store, Strategy.COMPUTE)
+    if not report.chunks_computed and torch.equal(computed, _in_pieces(model, ids, TOKENS)):
+        raise _Undecided
+    expected = _in_pieces(model, ids, CHUNK)
+    if not torch.equal(computed, expected):
+        return "other logits where it was computed"
+    loaded, report = _by_us(model, ids, store, Strategy.LOAD)
+    if not torch.equal(loaded, expected):
+        return "other logits where it was loaded"
+    return "" if report.chunks_loaded == CHUNKS else f"{report.chunks_loaded} of {CHUNKS} chunks were loaded"
 
 
-def _in_chunks(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _in_pieces(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
+    """By transformers alone: forwards of so many tokens."""
     cache = plain_cache(model)
-    for start in range(0, TOKENS, CHUNK):
-        logits = _last_logits(model, cache, ids[:, start : start + CHUNK])
+    Presses.on(model)
+    cache.presses_rest = True
+    for start in range(0, TOKENS, size):
+        logits = _last_logits(model, cache, ids[:, start : start + size])
     return torch.cat([logits, _next_logits(model, cache, ids)])
 
 
-def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy) -> torch.Tensor:
+def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy) -> tuple[torch.Tensor, Report]:
     session = Session(
-        model,
-        store,
-        chunk_size=CHUNK,
-        salt="",
-        save=True,
-        exact=True,
-        strategy=strategy,
-        limits=Limits.from_environment(),
+        model, store, chunk_size=CHUNK, salt="", save=True, exact=True, strategy=strategy, limits=Limits()
     )
     with closing(session):
         cache = RestoringCache(session, layers_for(model), "")
@@ -116,8 +152,9 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
             cache._prefill(ids, 1, no_progress)
             new = ids[:, cache.get_seq_length() :]
         logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
-        session.flush(FLUSH_SECONDS)
-    return logits
+        if not session.flush(FLUSH_SECONDS):
+            raise CakeError(f"Nothing could be saved within {FLUSH_SECONDS:g} s.")
+    return logits, cache.report
 
 
 def _next_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:

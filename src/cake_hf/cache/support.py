@@ -7,13 +7,16 @@ plainly, and the sentence from here goes to `report.reason`.
 from __future__ import annotations
 
 import logging
+import re
+import sysconfig
 import traceback
+import weakref
 import zlib
+from types import FrameType
 from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache
 
 from cake_hf.arithmetic.errors import CakeError, UnsupportedModel
 from cake_hf.cache.call import ForwardCall
@@ -23,6 +26,7 @@ from cake_hf.cache.compat import (
     cache_name,
     indexer_reason,
     keeps_attention,
+    plain_cache,
     takes_any,
     takes_dynamic_cache,
 )
@@ -36,8 +40,15 @@ from cake_hf.tensors.weights import unknown_weights
 
 logger = logging.getLogger("cake_hf")
 
-_LIBRARIES = {"accelerate", "cake_hf", "peft", "torch", "transformers"}
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+_LIBRARIES = ("accelerate", "cake_hf", "peft", "torch", "transformers")  # also where they are run from a checkout
+_FAILED_THEMSELVES = re.compile("out of memory|DefaultCPUAllocator|CUDA error")
+
+_misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 _told: set[str] = set()
+
+
+KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot tell how long it is"
 
 
 def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -77,12 +88,7 @@ def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
 
 def layers_for(model: torch.nn.Module) -> list[Any]:
     """The layers `DynamicCache` would have, with those whose kind we know replaced by ours."""
-    return [ours_for(layer) for layer in DynamicCache(config=model.config).layers]
-
-
-def plain_cache(model: torch.nn.Module) -> Any:
-    """An empty cache as transformers makes it for a model."""
-    return DynamicCache(config=model.config)
+    return [ours_for(layer) for layer in plain_cache(model).layers]
 
 
 def plain_layers(model: torch.nn.Module) -> list[Any]:
@@ -100,7 +106,7 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
     if other or not layers:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
     if not keeps_attention(layers):
-        return "this model keeps no attention at all, so its cache cannot tell how long it is"
+        return KEEPS_NO_ATTENTION
     if reason := indexer_reason(model.config):
         return reason
     if "dynamic" in _rope_types(model.config):
@@ -111,15 +117,28 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
 
 
 def not_understood(model: torch.nn.Module, error: Exception) -> str:
-    """The reason for computing plainly after an error that shows that we do not understand a model. Logged once per kind."""
+    """Log, once per kind, that a model is not understood, and remember it; returns the reason for computing plainly.
+
+    A `RuntimeError` says little about the model, and may be gone next time: it is not remembered.
+    """
     reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
+    if type(error) is not RuntimeError:
+        _misunderstood[model] = reason
     _tell_once(f"{type(model).__name__} {type(error).__name__}", reason)
     return reason
 
 
+def misunderstood_reason(model: torch.nn.Module) -> str:
+    """Why a model is computed plainly after it was not understood before; empty if it was, or was not tried."""
+    return _misunderstood.get(model, "")
+
+
 def unseen_reason(model: torch.nn.Module) -> str:
     """The reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
-    reason = f"a part of {type(model).__name__} was called by itself; call the model, or its generate, to have prompts restored"
+    reason = (
+        f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
+        "have prompts restored"
+    )
     _tell_once(f"{type(model).__name__} unseen", reason)
     return reason
 
@@ -132,14 +151,25 @@ def _tell_once(kind: str, reason: str) -> None:
 def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
     """Whether an error during a restore may come from how we call the model, so that a plain call could succeed.
 
-    What code of the user's raises (hooks, signal handlers, stopping criteria) is theirs, and so are errors that we raise on
-    purpose, and a lack of memory.
+    Errors that pass through the user's code (hooks, signal handlers, stopping criteria) are the user's. Errors that we raise on
+    purpose pass, too, and failures of the machine. Ranks of a parallel model may not go separate ways.
     """
-    if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)):
+    if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)) or ranks_of(model) is not None:
         return False
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    raised_in = str(frame.f_globals.get("__name__", "")).split(".")[0]
-    return raised_in in _LIBRARIES or raised_in == type(model).__module__.split(".")[0]
+    if isinstance(error, RuntimeError) and _FAILED_THEMSELVES.search(str(error)):
+        return False
+    return not any(_is_the_users(frame, model) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _is_the_users(frame: FrameType, model: torch.nn.Module) -> bool:
+    """Whether code is neither ours nor the model's, and was not installed as a library."""
+    package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+    ours = package in (*_LIBRARIES, type(model).__module__.split(".")[0])
+    return not ours and not frame.f_code.co_filename.startswith((*_INSTALLED, "<frozen "))
+
+
+def _may_keep_attention(layers: list[Any]) -> bool:
+    return not layers or keeps_attention(layers)
 
 
 def _takes_cache(model: torch.nn.Module) -> bool:
@@ -150,7 +180,7 @@ def _takes_cache(model: torch.nn.Module) -> bool:
     """
     forward = model.forward
     if name := cache_name(forward):
-        return name in CACHE_NAMES or keeps_attention(plain_cache(model).layers)
+        return name in CACHE_NAMES or _may_keep_attention(plain_layers(model))
     from_elsewhere = not type(model).__module__.startswith("transformers.")
     return takes_any(forward) and from_elsewhere and hasattr(model, "prepare_inputs_for_generation")
 
@@ -191,7 +221,7 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
             "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
         )
     if not any(keeps_tokens(layer) for layer in like):
-        return "this model keeps no attention at all, so its cache cannot tell how long it is"
+        return KEEPS_NO_ATTENTION
     return ""
 
 

@@ -29,7 +29,7 @@ class IndexedLayer(TokenMajorLayer):
         """`[batch, tokens, index_head_dim]`."""
         return self._indexer.keys.squeeze(1) if self._indexer.is_initialized else None
 
-    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+    def update_indexer(self, indexer_key_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Append `[batch, new, index_head_dim]` keys; returns all of them."""
         keys = indexer_key_states.unsqueeze(1)
         return self._indexer.update(keys, keys[..., :0])[0].squeeze(1)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from cake_hf.cache.compat import plain_cache
 from cake_hf.people.bench.settings import Settings
 
 SEED = 20240
@@ -48,11 +49,6 @@ def build_prompt(settings: Settings) -> torch.Tensor:
     length = settings.tokens + settings.suffix_tokens
     ids = torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)
     return ids.to(settings.device)
-
-
-def plain_cache(model: Any) -> Any:
-    """An empty `DynamicCache`: what transformers has by itself."""
-    return DynamicCache(config=model.config)
 
 
 def plain_copy(model: Any, cache: Any) -> Any:

@@ -21,9 +21,8 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import for_generate
+from cake_hf.cache.compat import for_generate, plain_cache
 from cake_hf.cache.session import Session
-from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.settings import Settings
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore

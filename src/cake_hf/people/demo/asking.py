@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import for_generate
+from cake_hf.cache.compat import for_generate, plain_cache
 
 _TENSORS = "answer.safetensors"
 _FACTS = "answer.json"
@@ -104,7 +103,7 @@ def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: A
 
 def ask_plainly(model: Any, ids: torch.Tensor, new_tokens: int, chunk_size: int) -> Answer:
     """The oracle: transformers alone, with the same cut of the prompt."""
-    return ask(model, ids, DynamicCache(config=model.config), new_tokens, prefill_chunk_size=chunk_size)
+    return ask(model, ids, plain_cache(model), new_tokens, prefill_chunk_size=chunk_size)
 
 
 def ask_with_store(model: Any, ids: torch.Tensor, new_tokens: int, cache: CakeCache) -> Answer:

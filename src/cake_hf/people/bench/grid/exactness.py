@@ -15,9 +15,8 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
-from cake_hf.cache.compat import for_generate
+from cake_hf.cache.compat import for_generate, plain_cache
 from cake_hf.people.bench.loading import Chunks
-from cake_hf.people.bench.models import plain_cache
 from cake_hf.people.bench.workbench import Workbench, await_loaders
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
