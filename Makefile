@@ -7,8 +7,8 @@ TOGETHER := -n 2 --dist loadfile
 CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_cake_cache.py tests/test_parity.py tests/test_modes.py \
 	tests/test_families.py tests/test_carried.py tests/test_batches.py tests/test_handover.py tests/test_layers.py \
 	tests/test_layer_kinds.py tests/test_vision.py tests/test_adapters.py tests/test_faults.py tests/test_gated.py \
-	tests/test_readme.py tests/test_docs.py tests/test_demo.py
-# What a version of transformers can break; the rest of the suite never sees it.
+	tests/test_readme.py tests/test_docs.py tests/test_demo.py tests/test_offload.py tests/test_late_saving.py tests/test_collected.py
+# Most of what a version of transformers can break; `test-oldest` and `test-newest` run the rest, too.
 
 .PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
@@ -21,6 +21,7 @@ $(READY): requirements/locked.txt pyproject.toml scripts/setup.sh
 	touch $@
 
 .venv-kvpress/.ready: requirements/kvpress.txt pyproject.toml scripts/setup.sh
+	@$(PYTHON) -c 'import sys; sys.exit("kvpress 0.5.5 needs Python 3.12 or older: make test-kvpress PYTHON=python3.12" if sys.version_info >= (3, 13) else 0)'
 	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-kvpress requirements/kvpress.txt
 	touch $@
 
@@ -76,4 +77,4 @@ versions: $(READY)  ## docs/versions.md: every family on a row of transformers v
 	$(BIN)/python scripts/versions.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-kvpress .demo docs/_build build/notebooks
+	rm -rf $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .demo docs/_build build/notebooks

@@ -2,7 +2,7 @@
 # Pin everything that a checkout is developed and tested with, for every platform and Python that is supported:
 #   requirements/locked.txt   the newest of everything; `make test` and `make demo` install it
 #   requirements/oldest.txt   the same with the oldest transformers that is supported
-#   requirements/kvpress.txt  with kvpress, which needs an older transformers
+#   requirements/kvpress.txt  with kvpress, which needs an older transformers, and Python 3.12 or older
 # torch stays at the release given here until somebody raises it: its CPU build is to be found for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."

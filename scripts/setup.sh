@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Make a virtual environment with this checkout in it, editable.
 #   setup.sh VENV LOCK            exactly what a lock file says
-#   setup.sh VENV --newest        the newest releases within the bounds of pyproject.toml, pre-releases of transformers included
-# torch: where there is no NVIDIA GPU, its CPU build is a tenth of the size. It is taken if pip can find it (a wheel on this machine,
-# or an index named by PIP_EXTRA_INDEX_URL that has "+cpu" builds); otherwise torch is what the package index has.
+#   setup.sh VENV --newest        the newest releases within the bounds of pyproject.toml, pre-releases of transformers included;
+#                                 of torch as well, mostly with its CUDA libraries, which are some gigabytes
+# With a lock, where there is no NVIDIA GPU, torch's CPU build is taken if pip can find it (a wheel on this machine, or an index named
+# by PIP_EXTRA_INDEX_URL that has "+cpu" builds): it is a tenth of the size. Otherwise torch is what the package index has.
 # TORCH=2.7.1 in the environment means that release of it instead of the lock's, with all that it needs.
 set -euo pipefail
 venv=$1 wanted=$2
@@ -26,13 +27,14 @@ elif command -v nvidia-smi >/dev/null || ! "${pip[@]}" --no-deps "torch==$torch+
     "${pip[@]}" --no-deps "torch==$torch"
 fi
 parts=$(mktemp)
-trap 'rm -f "$parts"' EXIT
+trap 'rm -f "$parts" "$parts".*' EXIT
 grep -v '^torch==' "$wanted" > "$parts"
 installed=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
 if [ -n "${TORCH:-}" ] || [[ $installed == *+cpu ]]; then  # it has its own, or needs none
     grep -vE "$gpu_parts" "$parts" > "$parts.rest"
     mv "$parts.rest" "$parts"
 fi
-"${pip[@]}" --no-deps $(grep -E "$builders" "$parts" | sed 's/ *;.*//' | sort -u)
+grep -E "$builders" "$parts" > "$parts.builders"
+"${pip[@]}" --no-deps --requirement "$parts.builders"
 "${pip[@]}" --no-deps --no-build-isolation --use-pep517 --requirement "$parts"
 "${pip[@]}" --no-deps --no-build-isolation --editable .

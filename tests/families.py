@@ -222,7 +222,7 @@ def exists(family: str) -> bool:
     try:
         torch.manual_seed(0)
         FAMILIES[family]()
-    except Exception:  # no such class, or a config that it does not know
+    except Exception:  # transformers has no such class, or does not know the config
         if Version(hf.__version__) >= Version("5.17"):
             raise
         return False

@@ -1,7 +1,7 @@
 """On versions of transformers whose `prefill_chunk_size` gives other results than forwards of the chunks: the latter instead.
 
-It is the reference of nearly every test, and of the bench and the evaluation. test_transformers_contract.py says from which
-version on nothing is to be mended here.
+It is the reference of nearly every test, and of the bench and the evaluation. test_transformers_contract.py shows that what is
+mended here is wrong, and that the rest is right.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WRONG_BEFORE = Version("5.3")
 
 def mend_chunked_prefill() -> None:
     """Have `generate(prefill_chunk_size=...)` run the chunks by plain forwards, where this version is one of those."""
-    if Version(transformers.__version__) >= WRONG_BEFORE or hasattr(GenerationMixin._prefill, "mended"):
+    if Version(transformers.__version__) >= WRONG_BEFORE or hasattr(GenerationMixin._prefill, "original"):
         return
     original = GenerationMixin._prefill
 
@@ -39,7 +39,7 @@ def mend_chunked_prefill() -> None:
             _run_ahead(self, input_ids, size, model_kwargs.get("attention_mask"), cache)
         return original(self, input_ids, generation_config, model_kwargs, *more)
 
-    prefill.mended = True  # type: ignore[attr-defined]
+    prefill.original = original  # type: ignore[attr-defined]
     GenerationMixin._prefill = prefill
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
@@ -152,8 +151,7 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
             cache._prefill(ids, 1, no_progress)
             new = ids[:, cache.get_seq_length() :]
         logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
-        if not session.flush(FLUSH_SECONDS):
-            raise CakeError(f"Nothing could be saved within {FLUSH_SECONDS:g} s.")
+        session.flush(FLUSH_SECONDS)  # what is not saved by then is not loaded, either
     return logits, cache.report
 
 
