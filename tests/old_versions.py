@@ -34,7 +34,7 @@ def mend_chunked_prefill() -> None:
         self: Any, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *more: Any
     ) -> Any:
         size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
-        cache = model_kwargs.get(next(iter(named_for(self.forward, None))))
+        cache = model_kwargs.get(next(iter(named_for(self, None))))
         if size is not None and cache is not None:
             _run_ahead(self, input_ids, size, model_kwargs.get("attention_mask"), cache)
         return original(self, input_ids, generation_config, model_kwargs, *more)
@@ -58,4 +58,4 @@ def _run_ahead(model: Any, ids: torch.Tensor, size: int, mask: torch.Tensor | No
     for start in range(cache.get_seq_length(), ids.shape[1] - size, size):
         end = start + size
         masked = {} if mask is None else {"attention_mask": mask[:, :end]}
-        model(ids[:, start:end], **masked, **named_for(model.forward, cache), use_cache=True, logits_to_keep=1)
+        model(ids[:, start:end], **masked, **named_for(model, cache), use_cache=True, logits_to_keep=1)

@@ -6,6 +6,7 @@ The canaries change transformers as its next releases may, and say that its vers
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -237,6 +238,24 @@ def test_a_model_that_tells_nothing() -> None:
         result = cake_hf.generate(model, prompt(), **options)
         assert torch.equal(result.sequences, plain_tokens())
         assert "logits of all tokens" in getattr(result, NAME).report.reason
+
+
+@pytest.mark.parametrize("way", ["closure", "partial", "wrapped"])
+def test_a_forward_that_was_replaced_on_the_instance(way: str) -> None:
+    """Its signature need not say anything; that of the class does. A closure hides from `generate` that logits may be few."""
+    model: Any = build("llama")
+    forward = model.forward
+    if way == "closure":
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    elif way == "partial":
+        model.forward = functools.partial(forward)
+    else:
+        model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+    reports = twice(model, plain_tokens())
+    if way == "closure":
+        assert all(report.reason == "the caller wants the logits of all tokens" for report in reports)
+    else:
+        assert_restored(reports)
 
 
 def test_a_cache_beside_another_one_is_not_understood() -> None:

@@ -40,11 +40,11 @@ def count_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cont
     """How many facts the model recalls, each question asked right after the same context."""
     ids = tokenizer(context, add_special_tokens=False, return_tensors="pt").input_ids
     cache = DynamicCache(config=model.config)
-    model(ids, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
+    model(ids, use_cache=True, logits_to_keep=1, **named_for(model, cache))
     right = 0
     for fact in facts:
         asked = tokenizer(question(fact.key), add_special_tokens=False, return_tensors="pt").input_ids
-        logits = model(asked, use_cache=True, logits_to_keep=1, **named_for(model.forward, copy.deepcopy(cache))).logits
+        logits = model(asked, use_cache=True, logits_to_keep=1, **named_for(model, copy.deepcopy(cache))).logits
         right += tokenizer.decode(logits[0, -1].argmax()) == fact.answer
     return right
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.compat import named_for, parameters_of
+from cake_hf.cache.compat import forward_of, named_for, parameters_of
 from cake_hf.cache.vision import Vision, look_at
 
 _UNDERSTOOD = {
@@ -69,13 +69,14 @@ class ForwardCall:
             past: tokens in it.
             for_kv: see the attribute.
         """
-        named = _named(model.forward, args, kwargs)
+        forward = forward_of(model)
+        named = _named(forward, args, kwargs)
         given_as = next((name for name, value in named.items() if value is cache), "")
         named = {name: value for name, value in named.items() if value is not cache}
         if named.get("mm_encoder_outputs") == {}:
             del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
-        accepts = frozenset(parameters_of(model.forward))
-        taken = named_for(model.forward, cache, given_as)
+        accepts = frozenset(parameters_of(forward))
+        taken = named_for(model, cache, given_as)
         return cls(named, past, taken, accepts, for_kv, look_at(model, named, past, accepts))
 
     @property

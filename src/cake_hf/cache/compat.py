@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -66,6 +67,14 @@ def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def forward_of(model: Any) -> Callable[..., Any]:
+    """The forward whose signature says what a model takes: that of its class, where one put in its place does not."""
+    forward: Callable[..., Any] = model.forward
+    if cache_name(forward) or not cache_name(type(model).forward):
+        return forward
+    return MethodType(type(model).forward, model)
+
+
 def cache_name(forward: Callable[..., Any]) -> str:
     """What a forward calls the cache that it takes; empty if its signature does not say, or it takes none."""
     parameters = parameters_of(forward)
@@ -94,23 +103,24 @@ def parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter
     return parameters if function is forward else dict(list(parameters.items())[1:])
 
 
-def named_for(forward: Callable[..., Any], cache: Any, given_as: str = "") -> dict[str, Any]:
-    """The cache as a named argument of a forward.
+def named_for(model: Any, cache: Any, given_as: str = "") -> dict[str, Any]:
+    """The cache as a named argument of a model's forward.
 
     Args:
-        forward: of a model.
+        model: whose forward is called.
         cache: any.
         given_as: the name under which the caller gave it, for a forward whose signature does not say.
     """
-    return {cache_name(forward) or given_as or generate_name(): cache}
+    return {cache_name(forward_of(model)) or given_as or generate_name(): cache}
 
 
-def renamed_for(forward: Callable[..., Any], arguments: Mapping[str, Any], cache: Any) -> dict[str, Any] | None:
+def renamed_for(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any] | None:
     """The named arguments with the cache under the name that the forward takes; None if they are right as they are.
 
     Hooks run before transformers' own renaming, and models from elsewhere have none.
     """
     given_as = next((name for name, value in arguments.items() if value is cache), "")
+    forward = forward_of(model)
     if not given_as or given_as in parameters_of(forward) or not (takes := cache_name(forward)):
         return None
     return {takes if name == given_as else name: value for name, value in arguments.items()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cake_hf.cache.cake_cache import CakeCache
-from cake_hf.cache.compat import for_generate, has_cache, parameters_of, without_cache
+from cake_hf.cache.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
 from cake_hf.cache.support import resolve_model
 from cake_hf.stores.opening import StoreSpec
 
@@ -54,7 +54,7 @@ def _needs_prefill(model: torch.nn.Module) -> bool:
 
     For that `generate` has to make an attention mask: by its length it tells how much of the prompt is new.
     """
-    parameters = parameters_of(resolve_model(model).forward)
+    parameters = parameters_of(forward_of(resolve_model(model)))
     return "logits_to_keep" not in parameters and "attention_mask" in parameters
 
 

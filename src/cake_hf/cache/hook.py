@@ -96,7 +96,7 @@ def _enter(
     rewritten = cache._enter_model(model, args, kwargs)
     if rewritten is not None:
         return rewritten
-    renamed = renamed_for(model.forward, kwargs, cache)
+    renamed = renamed_for(model, kwargs, cache)
     return None if renamed is None else (args, renamed)
 
 

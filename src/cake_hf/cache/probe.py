@@ -127,7 +127,7 @@ def _run(model: torch.nn.Module, pieces: list[torch.Tensor]) -> tuple[torch.Tens
     cache.presses_rest = True
     with torch.no_grad():
         for piece in pieces:
-            output = model(input_ids=piece, use_cache=True, **named_for(model.forward, cache))
+            output = model(input_ids=piece, use_cache=True, **named_for(model, cache))
             logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
     return logits, list(cache.layers)
 

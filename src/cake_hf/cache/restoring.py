@@ -29,6 +29,7 @@ from cake_hf.cache.support import (
     kept_reason,
     misunderstood_reason,
     not_understood,
+    plain_layers,
     unlike_reason,
     unseen_reason,
 )
@@ -194,12 +195,13 @@ class RestoringCache(GuardedCache):
         except Exception as error:
             if not is_misunderstanding(model, error):
                 raise
+            reason = not_understood(model, error)
             if not past:
                 self.reset()
+                self.layers, self._model_reason = plain_layers(model) or self.layers, reason
             self._known = known
             ids = args[0] if args else kwargs.get("input_ids")
             tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
-            reason = not_understood(model, error)
             self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
             return None
 

@@ -22,7 +22,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import compat
-from cake_hf.cache.compat import named_for, parameters_of, plain_cache
+from cake_hf.cache.compat import forward_of, named_for, parameters_of, plain_cache
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.restore import no_progress
 from cake_hf.cache.restoring import RestoringCache
@@ -46,6 +46,17 @@ class _Verdict:
 
     reason: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Trial(RestoringCache):
+    """A cache that does not help itself: an error in it is what is to be found out."""
+
+    def _handle_if_understood(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._give_up_tail()
+        return self._handle(model, args, kwargs, self._length())
+
+    def _learn_from(self, error: BaseException | None) -> None:
+        pass
 
 
 class _Undecided(Exception):
@@ -145,9 +156,9 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
         model, store, chunk_size=CHUNK, salt="", save=True, exact=True, strategy=strategy, limits=Limits()
     )
     with closing(session):
-        cache = RestoringCache(session, layers_for(model), "")
+        cache = _Trial(session, layers_for(model), "")
         new = ids
-        if "logits_to_keep" not in parameters_of(model.forward):
+        if "logits_to_keep" not in parameters_of(forward_of(model)):
             cache._prefill(ids, 1, no_progress)
             new = ids[:, cache.get_seq_length() :]
         logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
@@ -160,8 +171,8 @@ def _next_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _last_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, **named_for(model.forward, cache)}
-    if "logits_to_keep" in parameters_of(model.forward):
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, **named_for(model, cache)}
+    if "logits_to_keep" in parameters_of(forward_of(model)):
         arguments["logits_to_keep"] = 1
     logits: torch.Tensor = model(**arguments)[0][:, -1]  # by place: fields are renamed now and then
     return logits

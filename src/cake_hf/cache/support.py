@@ -24,6 +24,7 @@ from cake_hf.cache.compat import (
     CACHE_NAMES,
     LinearAttentionLayer,
     cache_name,
+    forward_of,
     indexer_reason,
     keeps_attention,
     plain_cache,
@@ -178,7 +179,7 @@ def _takes_cache(model: torch.nn.Module) -> bool:
     A name that we do not know counts if the cache is for attention (a Mamba of older versions has one for its states alone).
     Unnamed arguments count in a model that generates and is not transformers' own, since those name what they take.
     """
-    forward = model.forward
+    forward = forward_of(model)
     if name := cache_name(forward):
         return name in CACHE_NAMES or _may_keep_attention(plain_layers(model))
     from_elsewhere = not type(model).__module__.startswith("transformers.")

@@ -210,7 +210,7 @@ def _last_chunk_seconds(
         _synchronize(device)
         begin = time.monotonic()
         with torch.inference_mode():
-            model(input_ids=ids, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
+            model(input_ids=ids, use_cache=True, logits_to_keep=1, **named_for(model, cache))
         _synchronize(device)
         seconds = time.monotonic() - begin
     return seconds

@@ -83,7 +83,7 @@ def _chooses_by_length(device: str) -> bool:
 
 def _forward(model: Any, token: torch.Tensor, cache: Any) -> torch.Tensor:
     with torch.no_grad():
-        output = model(input_ids=token, use_cache=True, logits_to_keep=1, **named_for(model.forward, cache))
+        output = model(input_ids=token, use_cache=True, logits_to_keep=1, **named_for(model, cache))
     logits: torch.Tensor = output.logits
     return logits
 
