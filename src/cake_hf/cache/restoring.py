@@ -14,7 +14,7 @@ from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.compat import keeps_attention
+from cake_hf.cache.compat import begin_plainly, keeps_attention
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
@@ -67,17 +67,19 @@ class RestoringCache(GuardedCache):
         session: what the cache shares with its rows and copies: model, store and settings.
         layers: of the cache, empty.
         reason: why the model's prompts are computed plainly; empty where they are restored.
+        passive: the model, or the version of transformers, is not understood: be the plain cache that `DynamicCache` makes.
 
     Attributes:
         report: what happened to the last prompt.
     """
 
-    def __init__(self, session: Session, layers: list[Any], reason: str) -> None:
-        super().__init__()
-        if layers:
+    def __init__(self, session: Session, layers: list[Any], reason: str, *, passive: bool = False) -> None:
+        begin_plainly(self, session.model.config)
+        if not passive:
             self.layer_class_to_replicate = None
             self.layers = layers
-        self.report = Report()
+        self.passive = passive
+        self.report = Report(reason=reason if passive else "")
         self._session = session
         self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
@@ -106,7 +108,7 @@ class RestoringCache(GuardedCache):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self._prefilled = None
-        del self._known[self.get_seq_length() // self._session.chunk_size :]
+        del self._known[self._length() // self._session.chunk_size :]
 
     def reset(self) -> None:
         super().reset()
@@ -121,12 +123,18 @@ class RestoringCache(GuardedCache):
         self._known = []
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
+        if self.passive:
+            return
         if not self._depth and not self.closed:
             self._arrived_outside()
         if self._lost():
             raise ForwardLeft
         if reads and self._running is not None:
             self._running.await_layer(layer)
+
+    def _before_unknown_update(self) -> None:
+        if self._busy or self._tail is not None:
+            raise NotImplementedError("the cache's update is called with arguments that cake_hf does not know")
 
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (keys, values) if self._batch is None else self._batch.keep(layer, keys, values)
@@ -258,7 +266,7 @@ class RestoringCache(GuardedCache):
 
     def _length(self) -> int:
         """Tokens in this cache; 0 where it cannot tell."""
-        return int(self.get_seq_length()) if self._counts() else 0
+        return int(self.get_seq_length()) if not self.passive and self._counts() else 0
 
     def _lay_by_head(self) -> None:
         for layer in self.layers:

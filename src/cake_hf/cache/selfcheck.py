@@ -8,7 +8,6 @@ layers, and plain compute.
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from contextlib import closing
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
@@ -27,12 +25,10 @@ from cake_hf.cache.presses import Presses
 from cake_hf.cache.restore import no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_and_reason, layers_for, plain_layers
+from cake_hf.cache.support import layers_and_reason, layers_for, tell_once
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.tensors.offload import home_device
 from cake_hf.tensors.parallel import ranks_of
-
-logger = logging.getLogger("cake_hf")
 
 CHUNK = MIN_CHUNK_SIZE
 CHUNKS = 3
@@ -68,12 +64,16 @@ _lock = threading.Lock()
 
 
 def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
-    """`layers_and_reason`, and on an untested version of transformers the verdict of a restored prompt."""
+    """Layers for a cache, and why the model's prompts are computed plainly, if so.
+
+    On an untested version of transformers that is the verdict of a restored prompt. No layers mean that the model, or the
+    version, is not understood: then the cache has to be a passive one.
+    """
     layers, reason = layers_and_reason(model)
     if reason or not compat.is_untested():
         return layers, reason
     reason = _verdict(model)
-    return (plain_layers(model) if reason else layers), reason
+    return ([] if reason else layers), reason
 
 
 def _verdict(model: torch.nn.Module) -> str:
@@ -96,7 +96,7 @@ def _verdict(model: torch.nn.Module) -> str:
 
 
 def _try_out(model: torch.nn.Module) -> str:
-    installed, newest = transformers.__version__, compat.NEWEST_TESTED
+    installed, newest = compat.installed_version(), compat.NEWEST_TESTED
     try:
         wrong = _examine(model)
     except _Undecided:
@@ -104,17 +104,17 @@ def _try_out(model: torch.nn.Module) -> str:
     except Exception as error:  # whatever it is that has changed
         wrong = f"{type(error).__name__}: {error}"
     if not wrong:
-        logger.warning(
-            "transformers %s is newer than %s, the newest that was tested; a short prompt was restored correctly.",
-            installed,
-            newest,
+        tell_once(
+            f"{type(model).__name__} tried",
+            f"transformers {installed} is newer than {newest}, the newest that was tested; a short prompt was restored "
+            "correctly",
         )
         return ""
     reason = (
         f"transformers {installed} is newer than {newest}, the newest that was tested, and a short prompt could not be "
         f"restored ({wrong}); update cake_hf, or install transformers<={newest}"
     )
-    logger.warning("%s. Prompts are computed plainly.", reason)
+    tell_once(f"{type(model).__name__} failed", f"{reason}. Prompts are computed plainly")
     return reason
 
 

@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import transformers
 
 from cake_hf.arithmetic.errors import CakeError, UnsupportedModel
 from cake_hf.cache.call import ForwardCall
@@ -26,14 +25,16 @@ from cake_hf.cache.compat import (
     cache_name,
     forward_of,
     indexer_reason,
+    installed_version,
+    is_old,
     keeps_attention,
     plain_cache,
     takes_any,
     takes_dynamic_cache,
 )
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
-from cake_hf.cache.layers.kinds import is_ours
-from cake_hf.cache.probe import forgets, keeps_tokens, kv_like
+from cake_hf.cache.layers.kinds import check_stand_in, is_ours
+from cake_hf.cache.probe import differs_in_pieces, forgets, keeps_each_token_once, keeps_tokens, kv_like
 from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.tree import parameters_of
@@ -72,24 +73,38 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
     if not takes_dynamic_cache(model):
         raise UnsupportedModel(
-            f"{name} has a cache class of its own in transformers {transformers.__version__}; a newer version may have none."
+            f"{name} has a cache class of its own in transformers {installed_version()}; a newer version may have none."
         )
     if not _takes_cache(model):
         raise UnsupportedModel(f"{name}.forward takes no cache; CakeCache cannot be handed to it.")
 
 
 def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
-    """A new cache's layers, ours where we know their kind, and why the model's prompts are computed plainly, if so."""
+    """Layers for a cache, ours where we know their kind, and why the model's prompts are computed plainly, if so.
+
+    No layers if the model is not understood at all.
+    """
     try:
         layers = layers_for(model)
         return layers, model_reason(model, layers)
     except Exception as error:  # whatever it is that has changed
-        return plain_layers(model), not_understood(model, error)
+        return [], not_understood(model, error)
 
 
 def layers_for(model: torch.nn.Module) -> list[Any]:
-    """The layers `DynamicCache` would have, with those whose kind we know replaced by ours."""
-    return [ours_for(layer) for layer in plain_cache(model).layers]
+    """The layers `DynamicCache` would have, with those whose kind we know replaced by ours.
+
+    Raises:
+        Exception: ours would not behave as those.
+    """
+    sample_cache, layers = plain_cache(model), plain_cache(model).layers
+    if not isinstance(layers, list):
+        raise TypeError(f"a cache keeps its layers as {type(layers).__name__}")
+    if keeps_attention(layers) and sample_cache.get_seq_length():
+        raise TypeError("a new cache is not empty")
+    for sample in {type(layer): layer for layer in sample_cache.layers}.values():
+        check_stand_in(sample, ours_for(sample))
+    return [ours_for(layer) for layer in layers]
 
 
 def plain_layers(model: torch.nn.Module) -> list[Any]:
@@ -125,7 +140,7 @@ def not_understood(model: torch.nn.Module, error: Exception) -> str:
     reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
     if type(error) is not RuntimeError:
         _misunderstood[model] = reason
-    _tell_once(f"{type(model).__name__} {type(error).__name__}", reason)
+    tell_once(f"{type(model).__name__} {type(error).__name__}", f"{reason}. Prompts are computed plainly")
     return reason
 
 
@@ -140,12 +155,13 @@ def unseen_reason(model: torch.nn.Module) -> str:
         f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
         "have prompts restored"
     )
-    _tell_once(f"{type(model).__name__} unseen", reason)
+    tell_once(f"{type(model).__name__} unseen", f"{reason}. Prompts are computed plainly")
     return reason
 
 
-def _tell_once(kind: str, reason: str) -> None:
-    logger.log(logging.DEBUG if kind in _told else logging.WARNING, "%s. Prompts are computed plainly.", reason)
+def tell_once(kind: str, sentence: str) -> None:
+    """Log a sentence as a warning if it is the first of its kind in this process, else for debugging."""
+    logger.log(logging.DEBUG if kind in _told else logging.WARNING, "%s.", sentence)
     _told.add(kind)
 
 
@@ -217,12 +233,17 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return "this model keeps KV as distributed tensors, which cannot be restored yet"
     if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
         return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
+    if not all(keeps_each_token_once(layer) for layer in like):
+        return "this model keeps another number of tokens than it is given"
     if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):
         return (
             "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
         )
     if not any(keeps_tokens(layer) for layer in like):
         return KEEPS_NO_ATTENTION
+    is_unknown = is_old() or not type(model).__module__.startswith("transformers.")
+    if is_unknown and differs_in_pieces(model):
+        return "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece"
     return ""
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import torch
 
 from cake_hf.cache.compat import (
     DummyLayer,
     DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
     has_numbered_states,
 )
 from cake_hf.cache.layers.indexed import IndexedLayer
-from cake_hf.cache.layers.recurrent import HybridLayer, RecurrentLayer
+from cake_hf.cache.layers.recurrent import OF_STATES, HybridLayer, RecurrentLayer
 from cake_hf.cache.layers.token_major import TokenMajorLayer
 from cake_hf.cache.layers.windowed import WindowedLayer
 
@@ -36,6 +38,36 @@ def ours_for(layer: Any) -> Any:
     if type(layer) is LinearAttentionAndFullAttentionLayer and has_numbered_states(layer):
         return HybridLayer(layer.number_of_states)
     return layer
+
+
+def check_stand_in(theirs: Any, ours: Any) -> None:
+    """Bring some tokens into a new layer of transformers and ours in its place: both have to say the same of them.
+
+    It takes a fraction of a millisecond, and finds out where a version of transformers has other layers than we know.
+
+    Args:
+        theirs: empty. It is of no use afterwards.
+        ours: as well; may be the same one.
+
+    Raises:
+        Exception: ours is no stand-in.
+    """
+    if isinstance(ours, RecurrentLayer):
+        for name in OF_STATES:
+            getattr(theirs, name)
+    if ours is theirs or not isinstance(ours, (TokenMajorLayer, WindowedLayer)):
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for tokens in (3, 1):
+            states = torch.arange(8.0 * tokens).view(1, 2, tokens, 4)
+            shown = [layer.update(states, states + 1) for layer in (ours, theirs)]
+            kept = [(layer.keys, layer.values) for layer in (ours, theirs)]
+            for one, other in (shown, kept):
+                if len(one) != len(other) or not all(map(torch.equal, one, other)):
+                    raise TypeError("a cache's layers show, or keep, other tensors than we know")
+            counted = [getattr(layer, "cumulative_length", 0) for layer in (ours, theirs)]
+            if ours.get_seq_length() != theirs.get_seq_length() or counted[0] != counted[1]:
+                raise TypeError("a cache's layers count other tokens than we know")
 
 
 def is_ours(layer: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from cake_hf.cache.compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from cake_hf.cache.layers.token_major import TokenMajorLayer
 
-_OF_STATES = (
+OF_STATES = (
     "number_of_states", "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
     "has_previous_state", "conv_kernel_size", "device", "dtype", "record_past",
 )  # fmt: skip
@@ -67,7 +67,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HybridLayer:
         copied: HybridLayer = TokenMajorLayer.__deepcopy__(self, memo)
-        for name in _OF_STATES:
+        for name in OF_STATES:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
-from cake_hf.cache.compat import drop_content
+from cake_hf.cache.compat import DynamicLayer, drop_content
 from cake_hf.tensors.aligned import empty_aligned
 
 HEADROOM_TOKENS = 256

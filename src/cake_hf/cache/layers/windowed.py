@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from cake_hf.cache.compat import drop_content
+from cake_hf.cache.compat import DynamicSlidingWindowLayer, drop_content
 
 Content = tuple[torch.Tensor | None, torch.Tensor | None, int]
 
