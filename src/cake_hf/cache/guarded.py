@@ -39,11 +39,12 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
-        missing = {*_PARAMETERS} - {*_PARAMETERS[: len(args)], *kwargs}
-        if missing and not self.passive:
+        if self.passive:
+            return super().update(*args, **kwargs)
+        if {*_PARAMETERS[len(args) :]} - kwargs.keys():
             self._before_unknown_update()
-        plain = self.passive or missing
-        return super().update(*args, **kwargs) if plain else self._guarded_update(*args, **kwargs)
+            return super().update(*args, **kwargs)
+        return self._guarded_update(*args, **kwargs)
 
     def _guarded_update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
