@@ -175,7 +175,7 @@ def begin_plainly(cache: Any, config: Any) -> None:
     """Call `DynamicCache.__init__` in the way that this version takes, with a config if it takes one."""
     ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {"config": config}), ((config,), {}), ((), {})]
     for args, named in ways:
-        with suppress(TypeError):
+        with suppress(Exception):  # whatever a version says of a way that it does not take
             return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
     return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]
 
