@@ -396,9 +396,9 @@ def test_an_indexer_waits_for_its_layer_too(
         return found
 
     monkeypatch.setattr(Frontier, "settle", settling)
-    monkeypatch.setattr(IndexedLayer, method, updating)
     limits = Limits.from_environment(loader_threads=1)
     with CakeCache(model, gate, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
+        monkeypatch.setattr(IndexedLayer, method, updating)
         check(family, generate(model, cache), fault)
         report = cache.report
     assert (report.chunks_computed, report.chunks_failed) == ((1, 1) if fault else (0, 0))

@@ -59,7 +59,7 @@ def check_stand_in(theirs: Any, ours: Any) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         for tokens in (3, 1):
-            states = torch.arange(8.0 * tokens).view(1, 2, tokens, 4)
+            states = torch.arange(8.0 * tokens, device="cpu").view(1, 2, tokens, 4)
             shown = [layer.update(states, states + 1) for layer in (ours, theirs)]
             kept = [(layer.keys, layer.values) for layer in (ours, theirs)]
             for one, other in (shown, kept):
