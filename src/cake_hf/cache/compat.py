@@ -177,7 +177,7 @@ def begin_plainly(cache: Any, config: Any) -> None:
     for args, named in ways:
         with suppress(Exception):  # whatever a version says of a way that it does not take
             return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
-    return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]
+    return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]  # the same
 
 
 def takes_dynamic_cache(model: Any) -> bool:
