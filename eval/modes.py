@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from transformers import DynamicCache
 
+from cake_hf import reads_only
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
 from cake_hf.people.demo.asking import Answer, ask, warm_up
@@ -176,7 +177,7 @@ class MeetingStore(GateStore):
     @contextmanager
     def forcing(self, model: Any) -> Iterator[None]:
         """While it lasts, the model's forwards open the gate. Where chunks are missing, nothing is forced."""
-        handle = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        handle = model.register_forward_pre_hook(reads_only(self._before_forward), with_kwargs=True)
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cake_hf import reads_only
 from cake_hf.stores.wrappers import GateStore
 from waiting import join_loaders
 
@@ -26,7 +27,7 @@ def before_forward(module: torch.nn.Module, action: Callable[[int], None]) -> It
         count += 1
         action(count)
 
-    handle = module.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(reads_only(hook))
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import cake_hf
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.cache.layers import token_major as layers
 from cake_hf.cache.session import Session
 from cake_hf.stores.wrappers import FaultStore
@@ -409,7 +409,7 @@ def test_a_forward_that_fails_leaves_the_cache_empty() -> None:
         if calls == failing:
             raise RuntimeError("on purpose")
 
-    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    handle = model.model.layers[1].register_forward_pre_hook(reads_only(fail))
     equal_rows, chunks = {"input_ids": row(1).repeat(2, 1)}, CHUNKS[1]
     # In a row's chunk, and in the last pieces.
     for inputs, failing in ((batch(), 2), (batch(), DISTINCT + 1), (equal_rows, 2), (equal_rows, chunks + 1)):

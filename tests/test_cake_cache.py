@@ -20,7 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import cake_hf
-from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel
+from cake_hf import CakeCache, CakeError, ForeignModel, MemoryStore, StoreError, UnsupportedModel, reads_only
 from cake_hf.cache.generate import _CACHE_OPTIONS
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, difference, oracle, prompt, run, run_ahead, shared_model
 from naming import cache_of, given
@@ -135,10 +135,11 @@ def test_generate_function_serves_models_without_logits_to_keep(
         return full(self, input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
 
     monkeypatch.setattr(type(model), "forward", forward)
-    result = cake_hf.generate(
-        model, prompt(), store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=8, do_sample=False,
-        return_dict_in_generate=True, **QUIET,
-    )  # fmt: skip
+    for _ in range(2):  # with a forward of another file its KV has names of its own
+        result = cake_hf.generate(
+            model, prompt(), store=store, chunk_size=CHUNK, strategy="load", max_new_tokens=8, do_sample=False,
+            return_dict_in_generate=True, **QUIET,
+        )  # fmt: skip
     assert cache_of(result).report.chunks_loaded == CHUNKS
     monkeypatch.undo()
     assert torch.equal(result.sequences, oracle(model, prompt(), max_new_tokens=8).tokens)
@@ -165,7 +166,7 @@ def test_an_interrupted_forward_does_not_lower_the_guard(model: torch.nn.Module,
         raise KeyboardInterrupt
 
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        handle = model.model.layers[0].register_forward_pre_hook(interrupt)
+        handle = model.model.layers[0].register_forward_pre_hook(reads_only(interrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, prompt(CHUNK - 3), cache)
         handle.remove()

@@ -13,16 +13,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace
 from cake_hf.cache.layers import IndexedLayer
-from cake_hf.cache.probe import forgets, kv_like
+from cake_hf.cache.probe import kv_like
+from cake_hf.cache.trials import forgets
 from cake_hf.movers.place import DevicePlace
+from cake_hf.movers.reads import ReadBeside
 from cake_hf.movers.sharing import LEFT_PER_READ
-from cake_hf.movers.states import StateRead
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import header_size, parse_header
@@ -113,7 +114,7 @@ def arriving(
 
     monkeypatch.setattr(Frontier, "settle", settled)
     last = model.model.layers[-1]  # type: ignore[union-attr, index]
-    handle = last.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[union-attr]
+    handle = last.register_forward_pre_hook(reads_only(before), with_kwargs=True)  # type: ignore[union-attr]
     try:
         yield
     finally:
@@ -175,8 +176,8 @@ def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: py
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: fault})
     if fault == "stall":
-        wait = StateRead.wait
-        monkeypatch.setattr(StateRead, "wait", lambda read, seconds: wait(read, 0.01))
+        wait = ReadBeside.wait
+        monkeypatch.setattr(ReadBeside, "wait", lambda read, seconds: wait(read, 0.01))
     with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load") as cache:
         check(family, generate(model, cache), fault)
         faulty.release()
@@ -192,8 +193,8 @@ def test_states_that_hang_cost_no_more_threads_with_each_prompt(family: str, mon
     model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: "stall"})
-    wait = StateRead.wait
-    monkeypatch.setattr(StateRead, "wait", lambda read, seconds: wait(read, 0.01))
+    wait = ReadBeside.wait
+    monkeypatch.setattr(ReadBeside, "wait", lambda read, seconds: wait(read, 0.01))
     limits = Limits(loader_threads=1, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
     for _ in range(LEFT_PER_READ + 3):
         with CakeCache(model, faulty, chunk_size=CHUNK, save=False, limits=limits) as cache:
@@ -286,7 +287,7 @@ def test_a_last_piece_that_fails_leaves_the_cache_as_it_was(family: str, first: 
             cache.prefill(IDS[:, : first * CHUNK], whole=True)
         before = content(cache) if first else {}
         head = model.get_output_embeddings()  # type: ignore[operator]
-        handle = head.register_forward_hook(fail)
+        handle = head.register_forward_hook(reads_only(fail))
         with pytest.raises(MemoryError, match="no room"):
             generate(model, cache)
         handle.remove()

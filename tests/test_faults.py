@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits, MemoryStore, StoreError
+from cake_hf import CakeCache, Limits, MemoryStore, StoreError, reads_only
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import FaultStore, WrapperStore
@@ -253,7 +253,7 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
 
     with CakeCache(model, store, chunk_size=CHUNK, strategy="compute") as cache:
         kv_like(model)
-        handle = model.register_forward_pre_hook(fail, with_kwargs=True)
+        handle = model.register_forward_pre_hook(reads_only(fail), with_kwargs=True)
         with pytest.raises(MemoryError):
             run(model, prompt(), cache)
         handle.remove()

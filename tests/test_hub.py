@@ -20,7 +20,7 @@ from huggingface_hub.utils import close_session
 from typer.testing import CliRunner, Result
 
 import family_runs
-from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store, reads_only
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.cache.probe import kv_like
 from cake_hf.people.cli import app
@@ -139,7 +139,7 @@ def test_the_first_use_computes_while_it_downloads(hub: Hub, pushed: Pushed, mod
     kv_like(model)  # runs the model once, which must not count
     hub.before_content = hold_the_third
     with CakeCache(model, opened, chunk_size=CHUNK, limits=limits) as cache:
-        handle = model.register_forward_pre_hook(in_the_first_forward)
+        handle = model.register_forward_pre_hook(reads_only(in_the_first_forward))
         try:
             outcome = run(model, prompt(), cache)
         finally:

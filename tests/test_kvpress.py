@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, MemoryStore
+from cake_hf import CakeCache, MemoryStore, reads_only
 from cake_hf.cache import presses
 from models import CHUNK, CHUNKS, TAIL, build, difference, expected, oracle, prompt, run, run_ahead
 from naming import given
@@ -169,7 +169,9 @@ def test_an_error_in_the_last_piece_leaves_the_press_at_work() -> None:
         raise TimeoutError("mine")
 
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, press(model):
-        handle = model.lm_head.register_forward_pre_hook(lambda _, args: fail() if args[0].shape[1] == 1 else None)
+        handle = model.lm_head.register_forward_pre_hook(
+            reads_only(lambda _, args: fail() if args[0].shape[1] == 1 else None)
+        )
         hooks = hooks_on(model)
         with pytest.raises(TimeoutError, match="mine"):
             model.generate(prompt(), **given(cache), **OPTIONS)
@@ -192,7 +194,7 @@ def test_after_ctrl_c_the_press_is_at_work() -> None:
         plain = DynamicCache(config=model.config)
         tokens = model.generate(prompt(), **given(plain), **OPTIONS)
         with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-            handle = model.lm_head.register_forward_pre_hook(interrupt)
+            handle = model.lm_head.register_forward_pre_hook(reads_only(interrupt))
             with pytest.raises(KeyboardInterrupt):
                 model.generate(prompt(), **given(cache), **OPTIONS)
             handle.remove()

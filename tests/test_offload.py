@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 import cake_hf
 import family_runs
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
@@ -218,7 +218,7 @@ def test_a_forward_is_left_under_hooks(tmp_path: Path) -> None:
                 while not cache._lost():
                     threading.Event().wait(0.001)
 
-        handle = moved.model.layers[1].self_attn.register_forward_pre_hook(arrive)
+        handle = moved.model.layers[1].self_attn.register_forward_pre_hook(reads_only(arrive))
         outcome = run(moved, prompt(), cache)
         handle.remove()
         assert [span.chunk for span in cache.report.timeline if span.outcome == "left"] == [contested]

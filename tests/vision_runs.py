@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import GateStore
@@ -105,7 +105,8 @@ def counting_images(model: Any) -> Iterator[list[int]]:
     seen: list[int] = []
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
     handle = tower.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+        reads_only(lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"]))),
+        with_kwargs=True,
     )
     try:
         yield seen

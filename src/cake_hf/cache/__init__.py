@@ -3,5 +3,6 @@
 from cake_hf.cache import compat  # noqa: F401  # first: it refuses a transformers that is too old
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.generate import generate
+from cake_hf.cache.strangers import reads_only
 
-__all__ = ["CakeCache", "generate"]
+__all__ = ["CakeCache", "generate", "reads_only"]

@@ -68,6 +68,7 @@ class BatchRestore:
         session: of the cache.
         layers: of the cache, without content.
         call: the forward that brought the batch, some of whose rows have a chunk to be restored.
+        namespace: of the session.
         started: when it came.
 
     Attributes:
@@ -75,14 +76,16 @@ class BatchRestore:
         start: the column at which the forward of the last pieces begins.
     """
 
-    def __init__(self, session: Session, layers: list[TokenMajorLayer], call: ForwardCall, started: float) -> None:
+    def __init__(
+        self, session: Session, layers: list[TokenMajorLayer], call: ForwardCall, namespace: str, started: float
+    ) -> None:
         self._session = session
         self._layers = layers
         self._call = call
         self._started = self._tail_begin = started
         lengths = call.lengths
         self.report = Report(tokens=sum(lengths), chunk_size=session.chunk_size, batch=len(lengths))
-        self._namespace = session.namespace()  # made once for all rows, since that takes milliseconds
+        self._namespace = namespace
         self._rows = [self._row(number, length) for number, length in enumerate(lengths)]
         self.start = min(self._end_of(row) for row in self._rows)
 

@@ -15,6 +15,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
+from cake_hf.cache.prompt import ComputePlainly
 from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
@@ -97,6 +98,7 @@ class CakeCache(RestoringCache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CakeCache:
         """A cache with its own KV, on the same model, store and writer."""
+        self._go_back_if_left()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         if self.passive:  # as `copy` would do it, but for what copies share
@@ -106,6 +108,7 @@ class CakeCache(RestoringCache):
         RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
         copied._known = list(self._known)
+        copied._seals = self._seals.copy(self.layers, copied.layers)
         copied._unpressed = self._unpressed
         return copied
 
@@ -149,15 +152,23 @@ class CakeCache(RestoringCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         if self.passive:
             return self.report
+        self._go_back_if_left()
         self._prefilled = None
+        self._seals.look()
+        self._forget_edited()
         if not self._length():
             self.reset()
             forget_numbering(self._session.model)
-        prompt = self._prefill(input_ids, 0 if whole else 1, progress or no_progress)
+        try:
+            prompt = self._prefill(input_ids, 0 if whole else 1, progress or no_progress)
+        except ComputePlainly as because:
+            self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
+            return self.report
         if prompt is not None:
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
             observe(self.report)
+            self._seals.note(self.layers, len(self._known))
         return self.report
 
     def to_dynamic_cache(self) -> DynamicCache:

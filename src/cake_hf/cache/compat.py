@@ -186,6 +186,21 @@ def takes_dynamic_cache(model: Any) -> bool:
     return supports is None or bool(supports())
 
 
+def chosen_functions(config: Any) -> dict[str, Any]:
+    """The functions for attention, masks and experts that models pick by the names in a config, and in its parts."""
+    configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
+    homes = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.integrations.moe")
+    registries = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ALL_EXPERTS_FUNCTIONS")
+    choices = ("_attn_implementation", "_attn_implementation", "_experts_implementation")
+    chosen = {}
+    for home, registry, choice in zip(homes, registries, choices, strict=True):
+        functions = getattr(sys.modules.get(home), registry, {})
+        for name in {str(getattr(one, choice, None)) for one in configs if one is not None}:
+            if (function := functions.get(name)) is not None:
+                chosen[f"{registry}.{name}"] = function
+    return chosen
+
+
 def indexer_reason(config: Any) -> str:
     """Why a model with an indexer (sparse attention) is computed plainly on this version; empty if it need not be.
 

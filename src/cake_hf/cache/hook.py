@@ -115,4 +115,4 @@ def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
-        cache._leave_decoder()
+        cache._leave_decoder(failed=output is None)

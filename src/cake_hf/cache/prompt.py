@@ -25,6 +25,10 @@ from cake_hf.tensors.layout import ChunkLayout
 logger = logging.getLogger("cake_hf")
 
 
+class ComputePlainly(Exception):
+    """Not an error: a restore that has begun turns out not to be possible. Its text is the reason."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt on its way into a cache.
@@ -86,7 +90,7 @@ def look_up(
     known: list[str],
     report: Report,
     started: float,
-    namespace: str | None = None,
+    namespace: str,
 ) -> Prompt:
     """Name the prompt's chunks and ask the store which of them it has.
 
@@ -97,9 +101,8 @@ def look_up(
         known: keys of the chunks that the cache holds already, all from the canonical schedule.
         report: where all is counted.
         started: when the call came.
-        namespace: of the session, where that was just made.
+        namespace: of the session.
     """
-    namespace = namespace or session.namespace()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     marks, whole = call.marks(session.chunk_size), call.whole_chunks(session.chunk_size)

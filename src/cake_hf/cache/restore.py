@@ -22,6 +22,7 @@ import torch
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Outcome, Strategy
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.cache.audit import Audit
 from cake_hf.cache.carried import Block, Carried
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.loads import WindowBuffers, plan_loads
@@ -54,7 +55,8 @@ class ForwardLeft(Exception):
 class Restore:
     """Brings the KV of the prompt's full chunks into the layers. Once closed, these hold exactly those tokens more.
 
-    Use: `run`; then the prompt's last piece, with `await_layer` in each layer; then `close`. Where anything fails, `abandon`.
+    Use: `start`; `run`; then the prompt's last piece, with `await_layer` in each layer; then `close`. Where anything fails,
+    `abandon`.
 
     Args:
         session: of the cache.
@@ -103,7 +105,8 @@ class Restore:
             self._loaded_block,
             self._states.get,
         )
-        self._saver = Saver(session, self._layers, prompt, self._carried, self._states)
+        self._audit = Audit(session, prompt)
+        self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
         self._plan = plan_loads(prompt, self._carried.window_chunks)
         if not prompt.report.reason and self._plan.usable != prompt.stored[: prompt.chunks]:
             prompt.report.reason = (
@@ -130,15 +133,24 @@ class Restore:
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
 
-    def run(self) -> None:
-        """Compute, and let load, until the two sides have met, or nothing is left but loads whose layers can be awaited."""
-        prompt, session = self.prompt, self._session
+    def start(self) -> None:
+        """Let the loads begin."""
         self._carried.start()
         if self._loads:
             if self._plan.state is not None:
                 self._states.begin(self._plan.state)
-            self._threads = start_loaders(self._job, session.limits.loader_threads)
+            self._threads = start_loaders(self._job, self._session.limits.loader_threads)
+
+    def run(self) -> None:
+        """Compute until the two sides have met, or nothing is left but loads whose layers can be awaited.
+
+        Raises:
+            ComputePlainly: the model does not compute what the store holds.
+        """
+        prompt = self.prompt
         self._walk(prompt.chunks, beyond_loads=self._beyond_loads)
+        self._audit.settle()
+        self._audit.end()  # the last piece is in the model from now on
         self._progress(prompt.chunks, prompt.chunks)
 
     def await_layer(self, layer: int) -> None:
@@ -183,6 +195,7 @@ class Restore:
 
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
+        self._audit.end()
         self._frontier.stop()
         detached = not self._loads or self._job.detach()
         self._job.place.catch_up()
@@ -259,6 +272,8 @@ class Restore:
         load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
         self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
+        if load not in (Outcome.CORRUPT, Outcome.MISSED):
+            self._audit.computed(index, partial(self._saver.pieces, index))
         self._save(index, load)
         return True
 

@@ -12,16 +12,20 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.checkpoint import Checkpoint
 from cake_hf.cache.compat import begin_plainly, keeps_attention
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.prompt import Prompt, look_up, off_schedule
+from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
+from cake_hf.cache.seals import Seals
 from cake_hf.cache.session import Session
+from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import (
     batch_reason,
     cut_image_reason,
@@ -30,6 +34,7 @@ from cake_hf.cache.support import (
     misunderstood_reason,
     not_understood,
     plain_layers,
+    tell_once,
     unlike_reason,
     unseen_reason,
 )
@@ -37,6 +42,7 @@ from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
 from cake_hf.tensors.offload import devices_of, home_device
+from cake_hf.tensors.parallel import ranks_of
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -90,6 +96,8 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
+        self._seals = Seals(session.chunk_size)
+        self._checkpoint: Checkpoint | None = None  # of the forward that runs now, or was left half way
         self.presses_rest = False  # in forwards with this cache, as long as a prompt is being restored; see `presses`
         self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
 
@@ -106,6 +114,7 @@ class RestoringCache(GuardedCache):
     # What changes the content changes what is known about it.
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._go_back_if_left()
         super().crop(tokens_to_remove)
         self._prefilled = None
         del self._known[self._length() // self._session.chunk_size :]
@@ -113,14 +122,48 @@ class RestoringCache(GuardedCache):
     def reset(self) -> None:
         super().reset()
         self._known, self._prefilled, self._unpressed = [], None, False
+        self._seals.forget()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._go_back_if_left()
+        super().reorder_cache(beam_idx)
+        self._known = []
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._go_back_if_left()
         super().batch_repeat_interleave(repeats)
         self._known = []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._go_back_if_left()
         super().batch_select_indices(indices)
         self._known = []
+
+    # What looks at the content sees no half of a forward.
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        self._go_back_if_left()
+        return int(super().get_seq_length(*args, **kwargs))
+
+    def _go_back_if_left(self) -> None:
+        """If the last forward was left half way, the content is again what it was before it."""
+        if self._checkpoint is not None and self._checkpoint.is_over():
+            self._go_back()
+
+    def _go_back(self) -> None:
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            return
+        self._give_up_tail()
+        if self._running is not None:
+            self._abandon(self._running)
+        self._depth, self._busy, self._lost = 0, False, never
+        if checkpoint.past and checkpoint.go_back(self.layers):
+            self._known = list(checkpoint.known)
+            self._seals.note(self.layers, len(self._known))
+        else:
+            self.reset()
+        self._checkpoint = None
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         if self.passive:
@@ -146,8 +189,13 @@ class RestoringCache(GuardedCache):
             raise self._foreign()
         rewritten = None
         if not self._busy:
-            self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
-            rewritten = self._handle_if_understood(model, args, kwargs)
+            self._go_back_if_left()
+            self._give_up_tail()
+            self._depth = 0
+            self._seals.look()
+            past = self._length()
+            self._checkpoint = Checkpoint.take(self.layers, past, self._known)
+            rewritten = self._handle_if_understood(model, args, kwargs, past)
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -162,7 +210,8 @@ class RestoringCache(GuardedCache):
             return
         if failed:
             self._learn_from(sys.exc_info()[1])
-            self._give_up_tail()
+            self._go_back()
+            return
         batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
         if batch is not None:
             batch.close()
@@ -171,6 +220,13 @@ class RestoringCache(GuardedCache):
             self._finish(tail)
         if self.presses_rest:
             self._press()
+        self._settle()
+
+    def _settle(self) -> None:
+        """A forward is through, and what the layers hold is what the model made."""
+        self._depth = 0
+        self._seals.note(self.layers, len(self._known))
+        self._checkpoint = None
 
     def _press(self) -> None:
         """The whole prompt is through, and the presses on the model have not seen it."""
@@ -185,21 +241,31 @@ class RestoringCache(GuardedCache):
             not_understood(self._session.model, error)
 
     def _enter_decoder(self) -> None:
+        self._go_back_if_left()
         if not self._depth:  # it was called by itself, and nothing is restored then
+            self._seals.look()
             self._note_unseen()
+            self._checkpoint = Checkpoint.take(self.layers, self._length(), self._known)
         self._depth += 1
 
-    def _leave_decoder(self) -> None:
-        self._depth -= 1
+    def _leave_decoder(self, *, failed: bool) -> None:
+        if self._depth > 1:
+            self._depth -= 1
+        elif failed:
+            self._go_back()
+        elif self._depth:
+            self._settle()
 
     def _handle_if_understood(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
         """As `_handle`; where that fails since something about the model is not understood, the forward is left untouched."""
-        self._give_up_tail()
-        past, known = self._length(), list(self._known)
+        known = list(self._known)
         try:
             return self._handle(model, args, kwargs, past)
+        except ComputePlainly as because:
+            reason = str(because)
+            tell_once(f"{type(model).__name__} {reason[:30]}", f"{reason}. Prompts are computed plainly")
         except Exception as error:
             if not is_misunderstanding(model, error):
                 raise
@@ -207,11 +273,11 @@ class RestoringCache(GuardedCache):
             if not past:
                 self.reset()
                 self.layers, self._model_reason = plain_layers(model) or self.layers, reason
-            self._known = known
-            ids = args[0] if args else kwargs.get("input_ids")
-            tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
-            self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
-            return None
+        self._known = known
+        ids = args[0] if args else kwargs.get("input_ids")
+        tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
+        self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
+        return None
 
     def _handle(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
@@ -236,12 +302,14 @@ class RestoringCache(GuardedCache):
             return None
         if not past:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
+            self._seals.forget()
         call = ForwardCall.parse(model, args, kwargs, self, past)
         if past and call.wants_all_logits:
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
+        self._forget_edited()
         if call.is_batch:
             return self._handle_batch(call)
         if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
@@ -259,6 +327,11 @@ class RestoringCache(GuardedCache):
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
+
+    def _forget_edited(self) -> None:
+        """KV that somebody has changed is not taken for the model's own."""
+        if self._known and not self._seals.hold(self.layers, len(self._known)):
+            self._known = []
 
     def _counts(self) -> bool:
         """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
@@ -290,7 +363,10 @@ class RestoringCache(GuardedCache):
         if reason := reason or batch_reason(self.layers):
             self.report = self._plain_report(call, reason)
             return None
-        batch = BatchRestore(session, self.layers, call, started)
+        namespace = session.namespace(call.ids)  # made once for all rows, since that takes milliseconds
+        if reason := refused_reason(session.model, namespace):
+            raise ComputePlainly(reason)
+        batch = BatchRestore(session, self.layers, call, namespace, started)
         self.report = batch.report
         batch.run(self._restore_row)
         self._batch = batch
@@ -303,7 +379,6 @@ class RestoringCache(GuardedCache):
             return None
         rows = call.ids.shape[0]
         self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
-        self._known = []
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
@@ -345,6 +420,7 @@ class RestoringCache(GuardedCache):
             or varying
             or numbering
             or pressed
+            or stranger_reason(model)
         )
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
@@ -381,30 +457,74 @@ class RestoringCache(GuardedCache):
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
         if not self._model_reason:
             reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
-        if reason := reason or kept_reason(session.model, self.layers):
+        if reason := reason or kept_reason(session.model, self.layers, call.past + call.tokens):
             self.report = self._plain_report(call, reason)
             return None
+        self._busy = True
+        try:
+            return self._restore_under(namespace, call, leave, progress, beyond_loads, report, started)
+        finally:
+            self._busy = False
+
+    def _restore_under(
+        self,
+        namespace: str | None,
+        call: ForwardCall,
+        leave: int,
+        progress: Progress,
+        beyond_loads: bool,
+        report: Report | None,
+        started: float,
+    ) -> Restore:
+        """As `_restore`, of a call that is not refused. Without a namespace the latest one is taken, and is checked while loads
+        are under way: what it is the digest of takes milliseconds to look at.
+
+        Raises:
+            ComputePlainly: the model turns out not to be one whose KV can be exchanged.
+        """
+        session = self._session
+        # Ranks of a parallel model look at it all at the same time, that is, at once.
+        assumed = namespace or ("" if ranks_of(session.model) else session.latest_namespace())
+        prompt = self._look_up(call, leave, assumed or session.namespace(call.ids), report, started)
+        restore = self._start(prompt, progress, beyond_loads=beyond_loads)
+        try:
+            found = session.namespace(call.ids) if assumed and not namespace and prompt.keys else prompt.namespace
+            if found == prompt.namespace:
+                if reason := refused_reason(session.model, found):
+                    raise ComputePlainly(reason)
+                restore.run()
+                return restore
+        except BaseException:
+            self._abandon(restore)
+            raise
+        self._abandon(restore)  # the model is not what it was: what is on its way belongs to another one
+        if session.namespace(call.ids) != found:
+            raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
+        return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
+
+    def _look_up(self, call: ForwardCall, leave: int, namespace: str, report: Report | None, started: float) -> Prompt:
+        """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
+        session = self._session
         report = report or self._plain_report(call, "")
         chunks = max(0, call.tokens - leave) // session.chunk_size
         if (whole := call.whole_chunks(session.chunk_size)) < chunks:
             chunks, report.reason = whole, cut_image_reason(call.past // session.chunk_size + whole)
-        self._busy = True
+        on_schedule = call.past == len(self._known) * session.chunk_size
+        if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
+            prompt = look_up(session, call, chunks, self._known, report, started, namespace)
+        else:
+            prompt = off_schedule(session, call, chunks, report, started)
+        self.report = prompt.report
+        return prompt
+
+    def _start(self, prompt: Prompt, progress: Progress, *, beyond_loads: bool) -> Restore:
+        restore = Restore(self._session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
+        self._running = restore
         try:
-            on_schedule = call.past == len(self._known) * session.chunk_size
-            if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
-                prompt = look_up(session, call, chunks, self._known, report, started, namespace)
-            else:
-                prompt = off_schedule(session, call, chunks, report, started)
-            self.report = prompt.report
-            restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
-            self._running = restore
-            try:
-                restore.run()
-            except BaseException:
-                self._abandon(restore)
-                raise
-        finally:
-            self._busy = False
+            restore.start()
+        except BaseException:
+            self._abandon(restore)
+            raise
         return restore
 
     def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
@@ -442,8 +562,8 @@ class RestoringCache(GuardedCache):
             self.reset()
 
     def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
-        self._running = None
         restore.close(save_tail=save_tail)
+        self._running = None
         self._known += restore.prompt.keys[: restore.prompt.chunks]
         learn_costs(restore.cost_memory, restore.prompt)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.frontier import Outcome
+from cake_hf.cache.audit import Audit
 from cake_hf.cache.carried import Carried
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.prompt import Prompt
@@ -25,6 +26,7 @@ class Saver:
         prompt: from `look_up`.
         carried: of the restore.
         stored: of the restore.
+        audit: of the restore. Nothing is saved before what it compares has turned out to be equal.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class Saver:
         prompt: Prompt,
         carried: Carried,
         stored: StoredStates,
+        audit: Audit,
     ) -> None:
         self._session = session
         self._layers = layers
         self._prompt = prompt
         self._carried = carried
         self._stored = stored
+        self._audit = audit
 
     def chunk(self, index: int, load: Outcome | None = None) -> None:
         """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order.
@@ -47,11 +51,15 @@ class Saver:
         Args:
             index: of the chunk.
             load: how the attempt to load it ended, if there was one.
+
+        Raises:
+            ComputePlainly: the model does not compute what the store holds.
         """
         session, prompt = self._session, self._prompt
         corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
         if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
             return
+        self._audit.settle()
         pieces = partial(self.pieces, index)
         session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
 
@@ -68,6 +76,7 @@ class Saver:
             state.dtype != p.dtype or state.numel() != p.heads * p.head_dim for state, p in self._with_pieces(states)
         ):
             return  # of another shape than in the probe: no layout of ours
+        self._audit.settle()
         session.save_chunk(
             prompt.state_facts(session, index),
             prompt.state_layout,

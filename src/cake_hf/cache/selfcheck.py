@@ -47,9 +47,10 @@ class _Verdict:
 class _Trial(RestoringCache):
     """A cache that does not help itself: an error in it is what is to be found out."""
 
-    def _handle_if_understood(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._give_up_tail()
-        return self._handle(model, args, kwargs, self._length())
+    def _handle_if_understood(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
+    ) -> Any:
+        return self._handle(model, args, kwargs, past)
 
     def _learn_from(self, error: BaseException | None) -> None:
         pass

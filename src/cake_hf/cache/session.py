@@ -16,6 +16,8 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.behaviour import behaviour
+from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
@@ -25,12 +27,17 @@ from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, open_store
+from cake_hf.tensors.code import code_digest
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
-from cake_hf.tensors.fingerprint import canonical, model_facts
+from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import where_computed
 from cake_hf.tensors.parallel import parallel_facts
+from cake_hf.tensors.rows import forget_rows, remember_rows, rows_changed
+
+_latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], str]] = weakref.WeakKeyDictionary()
+"""By model and options: the namespace that was found last."""
 
 
 class Session:
@@ -66,6 +73,7 @@ class Session:
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
         self._count_lock = threading.Lock()
         self._owned = None if self.store is store else self.store
+        self._options = (chunk_size, salt, exact)
         self._hook = ModelHook.attach(model)
         # When the last cache of this session is gone, and nobody has closed it.
         self._release = weakref.finalize(self, _forsake, self._hook, self._writer, self._owned)
@@ -97,12 +105,27 @@ class Session:
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
-    def namespace(self) -> str:
-        """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Made anew per prompt."""
-        return namespace_digest(canonical({**self.namespace_facts(), "salt": self.salt}))
+    def namespace(self, ids: torch.Tensor | None = None) -> str:
+        """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Looks at all of it anew.
+
+        Args:
+            ids: of the prompt. The weights that only these tokens meet are looked at more closely.
+        """
+        if ids is not None and rows_changed(self.model, ids):
+            forget_weights(self.model)
+            forget_rows(self.model)
+        namespace = namespace_digest(canonical({**self.namespace_facts(), "salt": self.salt}))
+        remember_rows(self.model)
+        _latest.setdefault(self.model, {})[self._options] = namespace
+        return namespace
+
+    def latest_namespace(self) -> str:
+        """What `namespace` gave last for this model and these options, in this process; empty if it was not called yet."""
+        return _latest.get(self.model, {}).get(self._options, "")
 
     def namespace_facts(self) -> dict[str, Any]:
         """What the namespace is the digest of, but for the salt, which is nobody's business."""
+        seen = behaviour(self.model)
         facts: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "chunk_size": self.chunk_size,
@@ -115,6 +138,8 @@ class Session:
             facts["parallel"] = parallel
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
+            facts["code"] = code_digest(self.model, chosen_functions(self.model.config))
+            facts["behaviour"] = seen
         return facts
 
     def layout(self) -> ChunkLayout:

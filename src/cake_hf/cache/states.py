@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
-from cake_hf.movers.states import StateRead
+from cake_hf.movers.reads import ReadBeside, read_state
 
 
 class StoredStates:
@@ -24,14 +26,15 @@ class StoredStates:
         self.unusable: set[int] = set()
         self._session = session
         self._prompt = prompt
-        self._reads: dict[int, StateRead] = {}
+        self._reads: dict[int, ReadBeside[list[torch.Tensor]]] = {}
 
-    def begin(self, chunk: int) -> StateRead:
+    def begin(self, chunk: int) -> ReadBeside[list[torch.Tensor]]:
         """Start to read the state at that chunk's end, unless that was done."""
         if chunk not in self._reads:
             key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
             slot = self._session.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
-            self._reads[chunk] = StateRead(self._session.store, key, self._prompt.state_layout, slot)
+            read = partial(read_state, self._session.store, key, self._prompt.state_layout)
+            self._reads[chunk] = ReadBeside(read, "state", slot)
         return self._reads[chunk]
 
     def get(self, chunk: int) -> list[torch.Tensor] | None:

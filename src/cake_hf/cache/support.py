@@ -34,7 +34,8 @@ from cake_hf.cache.compat import (
 )
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import check_stand_in, is_ours
-from cake_hf.cache.probe import differs_in_pieces, forgets, keeps_each_token_once, keeps_tokens, kv_like
+from cake_hf.cache.probe import keeps_each_token_once, keeps_tokens, kv_like
+from cake_hf.cache.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead
 from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.tree import parameters_of
@@ -125,8 +126,8 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         return KEEPS_NO_ATTENTION
     if reason := indexer_reason(model.config):
         return reason
-    if "dynamic" in _rope_types(model.config):
-        return "this model's dynamic rope scaling depends on earlier prompts"
+    if lengthy := _rope_types(model.config) & {"dynamic", "longrope"}:
+        return f"this model's rope scaling ({min(lengthy)}) depends on the length of the whole input"
     if kind := unknown_weights(model):
         return f"this model keeps weights as {kind}, whose content cannot be told"
     return parallel_reason(model)
@@ -219,12 +220,13 @@ def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, re
     return "" if alike else "the ranks of the tensor-parallel model were not called alike"
 
 
-def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
+def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
     """Why what a model turns out to keep, when it is run, cannot be restored now; empty if it can.
 
     Args:
         model: of a kind whose layers we know.
         layers: of the cache.
+        tokens: of the prompt, with those in the cache.
     """
     like = kv_like(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
@@ -241,6 +243,12 @@ def kept_reason(model: torch.nn.Module, layers: list[Any]) -> str:
         )
     if not any(keeps_tokens(layer) for layer in like):
         return KEEPS_NO_ATTENTION
+    if looks_ahead(model):
+        return (
+            "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece"
+        )
+    if differs_beyond_window(model, tokens):
+        return "this model gives other results for a prompt longer than its window in pieces than in one"
     is_unknown = is_old() or not type(model).__module__.startswith("transformers.")
     if is_unknown and differs_in_pieces(model):
         return "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece"

@@ -168,6 +168,12 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     return result
 
 
+def forget_weights(model: torch.nn.Module) -> None:
+    """The weights have changed in a way that the cheap look does not see: the next checksum is made anew."""
+    with _known_lock:
+        _known.pop(model, None)
+
+
 def canonical(facts: Any) -> str:
     """Facts as text, the same for equal facts."""
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)

@@ -105,7 +105,7 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
-    return look_up(session, call, CHUNKS, [], Report(), time.monotonic())
+    return look_up(session, call, CHUNKS, [], Report(), time.monotonic(), session.namespace())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:

@@ -15,6 +15,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.cache import reads_only
 from cake_hf.cache.compat import for_generate, plain_cache
 from cake_hf.people.bench.loading import Chunks
 from cake_hf.people.bench.workbench import Workbench, await_loaders
@@ -172,7 +173,7 @@ def _met_at(bench: Workbench, gate: Store, meeting: int | None) -> Iterator[None
             gate.open(later)
             gate.await_begun(later + 1)  # a contested one of this chunk: by then the one loader has settled the others
 
-    handle = bench.model.register_forward_pre_hook(before, with_kwargs=True)
+    handle = bench.model.register_forward_pre_hook(reads_only(before), with_kwargs=True)
     try:
         yield
     finally:

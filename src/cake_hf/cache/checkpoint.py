@@ -1,0 +1,85 @@
+"""What a cache holds when a forward begins, so that it can go back there if the forward does not end.
+
+A forward that is left half way (by Ctrl-C, an alarm, an error) has brought its tokens into some layers and not into others.
+torch calls no hook behind a forward that ends by a `BaseException`. So when the cache is next asked for its length, it sees
+from the call stack that the forward is over, and goes back first.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.cache.layers.windowed import Content
+
+_BETWEEN = ("cake_hf", "torch._dynamo", "contextlib")
+"""Modules whose frames may lie between a forward and its hooks, and end with the hook."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a cache when a forward of its model began.
+
+    Attributes:
+        past: tokens in the cache.
+        known: keys of the leading chunks in it.
+        windows: what windowed layers held, by number. Nobody writes to these tensors.
+        frame: that ends when the forward does.
+        thread: in which the forward runs.
+    """
+
+    past: int
+    known: tuple[str, ...]
+    windows: dict[int, Content]
+    frame: FrameType
+    thread: int
+
+    @classmethod
+    def take(cls, layers: Sequence[Any], past: int, known: Sequence[str]) -> Checkpoint:
+        """To be called by the hook in front of the forward."""
+        windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
+        return cls(past, tuple(known), windows, _callers_frame(), threading.get_ident())
+
+    def is_over(self) -> bool:
+        """Whether the forward does not run any more. Other threads cannot tell, and are told that it runs."""
+        if threading.get_ident() != self.thread:
+            return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is self.frame:
+                return False
+            frame = frame.f_back
+        return True
+
+    def go_back(self, layers: Sequence[Any]) -> bool:
+        """Have layers hold what they held; False if some cannot, since what they keep is written over with each token."""
+        if any(isinstance(layer, RecurrentLayer) or not _holds(layer, self.past) for layer in layers):
+            return False
+        for number, layer in enumerate(layers):
+            if isinstance(layer, WindowedLayer):
+                layer.put(self.windows[number])
+            elif isinstance(layer, TokenMajorLayer) and layer.is_initialized:
+                layer.show(self.past)
+        return True
+
+
+def _holds(layer: Any, tokens: int) -> bool:
+    """Whether a layer can be cut to that many tokens."""
+    if isinstance(layer, WindowedLayer):
+        return True
+    if not isinstance(layer, TokenMajorLayer):
+        return not getattr(layer, "is_initialized", False)
+    return not layer.is_initialized or (layer.is_own and min(layer.lengths) >= tokens)
+
+
+def _callers_frame() -> FrameType:
+    """The innermost frame that is not ours, nor of what torch may put around a hook."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame
