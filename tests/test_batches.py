@@ -198,8 +198,8 @@ def test_a_batch_makes_its_namespace_once(monkeypatch: pytest.MonkeyPatch) -> No
     made: list[str] = []
     real = Session.namespace
 
-    def namespace(session: Session) -> str:
-        made.append(real(session))
+    def namespace(session: Session, ids: torch.Tensor | None = None) -> str:
+        made.append(real(session, ids))
         return made[-1]
 
     monkeypatch.setattr(Session, "namespace", namespace)

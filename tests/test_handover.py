@@ -209,13 +209,15 @@ def test_a_press_works_in_a_forward_behind_a_restored_prompt() -> None:
         assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
-def test_a_press_while_a_prompt_is_restored_is_refused() -> None:
+def test_a_press_of_a_users_own_is_a_plain_one() -> None:
     """The chunks behind it would not be those of the prompt; nothing of it is stored."""
     model, store = shared_model("llama"), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as used:
-        with pressing(model, 10), pytest.raises(CakeError, match="use a DynamicCache together with it"):
-            model.generate(prompt(), **given(used), **OPTIONS)
-        assert used.get_seq_length() == 0
+        with pressing(model, 10):
+            answer = model.generate(prompt(), **given(used), **OPTIONS)
+            assert torch.equal(model.generate(prompt(), **given(DynamicCache()), **OPTIONS), answer)
+        assert "a forward hook on model.layers.0.self_attn" in used.report.reason
+        used.reset()
         assert used.flush(60)
         assert list(store.keys()) == []
         assert difference(run(model, prompt(), used), oracle(model, prompt())) == ""

@@ -154,11 +154,12 @@ class RestoringCache(GuardedCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             return
+        restoring = self._running
         self._give_up_tail()
         if self._running is not None:
             self._abandon(self._running)
         self._depth, self._busy, self._lost = 0, False, never
-        if checkpoint.past and checkpoint.go_back(self.layers):
+        if checkpoint.past and (restoring is not None or checkpoint.go_back(self.layers)):
             self._known = list(checkpoint.known)
             self._seals.note(self.layers, len(self._known))
         else:

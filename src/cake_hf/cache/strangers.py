@@ -20,7 +20,7 @@ from cake_hf.tensors.tree import modules_of
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
 """Their hooks place weights and inputs, agree with other ranks, or are looked at elsewhere (`fingerprint.adapters_vary`)."""
-_INDIFFERENT = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+_OTHERWISE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
 """Modules of torch that compute otherwise in training mode."""
 
 _quiet = threading.local()
@@ -100,16 +100,16 @@ def _training_reason(model: torch.nn.Module) -> str:
     if model.training:
         return ""
     for path, module in modules_of(model):
-        if module.training and _minds_training(module):
+        if module.training and _minds_training(module, model):
             return f"{path} is in training mode, although the model is not; call model.eval()"
     return ""
 
 
-def _minds_training(module: torch.nn.Module) -> bool:
-    if isinstance(module, _INDIFFERENT):
+def _minds_training(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a module may compute otherwise in training mode: dropout, and the model's own kinds, which have some in them."""
+    if isinstance(module, _OTHERWISE):
         return getattr(module, "p", 1) > 0
-    # Adapters have their dropout as a module.
-    return not type(module).__module__.startswith(("torch.nn.", "peft."))
+    return type(module).__module__.partition(".")[0] == type(model).__module__.partition(".")[0]
 
 
 def _is_known(hook: Any, module: torch.nn.Module | None) -> bool:

@@ -88,5 +88,5 @@ def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkFacts | None
     Raises:
         Exception: it cannot be read, or is not as it was written.
     """
-    header = memoryview(bytearray(header_size(layout)))
-    return check_header(header, key, layout) if store.read_range(key, [header], 0) else None
+    header = store.head(key, header_size(layout))
+    return None if header is None else check_header(header, key, layout)

@@ -106,6 +106,11 @@ class Store(ABC):
             scatter(memoryview(value)[offset:], parts, key)
         return value is not None
 
+    def head(self, key: str, nbytes: int) -> bytes | None:
+        """The first bytes of a value, at most as many as it has been written with; None for a miss. Raises as `read_range`."""
+        found = bytearray(nbytes)
+        return bytes(found) if self.read_range(key, [memoryview(found)], 0) else None
+
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
         """As `read_into`, and calls `arrived(n)` whenever the first n parts are there; by default once, when all are.
 

@@ -56,6 +56,9 @@ class WrapperStore(Store):
     def check_writable(self) -> None:
         self.inner.check_writable()
 
+    def head(self, key: str, nbytes: int) -> bytes | None:
+        return self.inner.head(key, nbytes)
+
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 
@@ -222,7 +225,7 @@ def expected_faults() -> Iterator[None]:
 
 
 class GateStore(WrapperStore):
-    """Reads wait at a gate, so that a test decides where the two sides meet. A read of a header alone passes uncounted.
+    """Reads wait at a gate, so that a test decides where the two sides meet.
 
     Args:
         inner: the store with the values.
@@ -244,8 +247,6 @@ class GateStore(WrapperStore):
             return self.inner.read_into(key, parts)
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        if offset == 0 and len(parts) == 1:
-            return self.inner.read_range(key, parts, offset)
         with self._through_the_gate():
             return self.inner.read_range(key, parts, offset)
 

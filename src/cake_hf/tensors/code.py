@@ -98,14 +98,20 @@ def _attributes(module: torch.nn.Module) -> Iterator[str]:
     # A model as a whole has names and notes of its own, and where it was loaded from; of these only numbers count.
     is_model = hasattr(type(module), "from_pretrained")
     for name, value in vars(module).items():
-        if name in _TORCHS_OWN or name.startswith("_is_hf"):
+        if name in ("forward", "_old_forward"):  # the latter is where accelerate keeps what it calls
+            if not _brings_weights(value) and getattr(value, "__func__", None) is not type(module).forward:
+                yield f"forward={function_fact(value)}"
             continue
-        if is_model and type(value) not in (int, float):
+        if name in _TORCHS_OWN or name.startswith("_is_hf") or (is_model and type(value) not in (int, float)):
             continue
-        if name == "forward":
-            yield f"forward={function_fact(value)}"
-        elif (fact := _plain(value, MAX_DEPTH)) is not None:
+        if (fact := _plain(value, MAX_DEPTH)) is not None:
             yield f"{name}={fact}"
+
+
+def _brings_weights(forward: Any) -> bool:
+    """Whether a module's forward is the one by which accelerate brings it weights and inputs."""
+    function = forward.func if isinstance(forward, functools.partial) else forward
+    return str(getattr(function, "__module__", "")).startswith("accelerate.")
 
 
 def _plain(value: Any, depth: int) -> str | None:
