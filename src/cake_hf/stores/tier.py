@@ -9,6 +9,7 @@ from functools import partial
 from typing import Generic, Literal, TypeVar
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.standing import Standing
 
@@ -246,4 +247,4 @@ class Row:
 def _name(store: Store) -> str:
     """The store as it shows itself, or what it is."""
     own = type(store).__repr__ is not object.__repr__
-    return repr(store) if own else type(store).__name__
+    return shown(repr(store)) if own else type(store).__name__
