@@ -618,13 +618,12 @@ class ReadOnly:
 
 
 def of_a_user(tmp_path: Path, rights: Sequence[str]) -> Iterator[ReadOnly]:
-    server = start_redis_server(tmp_path, "--user", "reader", "on", ">pass", "~*", *rights)
-    try:
-        with redis.Redis(port=server.port, protocol=2) as client:
-            with RedisStore(f"redis://127.0.0.1:{server.port}/0", slice_bytes=SLICE) as writer:
-                yield ReadOnly(writer, client, f"redis://reader:pass@127.0.0.1:{server.port}/0", lambda: None)
-    finally:
-        server.kill()
+    with (
+        start_redis_server(tmp_path, "--user", "reader", "on", ">pass", "~*", *rights) as server,
+        redis.Redis(port=server.port, protocol=2) as client,
+        RedisStore(f"redis://127.0.0.1:{server.port}/0", slice_bytes=SLICE) as writer,
+    ):
+        yield ReadOnly(writer, client, f"redis://reader:pass@127.0.0.1:{server.port}/0", lambda: None)
 
 
 def of_a_replica(tmp_path: Path) -> Iterator[ReadOnly]:

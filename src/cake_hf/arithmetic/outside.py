@@ -25,8 +25,8 @@ MOST_SHOWN = 4000
 _MOST_LOOKED_AT = 100_000
 _MOST_CHAINED = 50
 
-_PLACES_FIRST = ("file", "gs", "az", "hf", "pack", "s3")
-"""Schemes whose path may have an @ in it; for all others what stands before the last @ is a login."""
+_MAY_HAVE_AT = re.compile(r"(?:file|gs|az|s3)://[a-z0-9._-]*(?:/.*)?|hf://[\w.-]+/[\w.-]+@[\w./-]+", re.DOTALL)
+"""Where an @ may be a part of the path, or begin a revision. Anywhere else what stands before the last @ is a login."""
 
 _HARMLESS = frozenset(
     ("admin", "budget", "db", "devices", "eviction", "host", "lend", "prefix", "protocol", "replicas", "ttl")
@@ -34,7 +34,10 @@ _HARMLESS = frozenset(
 """Options that may be shown with their values."""
 
 _START = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2}|//)")
-_URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s<>\"]*")
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://\S*")
+_LOGIN = re.compile(r"(?!\[)([^:]*):(?!\d*[^\w@%/]*$).*", re.DOTALL)
+"""What stands where a host belongs, and has no port behind its colon."""
+
 _NAMED = re.compile(
     r"(?i)(\b[\w-]{0,40}?(?:password|passwd|pwd|secret|token|credential|signature|authorization"
     r"|secret[_-]?(?:access[_-]?)?key|account[_-]?key|api[_-]?key)"
@@ -106,17 +109,17 @@ def redacted_url(url: str) -> str:
     rest = head[start.end() :]
     if start[1].lower() == "pack":
         return start[0] + redacted_url(rest + mark + tail)
-    authority, slash, path = rest.partition("/")
+    authority = rest.partition("/")[0]
     if rest.startswith("user:password@") and not mark:  # as our own advice has it
         return url
-    is_place = start[1].lower() in _PLACES_FIRST and not set(":@") & set(authority)
+    is_place = _MAY_HAVE_AT.fullmatch(head) is not None
     if "@" in tail and not is_place:
         return f"{start[0]}{HIDDEN}"
     if "@" in rest and not is_place:
         return start[0] + rest.rpartition("@")[2] + _shown_options(mark, tail)
-    host, colon, port = authority.rpartition(":")
-    if colon and not port.isdecimal() and not authority.endswith("]"):  # a login whose host was forgotten
-        rest = f"{host}:{HIDDEN}{slash}{path}"
+    login = _LOGIN.fullmatch(authority)
+    if login:  # whose host was forgotten
+        return f"{start[0]}{login[1]}:{HIDDEN}"
     return start[0] + rest + _shown_options(mark, tail)
 
 
@@ -180,12 +183,12 @@ class _Harmless(logging.Filter):
     """Lets every record pass, after its texts have gone through `shown`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(map(_argument, record.args))
-        elif record.args:
-            record.args = {name: _argument(part) for name, part in record.args.items()}
-        else:
+        if not record.args:
             record.msg = shown(record.msg)
+        elif isinstance(record.args, tuple):
+            record.args = tuple(map(_argument, record.args))
+        else:
+            record.args = {name: _argument(part) for name, part in record.args.items()}
         if record.exc_info and record.exc_info[1] is not None:
             scrub(record.exc_info[1])
         return True

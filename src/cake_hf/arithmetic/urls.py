@@ -74,6 +74,18 @@ def split_url(url: str, *, at_in_path: bool = False) -> Url:
     return Url(scheme, login, place, path, split_options(query))
 
 
+def refuse_no_server(url: str) -> None:
+    """Raise where this is no address of an HTTP server, before a client says so and quotes a part of a password.
+
+    Raises:
+        ValueError: the reason is a clause.
+    """
+    told = split_url(url, at_in_path=True)
+    told.host_and_port(443)
+    if told.scheme not in ("http", "https") or not url.isascii() or any(c.isspace() for c in url):
+        raise ValueError("it needs http:// or https://, and no blanks")
+
+
 def split_options(query: str) -> dict[str, str]:
     """What stands behind the ? of a URL.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.arithmetic.outside import scrub, shown, shown_url
+from cake_hf.arithmetic.urls import refuse_no_server
 from cake_hf.stores.base import total_bytes
 from cake_hf.stores.manifest import MANIFEST
 from cake_hf.stores.pack import PackSource, PackStore
@@ -49,6 +50,12 @@ class HubSource(PackSource):
         self.repo = repo
         self._revision = revision
         self._endpoint = endpoint or self._hub.constants.ENDPOINT
+        try:
+            refuse_no_server(self._endpoint)
+        except ValueError as error:
+            raise StoreError(
+                f"The Hub's endpoint {shown_url(self._endpoint)} makes no sense: {error}; correct HF_ENDPOINT."
+            ) from None
         self._secrets = (token,) if token else ()
         with self._plain_errors():
             self._headers = self._hub.utils.build_hf_headers(token=token, library_name="cake_hf")

@@ -114,9 +114,8 @@ class Address:
                 raise ValueError("there must be at least one replica, and admin is a port")
         except ValueError as error:
             said = str(error).removesuffix(".")
-            raise StoreError(
-                f"'{shown_url(url)}' is not mooncake://master:50051/prefix with its options: {said}."
-            ) from None
+            whole = f"'{shown_url(url)}'" if "@" not in url else "The URL"
+            raise StoreError(f"{whole} is not mooncake://master:50051/prefix with its options: {said}.") from None
         master = f"{host}:{port}"
         return cls(
             place=f"mooncake://{master}/{prefix}",

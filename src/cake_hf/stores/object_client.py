@@ -17,7 +17,7 @@ from obstore.store import from_url
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.outside import escaped, redacted, scrub, shown, shown_url
-from cake_hf.arithmetic.urls import split_url
+from cake_hf.arithmetic.urls import refuse_no_server
 
 RETRIES = 3
 CONNECT_SECONDS = 5.0
@@ -52,7 +52,7 @@ def refuse_more_than_a_place(url: str) -> None:
     """
     scheme, _, rest = url.partition("://")
     bucket = re.split(r"[/?#]", rest)[0]
-    if set("@:") & set(bucket):
+    if set("@:") & set(bucket) or ("@" in rest and not re.fullmatch("[a-z0-9._-]*", bucket)):  # one with a / in it
         raise StoreError(f"A URL at {scheme}:// has a bucket and a prefix, and no credentials; {_CREDENTIALS[scheme]}")
     if {"?", "#"} & set(url):
         raise StoreError(
@@ -110,27 +110,15 @@ def _transport(scheme: str, config: Mapping[str, Any]) -> dict[str, str]:
     if scheme == "s3":
         endpoints += [os.environ.get(f"AWS_ENDPOINT{end}", "") for end in ("", "_URL", "_URL_S3")]
     for endpoint in filter(None, endpoints):
-        _refuse_no_endpoint(endpoint)
+        try:
+            refuse_no_server(endpoint)  # The client would panic at the first request.
+        except ValueError as error:
+            raise StoreError(
+                f"The endpoint {shown_url(endpoint)} makes no sense: {error}; write it like https://host:9000."
+            ) from None
     if any(endpoint.startswith("http://") for endpoint in endpoints):
         found.setdefault("allow_http", "true")  # Whoever writes http:// means it.
     return found
-
-
-def _refuse_no_endpoint(endpoint: str) -> None:
-    """Raise where the client would panic at the first request.
-
-    Raises:
-        StoreError: it is no URL of a server.
-    """
-    try:
-        told = split_url(endpoint, at_in_path=True)
-        told.host_and_port(443)
-        if told.scheme not in ("http", "https") or not endpoint.isascii() or any(c.isspace() for c in endpoint):
-            raise ValueError("it needs http:// or https://, and no blanks")
-    except ValueError as error:
-        raise StoreError(
-            f"The endpoint {shown_url(endpoint)} of the object storage makes no sense: {error}; write it like https://host:9000."
-        ) from None
 
 
 def _aws_profile(config: dict[str, Any]) -> Credentials | None:

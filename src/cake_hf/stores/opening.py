@@ -111,6 +111,8 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
     kind = _kind_of(spec)
     if kind == "memory":
         nbytes = spec.partition(":")[2]
+        if "?" in nbytes:
+            raise StoreError("Memory has a size and no options; write it like memory:4GB.")
         return MemoryStore(bytes_of(nbytes)) if nbytes else MemoryStore()
     if kind == "pack":
         return _PACK.open(str(pack_folder(spec)))

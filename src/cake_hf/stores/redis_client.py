@@ -63,7 +63,9 @@ class Address:
             told = split_url(url)
             where = _where(told)
         except ValueError as error:
-            raise StoreError(f"The Redis URL {shown_url(url)} makes no sense: {error}.") from None
+            # Nobody can tell where a password ends in what makes no sense.
+            whole = shown_url(url) if "@" not in url else "given"
+            raise StoreError(f"The Redis URL {whole} makes no sense: {error}.") from None
         place, options = f"{told.scheme}://{where}", dict(told.options)
         prefix, ttl = options.pop("prefix", "cake_hf"), options.pop("ttl", None)
         if not re.fullmatch(r"[A-Za-z0-9_.:-]+", prefix):

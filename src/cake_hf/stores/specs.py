@@ -117,10 +117,10 @@ def directory_url(url: str) -> Directory:
     written, _, query = url.partition("://")[2].partition("?")
     host, slash, path = written.partition("/")
     if host.lower() not in ("", "localhost", "~"):
-        right = f"file:///{host.rpartition('@')[2]}{slash}{path}"
+        rights = ["file:///data/kv"] if "@" in url else [f"file:///{path}", f"file:///{host}{slash}{path}"]
         raise StoreError(
             f"{_said(url)} is on another host; a directory of this machine has three slashes: write "
-            f"{_said('file:///' + path)}, or {_said(right)}."
+            f"{' or '.join(map(_said, rights))}."
         )
     if "#" in url:
         raise StoreError(f"{_said(url)} has a # in it; write it as %23 where it is part of the directory's name.")
