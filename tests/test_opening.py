@@ -211,7 +211,7 @@ def test_an_endpoint_at_which_the_client_would_panic_is_refused_at_once(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(StoreError, match="^The endpoint .* makes no sense: .*; write it like https://host:9000"):
+    with pytest.raises(StoreError, match=r"^The endpoint .* makes no sense: .*; write it like https://host:9000"):
         open_store("s3://bucket/prefix")
 
 
@@ -245,6 +245,6 @@ def test_a_profile_that_is_none_is_one_sentence(
 )
 def test_a_bucket_and_a_prefix_are_all_that_a_url_of_object_storage_has(url: str) -> None:
     with pytest.raises(
-        StoreError, match="no bucket is named|takes no options|has a bucket and a prefix, and no credentials"
+        StoreError, match=r"no bucket is named|takes no options|has a bucket and a prefix, and no credentials"
     ):
         open_store(url)

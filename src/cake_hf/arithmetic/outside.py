@@ -59,6 +59,8 @@ def shown(value: object, secrets: Iterable[str] = ()) -> str:
         text = str(value)
     except Exception:  # it comes from outside
         text = f"<{type(value).__name__}>"
+    if not text:
+        return text
     text = escaped(redacted(text[:_MOST_LOOKED_AT], secrets))
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
