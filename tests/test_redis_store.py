@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -563,6 +564,16 @@ def test_ways_in(guarded: tuple[Server, Path], how: str) -> None:
         assert store.delete(key_of(1)) is True
 
 
+@pytest.mark.parametrize("password", ["a/b?c#d", "p@ss:word", "100%", "%41[x]", "ü ℀'\"\\", "+&="])
+def test_a_password_may_have_any_character(tmp_path: Path, password: str) -> None:
+    with start_redis_server(tmp_path) as server, redis.Redis(port=server.port, protocol=2) as client:
+        client.config_set("requirepass", password)
+        for login in (f":{quote(password, safe='')}", f"default:{quote(password, safe='')}"):
+            with open_store(f"redis://{login}@127.0.0.1:{server.port}/0") as store:
+                assert store.write(key_of(1), [value_of(1)], replace=True) is True
+                assert read_whole(store, key_of(1)) == value_of(1)
+
+
 def test_a_certificate_that_is_not_trusted_is_a_store_error(guarded: tuple[Server, Path]) -> None:
     with RedisStore(way_in(guarded, "tls").partition("?")[0]) as store, pytest.raises(StoreError, match="certificate"):
         store.contains([key_of(1)])
@@ -749,6 +760,8 @@ def test_a_value_replaced_under_a_reader_on_a_replica_is_read_anew(
         ("redis://localhost/0/1", "the number of a database"),
         ("redis://", "names no server"),
         ("redis://local host/0", "needs a host"),
+        ("redis://a..b/0", "needs a host"),
+        (f"redis://{'a' * 64}.example/0", "needs a host"),
         ("redis://localhost/0?ttl=5&ttl=6", "'ttl' stands there twice"),
         ("redis://localhost/0?ttl", "name=value"),
         ("redis://localhost/0#1", "%23"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf import CakeCache, LocalStore, StoreError, import_pack, open_store
+from cake_hf import CakeCache, LocalStore, StoreError, Tier, import_pack, open_store
 from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds
 from cake_hf.stores import MemoryStore, TierStore
 from cake_hf.stores.pack import open_folder_pack
@@ -134,6 +134,7 @@ def test_options_behind_a_path_are_refused_with_the_url(spec: str, right: str, b
         ("k\x1b[2Jv", r"k\x1b[2Jv"),
         ("k\0v", r"k\x00v"),
         (Path("k\0v"), "character of value 0"),
+        (Path("k\ud800v"), "can't encode"),
         ("file:///k%00v", "character of value 0"),
     ],
 )
@@ -273,6 +274,7 @@ def test_numbers_without_bounds_are_none(text: str) -> None:
         (["mem:4GB"], "write 'memory:4GB'"),
         (["memory:", []], "equally near: one or more"),
         (["memory:", ["memory:", ["memory:"]]], "equally near: one or more, and no lists"),
+        (["memory:", "redis://h\ud800/0"], "Store 2 of the list cannot be used: 'redis://h\\ud800/0' has a space"),
         ([], "is empty"),
         ({"kv"}, "not set"),
         ({"near": "kv"}, "not dict"),
@@ -280,6 +282,14 @@ def test_numbers_without_bounds_are_none(text: str) -> None:
 )
 def test_a_list_with_a_bad_member_says_which(spec: object, words: str) -> None:
     assert words in refusal(spec)
+
+
+@pytest.mark.parametrize("store", ["memory:4GB", Path("kv"), None, ["memory:"]])
+def test_a_tier_of_what_is_no_store_is_refused(store: object) -> None:
+    with pytest.raises(StoreError, match=r"^A tier has a Store in it, not \w+; make one with open_store"):
+        Tier(store)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match='True, False or "behind", not'):
+        Tier(MemoryStore(), write="later")  # type: ignore[arg-type]
 
 
 def test_a_list_in_itself_is_refused() -> None:

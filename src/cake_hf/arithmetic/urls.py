@@ -48,9 +48,18 @@ class Url:
         """
         found = _HOST.fullmatch(self.place)
         number = int(found[2]) if found and found[2] else port
-        if found is None or not 0 < number < 2**16:
+        if found is None or not 0 < number < 2**16 or not _is_name(found[1]):
             raise ValueError(f"it needs a host, and its port is a number, such as host:{port}")
         return found[1], number
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver takes it; what it does not take is an error of Python's there."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def split_url(url: str, *, at_in_path: bool = False) -> Url:

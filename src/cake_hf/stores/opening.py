@@ -105,7 +105,7 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
     if isinstance(spec, (list, tuple)):
         return open_tiers(spec, open_store, limits)
     if isinstance(spec, os.PathLike):
-        return LocalStore(path_directory(spec))
+        return _open_directory(Directory(path_directory(spec)))
     if not isinstance(spec, str):
         raise StoreError(f"A store is a path, a URL, a Store or a list of these, not {type(spec).__name__}.")
     kind = _kind_of(spec)

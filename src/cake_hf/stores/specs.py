@@ -196,7 +196,9 @@ _VARIABLE = re.compile(rf"{_SHELL_VARIABLE.pattern}|%[A-Za-z_]{{3,}}%")
 def _refuse_invisible(text: str) -> None:
     if not text.strip() or text in ("file:", "file://"):
         raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
-    if text != text.strip() or any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text):
+    # Of a path, what is no character may stand for a byte; in a URL it stands for nothing.
+    none = ("Cc", "Cs", "Zl", "Zp") if "://" in text else ("Cc", "Zl", "Zp")
+    if text != text.strip() or any(unicodedata.category(c) in none for c in text):
         raise StoreError(
             f"{_said(text)} has a space at an end, or a line break or the like in it; write the store without it. "
             f"{_as_directory(text)}"

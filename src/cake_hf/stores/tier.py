@@ -26,12 +26,21 @@ class Tier:
         promote: whether values found farther away are copied there; by default where `write` is not False. With `write=False`
             and `promote=True` a tier caches what is read; with both False nothing there is ever touched.
         owned: whether closing the tiers closes this store.
+
+    Raises:
+        StoreError: it is no store, or there is no such policy.
     """
 
     store: Store
     write: bool | Literal["behind"] = True
     promote: bool | None = None
     owned: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.store, Store):
+            raise StoreError(f"A tier has a Store in it, not {type(self.store).__name__}; make one with open_store.")
+        if self.write not in (True, False, "behind"):
+            raise StoreError(f'Whether a tier is written is True, False or "behind", not {shown(repr(self.write))}.')
 
     @property
     def takes_copies(self) -> bool:
