@@ -70,6 +70,7 @@ def test_a_url_is_taken_apart() -> None:
 def test_a_url_may_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
     address = Address.parse("mooncake://master")
     assert address.place == "mooncake://master:50051/cake_hf"
+    assert Address.parse("mooncake://[::1]/x").listing == "http://[::1]:9003/get_all_keys"
     assert (address.settings.lend_bytes, address.replicas, address.listing) == (0, 1, "http://master:9003/get_all_keys")
     monkeypatch.setattr(mooncake, "native_client", lambda: None)
     assert repr(MooncakeStore("mooncake://master")) == "MooncakeStore('mooncake://master:50051/cake_hf')"

@@ -696,6 +696,17 @@ def test_a_lost_slice_is_a_miss_for_who_may_only_read(read_only: ReadOnly) -> No
         assert len(store._client.connection_pool._in_use_connections) == 0
 
 
+@pytest.mark.parametrize("read_only", ["a user who may not delete"], indirect=True)
+def test_a_lost_value_that_cannot_be_deleted_is_written_again(read_only: ReadOnly) -> None:
+    read_only.writer.write(key_of(1), [value_of(1)])
+    read_only.evict(1, 0)
+    with RedisStore(read_only.url, slice_bytes=SLICE) as store:
+        assert store.contains([key_of(1)]) == [False]
+        assert store.write(key_of(1), [value_of(1)]) is True
+        assert store.write(key_of(1), [value_of(1)]) is False
+        assert read_whole(store, key_of(1)) == value_of(1)
+
+
 @TWO_READERS
 def test_a_lost_value_that_stays_is_not_read_over_and_over(read_only: ReadOnly) -> None:
     read_only.writer.write(key_of(1), [value_of(1)])

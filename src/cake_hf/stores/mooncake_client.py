@@ -116,6 +116,7 @@ class Address:
             said = str(error).removesuffix(".")
             whole = f"'{shown_url(url)}'" if "@" not in url else "The URL"
             raise StoreError(f"{whole} is not mooncake://master:50051/prefix with its options: {said}.") from None
+        host = host.lower()
         master = f"{host}:{port}"
         return cls(
             place=f"mooncake://{master}/{prefix}",
@@ -265,7 +266,7 @@ def _own_address(master: str) -> str:
     """The address under which this machine is seen on the way to the master; the client itself takes minutes to find none."""
     host, _, port = master.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), CONNECT_SECONDS) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connection:
             return str(connection.getsockname()[0])
     except OSError as error:
         raise StoreError(

@@ -261,16 +261,20 @@ class RedisStore(Store):
                 commands.exists(*names)
             raw, done, *rest = commands.execute()
         before = Manifest.parse(raw)
-        if not done and before is None:  # Somebody else's key, under our name.
-            return self._publish(key, manifest, replace=True)
         if not done and before != manifest:  # It may be ours: the client tries again where an answer got lost.
-            return False
+            # Somebody else's key, under our name; or a value that has lost a slice, and that we may not delete.
+            is_none = before is None or not self._is_whole(key, before)
+            return self._publish(key, manifest, replace=True) if is_none else False
         if names and rest[-1] != len(names):
             self._discard(key, manifest)
             return None
         if before is not None and before != manifest:
             self._drop_slices(key, before)
         return True
+
+    def _is_whole(self, key: str, manifest: Manifest) -> bool:
+        names = self._slices(key, manifest)
+        return not names or self._client.exists(*names) == len(names)
 
     def _discard(self, key: str, manifest: Manifest) -> None:
         """Remove a value that has lost a slice, unless another has taken its place, and as far as the server lets us.
