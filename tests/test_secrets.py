@@ -21,9 +21,10 @@ from rich.console import Console
 
 from cake_hf import CakeCache, Report, StoreError, open_store
 from cake_hf.arithmetic.outside import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
+from cake_hf.cache.session import Session
 from cake_hf.people.store_tables import totals
 from cake_hf.stores import MemoryStore, Store, TierStore
-from cake_hf.stores.hub import HubSource
+from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
@@ -360,6 +361,35 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
         assert not any(MARK.encode() in value for value in values)
     finally:
         model.config._name_or_path = before
+
+
+@pytest.mark.fault(
+    "Secrets",
+    "A chunk's header names a model with control characters in it.",
+    "Commands show them as escapes.",
+)
+@pytest.mark.parametrize("name", ["\x1b[2J\x07", "line\nforged: all is well", "\u202egnp.exe", f"https://u:{MARK}@h/m"])
+def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "model_name", name)
+    with CakeCache(shared_model("llama"), tmp_path / "kv", chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+    for arguments in (["ls", tmp_path / "kv"], ["info", tmp_path / "kv"]):
+        told = run_command(*arguments)
+        assert told.exit_code == 0
+        assert all(line.isprintable() for line in told.output.split("\n"))
+        assert not any(line.startswith("forged") for line in told.output.split("\n"))
+        assert MARK not in told.output
+
+
+@pytest.mark.parametrize(
+    "repo", [f"user:{MARK}@org/pack", f"{MARK}@org/pack", f"org/pack?token={MARK}", f"https://u:{MARK}@h/o/p"]
+)
+def test_a_login_in_a_repositorys_name_is_hidden(repo: str) -> None:
+    for attempt in (lambda: HubSource(repo), lambda: parse_hub_name(repo), lambda: open_store(f"hf://{repo}")):
+        with seeing() as seen, pytest.raises(StoreError, match="names no pack") as caught:
+            attempt()
+        seen.of(caught.value)
+        assert MARK not in "\n".join(seen.texts)
 
 
 def test_an_exceptions_traceback_in_the_log_is_clean() -> None:

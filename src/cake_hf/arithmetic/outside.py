@@ -16,8 +16,11 @@ from urllib.parse import quote, quote_plus, unquote
 HIDDEN = "***"
 """What stands for a secret."""
 
-FEWEST_LETTERS = 6
+FEWEST_LETTERS = 4
 """A secret that is shorter is only found where a URL or a name tells what it is: as a word it would be found everywhere."""
+
+FEWEST_OF_VARIABLES = 6
+"""The same for values of variables of which only the name says that they are secret."""
 
 MOST_SHOWN = 4000
 """Characters. Some servers answer with a whole page."""
@@ -174,7 +177,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _secrets_of_the_environment() -> list[str]:
-    return [value for name, value in os.environ.items() if is_secret(name)]
+    return [value for name, value in os.environ.items() if is_secret(name) and len(value) >= FEWEST_OF_VARIABLES]
 
 
 def _argument(part: object) -> object:

@@ -38,7 +38,7 @@ class HubSource(PackSource):
         commit: 40 hexadecimal digits. Whatever happens to the repository, the same bytes are meant.
 
     Raises:
-        StoreError: there is no such pack, it may not be read, or the Hub cannot be reached.
+        StoreError: there is no such pack, it may not be read, or the Hub cannot be reached, or that is no name.
     """
 
     range_seconds = 0.1  # two requests: the Hub answers with the address of the file
@@ -47,8 +47,7 @@ class HubSource(PackSource):
         self, repo: str, revision: str = "main", *, endpoint: str | None = None, token: str | None = None
     ) -> None:
         self._hub = hub_client()
-        self.repo = repo
-        self._revision = revision
+        self.repo, self._revision = parse_hub_name(f"{repo}@{revision}")
         self._endpoint = endpoint or self._hub.constants.ENDPOINT
         try:
             refuse_no_server(self._endpoint)
