@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.outside import shown_url
 from eval.tasks import find_task
 
 MODES = ("plain", "chunked", "cold", "warm", "middle", "faults")
@@ -109,6 +110,10 @@ class RunConfig:
         """JSON-ready."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def for_people(self) -> dict[str, Any]:
+        """As `as_dict`, without a password in the store's URL."""
+        return {**self.as_dict(), "store": shown_url(self.store)}
 
     @property
     def digest(self) -> str:

@@ -56,7 +56,7 @@ def make_page(config: RunConfig, metrics: Metrics, environment: Mapping[str, Any
         _section("Chunks loaded", metrics, lambda mode: mode.loaded, percent, most=1.0),
         _section("Score, per cent", metrics, lambda mode: mode.score, lambda v: f"{100 * v:.1f}", most=1.0),
         *(_list(title, lines) for title, lines in lists(metrics).items()),
-        f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.as_dict(), indent=2))}</pre>",
+        f"<h2>Settings</h2><pre>{html.escape(json.dumps(config.for_people(), indent=2))}</pre>",
         f"<h2>Environment</h2><pre>{html.escape(json.dumps(environment, indent=2))}</pre>",
     ]
     head = f"<meta charset='utf-8'><title>Parity of {model}</title><style>{_STYLE}</style>"

@@ -69,7 +69,7 @@ class RunFolder:
             (self.path / "outcomes.jsonl").unlink(missing_ok=True)
             before = {"salt": secrets.token_hex(8)}
         self.salt: str = before["salt"]
-        self._write("config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+        self._write("config.yaml", yaml.safe_dump(config.for_people(), sort_keys=False, allow_unicode=True))
         self._write("environment.json", json.dumps({"salt": self.salt, **environment}, indent=2) + "\n")
         self.outcomes = {outcome.key: outcome for outcome in self._read_outcomes(config.modes)}
 

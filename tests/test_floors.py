@@ -39,6 +39,7 @@ PLAIN_STORES = {
     "redis_manifest",
     "redis_wire",
     "room",
+    "specs",
     "spread",
     "standing",
     "tier",

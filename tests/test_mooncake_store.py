@@ -13,7 +13,7 @@ import pytest
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.servers.own_network import NAMESPACES, obstacle
-from cake_hf.stores import mooncake_client
+from cake_hf.stores import mooncake, mooncake_client
 from cake_hf.stores.mooncake import MooncakeStore
 from cake_hf.stores.mooncake_client import Address, Member
 
@@ -67,10 +67,12 @@ def test_a_url_is_taken_apart() -> None:
     assert (settings.protocol, settings.devices, settings.metadata) == ("rdma", "mlx5_0", "P2PHANDSHAKE")
 
 
-def test_a_url_may_be_short() -> None:
+def test_a_url_may_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
     address = Address.parse("mooncake://master")
     assert address.place == "mooncake://master:50051/cake_hf"
+    assert Address.parse("mooncake://[::1]/x").listing == "http://[::1]:9003/get_all_keys"
     assert (address.settings.lend_bytes, address.replicas, address.listing) == (0, 1, "http://master:9003/get_all_keys")
+    monkeypatch.setattr(mooncake, "native_client", lambda: None)
     assert repr(MooncakeStore("mooncake://master")) == "MooncakeStore('mooncake://master:50051/cake_hf')"
 
 
@@ -78,7 +80,7 @@ def test_a_url_may_be_short() -> None:
     ("url", "what"),
     [
         ("mooncake://", "it needs a host"),
-        ("mooncake://host:port", "Port could not be cast"),
+        ("mooncake://host:port", "its port is a number"),
         ("mooncake://host/a b", "a prefix of letters"),
         ("mooncake://host?lend=lots", "is not a size"),
         ("mooncake://host?replicas=0", "at least one replica"),
@@ -112,6 +114,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> list[FakeClient]:
         return made[-1]
 
     monkeypatch.setattr(mooncake_client, "_new_client", new)
+    monkeypatch.setattr(mooncake, "native_client", lambda: None)
     return made
 
 
@@ -155,4 +158,4 @@ def test_a_missing_package_or_library_says_what_to_install(monkeypatch: pytest.M
     for fake, advice in ((missing, "cake-hf[mooncake]"), (broken, "apt-get install libibverbs1")):
         monkeypatch.setattr(mooncake_client, "import_module", fake)
         with pytest.raises(StoreError, match=re.escape(advice)):
-            MooncakeStore("mooncake://127.0.0.1:1").contains(["0" * 40])
+            MooncakeStore("mooncake://127.0.0.1:1")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cake_hf import CakeCache
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.stores import LocalStore, MemoryStore, TierStore, open_store, opening
@@ -15,6 +16,7 @@ from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
 from children import command_of
+from models import shared_model
 
 
 @pytest.mark.parametrize(
@@ -161,3 +163,88 @@ def test_a_caches_limits_bound_what_its_tiers_hold_and_how_long_closing_takes() 
             assert tiers._behind.has_room(expected.tier_queue_bytes)
             assert not tiers._behind.has_room(expected.tier_queue_bytes + 1)
             assert tiers._behind._exit_seconds == expected.exit_flush_seconds
+
+
+UNUSABLE = [
+    "redis://127.0.0.1:1/0",
+    "rediss://127.0.0.1:1/0",
+    "redis+unix:///nowhere/redis.sock",
+    "s3://bucket/prefix",
+    "hf://org/pack",
+    "mooncake://127.0.0.1:1/prefix",
+    "pack:/nowhere",
+    "/dev/null/kv",
+    "/dev/null",
+    "file:///proc/nowhere/kv",
+    ["redis://127.0.0.1:1/0"],
+]
+
+
+@pytest.mark.fault(
+    "Stores",
+    "A store never was usable: nobody is there, a path cannot be made, credentials or a client library are missing.",
+    "Making the cache is an error of one sentence, without what client libraries print.",
+)
+@pytest.mark.parametrize("spec", UNUSABLE, ids=str)
+def test_a_store_that_never_was_usable_is_refused_when_the_cache_is_made(
+    spec: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_REGION", "nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(StoreError) as caught:
+        CakeCache(shared_model("llama"), spec)  # type: ignore[arg-type]
+    said = str(caught.value)
+    assert said.isprintable()
+    assert len(said) < 400
+    assert not any(sign in said for sign in ("Traceback", "Debug source", "Error(", "object at 0x", "__init__"))
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:9000", "not a url", "http://", "ftp://host", "http://host:port", "//host"]
+)
+def test_an_endpoint_at_which_the_client_would_panic_is_refused_at_once(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StoreError, match=r"^The endpoint .* makes no sense: .*; write it like https://host:9000"):
+        open_store("s3://bucket/prefix")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[profile other]\n", "nobody"),
+        ("[broken\n", "config"),
+        ("[profile nobody]\nsource_profile = gone\nrole_arn = x\n", "gone"),
+    ],
+)
+def test_a_profile_that_is_none_is_one_sentence(
+    config: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(
+        StoreError, match=rf"^The credentials for S3 cannot be found \(.*{words}.*\); set AWS_ACCESS_KEY_ID"
+    ) as caught:
+        open_store("s3://bucket/prefix")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///prefix", "gs://", "az:///x", "s3://bucket?x", "s3://key:value@bucket", "s3://bucket#x"]
+)
+def test_a_bucket_and_a_prefix_are_all_that_a_url_of_object_storage_has(url: str) -> None:
+    with pytest.raises(
+        StoreError, match=r"no bucket is named|takes no options|has a bucket and a prefix, and no credentials"
+    ):
+        open_store(url)

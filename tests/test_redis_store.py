@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import redis
 
+from cake_hf import CakeCache
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores import Store, open_store
 from cake_hf.stores.redis import RedisStore
@@ -21,8 +24,9 @@ from cake_hf.stores.redis_manifest import Manifest
 from cake_hf.stores.redis_wire import Wire
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
+from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from servers import Relay, Server, free_port, start_redis_server
-from waiting import await_answer
+from waiting import await_answer, await_true
 
 pytest_plugins = ["servers"]
 
@@ -560,6 +564,16 @@ def test_ways_in(guarded: tuple[Server, Path], how: str) -> None:
         assert store.delete(key_of(1)) is True
 
 
+@pytest.mark.parametrize("password", ["a/b?c#d", "p@ss:word", "100%", "%41[x]", "ü ℀'\"\\", "+&="])
+def test_a_password_may_have_any_character(tmp_path: Path, password: str) -> None:
+    with start_redis_server(tmp_path) as server, redis.Redis(port=server.port, protocol=2) as client:
+        client.config_set("requirepass", password)
+        for login in (f":{quote(password, safe='')}", f"default:{quote(password, safe='')}"):
+            with open_store(f"redis://{login}@127.0.0.1:{server.port}/0") as store:
+                assert store.write(key_of(1), [value_of(1)], replace=True) is True
+                assert read_whole(store, key_of(1)) == value_of(1)
+
+
 def test_a_certificate_that_is_not_trusted_is_a_store_error(guarded: tuple[Server, Path]) -> None:
     with RedisStore(way_in(guarded, "tls").partition("?")[0]) as store, pytest.raises(StoreError, match="certificate"):
         store.contains([key_of(1)])
@@ -594,6 +608,154 @@ def test_a_replica_takes_no_writes(tmp_path: Path) -> None:
         server.kill()
 
 
+# Who may only read.
+
+
+@dataclass
+class ReadOnly:
+    """Values that were written by one who may, and the way in of one who may only read."""
+
+    writer: RedisStore
+    client: Any
+    url: str
+    follow: Callable[[], None]
+    """Returns when the reader sees what the writer did."""
+
+    def evict(self, number: int, slice_number: int) -> None:
+        """Take one slice of a value away, as a server does whose memory is full."""
+        (name,) = self.client.keys(f"*{key_of(number)}:*:{slice_number}")
+        assert self.client.delete(name) == 1
+        self.follow()
+
+
+def of_a_user(tmp_path: Path, rights: Sequence[str]) -> Iterator[ReadOnly]:
+    with (
+        start_redis_server(tmp_path, "--user", "reader", "on", ">pass", "~*", *rights) as server,
+        redis.Redis(port=server.port, protocol=2) as client,
+        RedisStore(f"redis://127.0.0.1:{server.port}/0", slice_bytes=SLICE) as writer,
+    ):
+        yield ReadOnly(writer, client, f"redis://reader:pass@127.0.0.1:{server.port}/0", lambda: None)
+
+
+def of_a_replica(tmp_path: Path) -> Iterator[ReadOnly]:
+    with (
+        start_redis_server(tmp_path, "--repl-diskless-sync-delay", "0") as primary,
+        start_redis_server(tmp_path, "--replicaof", "127.0.0.1", str(primary.port)) as replica,
+        redis.Redis(port=primary.port, protocol=2) as client,
+        redis.Redis(port=replica.port, protocol=2) as follower,
+        RedisStore(f"redis://127.0.0.1:{primary.port}/0", slice_bytes=SLICE) as writer,
+    ):
+
+        def follow() -> None:
+            client.incr("mark")
+            await_true(lambda: follower.get("mark") == client.get("mark"))
+
+        yield ReadOnly(writer, client, f"redis://127.0.0.1:{replica.port}/0", follow)
+
+
+READERS: dict[str, Callable[[Path], Iterator[ReadOnly]]] = {
+    "a replica": of_a_replica,
+    "a user with +@read": partial(of_a_user, rights=["+@read"]),
+    "a user with single rights": partial(of_a_user, rights=["+getrange", "+get", "+exists", "+strlen", "+scan"]),
+    "a user who may unlink, and not watch": partial(of_a_user, rights=["+@read", "+unlink"]),
+    "a user who may not delete": partial(of_a_user, rights=["+@all", "-del", "-unlink", "-touch"]),
+}
+
+
+@pytest.fixture
+def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReadOnly]:
+    yield from READERS[request.param](tmp_path)
+
+
+TWO_READERS = pytest.mark.parametrize("read_only", list(READERS)[:2], indirect=True)
+
+
+@pytest.mark.fault(
+    "Stores",
+    "A value has lost a slice on a Redis replica, or where the user may only read, so what is left of it cannot be removed.",
+    "It is a miss like any other; all other chunks are loaded.",
+)
+@pytest.mark.parametrize("read_only", READERS, indirect=True)
+def test_a_lost_slice_is_a_miss_for_who_may_only_read(read_only: ReadOnly) -> None:
+    for number in range(4):
+        assert read_only.writer.write(key_of(number), [value_of(number)])
+    read_only.evict(1, 2)
+    keys = [key_of(number) for number in range(4)]
+    with open_store(read_only.url) as store:
+        for _ in range(2):
+            assert store.contains(keys) == [True, False, True, True]
+            assert read_whole(store, key_of(2)) == value_of(2)
+            assert store.read_into(key_of(1), [memoryview(bytearray(1000))]) is None
+            assert store.read_range(key_of(1), [memoryview(bytearray(100))], 650) is False
+            buffer = bytearray(100)
+            assert store.read_range(key_of(3), [memoryview(buffer)], 250)
+            assert buffer == value_of(3)[250:350]
+            assert store.size(key_of(1)) is None
+            assert sorted(store.keys()) == sorted([keys[0], *keys[2:]])
+        assert isinstance(store, RedisStore)
+        assert len(store._client.connection_pool._in_use_connections) == 0
+
+
+@pytest.mark.parametrize("read_only", ["a user who may not delete"], indirect=True)
+def test_a_lost_value_that_cannot_be_deleted_is_written_again(read_only: ReadOnly) -> None:
+    read_only.writer.write(key_of(1), [value_of(1)])
+    read_only.evict(1, 0)
+    with RedisStore(read_only.url, slice_bytes=SLICE) as store:
+        assert store.contains([key_of(1)]) == [False]
+        assert store.write(key_of(1), [value_of(1)]) is True
+        assert store.write(key_of(1), [value_of(1)]) is False
+        assert read_whole(store, key_of(1)) == value_of(1)
+
+
+@TWO_READERS
+def test_a_lost_value_that_stays_is_not_read_over_and_over(read_only: ReadOnly) -> None:
+    read_only.writer.write(key_of(1), [value_of(1)])
+    read_only.evict(1, 3)
+    with RedisStore(read_only.url) as store:
+        fetches: list[object] = []
+        fetch = store._fetch
+        store._fetch = lambda *arguments: fetches.append(arguments) or fetch(*arguments)  # type: ignore[method-assign]
+        assert store.read_into(key_of(1), [memoryview(bytearray(1000))]) is None
+        assert len(fetches) == 1
+
+
+@TWO_READERS
+def test_a_prompt_on_a_replica_loads_all_chunks_but_the_one_that_lost_a_slice(read_only: ReadOnly) -> None:
+    model = shared_model("llama")
+    with CakeCache(model, read_only.writer, chunk_size=CHUNK) as cache:
+        run(model, prompt(), cache)
+        cache.flush()
+    lost = next(iter(read_only.client.scan_iter("cake_hf:*:*:1")))
+    read_only.client.delete(lost)
+    read_only.follow()
+    with CakeCache(model, read_only.url, chunk_size=CHUNK, strategy="load", save=False) as cache:
+        outcome = run(model, prompt(), cache)
+        report = cache.report
+        assert (report.chunks_loaded, report.chunks_missed, report.chunks_failed) == (CHUNKS - 1, 1, 0)
+        assert report.reason == ""
+    assert difference(outcome, expected("llama")) == ""
+
+
+@TWO_READERS
+def test_a_value_replaced_under_a_reader_on_a_replica_is_read_anew(
+    read_only: ReadOnly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_only.writer.write(key_of(1), [value_of(1)])
+    read_only.follow()
+    fetch, replaced = RedisStore._fetch, []
+
+    def replace_first(self: RedisStore, *arguments: Any) -> bool:
+        if not replaced:
+            replaced.append(read_only.writer.write(key_of(1), [value_of(2)], replace=True))
+            read_only.follow()
+        return fetch(self, *arguments)
+
+    with RedisStore(read_only.url) as store:
+        monkeypatch.setattr(RedisStore, "_fetch", replace_first)
+        assert read_parts(store, key_of(1), [400, 600]) == value_of(2)
+    assert replaced == [True]
+
+
 # Opening.
 
 
@@ -604,6 +766,19 @@ def test_a_replica_takes_no_writes(tmp_path: Path) -> None:
         ("redis://localhost/0?colour=red", "colour"),
         ("redis://localhost/0?prefix=a*b", "letters, digits"),
         ("redis://localhost/0?socket_timeout=soon", "socket_timeout"),
+        ("redis://localhost:70000/0", "its port is a number"),
+        ("redis://localhost/first", "the number of a database"),
+        ("redis://localhost/0/1", "the number of a database"),
+        ("redis://", "names no server"),
+        ("redis://local host/0", "needs a host"),
+        ("redis://a..b/0", "needs a host"),
+        (f"redis://{'a' * 64}.example/0", "needs a host"),
+        ("redis://localhost/0?ttl=5&ttl=6", "'ttl' stands there twice"),
+        ("redis://localhost/0?ttl", "name=value"),
+        ("redis://localhost/0#1", "%23"),
+        ("redis+unix://", r"redis\+unix:///run/redis.sock"),
+        ("redis+unix://run/redis.sock", r"redis\+unix:///run/redis.sock"),
+        ("rediss://localhost/0?ssl_ca_certs=/nowhere/ca.pem", "The file that ssl_ca_certs names .* is not there"),
     ],
 )
 def test_a_url_that_makes_no_sense_is_refused(url: str, message: str) -> None:

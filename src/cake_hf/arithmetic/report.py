@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field, fields
 
+from cake_hf.arithmetic.outside import shown
+
 LANE_WIDTH = 60
 
 _COLOURS = {
@@ -78,6 +80,10 @@ class Report:
     prefill_seconds: float = 0.0
     timeline: list[Span] = field(default_factory=list, repr=False)
     reason: str = ""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # A reason quotes stores and models, which quote whom they like.
+        super().__setattr__(name, shown(value) if name == "reason" else value)
 
     def repeat(self, batch: int) -> None:
         """It is for so many equal prompts, of which one was restored, and copied for the others."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+from threading import TIMEOUT_MAX
 
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)")
+_NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z%]*)")
+
+MOST_QUOTED = 60
+"""Characters of what is none."""
+
+MOST_BYTES = 2**63
+"""More than any machine can count to."""
 
 
 def parse_bytes(text: str) -> int:
@@ -18,10 +25,10 @@ def parse_bytes(text: str) -> int:
     """
     match = _NUMBER.fullmatch(text.strip())
     unit = _BYTES.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} is not a size; write it like 4GB or 512MiB.")
+    if match is None or unit is None or float(match[1]) * unit >= MOST_BYTES:
+        raise ValueError(f"{text[:MOST_QUOTED]!r} is not a size; write it like 4GB or 512MiB.")
     if not (nbytes := int(float(match[1]) * unit)):
-        raise ValueError(f"{text!r} is room for nothing; give a size like 4GB.")
+        raise ValueError(f"{text[:MOST_QUOTED]!r} is room for nothing; give a size like 4GB.")
     return nbytes
 
 
@@ -33,8 +40,8 @@ def parse_seconds(text: str) -> float:
     """
     match = _NUMBER.fullmatch(text.strip())
     unit = _SECONDS.get(match[2].lower()) if match else None
-    if match is None or unit is None or not float(match[1]):
-        raise ValueError(f"{text!r} is not a time; write it like 30d, 12h or 45m.")
+    if match is None or unit is None or not 0 < float(match[1]) * unit <= TIMEOUT_MAX:
+        raise ValueError(f"{text[:MOST_QUOTED]!r} is not a time; write it like 30d, 12h or 45m.")
     return float(match[1]) * unit
 
 
@@ -47,5 +54,5 @@ def parse_share(text: str) -> float:
     match = _NUMBER.fullmatch(text.strip())
     share = float(match[1]) / 100 if match and match[2] == "%" else 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"{text!r} is not a share; write it like 5% or 100%.")
+        raise ValueError(f"{text[:MOST_QUOTED]!r} is not a share; write it like 5% or 100%.")
     return share

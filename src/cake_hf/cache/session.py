@@ -15,6 +15,7 @@ import transformers
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
+from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.behaviour import behaviour
 from cake_hf.cache.compat import chosen_functions
@@ -103,7 +104,7 @@ class Session:
     def model_name(self) -> str:
         """The model's name for people: its Hub id, or the last part of a local path (the rest is nobody's business)."""
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
-        return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+        return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 
     def namespace(self, ids: torch.Tensor | None = None) -> str:
         """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Looks at all of it anew.

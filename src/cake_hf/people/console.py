@@ -13,6 +13,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.outside import shown
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -30,7 +31,7 @@ class PlainErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (CakeError, ValueError) as error:
-            errors.print(Text(str(error), style="bold red"))
+            errors.print(Text(shown(error), style="bold red"))
             raise typer.Exit(FAILED) from error
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds
 from cake_hf.people.console import WRONG, console, progress_bar
 from cake_hf.people.inspect_store import existing_store
@@ -89,7 +90,7 @@ def gc_command(
     with existing_store(store) as opened:
         if not isinstance(opened, LocalStore):
             raise StoreError(
-                f"{store} is not a directory; gc works on directories only. Use the server's own rules there."
+                f"{shown_url(store)} is not a directory; gc works on directories only. Use the server's own rules there."
             )
         with progress_bar("reading headers", "chunks") as show:
             selection = select(opened, most, age, eviction, time.time(), show)
@@ -145,7 +146,7 @@ def collect(store: LocalStore, selection: Selection, progress: Progress) -> Coll
             if store.evict(entry):
                 gone.append(entry)
         except StoreError as error:
-            failed[entry.key] = str(error)
+            failed[entry.key] = shown(error)
         progress(count, len(goes))
     return Collected(gone, len(goes) - len(gone) - len(failed), failed, store.sweep())
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.keys import state_key
+from cake_hf.arithmetic.outside import escaped, shown
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.stores.opening import directory_of
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
@@ -139,7 +141,7 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
         try:
             chunk = read_chunk(store, key)
         except CorruptChunk as error:
-            inventory.unreadable[key] = str(error)
+            inventory.unreadable[key] = shown(error)
         else:
             if chunk is not None:
                 (inventory.states if _is_state(chunk.facts) else inventory.chunks)[key] = chunk
@@ -161,22 +163,22 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {printable(facts.key)}.")
+        raise CorruptChunk(f"The file named {key} says that it is {escaped(facts.key[:MAX_TEXT])}.")
     if size != 8 + length + payload_size(table):
         raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
     for name, entry in table.items():
         if not _is_tensor(entry):
-            raise CorruptChunk(f"Chunk {key} does not say what its tensor {printable(name)} is.")
+            raise CorruptChunk(f"Chunk {key} does not say what its tensor {escaped(name[:MAX_TEXT])} is.")
     if not 0 <= facts.index < MAX_INDEX:
         raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
     shown = replace(
         facts,
-        parent=printable(facts.parent),
-        namespace=printable(facts.namespace),
-        model=printable(facts.model),
-        checksums=tuple(printable(checksum) for checksum in facts.checksums),
+        parent=escaped(facts.parent),
+        namespace=escaped(facts.namespace),
+        model=_shown_name(facts.model),
+        checksums=tuple(map(escaped, facts.checksums)),
     )
     return StoredChunk(shown, table, size)
 
@@ -258,9 +260,10 @@ def _is_tensor(entry: dict[str, object]) -> bool:
     return all(type(extent) is int and 0 <= extent < MAX_EXTENT for extent in shape)
 
 
-def printable(text: str) -> str:
-    """Text from a store on its way to a terminal, without the characters that would command it."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_TEXT])
+@lru_cache(256)
+def _shown_name(model: str) -> str:
+    """Of a model; most chunks of a store have the same."""
+    return shown(model[:MAX_TEXT])
 
 
 def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:

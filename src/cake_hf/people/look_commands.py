@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.people.options import StoreArgument
@@ -33,4 +34,4 @@ def info_command(
             return
         with progress_bar("reading headers", "chunks") as progress:
             inventory = take_inventory(opened, progress)
-    console.print(totals(store, inventory))
+    console.print(totals(shown_url(store), inventory))

@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cake_hf.arithmetic.costs import ComputeCost, CostLearner, Costs, LoadCost
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.planner import Plan, plan
 from cake_hf.people import known_costs
 from cake_hf.people.console import console, progress_bar
@@ -151,8 +153,8 @@ def _refuse_unknown(question: Question, *, computing: bool, loading: bool) -> No
     if any(missing.values()):
         what = " and ".join(name for name, is_missing in missing.items() if is_missing)
         raise CakeError(
-            f"What {what} costs with {question.model} is not known in the store {question.store}. It is learnt as prompts go "
-            "by; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
+            f"What {what} costs with {question.model} is not known in the store {shown_url(question.store)}. It is learnt as "
+            "prompts go by; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
         )
 
 
@@ -190,7 +192,7 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
     facts.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
     facts.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
     if source:
-        facts.add_row("costs", source)
+        facts.add_row("costs", Text(source))
     facts.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
     console.print(facts)
     console.print("\npredicted time to first token", style="bold")
@@ -255,7 +257,7 @@ def _refuse_outside(option: str, value: int, low: int, high: int) -> None:
 def _source(known: KnownCosts | None, store: str) -> str:
     if known is None:
         return ""
-    return f"of namespace {known.namespace[:SHORT]} in {store}: {known.dtype}, chunks of {known.chunk_size} tokens"
+    return f"of namespace {known.namespace[:SHORT]} in {shown_url(store)}: {known.dtype}, chunks of {known.chunk_size} tokens"
 
 
 def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float | None, share: float) -> ComputeCost:

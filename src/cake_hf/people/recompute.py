@@ -21,6 +21,7 @@ import torch
 from cake_hf.arithmetic.errors import CakeError, StoreError
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.outside import shown
 from cake_hf.cache import CakeCache
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
@@ -203,7 +204,7 @@ class Comparing(WrapperStore):
                 return ""
             facts = check_file(stored, key)
         except StoreError as error:
-            return str(error)
+            return shown(error)
         own, table = parse_header(computed)
         if parse_header(stored)[1] != table:
             return f"Chunk {key} holds other tensors than the model's KV."

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.people.inspect_store import printable, read_chunk
+from cake_hf.arithmetic.outside import shown
+from cake_hf.people.inspect_store import read_chunk
 from cake_hf.stores import Store
 from cake_hf.tensors.codec import check_file
 
@@ -60,7 +61,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
         except StoreError as error:
             corrupt = isinstance(error, CorruptChunk)
             checked += corrupt
-            bad.append(BadChunk(key, printable(str(error)), corrupt))
+            bad.append(BadChunk(key, shown(error), corrupt))
         except MemoryError:
             bad.append(BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False))
         progress(count, len(keys))

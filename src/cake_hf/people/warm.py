@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import GENERATE_LINE
@@ -105,13 +107,13 @@ def show_warmed(job: WarmJob, report: Report) -> None:
         console.print(legend(report))
     console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
     console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
-    console.print(f"\nLook at it with  [bold]cake-hf ls {job.store}[/bold]", soft_wrap=True)
+    console.print(f"\nLook at it with  [bold]cake-hf ls {escape(shown_url(job.store))}[/bold]", soft_wrap=True)
 
 
 def _snippet(job: WarmJob) -> str:
-    options = [f"store={job.store!r}"]
+    options = [f"store={shown_url(job.store)!r}"]
     options += [f"chunk_size={job.chunk_size}"] if job.chunk_size != 512 else []
-    options += [f"salt={job.salt!r}"] if job.salt else []
+    options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
     return f"cache = CakeCache(model, {', '.join(options)})\n{GENERATE_LINE}"
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import scrub, shown, shown_url
+from cake_hf.arithmetic.urls import refuse_no_server
 from cake_hf.stores.base import total_bytes
 from cake_hf.stores.manifest import MANIFEST
 from cake_hf.stores.pack import PackSource, PackStore
 
 SCHEME = "hf://"
 
-_URL = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@]+))?", re.ASCII)
+_URL = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^\s@:?*\[\\^~#%&=]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -36,7 +38,7 @@ class HubSource(PackSource):
         commit: 40 hexadecimal digits. Whatever happens to the repository, the same bytes are meant.
 
     Raises:
-        StoreError: there is no such pack, it may not be read, or the Hub cannot be reached.
+        StoreError: there is no such pack, it may not be read, or the Hub cannot be reached, or that is no name.
     """
 
     range_seconds = 0.1  # two requests: the Hub answers with the address of the file
@@ -45,10 +47,16 @@ class HubSource(PackSource):
         self, repo: str, revision: str = "main", *, endpoint: str | None = None, token: str | None = None
     ) -> None:
         self._hub = hub_client()
-        self.repo = repo
-        self._revision = revision
+        self.repo, self._revision = parse_hub_name(f"{repo}@{revision}")
         self._endpoint = endpoint or self._hub.constants.ENDPOINT
-        with plain_errors(repo, revision):
+        try:
+            refuse_no_server(self._endpoint)
+        except ValueError as error:
+            raise StoreError(
+                f"The Hub's endpoint {shown_url(self._endpoint)} makes no sense: {error}; correct HF_ENDPOINT."
+            ) from None
+        self._secrets = (token,) if token else ()
+        with self._plain_errors():
             self._headers = self._hub.utils.build_hf_headers(token=token, library_name="cake_hf")
             self.commit = revision if _COMMIT.fullmatch(revision) else self._look_up(token)
 
@@ -57,7 +65,7 @@ class HubSource(PackSource):
 
     def manifest(self, most: int) -> bytes:
         found = bytearray()
-        with plain_errors(self.repo, self._revision), self._response(MANIFEST, {}) as response:
+        with self._plain_errors(), self._response(MANIFEST, {}) as response:
             for block in response.iter_raw():
                 found += block
                 if len(found) > most:
@@ -66,7 +74,7 @@ class HubSource(PackSource):
 
     def fetch(self, path: str, parts: Sequence[memoryview], offset: int) -> None:
         target, errors = _Scattering(parts), self._hub.errors
-        with plain_errors(self.repo, self._revision):
+        with self._plain_errors():
             try:
                 self._stream(path, target, offset)
             except (CakeError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
@@ -74,6 +82,9 @@ class HubSource(PackSource):
             except Exception:
                 # The line broke. Taken up once where it broke; more patience is for the caller, who may rather compute.
                 self._stream(path, target, offset)
+
+    def _plain_errors(self) -> AbstractContextManager[None]:
+        return plain_errors(self.repo, self._revision, self._secrets)
 
     def _look_up(self, token: str | None) -> str:
         timeout = self._hub.constants.HF_HUB_ETAG_TIMEOUT
@@ -141,7 +152,11 @@ def parse_hub_name(text: str) -> tuple[str, str]:
     """
     found = _URL.fullmatch(text)
     if found is None:
-        raise StoreError(f"{text!r} names no pack; write it like hf://org/pack or hf://org/pack@revision.")
+        whole = text if "://" in text else f"{SCHEME}{text}"
+        raise StoreError(
+            f"'{shown_url(whole)}' names no pack; write it like hf://org/pack or hf://org/pack@revision (a token comes from "
+            "`hf auth login` or HF_TOKEN)."
+        )
     return found["repo"], found["revision"] or "main"
 
 
@@ -171,18 +186,22 @@ def hub_client() -> Any:
 
 
 @contextmanager
-def plain_errors(repo: str, revision: str) -> Iterator[None]:
+def plain_errors(repo: str, revision: str, secrets: Sequence[str] = ()) -> Iterator[None]:
     """Whatever the Hub client raises in the body becomes a StoreError of one sentence.
 
     Args:
         repo, revision: that the body is about.
+        secrets: that nobody may see, besides those of the environment.
     """
     try:
         yield
     except CakeError:
         raise
     except Exception as error:
-        raise StoreError(_sentence(error, repo, revision)) from error
+        secrets = (*secrets, *filter(None, [hub_client().get_token()]))
+        said = shown(_sentence(error, shown_url(repo), shown_url(revision)), secrets)
+        scrub(error, secrets)
+        raise StoreError(said) from error
 
 
 def _sentence(error: Exception, repo: str, revision: str) -> str:
@@ -196,7 +215,7 @@ def _sentence(error: Exception, repo: str, revision: str) -> str:
         errors.RepositoryNotFoundError: f"There is no repository {repo}, or you may not see it; check the name, or {log_in}.",
         errors.RevisionNotFoundError: f"The repository {repo} has no revision {revision}; check it on its page.",
         errors.EntryNotFoundError: f"{repo}@{revision} is no whole pack: a file is not there; check the name and the revision.",
-        errors.HFValidationError: f"{repo!r} is no name of a repository; write it like org/pack.",
+        errors.HFValidationError: f"'{repo}' is no name of a repository; write it like org/pack.",
     }
     for kind, sentence in known.items():
         if isinstance(error, kind):

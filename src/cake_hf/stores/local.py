@@ -18,6 +18,7 @@ from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder, advice, opened, read_scattered, write_gathered
 from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.stores.room import Room
+from cake_hf.stores.specs import expanded
 
 __all__ = ["SUFFIX", "LocalStore"]
 
@@ -52,7 +53,7 @@ class LocalStore(Store):
     def __init__(self, root: str | os.PathLike[str], budget: int | None = None, eviction: str = LRU) -> None:
         if budget is not None and budget <= 0:
             raise ValueError(f"budget must be positive, got {budget}; leave it out for no limit.")
-        self.root = Path(root).expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.marks_use = True
         self._folder = Folder(self.root)
         self._room = Room(self._folder, budget, order_named(eviction, self.place))

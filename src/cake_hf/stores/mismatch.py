@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cake_hf.arithmetic.outside import escaped
+
 MOST_NAMED = 3
 MAX_VALUE = 40
 
@@ -69,5 +71,5 @@ def _short(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """Text as a terminal may show it, whoever wrote it."""
-    escaped = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
-    return escaped if len(escaped) <= MAX_VALUE else f"{escaped[:MAX_VALUE]}..."
+    plain = escaped(text[: MAX_VALUE + 1])
+    return plain if len(plain) <= MAX_VALUE else f"{plain[:MAX_VALUE]}..."

@@ -14,13 +14,13 @@ import urllib.request
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.mooncake_client import (
     LEASE_EXPIRED,
@@ -32,6 +32,7 @@ from cake_hf.stores.mooncake_client import (
     check,
     join,
     leave,
+    native_client,
 )
 from cake_hf.stores.pieces import address_of
 
@@ -85,7 +86,7 @@ class MooncakeStore(Store):
         register: tell the client of each piece of memory before it is used, as RDMA wants it; by default where it is not TCP.
 
     Raises:
-        StoreError: the URL or an option makes no sense.
+        StoreError: the URL or an option makes no sense, or the client is not installed.
     """
 
     reads_ranges = True
@@ -93,6 +94,7 @@ class MooncakeStore(Store):
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS, register: bool | None = None) -> None:
         address = Address.parse(url)
+        native_client()  # without it nothing could ever be done
         self._address = address
         self._lease_seconds = lease_seconds
         self._register = address.settings.protocol != "tcp" if register is None else register
@@ -186,8 +188,8 @@ class MooncakeStore(Store):
                 names = answer.read().decode(errors="replace").splitlines()
         except OSError as error:
             raise StoreError(
-                f"The keys of {self._address.place} cannot be listed at {self._address.listing} ({error}); give the master's "
-                "--metrics_port in the URL (?admin=9003)."
+                f"The keys of {self._address.place} cannot be listed at {self._address.listing} ({shown(error)}); give the "
+                "master's --metrics_port in the URL (?admin=9003)."
             ) from error
         start = self._name("")
         found = (name.removeprefix(start) for name in names if name.startswith(start))
@@ -238,7 +240,7 @@ class MooncakeStore(Store):
             # Memory can be registered only once at a time, and other threads may be writing the same.
             pieces = [memoryview(bytearray().join(pieces))]
         addresses, sizes = _spots(pieces)
-        config = import_module("mooncake.store").ReplicateConfig()
+        config = native_client().ReplicateConfig()
         config.replica_num = self._address.replicas
         with self._member.client() as client, _registered(client, addresses, sizes, self._register):
             return int(client.batch_put_from_multi_buffers([name], [addresses], [sizes], config)[0])

@@ -12,15 +12,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.arithmetic.turns import Turns
+from cake_hf.arithmetic.urls import split_url
 
 PROTOCOLS = ("tcp", "rdma")
 
@@ -57,7 +58,7 @@ class Settings:
     lend_bytes: int
     protocol: str
     devices: str
-    metadata: str
+    metadata: str = field(repr=False)  # a URL, which may have a password in it
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,33 @@ class Address:
             "admin": "9003",
         }
         try:
-            split = urlsplit(url)
-            master = f"{split.hostname or ''}:{split.port or 50051}"
-            given = dict(parse_qsl(split.query, strict_parsing=bool(split.query)))
-            if unknown := sorted(set(given) - set(options)):
+            told = split_url(url)
+            if told.login:
+                raise ValueError("Mooncake knows no users and passwords")
+            host, port = told.host_and_port(50051)
+            if unknown := sorted(set(told.options) - set(options)):
                 raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(options)}")
-            options |= given
-            prefix = split.path.strip("/") or "cake_hf"
-            if not split.hostname or not re.fullmatch(r"[\w./-]+", prefix):
-                raise ValueError("it needs a host, and a prefix of letters, digits and . _ / -")
+            options |= told.options
+            prefix = told.path.strip("/") or "cake_hf"
+            if not re.fullmatch(r"[\w./-]+", prefix):
+                raise ValueError("it needs a prefix of letters, digits and . _ / -")
             if options["protocol"] not in PROTOCOLS:
                 raise ValueError(f"the protocol must be one of {', '.join(PROTOCOLS)}")
             lend = parse_bytes(options["lend"]) if options["lend"] else 0
             replicas, admin = int(options["replicas"]), int(options["admin"])
-            if replicas < 1:
-                raise ValueError("there must be at least one replica")
+            if replicas < 1 or not 0 < admin < 2**16:
+                raise ValueError("there must be at least one replica, and admin is a port")
         except ValueError as error:
-            raise StoreError(f"{url!r} is not mooncake://master:50051/prefix with its options: {error}.") from error
+            said = str(error).removesuffix(".")
+            whole = f"'{shown_url(url)}'" if "@" not in url else "The URL"
+            raise StoreError(f"{whole} is not mooncake://master:50051/prefix with its options: {said}.") from None
+        host = host.lower()
+        master = f"{host}:{port}"
         return cls(
             place=f"mooncake://{master}/{prefix}",
             prefix=prefix,
             replicas=replicas,
-            listing=f"http://{split.hostname}:{admin}/get_all_keys",
+            listing=f"http://{host}:{admin}/get_all_keys",
             settings=Settings(
                 master, options["host"], lend, options["protocol"], options["devices"], options["metadata"]
             ),
@@ -214,23 +220,31 @@ def check(code: int, what: str) -> int:
     return code
 
 
-def _new_client(settings: Settings) -> Any:
-    """Join the cluster.
+def native_client() -> Any:
+    """The client's module.
 
     Raises:
-        StoreError: the package or a library is missing, or the master cannot be reached.
+        StoreError: the package or a library is missing.
     """
     try:
-        client = import_module("mooncake.store").MooncakeDistributedStore()
+        return import_module("mooncake.store")
     except ModuleNotFoundError as error:
         raise StoreError(
             f'Stores at mooncake:// need the package {error.name}: pip install "cake-hf[mooncake]"'
         ) from error
     except ImportError as error:
         raise StoreError(
-            f"The Mooncake client cannot be loaded: {error} (Debian: apt-get install libibverbs1)."
+            f"The Mooncake client cannot be loaded: {shown(error)} (Debian: apt-get install libibverbs1)."
         ) from error
-    own_address = _own_address(settings.master)
+
+
+def _new_client(settings: Settings) -> Any:
+    """Join the cluster.
+
+    Raises:
+        StoreError: the master cannot be reached.
+    """
+    client, own_address = native_client().MooncakeDistributedStore(), _own_address(settings.master)
     code = client.setup(
         settings.host or own_address,
         settings.metadata,
@@ -252,9 +266,9 @@ def _own_address(master: str) -> str:
     """The address under which this machine is seen on the way to the master; the client itself takes minutes to find none."""
     host, _, port = master.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), CONNECT_SECONDS) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connection:
             return str(connection.getsockname()[0])
     except OSError as error:
         raise StoreError(
-            f"The Mooncake master at {master} cannot be reached ({error}); check the address and that it is running."
+            f"The Mooncake master at {master} cannot be reached ({shown(error)}); check the address and that it is running."
         ) from error

@@ -21,8 +21,9 @@ import numpy as np
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import is_secret, scrub
 from cake_hf.stores.base import Part, Store, total_bytes
-from cake_hf.stores.object_client import advice, bucket_is_missing, connect
+from cake_hf.stores.object_client import advice, bucket_is_missing, connect, refuse_more_than_a_place
 from cake_hf.stores.pieces import cut, even_sizes
 from cake_hf.stores.spread import Spread
 
@@ -68,10 +69,10 @@ class ObjectStore(Store):
     range_seconds = 0.03  # one more request
 
     def __init__(self, url: str, *, options: Mapping[str, Any] | None = None, timeout: float = 30.0) -> None:
-        self.url = url.rstrip("/")
         self._scheme = url.partition(":")[0]
-        if "?" in url or "#" in url:
-            raise StoreError(f"{url.partition('?')[0]} takes no options in its URL; set them in the environment.")
+        refuse_more_than_a_place(url)
+        self.url = url.rstrip("/")
+        self._secrets = tuple(str(value) for name, value in (options or {}).items() if is_secret(name))
         with self._faults("The store cannot be opened at"):
             # An upload is one request for a whole value, so it has a client of its own with more time.
             timeouts = (timeout, timeout * PATIENCE_FOR_UPLOADS)
@@ -221,7 +222,9 @@ class ObjectStore(Store):
         except BaseException as error:
             # A panic inside the client comes as a BaseException of a type that cannot be imported.
             if isinstance(error, FAULTS) or type(error).__name__ == "PanicException":
-                raise StoreError(f"{what} {self.url}: {advice(error, self._scheme)}") from error
+                said = advice(error, self._scheme, self._secrets)
+                scrub(error, self._secrets)
+                raise StoreError(f"{what} {self.url}: {said}") from error
             raise
 
 

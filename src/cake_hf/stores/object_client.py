@@ -16,6 +16,8 @@ from typing import Any, cast
 from obstore.store import from_url
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import escaped, redacted, scrub, shown, shown_url
+from cake_hf.arithmetic.urls import refuse_no_server
 
 RETRIES = 3
 CONNECT_SECONDS = 5.0
@@ -42,15 +44,35 @@ def connect(url: str, options: Mapping[str, Any], timeouts: tuple[float, ...]) -
     return [_client(url, config, profile, transport, seconds) for seconds in timeouts]
 
 
-def advice(error: BaseException, scheme: str) -> str:
-    """What to do about something that the client raised, in one sentence."""
+def refuse_more_than_a_place(url: str) -> None:
+    """Raise where a URL has more in it than a bucket and a prefix, or less.
+
+    Raises:
+        StoreError: the sentence does not quote what may be a secret.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket = re.split(r"[/?#]", rest)[0]
+    if set("@:") & set(bucket) or ("@" in rest and not re.fullmatch("[a-z0-9._-]*", bucket)):  # one with a / in it
+        raise StoreError(f"A URL at {scheme}:// has a bucket and a prefix, and no credentials; {_CREDENTIALS[scheme]}")
+    if {"?", "#"} & set(url):
+        raise StoreError(
+            f"{shown_url(re.split('[?#]', url)[0])} takes no options in its URL; set them in the environment."
+        )
+    if not bucket:
+        raise StoreError(
+            f"The store cannot be opened at {scheme}://: no bucket is named; {_WRITE.format(scheme=scheme)}"
+        )
+
+
+def advice(error: BaseException, scheme: str, secrets: tuple[str, ...] = ()) -> str:
+    """What to do about something that the client raised, in one sentence, which does not tell the secrets."""
     text = str(error).partition("\n\nDebug source")[0] or type(error).__name__
     for signs, remedy in _REMEDIES:
         if any(sign in text for sign in signs):
-            return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme])
+            return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme], scheme=scheme)
     # The query of a URL may hold a signature, which must not get into anybody's log.
-    said = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", text)
-    said = re.sub(r"(<[^>]*>|\s)+", " ", said).strip()
+    said = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", redacted(text, secrets))
+    said = escaped(re.sub(r"(<[^>]*>|\s)+", " ", said).strip())
     return f"check the URL and the service, which said: {said[:300]}"
 
 
@@ -87,6 +109,13 @@ def _transport(scheme: str, config: Mapping[str, Any]) -> dict[str, str]:
     endpoints = [str(config.get(name, "")) for name in ("endpoint", "aws_endpoint", "azure_endpoint")]
     if scheme == "s3":
         endpoints += [os.environ.get(f"AWS_ENDPOINT{end}", "") for end in ("", "_URL", "_URL_S3")]
+    for endpoint in filter(None, endpoints):
+        try:
+            refuse_no_server(endpoint)  # The client would panic at the first request.
+        except ValueError as error:
+            raise StoreError(
+                f"The endpoint {shown_url(endpoint)} makes no sense: {error}; write it like https://host:9000."
+            ) from None
     if any(endpoint.startswith("http://") for endpoint in endpoints):
         found.setdefault("allow_http", "true")  # Whoever writes http:// means it.
     return found
@@ -104,10 +133,15 @@ def _aws_profile(config: dict[str, Any]) -> Credentials | None:
         session = import_module("botocore.session").Session()
     except ModuleNotFoundError:
         return None
-    credentials = session.get_credentials()
+    try:
+        credentials, region = session.get_credentials(), session.get_config_variable("region")
+    except Exception as error:  # a profile that is not there, a file that cannot be read, a login that ran out
+        said = shown(error)
+        scrub(error)
+        raise StoreError(f"The credentials for S3 cannot be found ({said}); {_CREDENTIALS['s3']}") from error
     if credentials is None:
         raise StoreError(f"There are no credentials for S3; {_CREDENTIALS['s3']}")
-    if region := session.get_config_variable("region"):
+    if region:
         config.setdefault("region", region)
 
     def provide() -> dict[str, Any]:
@@ -121,6 +155,8 @@ def _aws_profile(config: dict[str, Any]) -> Credentials | None:
 
     return provide
 
+
+_WRITE = "write it like {scheme}://bucket/prefix."
 
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE with botocore installed; for a public bucket set "
@@ -165,7 +201,7 @@ _REMEDIES = [
         "the service cannot be reached or broke off; check the network, and AWS_ENDPOINT_URL if you set it.",
     ),
     (("not valid for store",), "the client knows no such option; correct its name."),
-    (("Unable to recognise URL",), "the URL makes no sense; write it like s3://bucket/prefix."),
+    (("Unable to recognise URL",), f"the URL makes no sense; {_WRITE}"),
     (("after shutdown", "CancelledError"), "the store is closed; open it again."),
 ]
 """What words of the client mean, and what to do; the first that fits counts."""

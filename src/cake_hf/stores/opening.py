@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qsl
 
 from cake_hf.arithmetic import environment
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.sizes import parse_bytes
+from cake_hf.arithmetic.outside import shown_url
 from cake_hf.stores.base import Store
-from cake_hf.stores.eviction import LRU
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
+from cake_hf.stores.specs import (
+    LOCAL_EXAMPLES,
+    Directory,
+    bytes_of,
+    directory_url,
+    kind_of,
+    path_directory,
+    plain_directory,
+)
 from cake_hf.stores.tiers import open_tiers
 
 StoreSpec = Store | str | os.PathLike[str] | Sequence[Any]
@@ -84,12 +90,13 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
             `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
-            returned as it is. Without it, the environment variable `CAKE_HF_STORE` names a path or a URL.
+            returned as it is. A `pathlib.Path` is always a directory. Without it, the environment variable `CAKE_HF_STORE`
+            names a path or a URL.
         limits: of tiers, for their `tier_queue_bytes` and `exit_flush_seconds`; the defaults where it is None.
 
     Raises:
-        StoreError: an unknown URL scheme, a client library that is not installed, a place that cannot be a store, or nothing is
-            named.
+        StoreError: what is named is no store (the message says what to write), its client library is not installed, the place
+            cannot be a store, or nothing is named.
     """
     if spec is None:
         return _open_default()
@@ -97,33 +104,59 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
         return spec
     if isinstance(spec, (list, tuple)):
         return open_tiers(spec, open_store, limits)
-    if not isinstance(spec, (str, os.PathLike)):
+    if isinstance(spec, os.PathLike):
+        return _open_directory(Directory(path_directory(spec)))
+    if not isinstance(spec, str):
         raise StoreError(f"A store is a path, a URL, a Store or a list of these, not {type(spec).__name__}.")
-    text = os.fspath(spec)
-    if text in ("", "file://"):
-        raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
-    scheme, colon, rest = text.partition(":")
-    if colon and scheme == "memory":
-        return MemoryStore(_bytes(rest)) if rest else MemoryStore()
-    if colon and scheme == "pack":
-        return _PACK.open(rest)
-    if colon and rest.startswith("//"):
-        if scheme == "file":
-            return _open_directory(rest.removeprefix("//"))
-        if scheme in REMOTE_KINDS:
-            return REMOTE_KINDS[scheme].open(text)
-        shown = re.sub("//[^/]*@", "//", text)  # a password is nobody's business
-        raise StoreError(f"Unknown store URL {shown!r}; known are {_known()}.")
-    return LocalStore(text)
+    kind = _kind_of(spec)
+    if kind == "memory":
+        nbytes = spec.partition(":")[2]
+        if "?" in nbytes:
+            raise StoreError("Memory has a size and no options; write it like memory:4GB.")
+        return MemoryStore(bytes_of(nbytes)) if nbytes else MemoryStore()
+    if kind == "pack":
+        return _PACK.open(str(pack_folder(spec)))
+    if kind in REMOTE_KINDS:
+        return REMOTE_KINDS[kind].open(spec)
+    return _open_directory(_directory(spec, kind))
 
 
 def directory_of(spec: str) -> Path | None:
-    """The directory that a path or a `file://` URL names; None for what is no directory. Nothing is looked at."""
-    scheme, colon, rest = spec.partition(":")
-    if colon and scheme == "file" and rest.startswith("//"):
-        return Path(rest.removeprefix("//").partition("?")[0]).expanduser()
-    other = colon and (scheme in ("memory", "pack") or rest.startswith("//"))
-    return None if other else Path(spec).expanduser()
+    """The directory that a path or a `file://` URL names; None for what is no directory. Nothing is looked at.
+
+    Raises:
+        StoreError: it names no store at all.
+    """
+    kind = _kind_of(spec)
+    return _directory(spec, kind).path if kind in ("", "file") else None
+
+
+def pack_folder(spec: str) -> Path:
+    """The folder that `pack:FOLDER`, or a path, names.
+
+    Raises:
+        StoreError: it names another kind of store, or none.
+    """
+    kind = _kind_of(spec)
+    folder = spec.partition(":")[2] if kind == "pack" else spec
+    if not folder or kind not in ("pack", "") or _kind_of(folder):
+        raise StoreError(f"'{shown_url(spec)}' names no pack's folder; write it like pack:/data/pack.")
+    return plain_directory(folder)
+
+
+def _kind_of(spec: str) -> str:
+    return kind_of(spec, {scheme: kind.example for scheme, kind in REMOTE_KINDS.items()}, _known())
+
+
+def _directory(spec: str, kind: str) -> Directory:
+    return directory_url(spec) if kind == "file" else Directory(plain_directory(spec))
+
+
+def _open_directory(told: Directory) -> LocalStore:
+    try:
+        return LocalStore(told.path, told.budget, told.eviction)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
 
 
 def _open_default() -> Store:
@@ -138,29 +171,10 @@ def _open_default() -> Store:
         raise StoreError(f"{environment.STORE} cannot be used: {error}") from error
 
 
-def _open_directory(text: str) -> LocalStore:
-    path, _, query = text.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    budget, eviction = options.pop("budget", None), options.pop("eviction", LRU)
-    if options:
-        raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
-    try:
-        return LocalStore(path, None if budget is None else parse_bytes(budget), eviction)
-    except ValueError as error:
-        raise StoreError(str(error)) from error
-
-
 def _known() -> str:
     """What can be opened, and what to install for it."""
     by_extra: dict[str, list[str]] = {}
     for kind in (*REMOTE_KINDS.values(), _PACK):
         by_extra.setdefault(kind.install, []).append(kind.example)
     remote = [f"{', '.join(examples)} ({install})" for install, examples in by_extra.items()]
-    return "; ".join(["a directory path, file:///path, memory:4GB", *remote])
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise StoreError(str(error)) from error
+    return "; ".join([f"a directory path, {LOCAL_EXAMPLES['file']}, {LOCAL_EXAMPLES['memory']}", *remote])

@@ -11,13 +11,13 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.manifest import BLOCK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, PackChunk, chunk_path, parse_manifest
 from cake_hf.stores.mismatch import why_not
+from cake_hf.stores.specs import expanded
 from cake_hf.tensors.fingerprint import canonical
 
 
@@ -150,7 +150,7 @@ class FolderSource(PackSource):
     range_seconds = 1e-4
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = expanded(folder).absolute()
 
     def __str__(self) -> str:
         return str(self.folder)

@@ -5,7 +5,7 @@
 
 A value is there when its manifest and all its slices are. Which values go, and when, is the server's business: a time to live
 from the URL, and its own eviction (maxmemory-policy allkeys-lru fits best). It evicts slices one by one; a value that has
-lost one is a miss, and what is left of it is removed. Each write has slices of its own, which go by themselves after
+lost one is a miss, and what is left of it is removed by who may. Each write has slices of its own, which go by themselves after
 a while unless their manifest comes: a writer that dies leaves nothing behind.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import redis
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import scrub
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import Address, advice, socket_of
@@ -86,23 +87,26 @@ class RedisStore(Store):
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         expected = total_bytes(parts)
         with self._faults(f"Chunk {key} cannot be read from"):
+            lost: Manifest | None = None
             for _ in range(ATTEMPTS):
                 manifest = self._manifest(key)
-                if manifest is None:
+                if manifest is None or manifest == lost:  # the latter cannot be removed by us
                     return None
                 if manifest.size != expected:
                     raise CorruptChunk(f"Chunk {key} has {manifest.size} bytes, {expected} were expected.")
                 if self._fetch(key, manifest, parts, 0):
                     return expected
                 self._discard(key, manifest)
+                lost = manifest
         return None
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
         end = offset + total_bytes(parts)
         with self._faults(f"Chunk {key} cannot be read from"):
+            lost: Manifest | None = None
             for _ in range(ATTEMPTS):
                 manifest = self._manifest(key)
-                if manifest is None:
+                if manifest is None or manifest == lost:
                     return False
                 if end > max(offset, manifest.size):
                     raise CorruptChunk(f"Chunk {key} ended early.")
@@ -110,6 +114,7 @@ class RedisStore(Store):
                     self._touch(key, manifest)
                     return True
                 self._discard(key, manifest)
+                lost = manifest
         return False
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
@@ -229,9 +234,10 @@ class RedisStore(Store):
         return True
 
     def _touch(self, key: str, manifest: Manifest) -> None:
-        """Make all slices as young as the one that was read, so that they go together."""
-        if names := self._slices(key, manifest):
-            self._client.touch(*names)
+        """Make all slices as young as the one that was read, so that they go together; where that cannot be, they do not."""
+        with suppress(redis.RedisError, OSError):
+            if names := self._slices(key, manifest):
+                self._client.touch(*names)
 
     def _upload(self, key: str, manifest: Manifest, parts: Sequence[Part]) -> None:
         with self._wire() as wire:
@@ -255,10 +261,10 @@ class RedisStore(Store):
                 commands.exists(*names)
             raw, done, *rest = commands.execute()
         before = Manifest.parse(raw)
-        if not done and before is None:  # Somebody else's key, under our name.
-            return self._publish(key, manifest, replace=True)
         if not done and before != manifest:  # It may be ours: the client tries again where an answer got lost.
-            return False
+            # Somebody else's key, under our name; or a value that has lost a slice, and that we may not delete.
+            is_none = before is None or not self._is_whole(key, before)
+            return self._publish(key, manifest, replace=True) if is_none else False
         if names and rest[-1] != len(names):
             self._discard(key, manifest)
             return None
@@ -266,23 +272,34 @@ class RedisStore(Store):
             self._drop_slices(key, before)
         return True
 
+    def _is_whole(self, key: str, manifest: Manifest) -> bool:
+        names = self._slices(key, manifest)
+        return not names or self._client.exists(*names) == len(names)
+
     def _discard(self, key: str, manifest: Manifest) -> None:
-        """Remove a value that has lost a slice, unless another has taken its place."""
+        """Remove a value that has lost a slice, unless another has taken its place, and as far as the server lets us.
+
+        A replica, or a user who may only read, lets us not: then the value stays a miss, which is looked at anew each time.
+        """
+        if not self._drop_slices(key, manifest):
+            return
         name = self._name(key)
-        with self._client.pipeline(transaction=True) as commands, suppress(redis.WatchError):
+        with suppress(redis.RedisError, OSError), self._client.pipeline(transaction=True) as commands:
             commands.watch(name)
             if Manifest.parse(commands.getrange(name, 0, MANIFEST_BYTES)) == manifest:
                 commands.multi()
                 commands.delete(name)
                 commands.execute()
-        self._drop_slices(key, manifest)
 
-    def _drop_slices(self, key: str, manifest: Manifest) -> None:
-        """Remove slices that no manifest names. If that fails they go by themselves, or are evicted."""
+    def _drop_slices(self, key: str, manifest: Manifest) -> bool:
+        """Remove slices that belong to no value; False if that cannot be. Then they go by themselves, or are evicted."""
         names = self._slices(key, manifest)
-        with suppress(redis.RedisError, OSError):
+        try:
             if names:
                 self._client.unlink(*names)
+        except (redis.RedisError, OSError):
+            return False
+        return True
 
     @contextmanager
     def _wire(self) -> Iterator[Wire]:
@@ -305,7 +322,9 @@ class RedisStore(Store):
         try:
             yield
         except (redis.RedisError, OSError, Refused) as error:
-            raise StoreError(f"{what} {self._address.place}: {advice(error)}") from error
+            said = advice(error, self._address.secrets)
+            scrub(error, self._address.secrets)
+            raise StoreError(f"{what} {self._address.place}: {said}") from error
 
 
 def _get(name: str, begin: int, end: int, size: int) -> list[bytes]:

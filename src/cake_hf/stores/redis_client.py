@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import redis
 from redis.backoff import NoBackoff
@@ -23,8 +24,14 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import scrub, shown, shown_url
+from cake_hf.arithmetic.urls import Url, split_url
 
 CONNECT_SECONDS = 5.0
+
+_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+_SECRET_OPTIONS = ("password", "ssl_password", "ssl_ca_data", "username")
+"""Of redis-py's."""
 
 
 @dataclass(frozen=True)
@@ -36,31 +43,42 @@ class Address:
         place: for people; holds none.
         prefix: of the names of our keys.
         ttl: seconds that a value lives, None for as long as the server likes.
+        secrets: what nobody may see.
     """
 
-    url: str
+    url: str = field(repr=False)
     place: str
     prefix: str
     ttl: int | None
+    secrets: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """Split our options from those of redis-py.
 
         Raises:
-            StoreError: an option of ours makes no sense.
+            StoreError: the URL, or an option of ours, makes no sense.
         """
-        split = urlsplit(url)
-        place = f"{split.scheme}://{split.netloc.rpartition('@')[2]}{split.path}"
-        options = dict(parse_qsl(split.query, keep_blank_values=True))
+        try:
+            told = split_url(url)
+            where = _where(told)
+        except ValueError as error:
+            # Nobody can tell where a password ends in what makes no sense.
+            whole = shown_url(url) if "@" not in url else "given"
+            raise StoreError(f"The Redis URL {whole} makes no sense: {error}.") from None
+        place, options = f"{told.scheme}://{where}", dict(told.options)
         prefix, ttl = options.pop("prefix", "cake_hf"), options.pop("ttl", None)
         if not re.fullmatch(r"[A-Za-z0-9_.:-]+", prefix):
             raise StoreError(f"The prefix {prefix!r} in {place} may only have letters, digits and _ . : - in it.")
         if ttl is not None and not re.fullmatch(r"[1-9]\d{0,8}", ttl):
             raise StoreError(f"The ttl {ttl!r} in {place} is not a number of seconds; write it like ttl=86400.")
-        scheme = split.scheme.removeprefix("redis+")
-        plain = f"{scheme}://{split.netloc}{split.path}?{urlencode(options)}"
-        return cls(plain, place, prefix, None if ttl is None else int(ttl))
+        for name in _FILES:
+            if name in options and not os.path.exists(options[name]):
+                raise StoreError(f"The file that {name} names in the URL of {place} is not there; check the path.")
+        login = ":".join(quote(part, safe="") for part in (told.user, told.password)) + "@" if told.login else ""
+        plain = f"{told.scheme.removeprefix('redis+')}://{login}{where}?{urlencode(options)}"
+        hidden = (told.password or told.user, *(options[name] for name in _SECRET_OPTIONS if name in options))
+        return cls(plain, place, prefix, None if ttl is None else int(ttl), tuple(filter(None, hidden)))
 
     def pool(self, timeout: float) -> redis.ConnectionPool:
         """Connections to there, none of which is made yet.
@@ -80,8 +98,31 @@ class Address:
             pool = redis.ConnectionPool(**{**defaults, **told, **fixed})
             pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but knows the options
         except (ValueError, TypeError, RedisError) as error:
-            raise StoreError(f"The Redis URL {self.place} or one of its options makes no sense: {error}") from error
+            said = shown(error, self.secrets)
+            if unknown := re.search(r"unexpected keyword argument '(\w+)'", said):
+                said = f"there is no option {unknown[1]!r}."
+            scrub(error, self.secrets)
+            raise StoreError(f"The Redis URL {self.place} or one of its options makes no sense: {said}") from error
         return pool
+
+
+def _where(told: Url) -> str:
+    """Host, port and database, or the path of a local socket.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if told.scheme == "redis+unix":
+        if told.place or not told.path.strip("/"):
+            raise ValueError("a local socket is written like redis+unix:///run/redis.sock")
+        return told.path
+    if not re.fullmatch(r"/?\d*", told.path):
+        raise ValueError("behind the host comes the number of a database, such as /0")
+    if not told.place and not told.path.strip("/"):
+        raise ValueError("it names no server; write it like redis://localhost:6379/0")
+    if told.place:
+        told.host_and_port(6379)
+    return f"{told.place}{told.path}"
 
 
 def socket_of(connection: Any) -> socket.socket:
@@ -96,8 +137,8 @@ def socket_of(connection: Any) -> socket.socket:
     return found
 
 
-def advice(error: Exception) -> str:
-    """What to do about something that went wrong with the server, in one sentence."""
+def advice(error: Exception, secrets: tuple[str, ...] = ()) -> str:
+    """What to do about something that went wrong with the server, in one sentence, which does not tell the secrets."""
     # Where we read the answer ourselves, it begins with a code; redis-py makes a class of it.
     code = _CODES.get(type(error)) or str(error).partition(" ")[0]
     if code in _REMEDIES:
@@ -105,8 +146,8 @@ def advice(error: Exception) -> str:
     if isinstance(error, (TimeoutError, BlockingIOError, redis.exceptions.TimeoutError)):
         return "the server does not answer in time; check it and the network."
     if isinstance(error, (OSError, redis.exceptions.ConnectionError)):
-        return f"the server cannot be reached or broke off; start it, or correct the host and port ({error})."
-    return f"the server said: {error}"
+        return f"the server cannot be reached or broke off; start it, or correct the host and port ({shown(error, secrets)})."
+    return f"the server said: {shown(error, secrets)}"
 
 
 _CODES: dict[type[Exception], str] = {

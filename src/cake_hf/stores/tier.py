@@ -9,6 +9,7 @@ from functools import partial
 from typing import Generic, Literal, TypeVar
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.standing import Standing
 
@@ -25,12 +26,21 @@ class Tier:
         promote: whether values found farther away are copied there; by default where `write` is not False. With `write=False`
             and `promote=True` a tier caches what is read; with both False nothing there is ever touched.
         owned: whether closing the tiers closes this store.
+
+    Raises:
+        StoreError: it is no store, or there is no such policy.
     """
 
     store: Store
     write: bool | Literal["behind"] = True
     promote: bool | None = None
     owned: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.store, Store):
+            raise StoreError(f"A tier has a Store in it, not {type(self.store).__name__}; make one with open_store.")
+        if self.write not in (True, False, "behind"):
+            raise StoreError(f'Whether a tier is written is True, False or "behind", not {shown(repr(self.write))}.')
 
     @property
     def takes_copies(self) -> bool:
@@ -246,4 +256,4 @@ class Row:
 def _name(store: Store) -> str:
     """The store as it shows itself, or what it is."""
     own = type(store).__repr__ is not object.__repr__
-    return repr(store) if own else type(store).__name__
+    return shown(repr(store)) if own else type(store).__name__

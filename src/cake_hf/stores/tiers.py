@@ -290,15 +290,22 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits
         raise StoreError('The list of stores is empty; give one or more, such as ["memory:4GB", "~/.cache/cake_hf"].')
     with ExitStack() as opened:
 
-        def tier(spec: object) -> Tier:
+        def tier(spec: object, number: int) -> Tier:
             if isinstance(spec, Tier):
                 return spec
-            store = open_one(spec)
+            try:
+                _refuse_no_member(spec)
+                store = open_one(spec)
+            except StoreError as error:
+                raise StoreError(f"Store {number} of the list cannot be used: {error}") from error
             if store is not spec:
                 opened.callback(store.close)
             return Tier(store, owned=store is not spec)
 
-        levels = [[tier(one) for one in spec] if isinstance(spec, (list, tuple)) else tier(spec) for spec in specs]
+        levels = [
+            [tier(one, number) for one in spec or (spec,)] if isinstance(spec, (list, tuple)) else tier(spec, number)
+            for number, spec in enumerate(specs, start=1)
+        ]
         try:
             tiers = TierStore(
                 levels,
@@ -310,3 +317,10 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits
             raise StoreError(str(error)) from error
         opened.pop_all()
         return tiers
+
+
+def _refuse_no_member(spec: object) -> None:
+    if spec is None:
+        raise StoreError("It is None; give a path, a URL or a Store.")
+    if isinstance(spec, (list, tuple)):
+        raise StoreError("A list in a list has stores in it that are equally near: one or more, and no lists.")

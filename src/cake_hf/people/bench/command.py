@@ -13,6 +13,7 @@ import typer
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
 from cake_hf.people.bench.grid.command import GRID_HELP, grid_command, plot_command
 from cake_hf.people.bench.machine import Machine, disturbance
@@ -168,7 +169,7 @@ def _measured(name: str, measure: Callable[[Workbench], Result], bench: Workbenc
     try:
         return measure(bench)
     except CakeError as error:
-        return Result(name.capitalize(), {}, failure=str(error))
+        return Result(name.capitalize(), {}, failure=shown(error))
 
 
 def _on_stderr(line: str) -> None:

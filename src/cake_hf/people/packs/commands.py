@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, errors, progress_bar
 from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.models import load_model, load_tokenizer, read_text
@@ -70,7 +71,7 @@ def pull_command(
     device: Device = "auto",
 ) -> None:
     """Copy a pack into a store, every file checked against the pack's manifest."""
-    is_url_or_path = "://" in repo or repo.startswith((".", "/", "~", "pack:"))
+    is_url_or_path = ":" in repo.partition("@")[0] or repo.startswith((".", "/", "~", "$"))
     source = repo if is_url_or_path else f"{SCHEME}{repo}"
     with console.status("loading the model"):
         loaded = load_model(model, dtype.value, device) if model else None
@@ -96,7 +97,9 @@ def _show_pulled(imported: Imported, store: str) -> None:
     console.print(f"pulled {_summary(imported.manifest)}", markup=False)
     console.print(f"from {imported.url}", markup=False, soft_wrap=True)
     console.print(f"wrote {wrote}, {bytes_text(imported.nbytes)}; {there:,} were there already")
-    console.print(f"\ncache = CakeCache(model, {_arguments(store, imported.manifest)})", markup=False, soft_wrap=True)
+    console.print(
+        f"\ncache = CakeCache(model, {_arguments(shown_url(store), imported.manifest)})", markup=False, soft_wrap=True
+    )
 
 
 def _summary(manifest: PackManifest) -> str:

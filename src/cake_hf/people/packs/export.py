@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progre
 from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.stores.pack import open_folder_pack
+from cake_hf.stores.specs import expanded
 
 
 def export_pack(
@@ -68,7 +68,7 @@ class FolderSink(Sink):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = expanded(folder).absolute()
         self.name = f"pack:{self._folder.name}"
         self._stale: set[str] = set()
         with self._plain_errors():

@@ -15,11 +15,11 @@ from cake_hf.people.packs.contents import Progress, no_progress, session_for
 from cake_hf.stores.base import Store
 from cake_hf.stores.hub import SCHEME, open_hub_pack
 from cake_hf.stores.manifest import PackManifest
-from cake_hf.stores.opening import StoreSpec, open_store
+from cake_hf.stores.opening import StoreSpec, open_store, pack_folder
 from cake_hf.stores.pack import PackStore, open_folder_pack
+from cake_hf.stores.specs import path_directory
 from cake_hf.tensors.codec import check_file
 
-FOLDER_SCHEME = "pack:"
 READS_AT_ONCE = 4
 """Chunks that are read side by side, and so in memory at a time."""
 
@@ -93,8 +93,9 @@ def open_pack(source: str | os.PathLike[str]) -> PackStore:
     Raises:
         StoreError: there is none, or it cannot be read.
     """
-    text = os.fspath(source)
-    return open_hub_pack(text) if text.startswith(SCHEME) else open_folder_pack(text.removeprefix(FOLDER_SCHEME))
+    if isinstance(source, os.PathLike):
+        return open_folder_pack(path_directory(source))
+    return open_hub_pack(source) if source.startswith(SCHEME) else open_folder_pack(pack_folder(source))
 
 
 def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> None:

@@ -15,6 +15,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.outside import shown
 from cake_hf.cache import reads_only
 from cake_hf.cache.compat import for_generate, plain_cache
 from cake_hf.people.bench.loading import Chunks
@@ -114,7 +115,7 @@ class Examination:
             if not wrong and report.chunks_computed + report.chunks_loaded != self._bench.settings.chunks:
                 wrong = f"not all chunks were restored ({report.reason})"
         except (CakeError, TimeoutError, RuntimeError) as error:
-            wrong = f"{type(error).__name__}: {error}"
+            wrong = f"{type(error).__name__}: {shown(error)}"
         if wrong:
             self.found.wrong.append(f"{name}: {wrong}")
 

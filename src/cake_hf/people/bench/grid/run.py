@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.bench import decoding
 from cake_hf.people.bench.cells import calibrate
 from cake_hf.people.bench.grid import exactness
@@ -214,7 +215,7 @@ class _Shape:
             sources = open_sources(self._axes.sources, bench.filled_store(), memory, rates, saved)
             return measure(bench, point, sources, saved, others, lambda name: self._tell(f"{point}: {name}"))
         except (CakeError, torch.OutOfMemoryError) as error:
-            return Group(point, failure=str(error))
+            return Group(point, failure=shown(error))
 
     def _calibrated(self, bench: Workbench) -> dict[float, float]:
         """Bandwidths of the throttles that are relative to computing, the same for every share of the device."""
@@ -249,7 +250,7 @@ class _Shape:
         try:
             return decoding.measure(self._longest)
         except (CakeError, torch.OutOfMemoryError) as error:
-            return Result("Decoding", {}, failure=str(error))
+            return Result("Decoding", {}, failure=shown(error))
 
 
 def _examined(axes: Axes) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.bench.machine import Machine, disturbance
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.stores import contenders, own_cluster, remote
@@ -127,9 +128,9 @@ def measure_all(ways: Mapping[str, Measure], tell: Callable[[str], None]) -> tup
         try:
             results[name] = measure()
         except Unavailable as error:
-            left_out[name] = str(error)
+            left_out[name] = shown(error)
         except CakeError as error:
-            results[name] = Result(name, {}, failure=str(error))
+            results[name] = Result(name, {}, failure=shown(error))
     outcome = {
         "machine": machine.as_dict(),
         "results": {name: result.as_dict() for name, result in results.items()},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cake_hf.arithmetic.errors import CakeError, StoreError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.bench.stores.contenders import fill, write_pack
 from cake_hf.people.bench.stores.race import Contender, Reader
 from cake_hf.people.bench.stores.values import StoreSettings, Values
@@ -176,7 +177,7 @@ def hub(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Conte
     try:
         client = hub_client()
     except StoreError as error:
-        raise Unavailable(str(error)) from error
+        raise Unavailable(shown(error)) from error
     write_pack(values, settings, folder / "hub")
     with start_hub_server(folder / "hub") as server:
         endpoint = f"http://127.0.0.1:{server.port}"

@@ -1,0 +1,292 @@
+"""What somebody means by the text that names a store. What looks like a URL and is none is no directory of that name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown_url
+from cake_hf.arithmetic.sizes import parse_bytes
+from cake_hf.arithmetic.urls import split_options
+from cake_hf.stores.eviction import LRU
+
+LOCAL_EXAMPLES = {"file": "file:///path", "memory": "memory:4GB", "pack": "pack:folder"}
+"""By scheme, what needs no server."""
+
+_ALIASES = {
+    **dict.fromkeys(("disk", "dir", "directory", "folder", "local", "path"), "file"),
+    **dict.fromkeys(("mem", "ram"), "memory"),
+    **dict.fromkeys(("s3a", "s3n", "aws", "minio"), "s3"),
+    **dict.fromkeys(("gcs", "gcp", "google"), "gs"),
+    **dict.fromkeys(("azure", "abfs", "abfss", "wasb", "wasbs", "adl"), "az"),
+    **dict.fromkeys(("hub", "huggingface", "hugging-face"), "hf"),
+    **dict.fromkeys(("redis+tls", "redis+ssl", "redis-tls"), "rediss"),
+    **dict.fromkeys(("redis-unix", "redis+socket", "unix"), "redis+unix"),
+    **dict.fromkeys(("valkey", "valkeys"), "redis"),
+}
+"""What people call these kinds elsewhere."""
+
+_AS_IT_IS = ("./", "../")
+"""What begins so is a directory, whatever its name looks like."""
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory, and what its URL says about it.
+
+    Attributes:
+        path: of it; a ~ has been filled in.
+        budget: most bytes of chunks, or None.
+        eviction: who makes room.
+    """
+
+    path: Path
+    budget: int | None = None
+    eviction: str = LRU
+
+
+def kind_of(text: str, examples: Mapping[str, str], listed: str) -> str:
+    """The scheme of a text that names a store; empty for a path.
+
+    Args:
+        text: what somebody wrote.
+        examples: by scheme, of the kinds behind a network.
+        listed: all that can be opened, for people.
+
+    Raises:
+        StoreError: it is none of these; the sentence says what to write.
+    """
+    _refuse_invisible(text)
+    if text.startswith((*_AS_IT_IS, "/", "~", "[")):
+        return ""
+    word, mark, rest = _split(text)
+    known = {**examples, **LOCAL_EXAMPLES}
+    if mark == ":" and word in known and rest.startswith("//") == (word not in ("memory", "pack")):
+        return word
+    if mark != ":" and word.lower() not in known:
+        return ""
+    if mark and re.fullmatch("[A-Za-z]", word):
+        if os.name == "nt":
+            return ""
+        raise _windows(text)
+    if meant := _meant(word, known, guess=mark == ":" and not rest.startswith("//")):
+        raise _misspelt(text, meant, rest, examples)
+    near = difflib.get_close_matches(word.lower(), known, 1, 0.5)
+    hint = f" (is it {known[near[0]]}?)" if near else ""
+    by_hand = "" if rest.startswith("//") else f" {_as_directory(text)}"
+    raise StoreError(f"Unknown store URL {_said(text)}{hint}; known are {listed}.{by_hand}")
+
+
+def plain_directory(text: str) -> Path:
+    """The directory that a path without a scheme names.
+
+    Raises:
+        StoreError: it is meant otherwise, and no directory of that name.
+    """
+    if text.startswith(_AS_IT_IS):
+        return _not_to_be_expanded(text)
+    _refuse_odd(text)
+    return expanded(text, hint=True)
+
+
+def path_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory that a `pathlib.Path` names: as it is, but for a first part that is ~.
+
+    Raises:
+        StoreError: it cannot be a path at all, or nobody knows where the home directory is.
+    """
+    text = os.fsdecode(path)
+    if "\0" in text:
+        raise StoreError(f"The store path {_said(text)} has a character of value 0 in it; no path can.")
+    return expanded(text) if text.partition("/")[0] == "~" else _not_to_be_expanded(text)
+
+
+def directory_url(url: str) -> Directory:
+    """What a `file://` URL names.
+
+    Raises:
+        StoreError: another host, or an option that makes no sense.
+    """
+    written, _, query = url.partition("://")[2].partition("?")
+    host, slash, path = written.partition("/")
+    if host.lower() not in ("", "localhost", "~"):
+        rights = ["file:///data/kv"] if "@" in url else [f"file:///{path}", f"file:///{host}{slash}{path}"]
+        raise StoreError(
+            f"{_said(url)} is on another host; a directory of this machine has three slashes: write "
+            f"{' or '.join(map(_said, rights))}."
+        )
+    if "#" in url:
+        raise StoreError(f"{_said(url)} has a # in it; write it as %23 where it is part of the directory's name.")
+    if not slash + path or (host == "~" and not slash):
+        raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
+    decoded = os.fsdecode(unquote_to_bytes(slash + path))
+    if os.name != "nt" and re.match(r"/[A-Za-z]:(?:[/\\]|$)", decoded):
+        raise _windows(url)
+    if decoded.startswith("/~/"):
+        raise StoreError(f"{_said(url)} has no home directory in it; write {_said('file://' + path)}.")
+    if _SHELL_VARIABLE.search(written):
+        raise _variable(url)
+    directory = expanded(f"~{decoded}") if host == "~" else path_directory(decoded)
+    return Directory(directory, *_options(query))
+
+
+def bytes_of(text: str) -> int:
+    """As `parse_bytes`.
+
+    Raises:
+        StoreError: it is not a size.
+    """
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+
+
+def expanded(path: str | os.PathLike[str], *, hint: bool = False) -> Path:
+    """The path, with the home directory in the place of a ~ at its begin.
+
+    Args:
+        path: any.
+        hint: say how a directory whose name begins with ~ is written.
+
+    Raises:
+        StoreError: nobody knows where that is.
+    """
+    text = os.fspath(path)
+    user, slash, rest = text.partition("/")
+    if not user.startswith("~"):
+        return Path(text)
+    home = os.path.expanduser(user)
+    nowhere = user == "~" and os.environ.get("HOME") == ""
+    if nowhere or not os.path.isabs(home):
+        whose = "the home directory, for which ~ stands" if user == "~" else f"a user with the home {_said(user)}"
+        how = f" For a directory of that name write {_said('./' + text)}." if hint else ""
+        raise StoreError(f"There is no way to find {whose}: set HOME, or give an absolute path.{how}")
+    return Path(home + slash + rest)
+
+
+def _not_to_be_expanded(text: str) -> Path:
+    path = Path(text)
+    return path.absolute() if str(path).startswith("~") else path
+
+
+def _options(query: str) -> tuple[int | None, str]:
+    """Budget and eviction."""
+    try:
+        options = split_options(query)
+    except ValueError as error:
+        raise StoreError(f"The options of a directory's URL make no sense: {error}.") from error
+    budget, eviction = options.pop("budget", None), options.pop("eviction", LRU)
+    if options:
+        raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
+    return None if budget is None else bytes_of(budget), eviction
+
+
+_SHELL_VARIABLE = re.compile(r"\$(?:[A-Za-z_]|\{)")
+_VARIABLE = re.compile(rf"{_SHELL_VARIABLE.pattern}|%[A-Za-z_]{{3,}}%")
+
+
+def _refuse_invisible(text: str) -> None:
+    if not text.strip() or text in ("file:", "file://"):
+        raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
+    # Of a path, what is no character may stand for a byte; in a URL it stands for nothing.
+    none = ("Cc", "Cs", "Zl", "Zp") if "://" in text else ("Cc", "Zl", "Zp")
+    if text != text.strip() or any(unicodedata.category(c) in none for c in text):
+        raise StoreError(
+            f"{_said(text)} has a space at an end, or a line break or the like in it; write the store without it. "
+            f"{_as_directory(text)}"
+        )
+
+
+def _refuse_odd(text: str) -> None:
+    """What nobody means to be a part of a directory's name."""
+    if "?" in text:
+        path, _, query = text.partition("?")
+        right = f"file://{quote(os.fspath(expanded(path, hint=True).absolute()))}?{query}"
+        raise StoreError(f"A path has no options; write {_said(right)} instead of {_said(text)}. {_as_directory(text)}")
+    if "\\" in text and os.name != "nt":
+        raise _windows(text)
+    if _VARIABLE.search(text):
+        raise _variable(text)
+    if text.startswith("["):
+        raise StoreError(
+            f"{_said(text)} is no list, but a text; a list of stores is written in Python. {_as_directory(text)}"
+        )
+
+
+def _variable(text: str) -> StoreError:
+    home = re.sub(r"^\$(?:HOME|\{HOME\})(?=/|$)", "~", text)
+    right = _said(home) if home != text else f"os.path.expandvars({_said(text)})"
+    return StoreError(f"Variables are not filled in: write {right} instead of {_said(text)}. {_as_directory(text)}")
+
+
+def _windows(text: str) -> StoreError:
+    return StoreError(
+        f"{_said(text)} is a path of Windows; write one of this machine, such as /data/kv. {_as_directory(text)}"
+    )
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """What stands before the first : of a path's first part, or before its end if that is //; the mark; and the rest."""
+    found = re.match(r"([^/:]*)(:|//)(.*)", text, re.DOTALL)
+    return (found[1], found[2], found[3]) if found else (text, "", "")
+
+
+def _meant(word: str, known: Collection[str], *, guess: bool) -> str:
+    """The scheme that somebody means by a word; empty where it cannot be told.
+
+    Args:
+        word: before the colon.
+        known: schemes.
+        guess: take one that is nearly the same.
+    """
+    lower = word.lower().strip()
+    meant = lower if lower in known else _ALIASES.get(lower, "")
+    near = [] if meant or not guess else difflib.get_close_matches(lower, known, 1, 0.7)
+    return meant or next(iter(near), "")
+
+
+def _misspelt(text: str, scheme: str, rest: str, examples: Mapping[str, str]) -> StoreError:
+    right = _right_form(scheme, rest, examples)
+    return StoreError(f"{_said(text)} is no store; write {_said(right)}. {_as_directory(text)}")
+
+
+def _right_form(scheme: str, rest: str, examples: Mapping[str, str]) -> str:
+    """How somebody writes what was meant."""
+    bare = rest.lstrip(":/")
+    if not bare:
+        return {**examples, **LOCAL_EXAMPLES, "memory": "memory:"}[scheme]
+    if scheme == "memory":
+        return f"memory:{bare}"
+    path = rest.lstrip(":").removeprefix("//")
+    if scheme == "pack":
+        return f"pack:{path}"
+    if scheme == "file":
+        plain, mark, query = path.partition("?")
+        return f"file://{_absolute(plain)}{mark}{query}"
+    return f"{scheme}://{'/' if scheme == 'redis+unix' else ''}{bare}"
+
+
+def _absolute(path: str) -> str:
+    """As a file URL has it; what is encoded already stays so."""
+    if path.startswith(("/", "~/")):
+        return path
+    return quote(os.fspath(Path(path).absolute()), safe="/%")
+
+
+def _as_directory(text: str) -> str:
+    """How a directory is named that is called so."""
+    is_odd = text.startswith(("/", "~", "file:")) or "://" in text or text != text.strip() or not text.isprintable()
+    with_dot = "" if is_odd else f"write './{shown_url(text)}', or "
+    return f"For a directory of that name {with_dot}pass a pathlib.Path."
+
+
+def _said(text: str) -> str:
+    return f"'{shown_url(text)}'"
