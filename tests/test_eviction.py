@@ -446,10 +446,11 @@ def test_a_failing_write_gives_its_room_back(tmp_path: Path, monkeypatch: pytest
     for function in ("writev", "fsync", "link", "ftruncate"):
         with monkeypatch.context() as patch:
 
-            def fail(*_: object) -> None:
+            def fail(*_: object, **__: object) -> None:
                 raise OSError(errno.ENOSPC, "full")
 
             patch.setattr(os, function, fail)
+            patch.setattr(os, "rename", fail if function == "link" else os.rename)
             with pytest.raises(StoreError, match="free some space"):
                 store.write(key_of(2), [value_of(2)])
         assert account(tmp_path) == total(tmp_path) == 1000, function
@@ -569,23 +570,20 @@ def test_of_two_writers_of_one_key_one_has_written_it(
     assert budget is None or account(tmp_path) == 1000
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
-def test_a_filesystem_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+def test_of_two_writers_without_links_one_has_written_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other writer comes just after the first look."""
 
-    store = LocalStore(tmp_path, budget=10**6)
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    store, other, fsync = LocalStore(tmp_path, budget=10**6), LocalStore(tmp_path, budget=10**6), os.fsync
+
+    def write_first(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert other.write(key_of(1), [b"first"]) is True
+
     monkeypatch.setattr(os, "link", refuse)
-    assert store.write(key_of(1), [b"first"]) is True
-    exists = os.path.exists
-    seen: list[str] = []
-
-    def not_yet(path: str) -> bool:
-        """The other writer came just after the first look."""
-        seen.append(path)
-        return len(seen) > 1 and exists(path)
-
-    monkeypatch.setattr(os.path, "exists", not_yet)
+    monkeypatch.setattr(os, "fsync", write_first)
     assert store.write(key_of(1), [b"second"]) is False
     assert store.read(key_of(1)) == b"first"
     assert account(tmp_path) == 5
@@ -648,7 +646,7 @@ def dying(function):
         return function(*args, **kwargs)
     return call
 store, left = LocalStore(sys.argv[1], 3000, sys.argv[3]), int(sys.argv[2])
-for name in ("open", "ftruncate", "writev", "fsync", "link", "unlink", "pread", "pwrite", "listdir", "stat", "close"):
+for name in ("open", "ftruncate", "writev", "fsync", "link", "unlink", "pread", "pwrite", "scandir", "stat", "close"):
     setattr(os, name, dying(getattr(os, name)))
 fcntl.flock = dying(fcntl.flock)
 store.write("f" * 40, [bytes(1000)])
@@ -675,7 +673,7 @@ def test_a_writer_that_dies_at_any_step_breaks_no_budget(tmp_path: Path, evictio
             for number in (4, 5, 6, 7):
                 store.write(key_of(number), [value_of(number)])
                 assert total(root) <= 3000
-            LocalStore(root)
+            LocalStore(root).check_writable()
             assert os.listdir(root / "partial") == []
             if code == 0:
                 break
@@ -738,7 +736,7 @@ def forbid(name: str) -> Callable[..., None]:
 def test_a_write_with_room_does_not_look_at_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path, budget=10**6)
     store.write(key_of(1), [value_of(1)])
-    monkeypatch.setattr(os, "listdir", forbid("listdir"))
+    monkeypatch.setattr(os, "scandir", forbid("scandir"))
     store.write(key_of(2), [value_of(2)])
 
 
@@ -746,9 +744,10 @@ def test_one_look_serves_many_evictions(tmp_path: Path, monkeypatch: pytest.Monk
     store = LocalStore(tmp_path, budget=5000)
     for number in range(6):
         store.write(key_of(number), [value_of(number)])
-    monkeypatch.setattr(os, "listdir", forbid("listdir"))
-    for number in range(6, 9):
-        store.write(key_of(number), [value_of(number)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", forbid("scandir"))
+        for number in range(6, 9):
+            store.write(key_of(number), [value_of(number)])
     assert total(tmp_path) == 5000
 
 

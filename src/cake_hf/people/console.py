@@ -14,8 +14,10 @@ from typer.core import TyperGroup
 
 from cake_hf.arithmetic.errors import CakeError
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# What is printed comes from outside for the most part (paths, keys, messages of servers), so none of it is read as markup or as
+# a name of an emoji. What is to be coloured is a `Text` or has a style.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 WRONG = 1
 """Exit code of a command that did its work and found something wrong."""
@@ -30,14 +32,20 @@ class PlainErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except (CakeError, ValueError) as error:
-            errors.print(Text(str(error), style="bold red"))
+            errors.print(Text(visible(str(error)), style="bold red"))
             raise typer.Exit(FAILED) from error
+
+
+def visible(text: str) -> str:
+    """Text from outside on its way to a terminal, without the characters that would command it."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that is gone when its work is done; gives a function to be called with (done, all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    described = TextColumn("{task.description}", markup=False)
+    columns = (described, BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     with bar as progress:
         task = progress.add_task(title, total=None)

@@ -118,12 +118,16 @@ def existing_store(spec: str) -> Store:
     Raises:
         StoreError: there is none.
     """
-    path = directory_of(spec)
-    if path is not None and not path.exists():
-        raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
     store = open_store(spec)
+    store.look_only()
     if isinstance(store, LocalStore):
-        store.marks_use = False
+        path = directory_of(spec)
+        if not store.exists():
+            raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
+        if not store.is_store():
+            raise StoreError(
+                f"The directory {path} is no store of cake_hf: it has neither the mark of one nor chunks; check the path."
+            )
     return store
 
 

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.people.inspect_store import printable, read_chunk
+from cake_hf.people.inspect_store import StoredChunk, printable, read_chunk
 from cake_hf.stores import Store
-from cake_hf.tensors.codec import check_file
+from cake_hf.tensors.codec import Checksum, check_file, offsets_of, payload_size
+
+WHOLE_BYTES = 2**28
+"""Larger chunks are read in steps."""
+
+STEP_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
     for count, key in enumerate(keys, start=1):
         try:
             # The header first: what it says must fit to the value's size before memory is taken for that.
-            raw = None if read_chunk(store, key) is None else store.read(key)
-            if raw is not None:
-                check_file(raw, key)
+            chunk = read_chunk(store, key)
+            size = None if chunk is None else _checked(store, key, chunk)
+            if size is not None:
                 checked += 1
-                nbytes += len(raw)
+                nbytes += size
         except StoreError as error:
             corrupt = isinstance(error, CorruptChunk)
             checked += corrupt
@@ -65,6 +70,38 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
             bad.append(BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False))
         progress(count, len(keys))
     return Verified(checked, nbytes, bad)
+
+
+def _checked(store: Store, key: str, chunk: StoredChunk) -> int | None:
+    """Bytes of a chunk that is well; None if it is gone. What is very large is read in steps: a file may have holes.
+
+    Raises:
+        CorruptChunk: it is not well.
+        StoreError: it cannot be read.
+    """
+    if chunk.file_bytes > WHOLE_BYTES and store.reads_ranges:
+        return _checked_in_steps(store, key, chunk)
+    raw = store.read(key)
+    if raw is not None:
+        check_file(raw, key)
+    return None if raw is None else len(raw)
+
+
+def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
+    spans = sorted(offsets_of(entry) for entry in chunk.table.values())
+    if len(spans) != len(chunk.facts.checksums):
+        raise CorruptChunk(f"Chunk {key} has {len(spans)} tensors and {len(chunk.facts.checksums)} checksums.")
+    payload, step = chunk.file_bytes - payload_size(chunk.table), memoryview(bytearray(STEP_BYTES))
+    for (start, end), expected in zip(spans, chunk.facts.checksums, strict=True):
+        digest = Checksum()
+        for offset in range(start, end, STEP_BYTES):
+            part = step[: min(STEP_BYTES, end - offset)]
+            if not store.read_range(key, [part], payload + offset):
+                return None
+            digest.update(part)
+        if digest.hexdigest() != expected:
+            raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+    return chunk.file_bytes
 
 
 def delete(store: Store, bad: Sequence[BadChunk]) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.panel import Panel
 from rich.syntax import Syntax
+from rich.text import Text
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import GENERATE_LINE
-from cake_hf.people.console import console, progress_bar
+from cake_hf.people.console import console, progress_bar, visible
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
 from cake_hf.people.tables import Lanes, legend, report_table
 
@@ -105,7 +107,8 @@ def show_warmed(job: WarmJob, report: Report) -> None:
         console.print(legend(report))
     console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
     console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
-    console.print(f"\nLook at it with  [bold]cake-hf ls {job.store}[/bold]", soft_wrap=True)
+    look = f"cake-hf ls {shlex.quote(visible(job.store))}"
+    console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
 
 
 def _snippet(job: WarmJob) -> str:

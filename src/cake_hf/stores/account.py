@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores.folder import try_lock
+from cake_hf.stores import locks
+from cake_hf.stores.below import directory, is_named, is_taken, open_file, status_of
+from cake_hf.stores.marker import LOCK
 
 PATIENCE = 30.0
-"""Seconds to wait for the lock. It is held for a look at the directory at most, unless its holder is stopped."""
+"""Seconds to wait for the lock. It is held for moments, unless its holder is stopped."""
 
 _PAUSE = 0.002
 _DIGITS = 20
@@ -58,42 +61,76 @@ class Account:
         """The balance, locked; None where there is no account and none is to be made.
 
         Raises:
-            StoreError: another process holds the lock for too long.
+            StoreError: another process holds the lock for too long, or something else has the file's name.
             OSError: the file cannot be opened.
         """
-        descriptor = self._lock(create)
-        if descriptor is None:
-            yield None
-            return
-        try:
-            yield Balance(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _lock(self, create: bool) -> int | None:
-        deadline = time.monotonic() + self._patience
-        while True:
+        with ExitStack() as held:
             try:
-                descriptor = os.open(self._file, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+                folder = held.enter_context(directory(self._file.parent))
+                descriptor = self._locked(folder, create, held)
             except FileNotFoundError:
                 if create:
                     raise
-                return None
-            try:
-                self._wait(descriptor, deadline)
-                # Somebody may delete the file at any time. A lock on one without a name keeps nobody out.
-                if os.fstat(descriptor).st_nlink:
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+                yield None
+                return
+            yield Balance(descriptor)
 
-    def _wait(self, descriptor: int, deadline: float) -> None:
-        while not try_lock(descriptor):
+    def _locked(self, folder: int, create: bool, held: ExitStack) -> int:
+        """A descriptor of the file, locked as long as `held` lasts."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            with ExitStack() as attempt:
+                forks = locks.forks()
+                descriptor = self._open(folder, create)
+                attempt.callback(os.close, descriptor)
+                self._wait(descriptor, folder, deadline, attempt)
+                # Somebody may delete the file at any time. A lock on one without a name keeps nobody out.
+                if forks == locks.forks() and self._is_ours_alone(descriptor, folder):
+                    held.push(attempt.pop_all())
+                    return descriptor
             if time.monotonic() > deadline:
+                raise self._late()
+
+    def _open(self, folder: int, create: bool) -> int:
+        name = self._file.name
+        try:
+            return open_file(name, os.O_RDWR | (os.O_CREAT if create else 0), folder)[0]
+        except OSError as error:
+            if create and is_taken(name, folder) and status_of(name, folder) is None:
                 raise StoreError(
-                    f"Another process has held the lock on {self._file} for {self._patience:g} s; if it is stopped, let it "
-                    "go on or end it."
-                )
+                    f"{self._file} is no plain file, and a store needs one of that name; remove it."
+                ) from error
+            raise
+
+    def _is_ours_alone(self, descriptor: int, folder: int) -> bool:
+        """Whether it may be written to: a file with a second name is somebody else's, too, and loses its name here."""
+        name = self._file.name
+        if not is_named(name, folder, descriptor):
+            return False
+        if os.fstat(descriptor).st_nlink < 2:
+            return True
+        named, status = status_of(name, folder), os.fstat(descriptor)
+        if named is not None and (named.st_dev, named.st_ino) == (status.st_dev, status.st_ino):
+            os.unlink(name, dir_fd=folder)
+        return False
+
+    def _wait(self, descriptor: int, folder: int, deadline: float, held: ExitStack) -> None:
+        file = locks.LockFile(LOCK, folder)
+        while True:
+            give_back: Callable[[], None] = partial(locks.give_back, descriptor)
+            try:
+                taken = locks.take(descriptor)
+            except locks.NoLocks:
+                taken, give_back = file.take(), file.give_back
+            if taken:
+                held.callback(give_back)
+                return
+            if time.monotonic() > deadline:
+                raise self._late()
             time.sleep(_PAUSE)
+
+    def _late(self) -> StoreError:
+        return StoreError(
+            f"Another process has held the lock on {self._file} for {self._patience:g} s; if it is stopped, let it "
+            "go on or end it."
+        )

@@ -56,6 +56,12 @@ class WrapperStore(Store):
     def check_writable(self) -> None:
         self.inner.check_writable()
 
+    def look_only(self) -> None:
+        self.inner.look_only()
+
+    def leaves_traces(self) -> bool:
+        return self.inner.leaves_traces()
+
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 
