@@ -22,6 +22,18 @@ _NOT_SUPPORTED = frozenset((errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno
 """How a filesystem says that it does not know a call."""
 
 
+def reach(path: str | Path, at: int | None = None) -> int:
+    """As `directory`; the caller closes the descriptor."""
+    if at is None:
+        return os.open(path, _REACH)
+    try:
+        return os.open(path, _REACH | os.O_NOFOLLOW, dir_fd=at)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+        raise
+
+
 @contextmanager
 def directory(path: str | Path, at: int | None = None) -> Iterator[int]:
     """A descriptor of a directory, to reach what is in it.
@@ -34,15 +46,7 @@ def directory(path: str | Path, at: int | None = None) -> Iterator[int]:
         FileNotFoundError: there is none.
         OSError: as it comes.
     """
-    if at is None:
-        descriptor = os.open(path, _REACH)
-    else:
-        try:
-            descriptor = os.open(path, _REACH | os.O_NOFOLLOW, dir_fd=at)
-        except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-            raise
+    descriptor = reach(path, at)
     try:
         yield descriptor
     finally:

@@ -34,6 +34,7 @@ from cake_hf.stores.below import (
     make_directory,
     open_file,
     opened,
+    reach,
     status_of,
     sync_directory,
 )
@@ -51,6 +52,12 @@ DIRECT_STEP = 2**23
 LEFTOVER_SECONDS = 3600.0
 """Where files cannot be locked, one that was not written to for so long is a dead writer's."""
 IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+_being_written: set[str] = set()
+"""Partial files of this process. Some mounts of object storage do not bear that a file is opened twice while it is written."""
+
+os.register_at_fork(after_in_child=_being_written.clear)
 
 
 @dataclass
@@ -95,6 +102,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._path = str(root)
 
     def path(self, key: str) -> str:
         """The file of a chunk, for people; who opens it so follows links."""
@@ -116,11 +124,17 @@ class Folder:
         places: dict[str, list[int]] = {}
         for number, key in enumerate(keys):
             places.setdefault(key[:2], []).append(number)
-        with suppress(FileNotFoundError), directory(self.root) as root:
+        with suppress(FileNotFoundError), directory(self._path) as root:
             for shard, numbers in places.items():
-                with suppress(FileNotFoundError), directory(shard, root) as folder:
+                try:
+                    folder = reach(shard, root)
+                except FileNotFoundError:
+                    continue
+                try:
                     for number in numbers:
                         found[number] = status_of(f"{keys[number]}{SUFFIX}", folder)
+                finally:
+                    os.close(folder)
         return found
 
     @contextmanager
@@ -130,8 +144,15 @@ class Folder:
         Raises:
             FileNotFoundError: there is none.
         """
-        with directory(self.root) as root, directory(key[:2], root) as folder:
+        root = reach(self._path)
+        try:
+            folder = reach(key[:2], root)
+        finally:
+            os.close(root)
+        try:
             descriptor, status = open_file(f"{key}{SUFFIX}", os.O_RDONLY, folder)
+        finally:
+            os.close(folder)
         try:
             yield descriptor, status
         finally:
@@ -230,6 +251,8 @@ class Folder:
         # Somebody else's store may not let us: it can be read all the same.
         with suppress(OSError), directory(self.root) as root, directory(PARTIAL, root) as folder:
             for name, _ in files_of(folder, LEFTOVER.fullmatch):
+                if name in _being_written:
+                    continue
                 with suppress(OSError):
                     swept += _remove_if_left(name, folder)
         return swept
@@ -248,9 +271,11 @@ class Folder:
             make_directory(PARTIAL, root)
             folder = stack.enter_context(self._folder_to_write(PARTIAL, root))
             partial = _new_file(key, folder, root)
+            _being_written.add(partial.name)
             try:
                 yield partial
             finally:
+                _being_written.discard(partial.name)
                 with suppress(OSError):  # its bytes have been synced
                     partial.close()
                 with suppress(OSError):
@@ -372,13 +397,25 @@ def _is_free(descriptor: int) -> bool:
 
 def _remove_if_left(name: str, folder: int) -> bool:
     """Remove a partial file if its writer is dead."""
-    with opened(name, os.O_RDWR, folder) as (descriptor, status):
-        try:
-            if not locks.take(descriptor):
-                return False
-        except locks.NoLocks:
-            if time.time() - status.st_mtime < LEFTOVER_SECONDS:
-                return False
+    try:
+        return _remove_if_free(name, folder, os.O_RDONLY)
+    except locks.NoLocks as error:
+        if (
+            error.errno == errno.EBADF
+        ):  # NFS locks only what is open for writing; where files are written once, that does harm
+            with suppress(locks.NoLocks):
+                return _remove_if_free(name, folder, os.O_RDWR)
+    status = status_of(name, folder)
+    if status is None or time.time() - status.st_mtime < LEFTOVER_SECONDS:
+        return False
+    os.unlink(name, dir_fd=folder)
+    return True
+
+
+def _remove_if_free(name: str, folder: int, flags: int) -> bool:
+    with opened(name, flags, folder) as (descriptor, _):
+        if not locks.take(descriptor):
+            return False
         try:
             os.unlink(name, dir_fd=folder)
         finally:

@@ -18,7 +18,7 @@ from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.below import directory, sync_file
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder, advice, read_scattered, write_gathered
-from cake_hf.stores.places import START_BYTES, place_in
+from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
 from cake_hf.stores.room import Room
 
 __all__ = ["SUFFIX", "LocalStore"]
@@ -178,13 +178,11 @@ class LocalStore(Store):
 
     def place(self, key: str) -> Place | None:
         """Where a chunk stands in its prompt, by its header; None where that cannot be told. Does not count as a use."""
-        start = bytearray(START_BYTES)
         try:
             with self._folder.chunk(key) as (descriptor, _):
-                count = os.preadv(descriptor, [start], 0)
+                return place_in(os.pread(descriptor, FIRST_BYTES, 0)) or place_in(os.pread(descriptor, START_BYTES, 0))
         except OSError:
             return None
-        return place_in(bytes(start[:count]))
 
     def evict(self, entry: Entry) -> bool:
         """Delete a chunk unless it was used since it was listed; whether it is gone.

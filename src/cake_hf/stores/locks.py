@@ -81,32 +81,49 @@ class LockFile:
         stale_seconds: how long an unchanged one is waited for.
     """
 
-    def __init__(self, name: str, at: int, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, name: str, at: int, stale_seconds: float | None = None) -> None:
         self._name = name
         self._at = at
-        self._stale_seconds = stale_seconds
+        self._stale_seconds = STALE_SECONDS if stale_seconds is None else stale_seconds
+        self._is_ours = False
         self._seen: tuple[int, int] | None = None
         self._since = 0.0
 
+    def __enter__(self) -> LockFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
     def take(self) -> bool:
-        """Make the file; False if another has made it."""
+        """Make the file, unless we have; False if another has."""
+        if self._is_ours:
+            return True
         try:
             descriptor, _ = open_file(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, self._at)
         except FileExistsError:
-            self._remove_if_stale()
-            return False
+            return not self.is_held_by_another() and self.take()
         os.close(descriptor)
+        self._is_ours = True
         return True
 
     def give_back(self) -> None:
-        """Remove the file."""
+        """Remove the file, if it is ours."""
+        if self._is_ours:
+            self._is_ours = False
+            self._remove()
+
+    def is_held_by_another(self) -> bool:
+        """Whether another has made the file."""
+        status = None if self._is_ours else status_of(self._name, self._at)
+        seen = None if status is None else (status.st_ino, status.st_mtime_ns)
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        elif seen is not None and time.monotonic() - self._since > self._stale_seconds:
+            self._remove()
+            return False
+        return seen is not None
+
+    def _remove(self) -> None:
         with suppress(OSError):
             os.unlink(self._name, dir_fd=self._at)
-
-    def _remove_if_stale(self) -> None:
-        status = status_of(self._name, self._at)
-        seen = None if status is None else (status.st_ino, status.st_mtime_ns)
-        if seen is None or seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
-        elif time.monotonic() - self._since > self._stale_seconds:
-            self.give_back()
