@@ -207,6 +207,13 @@ def test_bytes_that_are_found_missing_when_a_file_is_closed_are_no_chunk(
 # Locks.
 
 
+class Forgetful(set[str]):
+    """Has nothing."""
+
+    def add(self, element: str) -> None:
+        pass
+
+
 def test_where_nothing_can_be_locked_a_living_writers_file_stays_and_an_old_one_goes(
     tmp_path: Path, refused: Refused
 ) -> None:
@@ -362,20 +369,40 @@ def test_a_part_that_is_wiped_is_made_again(tmp_path: Path, name: str) -> None:
     assert store.read(key_of(1)) == value_of(1)
 
 
-def test_a_root_that_is_wiped_in_the_middle_of_a_write_is_an_error_and_then_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["root", "partial"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_is_wiped_in_the_middle_of_a_write_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, replace: bool
 ) -> None:
     root, fsync = tmp_path / "store", os.fsync
     store = LocalStore(root)
 
     def wipe(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", fsync)
-        shutil.rmtree(root)
+        shutil.rmtree(root if what == "root" else root / "partial")
 
     monkeypatch.setattr(os, "fsync", wipe)
-    with pytest.raises(StoreError, match="cannot be written"):
-        store.write(key_of(1), [value_of(1)])
-    assert store.write(key_of(1), [value_of(1)])
+    assert store.write(key_of(1), [value_of(1)], replace=replace)
+    assert store.read(key_of(1)) == value_of(1)
+
+
+def test_a_sweep_between_close_and_rename_costs_a_second_try(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The soak found it."""
+    no_links(refused, errno.EPERM)
+    store, sweeper, rename, swept = LocalStore(tmp_path), LocalStore(tmp_path), os.rename, []
+    monkeypatch.setattr("cake_hf.stores.folder._being_written", Forgetful())  # as if the sweeper were another process
+
+    def sweep_first(name: str, other: str, **options: int) -> None:
+        if not swept:
+            swept.append(sweeper.sweep())
+        rename(name, other, **options)
+
+    monkeypatch.setattr(os, "rename", sweep_first)
+    assert store.write(key_of(1), [value_of(1)]) is True
+    assert swept == [1]
+    assert store.read(key_of(1)) == value_of(1)
 
 
 # Real mounts. They need programs that Debian's packages of the same names bring, and /dev/fuse.

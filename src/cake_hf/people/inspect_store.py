@@ -15,6 +15,9 @@ from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, pa
 Table = dict[str, dict[str, object]]
 Progress = Callable[[int, int], None]
 
+FIRST_BYTES = 2**12
+"""So many bytes are the whole header of most chunks, and cost no more to read than eight."""
+
 MAX_INDEX = 2**40
 MAX_EXTENT = 2**31
 MAX_TEXT = 500
@@ -160,8 +163,20 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
     """
     size = store.size(key)
     raw = None if size is None else _read_start(store, key, size)
-    if size is None or raw is None:
-        return None
+    return None if size is None or raw is None else chunk_of(raw, key, size)
+
+
+def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
+    """What the start of a chunk's file says.
+
+    Args:
+        raw: the header at least.
+        key: of the chunk.
+        size: of the file.
+
+    Raises:
+        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+    """
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
@@ -229,13 +244,13 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
     """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
     if not store.reads_ranges:
         return store.read(key)
-    start = bytearray(min(8, size))
+    start = bytearray(min(FIRST_BYTES, size))
     if not store.read_range(key, [memoryview(start)], 0):
         return None
-    (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-    if length > min(size - len(start), MAX_HEADER_BYTES):
-        return start  # parse_header says what is wrong with it
-    whole = bytearray(len(start) + length)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if length <= len(start) or length > min(size, 8 + MAX_HEADER_BYTES):
+        return start  # where that makes no header, parse_header says what is wrong with it
+    whole = bytearray(length)
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
@@ -264,7 +279,10 @@ def _is_tensor(entry: dict[str, object]) -> bool:
 
 def printable(text: str) -> str:
     """Text from a store on its way to a terminal, without the characters that would command it."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:MAX_TEXT])
+    short = text[:MAX_TEXT]
+    if short.isprintable():  # nearly always
+        return short
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)
 
 
 def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:

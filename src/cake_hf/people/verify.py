@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.people.inspect_store import StoredChunk, printable, read_chunk
+from cake_hf.people.inspect_store import StoredChunk, chunk_of, printable, read_chunk
 from cake_hf.stores import Store
 from cake_hf.tensors.codec import Checksum, check_file, offsets_of, payload_size
 
@@ -56,9 +56,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
     checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
     for count, key in enumerate(keys, start=1):
         try:
-            # The header first: what it says must fit to the value's size before memory is taken for that.
-            chunk = read_chunk(store, key)
-            size = None if chunk is None else _checked(store, key, chunk)
+            size = _checked(store, key)
             if size is not None:
                 checked += 1
                 nbytes += size
@@ -72,17 +70,22 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
     return Verified(checked, nbytes, bad)
 
 
-def _checked(store: Store, key: str, chunk: StoredChunk) -> int | None:
-    """Bytes of a chunk that is well; None if it is gone. What is very large is read in steps: a file may have holes.
+def _checked(store: Store, key: str) -> int | None:
+    """Bytes of a chunk that is well; None if it is gone.
 
     Raises:
         CorruptChunk: it is not well.
         StoreError: it cannot be read.
     """
-    if chunk.file_bytes > WHOLE_BYTES and store.reads_ranges:
-        return _checked_in_steps(store, key, chunk)
-    raw = store.read(key)
+    size = store.size(key)
+    if size is not None and size > WHOLE_BYTES:
+        # The header first: what it says must fit to the value's size before memory is taken for that. A file may have holes.
+        chunk = read_chunk(store, key)
+        if chunk is None or store.reads_ranges:
+            return None if chunk is None else _checked_in_steps(store, key, chunk)
+    raw = None if size is None else store.read(key)
     if raw is not None:
+        chunk_of(raw, key, len(raw))
         check_file(raw, key)
     return None if raw is None else len(raw)
 

@@ -23,6 +23,8 @@ from cake_hf.stores.room import Room
 
 __all__ = ["SUFFIX", "LocalStore"]
 
+ATTEMPTS = 3
+
 MARK_SECONDS = 60.0
 """A chunk's last use is noted this exactly: a read touches its file at most once in so long."""
 
@@ -103,6 +105,11 @@ class LocalStore(Store):
         with self._told(f"Chunk {key} cannot be written to {self.root}: "):
             if not replace and self._folder.statuses([key])[0] is not None:
                 return False
+            for _ in range(ATTEMPTS - 1):
+                # Who removes the directory, or sweeps a file in the moment in which it is closed and has no name yet, costs a
+                # second try.
+                with suppress(FileNotFoundError):
+                    return self._publish(key, parts, replace)
             return self._publish(key, parts, replace)
 
     def delete(self, key: str) -> bool:
