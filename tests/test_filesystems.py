@@ -21,7 +21,7 @@ from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.gc import collect, select
 from cake_hf.stores import locks
 from cake_hf.stores.account import Account
-from cake_hf.stores.folder import LEFTOVER_SECONDS
+from cake_hf.stores.partial import LEFTOVER_SECONDS
 from cake_hf.testing.contract import key_of, value_of
 from children import start_child
 from waiting import PATIENCE
@@ -392,7 +392,7 @@ def test_a_sweep_between_close_and_rename_costs_a_second_try(
     """The soak found it."""
     no_links(refused, errno.EPERM)
     store, sweeper, rename, swept = LocalStore(tmp_path), LocalStore(tmp_path), os.rename, []
-    monkeypatch.setattr("cake_hf.stores.folder._being_written", Forgetful())  # as if the sweeper were another process
+    monkeypatch.setattr("cake_hf.stores.folder.being_written", Forgetful())  # as if the sweeper were another process
 
     def sweep_first(name: str, other: str, **options: int) -> None:
         if not swept:

@@ -190,6 +190,21 @@ def replace_file(name: str, content: bytes | bytearray, at: int) -> None:
         raise
 
 
+def advice(error: OSError) -> str:
+    """The system's word for what happened, and what to do about it."""
+    remedies = {
+        errno.ENOSPC: "free some space or choose another directory.",
+        errno.EDQUOT: "your quota is used up; free some space or choose another directory.",
+        errno.EROFS: "the filesystem is read-only; choose another directory.",
+        errno.EACCES: "you lack the permission; choose another directory or change its mode.",
+        errno.EPERM: "you lack the permission; choose another directory or change its mode.",
+        errno.ENOTDIR: "a part of the path is a file; choose another directory.",
+        errno.EIO: "the disk reports a fault; check it.",
+    }
+    what = os.strerror(error.errno) if error.errno else str(error)
+    return f"{what}: {remedies.get(error.errno or 0, 'check the path and the disk.')}"
+
+
 def _refuse_other(status: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)

@@ -12,76 +12,32 @@ and what is no regular file of such a name is left alone, see `below`.
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.stores import locks
-from cake_hf.stores.base import Part
+from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.below import (
     Found,
+    advice,
     directory,
     entries_of,
     files_of,
-    is_named,
     is_taken,
     make_directory,
     open_file,
-    opened,
     reach,
     status_of,
     sync_directory,
 )
-from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
 from cake_hf.stores.eviction import Entry, date_of_use
 from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
-from cake_hf.stores.pieces import after
+from cake_hf.stores.partial import Partial, being_written, link, new_file, remove_if_left
 
 __all__ = ["BYTES", "NOTES", "PARTIAL", "SUFFIX", "Folder"]
-
-CACHED_STEP = 2**19
-"""Bytes after which whoever checks them is told: few enough to be in the processor's cache still."""
-DIRECT_STEP = 2**23
-"""A disk wants larger requests."""
-LEFTOVER_SECONDS = 3600.0
-"""Where files cannot be locked, one that was not written to for so long is a dead writer's."""
-IOV_MAX = os.sysconf("SC_IOV_MAX")
-
-
-_being_written: set[str] = set()
-"""Partial files of this process. Some mounts of object storage do not bear that a file is opened twice while it is written."""
-
-os.register_at_fork(after_in_child=_being_written.clear)
-
-
-@dataclass
-class Partial:
-    """A file that is being written.
-
-    Attributes:
-        name: of it, in `partial/`.
-        descriptor: open for writing; -1 once it is closed.
-        folder: descriptor of `partial/`.
-        root: descriptor of the store's directory.
-    """
-
-    name: str
-    descriptor: int
-    folder: int
-    root: int
-
-    def close(self) -> None:
-        """Close it, and with it give its lock back."""
-        if self.descriptor >= 0:
-            locks.give_back(self.descriptor)
-            descriptor, self.descriptor = self.descriptor, -1
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -251,10 +207,10 @@ class Folder:
         # Somebody else's store may not let us: it can be read all the same.
         with suppress(OSError), directory(self.root) as root, directory(PARTIAL, root) as folder:
             for name, _ in files_of(folder, LEFTOVER.fullmatch):
-                if name in _being_written:
+                if name in being_written:
                     continue
                 with suppress(OSError):
-                    swept += _remove_if_left(name, folder)
+                    swept += remove_if_left(name, folder)
         return swept
 
     # Writing.
@@ -270,12 +226,12 @@ class Folder:
             root = stack.enter_context(self._claimed_root())
             make_directory(PARTIAL, root)
             folder = stack.enter_context(self._folder_to_write(PARTIAL, root))
-            partial = _new_file(key, folder, root)
-            _being_written.add(partial.name)
+            partial = new_file(key, folder, root)
+            being_written.add(partial.name)
             try:
                 yield partial
             finally:
-                _being_written.discard(partial.name)
+                being_written.discard(partial.name)
                 with suppress(OSError):  # its bytes have been synced
                     partial.close()
                 with suppress(OSError):
@@ -294,7 +250,7 @@ class Folder:
         if make_directory(key[:2], partial.root):
             sync_directory(partial.root)
         with self._folder_to_write(key[:2], partial.root) as shard:
-            if not replace and _link(partial, name, shard):
+            if not replace and link(partial, name, shard):
                 return True
             if is_taken(name, shard):
                 if status_of(name, shard) is None:
@@ -369,136 +325,3 @@ class Folder:
 
 def _entry(key: str, status: os.stat_result, now: float) -> Entry:
     return Entry(key, status.st_size, date_of_use(status.st_mtime, now))
-
-
-def _new_file(key: str, folder: int, root: int) -> Partial:
-    while True:
-        name, forks = f"{key}.{secrets.token_hex(8)}", locks.forks()
-        partial = Partial(name, open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)[0], folder, root)
-        try:
-            # A sweep may look between our open and our lock; it has removed the file then, and we take a new one.
-            if _is_free(partial.descriptor) and is_named(name, folder, partial.descriptor) and forks == locks.forks():
-                return partial
-        except BaseException:
-            partial.close()
-            raise
-        partial.close()
-        with suppress(OSError):
-            os.unlink(name, dir_fd=folder)
-
-
-def _is_free(descriptor: int) -> bool:
-    """Take the file's lock, if it has one."""
-    try:
-        return locks.take(descriptor)
-    except locks.NoLocks:
-        return True
-
-
-def _remove_if_left(name: str, folder: int) -> bool:
-    """Remove a partial file if its writer is dead."""
-    try:
-        return _remove_if_free(name, folder, os.O_RDONLY)
-    except locks.NoLocks as error:
-        if (
-            error.errno == errno.EBADF
-        ):  # NFS locks only what is open for writing; where files are written once, that does harm
-            with suppress(locks.NoLocks):
-                return _remove_if_free(name, folder, os.O_RDWR)
-    status = status_of(name, folder)
-    if status is None or time.time() - status.st_mtime < LEFTOVER_SECONDS:
-        return False
-    os.unlink(name, dir_fd=folder)
-    return True
-
-
-def _remove_if_free(name: str, folder: int, flags: int) -> bool:
-    with opened(name, flags, folder) as (descriptor, _):
-        if not locks.take(descriptor):
-            return False
-        try:
-            os.unlink(name, dir_fd=folder)
-        finally:
-            locks.give_back(descriptor)
-        return True
-
-
-def _link(partial: Partial, name: str, shard: int) -> bool:
-    """Give a file its second name, and take the first; False where the name is taken, or there are no links."""
-    try:
-        os.link(partial.name, name, src_dir_fd=partial.folder, dst_dir_fd=shard, follow_symlinks=False)
-    except OSError:  # if nothing works here, the rename that follows says why
-        return False
-    with suppress(OSError):
-        os.unlink(partial.name, dir_fd=partial.folder)
-    return True
-
-
-def read_scattered(
-    descriptor: int,
-    parts: Sequence[memoryview],
-    key: str,
-    offset: int = 0,
-    arrived: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice.
-
-    What is not in the page cache is read past it, see `direct`.
-
-    Args:
-        descriptor: of the open file.
-        parts: writable buffers.
-        key: for the message.
-        offset: of the first byte.
-        arrived: called with how many parts are full, after each step.
-
-    Raises:
-        CorruptChunk: the file ends before the parts are full.
-    """
-    step = DIRECT_STEP if skip_page_cache(descriptor, parts, offset) else CACHED_STEP
-    begin, nbytes = 0, 0
-    for end, part in enumerate(parts, start=1):
-        nbytes += part.nbytes
-        if nbytes >= step or end == len(parts):
-            _fill(descriptor, parts[begin:end], nbytes, key, offset)
-            arrived(end)
-            begin, offset, nbytes = end, offset + nbytes, 0
-
-
-def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, offset: int) -> None:
-    """Fill the parts, which have that many bytes."""
-    while nbytes:
-        try:
-            count = os.preadv(descriptor, parts[:IOV_MAX], offset)
-        except OSError as error:
-            if not is_refusal(error) or not use_page_cache(descriptor):
-                raise
-            continue
-        if count == 0:
-            raise CorruptChunk(f"Chunk {key} ended early.")
-        offset += count
-        nbytes -= count
-        if nbytes:
-            parts = after(parts, count)
-
-
-def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:
-    """Write the parts one after the other, without joining them in memory."""
-    pending = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
-    while pending:
-        pending = after(pending, os.writev(descriptor, pending[:IOV_MAX]))
-
-
-def advice(error: OSError) -> str:
-    """The system's word for what happened, and what to do about it."""
-    remedies = {
-        errno.ENOSPC: "free some space or choose another directory.",
-        errno.EDQUOT: "your quota is used up; free some space or choose another directory.",
-        errno.EROFS: "the filesystem is read-only; choose another directory.",
-        errno.EACCES: "you lack the permission; choose another directory or change its mode.",
-        errno.EPERM: "you lack the permission; choose another directory or change its mode.",
-        errno.ENOTDIR: "a part of the path is a file; choose another directory.",
-        errno.EIO: "the disk reports a fault; check it.",
-    }
-    what = os.strerror(error.errno) if error.errno else str(error)
-    return f"{what}: {remedies.get(error.errno or 0, 'check the path and the disk.')}"

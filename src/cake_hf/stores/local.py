@@ -15,11 +15,12 @@ from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
-from cake_hf.stores.below import directory, sync_file
+from cake_hf.stores.below import advice, directory, sync_file
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
-from cake_hf.stores.folder import NOTES, SUFFIX, Folder, advice, read_scattered, write_gathered
+from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
 from cake_hf.stores.room import Room
+from cake_hf.stores.transfer import read_scattered, write_gathered
 
 __all__ = ["SUFFIX", "LocalStore"]
 
