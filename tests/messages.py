@@ -17,7 +17,7 @@ SOURCE = Path(cake_hf.__path__[0])
 GAP = "..."
 LOGGED = {"warning", "error", "exception", "critical"}
 RAISED = {"CakeError", "StoreError", "UnsupportedModel", "ForeignModel", "UnfitImages", "DeadlineExceeded"}
-NAMES_WHAT_FAILED = {"_faults", "tell"}
+NAMES_WHAT_FAILED = {"_faults", "_told", "tell"}
 """Called with the begin of a message, to which the cause is added."""
 NOT_FOR_USERS = ("people/bench", "people/demo", "stores/wrappers.py", "testing")
 """Where errors are made on purpose, or are about the measuring itself."""

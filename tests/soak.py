@@ -277,6 +277,7 @@ def look_back(outcome: Outcome, root: Path, spared: list[Worker]) -> None:
     from cake_hf.tensors.codec import check_file
 
     store = LocalStore(root)
+    store.check_writable()
     outcome.left = sorted(os.listdir(root / "partial"))
     for key in store.keys():  # noqa: SIM118 - a store is no dict
         value = store.read(key)

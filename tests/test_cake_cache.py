@@ -465,13 +465,14 @@ def test_a_read_only_store_serves_with_save_off(
         cache.prefill(prompt())
     real_open = __import__("os").open
 
-    def read_only(path: str, flags: int, *rest: int) -> int:
+    def read_only(path: str, flags: int, *rest: int, **options: int) -> int:
         import errno
         import os
 
-        if str(path).startswith(str(tmp_path)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        below = options or str(path).startswith(str(tmp_path))
+        if below and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise OSError(errno.EROFS, "read-only", str(path))
-        return int(real_open(path, flags, *rest))
+        return int(real_open(path, flags, *rest, **options))
 
     monkeypatch.setattr("os.open", read_only)
     with pytest.raises(StoreError, match="save=False"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,17 +137,25 @@ class Gate:
 
 
 @pytest.fixture
-def hung(tmp_path: Path) -> Path:
-    """The file of a note; who opens it waits for ever, as on a mount that is gone."""
+def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Who reads the note waits, as on a mount that is gone, until this is set."""
     recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
     (note,) = notes(tmp_path)
-    note.unlink()
-    os.mkfifo(note)
-    return note
+    gate, os_open = threading.Event(), os.open
+
+    def wait(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == note.name:
+            assert gate.wait(PATIENCE)
+            raise OSError(errno.EIO, "gone")
+        return os_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", wait)
+    yield gate
+    gate.set()
 
 
 def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(
-    tmp_path: Path, hung: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hung: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers = {thread for thread in threading.enumerate() if thread.name == "cake-notes"}
     monkeypatch.setattr(cost_memory, "NOTE_SECONDS", 0.01)
@@ -152,14 +163,13 @@ def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(
         assert recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100).compute is None
     hanging = {thread for thread in threading.enumerate() if thread.name == "cake-notes"} - readers
     assert len(hanging) == 1
-    with open(hung, "w"):  # an end, and nothing before it
-        pass
+    hung.set()
     for thread in hanging:
         thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
-def test_nobody_else_waits_for_a_note_that_hangs(tmp_path: Path, hung: Path) -> None:
+def test_nobody_else_waits_for_a_note_that_hangs(tmp_path: Path, hung: threading.Event) -> None:
     waiting = threading.Thread(target=lambda: recall_costs(LocalStore(tmp_path), "ns", "cpu"), daemon=True)
     waiting.start()
     await_true(lambda: any(thread.name == "cake-notes" for thread in threading.enumerate()))
@@ -168,8 +178,7 @@ def test_nobody_else_waits_for_a_note_that_hangs(tmp_path: Path, hung: Path) -> 
     other.start()
     other.join(PATIENCE / 2)
     assert others
-    with open(hung, "w"):
-        pass
+    hung.set()
     waiting.join(PATIENCE)
     assert not waiting.is_alive()
 
@@ -178,7 +187,7 @@ def test_what_is_learnt_is_written_in_the_background_and_the_last_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, replace = Gate(), os.replace
-    monkeypatch.setattr("os.replace", lambda *names: (gate(), replace(*names)))
+    monkeypatch.setattr("os.replace", lambda *names, **at: (gate(), replace(*names, **at)))
     memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
     for _ in range(5):  # would hang here if it were waited for
         memory.learn(COMPUTED, 0, 100)

@@ -65,6 +65,7 @@ def test_leftovers_of_a_killed_writer_are_swept_and_files_of_a_living_one_stay(t
         killed.kill()
         killed.wait(PATIENCE)
         store = LocalStore(tmp_path)
+        store.check_writable()
         assert [name.split(".")[0] for name in leftovers(tmp_path)] == [f"{2:040x}"]
         assert list(store.keys()) == []
         living.communicate("")
@@ -151,6 +152,7 @@ def test_a_writer_that_dies_at_any_step_leaves_a_whole_chunk_or_none(tmp_path: P
             assert code in (0, -signal.SIGKILL)
             leftovers_after.append(bool(leftovers(root)))
             store = LocalStore(root)
+            store.check_writable()
             assert leftovers(root) == []
             listed_after.append(bool(check_whole(store)))
             if code == 0:
@@ -208,6 +210,6 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
             process.kill()
         listed = check_whole(reader)
         assert {min(keys)} <= listed <= set(keys), "a write that had returned is lost"
-        LocalStore(root)
+        LocalStore(root).check_writable()
         assert leftovers(root) == []
         assert check_whole(reader) == listed

@@ -17,6 +17,7 @@ from commands import flat, run_command
 from test_eviction import chunk
 
 DAY = 86_400.0
+LEFTOVER = f"{key_of(11)}.0123456789abcdef"
 
 
 def no_progress(done: int, total: int) -> None:
@@ -66,7 +67,7 @@ def test_age_comes_before_the_budget(store: LocalStore) -> None:
 
 
 def test_a_dry_run_deletes_nothing(store: LocalStore) -> None:
-    (store.root / "partial" / "leftover.0").write_bytes(b"half")
+    (store.root / "partial" / LEFTOVER).write_bytes(b"half")
     result = run_command("gc", store.root, "--budget", "1KB", "--dry-run")
     assert result.exit_code == 0
     assert "left 1 chunk " in flat(result.output)
@@ -113,10 +114,10 @@ def test_a_chunk_that_is_gone_meanwhile_is_gone(store: LocalStore) -> None:
 def test_what_cannot_be_deleted_is_said(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = os.unlink
 
-    def refuse(path: str) -> None:
+    def refuse(path: str, **options: int) -> None:
         if key_of(8) in str(path):
             raise OSError(errno.EACCES, "no")
-        unlink(path)
+        unlink(path, **options)
 
     monkeypatch.setattr(os, "unlink", refuse)
     result = run_command("gc", store.root, "--budget", "8KB")
@@ -128,7 +129,7 @@ def test_what_cannot_be_deleted_is_said(store: LocalStore, monkeypatch: pytest.M
 
 def test_leftovers_of_killed_writers_are_removed(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cake_hf.people.inspect_store.open_store", lambda spec: store)
-    (store.root / "partial" / "leftover.0").write_bytes(b"half")
+    (store.root / "partial" / LEFTOVER).write_bytes(b"half")
     result = run_command("gc", store.root, "--budget", "1GB")
     assert "1 file of killed writers removed" in flat(result.output)
     assert list((store.root / "partial").iterdir()) == []

@@ -123,7 +123,7 @@ def test_what_is_half_known_needs_the_other_half(command: Command, tmp_path: Pat
 
 
 def test_nothing_known_says_what_to_do(command: Command, tmp_path: Path) -> None:
-    LocalStore(tmp_path)
+    LocalStore(tmp_path).check_writable()
     result = command("--store", tmp_path, "--tokens", 500)
     assert result.exit_code == 2
     assert "What computing and loading costs with" in result.stderr

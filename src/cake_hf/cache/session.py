@@ -70,6 +70,8 @@ class Session:
         self.save = save and not self.store.read_only
         if self.save:
             self.store.check_writable()
+        else:
+            self.store.look_only()
         self.sharing = sharing_of(self.store)
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
         self._count_lock = threading.Lock()

@@ -11,12 +11,10 @@ import atexit
 import hashlib
 import logging
 import os
-import secrets
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cake_hf.arithmetic.costs import CostLearner, Costs
@@ -24,6 +22,7 @@ from cake_hf.arithmetic.errors import DeadlineExceeded
 from cake_hf.arithmetic.report import Span
 from cake_hf.movers.deadline import Late, call_with_deadline
 from cake_hf.stores.base import Store
+from cake_hf.stores.below import directory, make_directory, opened, replace_file
 
 logger = logging.getLogger("cake_hf")
 
@@ -84,8 +83,13 @@ class Note:
 
     def _load(self) -> str:
         """Where this hangs it keeps the note alive, which knows that."""
-        with open(self._file, encoding="utf-8") as stream:
-            return stream.read(MAX_FILE_BYTES)
+        name, folder = self._file.name, self._file.parent
+        with (
+            directory(folder.parent) as root,
+            directory(folder.name, root) as at,
+            opened(name, os.O_RDONLY, at) as (file, _),
+        ):
+            return os.read(file, MAX_FILE_BYTES).decode()
 
     def _run(self) -> None:
         while (text := self._take()) is not None:
@@ -100,10 +104,16 @@ class Note:
 
 
 class CostMemory:
-    """A learner, its lock and its file. Get it from `recall_costs`."""
+    """A learner, its lock and its file. Get it from `recall_costs`.
 
-    def __init__(self, file: Path | None) -> None:
+    Args:
+        file: to read it from and to write it to; None to remember it in memory only.
+        may_write: whether the file may be written now.
+    """
+
+    def __init__(self, file: Path | None, may_write: Callable[[], bool] = lambda: True) -> None:
         self._note = None if file is None else note_of(file)
+        self._may_write = may_write
         self._lock = threading.Lock()
         text = None if self._note is None else self._note.read()
         self._learner = (None if text is None else CostLearner.from_json(text)) or CostLearner()
@@ -134,7 +144,7 @@ class CostMemory:
             if loads := _spans(timeline, "loaded") or _spans(timeline, "overtaken"):
                 self._learner.saw_loads(chunk_bytes, loads)
             self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
-            if self._note is not None:
+            if self._note is not None and self._may_write():
                 self._note.write(self._learner.to_json())
 
     def flush(self, seconds: float) -> bool:
@@ -160,9 +170,22 @@ def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:
     if known is not None:
         return known
     folder = store.notes_folder()
-    memory = CostMemory(None if folder is None else folder / f"costs-{name}.json")
+    memory = CostMemory(None if folder is None else folder / f"costs-{name}.json", _permission(store))
     with _lock:
         return _learners.setdefault(store, {}).setdefault(name, memory)
+
+
+def _permission(store: Store) -> Callable[[], bool]:
+    """Whether notes may be written, as the store said last. (A learner that kept its store alive would never go.)"""
+    alive, allowed = weakref.ref(store), store.leaves_traces()
+
+    def may_write() -> bool:
+        nonlocal allowed
+        if (known := alive()) is not None:
+            allowed = known.leaves_traces()
+        return allowed
+
+    return may_write
 
 
 def note_of(file: Path) -> Note:
@@ -199,12 +222,10 @@ atexit.register(lambda: flush_notes(NOTE_SECONDS))
 
 def _write(file: Path, text: str) -> None:
     """Replace the file as a whole. Where that is not possible (a read-only store), nothing is remembered."""
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     try:
-        file.parent.mkdir(exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
+        with directory(file.parent.parent) as root:
+            make_directory(file.parent.name, root)
+            with directory(file.parent.name, root) as folder:
+                replace_file(file.name, text.encode(), folder)
     except OSError as error:
         logger.debug("Costs are not remembered in %s: %s", file, error)
-        with suppress(OSError):
-            partial.unlink()

@@ -59,7 +59,7 @@ class ReadBeside(Generic[T]):
         try:
             self._result = self._read()
         except Exception as error:  # whatever a store's client raises: the prompt must not suffer from it
-            logger.warning("A stored %s is not usable and is computed instead. %s", self._what, error)
+            logger.warning("A stored %s cannot be used. %s", self._what, error)
         finally:
             if self._slot is not None:
                 self._slot.release()

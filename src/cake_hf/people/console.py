@@ -15,8 +15,10 @@ from typer.core import TyperGroup
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.outside import shown
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# What is printed comes from outside for the most part (paths, keys, messages of servers), so none of it is read as markup or as
+# a name of an emoji. What is to be coloured is a `Text` or has a style.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 WRONG = 1
 """Exit code of a command that did its work and found something wrong."""
@@ -38,7 +40,8 @@ class PlainErrors(TyperGroup):
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that is gone when its work is done; gives a function to be called with (done, all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    described = TextColumn("{task.description}", markup=False)
+    columns = (described, BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     with bar as progress:
         task = progress.add_task(title, total=None)

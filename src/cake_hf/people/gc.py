@@ -169,7 +169,8 @@ def show_selection(selection: Selection, older_than: str) -> None:
 def show_collected(collected: Collected) -> None:
     """What was deleted, and what was not."""
     freed = bytes_text(total_bytes(collected.gone))
-    console.print(f"\n[green]{count_text(len(collected.gone), 'chunk')} deleted[/green], {freed} are free again.")
+    deleted = (f"{count_text(len(collected.gone), 'chunk')} deleted", "green")
+    console.print(Text.assemble("\n", deleted, f", {freed} are free again."))
     if collected.swept:
         console.print(f"{count_text(collected.swept, 'file')} of killed writers removed.")
     if collected.in_use:
@@ -177,7 +178,7 @@ def show_collected(collected: Collected) -> None:
             f"{count_text(collected.in_use, 'chunk')} used meanwhile and kept; run it again if it must go, too."
         )
     for why in list(collected.failed.values())[:3]:
-        console.print(Text(why, style="red"))
+        console.print(Text(shown(why), style="red"))
     if collected.failed:
         console.print(f"{count_text(len(collected.failed), 'chunk')} could not be deleted.", style="bold red")
 

@@ -17,6 +17,9 @@ from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, pa
 Table = dict[str, dict[str, object]]
 Progress = Callable[[int, int], None]
 
+FIRST_BYTES = 2**12
+"""So many bytes are the whole header of most chunks, and cost no more to read than eight."""
+
 MAX_INDEX = 2**40
 MAX_EXTENT = 2**31
 MAX_TEXT = 500
@@ -120,12 +123,16 @@ def existing_store(spec: str) -> Store:
     Raises:
         StoreError: there is none.
     """
-    path = directory_of(spec)
-    if path is not None and not path.exists():
-        raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
     store = open_store(spec)
+    store.look_only()
     if isinstance(store, LocalStore):
-        store.marks_use = False
+        path = directory_of(spec)
+        if not store.exists():
+            raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
+        if not store.is_store():
+            raise StoreError(
+                f"The directory {path} is no store of cake_hf: it has neither the mark of one nor chunks; check the path."
+            )
     return store
 
 
@@ -158,8 +165,20 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
     """
     size = store.size(key)
     raw = None if size is None else _read_start(store, key, size)
-    if size is None or raw is None:
-        return None
+    return None if size is None or raw is None else chunk_of(raw, key, size)
+
+
+def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
+    """What the start of a chunk's file says.
+
+    Args:
+        raw: the header at least.
+        key: of the chunk.
+        size: of the file.
+
+    Raises:
+        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+    """
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
@@ -227,13 +246,13 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
     """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
     if not store.reads_ranges:
         return store.read(key)
-    start = bytearray(min(8, size))
+    start = bytearray(min(FIRST_BYTES, size))
     if not store.read_range(key, [memoryview(start)], 0):
         return None
-    (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-    if length > min(size - len(start), MAX_HEADER_BYTES):
-        return start  # parse_header says what is wrong with it
-    whole = bytearray(len(start) + length)
+    length = 8 + int.from_bytes(start[:8], "little")
+    if length <= len(start) or length > min(size, 8 + MAX_HEADER_BYTES):
+        return start  # where that makes no header, parse_header says what is wrong with it
+    whole = bytearray(length)
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 

@@ -191,7 +191,7 @@ def simulate_command(
     console.print(LEGEND if given else f"{LEGEND} {ASSUMPTIONS}", style="dim")
     if as_json:
         plain = {part: [row.plain() for row in rows] for part, rows in results.items()}
-        console.print(json.dumps({"threads": threads, **plain}), soft_wrap=True, markup=False)
+        console.print(json.dumps({"threads": threads, **plain}), soft_wrap=True)
 
 
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:

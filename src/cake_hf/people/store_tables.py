@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.console import console
 from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
 from cake_hf.people.units import bytes_text, count_text
@@ -76,7 +77,7 @@ def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> No
     """
     what = f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
     if not bad:
-        console.print(f"[green]All is well:[/green] {what} checked.")
+        console.print(Text.assemble(("All is well:", "green"), f" {what} checked."))
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("damaged chunk", style="red", no_wrap=True)
@@ -88,7 +89,7 @@ def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> No
     if deleted:
         console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
     elif any(chunk.corrupt for chunk in bad):
-        console.print("Delete them with the same command and [bold]--fix[/bold].")
+        console.print(Text.assemble("Delete them with the same command and ", ("--fix", "bold"), "."))
 
 
 def show_recomputed(result: Recomputed) -> None:
@@ -97,7 +98,7 @@ def show_recomputed(result: Recomputed) -> None:
     if result.bad:
         console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
     else:
-        console.print(f"[green]The sample is true:[/green] {of}, equal bit for bit.")
+        console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))
 
 
 def _namespace_table(found: Sequence[Namespace]) -> Table:
@@ -141,7 +142,7 @@ def _facts_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
-        table.add_row(label, Text(value))
+        table.add_row(label, Text(shown(value)))
     return table
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
+from rich.text import Text
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
@@ -107,7 +108,8 @@ def show_warmed(job: WarmJob, report: Report) -> None:
         console.print(legend(report))
     console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
     console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
-    console.print(f"\nLook at it with  [bold]cake-hf ls {escape(shown_url(job.store))}[/bold]", soft_wrap=True)
+    look = f"cake-hf ls {shlex.quote(shown_url(job.store))}"
+    console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
 
 
 def _snippet(job: WarmJob) -> str:

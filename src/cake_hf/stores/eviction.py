@@ -43,6 +43,21 @@ class Place:
     parent: str
 
 
+FUTURE_SECONDS = 3600.0
+"""Clocks of machines that share a directory differ by less."""
+
+_AGES = 2.0**33
+
+
+def date_of_use(noted: float, now: float) -> float:
+    """When a value was used, by the date that its file has, in seconds since the epoch.
+
+    A date in the future was noted by a clock that was wrong; nobody knows the right one. Such a value must not be the one that
+    stays for ever, so it goes before all others; among its like the order of their dates is kept.
+    """
+    return noted if noted <= now + FUTURE_SECONDS else noted - _AGES
+
+
 Order = Callable[[Sequence[Entry]], list[Entry]]
 """Sorts values by who goes first."""
 

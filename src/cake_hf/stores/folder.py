@@ -1,41 +1,56 @@
 """The files of a store in a directory: where they are, how one appears, and what dead writers leave.
 
+    <root>/cake-hf-store                 says that this is a store
     <root>/3f/3fa9...e1.safetensors      a chunk; it gets its name when it is whole
     <root>/partial/3fa9...e1.<random>    a chunk being written; its writer holds a lock on it while it lives
     <root>/bytes                         how many bytes all of these have, once a process keeps a budget; may be deleted
     <root>/notes/...                     what was learnt about this store's speed; may be deleted at any time
 
-A partial file whose lock is free belongs to a dead writer, and is swept away by whoever comes across it.
+A partial file whose lock is free belongs to a dead writer, and is swept away by who writes to the store. No link is followed,
+and what is no regular file of such a name is left alone, see `below`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import re
-import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.stores.base import Part
-from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
-from cake_hf.stores.eviction import Entry
-from cake_hf.stores.pieces import after
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.stores.below import (
+    Found,
+    advice,
+    directory,
+    entries_of,
+    files_of,
+    is_taken,
+    make_directory,
+    open_file,
+    reach,
+    status_of,
+    sync_directory,
+)
+from cake_hf.stores.eviction import Entry, date_of_use
+from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
+from cake_hf.stores.partial import Partial, being_written, link, new_file, remove_if_left
 
-SUFFIX = ".safetensors"
-PARTIAL = "partial"
-NOTES = "notes"
-BYTES = "bytes"
-CACHED_STEP = 2**19
-"""Bytes after which whoever checks them is told: few enough to be in the processor's cache still."""
-DIRECT_STEP = 2**23
-"""A disk wants larger requests."""
-IOV_MAX = os.sysconf("SC_IOV_MAX")
-_KEY = re.compile(r"[0-9a-f]{40}")
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+__all__ = ["BYTES", "NOTES", "PARTIAL", "SUFFIX", "Folder"]
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """The chunks in one folder.
+
+    Attributes:
+        changed: when names in the folder last changed, in nanoseconds as the filesystem counts them.
+        entries: of the chunks.
+    """
+
+    changed: int
+    entries: list[Entry]
 
 
 class Folder:
@@ -43,10 +58,61 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._path = str(root)
 
     def path(self, key: str) -> str:
-        """The file of a chunk."""
+        """The file of a chunk, for people; who opens it so follows links."""
         return f"{self.root}/{key[:2]}/{key}{SUFFIX}"
+
+    def is_store(self) -> bool:
+        """Whether there is a store."""
+        try:
+            with directory(self.root) as root:
+                return is_store(root)
+        except FileNotFoundError:
+            return False
+
+    # Looking.
+
+    def statuses(self, keys: Sequence[str]) -> list[os.stat_result | None]:
+        """For each key the status of its file; None where there is none."""
+        found: list[os.stat_result | None] = [None] * len(keys)
+        places: dict[str, list[int]] = {}
+        for number, key in enumerate(keys):
+            places.setdefault(key[:2], []).append(number)
+        with suppress(FileNotFoundError), directory(self._path) as root:
+            for shard, numbers in places.items():
+                try:
+                    folder = reach(shard, root)
+                except FileNotFoundError:
+                    continue
+                try:
+                    for number in numbers:
+                        found[number] = status_of(f"{keys[number]}{SUFFIX}", folder)
+                finally:
+                    os.close(folder)
+        return found
+
+    @contextmanager
+    def chunk(self, key: str) -> Iterator[tuple[int, os.stat_result]]:
+        """A chunk's file, open for reading, and its status.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        root = reach(self._path)
+        try:
+            folder = reach(key[:2], root)
+        finally:
+            os.close(root)
+        try:
+            descriptor, status = open_file(f"{key}{SUFFIX}", os.O_RDONLY, folder)
+        finally:
+            os.close(folder)
+        try:
+            yield descriptor, status
+        finally:
+            os.close(descriptor)
 
     def keys(self) -> Iterator[str]:
         """All chunks that have their name.
@@ -54,13 +120,51 @@ class Folder:
         Raises:
             StoreError: a directory cannot be listed.
         """
-        for shard in sorted(_listing(self.root)):
-            if len(shard) != 2:
-                continue
-            for name in _listing(self.root / shard):
-                stem = name.removesuffix(SUFFIX)
-                if name.endswith(SUFFIX) and stem.startswith(shard) and _KEY.fullmatch(stem):
-                    yield stem
+        for shard in self.shards():
+            found: list[Found] = []
+            with (
+                suppress(FileNotFoundError),
+                self._listed(shard),
+                directory(self.root) as root,
+                directory(shard, root) as folder,
+            ):
+                found = entries_of(folder)
+            yield from (key for name, is_file, _ in found if is_file and (key := key_in(shard, name)))
+
+    def shards(self) -> list[str]:
+        """The folders that chunks may be in.
+
+        Raises:
+            StoreError: the directory cannot be listed.
+        """
+        with suppress(FileNotFoundError), self._listed(""), directory(self.root) as root:
+            return sorted(name for name, _, is_folder in entries_of(root) if is_folder and SHARD.fullmatch(name))
+        return []
+
+    def shard_listing(self, shard: str) -> ShardListing:
+        """The chunks in a folder, with their sizes and last uses, as far as they are still there.
+
+        Raises:
+            StoreError: it cannot be listed.
+        """
+        now = time.time()
+        with (
+            suppress(FileNotFoundError),
+            self._listed(shard),
+            directory(self.root) as root,
+            directory(shard, root) as folder,
+        ):
+            changed = os.fstat(folder).st_mtime_ns
+            found = list(files_of(folder, lambda name: key_in(shard, name)))
+            entries = [_entry(name.removesuffix(SUFFIX), status, now) for name, status in found]
+            return ShardListing(changed, entries)
+        return ShardListing(0, [])
+
+    def shard_changed(self, shard: str) -> int:
+        """When names in a folder last changed; 0 where there is none."""
+        with suppress(FileNotFoundError), directory(self.root) as root, directory(shard, root) as folder:
+            return os.fstat(folder).st_mtime_ns
+        return 0
 
     def entries(self) -> Iterator[Entry]:
         """All chunks with their sizes and last uses, as far as they are still there.
@@ -68,207 +172,156 @@ class Folder:
         Raises:
             StoreError: a directory cannot be listed.
         """
-        for key in self.keys():
-            with suppress(FileNotFoundError):
-                status = os.stat(self.path(key))
-                yield Entry(key, status.st_size, status.st_mtime)
+        for shard in self.shards():
+            yield from self.shard_listing(shard).entries
 
     def partial_bytes(self) -> int:
         """Bytes of all files that are being written, each as large as it will be."""
-        total = 0
-        for name in _listing(self.root / PARTIAL):
-            with suppress(FileNotFoundError):
-                status = os.stat(self.root / PARTIAL / name)
-                total += status.st_size if status.st_nlink == 1 else 0  # with a second name it is a chunk already
-        return total
+        with (
+            suppress(FileNotFoundError),
+            self._listed(PARTIAL),
+            directory(self.root) as root,
+            directory(PARTIAL, root) as folder,
+        ):
+            # With a second name it is a chunk already.
+            return sum(status.st_size for _, status in files_of(folder, LEFTOVER.fullmatch) if status.st_nlink < 2)
+        return 0
 
-    def discard(self, entry: Entry) -> int:
-        """Delete a chunk, unless it was used since it was listed; gives the bytes that are free now.
+    # Removing.
+
+    def remove(self, key: str) -> int | None:
+        """Delete a chunk; its bytes, which are free now, or None where there is none.
 
         Readers hold the file open and read on; whoever comes later finds a miss.
         """
-        path = self.path(entry.key)
-        try:
-            status = os.stat(path)
-            if status.st_mtime > entry.used:
-                return 0
-            os.unlink(path)
-        except FileNotFoundError:
-            return 0
-        return status.st_size
+        return self._remove(key, lambda status: True)
+
+    def discard(self, entry: Entry) -> int:
+        """Delete a chunk, unless it was used since it was listed; gives the bytes that are free now."""
+        now = time.time()
+        return self._remove(entry.key, lambda status: date_of_use(status.st_mtime, now) <= entry.used) or 0
 
     def sweep(self) -> int:
         """Remove what killed writers left behind; returns how many files. Files of living writers stay."""
         swept = 0
-        try:
-            leftovers = _listing(self.root / PARTIAL)
-        except StoreError:  # Somebody else's store: it can be read all the same.
-            return swept
-        for name in leftovers:
-            path = self.root / PARTIAL / name
-            with suppress(OSError), opened(path, os.O_RDWR) as descriptor:
-                if try_lock(descriptor):
-                    path.unlink()
-                    swept += 1
+        # Somebody else's store may not let us: it can be read all the same.
+        with suppress(OSError), directory(self.root) as root, directory(PARTIAL, root) as folder:
+            for name, _ in files_of(folder, LEFTOVER.fullmatch):
+                if name in being_written:
+                    continue
+                with suppress(OSError):
+                    swept += remove_if_left(name, folder)
         return swept
 
+    # Writing.
+
     @contextmanager
-    def partial_file(self, key: str) -> Iterator[tuple[int, str]]:
-        """A new file under `partial/`, open for writing, locked as long as its writer lives, and gone from there afterwards."""
-        directory = self.root / PARTIAL
-        directory.mkdir(exist_ok=True)
-        while True:
-            path = f"{directory}/{key}.{secrets.token_hex(8)}"
-            with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-                # A sweep may look between our open and our lock; it has removed the file then, and we take a new one.
-                if try_lock(descriptor) and os.fstat(descriptor).st_nlink:
-                    try:
-                        yield descriptor, path
-                    finally:
-                        with suppress(OSError):
-                            os.unlink(path)
-                    return
+    def partial_file(self, key: str) -> Iterator[Partial]:
+        """A new file under `partial/`, open for writing, locked as long as its writer lives, and gone from there afterwards.
 
-    def make_shard(self, key: str) -> None:
-        """The directory that a chunk's file goes to, durably."""
-        shard = os.path.dirname(self.path(key))
-        if not os.path.isdir(shard):
-            os.makedirs(shard, exist_ok=True)
-            _sync_directory(str(self.root))
+        Raises:
+            StoreError: the directory is no store, and not empty.
+        """
+        with ExitStack() as stack:
+            root = stack.enter_context(self._claimed_root())
+            make_directory(PARTIAL, root)
+            folder = stack.enter_context(self._folder_to_write(PARTIAL, root))
+            partial = new_file(key, folder, root)
+            being_written.add(partial.name)
+            try:
+                yield partial
+            finally:
+                being_written.discard(partial.name)
+                with suppress(OSError):  # its bytes have been synced
+                    partial.close()
+                with suppress(OSError):
+                    os.unlink(partial.name, dir_fd=folder)
 
-    def give_name(self, partial: str, key: str, *, replace: bool) -> bool:
+    def give_name(self, partial: Partial, key: str, *, replace: bool) -> bool:
         """Let a whole partial file be the chunk; False, and nothing is changed, where there is one and it is to stay.
 
         A link fails where the name is taken, so of two writers of one key only the first one succeeds. Where the filesystem has
-        no links, both may, one after the other; their values are equal.
+        no links, both may, one after the other; their values are equal. Not all of them rename a file that is open, and some
+        tell only when it is closed that its bytes did not arrive.
 
         The partial name is gone then: as long as a chunk has both, evicting it frees nothing.
         """
-        final = self.path(key)
-        if not replace:
-            try:
-                os.link(partial, final)
-                os.unlink(partial)
+        name = f"{key}{SUFFIX}"
+        if make_directory(key[:2], partial.root):
+            sync_directory(partial.root)
+        with self._folder_to_write(key[:2], partial.root) as shard:
+            if not replace and link(partial, name, shard):
                 return True
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-            if os.path.exists(final):
-                return False
-        os.rename(partial, final)
-        return True
+            if is_taken(name, shard):
+                if status_of(name, shard) is None:
+                    raise StoreError(f"{self.path(key)} is no plain file, so no chunk can have this name; remove it.")
+                if not replace:
+                    return False
+            partial.close()
+            os.rename(partial.name, name, src_dir_fd=partial.folder, dst_dir_fd=shard)
+            return True
 
     def make_name_durable(self, key: str) -> None:
         """Bring the chunk's name to the disk. Where that fails it is taken back: what is listed has to survive a crash."""
-        final = self.path(key)
         try:
-            _sync_directory(os.path.dirname(final))
+            # A chunk that was evicted meanwhile has no name to be kept, its folder may be gone with it.
+            with suppress(FileNotFoundError), directory(self.root) as root, directory(key[:2], root) as shard:
+                sync_directory(shard)
         except OSError:
             with suppress(OSError):
-                os.unlink(final)
+                self.remove(key)
             raise
 
+    @contextmanager
+    def _claimed_root(self) -> Iterator[int]:
+        """The store's directory, made where it is missing."""
+        with ExitStack() as stack:
+            try:
+                root = stack.enter_context(directory(self.root))
+            except FileNotFoundError:
+                self._make_root()
+                root = stack.enter_context(directory(self.root))
+            claim(root, self.root)
+            yield root
 
-@contextmanager
-def opened(path: str | Path, flags: int) -> Iterator[int]:
-    """A descriptor while the body runs. New files get the mode that the user's umask allows."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def read_scattered(
-    descriptor: int,
-    parts: Sequence[memoryview],
-    key: str,
-    offset: int = 0,
-    arrived: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice.
-
-    What is not in the page cache is read past it, see `direct`.
-
-    Args:
-        descriptor: of the open file.
-        parts: writable buffers.
-        key: for the message.
-        offset: of the first byte.
-        arrived: called with how many parts are full, after each step.
-
-    Raises:
-        CorruptChunk: the file ends before the parts are full.
-    """
-    step = DIRECT_STEP if skip_page_cache(descriptor, parts, offset) else CACHED_STEP
-    begin, nbytes = 0, 0
-    for end, part in enumerate(parts, start=1):
-        nbytes += part.nbytes
-        if nbytes >= step or end == len(parts):
-            _fill(descriptor, parts[begin:end], nbytes, key, offset)
-            arrived(end)
-            begin, offset, nbytes = end, offset + nbytes, 0
-
-
-def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, offset: int) -> None:
-    """Fill the parts, which have that many bytes."""
-    while nbytes:
+    def _make_root(self) -> None:
         try:
-            count = os.preadv(descriptor, parts[:IOV_MAX], offset)
+            # KV gives away its prompt. Who wants to share a directory makes it, with the mode they want.
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            if not is_refusal(error) or not use_page_cache(descriptor):
+            raise StoreError(f"The store directory {self.root} cannot be made: {advice(error)}") from error
+
+    @contextmanager
+    def _folder_to_write(self, name: str, root: int) -> Iterator[int]:
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(directory(name, root))
+            except FileNotFoundError as error:
+                if is_taken(name, root):
+                    raise StoreError(
+                        f"{self.root / name} is a link or a file, where a store needs a folder of its own; remove it."
+                    ) from error
                 raise
-            continue
-        if count == 0:
-            raise CorruptChunk(f"Chunk {key} ended early.")
-        offset += count
-        nbytes -= count
-        if nbytes:
-            parts = after(parts, count)
+            yield folder
+
+    def _remove(self, key: str, may_go: Callable[[os.stat_result], bool]) -> int | None:
+        with suppress(FileNotFoundError), directory(self.root) as root, directory(key[:2], root) as shard:
+            status = status_of(f"{key}{SUFFIX}", shard)
+            if status is not None and may_go(status):
+                os.unlink(f"{key}{SUFFIX}", dir_fd=shard)
+                return status.st_size
+        return None
+
+    @contextmanager
+    def _listed(self, name: str) -> Iterator[None]:
+        """A folder that cannot be looked at is not one that is not there."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"The directory {self.root / name} cannot be listed: {advice(error)}") from error
 
 
-def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:
-    """Write the parts one after the other, without joining them in memory."""
-    pending = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
-    while pending:
-        pending = after(pending, os.writev(descriptor, pending[:IOV_MAX]))
-
-
-def advice(error: OSError) -> str:
-    """The system's word for what happened, and what to do about it."""
-    remedies = {
-        errno.ENOSPC: "free some space or choose another directory.",
-        errno.EDQUOT: "your quota is used up; free some space or choose another directory.",
-        errno.EROFS: "the filesystem is read-only; choose another directory.",
-        errno.EACCES: "you lack the permission; choose another directory or change its mode.",
-        errno.EPERM: "you lack the permission; choose another directory or change its mode.",
-        errno.ENOTDIR: "a part of the path is a file; choose another directory.",
-        errno.EIO: "the disk reports a fault; check it.",
-    }
-    what = os.strerror(error.errno) if error.errno else str(error)
-    return f"{what}: {remedies.get(error.errno or 0, 'check the path and the disk.')}"
-
-
-def try_lock(descriptor: int) -> bool:
-    """Take the file's lock, which the kernel gives back when the holder dies; False if another holds it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _listing(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise StoreError(f"The directory {directory} cannot be listed: {advice(error)}") from error
-
-
-def _sync_directory(path: str) -> None:
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
-        os.fsync(descriptor)
+def _entry(key: str, status: os.stat_result, now: float) -> Entry:
+    return Entry(key, status.st_size, date_of_use(status.st_mtime, now))

@@ -7,20 +7,25 @@ delete, evict or replace the chunk meanwhile.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.below import advice, directory, sync_file
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
-from cake_hf.stores.folder import NOTES, SUFFIX, Folder, advice, opened, read_scattered, write_gathered
-from cake_hf.stores.places import START_BYTES, place_in
+from cake_hf.stores.folder import NOTES, SUFFIX, Folder
+from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
 from cake_hf.stores.room import Room
 from cake_hf.stores.specs import expanded
+from cake_hf.stores.transfer import read_scattered, write_gathered
 
 __all__ = ["SUFFIX", "LocalStore"]
+
+ATTEMPTS = 3
 
 MARK_SECONDS = 60.0
 """A chunk's last use is noted this exactly: a read touches its file at most once in so long."""
@@ -34,16 +39,18 @@ class LocalStore(Store):
     it writes is counted.
 
     Args:
-        root: the directory; created when missing, then for its owner alone.
+        root: the directory; made by the first write where it is missing, then for its owner alone.
         budget: most bytes of chunks that the directory may have; None for no limit.
         eviction: who makes room: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was used
             longest ago, the chunk nearest to its start, which is the cheapest to compute).
 
+    Opening it, and reading after `look_only`, changes nothing. Nothing is written to a directory that is somebody's own.
+
     Attributes:
-        marks_use: whether reads count as uses. Who only looks at the chunks, to check or to list them, turns it off.
+        marks_use: whether reads count as uses.
 
     Raises:
-        StoreError: `root` cannot be a directory of chunks; the message says what to do.
+        StoreError: `root` is no directory, or not one that may be looked into; the message says what to do.
         ValueError: `budget` is not positive, or there is no such eviction.
     """
 
@@ -55,30 +62,26 @@ class LocalStore(Store):
             raise ValueError(f"budget must be positive, got {budget}; leave it out for no limit.")
         self.root = expanded(root).absolute()
         self.marks_use = True
+        self._looks_only = False
+        self._written = False
         self._folder = Folder(self.root)
         self._room = Room(self._folder, budget, order_named(eviction, self.place))
-        try:
-            if self.root.exists() and not self.root.is_dir():
-                raise StoreError(f"The store path {self.root} is a file; give the path of a directory.")
-            # KV gives away its prompt. Who wants to share a directory makes it, with the mode they want.
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"The store directory {self.root} cannot be made: {advice(error)}") from error
-        self.sweep()
+        self._check_root()
 
     def __repr__(self) -> str:
         return f"LocalStore({str(self.root)!r})"
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        return [os.path.exists(self._folder.path(key)) for key in keys]
+        with self._told(f"The chunks in {self.root} cannot be looked for: "):
+            return [status is not None for status in self._folder.statuses(keys)]
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         return self.read_gradually(key, parts, lambda count: None)
 
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
         try:
-            with opened(self._folder.path(key), os.O_RDONLY) as descriptor:
-                status, expected = os.fstat(descriptor), total_bytes(parts)
+            with self._folder.chunk(key) as (descriptor, status):
+                expected = total_bytes(parts)
                 if status.st_size != expected:
                     raise CorruptChunk(f"Chunk {key} has {status.st_size} bytes, {expected} were expected.")
                 read_scattered(descriptor, parts, key, arrived=arrived)
@@ -91,9 +94,9 @@ class LocalStore(Store):
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
         try:
-            with opened(self._folder.path(key), os.O_RDONLY) as descriptor:
+            with self._folder.chunk(key) as (descriptor, status):
                 read_scattered(descriptor, parts, key, offset)
-                self._mark_use(descriptor, os.fstat(descriptor).st_mtime)
+                self._mark_use(descriptor, status.st_mtime)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -101,42 +104,35 @@ class LocalStore(Store):
         return True
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        if not replace and os.path.exists(self._folder.path(key)):
-            return False
-        try:
+        with self._told(f"Chunk {key} cannot be written to {self.root}: "):
+            if not replace and self._folder.statuses([key])[0] is not None:
+                return False
+            for _ in range(ATTEMPTS - 1):
+                # Who removes the directory, or sweeps a file in the moment in which it is closed and has no name yet, costs a
+                # second try.
+                with suppress(FileNotFoundError):
+                    return self._publish(key, parts, replace)
             return self._publish(key, parts, replace)
-        except OSError as error:
-            raise StoreError(f"Chunk {key} cannot be written to {self.root}: {advice(error)}") from error
 
     def delete(self, key: str) -> bool:
-        path = self._folder.path(key)
-        try:
-            with self._room.counting() as count:
-                nbytes = os.stat(path).st_size
-                os.unlink(path)
-                count(-nbytes)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StoreError(f"Chunk {key} cannot be deleted from {self.root}: {advice(error)}") from error
-        return True
+        with self._told(f"Chunk {key} cannot be deleted from {self.root}: "), self._room.counting() as count:
+            freed = self._folder.remove(key)
+            count(-(freed or 0))
+            return freed is not None
 
     def keys(self) -> Iterator[str]:
         return self._folder.keys()
 
     def size(self, key: str) -> int | None:
-        try:
-            return os.stat(self._folder.path(key)).st_size
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"Chunk {key} cannot be looked at in {self.root}: {advice(error)}") from error
+        with self._told(f"Chunk {key} cannot be looked at in {self.root}: "):
+            status = self._folder.statuses([key])[0]
+            return None if status is None else status.st_size
 
     def check_writable(self) -> None:
-        """Try to make a file.
+        """Try to make a file, and remove what killed writers have left.
 
         Raises:
-            StoreError: the directory is read-only or the disk is full.
+            StoreError: the directory is read-only, the disk is full, or it is somebody's own.
         """
         try:
             with self._folder.partial_file("probe"):
@@ -145,12 +141,34 @@ class LocalStore(Store):
             raise StoreError(
                 f"Nothing can be written to the store {self.root}: {advice(error)} To only read from it, pass save=False."
             ) from error
+        self._begin_to_write()
+
+    def look_only(self) -> None:
+        self._looks_only = not self._written
+
+    def leaves_traces(self) -> bool:
+        return not self._looks_only
 
     def identity(self) -> Hashable:
         return ("LocalStore", os.path.realpath(self.root))
 
-    def notes_folder(self) -> Path:
+    def notes_folder(self) -> Path | None:
         return self.root / NOTES
+
+    def exists(self) -> bool:
+        """Whether the directory is there."""
+        with (
+            self._told(f"The directory {self.root} cannot be looked at: "),
+            suppress(FileNotFoundError),
+            directory(self.root),
+        ):
+            return True
+        return False
+
+    def is_store(self) -> bool:
+        """Whether the directory is there and a store: marked, or with chunks, or with nothing that stores do not have."""
+        with self._told(f"The directory {self.root} cannot be looked at: "):
+            return self._folder.is_store()
 
     def sweep(self) -> int:
         """Remove what killed writers left behind; returns how many files. Files of living writers stay."""
@@ -164,20 +182,16 @@ class LocalStore(Store):
         Raises:
             StoreError: a directory or a file cannot be looked at.
         """
-        try:
+        with self._told(f"The chunks in {self.root} cannot be looked at: "):
             return list(self._folder.entries())
-        except OSError as error:
-            raise StoreError(f"The chunks in {self.root} cannot be looked at: {advice(error)}") from error
 
     def place(self, key: str) -> Place | None:
         """Where a chunk stands in its prompt, by its header; None where that cannot be told. Does not count as a use."""
-        start = bytearray(START_BYTES)
         try:
-            with opened(self._folder.path(key), os.O_RDONLY) as descriptor:
-                count = os.preadv(descriptor, [start], 0)
+            with self._folder.chunk(key) as (descriptor, _):
+                return place_in(os.pread(descriptor, FIRST_BYTES, 0)) or place_in(os.pread(descriptor, START_BYTES, 0))
         except OSError:
             return None
-        return place_in(bytes(start[:count]))
 
     def evict(self, entry: Entry) -> bool:
         """Delete a chunk unless it was used since it was listed; whether it is gone.
@@ -185,23 +199,27 @@ class LocalStore(Store):
         Raises:
             StoreError: it cannot be deleted.
         """
-        try:
-            with self._room.counting() as count:
-                count(-self._folder.discard(entry))
-                return not os.path.exists(self._folder.path(entry.key))
-        except OSError as error:
-            raise StoreError(f"Chunk {entry.key} cannot be deleted from {self.root}: {advice(error)}") from error
+        with self._told(f"Chunk {entry.key} cannot be deleted from {self.root}: "), self._room.counting() as count:
+            count(-self._folder.discard(entry))
+            return self._folder.statuses([entry.key])[0] is None
+
+    def _check_root(self) -> None:
+        with self._told(f"The store directory {self.root} cannot be opened: "), suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.stat(self.root).st_mode):
+                raise StoreError(f"The store path {self.root} is a file; give the path of a directory.")
+            with directory(self.root) as root:
+                os.stat(".", dir_fd=root)  # whether it may be passed through
 
     def _publish(self, key: str, parts: Sequence[Part], replace: bool) -> bool:
         """Write to a partial sibling, make it durable, and only then give it its name."""
         nbytes = total_bytes(parts)
-        with self._folder.partial_file(key) as (descriptor, partial):
-            self._room.reserve(descriptor, nbytes)
+        with self._folder.partial_file(key) as partial:
+            self._begin_to_write()
+            self._room.reserve(partial.descriptor, nbytes)
             named = False
             try:
-                write_gathered(descriptor, parts)
-                os.fsync(descriptor)
-                self._folder.make_shard(key)
+                write_gathered(partial.descriptor, parts)
+                sync_file(partial.descriptor)
                 with self._room.counting() as count:
                     replaced = (self.size(key) or 0) if replace else 0
                     named = self._folder.give_name(partial, key, replace=replace)
@@ -215,8 +233,23 @@ class LocalStore(Store):
                 self._room.give_back(nbytes)
             return named
 
+    def _begin_to_write(self) -> None:
+        """The first write sweeps: not before is it known that the directory is ours, and that anybody writes at all."""
+        self._looks_only = False
+        if not self._written:
+            self._written = True
+            self.sweep()
+
     def _mark_use(self, descriptor: int, used: float) -> None:
         """Note a use as the file's mtime: unlike atime, no mount turns it off and no backup that reads the file changes it."""
-        if self.marks_use and time.time() - used > MARK_SECONDS:
+        if self.marks_use and not self._looks_only and abs(time.time() - used) > MARK_SECONDS:
             with suppress(OSError):  # somebody else's file: its owner's uses count
                 os.utime(descriptor)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """The system's errors become ours: this begin of a sentence, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{what}{advice(error)}") from error

@@ -10,6 +10,8 @@ from cake_hf.arithmetic.outside import escaped
 
 MOST_NAMED = 3
 MAX_VALUE = 40
+DIGESTS = ("model.weights", "code", "behaviour")
+"""Facts that tell people nothing by their values."""
 
 
 def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) -> str:
@@ -28,14 +30,16 @@ def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) ->
         return f"has chunks of {_short(theirs.get('chunk_size'))} tokens; pass chunk_size={_short(theirs.get('chunk_size'))}"
     if dtypes(theirs) != dtypes(ours) and dtypes(theirs) and dtypes(ours):
         return f"holds KV of dtype {dtypes(theirs)}, this model's is {dtypes(ours)}; load the model in that dtype"
-    if any(not path.startswith("numerics") and path != "model.weights" for path, _, _ in different):
+    if any(not path.startswith("numerics") and path not in DIGESTS for path, _, _ in different):
         return f"was made with another model ({_named(different)})"
     if exact != ("numerics" in ours):
         return f"was made with exact={exact}; pass exact={exact}"
     if any(path == "model.weights" for path, _, _ in different):
         return "was made with other weights of this kind of model; use that model and its revision"
-    if different:
+    if any(path.startswith("numerics") for path, _, _ in different):
         return f"was made with other numerics ({_named(different)}); use a pack made with exact=False"
+    if different:
+        return "was made with a model that computes something else: that one or this one is patched, steered or edited"
     return "was made with another salt; pass its salt" if salted else "was made without a salt; pass none"
 
 
@@ -56,7 +60,7 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, 
 
 
 def _named(different: list[tuple[str, Any, Any]]) -> str:
-    telling = [entry for entry in different if entry[0] != "model.weights"]  # nobody can read a digest
+    telling = [entry for entry in different if entry[0] not in DIGESTS]
     named = [
         f"{_plain(path.rpartition('.')[2])}: {_short(there)} there, {_short(here)} here"
         for path, there, here in telling

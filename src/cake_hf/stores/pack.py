@@ -20,6 +20,9 @@ from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.specs import expanded
 from cake_hf.tensors.fingerprint import canonical
 
+FIRST_READ = 2**25
+"""Bytes of a chunk that are read at first; each further read brings as many as there are already."""
+
 
 class PackSource(ABC):
     """Where the files of a pack are. May be asked by many threads at once.
@@ -89,6 +92,19 @@ class PackStore(Store):
         self.source.fetch(chunk_path(key), parts, 0)
         self._refuse_other(digest_of(parts), chunk.digest, chunk)
         return chunk.size
+
+    def read(self, key: str) -> bytearray | None:
+        """As the contract says. The manifest's word for the size costs no more memory than twice what turns out to be there."""
+        chunk = self.manifest.by_key.get(key)
+        if chunk is None:
+            return None
+        value = bytearray()
+        while len(value) < chunk.size:
+            piece = bytearray(min(chunk.size - len(value), max(len(value), FIRST_READ)))
+            self.source.fetch(chunk_path(key), [memoryview(piece)], len(value))
+            value += piece
+        self._refuse_other(digest_of([value]), chunk.digest, chunk)
+        return value
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
         """As the contract says; whole blocks are fetched, since only those can be checked."""
@@ -213,7 +229,12 @@ def _blake3() -> Callable[[], Any]:
 
 
 def _open_plain_file(path: str, flags: int) -> int:
-    """A stranger's folder may hold a pipe under a file's name, at which a plain open would wait for ever."""
+    """A stranger's folder may hold a pipe under a file's name, at which a plain open would wait for ever, or a device.
+
+    Links are followed: the Hub's client keeps its downloads so. What is read is held against the manifest.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise StoreError(f"{path} is not a plain file.")
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -14,6 +14,9 @@ from cake_hf.stores.eviction import Place
 START_BYTES = 2**16
 """So many bytes of a value are enough to find its place; the metadata comes first in a header of ours."""
 
+FIRST_BYTES = 2**12
+"""So many are enough for nearly all of them."""
+
 MAX_INDEX = 2**40
 _METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 

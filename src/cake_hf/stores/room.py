@@ -7,21 +7,50 @@ leftover file, and goes with that.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores.account import Account, Balance
-from cake_hf.stores.eviction import Entry, Order
-from cake_hf.stores.folder import BYTES, Folder
+from cake_hf.stores.eviction import Entry, Order, least_recently_used
+from cake_hf.stores.folder import BYTES, Folder, ShardListing
 
 SURVEY_SECONDS = 60.0
 """After so long the directory is looked at again: what was used meanwhile, and what came or went by other hands."""
 
 ATTEMPTS = 3
+
+MOST_EVICTIONS = 256
+"""Files that are deleted before others get the lock."""
+
+PAUSE = 0.005
+
+COARSE_SECONDS = 2.5
+"""Dates of folders are no finer than that everywhere: what changed so shortly before a look may have changed again after it."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at the directory has found.
+
+    Attributes:
+        begun: when it began, in nanoseconds since the epoch.
+        shards: the folders with chunks.
+        candidates: chunks, by who goes first.
+    """
+
+    begun: int
+    shards: dict[str, ShardListing]
+    candidates: list[Entry]
+
+    def may_have_missed(self, shard: ShardListing) -> bool:
+        """Whether a folder's date cannot tell what came after it was listed."""
+        return shard.changed > self.begun - COARSE_SECONDS * 10**9
 
 
 class Room:
@@ -50,24 +79,31 @@ class Room:
     def reserve(self, descriptor: int, nbytes: int) -> None:
         """Give a partial file its size, once there is room for it.
 
+        Looking at a large directory takes long, so it is done while others may write; only what has changed meanwhile is
+        looked at again under the lock.
+
         Raises:
             StoreError: it can never fit, or what could go does not suffice; nothing was evicted for it then.
             OSError: as it comes.
         """
-        budget = self._budget
-        if budget is not None and nbytes > budget:
-            raise StoreError(f"A chunk of {nbytes:,} bytes is over the store's budget of {budget:,}; raise it.")
-        with self._account.opened(create=budget is not None) as balance:
-            if balance is not None:
-                if budget is not None:
-                    self._make_room(balance, nbytes, budget)
-                balance.add(nbytes)
-            try:
-                os.ftruncate(descriptor, nbytes)
-            except OSError:
-                if balance is not None:
-                    balance.add(-nbytes)
-                raise
+        if self._budget is not None and nbytes > self._budget:
+            raise StoreError(f"A chunk of {nbytes:,} bytes is over the store's budget of {self._budget:,}; raise it.")
+        survey = self._look() if self._budget is not None and self._clock() >= self._survey_due else None
+        looks = 0
+        while True:
+            with self._account.opened(create=self._budget is not None) as balance:
+                room = balance is None or self._budget is None or self._make_room(balance, nbytes, self._budget, survey)
+                if room is True:
+                    self._take(descriptor, nbytes, balance)
+                    return
+            if room is None:  # much has to go: others have their turn in between
+                survey = None
+                time.sleep(PAUSE)
+                continue
+            looks += 1
+            if looks > ATTEMPTS:
+                raise self._no_room(nbytes)
+            survey = self._look()
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[int], object]]:
@@ -80,30 +116,66 @@ class Room:
         with suppress(StoreError, OSError), self.counting() as count:
             count(-nbytes)
 
-    def _make_room(self, balance: Balance, nbytes: int, budget: int) -> None:
-        for _ in range(ATTEMPTS):
-            total = balance.total
-            if total is None or self._clock() >= self._survey_due or total + nbytes - self._evictable > budget:
-                total = self._survey(balance)
-            if total + nbytes - self._evictable > budget:
-                break
-            while total + nbytes > budget and self._candidates:
-                entry = self._candidates.popleft()
-                self._evictable -= entry.nbytes
-                total = balance.add(-self._folder.discard(entry))
-            if total + nbytes <= budget:
-                return
-            self._survey_due = self._clock()  # much of what was listed is gone or in use again
-        raise StoreError(
-            f"There is no room for {nbytes:,} bytes within the store's budget of {budget:,}: all of it is taken by chunks that "
-            "are being written or read; raise the budget."
-        )
+    def _take(self, descriptor: int, nbytes: int, balance: Balance | None) -> None:
+        if balance is not None:
+            balance.add(nbytes)
+        try:
+            os.ftruncate(descriptor, nbytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if balance is not None:
+                    balance.add(-nbytes)
+                raise
+            # Not every filesystem can do that ahead. Until the bytes are written only the account knows of them.
 
-    def _survey(self, balance: Balance) -> int:
-        """Look at the directory itself. The lock is held, so nobody's reservation comes or goes meanwhile."""
+    def _make_room(self, balance: Balance, nbytes: int, budget: int, survey: Survey | None) -> bool | None:
+        """Whether there is room now; False where the directory has to be looked at (again), None where more could go.
+
+        Raises:
+            StoreError: the directory was just looked at, and what could go does not suffice.
+        """
+        if survey is not None:
+            self._take_in(balance, survey)
+        total = balance.total
+        if total is None:
+            return False
+        if total + nbytes - self._evictable > budget:
+            if survey is not None:
+                raise self._no_room(nbytes)
+            return False
+        for _ in range(MOST_EVICTIONS):
+            if total + nbytes <= budget:
+                return True
+            if not self._candidates:  # much of what was listed is gone or in use again
+                return False
+            entry = self._candidates.popleft()
+            self._evictable -= entry.nbytes
+            total = balance.add(-self._folder.discard(entry))
+        return True if total + nbytes <= budget else None
+
+    def _look(self) -> Survey:
+        """Look at the directory itself, without the lock."""
         self._folder.sweep()
-        entries = list(self._folder.entries())
-        self._candidates = deque(self._order(entries))
-        self._evictable = sum(entry.nbytes for entry in entries)
+        now = time.time_ns()
+        shards = {shard: self._folder.shard_listing(shard) for shard in self._folder.shards()}
+        return Survey(now, shards, self._order([entry for shard in shards.values() for entry in shard.entries]))
+
+    def _take_in(self, balance: Balance, survey: Survey) -> None:
+        """What a look has found, and what has changed since then: names in a folder cannot come or go without its date."""
+        known = {entry.key for entry in survey.candidates}
+        listings, late = dict(survey.shards), []
+        for shard in self._folder.shards():
+            before = listings.get(shard)
+            if before is None or survey.may_have_missed(before) or self._folder.shard_changed(shard) != before.changed:
+                listings[shard] = self._folder.shard_listing(shard)
+                late += [entry for entry in listings[shard].entries if entry.key not in known]
+        self._candidates = deque([*survey.candidates, *least_recently_used(late)])
+        self._evictable = sum(entry.nbytes for shard in listings.values() for entry in shard.entries)
         self._survey_due = self._clock() + SURVEY_SECONDS
-        return balance.set(self._evictable + self._folder.partial_bytes())
+        balance.set(self._evictable + self._folder.partial_bytes())
+
+    def _no_room(self, nbytes: int) -> StoreError:
+        return StoreError(
+            f"There is no room for {nbytes:,} bytes within the store's budget of {self._budget:,}: all of it is taken by "
+            "chunks that are being written or read; raise the budget."
+        )

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ class TierStore(Store):
                 place.standing.change("written", place.store.check_writable)
         if faults.count == len(eager):
             faults.tell("Nothing can be written to any tier.")
+
+    def look_only(self) -> None:
+        for place in self._places:
+            place.store.look_only()
+
+    def leaves_traces(self) -> bool:
+        noting = (place.store for place in self._places if place.store.notes_folder() is not None)
+        return all(store.leaves_traces() for store in islice(noting, 1))
 
     def notes_folder(self) -> Path | None:
         folders = (place.store.notes_folder() for place in self._places)

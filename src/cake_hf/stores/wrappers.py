@@ -59,6 +59,12 @@ class WrapperStore(Store):
     def head(self, key: str, nbytes: int) -> bytes | None:
         return self.inner.head(key, nbytes)
 
+    def look_only(self) -> None:
+        self.inner.look_only()
+
+    def leaves_traces(self) -> bool:
+        return self.inner.leaves_traces()
+
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 

@@ -104,6 +104,10 @@ class ChunkFacts:
     checksums: tuple[str, ...] = ()
 
 
+Checksum = xxhash.xxh3_128
+"""What `checksum` is of, for data that comes in steps."""
+
+
 def checksum(data: Buffer) -> str:
     """xxh3-128; guards against accidents, not against an adversary.
 

@@ -104,7 +104,7 @@ def bench(
     typer.echo(line)
     faults = [*outcome["parity"]["mismatches"], *outcome["failures"]]
     if faults:
-        errors.print(*faults, sep="\n", style="bold red", markup=False)
+        errors.print(*faults, sep="\n", style="bold red")
         raise typer.Exit(WRONG)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from cake_hf.people.bench.results import Figure, Result
 
@@ -32,9 +33,9 @@ def _table(result: Result) -> Table:
     return table
 
 
-def _row(figure: Figure) -> tuple[str, ...]:
+def _row(figure: Figure) -> tuple[str | Text, ...]:
     numbers = [f"{number:,.3f}" for number in (figure.value, figure.low, figure.high)]
-    met = {None: "", True: "[green]yes", False: "[red]no"}[figure.met]
+    met = {None: Text(), True: Text("yes", "green"), False: Text("no", "red")}[figure.met]
     goal = "" if figure.goal is None else str(figure.goal)
     unit = "" if figure.unit in ("x", "chunks") else f", {figure.unit}"
     return (f"{figure.label}{unit}", *numbers, goal, met)

@@ -81,25 +81,21 @@ def pull_command(
 
 
 def _show_pushed(pushed: Pushed) -> None:
-    console.print(f"pushed {_summary(pushed.manifest)}", markup=False)
+    console.print(f"pushed {_summary(pushed.manifest)}")
     if pushed.missing:
-        errors.print(f"Not in the store, and so not in the pack: {count_text(pushed.missing, 'chunk')}.", markup=False)
+        errors.print(f"Not in the store, and so not in the pack: {count_text(pushed.missing, 'chunk')}.")
     if "numerics" in pushed.manifest.facts:
         errors.print("It serves only the very same numerics; for other machines warm and push with --no-exact.")
-    console.print(
-        f"\ncache = CakeCache(model, {_arguments(pushed.url, pushed.manifest)})", markup=False, soft_wrap=True
-    )
+    console.print(f"\ncache = CakeCache(model, {_arguments(pushed.url, pushed.manifest)})", soft_wrap=True)
 
 
 def _show_pulled(imported: Imported, store: str) -> None:
     there = len(imported.manifest.by_key) - imported.chunks - imported.states
     wrote = _count_text(imported.chunks, imported.states)
-    console.print(f"pulled {_summary(imported.manifest)}", markup=False)
-    console.print(f"from {imported.url}", markup=False, soft_wrap=True)
+    console.print(f"pulled {_summary(imported.manifest)}")
+    console.print(f"from {imported.url}", soft_wrap=True)
     console.print(f"wrote {wrote}, {bytes_text(imported.nbytes)}; {there:,} were there already")
-    console.print(
-        f"\ncache = CakeCache(model, {_arguments(shown_url(store), imported.manifest)})", markup=False, soft_wrap=True
-    )
+    console.print(f"\ncache = CakeCache(model, {_arguments(shown_url(store), imported.manifest)})", soft_wrap=True)
 
 
 def _summary(manifest: PackManifest) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.packs.card import card_text
 from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progress
+from cake_hf.stores.below import directory, is_taken, make_directory, replace_file
 from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.stores.pack import open_folder_pack
@@ -75,20 +76,41 @@ class FolderSink(Sink):
             self._folder.mkdir(parents=True, exist_ok=True)
             if any(self._folder.iterdir()):
                 self._stale = self._files_of_an_older_pack()
-                (self._folder / MANIFEST).unlink()
+                self._remove(MANIFEST)
 
     def add(self, path: str, raw: bytes | bytearray) -> None:
         self._stale.discard(path)
-        with self._plain_errors():
-            (self._folder / path).parent.mkdir(exist_ok=True)
-            (self._folder / path).write_bytes(raw)
+        self._write(path, raw)
 
     def finish(self, files: Mapping[str, bytes]) -> None:
-        with self._plain_errors():
-            for path in self._stale:
-                (self._folder / path).unlink(missing_ok=True)
-            for name in sorted(files, key=lambda name: name == MANIFEST):
-                (self._folder / name).write_bytes(files[name])
+        for path in self._stale:
+            self._remove(path)
+        for name in sorted(files, key=lambda name: name == MANIFEST):
+            self._write(name, files[name])
+
+    def _write(self, path: str, raw: bytes | bytearray) -> None:
+        with self._plain_errors(), directory(self._folder) as root:
+            folder, _, name = path.rpartition("/")
+            if folder:
+                make_directory(folder, root)
+            with self._below(folder, root) as at:
+                replace_file(name, raw, at)
+
+    def _remove(self, path: str) -> None:
+        """Remove a file of ours; what a link leads to is nobody's pack."""
+        folder, _, name = path.rpartition("/")
+        told, gone = self._plain_errors(), suppress(FileNotFoundError)
+        with told, gone, directory(self._folder) as root, self._below(folder, root) as at:
+            if is_taken(name, at):
+                os.unlink(name, dir_fd=at)
+
+    @contextmanager
+    def _below(self, folder: str, root: int) -> Iterator[int]:
+        if folder:
+            with directory(folder, root) as at:
+                yield at
+        else:
+            yield root
 
     def _files_of_an_older_pack(self) -> set[str]:
         try:

@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.bench.grid import plots
 from cake_hf.people.bench.grid.axes import PRESETS, with_options
 from cake_hf.people.bench.grid.run import Grid, run, step_count
@@ -114,7 +115,7 @@ def grid_command(
         console.print(build(grid))
     typer.echo(json.dumps(outcome))
     if grid.faults:
-        errors.print(*grid.faults, sep="\n", style="bold red", markup=False)
+        errors.print(*grid.faults, sep="\n", style="bold red")
         raise typer.Exit(WRONG)
 
 
@@ -138,7 +139,7 @@ def plot_command(
     except (OSError, ValueError) as error:
         raise CakeError(f"{results} cannot be read as the outcome of `cake-hf bench grid --out`: {error}") from error
     for path in plots.draw(outcome, folder):
-        console.print(path, soft_wrap=True, markup=False)
+        console.print(shown(str(path)), soft_wrap=True)
 
 
 @contextmanager
@@ -147,7 +148,7 @@ def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
 
     Gives a function that is called with what is done next, `group: run`.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not (shown and errors.is_terminal)) as progress:
         task, group = progress.add_task("", total=total, completed=-1), ""
 

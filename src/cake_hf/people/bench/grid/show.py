@@ -64,7 +64,7 @@ def _cells_table(title: str, groups: Sequence[Group]) -> Table:
         for first, cell in _cells(group):
             figures = cell.figures
             times = [_seconds(figures[f"{name}_seconds"]) for name in ("load", "both", "limit")]
-            judged = [_judged(figures["eta"]), f"{figures['sigma'].value:.2f}", _judged(figures["ratio"])]
+            judged = [_judged(figures["eta"]), Text(f"{figures['sigma'].value:.2f}"), _judged(figures["ratio"])]
             table.add_row(_tokens(group) * first, cell.source, f"{cell.gbps:.3g}", compute * first, *times, *judged)
         if group.failure:
             table.add_row(_tokens(group), Text("failed", style="red"))
@@ -108,9 +108,9 @@ def _seconds(figure: Figure | None) -> str:
     return "" if figure is None else seconds_text(figure.value)
 
 
-def _judged(figure: Figure) -> str:
+def _judged(figure: Figure) -> Text:
     text = f"{figure.value:.2f}"
-    return {None: f"({text})", True: f"[green]{text}[/]", False: f"[red]{text}[/]"}[figure.met]
+    return {None: Text(f"({text})"), True: Text(text, "green"), False: Text(text, "red")}[figure.met]
 
 
 def _summary(grid: Grid) -> list[RenderableType]:

@@ -75,14 +75,14 @@ def stores_command(
         if told := disturbance(outcome["machine"]):
             console.print(told, style="yellow")
         for name, reason in outcome["left_out"].items():
-            console.print(f"{name} was left out: {reason}", style="yellow", markup=False)
+            console.print(f"{name} was left out: {reason}", style="yellow")
     line = json.dumps(outcome)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(line + "\n")
     typer.echo(line)
     if outcome["failures"]:
-        errors.print(*outcome["failures"], sep="\n", style="bold red", markup=False)
+        errors.print(*outcome["failures"], sep="\n", style="bold red")
         raise typer.Exit(WRONG)
 
 
