@@ -29,6 +29,7 @@ PLAIN_STORES = {
     "direct",
     "eviction",
     "folder",
+    "line",
     "local",
     "manifest",
     "memory",

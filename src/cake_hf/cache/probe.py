@@ -5,12 +5,12 @@ No config says for all model families how many heads of which size are kept, and
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.compat import LinearAttentionLayer, named_for, plain_cache
 from cake_hf.cache.layers import WindowedLayer, ours_for
 from cake_hf.cache.layers.recurrent import states_of
@@ -27,7 +27,7 @@ LOGITS_TOLERANCE = 0.2
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
 _different: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 _forgetful: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def kv_like(model: torch.nn.Module) -> list[Any]:

@@ -186,8 +186,8 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     except CorruptChunk as error:
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
         outcome = Outcome.CORRUPT
-    except Exception as error:
-        # Whatever a store's client raises: the prompt must not suffer from it.
+    except BaseException as error:
+        # Whatever a store's client raises, an interrupt or a panic of its own included: the prompt must not suffer from it.
         job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
         outcome = Outcome.ERROR
     counts = job.frontier.settle(index, outcome)

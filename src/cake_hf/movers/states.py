@@ -72,5 +72,5 @@ class StateRead:
             if self._store.read_into(self._key, [header, *parts]) is not None:
                 Check(self._key, self._layout, header, parts).up_to(len(parts))
                 self._payload = payload
-        except Exception as error:  # whatever a store's client raises: the prompt must not suffer from it
+        except BaseException as error:  # whatever a store's client raises: the prompt must not suffer from it
             logger.warning("A stored state is not usable and is computed instead. %s", error)

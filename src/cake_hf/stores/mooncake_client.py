@@ -10,6 +10,7 @@ import atexit
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,8 +200,9 @@ def _leave(member: Member) -> None:
 @atexit.register
 def _leave_all() -> None:
     """Tell the master before the process ends, so that nobody waits for it; and let no call be at work when it does."""
+    deadline = time.monotonic() + EXIT_SECONDS
     for member in list(_members.values()):
-        member.retire(EXIT_SECONDS)
+        member.retire(max(0.0, deadline - time.monotonic()))
 
 
 def check(code: int, what: str) -> int:
