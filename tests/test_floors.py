@@ -23,6 +23,7 @@ LIBRARIES = {
 
 PLAIN_STORES = {
     "__init__",
+    "absent",
     "account",
     "base",
     "behind",

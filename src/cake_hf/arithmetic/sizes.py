@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 
 _BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -20,7 +21,10 @@ def parse_bytes(text: str) -> int:
     unit = _BYTES.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size; write it like 4GB or 512MiB.")
-    if not (nbytes := int(float(match[1]) * unit)):
+    size = float(match[1]) * unit
+    if not isfinite(size):
+        raise ValueError(f"{text[:40]!r} is more than any machine has; write it like 4GB or 512MiB.")
+    if not (nbytes := int(size)):
         raise ValueError(f"{text!r} is room for nothing; give a size like 4GB.")
     return nbytes
 

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar, cast
 
 from cake_hf.arithmetic.errors import DeadlineExceeded
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.arithmetic.threads import refusal
 
 T = TypeVar("T")
 
@@ -72,12 +73,11 @@ class Call(Generic[T]):
         self.thread = threading.Thread(target=self._run, name=f"cake-{what}", daemon=True)
 
     def begin(self) -> None:
-        """Start the thread; where the system gives none, that is the answer."""
-        try:
-            self.thread.start()
-        except RuntimeError as error:
-            if "new thread" not in str(error):
-                raise  # by a signal handler
+        """Start the thread, unless that was done; where the system gives none, that is the answer."""
+        if self.thread.ident is not None:
+            return
+        error = refusal(self.thread)
+        if error is not None:
             self._answer = Answer(error=error)
 
     def wait(self, seconds: float) -> Answer[T]:

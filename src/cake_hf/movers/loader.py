@@ -12,6 +12,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
+from cake_hf.arithmetic.threads import refusal
 from cake_hf.movers.checking import Check
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.place import Landing, Place, byte_view
@@ -147,9 +148,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
     for n in range(count):
         thread = threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
+        if (error := refusal(thread)) is not None:
             logger.warning("Only %d of %d loader threads can be started. %s", len(threads), count, error)
             break
         threads.append(thread)

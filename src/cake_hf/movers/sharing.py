@@ -118,11 +118,12 @@ class Sharing:
         notes: the same, of where notes about it are.
         endings: the same, of flushing and closing its stores.
         faults: of lookups; forgotten when one succeeds.
+        unsaved: faults of writing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.lookups, self.notes, self.endings = Late(), Late(), Late()
-        self.faults = FaultLog()
+        self.faults, self.unsaved = FaultLog(), FaultLog()
         self._clock = clock
         self._renew()
         renewed_in_child(self._renew)
@@ -135,6 +136,10 @@ class Sharing:
         self._beside: set[ReadSlot] = set()
         self._left: set[ReadSlot] = set()
         self._board: dict[str, Flight] = {}
+
+    def forget_faults(self) -> None:
+        """All is well again: the next fault is told."""
+        self.faults = FaultLog()
 
     def reads(self) -> int:
         """How many reads are under way."""
@@ -270,9 +275,9 @@ _lock = Lock()
 
 def sharing_of(store: Store) -> Sharing:
     """What all users of a place of chunks share in this process, also through several store objects. Keep it while in use."""
-    identity = place_of(store)
+    place = place_of(store)
     with _lock:
-        sharing = _known.get(identity)
+        sharing = _known.get(place)
         if sharing is None:
-            sharing = _known[identity] = Sharing()
+            sharing = _known[place] = Sharing()
         return sharing

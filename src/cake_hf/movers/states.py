@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from cake_hf.arithmetic.threads import refusal
 from cake_hf.movers.checking import Check
 from cake_hf.movers.place import split_payload
 from cake_hf.movers.sharing import ReadSlot
@@ -36,9 +37,7 @@ class StateRead:
         self._thread = threading.Thread(target=self._run, name="cake-load-state", daemon=True)
         if slot is None:
             return
-        try:
-            self._thread.start()
-        except RuntimeError as error:  # a system that gives no more threads is no reason to fail
+        if (error := refusal(self._thread)) is not None:  # no reason to fail
             slot.release()
             logger.warning("A stored state cannot be read: no more threads. %s", error)
 

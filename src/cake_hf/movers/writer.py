@@ -52,13 +52,21 @@ class Writer:
         capacity: bytes of payload that may be under way, those of other sessions included.
         exit_flush_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
         place: of the store, see `place_of`; asked of the store if it is not given.
+        faults: of all who write there; its own if it is not given.
     """
 
-    def __init__(self, store: Store, capacity: int, exit_flush_seconds: float, place: Hashable = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        capacity: int,
+        exit_flush_seconds: float,
+        place: Hashable = None,
+        faults: FaultLog | None = None,
+    ) -> None:
         self._store = store
         line = partial(line_of, WRITER, place_of(store) if place is None else place)
         self._share = Share(line, capacity, exit_flush_seconds)
-        self._faults = FaultLog()
+        self._faults = faults or FaultLog()
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a chunk of that size would be taken now; asked before the chunk is copied out."""

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
+from cake_hf.arithmetic.threads import refusal
 
 logger = logging.getLogger("cake_hf")
 
@@ -99,9 +100,7 @@ class Line:
     def _has_thread(self) -> bool:
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
+            if refusal(thread) is not None:
                 return False
             self._thread = thread
         return True

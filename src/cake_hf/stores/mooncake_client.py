@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.forks import renewed_in_child
 from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.arithmetic.turns import Turns
 
@@ -134,10 +135,10 @@ class Member:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._client: Any = None
-        self._calls = 0
         self._left = False
-        self._changed = threading.Condition()
         self.stores = 0
+        self._renew()
+        renewed_in_child(self._renew)
 
     @contextmanager
     def client(self) -> Iterator[Any]:
@@ -166,6 +167,10 @@ class Member:
             self._left = True
             self._changed.wait_for(lambda: not self._calls, seconds)
             self._end_if_idle()
+
+    def _renew(self) -> None:
+        """Once, and in a child, where the calls of other threads have not begun."""
+        self._changed, self._calls = threading.Condition(), 0
 
     def _end_if_idle(self) -> None:
         if self._left and not self._calls and self._client is not None:
