@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -142,11 +143,17 @@ def _objection(session: Session, namespace: str) -> str:
     if type(store).objection is Store.objection:
         return ""
     facts = session.namespace_facts()  # here: the thread that asks may hang, and is not to hold the session
-    objection = partial(store.objection, namespace, partial(dict, facts))
-    answer = ask(objection, session.limits.lookup_timeout, "objection", sharing.lookups)
+    answer = ask(
+        partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
+    )
     if answer.error is not None:
         return f"the store could not be asked: {answer.trouble}"
-    return str(answer.value or "")
+    return answer.value or ""
+
+
+def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
+    objection = store.objection(namespace, lambda: facts)
+    return objection if isinstance(objection, str) else ""
 
 
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:

@@ -131,7 +131,7 @@ class Access:
             return True
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
         patience = threading.TIMEOUT_MAX if left is None else min(left + FLUSH_GRACE, threading.TIMEOUT_MAX)
-        answer = ask(partial(self.store.flush, left), patience, "flush", self.sharing.endings)
+        answer = ask(partial(_flushed, self.store, left), patience, "flush", self.sharing.endings)
         if answer.error is not None:
             self._door.faults.tell("flush", "The store cannot be flushed. %s", answer.trouble)
         return bool(answer.value)
@@ -219,6 +219,10 @@ def _with_refusal(found: Found) -> Found:
     except BaseException as error:
         return replace(found, saves=False, error=error)
     return replace(found, saves=True, error=None)
+
+
+def _flushed(store: Store, seconds: float | None) -> bool:
+    return bool(store.flush(seconds))
 
 
 def _directory(spec: StoreSpec | None) -> Path | None:

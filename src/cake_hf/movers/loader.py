@@ -237,12 +237,17 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
         def arrived(count: int) -> None:
             nonlocal brought
             count -= 1  # the header is the first of the parts
+            if not brought <= count <= len(landing.parts):
+                return  # no store says that; what is there is checked at the end
             check.up_to(count)  # as soon as they are there
             if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
                 landing.commit(count)
                 brought = count
 
-        return job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
+        found = job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
+        if found and brought < len(landing.parts):
+            arrived(1 + len(landing.parts))  # the store has not said so, or made nothing of what it was told
+        return found
     offset = 0
     for part in ranges:
         pieces = landing.parts[part.start : part.end]
