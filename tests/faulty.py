@@ -95,6 +95,10 @@ METHODS = (
 )
 
 
+IDLE = ("cake-writer", "cake-behind")
+"""Threads that wait for work as long as somebody may bring some."""
+
+
 class Hang:
     """A fault: whoever calls it waits until `release`."""
 
@@ -120,9 +124,7 @@ def hanging() -> Iterator[Hang]:
         yield hang
     finally:
         hang.release()
-        await_true(
-            lambda: not [one for one in our_threads() - before if one.name not in ("cake-writer", "cake-behind")]
-        )
+        await_true(lambda: not [one for one in our_threads() - before if one.name not in IDLE])
 
 
 def our_threads() -> set[threading.Thread]:
@@ -130,10 +132,10 @@ def our_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("cake-")}
 
 
-def raising(error: BaseException) -> Callable[[str], Any]:
-    """A fault that raises."""
+def raising(make_error: Callable[[], BaseException]) -> Callable[..., Any]:
+    """A fault that raises, each time a new error: one that was raised keeps what it went through."""
 
-    def fault(method: str) -> Any:
-        raise error
+    def fault(*_: object) -> Any:
+        raise make_error()
 
     return fault

@@ -30,9 +30,6 @@ from cake_hf.stores.folder import BYTES, NOTES, PARTIAL
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.opening import StoreSpec, directory_of, open_store
 
-NO_STORE = "the store cannot be used for now"
-STILL_HANGS = "The store has not answered since it was to be opened; it is asked again once it has."
-
 FLUSH_GRACE = 0.5
 """Seconds that a store may take beyond those it was given to flush, before it counts as one that hangs."""
 
@@ -119,8 +116,13 @@ class Access:
                 self._take(self._open() if self._found.store is None else self._look_again())
             finally:
                 self._trying.release()
+        return self._reason()
+
+    def _reason(self) -> str:
         found = self._found
-        return "" if found.store is not None or found.error is None else f"{NO_STORE}: {in_words(found.error)}"
+        if found.store is not None or found.error is None:
+            return ""
+        return f"the store cannot be used for now: {in_words(found.error)}"
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until all that is to be saved is durable; False on time-out, or where the store fails."""
@@ -154,7 +156,12 @@ class Access:
         """Open the store, unless it is known that nothing would come of it just now."""
         door, kind = self._door, (self._limits, self._save)
         if door.hangs():
-            return Found(error=StoreError(STILL_HANGS), silent=True)
+            return Found(
+                error=StoreError(
+                    "The store has not answered since it was to be opened; it is asked again once it has."
+                ),
+                silent=True,
+            )
         call = door.take(kind)
         if call is None and door.known and door.rests():
             return Found(error=door.failure, silent=True)
@@ -185,9 +192,9 @@ class Access:
     def _take(self, found: Found) -> None:
         door, limits = self._door, self._limits
         if found.store is None and found.error is not None:
-            what = "The store cannot be used for now, and prompts are computed. %s"
-            door.faults.tell("open", what, in_words(found.error))
-            self.store, self.sharing, self.saves = AbsentStore(in_words(found.error)), Sharing(), False
+            why = in_words(found.error)
+            door.faults.tell("open", "The store cannot be used for now, and prompts are computed. %s", why)
+            self.store, self.sharing, self.saves = AbsentStore(why), Sharing(), False
         elif found.store is not None and found.sharing is not None:
             self.store, self.sharing, self.saves = found.store, found.sharing, found.saves
             door.works(found.sharing, well=found.error is None)

@@ -34,6 +34,7 @@ class StateRead:
         self._layout = layout
         self._slot = slot
         self._payload: torch.Tensor | None = None
+        self._told = False
         self._thread = threading.Thread(target=self._run, name="cake-load-state", daemon=True)
         if slot is None:
             return
@@ -47,6 +48,10 @@ class StateRead:
             self._thread.join(seconds)
         payload = self._payload
         if payload is None:
+            if self._thread.is_alive() and not self._told:
+                self._told = True
+                late = f"given up after {seconds:g} s (Limits.read_timeout)"
+                logger.warning("A stored state did not come in time and is computed instead: %s.", late)
             return None
         parts = payload.split(list(self._layout.sizes))
         return [part.view(piece.dtype) for part, piece in zip(parts, self._layout.pieces, strict=True)]
