@@ -113,7 +113,10 @@ class Access:
         failed, door = self._found.error is not None, self._door
         if failed and not door.rests() and not door.hangs() and self._trying.acquire(blocking=False):
             try:
-                self._take(self._open() if self._found.store is None else self._look_again())
+                if self._found.store is None:
+                    self._take(self._open())
+                elif not (again := self._look_again()).silent:
+                    self._take(again)
             finally:
                 self._trying.release()
         return self._reason()

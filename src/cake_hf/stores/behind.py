@@ -23,7 +23,8 @@ class Behind:
 
     def __init__(self, capacity: int, exit_seconds: float, place: Callable[[], Hashable] | None = None) -> None:
         own = object()
-        self._share = Share(lambda: line_of(BEHIND, own if place is None else place()), capacity, exit_seconds)
+        self._exit_seconds = exit_seconds
+        self._share = Share(lambda: line_of(BEHIND, own if place is None else place()), capacity, self._exit_seconds)
         self._changing: Counter[str] = Counter()
         self._stamp = 0
         renewed_in_child(self._renew)
