@@ -17,7 +17,6 @@ from cake_hf.arithmetic.forks import Lock, renewed_in_child
 from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.turns import Turns
 from cake_hf.movers.cost_memory import flush_notes, note_of, recall_costs
-from cake_hf.movers.deadline import Late
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.stores import LocalStore
@@ -116,7 +115,7 @@ def held(lock: Any) -> Callable[[Callable[[], int]], int]:
 
 def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     """By name: a lock that another thread holds, and what needs it in the child."""
-    memory, turns, late, standing = MemoryStore(), Turns(), Late(), Standing("store", lambda: 0.0)
+    memory, turns, standing = MemoryStore(), Turns(), Standing("store", lambda: 0.0)
     sharing, line, note = Sharing(), Line("cake-writer"), note_of(path / "note")
     share = Share(lambda: line, 10, PATIENCE)
     costs = recall_costs(LocalStore(path), "ns", "cpu")
@@ -128,7 +127,6 @@ def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     return {
         "memory": (memory._lock, lambda: memory.write("0" * 40, [b"value"])),
         "turns": (turns._lock, lambda: take(turns)),
-        "late": (late._lock, lambda: bool(late)),
         "standing": (standing._lock, lambda: standing.look("read", lambda: None)),
         "sharing": (sharing._changed, lambda: sharing.begin_read(1, lambda: False)),
         "line": (line.changed, lambda: share.offer(Work("key", 1, lambda: None)) and share.flush(PATIENCE)),
@@ -142,7 +140,7 @@ def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     "A process forks while another thread holds a lock of the library.",
     "Each lock is a new one in the child, and what only the parent's threads could end is forgotten there.",
 )
-@pytest.mark.parametrize("name", ["memory", "turns", "late", "standing", "sharing", "line", "note", "costs"])
+@pytest.mark.parametrize("name", ["memory", "turns", "standing", "sharing", "line", "note", "costs"])
 def test_a_lock_that_was_held_holds_nobody_up_in_the_child(name: str, tmp_path: Path) -> None:
     lock, needs_it = locked_things(tmp_path)[name]
     assert held(lock)(lambda: in_child(needs_it)) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,7 +18,7 @@ import pytest
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError
 from cake_hf.stores import LocalStore
 from faulty import IDLE, Faulty, Hang, hanging, our_threads, raising
-from models import CHUNK, CHUNKS, prompt, shared_model
+from models import CHUNK, CHUNKS, build, prompt, shared_model
 from store_runs import PATIENT, QUICK, RAISED, generated, is_right, opened, plain_tokens, prompts_go_well
 from stored import filled_store
 from waiting import PATIENCE, await_true, join_loaders
@@ -287,3 +289,15 @@ def test_each_session_waits_for_its_own_chunks_only() -> None:
             assert first.flush(PATIENCE)
             assert not second.flush(0.01)
             assert first.report.chunks_saved == CHUNKS
+
+
+def test_a_failure_to_open_keeps_neither_the_model_nor_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = build("llama")
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            CakeCache(model, tmp_path / "file")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -8,28 +8,27 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from cake_hf.arithmetic.errors import DeadlineExceeded
-from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.threads import refusal
 
 T = TypeVar("T")
 
 
 class Late:
-    """Calls of one kind that were given up. As long as one of them hangs another one would, too, and cost one thread more."""
+    """Calls of one kind that were given up. As long as one of them hangs another one would, too, and cost one thread more.
+
+    Finalizers ask, too, which may run at any moment in any thread: so there is no lock, and each step is one of the set.
+    """
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._threads: list[threading.Thread] = []
+        self._threads: set[threading.Thread] = set()
 
     def __bool__(self) -> bool:
-        with self._lock:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            return bool(self._threads)
+        self._threads.difference_update([thread for thread in self._threads.copy() if not thread.is_alive()])
+        return bool(self._threads)
 
     def add(self, thread: threading.Thread) -> None:
         """A call was given up that this thread is at."""
-        with self._lock:
-            self._threads.append(thread)
+        self._threads.add(thread)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Hashable
 from typing import Any
 
 from cake_hf.arithmetic import environment
+from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
-from cake_hf.movers.deadline import Call
+from cake_hf.movers.deadline import Call, in_words
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.sharing import Sharing
 from cake_hf.stores.base import Store
@@ -42,7 +43,7 @@ class Door:
         self.known = False
         self.faults = FaultLog()
         self.sharing: Sharing | None = None
-        self.failure: BaseException | None = None
+        self.failure: StoreError | None = None
         self._rests_until = float("-inf")
         self._begin_anew()
         renewed_in_child(self._begin_anew)
@@ -58,7 +59,7 @@ class Door:
     def failed(self, failure: BaseException, seconds: float) -> None:
         """An attempt has failed after so long."""
         rest = min(MOST_REST, REST_FACTOR * seconds)
-        self.failure = failure
+        self.failure = StoreError(in_words(failure))  # itself it would keep all that it was raised through
         self._rests_until = time.monotonic() + (rest if rest >= LEAST_REST else 0.0)
 
     def works(self, sharing: Sharing, *, well: bool) -> None:

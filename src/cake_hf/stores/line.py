@@ -261,7 +261,10 @@ def _leave() -> None:
     begin = leaving_since()
     for kind in (WRITER, BEHIND):
         lines = [line for (name, _), line in list(_lines.items()) if name == kind]
-        shares = [share for line in lines for share in {*line.shares, *line.pending}]
+        shares: set[Share] = set()
+        for line in lines:
+            with line.changed:
+                shares.update(line.shares, line.pending)
         for share in shares:
             share.retire()
         for share in shares:
