@@ -159,8 +159,8 @@ def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     none = [False] * len(keys)
-    if keys and (report_reason := session.reach_store()):
-        report.reason = report_reason
+    if keys and (absence := session.reach_store()):
+        report.reason = absence
         return none
     if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
         return none

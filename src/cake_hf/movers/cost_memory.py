@@ -195,7 +195,7 @@ def recall_costs(
 
 def _file_for(store: Store, name: str) -> Path | None:
     folder = store.notes_folder()
-    return None if folder is None else Path(folder) / f"costs-{name}.json"
+    return folder / f"costs-{name}.json" if isinstance(folder, Path) and folder.is_absolute() else None
 
 
 def note_of(file: Path) -> Note:
