@@ -458,11 +458,12 @@ def test_settings_that_are_refused(model: torch.nn.Module, tmp_path: Path) -> No
         CakeCache(model, "ftp://somewhere/else")
 
 
-def test_a_read_only_store_serves_with_save_off(
+def test_a_read_only_store_serves_and_nothing_is_saved(
     model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
+    (new := tmp_path / "new").mkdir()
     real_open = __import__("os").open
 
     def read_only(path: str, flags: int, *rest: int, **options: int) -> int:
@@ -475,8 +476,9 @@ def test_a_read_only_store_serves_with_save_off(
         return int(real_open(path, flags, *rest, **options))
 
     monkeypatch.setattr("os.open", read_only)
+    for save in (True, False):
+        with CakeCache(model, tmp_path, chunk_size=CHUNK, save=save, strategy="load") as cache:
+            assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
+            assert cache.report.chunks_loaded == CHUNKS
     with pytest.raises(StoreError, match="save=False"):
-        CakeCache(model, tmp_path, chunk_size=CHUNK)
-    with CakeCache(model, tmp_path, chunk_size=CHUNK, save=False, strategy="load") as cache:
-        assert difference(run(model, prompt(), cache), oracle(model, prompt())) == ""
-        assert cache.report.chunks_loaded == CHUNKS
+        CakeCache(model, new, chunk_size=CHUNK)

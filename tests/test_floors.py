@@ -23,12 +23,14 @@ LIBRARIES = {
 
 PLAIN_STORES = {
     "__init__",
+    "absent",
     "account",
     "base",
     "behind",
     "direct",
     "eviction",
     "folder",
+    "line",
     "local",
     "manifest",
     "memory",

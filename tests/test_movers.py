@@ -855,8 +855,9 @@ class Slow(LocalStore):
         leaving.wait()
         return super().write(key, parts, replace=replace)
 layout = ChunkLayout(16, (Piece("layers.0.keys", 2, 4, torch.float32),))
-writer = Writer(Slow(sys.argv[1]), 2**20, float(sys.argv[2]))
-for n in range(3):
+writers = [Writer(Slow(f"{sys.argv[1]}{'/many' * n}"), 2**20, float(sys.argv[2])) for n in range(int(sys.argv[4]))]
+for n in range(3 * len(writers)):
+    writer = writers[n % len(writers)]
     facts = ChunkFacts(f"{n:040x}", "0" * 40, n, "0" * 40, "m", "")
     payload = Slot(layout.nbytes, pinned=False)
     payload.memory.fill_(n)
@@ -867,9 +868,9 @@ if sys.argv[3] == "slow":
 """
 
 
-def leave(root: Path, exit_flush_seconds: float, how: str) -> str:
+def leave(root: Path, exit_flush_seconds: float, how: str, stores: int = 1) -> str:
     """What a process printed that ended without flush or close."""
-    command = command_of(EXIT, root, exit_flush_seconds, how, bare=False)
+    command = command_of(EXIT, root, exit_flush_seconds, how, stores, bare=False)
     ended = subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.stderr == ""
     return ended.stdout
@@ -888,6 +889,16 @@ def test_leaving_the_interpreter_saves_what_is_queued(tmp_path: Path) -> None:
 def test_leaving_the_interpreter_does_not_wait_for_a_store_that_hangs(tmp_path: Path) -> None:
     assert leave(tmp_path, 0.05, "hanging") == ""
     assert list(LocalStore(tmp_path).keys()) == []
+
+
+@pytest.mark.fault(
+    "Time and bounds",
+    "The interpreter ends while many stores hang on writes.",
+    "They are waited for side by side: one `exit_flush_seconds` in all.",
+)
+def test_leaving_the_interpreter_waits_for_many_stores_side_by_side(tmp_path: Path) -> None:
+    """One after the other they would take two minutes, and the process would be ended from outside."""
+    assert leave(tmp_path, 4.0, "hanging", 30) == ""
 
 
 # Deadlines.

@@ -1,5 +1,9 @@
 """What can go wrong, as types. Every message says what to do about it."""
 
+from __future__ import annotations
+
+import threading
+
 
 class CakeError(Exception):
     """Base of all errors that cake_hf raises on purpose."""
@@ -30,3 +34,12 @@ class UnfitImages(CakeError, ValueError):
 
 class ForeignModel(CakeError):
     """A cache was handed to another model than the one it was made for."""
+
+
+def is_a_fault(error: BaseException) -> bool:
+    """Whether an error that a store raised is its fault, as any `Exception` is.
+
+    A client library may raise others, too (a panic in native code, a cancelled task). In the main thread these may be the
+    user's Ctrl-C; in all other threads nobody but the store can have raised them.
+    """
+    return isinstance(error, Exception) or threading.current_thread() is not threading.main_thread()

@@ -32,6 +32,8 @@ from enum import Enum, StrEnum
 from types import TracebackType
 from typing import Protocol
 
+from cake_hf.arithmetic.forks import renewed_in_child
+
 SECOND_THOUGHTS = 0.005
 """Seconds after which a waiting main thread asks again whether waiting is still the faster way."""
 
@@ -144,6 +146,8 @@ class Frontier:
         self._overdue = overdue
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
+        if changed is None:
+            renewed_in_child(self._renew)
         self._front = 0
         self._given_out: set[int] = set()  # what the main thread computes, even once a load has brought it
         self._last = last
@@ -482,3 +486,7 @@ class Frontier:
         to_load = (State.WAITING, State.LOADING)
         self._loads_left += (state in to_load) - (self._states[index] in to_load)
         self._states[index] = state
+
+    def _renew(self) -> None:
+        """In a child the loaders are not there: what they had claimed does not come, and is not waited for."""
+        self._changed, self._read_timeout = threading.Condition(), 0.0

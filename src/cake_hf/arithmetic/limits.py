@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 from cake_hf.arithmetic.environment import a_count, limit_variable, some_seconds, value_from
@@ -17,6 +19,16 @@ MIN_CHUNK_SIZE = 16
 """Below this a chunk's fixed costs (one file, one forward) dwarf its tokens."""
 
 
+MOST_SECONDS = 10.0**9
+"""More than the system's clocks and waits take everywhere is no time at all."""
+
+MOST = {"loader_threads": 4096}
+MOST_BYTES = 2**62
+
+MOST_SHOWN = 40
+"""Letters of a value in a message."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How many threads, bytes and seconds a cache may take.
@@ -24,15 +36,17 @@ class Limits:
     Attributes:
         loader_threads: threads that read chunks while a prompt is being restored (they end with the restore).
         read_timeout: seconds one chunk's read may take before the chunk is computed instead.
-        lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing.
+        lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing; also
+            those that opening the store may take before the cache goes on without it.
         save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted. Of a model on a
             GPU that is page-locked memory, which torch hands out in powers of two and keeps for the next prompt.
         tier_queue_bytes: bytes of chunks that tiers may hold for copies and writes behind; beyond it these are skipped and
             counted. For tiers that the cache opens itself.
-        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable.
+        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. All that
+            is waited for then shares this time, and all caches of a process share it when the interpreter ends.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, too large, or none; the sentence names the field and the right form.
     """
 
     loader_threads: int = 2
@@ -44,8 +58,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if not getattr(self, name) > 0:  # so that NaN is refused too
-                raise ValueError(f"Limits.{name} must be positive, got {getattr(self, name)}.")
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
 
     @classmethod
     def from_environment(cls, **chosen: Any) -> Limits:
@@ -57,7 +70,9 @@ class Limits:
             ValueError: a variable that is asked for cannot be used, or a number is not positive.
         """
         asked = {name: parse for name, parse in _PARSERS.items() if name not in chosen}
-        found: dict[str, Any] = {name: value_from(limit_variable(name), parse) for name, parse in asked.items()}
+        found: dict[str, Any] = {
+            name: value_from(limit_variable(name), partial(_parsed, name, parse)) for name, parse in asked.items()
+        }
         return cls(**chosen, **{name: value for name, value in found.items() if value is not None})
 
 
@@ -69,3 +84,34 @@ _PARSERS: dict[str, Callable[[str], float]] = {
     "tier_queue_bytes": parse_bytes,
     "exit_flush_seconds": some_seconds,
 }
+
+
+def _checked(name: str, value: Any) -> float:
+    """The value of a field, as a plain number.
+
+    Raises:
+        ValueError: it is no budget; the sentence names the field and the right form.
+    """
+    is_time = _PARSERS[name] is some_seconds
+    most = MOST_SECONDS if is_time else MOST.get(name, MOST_BYTES)
+    form = "a number of seconds, such as 2.5" if is_time else f"a whole number, such as {getattr(Limits, name)}"
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and not value > 0:  # so that NaN is refused too
+        raise ValueError(f"Limits.{name} must be positive, got {_shown(value)}.")
+    if not is_number or not (is_time or isinstance(value, Integral)):
+        raise ValueError(f"Limits.{name} must be {form}, got {_shown(value)}.")
+    if value > most:
+        raise ValueError(f"Limits.{name} must be {form}, and at most {most:,.0f}; got {_shown(value)}.")
+    return float(value) if is_time else int(value)
+
+
+def _parsed(name: str, parse: Callable[[str], float], text: str) -> float:
+    return _checked(name, parse(text))
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print whole numbers with thousands of digits
+        return "a number with thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+
+from cake_hf.arithmetic.forks import Lock
 
 
 class Turns:
@@ -16,7 +17,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._left: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> None:

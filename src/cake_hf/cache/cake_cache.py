@@ -57,7 +57,8 @@ class CakeCache(RestoringCache):
 
     Raises:
         UnsupportedModel: the model is on the meta device, an encoder-decoder, or its forward takes no cache.
-        StoreError: no store is named, it cannot be opened, or not be written to while `save` is set.
+        StoreError: no store is named; or it cannot be opened, or not be written to while `save` is set, and never could in this
+            process. (One that could, or does not answer in time, is gone without, see docs/stores.md.)
         ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
     """
 

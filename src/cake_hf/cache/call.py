@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.cache.compat import forward_of, named_for, parameters_of
 from cake_hf.cache.vision import Vision, look_at
 

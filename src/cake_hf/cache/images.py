@@ -11,11 +11,13 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
+
+from cake_hf.arithmetic.lazily import cached_property
 
 _INPUTS = ("pixel_values", "image_grid_thw")
 _PREPARE = "_maybe_prepare_encoder_kwargs_for_generation"

@@ -5,12 +5,12 @@ No config says for all model families how many heads of which size are kept, and
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.aside import run_aside
 from cake_hf.cache.compat import LinearAttentionLayer
 from cake_hf.cache.layers import WindowedLayer, ours_for
@@ -20,7 +20,7 @@ from cake_hf.tensors.numerics import autocast_facts
 from cake_hf.tensors.offload import home_device
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def kv_like(model: torch.nn.Module) -> list[Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
-from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
 from cake_hf.movers.telemetry import observe_lookup
 from cake_hf.stores.base import Store
@@ -141,32 +142,46 @@ def off_schedule(session: Session, call: ForwardCall, chunks: int, report: Repor
 
 
 def _objection(session: Session, namespace: str) -> str:
-    try:
-        return session.store.objection(namespace, session.namespace_facts)
-    except Exception as error:  # whatever a store's author has made of it: the prompt must not suffer from it
-        return f"the store could not be asked: {error}"
+    store, sharing = session.store, session.sharing
+    if type(store).objection is Store.objection:
+        return ""
+    facts = session.namespace_facts()  # here: the thread that asks may hang, and is not to hold the session
+    answer = ask(
+        partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
+    )
+    if answer.error is not None:
+        return f"the store could not be asked: {answer.trouble}"
+    return answer.value or ""
+
+
+def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
+    objection = store.objection(namespace, lambda: facts)
+    return objection if isinstance(objection, str) else ""
 
 
 def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
+    none = [False] * len(keys)
+    if keys and (absence := session.reach_store()):
+        report.reason = absence
+        return none
     if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
-        return [False] * len(keys)
+        return none
     begin, sharing = time.monotonic(), session.sharing
-    ask = partial(_ask, session.store, keys, sharing)
-    try:
-        mask = call_with_deadline(ask, session.limits.lookup_timeout, "lookup", sharing.lookups)
-        return [bool(has) for _, has in zip(keys, mask, strict=True)]
-    except Exception as error:
-        logger.warning("The store cannot be asked for chunks; the prompt is computed. %s", error)
-        report.reason = f"the store could not be asked: {error}"
-        return [False] * len(keys)
-    finally:
-        observe_lookup(time.monotonic() - begin)
+    look = partial(_mask, session.store, keys, sharing)
+    answer = ask(look, session.limits.lookup_timeout, "lookup", sharing.lookups)
+    observe_lookup(time.monotonic() - begin)
+    if answer.value is not None:
+        sharing.forget_faults()
+        return answer.value
+    sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
+    report.reason = f"the store could not be asked: {answer.trouble}"
+    return none
 
 
-def _ask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
+def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
     """Where this hangs it keeps alive what is known about that (`sharing`), and nothing of the session."""
-    return store.contains(keys)
+    return [bool(has) for _, has in zip(keys, store.contains(keys), strict=True)]
 
 
 def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:

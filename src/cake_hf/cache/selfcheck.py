@@ -8,7 +8,6 @@ layers, and plain compute.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
@@ -41,7 +41,7 @@ class _Verdict:
     """What was found out about a model; nothing yet where `reason` is None. Its lock is held while it is being found out."""
 
     reason: str | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: Lock = field(default_factory=Lock)
 
 
 class _Trial(RestoringCache):
@@ -61,7 +61,7 @@ class _Undecided(Exception):
 
 
 _verdicts: weakref.WeakKeyDictionary[torch.nn.Module, _Verdict] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
@@ -21,13 +21,14 @@ from cake_hf.cache.behaviour import behaviour
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
+from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
-from cake_hf.movers.sharing import sharing_of
+from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.telemetry import observe_save
-from cake_hf.movers.writer import SaveJob, Writer, pack
+from cake_hf.movers.writer import SaveJob, pack
 from cake_hf.stores.base import Store
-from cake_hf.stores.opening import StoreSpec, open_store
+from cake_hf.stores.opening import StoreSpec
 from cake_hf.tensors.code import code_digest
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
 from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
@@ -66,21 +67,32 @@ class Session:
         self.strategy = strategy
         self.limits = limits
         self.snapshot_every = snapshot_every
-        self.store: Store = open_store(store, limits)
-        self.save = save and not self.store.read_only
-        if self.save:
-            self.store.check_writable()
-        else:
-            self.store.look_only()
-        self.sharing = sharing_of(self.store)
-        self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
-        self._count_lock = threading.Lock()
-        self._owned = None if self.store is store else self.store
+        self._access = Access(store, limits, save=save, share=sharing_of)
+        self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
         self._hook = ModelHook.attach(model)
         # When the last cache of this session is gone, and nobody has closed it.
-        self._release = weakref.finalize(self, _forsake, self._hook, self._writer, self._owned)
+        self._release = weakref.finalize(self, _forsake, self._hook, self._access)
         self._release.atexit = False
+
+    @property
+    def store(self) -> Store:
+        """Where chunks are kept; a store that has nothing while it cannot be used."""
+        return self._access.store
+
+    @property
+    def save(self) -> bool:
+        """Whether new chunks are brought to the store."""
+        return self._access.saves
+
+    @property
+    def sharing(self) -> Sharing:
+        """What all users of the store share."""
+        return self._access.sharing
+
+    def reach_store(self) -> str:
+        """Where the store could not be used, try again after a while; says why there is none, or nothing."""
+        return self._access.reach()
 
     @property
     def closed(self) -> bool:
@@ -89,17 +101,17 @@ class Session:
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until all that is to be saved is durable; False on time-out."""
-        return self._writer.flush(timeout) and self.store.flush(timeout)
+        return self._access.flush(timeout)
 
     def close(self) -> bool:
-        """Remove the hook, save what is queued (with a bound), close the store if it is ours; False on time-out."""
-        flushed = True
-        if self._release.detach():
-            flushed = self._writer.close()
-            flush_costs(self.store, self.limits.exit_flush_seconds)
-            _release(self._hook, self._writer)
-            if self._owned is not None and self._writer.flush(0):
-                self._owned.close()
+        """Remove the hook, save what is queued (with one bound), close the store if it is ours; False on time-out."""
+        if not self._release.detach():
+            return True
+        end = time.monotonic() + self.limits.exit_flush_seconds
+        self._hook.detach()
+        flushed = self._access.writer.close()
+        flush_costs(self.store, max(0.0, end - time.monotonic()))
+        self._access.close_store(end - time.monotonic())
         return flushed
 
     @property
@@ -155,7 +167,7 @@ class Session:
 
     def cost_memory(self, namespace: str) -> CostMemory:
         """What computing and loading cost with this model, device and store."""
-        return recall_costs(self.store, namespace, where_computed(self.model))
+        return recall_costs(self.store, namespace, where_computed(self.model), self.limits, self.sharing.notes)
 
     def save_chunk(
         self,
@@ -190,34 +202,28 @@ class Session:
                 report.bytes_saved += layout.nbytes * saved
             observe_save(saved, layout.nbytes)
 
-        if not self._writer.has_room(layout.nbytes):
+        writer = self._access.writer
+        if not writer.has_room(layout.nbytes):
             done(False)
             return
         try:
             payload = pack(pieces(), layout)
         except (MemoryError, RuntimeError) as error:  # there is no memory for it
-            self._writer.tell(error)
+            writer.tell(error)
             done(False)
             return
         finally:
             if is_state:
                 # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
                 let_copies_out_end()
-        if not self._writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
+        if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
 
 
-def _release(hook: ModelHook, writer: Writer) -> None:
-    hook.detach()
-    writer.retire()
-
-
-def _forsake(hook: ModelHook, writer: Writer, owned: Store | None) -> None:
+def _forsake(hook: ModelHook, access: Access) -> None:
     """What is left to do when nobody holds the session any more; knows nothing of the session itself.
 
     The collector calls it, in whatever thread it runs: nothing in here waits. To close tiers may take long.
     """
-    _release(hook, writer)
-    if owned is not None and writer.flush(0):
-        with suppress(RuntimeError):  # no more threads, or the interpreter ends: then it ends without
-            threading.Thread(target=owned.close, name="cake-close", daemon=True).start()
+    hook.detach()
+    access.forsake()

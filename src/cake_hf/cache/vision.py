@@ -14,13 +14,13 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.errors import UnfitImages
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.cache.images import Features, UnreadImages, digest_of
 
 

@@ -15,25 +15,29 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cake_hf.arithmetic.costs import CostLearner, Costs
-from cake_hf.arithmetic.errors import DeadlineExceeded
+from cake_hf.arithmetic.forks import Lock, renewed_in_child
+from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Span
-from cake_hf.movers.deadline import Late, call_with_deadline
+from cake_hf.arithmetic.threads import refusal
+from cake_hf.movers.deadline import Late, ask, in_words
 from cake_hf.stores.base import Store
 from cake_hf.stores.below import directory, make_directory, opened, replace_file
+from cake_hf.stores.line import leaving_since
 
 logger = logging.getLogger("cake_hf")
 
 MAX_FILE_BYTES = 2**20
 
 NOTE_SECONDS = 5.0
-"""How long a note is waited for, when it is read and at the interpreter's end; without it costs are learnt anew."""
+"""How long a note is waited for at most, when it is read and at the interpreter's end; without it costs are learnt anew."""
 
 _learners: weakref.WeakKeyDictionary[Store, dict[str, CostMemory]] = weakref.WeakKeyDictionary()
 _notes: weakref.WeakValueDictionary[Path, Note] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class Note:
@@ -45,22 +49,27 @@ class Note:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._late = Late()
+        self.exit_seconds = 0.0
+        self._begin_anew()
+        renewed_in_child(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """In a child, too: what the parent is about to write is the parent's to write."""
         self._changed = threading.Condition()
         self._waiting: str | None = None
         self._written: str | None = None  # just now
         self._busy = False
 
-    def read(self) -> str | None:
+    def read(self, seconds: float = NOTE_SECONDS) -> str | None:
         """What was written last, or is about to be; None if there is nothing, or it does not come in time."""
         with self._changed:
             text = self._waiting if self._waiting is not None else self._written
         if text is not None:
             return text
-        try:
-            return call_with_deadline(self._load, NOTE_SECONDS, "notes", self._late)
-        except (OSError, UnicodeDecodeError, DeadlineExceeded, RuntimeError) as error:  # the last: no more threads
-            logger.debug("Costs are not recalled from %s: %s", self._file, error)
-            return None
+        answer = ask(self._load, seconds, "notes", self._late)
+        if answer.error is not None:
+            logger.debug("Costs are not recalled from %s: %s", self._file, answer.trouble)
+        return answer.value
 
     def write(self, text: str) -> None:
         """Replace the file, soon."""
@@ -69,9 +78,8 @@ class Note:
             if self._busy:
                 return
             self._busy = True
-        try:
-            threading.Thread(target=self._run, name="cake-notes", daemon=True).start()
-        except RuntimeError as error:  # no more threads
+        error = refusal(threading.Thread(target=self._run, name="cake-notes", daemon=True))
+        if error is not None:
             logger.debug("Costs are not remembered in %s: %s", self._file, error)
             with self._changed:
                 self._busy = False
@@ -93,7 +101,10 @@ class Note:
 
     def _run(self) -> None:
         while (text := self._take()) is not None:
-            _write(self._file, text)
+            try:
+                _write(self._file, text)
+            except BaseException as error:  # nobody is to wait for this thread for ever
+                logger.debug("Costs are not remembered in %s: %s", self._file, in_words(error))
 
     def _take(self) -> str | None:
         with self._changed:
@@ -107,15 +118,18 @@ class CostMemory:
     """A learner, its lock and its file. Get it from `recall_costs`.
 
     Args:
-        file: to read it from and to write it to; None to remember it in memory only.
-        may_write: whether the file may be written now.
+        file: of the note; None for no note.
+        seconds: to wait for it.
+        may_write: whether the note may be written now.
     """
 
-    def __init__(self, file: Path | None, may_write: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, file: Path | None, seconds: float = NOTE_SECONDS, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
         self._note = None if file is None else note_of(file)
         self._may_write = may_write
-        self._lock = threading.Lock()
-        text = None if self._note is None else self._note.read()
+        self._lock = Lock()
+        text = None if self._note is None else self._note.read(seconds)
         self._learner = (None if text is None else CostLearner.from_json(text)) or CostLearner()
 
     def costs(self, chunk_bytes: int) -> Costs:
@@ -147,6 +161,11 @@ class CostMemory:
             if self._note is not None and self._may_write():
                 self._note.write(self._learner.to_json())
 
+    def let_exit_wait(self, seconds: float) -> None:
+        """Leaving the interpreter waits at least that long for the note to be written."""
+        if self._note is not None:
+            self._note.exit_seconds = max(self._note.exit_seconds, seconds)
+
     def flush(self, seconds: float) -> bool:
         """Wait until what was learnt is written; False if it took longer."""
         return self._note is None or self._note.flush(seconds)
@@ -156,23 +175,34 @@ def _spans(timeline: Sequence[Span], outcome: str) -> list[tuple[float, float]]:
     return [(span.start, span.end) for span in timeline if span.outcome == outcome]
 
 
-def recall_costs(store: Store, namespace: str, device: str) -> CostMemory:
+def recall_costs(
+    store: Store, namespace: str, device: str, limits: Limits | None = None, late: Late | None = None
+) -> CostMemory:
     """The memory for a store, a namespace and a device, from this process, from its file, or new.
 
     Args:
         store: where chunks are read from.
         namespace: digest.
         device: that computes, e.g. "cuda:0".
+        limits: how long its file is waited for (`lookup_timeout`), also when the interpreter ends (`exit_flush_seconds`).
+        late: questions to the place of the store that were not answered in time; while there are any, nothing is asked.
     """
+    limits = limits or Limits()
     name = hashlib.blake2b(f"{namespace} {device}".encode(), digest_size=8).hexdigest()
     with _lock:
         known = _learners.setdefault(store, {}).get(name)
     if known is not None:
         return known
-    folder = store.notes_folder()
-    memory = CostMemory(None if folder is None else folder / f"costs-{name}.json", _permission(store))
+    seconds = min(NOTE_SECONDS, limits.lookup_timeout)
+    file, may_write = ask(partial(_file_for, store, name), seconds, "notes", late).value or (None, _always)
+    memory = CostMemory(file, seconds, may_write)
+    memory.let_exit_wait(limits.exit_flush_seconds)
     with _lock:
         return _learners.setdefault(store, {}).setdefault(name, memory)
+
+
+def _always() -> bool:
+    return True
 
 
 def _permission(store: Store) -> Callable[[], bool]:
@@ -186,6 +216,14 @@ def _permission(store: Store) -> Callable[[], bool]:
         return allowed
 
     return may_write
+
+
+def _file_for(store: Store, name: str) -> tuple[Path, Callable[[], bool]] | None:
+    """Where the note is, and whether it may be written; None for no note. The store is asked, so this may hang."""
+    folder = store.notes_folder()
+    if not isinstance(folder, Path) or not folder.is_absolute():
+        return None
+    return folder / f"costs-{name}.json", _permission(store)
 
 
 def note_of(file: Path) -> Note:
@@ -211,13 +249,16 @@ def flush_notes(seconds: float) -> bool:
     return _flush_all(notes, seconds)
 
 
+@atexit.register
+def _leave() -> None:
+    """A daemon thread that is in the middle of a write would leave half a file behind."""
+    seconds = min(NOTE_SECONDS, max((note.exit_seconds for note in list(_notes.values())), default=0.0))
+    flush_notes(leaving_since() + seconds - time.monotonic())
+
+
 def _flush_all(what: Sequence[CostMemory | Note], seconds: float) -> bool:
     end = time.monotonic() + seconds
     return all(one.flush(max(0.0, end - time.monotonic())) for one in what)
-
-
-# A daemon thread that is in the middle of a write would leave half a file behind.
-atexit.register(lambda: flush_notes(NOTE_SECONDS))
 
 
 def _write(file: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 logger = logging.getLogger("cake_hf")
 
@@ -12,8 +11,7 @@ class FaultLog:
     """The faults of one restore (or of one writer). All threads of it share one."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._told: set[str] = set()
+        self._told: dict[str, object] = {}
 
     def tell(self, kind: str, message: str, error: object) -> None:
         """Log a fault as a warning if it is the first of its kind, for who debugs otherwise.
@@ -23,7 +21,6 @@ class FaultLog:
             message: with one `%s` for the error.
             error: what was raised.
         """
-        with self._lock:
-            first = kind not in self._told
-            self._told.add(kind)
+        mark = object()
+        first = self._told.setdefault(kind, mark) is mark  # in one step, so that no lock is needed
         logger.log(logging.WARNING if first else logging.DEBUG, message, error)

@@ -12,6 +12,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk
 from cake_hf.arithmetic.frontier import Frontier, Outcome
+from cake_hf.arithmetic.threads import refusal
 from cake_hf.movers.checking import Check
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.movers.place import Landing, Place, byte_view
@@ -147,9 +148,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
     threads: list[threading.Thread] = []
     for n in range(count):
         thread = threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
+        if (error := refusal(thread)) is not None:
             logger.warning("Only %d of %d loader threads can be started. %s", len(threads), count, error)
             break
         threads.append(thread)
@@ -186,8 +185,8 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     except CorruptChunk as error:
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
         outcome = Outcome.CORRUPT
-    except Exception as error:
-        # Whatever a store's client raises: the prompt must not suffer from it.
+    except BaseException as error:
+        # Whatever a store's client raises, an interrupt or a panic of its own included: the prompt must not suffer from it.
         job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
         outcome = Outcome.ERROR
     counts = job.frontier.settle(index, outcome)
@@ -238,12 +237,17 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
         def arrived(count: int) -> None:
             nonlocal brought
             count -= 1  # the header is the first of the parts
+            if not brought <= count <= len(landing.parts):
+                return  # no store says that; what is there is checked at the end
             check.up_to(count)  # as soon as they are there
             if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
                 landing.commit(count)
                 brought = count
 
-        return job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
+        found = job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
+        if found and brought < len(landing.parts):
+            arrived(1 + len(landing.parts))  # the store has not said so, or made nothing of what it was told
+        return found
     offset = 0
     for part in ranges:
         pieces = landing.parts[part.start : part.end]

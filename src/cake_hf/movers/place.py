@@ -7,7 +7,6 @@ memory.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.movers.slots import SlotRing
 from cake_hf.movers.streams import CopyStreams
 from cake_hf.tensors.layout import ChunkLayout
@@ -199,7 +199,7 @@ class _DeviceLanding(Landing):
         self._slot = ring.take()
         self._pieces = self._slot.memory.split(layout.sizes)
         self._copied_to: set[torch.device] = set()
-        self._bringing = threading.Lock()  # so that nothing is being brought once it was let go
+        self._bringing = Lock()  # so that nothing is being brought once it was let go
         self.aside = aside
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from cake_hf.arithmetic.threads import refusal
 from cake_hf.movers.checking import Check
 from cake_hf.movers.place import split_payload
 from cake_hf.movers.sharing import ReadSlot
@@ -35,12 +36,11 @@ class ReadBeside(Generic[T]):
         self._what = what
         self._slot = slot
         self._result: T | None = None
+        self._told = False
         self._thread = threading.Thread(target=self._run, name=f"cake-load-{what}", daemon=True)
         if slot is None:
             return
-        try:
-            self._thread.start()
-        except RuntimeError as error:  # a system that gives no more threads is no reason to fail
+        if (error := refusal(self._thread)) is not None:  # no reason to fail
             slot.release()
             logger.warning("A stored %s cannot be read: no more threads. %s", what, error)
 
@@ -48,6 +48,11 @@ class ReadBeside(Generic[T]):
         """What was read; None if it is missing, unusable, or not there within that time."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
+            if self._thread.is_alive() and not self._told:
+                self._told = True
+                logger.warning(
+                    "A stored %s did not come in time: given up after %g s (Limits.read_timeout).", self._what, seconds
+                )
         return self._result
 
     def leave(self) -> None:
@@ -58,7 +63,7 @@ class ReadBeside(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._read()
-        except Exception as error:  # whatever a store's client raises: the prompt must not suffer from it
+        except BaseException as error:  # whatever a store's client raises: the prompt must not suffer from it
             logger.warning("A stored %s cannot be used. %s", self._what, error)
         finally:
             if self._slot is not None:

@@ -22,8 +22,10 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock, renewed_in_child
 from cake_hf.movers.deadline import Late
-from cake_hf.stores.base import Store
+from cake_hf.movers.fault_log import FaultLog
+from cake_hf.stores.base import Store, place_of
 
 LEFT_PER_READ = 3
 """Reads that were left, hanging or not, for each that may be under way; beyond that nothing begins before some come back."""
@@ -45,7 +47,7 @@ class Flight:
         self.owner = owner
         self.computes = computes
         self.saves = saves
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._ended = threading.Event()
         self._followers = 0
         self._payload: Payload | None = None
@@ -75,11 +77,13 @@ class Flight:
         with self._lock:
             if self._ended.is_set():
                 return
-            if payload is not None and self._followers:
-                # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
-                with suppress(MemoryError, RuntimeError):
-                    self._payload = payload()
-            self._ended.set()
+            try:
+                if payload is not None and self._followers:
+                    # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
+                    with suppress(MemoryError, RuntimeError):
+                        self._payload = payload()
+            finally:
+                self._ended.set()
 
 
 class ReadSlot:
@@ -111,17 +115,31 @@ class Sharing:
 
     Attributes:
         lookups: the questions to the place of chunks that were not answered in time.
+        notes: the same, of where notes about it are.
+        endings: the same, of flushing and closing its stores.
+        faults: of lookups; forgotten when one succeeds.
+        unsaved: faults of writing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lookups = Late()
+        self.lookups, self.notes, self.endings = Late(), Late(), Late()
+        self.faults, self.unsaved = FaultLog(), FaultLog()
         self._clock = clock
+        self._renew()
+        renewed_in_child(self._renew)
+
+    def _renew(self) -> None:
+        """As new. In a child too: what other threads had begun ends in the parent only."""
         self._lock = threading.RLock()  # a cache that is collected while its thread holds it abandons its flights
         self._changed = threading.Condition(self._lock)
         self._reads: set[ReadSlot] = set()  # of the budget
         self._beside: set[ReadSlot] = set()
         self._left: set[ReadSlot] = set()
         self._board: dict[str, Flight] = {}
+
+    def forget_faults(self) -> None:
+        """All is well again: the next fault is told."""
+        self.faults = FaultLog()
 
     def reads(self) -> int:
         """How many reads are under way."""
@@ -252,14 +270,14 @@ class FlightPlan:
 
 
 _known: weakref.WeakValueDictionary[Hashable, Sharing] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def sharing_of(store: Store) -> Sharing:
     """What all users of a place of chunks share in this process, also through several store objects. Keep it while in use."""
-    identity = store.identity()  # it may ask a file system, which may hang
+    place = place_of(store)
     with _lock:
-        sharing = _known.get(identity)
+        sharing = _known.get(place)
         if sharing is None:
-            sharing = _known[identity] = Sharing()
+            sharing = _known[place] = Sharing()
         return sharing

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.tensors.aligned import empty_aligned
 
 
@@ -56,7 +56,7 @@ class SlotRing:
         self._nbytes = nbytes
         self._slots = slots
         self._pinned = pinned
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._free: deque[Slot] = deque()
         self._made = 0
         self._over = False

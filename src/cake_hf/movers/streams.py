@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
+
 _out: dict[torch.device, torch.cuda.Stream] = {}
 """What all caches save goes by these; only `copy_out` adds to them."""
-_out_lock = threading.Lock()
+_out_lock = Lock()
 
 
 class CopyStreams:

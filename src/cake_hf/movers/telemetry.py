@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.report import Report
 
 logger = logging.getLogger("cake_hf")
@@ -102,7 +102,7 @@ class _Watch:
     """The instruments of this process, made when they are first needed."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._made = False
         self._instruments: Instruments | None = None
 

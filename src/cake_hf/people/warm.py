@@ -63,6 +63,7 @@ def warm(job: WarmJob) -> Report:
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     with CakeCache(model, job.store, chunk_size=job.chunk_size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+        cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:
 

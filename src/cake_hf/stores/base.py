@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.arithmetic.errors import CorruptChunk, is_a_fault
 from cake_hf.stores.pieces import Part, copy
 
-__all__ = ["Part", "Store", "scatter", "total_bytes"]
+__all__ = ["Part", "Store", "place_of", "scatter", "total_bytes"]
 
 
 class Store(ABC):
@@ -189,3 +189,19 @@ def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:
             raise CorruptChunk(f"Chunk {key} ended early.")
         copy(part, piece)
         offset += part.nbytes
+
+
+def place_of(store: Store) -> Hashable:
+    """A store's identity, or the store object's own where it has none that can be used. May ask a file system, which may hang.
+
+    Raises:
+        BaseException: in the main thread, the user's interrupts.
+    """
+    try:
+        identity = store.identity()
+        hash(identity)
+    except BaseException as error:
+        if not is_a_fault(error):
+            raise
+        return (type(store).__name__, id(store))
+    return identity

@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.keys import namespace_digest, state_key
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.tensors.fingerprint import canonical
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.pieces import joined
 
@@ -27,7 +27,7 @@ class MemoryStore(Store):
         self._budget = budget_bytes
         self._used = 0
         self._values: OrderedDict[str, bytearray] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         with self._lock:

@@ -10,6 +10,7 @@ import atexit
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.forks import renewed_in_child
 from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.arithmetic.turns import Turns
@@ -139,10 +141,10 @@ class Member:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._client: Any = None
-        self._calls = 0
         self._left = False
-        self._changed = threading.Condition()
         self.stores = 0
+        self._renew()
+        renewed_in_child(self._renew)
 
     @contextmanager
     def client(self) -> Iterator[Any]:
@@ -171,6 +173,10 @@ class Member:
             self._left = True
             self._changed.wait_for(lambda: not self._calls, seconds)
             self._end_if_idle()
+
+    def _renew(self) -> None:
+        """Once, and in a child, where the calls of other threads have not begun."""
+        self._changed, self._calls = threading.Condition(), 0
 
     def _end_if_idle(self) -> None:
         if self._left and not self._calls and self._client is not None:
@@ -205,8 +211,9 @@ def _leave(member: Member) -> None:
 @atexit.register
 def _leave_all() -> None:
     """Tell the master before the process ends, so that nobody waits for it; and let no call be at work when it does."""
+    deadline = time.monotonic() + EXIT_SECONDS
     for member in list(_members.values()):
-        member.retire(EXIT_SECONDS)
+        member.retire(max(0.0, deadline - time.monotonic()))
 
 
 def check(code: int, what: str) -> int:

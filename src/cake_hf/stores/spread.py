@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from cake_hf.arithmetic.forks import Lock
 
 NEW_WEIGHT = 0.3
 """Weight of the newest read in the smoothed pace of the best number."""
@@ -21,7 +21,7 @@ class Spread:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._best = 0
         self._pace: dict[int, float] = {}
         """Seconds per byte, by halvings."""

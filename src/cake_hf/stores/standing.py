@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.arithmetic.errors import CorruptChunk, is_a_fault
+from cake_hf.arithmetic.forks import Lock, renewed_in_child
 
 logger = logging.getLogger("cake_hf")
 
@@ -80,7 +80,7 @@ class Health:
 
     def end(self, number: int, *, well: bool) -> None:
         """An operation is over."""
-        del self._under_way[number]
+        self._under_way.pop(number, None)  # in a child it began in the parent
         self._faults_in_a_row = 0 if well else self._faults_in_a_row + 1
         rests = self._faults_in_a_row >= FAULTS_TO_REST
         self._rests_until = self._clock() + REST_SECONDS if rests else float("-inf")
@@ -104,13 +104,14 @@ class Standing:
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._counts = TierCounts(name)
         self._reads, self._writes = Health(clock), Health(clock)
         self._reading = 0
         self._pace = 0.0
         self._told: set[tuple[str, str]] = set()
         self._shunned: OrderedDict[str, None] = OrderedDict()
+        renewed_in_child(self._renew)
 
     def counts(self) -> TierCounts:
         """A snapshot."""
@@ -202,6 +203,10 @@ class Standing:
         with self._lock:
             return key in self._shunned
 
+    def _renew(self) -> None:
+        """What other threads had under way ends in the parent only."""
+        self._reads, self._writes, self._reading = Health(self._clock), Health(self._clock), 0
+
     @contextmanager
     def _watched(self, health: Health, what: str) -> Iterator[None]:
         with self._lock:
@@ -210,15 +215,16 @@ class Standing:
         try:
             yield
             well = True
-        except Exception as error:
+        except BaseException as error:
             well = isinstance(error, CorruptChunk)  # then it is the value that is not well
-            self._tell(what, error)
+            if is_a_fault(error):
+                self._tell(what, error)
             raise
         finally:
             with self._lock:
                 health.end(number, well=well)
 
-    def _tell(self, what: str, error: Exception) -> None:
+    def _tell(self, what: str, error: BaseException) -> None:
         self.count(faults=1)
         kind = (what, type(error).__name__)
         with self._lock:

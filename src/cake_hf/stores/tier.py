@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, Literal, TypeVar
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.arithmetic.outside import shown
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.standing import Standing
@@ -98,7 +98,9 @@ class Place:
             return False
         try:
             return self.write(key, [value], replace=replace)
-        except Exception:
+        except BaseException as error:
+            if not is_a_fault(error):
+                raise
             return False
 
     def delete(self, key: str) -> bool:
@@ -121,8 +123,10 @@ class Place:
         if not self.tier.read_only and not self.standing.writes_badly():
             try:
                 self.delete(key)
-            except Exception:
+            except BaseException as error:
                 self.standing.shun(key)
+                if not is_a_fault(error):
+                    raise
         else:
             self.standing.shun(key)
 
@@ -132,14 +136,16 @@ class Faults:
 
     def __init__(self) -> None:
         self.count = 0
-        self._first: Exception | None = None
+        self._first: BaseException | None = None
 
     @contextmanager
     def caught(self) -> Iterator[None]:
         """What the body raises goes no further."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
+            if not is_a_fault(error):
+                raise
             self.count += 1
             # That a value is corrupt tells more than that some store failed: such a value is to be replaced.
             if self._first is None or (isinstance(error, CorruptChunk) and not isinstance(self._first, CorruptChunk)):

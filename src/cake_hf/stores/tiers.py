@@ -20,8 +20,9 @@ from typing import Any
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.limits import Limits
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.stores.behind import Behind, Errand
+from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pieces import joined
 from cake_hf.stores.standing import TierCounts
 from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
@@ -86,7 +87,7 @@ class TierStore(Store):
         self.range_seconds = max(place.store.range_seconds for place in self._places)
         self.read_only = all(place.tier.read_only for place in self._places)
         self._check = check
-        self._behind = Behind(queue_bytes, close_seconds)
+        self._behind = Behind(queue_bytes, close_seconds, partial(_lasting_place, self._places))
         weakref.finalize(self, self._behind.retire).atexit = False
 
     def __repr__(self) -> str:
@@ -97,7 +98,8 @@ class TierStore(Store):
         return [place.standing.counts() for place in self._places]
 
     def identity(self) -> Hashable:
-        return (type(self).__name__, tuple(place.store.identity() for place in self._places))
+        """Tiers are at one place if all of them are that last; each of them may have a memory of its own."""
+        return _lasting_place(self._places)
 
     # Asking.
 
@@ -278,6 +280,12 @@ class TierStore(Store):
                 return
         for place in places:
             place.standing.count(skipped=1)
+
+
+def _lasting_place(places: Sequence[Place]) -> Hashable:
+    stores = [place.store for place in places]
+    lasting = [store for store in stores if not isinstance(store, MemoryStore)]
+    return (TierStore.__name__, tuple(map(place_of, lasting or stores)))
 
 
 def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits: Limits | None = None) -> TierStore:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 
 
@@ -92,7 +93,7 @@ class ThrottledStore(WrapperStore):
         self._rate = bytes_per_second
         self._latency = latency
         self._line_free_at = 0.0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         with self._on_the_line(total_bytes(parts)):
@@ -151,7 +152,7 @@ class FaultStore(WrapperStore):
         super().__init__(inner)
         self.faults = dict(faults or {})
         self._rate, self._kinds, self._random = rate, tuple(kinds), random.Random(seed)
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._released = threading.Event()
         self.injected: list[tuple[str, str]] = []
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import weakref
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.tensors.tree import has, modules_of
 from cake_hf.tensors.weights import weights
 
@@ -43,7 +43,7 @@ class _Known:
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
-_known_lock = threading.Lock()
+_known_lock = Lock()
 
 
 def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:

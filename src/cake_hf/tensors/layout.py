@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
+
+from cake_hf.arithmetic.lazily import cached_property
 
 _NAMES = {
     torch.float64: "F64",
