@@ -166,6 +166,7 @@ def test_odd_names_are_directories_for_who_says_so(name: str, bare_home: Path) -
     for spec in [*specs, *([Path(name)] if name != "~" else [])]:
         store = open_store(spec)
         assert isinstance(store, LocalStore)
+        store.check_writable()
         assert store.root.resolve() == odd, spec
     assert os.listdir() == [name]
 

@@ -6,13 +6,15 @@ A few chunks are compared: the 1st, 2nd, 4th, 8th, ... of those that are compute
 
 from __future__ import annotations
 
-import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.prompt import ComputePlainly, Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.place import byte_view
@@ -22,7 +24,14 @@ from cake_hf.tensors.codec import ChunkFacts, checksums
 from cake_hf.tensors.parallel import ranks_of
 
 _refused: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
+
+
+class _Comparison(NamedTuple):
+    chunk: int
+    computed: tuple[str, ...]
+    read: ReadBeside[ChunkFacts]
+    due: float
 
 
 class Audit:
@@ -39,7 +48,7 @@ class Audit:
         # Ranks of a parallel model may not go separate ways.
         self._on = session.exact and bool(prompt.keys) and ranks_of(session.model) is None
         self._computed = 0
-        self._under_way: list[tuple[int, tuple[str, ...], ReadBeside[ChunkFacts]]] = []
+        self._under_way: list[_Comparison] = []
 
     def computed(self, index: int, pieces: Callable[[], Sequence[torch.Tensor]]) -> None:
         """A chunk was computed.
@@ -58,7 +67,8 @@ class Audit:
         packed.await_copy()
         slot = session.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
         read = ReadBeside(partial(read_facts, session.store, self._prompt.keys[index], layout), "header", slot)
-        self._under_way.append((index, checksums(byte_view(packed.memory), layout), read))
+        due = time.monotonic() + session.limits.read_timeout
+        self._under_way.append(_Comparison(index, checksums(byte_view(packed.memory), layout), read, due))
 
     def settle(self) -> None:
         """Wait for the comparisons that are under way. What cannot be read in time is not compared.
@@ -67,8 +77,8 @@ class Audit:
             ComputePlainly: a chunk is stored otherwise than it was computed.
         """
         while self._under_way:
-            index, computed, read = self._under_way.pop(0)
-            facts = read.wait(self._session.limits.read_timeout)
+            index, computed, read, due = self._under_way.pop(0)
+            facts = read.wait(max(0.0, due - time.monotonic()))
             if facts is None:
                 read.leave()
             elif facts.checksums != computed:
@@ -77,8 +87,8 @@ class Audit:
     def end(self) -> None:
         """The restore is over, or what comes of it is not to be compared any more."""
         self._on = False
-        for _, _, read in self._under_way:
-            read.leave()
+        for comparison in self._under_way:
+            comparison.read.leave()
         self._under_way.clear()
 
     def _refuse(self, index: int) -> str:

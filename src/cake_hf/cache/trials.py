@@ -6,13 +6,13 @@ and in two, with more tokens behind them, with states carried over a cut.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.aside import run_aside, some_tokens
 from cake_hf.cache.compat import LinearAttentionLayer
 from cake_hf.cache.layers.recurrent import states_of
@@ -50,7 +50,7 @@ WINDOWS_KNOWN = frozenset(
 
 Verdicts = weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bool]]
 _verdicts: Verdicts = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def forgets(model: torch.nn.Module) -> bool:

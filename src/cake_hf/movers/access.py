@@ -242,7 +242,9 @@ def _directory(spec: StoreSpec | None) -> Path | None:
     if isinstance(spec, LocalStore):
         return spec.root
     text = environment.text_from(environment.STORE) if spec is None else spec
-    return directory_of(os.fspath(text)) if isinstance(text, (str, os.PathLike)) else None
+    with suppress(StoreError):  # it names no store: to open it will say so
+        return directory_of(os.fspath(text)) if isinstance(text, (str, os.PathLike)) else None
+    return None
 
 
 def _has_traces(root: Path) -> bool:

@@ -104,7 +104,7 @@ def door_of(spec: StoreSpec | None) -> Door:
             while len(_doors) > MOST_DOORS:
                 _doors.popitem(last=False)
             return door
-    except (TypeError, OSError):  # it is no name of a store, or relative to a directory that is gone
+    except (TypeError, OSError, StoreError):  # it is no name of a store, or relative to a directory that is gone
         return Door()
 
 

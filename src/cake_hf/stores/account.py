@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import locks
-from cake_hf.stores.below import directory, is_named, is_taken, open_file, replace_file, status_of
+from cake_hf.stores.below import directory, is_named, open_file, replace_file, status_of, what_is
 from cake_hf.stores.marker import LOCK
 
 PATIENCE = 30.0
@@ -130,14 +130,14 @@ class Account:
     def _open(self, folder: int, create: bool) -> tuple[int, bool]:
         """The file, open for reading at least, and whether it can be written to where it is."""
         name = self._file.name
-        if create and not is_taken(name, folder):
+        if create and what_is(name, folder) is None:
             self._make(folder)
         try:
             return self._open_to_write(folder), True
         except OSError as error:
             if status_of(name, folder) is not None and error.errno != errno.EACCES:
                 return open_file(name, os.O_RDONLY, folder)[0], False
-            if create and is_taken(name, folder):
+            if create and what_is(name, folder) is not None:
                 raise StoreError(
                     f"{self._file} is no plain file, and a store needs one of that name; remove it."
                 ) from error

@@ -89,20 +89,16 @@ def open_file(name: str, flags: int, at: int) -> tuple[int, os.stat_result]:
 
 def status_of(name: str, at: int) -> os.stat_result | None:
     """Status of a regular file in a directory; None where there is none."""
+    status = what_is(name, at)
+    return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def what_is(name: str, at: int) -> os.stat_result | None:
+    """Status of whatever has the name; None if nothing has."""
     try:
-        status = os.stat(name, dir_fd=at, follow_symlinks=False)
+        return os.stat(name, dir_fd=at, follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def is_taken(name: str, at: int) -> bool:
-    """Whether anything at all has the name."""
-    try:
-        os.stat(name, dir_fd=at, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 class Found(NamedTuple):

@@ -13,6 +13,7 @@ and what is no regular file of such a name is left alone, see `below`.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,12 +27,12 @@ from cake_hf.stores.below import (
     directory,
     entries_of,
     files_of,
-    is_taken,
     make_directory,
     open_file,
     reach,
     status_of,
     sync_directory,
+    what_is,
 )
 from cake_hf.stores.eviction import Entry, date_of_use
 from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
@@ -252,8 +253,8 @@ class Folder:
         with self._folder_to_write(key[:2], partial.root) as shard:
             if not replace and link(partial, name, shard):
                 return True
-            if is_taken(name, shard):
-                if status_of(name, shard) is None:
+            if (taken := what_is(name, shard)) is not None:
+                if not stat.S_ISREG(taken.st_mode):
                     raise StoreError(f"{self.path(key)} is no plain file, so no chunk can have this name; remove it.")
                 if not replace:
                     return False
@@ -297,7 +298,7 @@ class Folder:
             try:
                 folder = stack.enter_context(directory(name, root))
             except FileNotFoundError as error:
-                if is_taken(name, root):
+                if what_is(name, root) is not None:
                     raise StoreError(
                         f"{self.root / name} is a link or a file, where a store needs a folder of its own; remove it."
                     ) from error

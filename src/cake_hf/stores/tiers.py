@@ -128,6 +128,9 @@ class TierStore(Store):
         answer = self._row.first(key, lambda store: store.read_range(key, parts, offset) or None, total_bytes(parts))
         return answer.place is not None
 
+    def head(self, key: str, nbytes: int) -> bytes | None:
+        return self._row.first(key, lambda store: store.head(key, nbytes)).value
+
     def read(self, key: str) -> bytearray | None:
         """The value from the first tier that has it. It is copied nowhere: who asks so goes through all there is."""
         answer = self._row.first(key, lambda store: store.read(key))

@@ -6,16 +6,17 @@ prompts with that token. So each prompt's own rows are compared with checksums t
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
+
 ROWS_AT_ONCE = 2**14
 
 _sums: weakref.WeakKeyDictionary[torch.nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def rows_changed(model: torch.nn.Module, ids: torch.Tensor) -> bool:

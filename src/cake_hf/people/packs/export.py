@@ -11,7 +11,7 @@ import torch
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.people.packs.card import card_text
 from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progress
-from cake_hf.stores.below import directory, is_taken, make_directory, replace_file
+from cake_hf.stores.below import directory, make_directory, replace_file, what_is
 from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.stores.pack import open_folder_pack
@@ -101,7 +101,7 @@ class FolderSink(Sink):
         folder, _, name = path.rpartition("/")
         told, gone = self._plain_errors(), suppress(FileNotFoundError)
         with told, gone, directory(self._folder) as root, self._below(folder, root) as at:
-            if is_taken(name, at):
+            if what_is(name, at) is not None:
                 os.unlink(name, dir_fd=at)
 
     @contextmanager
