@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,15 +16,19 @@ from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.compat import begin_plainly, keeps_attention
+from cake_hf.cache.caller import given_prompt, is_first_forward, is_used_by, is_within_generate
+from cake_hf.cache.compat import begin_plainly, is_compiled, keeps_attention
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
+from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import (
+    CLOSED,
+    NOT_USED_YET,
     batch_reason,
     cut_image_reason,
     is_misunderstanding,
@@ -30,6 +36,7 @@ from cake_hf.cache.support import (
     misunderstood_reason,
     not_understood,
     plain_layers,
+    tell_plain,
     unlike_reason,
     unseen_reason,
 )
@@ -37,6 +44,8 @@ from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
 from cake_hf.tensors.offload import devices_of, home_device
+
+_claims = threading.Lock()
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -79,10 +88,12 @@ class RestoringCache(GuardedCache):
             self.layer_class_to_replicate = None
             self.layers = layers
         self.passive = passive
-        self.report = Report(reason=reason if passive else "")
+        self.report = Report(reason=reason if passive else NOT_USED_YET)
         self._session = session
         self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
+        self._seen = SeenTokens()  # of the prompts in here
+        self._thread = 0  # which used the cache last
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
         self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
@@ -101,31 +112,45 @@ class RestoringCache(GuardedCache):
     @property
     def closed(self) -> bool:
         """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
-        return self._session.closed
+        return self._session.closed or self._session.at_work.closing
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the hook has nothing to do for it. (A prompt that is in the model when it is closed is brought to its end.)"""
+        return self.passive or self._session.closed
 
     # What changes the content changes what is known about it.
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self._prefilled = None
-        del self._known[self._length() // self._session.chunk_size :]
+        length = self._length()
+        del self._known[length // self._session.chunk_size :]
+        self._seen.crop(length)
 
     def reset(self) -> None:
         super().reset()
         self._known, self._prefilled, self._unpressed = [], None, False
+        self._seen.forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._seen.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self._known = []
+        self._seen.forget()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._known = []
+        self._seen.forget()
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         if self.passive:
             return
-        if not self._depth and not self.closed:
+        if not self._depth:
             self._arrived_outside()
         if self._lost():
             raise ForwardLeft
@@ -141,13 +166,23 @@ class RestoringCache(GuardedCache):
 
     # Called by the hook.
 
-    def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
+    def _enter_model(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
+    ) -> Rewritten | None:
         if model is not self._session.model:
             raise self._foreign()
+        self._claim()
         rewritten = None
         if not self._busy:
             self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
-            rewritten = self._handle_if_understood(model, args, kwargs)
+            try:
+                rewritten = self._handle_if_understood(model, args, kwargs)
+            except BaseException:
+                self._session.at_work.end(self)
+                raise
+            if traced and self._tail is not None and not is_compiled(model):
+                # Somebody else has compiled the model for this call, and not for those that ran the chunks.
+                self._tail = replace(self._tail, key="")
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -155,11 +190,17 @@ class RestoringCache(GuardedCache):
         return rewritten
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
-        if model is not self._session.model or self._depth == 0:
+        if model is not self._session.model or self._depth == 0 or self._thread != get_ident():
             return
         self._depth -= 1
         if self._busy:
             return
+        try:
+            self._leave_prompt(failed=failed)
+        finally:
+            self._session.at_work.end(self)
+
+    def _leave_prompt(self, *, failed: bool) -> None:
         if failed:
             self._learn_from(sys.exc_info()[1])
             self._give_up_tail()
@@ -177,6 +218,7 @@ class RestoringCache(GuardedCache):
         self.presses_rest = False
         if (presses := Presses.on(self._session.model)).pressed:
             self._known = []
+            self._seen.forget()
             presses.apply(self.layers)
 
     def _learn_from(self, error: BaseException | None) -> None:
@@ -185,12 +227,28 @@ class RestoringCache(GuardedCache):
             not_understood(self._session.model, error)
 
     def _enter_decoder(self) -> None:
+        self._claim()
         if not self._depth:  # it was called by itself, and nothing is restored then
             self._note_unseen()
         self._depth += 1
 
     def _leave_decoder(self) -> None:
-        self._depth -= 1
+        if self._thread == get_ident():
+            self._depth -= 1
+
+    def _claim(self) -> None:
+        """Use the cache in this thread from now on.
+
+        Raises:
+            CakeError: another thread is using it.
+        """
+        me = get_ident()
+        if self._thread == me:
+            return
+        with _claims:
+            if self._thread and is_used_by(self._thread, self._session.model, self, generating=True):
+                raise CakeError("Another thread is using this CakeCache; make one for each thread.")
+            self._thread = me
 
     def _handle_if_understood(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,7 +284,10 @@ class RestoringCache(GuardedCache):
         """
         ids = args[0] if args else kwargs.get("input_ids")
         is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
+        if past and (not is_one_token or is_first_forward(model)):
+            self._require_same_prompt(model, past)
         if past and is_one_token:
+            self._spread(ids.shape[0])
             self._lay_by_head()
             return None  # decoding: the hot path
         if not self._counts():
@@ -236,17 +297,45 @@ class RestoringCache(GuardedCache):
             return None
         if not past:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
+            self._seen.forget()
         call = ForwardCall.parse(model, args, kwargs, self, past)
-        if past and call.wants_all_logits:
+        if self._brings_all(call):
+            if call.vision is None:
+                return self._handle_rest(call.without_past())
+            self.reset()  # what it brings beside its tokens is for the whole prompt
+            return self._handle(model, args, kwargs, 0)
+        return self._handle_call(call)
+
+    def _handle_rest(self, rest: ForwardCall) -> Rewritten:
+        """As `_handle`, for what is new in a call that brings more."""
+        if rest.tokens > 1:
+            rewritten = self._handle_call(rest)
+        else:  # decoding without `use_cache`
+            self._spread(rest.ids.shape[0])
+            rewritten = None
+        return rewritten or ((), rest.piece(0, rest.tokens))
+
+    def _handle_call(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`."""
+        if call.past and call.wants_all_logits:
+            self._spread(call.ids.shape[0])
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
+        if not self._session.at_work.begin(self):
+            self.report = self._plain_report(call, CLOSED)
+            return None
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
-        if call.is_batch:
-            return self._handle_batch(call)
-        if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
+        is_rest = prefilled is not None and call.past == len(self._known) * size and self._is_rest(call)
+        if call.tokens:
+            if call.past:
+                self._spread(call.ids.shape[0])
+            self._seen.note(call.past, call.ids)
+        if is_rest and prefilled is not None and not call.is_padded:
             self._tail = Tail(prefilled, time.monotonic())
             return None
+        if call.is_batch:
+            return self._handle_batch(call)
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
         if restore is None:
             return None
@@ -259,6 +348,46 @@ class RestoringCache(GuardedCache):
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
+
+    def _brings_all(self, call: ForwardCall) -> bool:
+        """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
+
+        So it is without `use_cache`, and in the first step of assisted decoding.
+        """
+        if not 0 < call.past < call.tokens or not is_within_generate(self._session.model):
+            return False
+        if call.arguments.get("use_cache") is not False and not call.begins_at_start:
+            return False
+        if self._seen.differ_from(call.ids, None):
+            raise self._holds_another(call.past)
+        return True
+
+    def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
+        """`generate` will cut off what is in here from the prompt that it was given, whatever it is.
+
+        Raises:
+            CakeError: it is not the prompt's beginning.
+        """
+        given = given_prompt(model)
+        if given is None:
+            return
+        self._seen.crop(past)
+        if self._seen.differ_from(given.ids, given.mask):
+            raise self._holds_another(past)
+        if given.ids.shape[1] <= past:
+            raise CakeError(
+                f"The cache holds {past} tokens, and the prompt has no more than {given.ids.shape[1]}; make a new CakeCache "
+                "for it."
+            )
+
+    @staticmethod
+    def _holds_another(past: int) -> CakeError:
+        return CakeError(f"The cache holds {past} tokens of another prompt; make a new CakeCache for this one.")
+
+    def _spread(self, rows: int) -> None:
+        """Several prompts go on from the one that is in here: each gets a row."""
+        if rows > 1 and next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0) == 1:
+            self.batch_repeat_interleave(rows)
 
     def _counts(self) -> bool:
         """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
@@ -304,6 +433,7 @@ class RestoringCache(GuardedCache):
         rows = call.ids.shape[0]
         self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
         self._known = []
+        self._seen.note(0, call.ids)
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
@@ -318,6 +448,8 @@ class RestoringCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
+        if self._seen.differ_from(input_ids, None):
+            raise self._holds_another(past)
         ids = input_ids[:, past:].to(home_device(model))
         call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
         if call.is_batch:
@@ -328,6 +460,7 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         self._close(restore)
+        self._seen.note(past, ids[:, : restore.prompt.chunks * self._session.chunk_size])
         self._unpressed = not past
         return restore.prompt
 
@@ -348,6 +481,8 @@ class RestoringCache(GuardedCache):
         )
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
+        if reason:
+            tell_plain(reason)
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
 
     def _restore(
@@ -395,6 +530,7 @@ class RestoringCache(GuardedCache):
                 prompt = look_up(session, call, chunks, self._known, report, started, namespace)
             else:
                 prompt = off_schedule(session, call, chunks, report, started)
+                tell_plain(report.reason)
             self.report = prompt.report
             restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
             self._running = restore
@@ -459,6 +595,10 @@ class RestoringCache(GuardedCache):
         Raises:
             ForeignModel: it is another model's.
         """
+        if self.closed:
+            if not self._length():
+                self.report = Report(chunk_size=self._session.chunk_size, reason=CLOSED)
+            return
         if not is_within(self._session.model):
             raise self._foreign()
         self._note_unseen()

@@ -16,6 +16,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.at_work import AtWork
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
@@ -64,6 +65,7 @@ class Session:
             self.store.check_writable()
         self.sharing = sharing_of(self.store)
         self._writer = Writer(self.store, limits.save_queue_bytes, limits.exit_flush_seconds)
+        self.at_work = AtWork()
         self._count_lock = threading.Lock()
         self._owned = None if self.store is store else self.store
         self._hook = ModelHook.attach(model)
