@@ -31,6 +31,10 @@ class AtWork:
                 self._caches[id(cache)] = threading.get_ident(), cache
             return not self.closing
 
+    def has(self, cache: Any) -> bool:
+        """Whether a prompt of that cache is in the model."""
+        return id(cache) in self._caches
+
     def end(self, cache: Any) -> None:
         """Its prompt is through, or given up; any number of times. The last one closes what waits to be closed."""
         with self._lock:

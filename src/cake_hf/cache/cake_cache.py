@@ -125,11 +125,6 @@ class CakeCache(RestoringCache):
         return copyreg._reconstructor, (type(plain), object, None), plain.__dict__  # type: ignore[attr-defined]
 
     @property
-    def model(self) -> torch.nn.Module:
-        """The model that this cache is for, without what was wrapped around it."""
-        return self._session.model
-
-    @property
     def store(self) -> Store:
         """The store behind this cache."""
         return self._session.store
@@ -176,7 +171,7 @@ class CakeCache(RestoringCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         if self.passive:
             return self.report
-        self._claim()
+        self._user.claim(self._session.model, self)
         if not self._session.at_work.begin(self):
             raise CakeError("This CakeCache is closed; make a new one.")
         try:

@@ -138,7 +138,9 @@ class ForwardCall:
         if not self.for_kv and (not isinstance(keep, int) or keep < 1):
             return "the caller wants the logits of all tokens; call cache.prefill(ids) before, or pass logits_to_keep=1"
         if self.wants_inner:
-            return "the caller wants hidden states, or attentions, of all tokens; for those of the last ones call cache.prefill(ids) before"
+            return (
+                "the caller wants hidden states, or attentions, of all tokens; prefill the cache for those of the last"
+            )
         understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
         if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
             return f"the argument {unknown[0]!r} is not understood"

@@ -1,7 +1,7 @@
 """Who calls: what the call stack tells about a forward that its arguments do not.
 
-`generate` hands a forward only what is new of a prompt, cut off by the length of the cache. Whether the cache holds this prompt's
-beginning can only be seen where the whole prompt is.
+`generate` hands a forward only what is new of a prompt, cut off by the length of the cache. Whether the cache holds this
+prompt's beginning can only be seen where the whole prompt is.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _NEAR = 16
 """Calls from the hook to the function that runs a prompt: three, and more where the forward is wrapped."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,12 @@ def is_used_by(thread: int, model: torch.nn.Module, cache: Any, *, generating: b
     return False
 
 
+def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
+    """The cache of that class that the `generate` of that model was given, which runs here; None if there is none."""
+    frames = (frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model))
+    return next((value for frame in frames for value in _given(frame) if isinstance(value, kind)), None)
+
+
 def _prefill_frame(model: torch.nn.Module) -> FrameType | None:
     near = islice(_stack(sys._getframe()), _NEAR)
     return next((frame for frame in near if _is_of(frame, "_prefill", model)), None)
@@ -87,10 +96,15 @@ def _is_of(frame: FrameType, name: str, model: torch.nn.Module) -> bool:
 
 
 def _brings(frame: FrameType, cache: Any) -> bool:
-    given = frame.f_locals
-    groups = (given.get("kwargs"), given.get("model_kwargs"))
+    return any(value is cache for value in _given(frame))
+
+
+def _given(frame: FrameType) -> Iterator[Any]:
+    """The arguments of a call that takes any."""
+    named = frame.f_locals
+    groups = (named.get("kwargs"), named.get("model_kwargs"))
     values = chain.from_iterable(group.values() for group in groups if isinstance(group, dict))
-    return any(value is cache for value in chain(values, given.get("args") or ()))
+    return chain(values, named.get("args") or ())
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:

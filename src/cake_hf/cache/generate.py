@@ -45,18 +45,19 @@ def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | N
         raise ValueError(
             "cake_hf.generate makes its own cache; to pass one, use model.generate(..., cache=CakeCache(...))."
         )
-    plain = _generate_of(resolve_model(model, store), model)
+    within = resolve_model(model, store)
+    plain = _generate_of(within, model)
     options = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
     if isinstance(inputs, Mapping):
         inputs, kwargs = None, {**inputs, **kwargs}
     elif inputs is not None and not isinstance(inputs, torch.Tensor):
         inputs = token_ids(inputs)
-    kwargs = _with_use_cache(model, kwargs)
+    kwargs = _with_use_cache(within, kwargs)
     with CakeCache(model, store, **options) as cache:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(ids, torch.Tensor) and _needs_prefill(cache.model) and _is_plain(kwargs.get("attention_mask")):
+        if isinstance(ids, torch.Tensor) and _needs_prefill(within) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
-        return plain(inputs, **for_generate(cache.model, cache), **without_cache(kwargs))
+        return plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
 
 
 def _generate_of(within: torch.nn.Module, model: Any) -> Any:
@@ -70,7 +71,7 @@ def _generate_of(within: torch.nn.Module, model: Any) -> Any:
     if hasattr(within, "generate") and getattr(model, "module", None) is within:  # DataParallel and its like
         return within.generate
     raise UnsupportedModel(
-        f"{type(model).__name__} has no generate; pass a model that has, or make a CakeCache, call its prefill, and then the model."
+        f"{type(model).__name__} has no generate; pass a model that has, or use a CakeCache with its prefill."
     )
 
 

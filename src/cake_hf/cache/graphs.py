@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -14,9 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def outside_graphs(function: F) -> F:
     """Have a function run as it is where it is called by code that torch.compile traces.
 
-    A restore waits for threads, and no graph can hold that. Without torch.compile the function costs a tenth of a microsecond more.
+    A restore waits for threads, and no graph can hold that. Without torch.compile it costs a tenth of a microsecond.
     """
-    apart: Any = torch._disable_dynamo(function)  # as torch.compiler.disable, which imports the compiler at once
+    apart = _disable_dynamo(function)  # as torch.compiler.disable, which imports the compiler at once
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cake_hf.arithmetic.turns import Turns
+from cake_hf.cache.caller import cache_given_to_generate
 from cake_hf.cache.compat import find_cache, renamed_for
 from cake_hf.cache.graphs import outside_graphs
 from cake_hf.cache.images import ImageDeferral
@@ -101,12 +102,24 @@ def _entered(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = _cake_cache(args, kwargs)
     if cache is None:
+        _note_bypassed(model, args, kwargs)
         return None
     rewritten = cache._enter_model(model, args, kwargs, traced=traced)
     if rewritten is not None:
         return rewritten
     renamed = renamed_for(model, kwargs, cache)
     return None if renamed is None else (args, renamed)
+
+
+def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where `generate` runs a prompt without the cache that it was given, that cache's report says so."""
+    from cake_hf.cache.restoring import RestoringCache
+
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
+        cache = cache_given_to_generate(model, RestoringCache)
+        if cache is not None and not cache.is_plain:
+            cache._note_bypassed(ids)
 
 
 @outside_graphs

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.caller import given_prompt, is_first_forward, is_used_by, is_within_generate
+from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
 from cake_hf.cache.compat import begin_plainly, is_compiled, keeps_attention
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
@@ -27,6 +25,7 @@ from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_prog
 from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import (
+    BYPASSED,
     CLOSED,
     NOT_USED_YET,
     batch_reason,
@@ -40,12 +39,11 @@ from cake_hf.cache.support import (
     unlike_reason,
     unseen_reason,
 )
+from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
 from cake_hf.tensors.offload import devices_of, home_device
-
-_claims = threading.Lock()
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -93,7 +91,7 @@ class RestoringCache(GuardedCache):
         self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
         self._seen = SeenTokens()  # of the prompts in here
-        self._thread = 0  # which used the cache last
+        self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
         self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
@@ -116,7 +114,7 @@ class RestoringCache(GuardedCache):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the hook has nothing to do for it. (A prompt that is in the model when it is closed is brought to its end.)"""
+        """Whether the hook has nothing to do for it. (A prompt that is in the model when it is closed is not cut off.)"""
         return self.passive or self._session.closed
 
     # What changes the content changes what is known about it.
@@ -133,7 +131,7 @@ class RestoringCache(GuardedCache):
         self._known, self._prefilled, self._unpressed = [], None, False
         self._seen.forget()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._seen.forget()
 
@@ -171,7 +169,7 @@ class RestoringCache(GuardedCache):
     ) -> Rewritten | None:
         if model is not self._session.model:
             raise self._foreign()
-        self._claim()
+        self._user.claim(model, self)
         rewritten = None
         if not self._busy:
             self._depth = 0  # after a forward that was interrupted (Ctrl-C) nobody counts down
@@ -190,7 +188,7 @@ class RestoringCache(GuardedCache):
         return rewritten
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
-        if model is not self._session.model or self._depth == 0 or self._thread != get_ident():
+        if model is not self._session.model or self._depth == 0 or not self._user.is_here:
             return
         self._depth -= 1
         if self._busy:
@@ -227,28 +225,14 @@ class RestoringCache(GuardedCache):
             not_understood(self._session.model, error)
 
     def _enter_decoder(self) -> None:
-        self._claim()
+        self._user.claim(self._session.model, self)
         if not self._depth:  # it was called by itself, and nothing is restored then
             self._note_unseen()
         self._depth += 1
 
     def _leave_decoder(self) -> None:
-        if self._thread == get_ident():
+        if self._user.is_here:
             self._depth -= 1
-
-    def _claim(self) -> None:
-        """Use the cache in this thread from now on.
-
-        Raises:
-            CakeError: another thread is using it.
-        """
-        me = get_ident()
-        if self._thread == me:
-            return
-        with _claims:
-            if self._thread and is_used_by(self._thread, self._session.model, self, generating=True):
-                raise CakeError("Another thread is using this CakeCache; make one for each thread.")
-            self._thread = me
 
     def _handle_if_understood(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -286,8 +270,9 @@ class RestoringCache(GuardedCache):
         is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
-        if past and is_one_token:
-            self._spread(ids.shape[0])
+        if past and is_one_token and ids is not None:
+            if ids.shape[0] > 1:
+                self._spread(ids)
             self._lay_by_head()
             return None  # decoding: the hot path
         if not self._counts():
@@ -311,14 +296,14 @@ class RestoringCache(GuardedCache):
         if rest.tokens > 1:
             rewritten = self._handle_call(rest)
         else:  # decoding without `use_cache`
-            self._spread(rest.ids.shape[0])
+            self._spread(rest.ids)
             rewritten = None
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`."""
         if call.past and call.wants_all_logits:
-            self._spread(call.ids.shape[0])
+            self._spread(call.ids)
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
         if not self._session.at_work.begin(self):
@@ -329,7 +314,7 @@ class RestoringCache(GuardedCache):
         is_rest = prefilled is not None and call.past == len(self._known) * size and self._is_rest(call)
         if call.tokens:
             if call.past:
-                self._spread(call.ids.shape[0])
+                self._spread(call.ids)
             self._seen.note(call.past, call.ids)
         if is_rest and prefilled is not None and not call.is_padded:
             self._tail = Tail(prefilled, time.monotonic())
@@ -358,36 +343,28 @@ class RestoringCache(GuardedCache):
             return False
         if call.arguments.get("use_cache") is not False and not call.begins_at_start:
             return False
-        if self._seen.differ_from(call.ids, None):
-            raise self._holds_another(call.past)
+        self._seen.require(call.ids, None, call.past)
         return True
 
     def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
-        """`generate` will cut off what is in here from the prompt that it was given, whatever it is.
-
-        Raises:
-            CakeError: it is not the prompt's beginning.
-        """
+        """`generate` will cut off what is in here from the prompt that it was given, whatever it is."""
         given = given_prompt(model)
-        if given is None:
-            return
-        self._seen.crop(past)
-        if self._seen.differ_from(given.ids, given.mask):
-            raise self._holds_another(past)
-        if given.ids.shape[1] <= past:
-            raise CakeError(
-                f"The cache holds {past} tokens, and the prompt has no more than {given.ids.shape[1]}; make a new CakeCache "
-                "for it."
-            )
+        if given is not None:
+            self._seen.require(given.ids, given.mask, past, longer=True)
 
-    @staticmethod
-    def _holds_another(past: int) -> CakeError:
-        return CakeError(f"The cache holds {past} tokens of another prompt; make a new CakeCache for this one.")
+    def _spread(self, ids: torch.Tensor) -> None:
+        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
+        if ids.shape[0] > 1 and self._rows() == 1:
+            self._repeat(ids)
 
-    def _spread(self, rows: int) -> None:
-        """Several prompts go on from the one that is in here: each gets a row."""
-        if rows > 1 and next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0) == 1:
-            self.batch_repeat_interleave(rows)
+    def _repeat(self, ids: torch.Tensor) -> None:
+        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
+        self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
+        self._known = []
+
+    def _rows(self) -> int:
+        """Rows in here; 0 where no layer tells."""
+        return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
 
     def _counts(self) -> bool:
         """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
@@ -431,8 +408,7 @@ class RestoringCache(GuardedCache):
         if prompt is None:
             return None
         rows = call.ids.shape[0]
-        self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
-        self._known = []
+        self._repeat(call.ids)
         self._seen.note(0, call.ids)
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
@@ -448,8 +424,7 @@ class RestoringCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
-        if self._seen.differ_from(input_ids, None):
-            raise self._holds_another(past)
+        self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
         call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
         if call.is_batch:
@@ -608,6 +583,12 @@ class RestoringCache(GuardedCache):
         if not self._length():
             reason = unseen_reason(self._session.model)
             self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
+
+    def _note_bypassed(self, ids: torch.Tensor) -> None:
+        """The model is called without this cache, although `generate` has it. It may be us who try the model out."""
+        if not self._session.at_work.has(self):
+            self.report = Report(tokens=ids.numel(), chunk_size=self._session.chunk_size, reason=BYPASSED)
+            tell_plain(BYPASSED)
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

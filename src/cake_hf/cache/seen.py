@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cake_hf.arithmetic.errors import CakeError
+
 
 class SeenTokens:
     """Where in a cache which tokens of prompts lie; what was decoded in between is not noted."""
@@ -27,9 +29,25 @@ class SeenTokens:
         """The cache holds no more than `length` tokens."""
         self._pieces = [(start, ids[:, : length - start]) for start, ids in self._pieces if start < length]
 
-    def differ_from(self, prompt: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether a prompt `[rows, tokens]` has other tokens, where it is not masked, than were seen in their places."""
-        return any(self._differs(prompt, mask, start, ids.to(prompt.device)) for start, ids in self._pieces)
+    def require(self, prompt: torch.Tensor, mask: torch.Tensor | None, length: int, *, longer: bool = False) -> None:
+        """What is in the cache has to be the beginning of a prompt, as far as it is known.
+
+        Args:
+            prompt: `[rows, tokens]`, from its start on.
+            mask: of the same shape; None where nothing is masked.
+            length: tokens in the cache.
+            longer: the prompt has to have more than these.
+
+        Raises:
+            CakeError: it is not.
+        """
+        self.crop(length)
+        if any(self._differs(prompt, mask, start, ids.to(prompt.device)) for start, ids in self._pieces):
+            raise CakeError(f"The cache holds {length} tokens of another prompt; make a new CakeCache for this one.")
+        if longer and prompt.shape[1] <= length:
+            raise CakeError(
+                f"The cache holds {length} tokens, and the prompt has only {prompt.shape[1]}; make a new CakeCache for it."
+            )
 
     def copy(self) -> SeenTokens:
         """One that changes by itself."""

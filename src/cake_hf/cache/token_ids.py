@@ -23,7 +23,9 @@ def token_ids(given: Any) -> torch.Tensor:
     if isinstance(given, Mapping):  # a BatchEncoding, too
         return _of_mapping(given)
     if given is None or isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
-        raise TypeError(f"Token ids are a tensor, an array or a list of numbers, not {_kind(given)}; use the tokenizer.")
+        raise TypeError(
+            f"Token ids are a tensor, an array or a list of numbers, not {_kind(given)}; use the tokenizer."
+        )
     ids = given if isinstance(given, torch.Tensor) else _as_tensor(given)
     if ids.ndim == 1:
         ids = ids[None]
@@ -39,7 +41,9 @@ def _of_mapping(given: Mapping[str, Any]) -> torch.Tensor:
         raise ValueError("There are no 'input_ids' in what was given as token ids; use what the tokenizer gives.")
     ids, mask = token_ids(given["input_ids"]), given.get("attention_mask")
     if mask is not None and not bool((token_ids(mask) == 1).all()):
-        raise ValueError("The token ids have padding; give one prompt without padding, or call generate with the batch.")
+        raise ValueError(
+            "The token ids have padding; give one prompt without padding, or call generate with the batch."
+        )
     return ids
 
 

@@ -30,10 +30,10 @@ def resolve_model(model: Any, store: Any = None) -> torch.nn.Module:
         raise UnsupportedModel(
             f"{type(model).__name__} copies the model to several devices; use a CakeCache for the model in it (.module)."
         )
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    if _is_from_transformers(model) or (hasattr(model, "config") and cache_name(forward_of(model))):
-        return model
-    return _only_one_in(model)
+    within: torch.nn.Module = getattr(model, "_orig_mod", model)  # torch.compile
+    if _is_from_transformers(within) or (hasattr(within, "config") and cache_name(forward_of(within))):
+        return within
+    return _only_one_in(within)
 
 
 def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
