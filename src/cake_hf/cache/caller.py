@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class GivenPrompt:
 
 
 def is_first_forward(model: torch.nn.Module) -> bool:
-    """Whether the forward that runs now is the first of a `generate` of that model. A microsecond."""
+    """Whether the forward that runs now is the first of a `generate` of that model. Takes a microsecond."""
     return _prefill_frame(model) is not None
 
 
@@ -87,8 +87,12 @@ def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
 
 
 def _prefill_frame(model: torch.nn.Module) -> FrameType | None:
-    near = islice(_stack(sys._getframe()), _NEAR)
-    return next((frame for frame in near if _is_of(frame, "_prefill", model)), None)
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_NEAR):  # a plain loop, since each decoding step comes here
+        if frame is None or (frame.f_code.co_name == "_prefill" and frame.f_locals.get("self") is model):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def _is_of(frame: FrameType, name: str, model: torch.nn.Module) -> bool:

@@ -50,14 +50,19 @@ def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | N
     options = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
     if isinstance(inputs, Mapping):
         inputs, kwargs = None, {**inputs, **kwargs}
-    elif inputs is not None and not isinstance(inputs, torch.Tensor):
-        inputs = token_ids(inputs)
+    inputs = _as_tensor(inputs)
+    kwargs.update({name: _as_tensor(kwargs[name]) for name in ("input_ids", "attention_mask") if name in kwargs})
     kwargs = _with_use_cache(within, kwargs)
     with CakeCache(model, store, **options) as cache:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and _needs_prefill(within) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
         return plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
+
+
+def _as_tensor(numbers: Any) -> Any:
+    """Tensors, which `generate` judges by itself, and None as they are."""
+    return numbers if numbers is None or isinstance(numbers, torch.Tensor) else token_ids(numbers)
 
 
 def _generate_of(within: torch.nn.Module, model: Any) -> Any:

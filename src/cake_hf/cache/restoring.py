@@ -311,7 +311,9 @@ class RestoringCache(GuardedCache):
             return None
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
-        is_rest = prefilled is not None and call.past == len(self._known) * size and self._is_rest(call)
+        if call.past != len(self._known) * size:
+            prefilled = None
+        is_rest = prefilled is not None and self._is_rest(call)
         if call.tokens:
             if call.past:
                 self._spread(call.ids)
@@ -321,7 +323,10 @@ class RestoringCache(GuardedCache):
             return None
         if call.is_batch:
             return self._handle_batch(call)
-        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
+        report = None if prefilled is None else prefilled.report
+        if report is not None:  # it is the same prompt, and more of it
+            report.tokens = call.past + call.tokens
+        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True, report=report)
         if restore is None:
             return None
         prompt = restore.prompt
@@ -507,6 +512,8 @@ class RestoringCache(GuardedCache):
                 prompt = off_schedule(session, call, chunks, report, started)
                 tell_plain(report.reason)
             self.report = prompt.report
+            if not (chunks or report.restored or report.reason):
+                report.reason = "the prompt has no full chunk before its last piece, which is always computed"
             restore = Restore(session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
             self._running = restore
             try:

@@ -55,4 +55,4 @@ def _as_tensor(given: Any) -> torch.Tensor:
 
 
 def _kind(given: Any) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
+    return "None" if given is None else type(given).__name__
