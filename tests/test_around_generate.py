@@ -143,7 +143,9 @@ def test_use_cache_false(family: str, where: str) -> None:
         assert cache.get_seq_length() == LENGTH + 5
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "two"])
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "two"]
+)
 def test_use_cache_false_in_other_modes(mode: dict[str, Any]) -> None:
     model, options = shared_model("llama"), {**OPTIONS, **mode, "use_cache": False}
     torch.manual_seed(0)
@@ -181,7 +183,9 @@ def test_several_answers_behind_a_prefill(family: str, rest: int, mode: dict[str
 
 
 @pytest.mark.parametrize("rest", [1, 7, CHUNK])
-@pytest.mark.parametrize("mode", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}], ids=["lookup", "assistant"])
+@pytest.mark.parametrize(
+    "mode", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}], ids=["lookup", "assistant"]
+)
 def test_assisted_decoding_behind_a_prefill(mode: dict[str, Any], rest: int) -> None:
     """transformers gives the whole prompt to the first step, whatever the cache holds."""
     mode = {name: build("qwen2", seed=3) if value is None else value for name, value in mode.items()}

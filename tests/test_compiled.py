@@ -1,0 +1,102 @@
+"""Compiled models: a prompt is restored between the graphs, and the results are those on a `DynamicCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from cake_hf import CakeCache, MemoryStore
+from models import CHUNK, prompt
+from naming import given
+from old_versions import OLD
+
+pytestmark = pytest.mark.skipif(OLD, reason="older versions of transformers are compiled in other ways")
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+CHUNKS = 1
+"""Tracing takes seconds for each length that comes."""
+IDS = prompt(CHUNKS * CHUNK + 7)
+
+
+def forward(model: Any) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def itself(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def layers(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def module(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+WAYS = (forward, itself, layers, module)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny() -> Any:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def generated(model: Any, cache: Any, **options: Any) -> torch.Tensor:
+    result = model.generate(IDS, **given(cache), **OPTIONS, **options, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(result.logits)
+
+
+@pytest.mark.fault(
+    "Model",
+    "The model is compiled: itself, its forward, its layers, or in a module of torch.compile.",
+    "Prompts are restored between the graphs, bit for bit as that model computes them in chunks.",
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_on_a_compiled_model(way: Callable[[Any], Any]) -> None:
+    """The backend runs the graphs with the same kernels as without them, so the oracle need not be compiled."""
+    expected = generated(tiny(), DynamicCache(config=tiny().config), prefill_chunk_size=CHUNK)
+    model, store, graphs = way(tiny()), MemoryStore(), []
+    for strategy in ("compute", "load"):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
+            assert torch.equal(generated(model, cache), expected)
+            report = cache.report
+        assert (report.chunks_computed, report.chunks_loaded) == ((CHUNKS, 0) if strategy == "compute" else (0, CHUNKS))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]  # the second prompt has nothing compiled anew
+    assert bool(graphs[0]) is (way is not module)  # whose `generate` is that of the model in it
+
+
+def test_a_call_that_is_compiled_from_outside() -> None:
+    """It computes the last piece otherwise than the chunks before it; so that piece is not stored, full chunk or not."""
+    model, store, ids = module(tiny()), MemoryStore(), prompt(2 * CHUNK)
+    plain = tiny()
+    with torch.no_grad(), CakeCache(plain, MemoryStore(), chunk_size=CHUNK) as cache:
+        expected = plain(ids, **given(cache), logits_to_keep=1).logits
+    for _ in range(2):
+        with torch.no_grad(), CakeCache(model, store, chunk_size=CHUNK) as cache:
+            assert torch.equal(model(ids, **given(cache), logits_to_keep=1).logits, expected)
+            assert cache.report.chunks_computed + cache.report.chunks_loaded == 1
+    assert counters["stats"]["unique_graphs"]
+    assert len(list(store.keys())) == 1
