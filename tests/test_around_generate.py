@@ -1,4 +1,4 @@
-"""What `generate` does with a cache, and with none: other prompts in it, `use_cache`, several answers, caches of another kind."""
+"""What `generate` does with a cache, and without: other prompts in it, `use_cache`, several answers, other kinds of caches."""
 
 from __future__ import annotations
 
@@ -267,6 +267,17 @@ def test_a_cache_that_is_left_out(way: Any, used_before: bool) -> None:
             assert "no prompt has come with this cache yet" in cache.report.reason
 
 
+def test_an_assistant_has_a_cache_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where it is the first layers of the same model."""
+    model, store = shared_model("llama"), MemoryStore()
+    for assistant in ({"assistant_early_exit": 1}, {"assistant_model": build("qwen2", seed=3)}):
+        with caplog.at_level(logging.DEBUG, "cake_hf"), CakeCache(model, store, chunk_size=CHUNK) as cache:
+            found = model.generate(prompt(), **given(cache), **assistant, **OPTIONS)
+            assert cache.report.chunks_computed + cache.report.chunks_loaded == CHUNKS
+        assert torch.equal(found, model.generate(prompt(), **OPTIONS))
+    assert not [record for record in caplog.records if "without the cache" in record.getMessage()]
+
+
 def test_trying_a_model_out_is_no_prompt_without_its_cache() -> None:
     """The first prompt of a model has some small forwards run that nobody asked for."""
     model: Any = build("llama", seed=5)
@@ -312,7 +323,7 @@ def test_what_is_left_alone_is_logged_once(caplog: pytest.LogCaptureFixture, mon
         for _ in range(2):
             for reason in ("logits", "chunk", "states", "embeddings"):
                 with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-                    said, call = next((one for one in left_alone(cache, model).items() if reason in one[0]))
+                    said, call = next(one for one in left_alone(cache, model).items() if reason in one[0])
                     call()
                     assert said in cache.report.reason
     messages = [record.getMessage() for record in caplog.records if record.name == "cake_hf"]

@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -196,10 +197,9 @@ def test_closed_in_the_midst_of_a_prompt(forward: int, part: int, copied: bool) 
 
 def test_closed_in_the_midst_of_a_prefill() -> None:
     model, store = build("llama"), MemoryStore()
-    with held(model.model.layers[0], 3) as gate:
-        with CakeCache(model, store, chunk_size=CHUNK) as cache:
-            thread = Thread(lambda: cache.prefill(prompt()))
-            assert gate.is_in.wait(PATIENCE)
+    with held(model.model.layers[0], 3) as gate, CakeCache(model, store, chunk_size=CHUNK) as cache:
+        thread = Thread(lambda: cache.prefill(prompt()))
+        assert gate.is_in.wait(PATIENCE)
     assert thread.end().chunks_computed == CHUNKS
     await_true(lambda: not model._forward_hooks and len(list(store.keys())) == CHUNKS)
     assert torch.equal(ask(model, cache, prompt()), ask(model, DynamicCache(config=model.config), prompt()))
@@ -303,9 +303,8 @@ def test_pickled_in_other_states(state: str, monkeypatch: pytest.MonkeyPatch) ->
     "KV", "A prompt comes behind a forward with gradients.", "It goes on as on a `DynamicCache`, and the gradients are right."
 )  # fmt: skip
 @pytest.mark.parametrize(
-    ("family", "then"),
-    [*[(family, then) for family in here("llama", "gemma3", "qwen3_next") for then in ("generate", "forward")], ("llama", "crop")],
-)  # fmt: skip
+    ("family", "then"), [*product(here("llama", "gemma3", "qwen3_next"), ("generate", "forward")), ("llama", "crop")]
+)
 def test_behind_a_forward_with_gradients(family: str, then: str) -> None:
     """As on a `DynamicCache`, and the graph stays what it was."""
     model: Any = family_model(family)

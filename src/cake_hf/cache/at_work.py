@@ -53,7 +53,7 @@ class AtWork:
             self._caches = {
                 number: (thread, cache)
                 for number, (thread, cache) in self._caches.items()
-                if thread != me and is_used_by(thread, model, cache, generating=False)
+                if thread != me and is_used_by(thread, model, cache)
             }
             if self._caches:
                 self._then = close

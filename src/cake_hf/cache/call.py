@@ -25,7 +25,8 @@ _UNDERSTOOD = {
 }
 """Arguments whose meaning for a chunk is known. Any other one that is set might change the KV."""
 
-_LAST_CHUNK_ONLY = {"output_attentions", "output_hidden_states"}
+_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
+"""Arguments that ask for something beside the logits, which would be that of the last piece alone."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ForwardCall:
             del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
         accepts = frozenset(parameters_of(forward))
         taken = named_for(model, cache, given_as)
-        wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _LAST_CHUNK_ONLY)
+        wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _OF_ALL_TOKENS)
         return cls(named, past, taken, accepts, for_kv, wants_inner, look_at(model, named, past, accepts))
 
     @property
@@ -191,7 +192,7 @@ class ForwardCall:
 
     def chunk(self, start: int, end: int) -> dict[str, Any]:
         """Arguments of a forward that is run for its KV alone."""
-        piece = {name: value for name, value in self.piece(start, end).items() if name not in _LAST_CHUNK_ONLY}
+        piece = self.piece(start, end)
         if "logits_to_keep" in self.accepts or "logits_to_keep" in piece:
             piece["logits_to_keep"] = 1
         return {**piece, "use_cache": True}

@@ -61,29 +61,26 @@ def is_within_generate(model: torch.nn.Module) -> bool:
     return any(_is_of(frame, "generate", model) for frame in _stack(sys._getframe()))
 
 
-def is_used_by(thread: int, model: torch.nn.Module, cache: Any, *, generating: bool) -> bool:
-    """Whether a thread is in a forward of that model, or in the cache's `prefill`, with that cache among the arguments.
-
-    Args:
-        thread: its identifier.
-        model: any.
-        cache: any.
-        generating: it counts, too, that it is in `generate` and between forwards.
-    """
-    names = ("_call_impl", "generate") if generating else ("_call_impl",)
+def is_used_by(thread: int, model: torch.nn.Module, cache: Any) -> bool:
+    """Whether a thread is in a forward of that model, or its `generate`, with that cache, or in the cache's `prefill`."""
     for frame in _stack(sys._current_frames().get(thread)):
         name = frame.f_code.co_name
         if name == "prefill" and frame.f_locals.get("self") is cache:
             return True
-        if name in names and _is_of(frame, name, model) and _brings(frame, cache):
+        if name in ("_call_impl", "generate") and _is_of(frame, name, model) and _brings(frame, cache):
             return True
     return False
 
 
 def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
-    """The cache of that class that the `generate` of that model was given, which runs here; None if there is none."""
-    frames = (frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model))
-    return next((value for frame in frames for value in _given(frame) if isinstance(value, kind)), None)
+    """The cache of that class that the `generate` of that model was given, which runs here; None if there is none.
+
+    A `generate` within another one may have a cache of its own, as an assistant's has; it should have the other's where it is
+    called by a way of generating that somebody has written.
+    """
+    frames = [frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model)]
+    asked = [*frames[:1], *(frame for frame in frames[1:] if frame.f_locals.get("custom_generate") is not None)]
+    return next((value for frame in asked for value in _given(frame) if isinstance(value, kind)), None)
 
 
 def _prefill_frame(model: torch.nn.Module) -> FrameType | None:

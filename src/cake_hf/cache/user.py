@@ -38,6 +38,6 @@ class User:
         if self.is_here:
             return
         with _lock:
-            if self._thread and is_used_by(self._thread, model, cache, generating=True):
+            if self._thread and is_used_by(self._thread, model, cache):
                 raise CakeError("Another thread is using this CakeCache; make one for each thread.")
             self._thread = get_ident()
