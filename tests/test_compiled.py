@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cake_hf import CakeCache, MemoryStore
+from cake_hf.cache.graphs import as_it_is
 from models import CHUNK, prompt
 from naming import given
 from old_versions import OLD
@@ -71,7 +72,7 @@ def generated(model: Any, cache: Any, **options: Any) -> torch.Tensor:
 @pytest.mark.fault(
     "Model",
     "The model is compiled: itself, its forward, its layers, or in a module of torch.compile.",
-    "Prompts are restored between the graphs, bit for bit as that model computes them in chunks.",
+    "Chunks are computed and restored without the compiled code, bit for bit those of the plain model; the rest runs compiled.",
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_generate_on_a_compiled_model(way: Callable[[Any], Any]) -> None:
@@ -86,10 +87,14 @@ def test_generate_on_a_compiled_model(way: Callable[[Any], Any]) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]  # the second prompt has nothing compiled anew
     assert bool(graphs[0]) is (way is not module)  # whose `generate` is that of the model in it
+    plain = MemoryStore()
+    with CakeCache(tiny(), plain, chunk_size=CHUNK) as cache:
+        cache.prefill(IDS)
+    assert {key: store.read(key) for key in store.keys()} == {key: plain.read(key) for key in plain.keys()}  # noqa: SIM118
 
 
-def test_a_call_that_is_compiled_from_outside() -> None:
-    """It computes the last piece otherwise than the chunks before it; so that piece is not stored, full chunk or not."""
+def test_a_last_piece_that_is_compiled_is_not_stored() -> None:
+    """Full chunk or not: it is computed otherwise than the chunks before it."""
     model, store, ids = module(tiny()), MemoryStore(), prompt(2 * CHUNK)
     plain = tiny()
     with torch.no_grad(), CakeCache(plain, MemoryStore(), chunk_size=CHUNK) as cache:
@@ -100,3 +105,18 @@ def test_a_call_that_is_compiled_from_outside() -> None:
             assert cache.report.chunks_computed + cache.report.chunks_loaded == 1
     assert counters["stats"]["unique_graphs"]
     assert len(list(store.keys())) == 1
+
+
+def test_compiled_code_runs_again_when_the_last_restore_is_over() -> None:
+    """For all threads at once it is put aside, and put back by whoever ends last."""
+    model = itself(tiny())
+    first, second = as_it_is(model), as_it_is(model)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        model(IDS)
+        second.__exit__(None, None, None)
+        assert not counters["stats"]["unique_graphs"]
+        model(IDS)
+        assert counters["stats"]["unique_graphs"]

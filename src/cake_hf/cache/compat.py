@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 import transformers
 from packaging.version import Version
 
@@ -87,11 +86,6 @@ def forward_of(model: Any) -> Callable[..., Any]:
     if cache_name(forward) or not cache_name(type(model).forward):
         return forward
     return MethodType(type(model).forward, model)
-
-
-def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether each call of the model itself is compiled (`model.compile()`)."""
-    return model._compiled_call_impl is not None
 
 
 def cache_name(forward: Callable[..., Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -24,3 +26,36 @@ def outside_graphs(function: F) -> F:
         return apart(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
 
     return called  # type: ignore[return-value]  # with the same signature
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether a model, or a module in it, runs compiled code: `compile()`, or torch.compile around it or its forward."""
+    return any(
+        module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+
+
+_lock = threading.Lock()
+_running: list[Any] = []
+"""Of threads that run compiled models as they are; the first one has put what is in force, since that is so for all threads."""
+
+
+@contextmanager
+def as_it_is(model: torch.nn.Module) -> Iterator[None]:
+    """Run a model without its compiled code, which rounds otherwise in each graph, so that nothing of it can be stored."""
+    if not is_compiled(model):
+        yield
+        return
+    with _lock:
+        _running.append(None if _running else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            if len(_running) == 1:
+                _running[0].__exit__(None, None, None)
+            # Whoever was first, the one who put it there is needed by the last.
+            _running.pop()

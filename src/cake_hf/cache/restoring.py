@@ -15,7 +15,8 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
-from cake_hf.cache.compat import begin_plainly, is_compiled, keeps_attention
+from cake_hf.cache.compat import begin_plainly, keeps_attention
+from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
@@ -178,9 +179,8 @@ class RestoringCache(GuardedCache):
             except BaseException:
                 self._session.at_work.end(self)
                 raise
-            if traced and self._tail is not None and not is_compiled(model):
-                # Somebody else has compiled the model for this call, and not for those that ran the chunks.
-                self._tail = replace(self._tail, key="")
+            if self._tail is not None and self._tail.key and (traced or is_compiled(model)):
+                self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -530,7 +530,8 @@ class RestoringCache(GuardedCache):
         outside = self._lost, self._busy, self.presses_rest
         self._lost, self._busy, self.presses_rest = lost, True, True
         try:
-            self._session.model(**arguments)
+            with as_it_is(self._session.model):
+                self._session.model(**arguments)
         finally:
             self._lost, self._busy, self.presses_rest = outside
 
