@@ -78,15 +78,15 @@ def generated(model: Any, cache: Any, **options: Any) -> torch.Tensor:
 def test_generate_on_a_compiled_model(way: Callable[[Any], Any]) -> None:
     """The backend runs the graphs with the same kernels as without them, so the oracle need not be compiled."""
     expected = generated(tiny(), DynamicCache(config=tiny().config), prefill_chunk_size=CHUNK)
-    model, store, graphs = way(tiny()), MemoryStore(), []
+    model, store = way(tiny()), MemoryStore()
     for strategy in ("compute", "load"):
         with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
             assert torch.equal(generated(model, cache), expected)
             report = cache.report
         assert (report.chunks_computed, report.chunks_loaded) == ((CHUNKS, 0) if strategy == "compute" else (0, CHUNKS))
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1]  # the second prompt has nothing compiled anew
-    assert bool(graphs[0]) is (way is not module)  # whose `generate` is that of the model in it
+    assert bool(counters["stats"]["unique_graphs"]) is (
+        way is not module
+    )  # whose `generate` is that of the model in it
     plain = MemoryStore()
     with CakeCache(tiny(), plain, chunk_size=CHUNK) as cache:
         cache.prefill(IDS)
