@@ -31,7 +31,7 @@ def go_on(family: str, cache: CakeCache) -> None:
     if family in CROPPED:
         cache.prefill(IDS)
         cache.crop(CHUNK - cache.get_seq_length())
-        cache.prefill(IDS.flip(1))
+        cache.prefill(torch.cat([IDS[:, :CHUNK], IDS[:, CHUNK:].flip(1)], dim=1))
     else:
         generate(model, cache)
 

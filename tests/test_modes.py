@@ -84,7 +84,7 @@ CHUNKED = {
     "stopping": {"stopping_criteria": [StopAfter(4)]},
     "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3},
     "min_p": {"do_sample": True, "min_p": 0.02, "typical_p": 0.9},
-    "hidden_states": {"output_hidden_states": True, "output_scores": True},
+    "scores": {"output_scores": True},
 }
 """One row, and `generate` itself can run the prompt in chunks: the oracle is bit for bit."""
 
@@ -146,9 +146,6 @@ def test_modes_of_one_row(family: str, mode: str) -> None:
     assert torch.equal(logits(restored), logits(expected))
     if family == "llama":
         assert loaded == CHUNKS
-    if "output_hidden_states" in options:
-        for one, other in zip(restored.hidden_states, expected.hidden_states, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("mode", OTHERS)
@@ -175,15 +172,26 @@ def test_other_modes(family: str, mode: str) -> None:
         assert report.chunks_loaded == CHUNKS
 
 
-def test_attentions_are_those_of_the_last_piece() -> None:
-    """As on the chunked schedule: what was restored had its attentions in another call."""
+@pytest.mark.fault(
+    "Prompt",
+    "The caller wants hidden states, or attentions, of the whole prompt.",
+    "The prompt is computed plainly, with the reason; after `prefill` they are those of the last piece.",
+)
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+def test_what_is_wanted_of_all_tokens_is_computed(asked: str) -> None:
+    """What was restored would have had its own in another call. Who has called `prefill` wants those of the rest."""
     model = shared_model("llama", "float32", "eager")
-    options = {"output_attentions": True}
+    options = {asked: True}
+    plain = generate(model, DynamicCache(config=model.config), **options)
     chunked = generate(model, DynamicCache(config=model.config), prefill_chunk_size=CHUNK, **options)
-    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used:
-        restored = generate(model, used, **options)
-    for one, other in zip(restored.attentions, chunked.attentions, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    for ahead, expected_ones in ((False, plain), (True, chunked)):
+        with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as used:
+            if ahead:
+                used.prefill(prompt())
+            found = generate(model, used, **options)
+            assert ("hidden states, or attentions" in used.report.reason) is not ahead
+        steps = zip(*(getattr(one, asked.removeprefix("output_")) for one in (found, expected_ones)), strict=True)
+        assert all(torch.equal(*pair) for one, other in steps for pair in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("size", [CHUNK, CHUNK + 5, 3 * CHUNK, 5, 10 * CHUNK * CHUNKS])

@@ -253,7 +253,7 @@ def test_a_forward_that_was_replaced_on_the_instance(way: str) -> None:
         model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
     reports = twice(model, plain_tokens())
     if way == "closure":
-        assert all(report.reason == "the caller wants the logits of all tokens" for report in reports)
+        assert all(report.reason.startswith("the caller wants the logits of all tokens") for report in reports)
     else:
         assert_restored(reports)
 

@@ -85,9 +85,14 @@ class Report:
         # A reason quotes stores and models, which quote whom they like.
         super().__setattr__(name, shown(value) if name == "reason" else value)
 
+    @property
+    def restored(self) -> int:
+        """Full chunks before the prompt's last piece that were computed, loaded or shared so far."""
+        return self.chunks_computed + self.chunks_loaded + self.chunks_shared
+
     def repeat(self, batch: int) -> None:
         """It is for so many equal prompts, of which one was restored, and copied for the others."""
-        self.chunks_shared += (batch - 1) * (self.chunks_computed + self.chunks_loaded + self.chunks_shared)
+        self.chunks_shared += (batch - 1) * self.restored
         self.tokens *= batch
         self.batch = batch
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cake_hf.cache.compat import forward_of, named_for, parameters_of, plain_cache
+from cake_hf.cache.graphs import as_it_is
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.strangers import unobserved
 from cake_hf.tensors.offload import home_device
@@ -41,7 +42,7 @@ def run_aside(
         arguments["logits_to_keep"] = 1
     if positions is not None and "position_ids" in accepted:
         arguments["position_ids"] = positions
-    with _lock, torch.no_grad(), unobserved(), _unchanged(model):
+    with _lock, torch.no_grad(), unobserved(), _unchanged(model), as_it_is(model):
         for piece in pieces:
             output = model(input_ids=piece, **arguments)
             logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import time
 from types import TracebackType
 from typing import Any
@@ -20,8 +21,10 @@ from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import refuse_unusable, resolve_model
+from cake_hf.cache.support import refuse_unusable
+from cake_hf.cache.token_ids import token_ids
 from cake_hf.cache.vision import forget_numbering
+from cake_hf.cache.which_model import resolve_model
 from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -77,7 +80,7 @@ class CakeCache(RestoringCache):
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
-        model = resolve_model(model)
+        model = resolve_model(model, store)
         refuse_unusable(model)
         layers, reason = checked_layers(model)
         session = Session(
@@ -111,7 +114,19 @@ class CakeCache(RestoringCache):
         copied._known = list(self._known)
         copied._seals = self._seals.copy(self.layers, copied.layers)
         copied._unpressed = self._unpressed
+        copied._seen = self._seen.copy()
         return copied
+
+    def __copy__(self) -> CakeCache:
+        """As of any cache: another object with the same layers."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Pickled as what it holds, a `DynamicCache`: model and store stay where they are."""
+        plain = self.to_dynamic_cache()
+        return copyreg._reconstructor, (type(plain), object, None), plain.__dict__  # type: ignore[attr-defined]
 
     @property
     def store(self) -> Store:
@@ -123,8 +138,11 @@ class CakeCache(RestoringCache):
         return self._session.flush(timeout)
 
     def close(self) -> None:
-        """Save what is queued (waiting `limits.exit_flush_seconds` at most) and let go of model and store. Idempotent."""
-        self._session.close()
+        """Save what is queued (waiting `limits.exit_flush_seconds` at most) and let go of model and store. Idempotent.
+
+        Where another thread is in the midst of a prompt, that is brought to its end first, and this returns at once.
+        """
+        self._session.at_work.close(self._session.model, self._session.close)
 
     def __enter__(self) -> CakeCache:
         return self
@@ -134,12 +152,13 @@ class CakeCache(RestoringCache):
     ) -> None:
         self.close()
 
-    def prefill(self, input_ids: torch.Tensor, *, whole: bool = False, progress: Progress | None = None) -> Report:
+    def prefill(self, input_ids: Any, *, whole: bool = False, progress: Progress | None = None) -> Report:
         """Bring the KV of a prompt's full chunks into this cache without generating; `generate` then goes on from there.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start; the tokens that the cache holds already are skipped. (A
-                batch, or a prompt with images, is restored when the model is called with it.)
+            input_ids: `[1, tokens]` of the prompt from its start, as a tensor, an array, a list, or what the tokenizer returns;
+                the tokens that the cache holds already are skipped. (A batch, or a prompt with images, is restored when the
+                model is called with it.)
             whole: also run a full chunk at the very end (`generate` needs it left over, to have a token to run).
             progress: called with (chunks that are there, all chunks).
 
@@ -147,12 +166,24 @@ class CakeCache(RestoringCache):
             The report, also in `self.report`. Its `reason` says why nothing was done, if so.
 
         Raises:
-            CakeError: the cache is closed.
+            CakeError: the cache is closed, holds another prompt, or is being used by another thread.
+            TypeError: what is given are no token ids.
+            ValueError: they have another form, other numbers than whole ones, or padding.
         """
+        ids = token_ids(input_ids)
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
         if self.passive:
             return self.report
+        self._user.claim(self._session.model, self)
+        if not self._session.at_work.begin(self):
+            raise CakeError("This CakeCache is closed; make a new one.")
+        try:
+            return self._prefill_new(ids, 0 if whole else 1, progress or no_progress)
+        finally:
+            self._session.at_work.end(self)
+
+    def _prefill_new(self, ids: torch.Tensor, leave: int, progress: Progress) -> Report:
         self._go_back_if_left()
         self._prefilled = None
         self._seals.look()
@@ -161,7 +192,7 @@ class CakeCache(RestoringCache):
             self.reset()
             forget_numbering(self._session.model)
         try:
-            prompt = self._prefill(input_ids, 0 if whole else 1, progress or no_progress)
+            prompt = self._prefill(ids, leave, progress)
         except ComputePlainly as because:
             self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
             return self.report

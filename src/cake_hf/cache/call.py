@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ _UNDERSTOOD = {
 }
 """Arguments whose meaning for a chunk is known. Any other one that is set might change the KV."""
 
-_LAST_CHUNK_ONLY = {"output_attentions", "output_hidden_states"}
+_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
+"""Arguments that ask for something beside the logits, which would be that of the last piece alone."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ForwardCall:
         cache: the cache, under the name by which the forward takes it.
         accepts: names of the forward's parameters.
         for_kv: nobody looks at the logits of the call.
+        wants_inner: the caller wants hidden states, or attentions, by an argument or by the model's config.
         vision: what the call of a vision-language model brings beside its ids; None of other models.
     """
 
@@ -46,6 +48,7 @@ class ForwardCall:
     cache: Mapping[str, Any] = field(repr=False)
     accepts: frozenset[str] = field(repr=False)
     for_kv: bool = False
+    wants_inner: bool = False
     vision: Vision | None = field(default=None, repr=False)
 
     @classmethod
@@ -77,7 +80,8 @@ class ForwardCall:
             del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
         accepts = frozenset(parameters_of(forward))
         taken = named_for(model, cache, given_as)
-        return cls(named, past, taken, accepts, for_kv, look_at(model, named, past, accepts))
+        wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _OF_ALL_TOKENS)
+        return cls(named, past, taken, accepts, for_kv, wants_inner, look_at(model, named, past, accepts))
 
     @property
     def ids(self) -> torch.Tensor:
@@ -94,10 +98,14 @@ class ForwardCall:
     @cached_property
     def is_batch(self) -> bool:
         """Whether it brings several rows, or a single one with padding."""
-        ids, mask = self.arguments.get("input_ids"), self.arguments.get("attention_mask")
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-            return False
-        return ids.shape[0] > 1 or (isinstance(mask, torch.Tensor) and not bool((mask == 1).all()))
+        ids = self.arguments.get("input_ids")
+        return isinstance(ids, torch.Tensor) and ids.ndim == 2 and (ids.shape[0] > 1 or self.is_padded)
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether some of its tokens, or of those before them, are masked."""
+        mask = self.arguments.get("attention_mask")
+        return isinstance(mask, torch.Tensor) and not bool((mask == 1).all())
 
     @property
     def is_repeated(self) -> bool:
@@ -129,7 +137,11 @@ class ForwardCall:
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             return "the prompt is given as embeddings, not as token ids"
         if not self.for_kv and (not isinstance(keep, int) or keep < 1):
-            return "the caller wants the logits of all tokens"
+            return "the caller wants the logits of all tokens; call cache.prefill(ids) before, or pass logits_to_keep=1"
+        if self.wants_inner:
+            return (
+                "the caller wants hidden states, or attentions, of all tokens; prefill the cache for those of the last"
+            )
         understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
         if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
             return f"the argument {unknown[0]!r} is not understood"
@@ -144,6 +156,25 @@ class ForwardCall:
             return "gradients are being recorded; call generate, or use torch.no_grad()"
         return ""
 
+    @property
+    def begins_at_start(self) -> bool:
+        """Whether the new tokens are numbered from 0, although others are in the cache."""
+        ids, positions = self.arguments.get("input_ids"), self.arguments.get("position_ids")
+        return (
+            isinstance(positions, torch.Tensor)
+            and positions.shape[-1:] == ids.shape[-1:]  # type: ignore[union-attr]  # positions come beside ids
+            and positions.numel() > 0
+            and int(positions.min()) == 0
+        )
+
+    def without_past(self) -> ForwardCall:
+        """A call that brings a whole prompt, of which the beginning is in the cache: what is new of it."""
+        named = dict(self.arguments)
+        for name in ("input_ids", "position_ids", "cache_position"):
+            if isinstance(named.get(name), torch.Tensor):
+                named[name] = named[name][..., self.past :].clone(memory_format=torch.contiguous_format)
+        return replace(self, arguments=named)
+
     def piece(self, start: int, end: int) -> dict[str, Any]:
         """Arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would give them."""
         piece = dict(self.arguments)
@@ -155,11 +186,13 @@ class ForwardCall:
             piece["attention_mask"] = piece["attention_mask"][:, : self.past + end]
         if self.vision is not None:
             piece = self.vision.piece(piece, start, end)
+        if "use_cache" in self.accepts or "use_cache" in piece:  # without it a model may leave alone what it is given
+            piece["use_cache"] = True
         return {**piece, **self.cache}
 
     def chunk(self, start: int, end: int) -> dict[str, Any]:
         """Arguments of a forward that is run for its KV alone."""
-        piece = {name: value for name, value in self.piece(start, end).items() if name not in _LAST_CHUNK_ONLY}
+        piece = self.piece(start, end)
         if "logits_to_keep" in self.accepts or "logits_to_keep" in piece:
             piece["logits_to_keep"] = 1
         return {**piece, "use_cache": True}
@@ -206,6 +239,11 @@ class ForwardCall:
         mask = mask.to(positions.device)
         plain = self.past + mask.cumsum(dim=1) - 1
         return bool(((positions == plain) | ~mask).all())
+
+
+def _is_wanted(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) -> bool:
+    asked = arguments.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
-from cake_hf.cache.support import resolve_model
+from cake_hf.cache.token_ids import token_ids
+from cake_hf.cache.which_model import resolve_model
 from cake_hf.stores.opening import StoreSpec
 
 _CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every")
 
 
-def generate(
-    model: torch.nn.Module, inputs: torch.Tensor | None = None, *, store: StoreSpec | None = None, **kwargs: Any
-) -> Any:
+def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | None = None, **kwargs: Any) -> Any:
     """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
 
     Serves models whose forward has no `logits_to_keep`, too (a `CakeCache` alone cannot tell their prompts from calls that want
-    all logits). Returns once what is new is durable (within `limits.exit_flush_seconds`).
+    all logits), and those whose config says `use_cache=False`. Returns once what is new is durable (within
+    `limits.exit_flush_seconds`).
 
     Args:
         model: a decoder-only transformers model.
-        inputs: `[batch, tokens]` token ids; or pass `input_ids=...`.
+        inputs: `[batch, tokens]` token ids, or what the tokenizer returns; or pass `input_ids=...`.
         store: as for `CakeCache`.
         **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every) and of
             `model.generate`.
@@ -33,20 +35,68 @@ def generate(
         What `model.generate` returns.
 
     Raises:
-        ValueError: a cache is given; use a `CakeCache` and `model.generate` for that. Or as `CakeCache` raises.
+        ValueError: a cache is given, or a kind of cache; use a `CakeCache` and `model.generate` for that. Or as `CakeCache`
+            raises.
         CakeError: as `CakeCache` raises.
+        UnsupportedModel: the model does not generate.
+        TypeError: what is given is no model, or no token ids.
     """
     if has_cache(kwargs):
         raise ValueError(
             "cake_hf.generate makes its own cache; to pass one, use model.generate(..., cache=CakeCache(...))."
         )
+    within = resolve_model(model, store)
+    plain = _generate_of(within, model)
     options = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
+    if isinstance(inputs, Mapping):
+        inputs, kwargs = None, {**inputs, **kwargs}
+    inputs = _as_tensor(inputs)
+    kwargs.update({name: _as_tensor(kwargs[name]) for name in ("input_ids", "attention_mask") if name in kwargs})
+    kwargs = _with_use_cache(within, kwargs)
     with CakeCache(model, store, **options) as cache:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(ids, torch.Tensor) and _needs_prefill(model) and _is_plain(kwargs.get("attention_mask")):
+        if isinstance(ids, torch.Tensor) and _needs_prefill(within) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
-        plain: Any = model.generate
-        return plain(inputs, **for_generate(model, cache), **without_cache(kwargs))
+        return plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
+
+
+def _as_tensor(numbers: Any) -> Any:
+    """Tensors, which `generate` judges by itself, and None as they are."""
+    return numbers if numbers is None or isinstance(numbers, torch.Tensor) else token_ids(numbers)
+
+
+def _generate_of(within: torch.nn.Module, model: Any) -> Any:
+    """The `generate` to call: the wrapper's own where it has one.
+
+    Raises:
+        UnsupportedModel: there is none, or only that of a model whose wrapper may change what it computes.
+    """
+    if hasattr(model, "generate"):
+        return model.generate
+    if hasattr(within, "generate") and getattr(model, "module", None) is within:  # DataParallel and its like
+        return within.generate
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no generate; pass a model that has, or use a CakeCache with its prefill."
+    )
+
+
+def _with_use_cache(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate`, so that a cache that is passed is used.
+
+    Raises:
+        ValueError: a kind of cache is chosen, which transformers does not take together with a cache.
+    """
+    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
+
+    def chosen(name: str) -> Any:
+        return arguments[name] if name in arguments else getattr(config, name, None)
+
+    if (kind := chosen("cache_implementation")) not in (None, "hybrid"):  # transformers takes that one for the default
+        raise ValueError(
+            f"cake_hf.generate makes its own cache, and cache_implementation={kind!r} asks for another; set it to None, in "
+            "model.generation_config if it is from there."
+        )
+    return {**arguments, "use_cache": True} if chosen("use_cache") is False else arguments
 
 
 def _needs_prefill(model: torch.nn.Module) -> bool:
@@ -54,7 +104,7 @@ def _needs_prefill(model: torch.nn.Module) -> bool:
 
     For that `generate` has to make an attention mask: by its length it tells how much of the prompt is new.
     """
-    parameters = parameters_of(forward_of(resolve_model(model)))
+    parameters = parameters_of(forward_of(model))
     return "logits_to_keep" not in parameters and "attention_mask" in parameters
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from cake_hf.cache.graphs import outside_graphs
+
 _PARAMETERS = ("key_states", "value_states", "layer_idx")
 
 
@@ -32,6 +34,7 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
         return keys, values
 
+    @outside_graphs
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As `DynamicCache.update`.
 
@@ -53,6 +56,7 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         keys, values = self._as_kept(layer_idx, key_states, value_states)
         return super().update(keys, values, layer_idx, *args, **kwargs)
 
+    @outside_graphs
     def update_indexer(
         self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -61,12 +65,14 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return keys
 
+    @outside_graphs
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `DynamicCache.update_conv_state`; raises as `update`."""
         self._before_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return state
 
+    @outside_graphs
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:

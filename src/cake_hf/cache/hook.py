@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cake_hf.arithmetic.turns import Turns
+from cake_hf.cache.caller import cache_given_to_generate
 from cake_hf.cache.compat import find_cache, renamed_for
+from cake_hf.cache.graphs import outside_graphs
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
 
@@ -80,7 +82,7 @@ def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache
     from cake_hf.cache.restoring import RestoringCache
 
     cache = find_cache((*kwargs.values(), *args), RestoringCache)
-    return None if cache is None or cache.closed or cache.passive else cache
+    return None if cache is None or cache.is_plain else cache
 
 
 def _is_for_us(kwargs: dict[str, Any]) -> bool:
@@ -90,28 +92,51 @@ def _is_for_us(kwargs: dict[str, Any]) -> bool:
 def _enter(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    # Whether torch.compile has traced the call: then the forward will be compiled code, and what is done here is not.
+    return _entered(model, args, kwargs, traced=torch.compiler.is_dynamo_compiling())
+
+
+@outside_graphs
+def _entered(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = _cake_cache(args, kwargs)
     if cache is None:
+        _note_bypassed(model, args, kwargs)
         return None
-    rewritten = cache._enter_model(model, args, kwargs)
+    rewritten = cache._enter_model(model, args, kwargs, traced=traced)
     if rewritten is not None:
         return rewritten
     renamed = renamed_for(model, kwargs, cache)
     return None if renamed is None else (args, renamed)
 
 
+def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where `generate` runs a prompt without the cache that it was given, that cache's report says so."""
+    from cake_hf.cache.restoring import RestoringCache
+
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
+        cache = cache_given_to_generate(model, RestoringCache)
+        if cache is not None and not cache.is_plain:
+            cache._note_bypassed(ids)
+
+
+@outside_graphs
 def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
         cache._leave_model(model, failed=output is None)
 
 
+@outside_graphs
 def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
         cache._enter_decoder()
 
 
+@outside_graphs
 def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:

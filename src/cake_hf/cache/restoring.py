@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
 from cake_hf.cache.checkpoint import Checkpoint
 from cake_hf.cache.compat import begin_plainly, keeps_attention
+from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
@@ -24,9 +26,13 @@ from cake_hf.cache.presses import Presses
 from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.seals import Seals
+from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
 from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import (
+    BYPASSED,
+    CLOSED,
+    NOT_USED_YET,
     batch_reason,
     cut_image_reason,
     is_misunderstanding,
@@ -35,9 +41,11 @@ from cake_hf.cache.support import (
     not_understood,
     plain_layers,
     tell_once,
+    tell_plain,
     unlike_reason,
     unseen_reason,
 )
+from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
@@ -85,10 +93,12 @@ class RestoringCache(GuardedCache):
             self.layer_class_to_replicate = None
             self.layers = layers
         self.passive = passive
-        self.report = Report(reason=reason if passive else "")
+        self.report = Report(reason=reason if passive else NOT_USED_YET)
         self._session = session
         self._model_reason = reason
         self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
+        self._seen = SeenTokens()  # of the prompts in here
+        self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
         self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
@@ -109,7 +119,12 @@ class RestoringCache(GuardedCache):
     @property
     def closed(self) -> bool:
         """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
-        return self._session.closed
+        return self._session.closed or self._session.at_work.closing
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the hook has nothing to do for it. (A prompt that is in the model when it is closed is not cut off.)"""
+        return self.passive or self._session.closed
 
     # What changes the content changes what is known about it.
 
@@ -117,27 +132,33 @@ class RestoringCache(GuardedCache):
         self._go_back_if_left()
         super().crop(tokens_to_remove)
         self._prefilled = None
-        del self._known[self._length() // self._session.chunk_size :]
+        length = self._length()
+        del self._known[length // self._session.chunk_size :]
+        self._seen.crop(length)
 
     def reset(self) -> None:
         super().reset()
         self._known, self._prefilled, self._unpressed = [], None, False
         self._seals.forget()
+        self._seen.forget()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._go_back_if_left()
         super().reorder_cache(beam_idx)
         self._known = []
+        self._seen.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._go_back_if_left()
         super().batch_repeat_interleave(repeats)
         self._known = []
+        self._seen.forget()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._go_back_if_left()
         super().batch_select_indices(indices)
         self._known = []
+        self._seen.forget()
 
     # What looks at the content sees no half of a forward.
 
@@ -161,6 +182,7 @@ class RestoringCache(GuardedCache):
         self._depth, self._busy, self._lost = 0, False, never
         if checkpoint.past and (restoring is not None or checkpoint.go_back(self.layers)):
             self._known = list(checkpoint.known)
+            self._seen.crop(checkpoint.past)
             self._seals.note(self.layers, len(self._known))
         else:
             self.reset()
@@ -169,7 +191,7 @@ class RestoringCache(GuardedCache):
     def _before_update(self, layer: int, *, reads: bool) -> None:
         if self.passive:
             return
-        if not self._depth and not self.closed:
+        if not self._depth:
             self._arrived_outside()
         if self._lost():
             raise ForwardLeft
@@ -185,9 +207,12 @@ class RestoringCache(GuardedCache):
 
     # Called by the hook.
 
-    def _enter_model(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
+    def _enter_model(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
+    ) -> Rewritten | None:
         if model is not self._session.model:
             raise self._foreign()
+        self._user.claim(model, self)
         rewritten = None
         if not self._busy:
             self._go_back_if_left()
@@ -196,7 +221,13 @@ class RestoringCache(GuardedCache):
             self._seals.look()
             past = self._length()
             self._checkpoint = Checkpoint.take(self.layers, past, self._known)
-            rewritten = self._handle_if_understood(model, args, kwargs, past)
+            try:
+                rewritten = self._handle_if_understood(model, args, kwargs, past)
+            except BaseException:
+                self._session.at_work.end(self)
+                raise
+            if self._tail is not None and self._tail.key and (traced or is_compiled(model)):
+                self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -204,11 +235,17 @@ class RestoringCache(GuardedCache):
         return rewritten
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
-        if model is not self._session.model or self._depth == 0:
+        if model is not self._session.model or self._depth == 0 or not self._user.is_here:
             return
         self._depth -= 1
         if self._busy:
             return
+        try:
+            self._leave_prompt(failed=failed)
+        finally:
+            self._session.at_work.end(self)
+
+    def _leave_prompt(self, *, failed: bool) -> None:
         if failed:
             self._learn_from(sys.exc_info()[1])
             self._go_back()
@@ -234,6 +271,7 @@ class RestoringCache(GuardedCache):
         self.presses_rest = False
         if (presses := Presses.on(self._session.model)).pressed:
             self._known = []
+            self._seen.forget()
             presses.apply(self.layers)
 
     def _learn_from(self, error: BaseException | None) -> None:
@@ -242,6 +280,7 @@ class RestoringCache(GuardedCache):
             not_understood(self._session.model, error)
 
     def _enter_decoder(self) -> None:
+        self._user.claim(self._session.model, self)
         self._go_back_if_left()
         if not self._depth:  # it was called by itself, and nothing is restored then
             self._seals.look()
@@ -250,11 +289,13 @@ class RestoringCache(GuardedCache):
         self._depth += 1
 
     def _leave_decoder(self, *, failed: bool) -> None:
+        if not self._user.is_here or not self._depth:
+            return
         if self._depth > 1:
             self._depth -= 1
         elif failed:
             self._go_back()
-        elif self._depth:
+        else:
             self._settle()
 
     def _handle_if_understood(
@@ -293,7 +334,11 @@ class RestoringCache(GuardedCache):
         """
         ids = args[0] if args else kwargs.get("input_ids")
         is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
-        if past and is_one_token:
+        if past and (not is_one_token or is_first_forward(model)):
+            self._require_same_prompt(model, past)
+        if past and is_one_token and ids is not None:
+            if ids.shape[0] > 1:
+                self._spread(ids)
             self._lay_by_head()
             return None  # decoding: the hot path
         if not self._counts():
@@ -304,19 +349,52 @@ class RestoringCache(GuardedCache):
         if not past:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
             self._seals.forget()
+            self._seen.forget()
         call = ForwardCall.parse(model, args, kwargs, self, past)
-        if past and call.wants_all_logits:
+        if self._brings_all(call):
+            if call.vision is None:
+                return self._handle_rest(call.without_past())
+            self.reset()  # what it brings beside its tokens is for the whole prompt
+            return self._handle(model, args, kwargs, 0)
+        return self._handle_call(call)
+
+    def _handle_rest(self, rest: ForwardCall) -> Rewritten:
+        """As `_handle`, for what is new in a call that brings more."""
+        if rest.tokens > 1:
+            rewritten = self._handle_call(rest)
+        else:  # decoding without `use_cache`
+            self._spread(rest.ids)
+            rewritten = None
+        return rewritten or ((), rest.piece(0, rest.tokens))
+
+    def _handle_call(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`."""
+        if call.past and call.wants_all_logits:
+            self._spread(call.ids)
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
+        if not self._session.at_work.begin(self):
+            self.report = self._plain_report(call, CLOSED)
+            return None
         size, prefilled = self._session.chunk_size, self._prefilled
         self._prefilled = None
         self._forget_edited()
-        if call.is_batch:
-            return self._handle_batch(call)
-        if prefilled is not None and past == len(self._known) * size and self._is_rest(call):
+        if call.past != len(self._known) * size:
+            prefilled = None
+        is_rest = prefilled is not None and self._is_rest(call)
+        if call.tokens:
+            if call.past:
+                self._spread(call.ids)
+            self._seen.note(call.past, call.ids)
+        if is_rest and prefilled is not None and not call.is_padded:
             self._tail = Tail(prefilled, time.monotonic())
             return None
-        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True)
+        if call.is_batch:
+            return self._handle_batch(call)
+        report = None if prefilled is None else prefilled.report
+        if report is not None:  # it is the same prompt, and more of it
+            report.tokens = call.past + call.tokens
+        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True, report=report)
         if restore is None:
             return None
         prompt = restore.prompt
@@ -333,6 +411,37 @@ class RestoringCache(GuardedCache):
         """KV that somebody has changed is not taken for the model's own."""
         if self._known and not self._seals.hold(self.layers, len(self._known)):
             self._known = []
+
+    def _brings_all(self, call: ForwardCall) -> bool:
+        """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
+
+        So it is without `use_cache`, and in the first step of assisted decoding.
+        """
+        if not 0 < call.past < call.tokens or not is_within_generate(self._session.model):
+            return False
+        if call.arguments.get("use_cache") is not False and not call.begins_at_start:
+            return False
+        self._seen.require(call.ids, None, call.past)
+        return True
+
+    def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
+        """`generate` will cut off what is in here from the prompt that it was given, whatever it is."""
+        given = given_prompt(model)
+        if given is not None:
+            self._seen.require(given.ids, given.mask, past, longer=True)
+
+    def _spread(self, ids: torch.Tensor) -> None:
+        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
+        if ids.shape[0] > 1 and self._rows() == 1:
+            self._repeat(ids)
+
+    def _repeat(self, ids: torch.Tensor) -> None:
+        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
+        self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
+
+    def _rows(self) -> int:
+        """Rows in here; 0 where no layer tells."""
+        return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
 
     def _counts(self) -> bool:
         """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
@@ -379,7 +488,8 @@ class RestoringCache(GuardedCache):
         if prompt is None:
             return None
         rows = call.ids.shape[0]
-        self.reorder_cache(torch.zeros(rows, dtype=torch.long, device=call.ids.device))
+        self._repeat(call.ids)
+        self._seen.note(0, call.ids)
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
         return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
@@ -394,6 +504,7 @@ class RestoringCache(GuardedCache):
     def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
         """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
         model, past = self._session.model, self.get_seq_length()
+        self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
         call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
         if call.is_batch:
@@ -404,6 +515,7 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         self._close(restore)
+        self._seen.note(past, ids[:, : restore.prompt.chunks * self._session.chunk_size])
         self._unpressed = not past
         return restore.prompt
 
@@ -425,6 +537,8 @@ class RestoringCache(GuardedCache):
         )
 
     def _plain_report(self, call: ForwardCall, reason: str) -> Report:
+        if reason:
+            tell_plain(reason)
         return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
 
     def _restore(
@@ -515,7 +629,10 @@ class RestoringCache(GuardedCache):
             prompt = look_up(session, call, chunks, self._known, report, started, namespace)
         else:
             prompt = off_schedule(session, call, chunks, report, started)
+            tell_plain(report.reason)
         self.report = prompt.report
+        if not (chunks or report.restored or report.reason):
+            report.reason = "the prompt has no full chunk before its last piece, which is always computed"
         return prompt
 
     def _start(self, prompt: Prompt, progress: Progress, *, beyond_loads: bool) -> Restore:
@@ -533,7 +650,8 @@ class RestoringCache(GuardedCache):
         outside = self._lost, self._busy, self.presses_rest
         self._lost, self._busy, self.presses_rest = lost, True, True
         try:
-            self._session.model(**arguments)
+            with as_it_is(self._session.model):
+                self._session.model(**arguments)
         finally:
             self._lost, self._busy, self.presses_rest = outside
 
@@ -580,6 +698,10 @@ class RestoringCache(GuardedCache):
         Raises:
             ForeignModel: it is another model's.
         """
+        if self.closed:
+            if not self._length():
+                self.report = Report(chunk_size=self._session.chunk_size, reason=CLOSED)
+            return
         if not is_within(self._session.model):
             raise self._foreign()
         self._note_unseen()
@@ -589,6 +711,12 @@ class RestoringCache(GuardedCache):
         if not self._length():
             reason = unseen_reason(self._session.model)
             self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
+
+    def _note_bypassed(self, ids: torch.Tensor) -> None:
+        """The model is called without this cache, although `generate` has it. It may be us who try the model out."""
+        if not self._session.at_work.has(self):
+            self.report = Report(tokens=ids.numel(), chunk_size=self._session.chunk_size, reason=BYPASSED)
+            tell_plain(BYPASSED)
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

@@ -17,6 +17,7 @@ from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
+from cake_hf.cache.at_work import AtWork
 from cake_hf.cache.behaviour import behaviour
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
@@ -70,6 +71,7 @@ class Session:
         self._access = Access(store, limits, save=save, share=sharing_of)
         self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
+        self.at_work = AtWork()
         self._hook = ModelHook.attach(model)
         # When the last cache of this session is gone, and nobody has closed it.
         self._release = weakref.finalize(self, _forsake, self._hook, self._access)

@@ -51,13 +51,10 @@ _misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKe
 _told: set[str] = set()
 
 
+BYPASSED = "generate ran the model without the cache that it was given; leave out the option that has it do so"
+CLOSED = "this CakeCache is closed; make a new one to have prompts restored"
+NOT_USED_YET = "no prompt has come with this cache yet; pass it to the model's generate as the cache"
 KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot tell how long it is"
-
-
-def resolve_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model itself, also when it is wrapped by PEFT."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap is not None else model
 
 
 def refuse_unusable(model: torch.nn.Module) -> None:
@@ -160,10 +157,15 @@ def unseen_reason(model: torch.nn.Module) -> str:
     return reason
 
 
-def tell_once(kind: str, sentence: str) -> None:
-    """Log a sentence as a warning if it is the first of its kind in this process, else for debugging."""
-    logger.log(logging.DEBUG if kind in _told else logging.WARNING, "%s.", sentence)
+def tell_once(kind: str, sentence: str, level: int = logging.WARNING) -> None:
+    """Log a sentence if it is the first of its kind in this process, as a warning or as said; else for debugging."""
+    logger.log(logging.DEBUG if kind in _told else level, "%s.", sentence)
     _told.add(kind)
+
+
+def tell_plain(reason: str) -> None:
+    """Log, once per kind of reason, that a prompt is left as it is."""
+    tell_once(re.sub(r"\d+", "", reason), f"A prompt is computed plainly: {reason}", logging.INFO)
 
 
 def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:

@@ -238,7 +238,7 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
     if buffer.dtype != states.dtype:
         buffer = buffer.to(torch.promote_types(buffer.dtype, states.dtype))
     end = length + states.shape[1]
-    if end > buffer.shape[1]:
+    if end > buffer.shape[1] or buffer.requires_grad:  # what a graph has saved stays as it is
         capacity = end + max(HEADROOM_TOKENS, end // GROWTH)
         buffer = _room_for(buffer[:, :length], capacity, by_head=_lies_by_head(buffer))
     buffer[:, length:end].copy_(states)
@@ -260,7 +260,7 @@ def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) ->
     Made outside inference mode, so that it can be written to from any mode and any thread later.
     """
     batch, length, heads, head_dim = content.shape
-    if content.requires_grad:
+    if content.requires_grad and torch.is_grad_enabled():
         return content
     with torch.inference_mode(False), torch.no_grad():
         tokens = max(length, capacity)

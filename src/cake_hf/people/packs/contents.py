@@ -16,7 +16,8 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable, resolve_model
+from cake_hf.cache.support import layers_for, model_reason, refuse_unusable
+from cake_hf.cache.which_model import resolve_model
 from cake_hf.stores.base import Store
 from cake_hf.stores.manifest import CARD, MANIFEST, MAX_CHUNK_BYTES, PackChunk, PackManifest, chunk_path, printable
 from cake_hf.stores.mismatch import dtypes

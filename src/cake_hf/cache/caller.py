@@ -1,0 +1,114 @@
+"""Who calls: what the call stack tells about a forward that its arguments do not.
+
+`generate` hands a forward only what is new of a prompt, cut off by the length of the cache. Whether the cache holds this
+prompt's beginning can only be seen where the whole prompt is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+
+_NEAR = 16
+"""Calls from the hook to the function that runs a prompt: three, and more where the forward is wrapped."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GivenPrompt:
+    """A prompt as `generate` was given it.
+
+    Attributes:
+        ids: `[rows, tokens]`, from the prompt's start on.
+        mask: of the same shape; None where nothing is masked.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def is_first_forward(model: torch.nn.Module) -> bool:
+    """Whether the forward that runs now is the first of a `generate` of that model. Takes a microsecond."""
+    return _prefill_frame(model) is not None
+
+
+def given_prompt(model: torch.nn.Module) -> GivenPrompt | None:
+    """The whole prompt, in the first forward of a `generate`; None elsewhere, and where only what is new was given."""
+    frame = _prefill_frame(model)
+    if frame is None:
+        return None
+    ids, named, config = (frame.f_locals.get(name) for name in ("input_ids", "model_kwargs", "generation_config"))
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not isinstance(named, dict):
+        return None
+    mask = named.get("attention_mask")
+    # As `generate` itself tells a whole prompt: its mask is as long. (It leaves out a mask of ones.)
+    masked = mask.shape[-1] if isinstance(mask, torch.Tensor) else getattr(config, "_mask_length", None)
+    return GivenPrompt(ids, mask) if masked == ids.shape[1] else None
+
+
+def is_within_generate(model: torch.nn.Module) -> bool:
+    """Whether a `generate` of that model runs here, and not its first forward."""
+    if is_first_forward(model):
+        return False
+    return any(_is_of(frame, "generate", model) for frame in _stack(sys._getframe()))
+
+
+def is_used_by(thread: int, model: torch.nn.Module, cache: Any) -> bool:
+    """Whether a thread is in a forward of that model, or its `generate`, with that cache, or in the cache's `prefill`."""
+    for frame in _stack(sys._current_frames().get(thread)):
+        name = frame.f_code.co_name
+        if name == "prefill" and frame.f_locals.get("self") is cache:
+            return True
+        if name in ("_call_impl", "generate") and _is_of(frame, name, model) and _brings(frame, cache):
+            return True
+    return False
+
+
+def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
+    """The cache of that class that the `generate` of that model was given, which runs here; None if there is none.
+
+    A `generate` within another one may have a cache of its own, as an assistant's has; it should have the other's where it is
+    called by a way of generating that somebody has written.
+    """
+    frames = [frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model)]
+    asked = [*frames[:1], *(frame for frame in frames[1:] if frame.f_locals.get("custom_generate") is not None)]
+    return next((value for frame in asked for value in _given(frame) if isinstance(value, kind)), None)
+
+
+def _prefill_frame(model: torch.nn.Module) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_NEAR):  # a plain loop, since each decoding step comes here
+        if frame is None or (frame.f_code.co_name == "_prefill" and frame.f_locals.get("self") is model):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _is_of(frame: FrameType, name: str, model: torch.nn.Module) -> bool:
+    return frame.f_code.co_name == name and frame.f_locals.get("self") is model
+
+
+def _brings(frame: FrameType, cache: Any) -> bool:
+    return any(value is cache for value in _given(frame))
+
+
+def _given(frame: FrameType) -> Iterator[Any]:
+    """The arguments of a call that takes any."""
+    named = frame.f_locals
+    groups = (named.get("kwargs"), named.get("model_kwargs"))
+    values = chain.from_iterable(group.values() for group in groups if isinstance(group, dict))
+    return chain(values, named.get("args") or ())
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

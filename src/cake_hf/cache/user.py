@@ -1,0 +1,43 @@
+"""Which thread uses a cache. One may after another; two at once would change it under each other's hands."""
+
+from __future__ import annotations
+
+import threading
+from threading import get_ident
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.cache.caller import is_used_by
+
+_lock = threading.Lock()
+
+
+class User:
+    """The thread that used a cache last."""
+
+    def __init__(self) -> None:
+        self._thread = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is this thread."""
+        return self._thread == get_ident()
+
+    def claim(self, model: torch.nn.Module, cache: Any) -> None:
+        """Use the cache in this thread from now on.
+
+        Args:
+            model: whose forward, or `generate`, is called with it.
+            cache: whose user this is.
+
+        Raises:
+            CakeError: another thread is still using it.
+        """
+        if self.is_here:
+            return
+        with _lock:
+            if self._thread and is_used_by(self._thread, model, cache):
+                raise CakeError("Another thread is using this CakeCache; make one for each thread.")
+            self._thread = get_ident()
