@@ -243,7 +243,9 @@ def test_a_second_prompt_goes_on_in_the_same_cache(family: str) -> None:
             cache.prefill(IDS[:, : first * CHUNK], whole=True)
             check(family, generate(model, cache), f"{first} {strategy}")
             if strategy == "load":
-                assert cache.report.chunks_loaded == CHUNKS - first
+                report = cache.report  # of both parts; recurrent states are computed where no snapshot is stored
+                assert report.chunks_loaded + report.chunks_computed == CHUNKS
+                assert report.chunks_loaded >= CHUNKS - first * (family in RECURRENT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
-from cake_hf import CakeCache, CakeError, MemoryStore
+from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
 from families import family_model, here
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from naming import cache_of, given
@@ -46,7 +46,7 @@ def held(module: torch.nn.Module, forward: int) -> Iterator[Held]:
             gate.is_in.set()
             assert gate.let_go.wait(PATIENCE)
 
-    handle = module.register_forward_pre_hook(wait)
+    handle = module.register_forward_pre_hook(reads_only(wait))
     try:
         yield gate
     finally:
@@ -158,7 +158,7 @@ def test_a_thread_that_was_interrupted_holds_nothing() -> None:
         raise KeyboardInterrupt
 
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        handle = model.model.layers[1].register_forward_pre_hook(reads_only(interrupt))
         with pytest.raises(KeyboardInterrupt):
             ask(model, cache, prompt())
         handle.remove()

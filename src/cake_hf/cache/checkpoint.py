@@ -29,25 +29,25 @@ class Checkpoint:
         past: tokens in the cache.
         known: keys of the leading chunks in it.
         windows: what windowed layers held, by number. Nobody writes to these tensors.
-        frame: that ends when the forward does.
+        frame: that ends when the forward does; None where torch.compile has traced the call, and frames tell nothing.
         thread: in which the forward runs.
     """
 
     past: int
     known: tuple[str, ...]
     windows: dict[int, Content]
-    frame: FrameType
+    frame: FrameType | None
     thread: int
 
     @classmethod
-    def take(cls, layers: Sequence[Any], past: int, known: Sequence[str]) -> Checkpoint:
+    def take(cls, layers: Sequence[Any], past: int, known: Sequence[str], *, traced: bool = False) -> Checkpoint:
         """To be called by the hook in front of the forward."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
-        return cls(past, tuple(known), windows, _callers_frame(), threading.get_ident())
+        return cls(past, tuple(known), windows, None if traced else _callers_frame(), threading.get_ident())
 
     def is_over(self) -> bool:
-        """Whether the forward does not run any more. Other threads cannot tell, and are told that it runs."""
-        if threading.get_ident() != self.thread:
+        """Whether the forward does not run any more. Where that cannot be told, as in other threads, it counts as running."""
+        if self.frame is None or threading.get_ident() != self.thread:
             return False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:

@@ -168,6 +168,8 @@ class RestoringCache(GuardedCache):
 
     def _go_back_if_left(self) -> None:
         """If the last forward was left half way, the content is again what it was before it."""
+        if torch.compiler.is_dynamo_compiling():  # a forward runs, and its frames are not to be looked at
+            return
         if self._checkpoint is not None and self._checkpoint.is_over():
             self._go_back()
 
@@ -215,16 +217,17 @@ class RestoringCache(GuardedCache):
         self._user.claim(model, self)
         rewritten = None
         if not self._busy:
-            self._go_back_if_left()
-            self._give_up_tail()
+            self._go_back()  # if the last forward was left half way; no two run at once
             self._depth = 0
             self._seals.look()
             past = self._length()
-            self._checkpoint = Checkpoint.take(self.layers, past, self._known)
+            self._checkpoint = Checkpoint.take(self.layers, past, self._known, traced=traced)
             try:
                 rewritten = self._handle_if_understood(model, args, kwargs, past)
-            except BaseException:
+            except BaseException as error:
                 self._session.at_work.end(self)
+                if isinstance(error, CakeError):  # ours, before anything was changed
+                    self._checkpoint = None
                 raise
             if self._tail is not None and self._tail.key and (traced or is_compiled(model)):
                 self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without

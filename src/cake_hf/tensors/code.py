@@ -98,7 +98,10 @@ def _attributes(module: torch.nn.Module) -> Iterator[str]:
     # A model as a whole has names and notes of its own, and where it was loaded from; of these only numbers count.
     is_model = hasattr(type(module), "from_pretrained")
     for name, value in vars(module).items():
+        if name == "_compiled_call_impl":  # chunks are run without it, as is the forward that was compiled
+            continue
         if name in ("forward", "_old_forward"):  # the latter is where accelerate keeps what it calls
+            value = getattr(value, "_torchdynamo_orig_callable", value)
             if not _brings_weights(value) and getattr(value, "__func__", None) is not type(module).forward:
                 yield f"forward={function_fact(value)}"
             continue

@@ -68,5 +68,7 @@ def _checksums(rows: torch.Tensor) -> torch.Tensor:
     octets = rows.contiguous().view(torch.uint8).view(rows.shape[0], -1)
     words = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 8)).view(torch.int64)
     generator = torch.Generator("cpu").manual_seed(0xCA4E)
-    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), dtype=torch.int64, generator=generator) * 2 + 1
+    factors = (
+        torch.randint(-(2**62), 2**62, (words.shape[1],), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1
+    )
     return (words * factors.to(words.device)).sum(dim=1)
