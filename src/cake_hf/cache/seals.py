@@ -51,6 +51,8 @@ class Seals:
     def hold(self, layers: Sequence[Any], chunks: int) -> bool:
         """Whether the first so many chunks, all of them known, are what the model made."""
         del self._samples[chunks:]
+        if not all(getattr(layer, "is_own", True) for layer in layers):
+            return False
         return not self._broken and self._samples == _samples(layers, self._size, range(len(self._samples)))
 
     def forget(self) -> None:

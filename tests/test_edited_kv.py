@@ -1,0 +1,116 @@
+"""KV that somebody edited is never saved, and never taken for what the model made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from cake_hf import CakeCache, MemoryStore
+from models import CHUNK, CHUNKS, NEW_TOKENS, build, prompt, run_ahead
+from naming import given
+
+FIRST = prompt(CHUNK * CHUNKS)
+LONGER = torch.cat([FIRST, prompt(3 * CHUNK + 5, seed=4)], dim=1)
+OPTIONS: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+Edit = Callable[[Any], None]
+
+
+def last_token(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.values[:, :, -1] += 3.0
+
+
+def last_token_behind_torchs_back(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.values.data[:, :, -1] += 3.0
+
+
+def all_by_numpy(cache: Any) -> None:
+    cache.layers[1].keys.numpy()[...] *= 1.5
+
+
+def a_range_of_tokens(cache: Any) -> None:
+    cache.layers[0].keys.data[:, :, 20:40] = 0
+
+
+def one_head(cache: Any) -> None:
+    cache.layers[2].values.data[:, 1] = 0
+
+
+def one_number(cache: Any) -> None:
+    cache.layers[0].keys[0, 0, 7, 3] += 1
+
+
+def replaced(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.keys = layer.keys * 1.1
+
+
+def in_inference_mode(cache: Any) -> None:
+    with torch.inference_mode():
+        cache.layers[0].keys.mul_(2)
+
+
+EDITS: list[Edit] = [
+    last_token, last_token_behind_torchs_back, all_by_numpy, a_range_of_tokens, one_head, one_number, replaced,
+    in_inference_mode,
+]  # fmt: skip
+
+
+@pytest.mark.fault(
+    "KV",
+    "Somebody edits the KV in a cache (in place, through `.data` or numpy, or by replacing it) and goes on with it.",
+    "The next turn uses the edited KV, as on a `DynamicCache`; nothing of it is saved, and nothing is loaded behind it.",
+)
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_edited_kv_is_neither_saved_nor_known(edit: Edit, copied: bool) -> None:
+    model, store = build("llama"), MemoryStore()
+    plain: Any = model.generate  # type: ignore[operator]
+    reference = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(LONGER)  # so that there is something behind it that could be loaded
+        cache.flush()
+    with torch.no_grad(), CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        cache.prefill(FIRST, whole=True)
+        for start in range(0, FIRST.shape[1], CHUNK):
+            model(FIRST[:, start : start + CHUNK], **given(reference), logits_to_keep=1)
+        if copied:
+            import copy
+
+            edit(cache)
+            cache = copy.deepcopy(cache)
+        else:
+            edit(cache)
+        edit(reference)
+        before = list(store.keys())
+        run_ahead(model, LONGER, reference)
+        expected = plain(LONGER, **given(reference), **OPTIONS)
+        assert torch.equal(plain(LONGER, **given(cache), **OPTIONS), expected)
+        cache.flush()
+        assert cache.report.chunks_loaded == 0
+        assert "goes on from" in cache.report.reason
+        assert list(store.keys()) == before
+
+
+def test_what_nobody_edited_goes_on_being_known() -> None:
+    """The negative control, also behind decoding, a crop and a copy."""
+    import copy
+
+    model, store = build("llama"), MemoryStore()
+    plain: Any = model.generate  # type: ignore[operator]
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(LONGER)
+        cache.flush()
+    for change in (lambda cache: None, lambda cache: cache.crop(-2 * CHUNK), copy.deepcopy):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+            cache.prefill(FIRST, whole=True)
+            cache = change(cache) or cache
+            plain(LONGER, **given(cache), **OPTIONS)
+            assert cache.report.chunks_loaded > 0
+            assert cache.report.reason == ""
