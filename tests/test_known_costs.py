@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner, Result
 
-from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf import CakeCache, LocalStore, MemoryStore, reads_only
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.movers.cost_memory import flush_notes
 from cake_hf.people import known_costs
@@ -150,7 +150,7 @@ def test_the_last_chunk_is_measured_where_it_stands() -> None:
         if not isinstance(cache, CakeCache) and cache.get_seq_length():  # type: ignore[attr-defined]
             contexts.append(cache.get_seq_length())  # type: ignore[attr-defined]
 
-    handle = model.register_forward_pre_hook(noted, with_kwargs=True)
+    handle = model.register_forward_pre_hook(reads_only(noted), with_kwargs=True)
     found = measure(model, MemoryStore(), CHUNK, 9)
     assert contexts == [8 * CHUNK] * 2
     contexts.clear()

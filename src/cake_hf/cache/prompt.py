@@ -145,7 +145,7 @@ def _objection(session: Session, namespace: str) -> str:
     store, sharing = session.store, session.sharing
     if type(store).objection is Store.objection:
         return ""
-    facts = session.namespace_facts()  # here: the thread that asks may hang, and is not to hold the session
+    facts = session.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
     answer = ask(
         partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
     )

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -39,7 +39,13 @@ from cake_hf.tensors.offload import where_computed
 from cake_hf.tensors.parallel import parallel_facts
 from cake_hf.tensors.rows import forget_rows, remember_rows, rows_changed
 
-_latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], str]] = weakref.WeakKeyDictionary()
+
+class _Latest(NamedTuple):
+    namespace: str
+    facts: dict[str, Any]
+
+
+_latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], _Latest]] = weakref.WeakKeyDictionary()
 """By model and options: the namespace that was found last."""
 
 
@@ -131,14 +137,21 @@ class Session:
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
-        namespace = namespace_digest(canonical({**self.namespace_facts(), "salt": self.salt}))
+        facts = self.namespace_facts()
+        namespace = namespace_digest(canonical({**facts, "salt": self.salt}))
         remember_rows(self.model)
-        _latest.setdefault(self.model, {})[self._options] = namespace
+        _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, facts)
         return namespace
 
     def latest_namespace(self) -> str:
         """What `namespace` gave last for this model and these options, in this process; empty if it was not called yet."""
-        return _latest.get(self.model, {}).get(self._options, "")
+        latest = _latest.get(self.model, {}).get(self._options)
+        return "" if latest is None else latest.namespace
+
+    def latest_facts(self) -> dict[str, Any]:
+        """What that is the digest of; as `namespace_facts`, but the model is run only where it was not called yet."""
+        latest = _latest.get(self.model, {}).get(self._options)
+        return self.namespace_facts() if latest is None else latest.facts
 
     def namespace_facts(self) -> dict[str, Any]:
         """What the namespace is the digest of, but for the salt, which is nobody's business."""
