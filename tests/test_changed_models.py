@@ -258,6 +258,20 @@ def test_what_can_be_told_apart_is_still_restored(change: Change) -> None:
         assert difference(outcome, oracle(model, IDS)) == ""
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_with_exact_off_a_model_that_is_changed_later_is_told_apart(change: Change) -> None:
+    model, store = build("llama"), MemoryStore()
+    plain = answer(model, store, exact=False)[0]
+    with change(model):
+        answers = [oracle(model, IDS).tokens, run(model, IDS, DynamicCache(config=model.config)).tokens]  # type: ignore[arg-type]
+        for _ in range(2):
+            outcome, _ = answer(model, store, exact=False)
+            assert any(torch.equal(outcome.tokens, tokens) for tokens in answers)
+    outcome, report = answer(model, store, exact=False)
+    assert report.chunks_loaded == CHUNKS
+    assert difference(outcome, plain) == ""
+
+
 def test_an_attribute_that_shows_only_in_long_prompts_is_among_the_keys() -> None:
     """Nothing of it is seen by a short forward."""
     model, store = build("llama"), MemoryStore()
@@ -302,7 +316,7 @@ def filled_by_another(model: Any) -> MemoryStore:
     """A store in which chunks of a changed model lie under the plain model's keys, as older versions left them."""
     store = MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cake_hf.cache.session.behaviour", lambda model: "")
+        patch.setattr("cake_hf.cache.session.behaviour_digest", lambda seen: "")
         patch.setattr("cake_hf.cache.session.code_digest", lambda model, chosen: "")
         with plain_attribute(model):
             answer(model, store)
@@ -312,7 +326,7 @@ def filled_by_another(model: Any) -> MemoryStore:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the comparison with what is stored can tell changed models apart."""
-    monkeypatch.setattr("cake_hf.cache.session.behaviour", lambda model: "")
+    monkeypatch.setattr("cake_hf.cache.session.behaviour_digest", lambda seen: "")
     monkeypatch.setattr("cake_hf.cache.session.code_digest", lambda model, chosen: "")
 
 

@@ -10,6 +10,7 @@ a restore compares what it computes with what is stored (`cache.audit`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,10 +26,17 @@ from cake_hf.tensors.codec import checksum
 TOKENS = 8
 """Of the forward; half of them far behind the others, where positions count for more."""
 FARTHEST = 8192
+TOLERANCE = 0.05
+"""Relative difference: far above rounding, far below what steering does."""
+
+Kept = dict[str, torch.Tensor]
 
 
-def behaviour(model: torch.nn.Module) -> str:
-    """Digest of the KV that a model makes of a few tokens at present. Takes one forward of `TOKENS` tokens.
+_first_seen: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
+
+
+def behaviour(model: torch.nn.Module) -> Kept:
+    """The KV that a model makes of a few tokens at present, by name. Takes one forward of `TOKENS` tokens.
 
     Where that KV has another layout than the one that is remembered, the layout is found out anew.
 
@@ -38,11 +46,35 @@ def behaviour(model: torch.nn.Module) -> str:
     ids = some_tokens(model, TOKENS, 7919)
     _, layers = run_aside(model, [ids], positions=_positions(model, ids.device))
     forget_if_unlike(model, layers)
+    return {name: tensor.cpu() for name, tensor in _kept(layers)}
+
+
+def behaviour_digest(seen: Kept) -> str:
+    """Of what `behaviour` gave, bit for bit."""
     parts: list[bytes] = []
-    for name, tensor in _kept(layers):
+    for name, tensor in seen.items():
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        parts.append(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        parts.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return checksum(b"".join(parts))
+
+
+def differs_from_first(model: torch.nn.Module, weights: str, seen: Kept) -> bool:
+    """Whether a model computes something else, by more than rounding, than when it was first seen in this process.
+
+    Args:
+        model: any.
+        weights: their checksum. With other weights it is another model.
+        seen: what it does at present.
+    """
+    first = _first_seen.setdefault(model, {}).setdefault(weights, seen)
+    if {name: tensor.shape for name, tensor in first.items()} != {name: tensor.shape for name, tensor in seen.items()}:
+        return True
+    return any(_differ(first[name], seen[name]) for name in seen)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.float(), other.float()
+    return not bool((one - other).norm() <= TOLERANCE * one.norm())
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.at_work import AtWork
-from cake_hf.cache.behaviour import behaviour
+from cake_hf.cache.behaviour import behaviour, behaviour_digest, differs_from_first
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
@@ -30,7 +30,7 @@ from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
-from cake_hf.tensors.code import code_digest
+from cake_hf.tensors.code import code_digest, users_functions
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
 from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
@@ -169,7 +169,11 @@ class Session:
         if self.exact:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
             facts["code"] = code_digest(self.model, chosen_functions(self.model.config))
-            facts["behaviour"] = seen
+            facts["behaviour"] = behaviour_digest(seen)
+        elif differs_from_first(self.model, facts["model"]["weights"], seen):
+            facts["behaviour"] = behaviour_digest(seen)
+        elif replaced := users_functions(self.model, chosen_functions(self.model.config)):
+            facts["code"] = replaced
         return facts
 
     def layout(self) -> ChunkLayout:

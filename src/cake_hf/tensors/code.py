@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from types import CodeType, ModuleType
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 import xxhash
 
 from cake_hf.tensors.tree import modules_of
+
+_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 MAX_DEPTH = 4
 """Of values in values. What lies deeper is not looked at."""
@@ -39,6 +42,38 @@ def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
     for fact in _facts(model, chosen):
         digest.update(f"{fact};".encode(errors="replace"))
     return str(digest.hexdigest())
+
+
+def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[str]:
+    """Of these functions, those that no installed library has brought: none, unless somebody has put them there.
+
+    In contrast to the digest this is the same with other versions of libraries.
+
+    Args:
+        model: any.
+        chosen: as for `code_digest`.
+    """
+    kinds = {type(module) for _, module in modules_of(model)}
+    own = {_package(kind.__module__) for kind in kinds}
+    members = [value for kind in kinds for parent in kind.__mro__ for value in list(vars(parent).values())]
+    members += [
+        value for name in {kind.__module__ for kind in kinds} for value in vars(sys.modules.get(name, sys)).values()
+    ]
+    members += [vars(module)["forward"] for _, module in modules_of(model) if "forward" in vars(module)]
+    members += [*vars(torch.nn.functional).values(), *chosen.values()]
+    functions = (getattr(value, "__func__", getattr(value, "fget", value)) for value in members)
+    return sorted({function_fact(function) for function in functions if _is_the_users(function, own)})
+
+
+def _is_the_users(function: Any, own: set[str]) -> bool:
+    """Whether a function was written neither in an installed library nor in a package that the model's modules are from."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    if not isinstance(code, CodeType):
+        return False
+    written = str(getattr(function, "__globals__", {}).get("__name__", ""))
+    return _package(written) not in own and not code.co_filename.startswith((*_INSTALLED, "<"))
 
 
 def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
