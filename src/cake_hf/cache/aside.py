@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.compat import forward_of, named_for, parameters_of, plain_cache
 from cake_hf.cache.graphs import as_it_is
 from cake_hf.cache.presses import Presses
@@ -17,7 +17,7 @@ from cake_hf.tensors.offload import home_device
 from cake_hf.tensors.tree import modules_of
 
 _GONE = object()
-_lock = threading.RLock()
+_lock = Lock()
 
 
 def run_aside(

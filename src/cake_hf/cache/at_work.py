@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.caller import is_used_by
 
 
@@ -20,7 +21,7 @@ class AtWork:
 
     def __init__(self) -> None:
         self.closing = False
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._caches: dict[int, tuple[int, Any]] = {}  # by id: the thread, and the cache
         self._then: Callable[[], object] | None = None
 

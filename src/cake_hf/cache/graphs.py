@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
+
+from cake_hf.arithmetic.forks import Lock
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,7 +39,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
     )
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _running: list[Any] = []
 """Of threads that run compiled models as they are; the first one has put what is in force, since that is so for all threads."""
 

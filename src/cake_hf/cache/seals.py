@@ -98,8 +98,10 @@ def _samples(layers: Sequence[Any], size: int, chunks: range) -> list[str]:
     buffers = [buffer for buffer in buffers if buffer.numel()]
     if not chunks or not buffers:
         return [""] * len(chunks)
-    sampled = [_sampled(buffer, size, chunks).view(torch.uint8) for buffer in buffers]
-    rows = torch.cat(sampled, dim=1).cpu().numpy()
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for buffer in buffers:
+        by_device.setdefault(buffer.device, []).append(_sampled(buffer, size, chunks).view(torch.uint8))
+    rows = torch.cat([torch.cat(sampled, dim=1).cpu() for sampled in by_device.values()], dim=1).numpy()
     return [checksum(row.tobytes()) for row in rows]
 
 

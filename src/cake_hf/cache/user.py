@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from threading import get_ident
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.caller import is_used_by
 
-_lock = threading.Lock()
+_lock = Lock()
 
 
 class User:
