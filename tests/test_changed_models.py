@@ -272,6 +272,18 @@ def test_with_exact_off_a_model_that_is_changed_later_is_told_apart(change: Chan
     assert difference(outcome, plain) == ""
 
 
+def test_a_model_that_is_changed_to_look_ahead_is_tried_again() -> None:
+    model, store = build("llama"), MemoryStore()
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    answer(model, store)
+    for layer in layers:
+        layer.self_attn.is_causal = False
+    assert "depends on the tokens behind it" in answer(model, store)[1].reason
+    for layer in layers:
+        layer.self_attn.is_causal = True
+    assert answer(model, store)[1].chunks_loaded == CHUNKS
+
+
 def test_an_attribute_that_shows_only_in_long_prompts_is_among_the_keys() -> None:
     """Nothing of it is seen by a short forward."""
     model, store = build("llama"), MemoryStore()

@@ -45,6 +45,7 @@ from cake_hf.cache.support import (
     unlike_reason,
     unseen_reason,
 )
+from cake_hf.cache.trials import forget_trials
 from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
@@ -618,6 +619,9 @@ class RestoringCache(GuardedCache):
         self._abandon(restore)  # the model is not what it was: what is on its way belongs to another one
         if session.namespace(call.ids) != found:
             raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
+        forget_trials(session.model)
+        if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
+            raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
 
     def _look_up(self, call: ForwardCall, leave: int, namespace: str, report: Report | None, started: float) -> Prompt:

@@ -65,9 +65,7 @@ def forgets(model: torch.nn.Module) -> bool:
 
 def differs_in_pieces(model: torch.nn.Module) -> bool:
     """Whether a model's logits for a short prompt in two pieces are others than in one, by more than rounding."""
-    return _once(
-        model, "differs in pieces", lambda model: _differ(*_logits_whole_and_cut(model, 16, 18), LOGITS_TOLERANCE)
-    )
+    return _once(model, "differs in pieces", _differs, keeps=False)
 
 
 def looks_ahead(model: torch.nn.Module) -> bool:
@@ -75,7 +73,7 @@ def looks_ahead(model: torch.nn.Module) -> bool:
 
     So it is with attention in both directions, and where frequencies depend on how long the whole input is.
     """
-    return _once(model, "looks ahead", _looks_ahead)
+    return _once(model, "looks ahead", _looks_ahead, keeps=False)
 
 
 def differs_beyond_window(model: torch.nn.Module, tokens: int) -> bool:
@@ -86,12 +84,30 @@ def differs_beyond_window(model: torch.nn.Module, tokens: int) -> bool:
     return _once(model, "differs beyond its window", lambda model: _differs_beyond(model, window))
 
 
-def _once(model: torch.nn.Module, what: str, trial: Callable[[Any], bool]) -> bool:
+def _once(model: torch.nn.Module, what: str, trial: Callable[[Any], bool], *, keeps: bool = True) -> bool:
+    """What a trial says of a model.
+
+    Args:
+        model: any.
+        what: the trial is about.
+        trial: whether something is wrong.
+        keeps: remember also that something is wrong. A short trial is repeated then: the model may have been patched when it
+            was made.
+    """
     with _lock:
         verdicts = _verdicts.setdefault(model, {})
-        if what not in verdicts:
-            verdicts[what] = trial(model)
-        return verdicts[what]
+        if what in verdicts:
+            return verdicts[what]
+        wrong = trial(model)
+        if keeps or not wrong:
+            verdicts[what] = wrong
+        return wrong
+
+
+def forget_trials(model: torch.nn.Module) -> None:
+    """The model turns out to have been changed."""
+    with _lock:
+        _verdicts.pop(model, None)
 
 
 def _window(config: Any) -> int:
@@ -100,6 +116,10 @@ def _window(config: Any) -> int:
     names = ("sliding_window", "keep_window_size", "attention_window_size", "window_size", "attention_chunk_size")
     found = [getattr(text, name, None) for name in names]
     return min((size for size in found if isinstance(size, int) and size > 0), default=0)
+
+
+def _differs(model: Any) -> bool:
+    return _differ(*_logits_whole_and_cut(model, 16, 18), LOGITS_TOLERANCE)
 
 
 def _differs_beyond(model: Any, window: int) -> bool:

@@ -55,7 +55,7 @@ def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[s
     """
     kinds = {type(module) for _, module in modules_of(model)}
     own = {_package(kind.__module__) for kind in kinds}
-    members = [value for kind in kinds for parent in kind.__mro__ for value in list(vars(parent).values())]
+    members = [value for kind in kinds for parent in _computing(kind) for value in list(vars(parent).values())]
     members += [
         value for name in {kind.__module__ for kind in kinds} for value in vars(sys.modules.get(name, sys)).values()
     ]
@@ -93,15 +93,22 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
 
 def _methods(kind: type) -> Iterator[str]:
     """Of a class, what was not written in it."""
-    for parent in kind.__mro__:
-        if parent.__module__.startswith(("torch.", "builtins")):
-            continue
+    for parent in _computing(kind):
         for name, value in list(vars(parent).items()):
             function = getattr(value, "__func__", getattr(value, "fget", value))
             if not callable(function) or isinstance(function, type):
                 continue
             if not hasattr(function, "__code__") or _is_strange(function, parent, name):
                 yield f"{_name(parent)}.{name}={function_fact(function)}"
+
+
+def _computing(kind: type) -> list[type]:
+    """A module's class and those that it is derived from, without torch's own, and without what only generates."""
+    return [
+        parent
+        for parent in kind.__mro__
+        if issubclass(parent, torch.nn.Module) and not parent.__module__.startswith("torch.")
+    ]
 
 
 def _is_strange(function: Any, kind: type, name: str) -> bool:
