@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
-from cake_hf.tensors.tree import modules_of
+from cake_hf.tensors.tree import Named, modules_of
 
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
@@ -86,9 +86,18 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
         yield from _functions(sys.modules.get(name))
     yield from _functions(torch.nn.functional)
     yield from (f"{name}={function_fact(function)}" for name, function in sorted(chosen.items()))
-    for path, module in modules:
+    for path, module in _by_shortest_path(model):
         yield path
         yield from _attributes(module)
+
+
+def _by_shortest_path(model: torch.nn.Module) -> Named:
+    """Each module once. Some tools put a module that is there already below others, where it is found first."""
+    paths: dict[torch.nn.Module, str] = {}
+    for path, module in modules_of(model, once=False):
+        if module not in paths or path.count(".") < paths[module].count("."):
+            paths[module] = path
+    return sorted(((path, module) for module, path in paths.items()), key=lambda named: named[0])
 
 
 def _methods(kind: type) -> Iterator[str]:
@@ -149,7 +158,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[str]:
             continue
         if name in _TORCHS_OWN or name.startswith("_is_hf") or (is_model and type(value) not in (int, float)):
             continue
-        if (fact := _plain(value, MAX_DEPTH)) is not None:
+        if value is not None and (fact := _plain(value, MAX_DEPTH)) is not None:
             yield f"{name}={fact}"
 
 

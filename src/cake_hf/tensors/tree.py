@@ -13,9 +13,9 @@ import torch
 Named = list[tuple[str, torch.nn.Module]]
 
 
-def modules_of(model: torch.nn.Module) -> Named:
-    """As `model.named_modules()`: each module once."""
-    return _walked(model, once=True)
+def modules_of(model: torch.nn.Module, *, once: bool = True) -> Named:
+    """As `model.named_modules()`: each module once; or, if it is in several places, for each of them."""
+    return _walked(model, once=once)
 
 
 def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
