@@ -23,8 +23,8 @@ from cake_hf.cache.probe import forget_if_unlike
 from cake_hf.cache.vision import family_of
 from cake_hf.tensors.codec import checksum
 
-TOKENS = 8
-"""Of the forward; half of them far behind the others, where positions count for more."""
+TOKENS = 2
+"""Of the forward; half of them far behind the others, where positions count for more. As few as can attend to one another."""
 FARTHEST = 8192
 TOLERANCE = 0.05
 """Relative difference: far above rounding, far below what steering does."""
