@@ -49,7 +49,7 @@ def by_hooks(model: Any) -> AbstractContextManager[Any]:
 def by_modules(model: Any) -> Iterator[None]:
     """Other modules."""
     # repeng 0.4 was written for numpy 1.
-    np.float_ = np.float64  # type: ignore[attr-defined]
+    np.float_ = np.float64  # type: ignore[attr-defined]  # numpy 2 has no such name
     repeng = import_module("repeng")
     wrapped = repeng.ControlModel(model, list(directions(model)))
     vector = {layer: value.numpy() for layer, value in directions(model).items()}

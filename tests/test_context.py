@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import MemoryStore, Report
-from families import COMMON
+from cake_hf.cache import trials
+from families import COMMON, FAMILIES, WINDOW
 from models import CHUNK, CHUNKS, NEW_TOKENS, prompt
 from naming import NAME
 from old_versions import OLD
@@ -141,3 +142,29 @@ def test_others_are_restored(make: Callable[[], Any]) -> None:
     assert torch.equal(
         tokens, model.generate(IDS, **OPTIONS, prefill_chunk_size=CHUNK, **{NAME: DynamicCache(config=model.config)})
     )
+
+
+def windowed(kind: str) -> Any:
+    """A tiny model of a type whose windows are known, with one shorter than the prompt."""
+    if (family := kind.removesuffix("_text")) in FAMILIES and trials._window(FAMILIES[family]().config):
+        return FAMILIES[family]()
+    if kind == "gpt_neo":
+        attention = {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW}
+        sizes = {"vocab_size": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+        return hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**sizes, **attention, bos_token_id=1, eos_token_id=2))
+    used = {"use_sliding_window": True, "max_window_layers": 0, "head_dim": 8} if kind.startswith("qwen") else {}
+    return hf.AutoModelForCausalLM.from_config(hf.CONFIG_MAPPING[kind](**COMMON, **used, sliding_window=WINDOW))
+
+
+@pytest.mark.skipif(OLD, reason="some of these are not in older versions")
+@pytest.mark.parametrize("kind", sorted(trials.WINDOWS_KNOWN))
+def test_windows_that_are_known_are_right_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "WINDOWS_KNOWN", frozenset())
+    model = built(lambda: windowed(kind))
+    assert trials._window(model.config) == WINDOW
+    assert not trials.differs_beyond_window(model, WINDOW + 1)
+
+
+def test_windows_that_are_not_right_are_found_out() -> None:
+    """The negative control."""
+    assert trials.differs_beyond_window(built(moshi), 33)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,6 @@ def test_edited_kv_is_neither_saved_nor_known(edit: Edit, copied: bool) -> None:
         for start in range(0, FIRST.shape[1], CHUNK):
             model(FIRST[:, start : start + CHUNK], **given(reference), logits_to_keep=1)
         if copied:
-            import copy
-
             edit(cache)
             cache = copy.deepcopy(cache)
         else:
@@ -100,8 +99,6 @@ def test_edited_kv_is_neither_saved_nor_known(edit: Edit, copied: bool) -> None:
 
 def test_what_nobody_edited_goes_on_being_known() -> None:
     """The negative control, also behind decoding, a crop and a copy."""
-    import copy
-
     model, store = build("llama"), MemoryStore()
     plain: Any = model.generate  # type: ignore[operator]
     with CakeCache(model, store, chunk_size=CHUNK) as cache:

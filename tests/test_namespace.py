@@ -258,7 +258,7 @@ def test_digest_is_made_once_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = build("llama")
     first = weights_digest(model)
-    monkeypatch.setattr(fingerprint, "_host_bytes", lambda tensor: pytest.fail("hashed again"))
+    monkeypatch.setattr(fingerprint, "host_bytes", lambda tensor: pytest.fail("hashed again"))
     assert weights_digest(model) == first
 
 

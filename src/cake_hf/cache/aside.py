@@ -55,6 +55,12 @@ def some_tokens(model: Any, tokens: int, step: int) -> torch.Tensor:
     return (torch.arange(1, tokens + 1, device=home_device(model)) * step % vocabulary).unsqueeze(0)
 
 
+def differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors of one shape differ by more than that part of the first one's norm, or have a NaN."""
+    one, other = one.float(), other.float()
+    return not bool((one - other).norm() <= tolerance * one.norm())
+
+
 @contextmanager
 def _unchanged(model: torch.nn.Module) -> Iterator[None]:
     """What modules note about a forward in attributes of their own (positions, lengths) is afterwards as it was before."""

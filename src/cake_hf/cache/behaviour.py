@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.aside import run_aside, some_tokens
+from cake_hf.cache.aside import differ, run_aside, some_tokens
 from cake_hf.cache.compat import LinearAttentionLayer
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.cache.probe import forget_if_unlike
 from cake_hf.cache.vision import family_of
 from cake_hf.tensors.codec import checksum
+from cake_hf.tensors.octets import host_bytes
 
 TOKENS = 2
 """Of the forward; half of them far behind the others, where positions count for more. As few as can attend to one another."""
@@ -54,7 +55,7 @@ def behaviour_digest(seen: Kept) -> str:
     parts: list[bytes] = []
     for name, tensor in seen.items():
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        parts.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        parts.append(bytes(host_bytes(tensor)))
     return checksum(b"".join(parts))
 
 
@@ -69,12 +70,7 @@ def differs_from_first(model: torch.nn.Module, weights: str, seen: Kept) -> bool
     first = _first_seen.setdefault(model, {}).setdefault(weights, seen)
     if {name: tensor.shape for name, tensor in first.items()} != {name: tensor.shape for name, tensor in seen.items()}:
         return True
-    return any(_differ(first[name], seen[name]) for name in seen)
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    one, other = one.float(), other.float()
-    return not bool((one - other).norm() <= TOLERANCE * one.norm())
+    return any(differ(first[name], seen[name], TOLERANCE) for name in seen)
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:

@@ -126,7 +126,7 @@ class CakeCache(RestoringCache):
     def __reduce__(self) -> Any:
         """Pickled as what it holds, a `DynamicCache`: model and store stay where they are."""
         plain = self.to_dynamic_cache()
-        return copyreg._reconstructor, (type(plain), object, None), plain.__dict__  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (type(plain), object, None), plain.__dict__  # type: ignore[attr-defined]  # pickle's own, left out of the stubs
 
     @property
     def store(self) -> Store:

@@ -11,6 +11,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.tensors.tree import modules_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,8 +35,8 @@ def is_compiled(model: torch.nn.Module) -> bool:
     return any(
         module._compiled_call_impl is not None
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        or hasattr(module, "_orig_mod")
-        for module in model.modules()
+        or "_orig_mod" in module._modules
+        for _, module in modules_of(model)
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.lazily import cached_property
+from cake_hf.tensors.octets import host_bytes
 
 _INPUTS = ("pixel_values", "image_grid_thw")
 _PREPARE = "_maybe_prepare_encoder_kwargs_for_generation"
@@ -171,7 +172,7 @@ def digest_of(inputs: dict[str, torch.Tensor]) -> bytes:
     """Of the content of tensors, by name; the same on every device and in every process."""
     digest = hashlib.blake2b(digest_size=20, person=b"cake-image")
     for name, tensor in sorted(inputs.items()):
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        content = host_bytes(tensor)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(content)
     return digest.digest()

@@ -146,18 +146,20 @@ class RestoringCache(GuardedCache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._go_back_if_left()
         super().reorder_cache(beam_idx)
-        self._known = []
-        self._seen.forget()
+        self._forget_content()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._go_back_if_left()
         super().batch_repeat_interleave(repeats)
-        self._known = []
-        self._seen.forget()
+        self._forget_content()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._go_back_if_left()
         super().batch_select_indices(indices)
+        self._forget_content()
+
+    def _forget_content(self) -> None:
+        """What is in here is not the beginning of a prompt any more, as far as we can tell."""
         self._known = []
         self._seen.forget()
 
@@ -274,8 +276,7 @@ class RestoringCache(GuardedCache):
         """The whole prompt is through, and the presses on the model have not seen it."""
         self.presses_rest = False
         if (presses := Presses.on(self._session.model)).pressed:
-            self._known = []
-            self._seen.forget()
+            self._forget_content()
             presses.apply(self.layers)
 
     def _learn_from(self, error: BaseException | None) -> None:
@@ -631,8 +632,7 @@ class RestoringCache(GuardedCache):
         chunks = max(0, call.tokens - leave) // session.chunk_size
         if (whole := call.whole_chunks(session.chunk_size)) < chunks:
             chunks, report.reason = whole, cut_image_reason(call.past // session.chunk_size + whole)
-        on_schedule = call.past == len(self._known) * session.chunk_size
-        if on_schedule and all(getattr(layer, "is_own", True) for layer in self.layers):
+        if call.past == len(self._known) * session.chunk_size:
             prompt = look_up(session, call, chunks, self._known, report, started, namespace)
         else:
             prompt = off_schedule(session, call, chunks, report, started)

@@ -18,8 +18,9 @@ from torch.nn.modules import module as torchs_modules
 
 from cake_hf.tensors.tree import modules_of
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
-"""Their hooks place weights and inputs, agree with other ranks, or are looked at elsewhere (`fingerprint.adapters_vary`)."""
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
+"""What a model runs in, also from a checkout. Their hooks place weights and inputs, agree with other ranks, or are looked at
+elsewhere (`fingerprint.adapters_vary`)."""
 _OTHERWISE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
 """Modules of torch that compute otherwise in training mode."""
 
@@ -121,7 +122,7 @@ def _is_known(hook: Any, module: torch.nn.Module | None) -> bool:
     if owner is not None and owner is module:  # a module's own: its kind is among the facts
         return True
     written = getattr(getattr(hook, "__func__", hook), "__globals__", {}).get("__name__") or type(hook).__module__
-    return str(written).partition(".")[0] in _LIBRARIES
+    return str(written).partition(".")[0] in LIBRARIES
 
 
 def _name(hook: Any) -> str:

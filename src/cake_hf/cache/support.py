@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sysconfig
 import traceback
 import weakref
 import zlib
@@ -35,7 +34,9 @@ from cake_hf.cache.compat import (
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, ours_for
 from cake_hf.cache.layers.kinds import check_stand_in, is_ours
 from cake_hf.cache.probe import keeps_each_token_once, keeps_tokens, kv_like
+from cake_hf.cache.strangers import LIBRARIES
 from cake_hf.cache.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead
+from cake_hf.tensors.code import is_users_code
 from cake_hf.tensors.offload import offloaded_weights
 from cake_hf.tensors.parallel import parallel_reason, ranks_of
 from cake_hf.tensors.tree import parameters_of
@@ -43,8 +44,6 @@ from cake_hf.tensors.weights import unknown_weights
 
 logger = logging.getLogger("cake_hf")
 
-_INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
-_LIBRARIES = ("accelerate", "cake_hf", "peft", "torch", "transformers")  # also where they are run from a checkout
 _FAILED_THEMSELVES = re.compile("out of memory|DefaultCPUAllocator|CUDA error")
 
 _misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
@@ -183,9 +182,8 @@ def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
 
 def _is_the_users(frame: FrameType, model: torch.nn.Module) -> bool:
     """Whether code is neither ours nor the model's, and was not installed as a library."""
-    package = str(frame.f_globals.get("__name__", "")).split(".")[0]
-    ours = package in (*_LIBRARIES, type(model).__module__.split(".")[0])
-    return not ours and not frame.f_code.co_filename.startswith((*_INSTALLED, "<frozen "))
+    own = (*LIBRARIES, type(model).__module__.split(".")[0])
+    return is_users_code(str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename, own)
 
 
 def _may_keep_attention(layers: list[Any]) -> bool:

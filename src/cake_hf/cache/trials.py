@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.forks import Lock
-from cake_hf.cache.aside import run_aside, some_tokens
+from cake_hf.cache.aside import differ, run_aside, some_tokens
 from cake_hf.cache.compat import LinearAttentionLayer
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.cache.vision import family_of
@@ -32,25 +32,13 @@ SHORT = 4
 BEYOND_WINDOW = 24
 """Tokens of a trial beyond the window."""
 
-WINDOWS_KNOWN = frozenset(
-    {
-        "cohere2",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt_oss",
-        "gpt_neo",
-    }
-    | {"llama4", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
-)
-"""Model types whose windows were compared by the test suite; those of others are tried."""
+WINDOWS_KNOWN = frozenset((
+    "cohere2", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt_neo", "gpt_oss",
+    "llama4", "llama4_text", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+))  # fmt: skip
+"""Model types that `tests/test_context.py` tries beyond a window; others are tried at their first prompt that is longer."""
 
-Verdicts = weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bool]]
-_verdicts: Verdicts = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bool]] = weakref.WeakKeyDictionary()
 _lock = Lock()
 
 
@@ -119,12 +107,12 @@ def _window(config: Any) -> int:
 
 
 def _differs(model: Any) -> bool:
-    return _differ(*_logits_whole_and_cut(model, 16, 18), LOGITS_TOLERANCE)
+    return differ(*_logits_whole_and_cut(model, 16, 18), LOGITS_TOLERANCE)
 
 
 def _differs_beyond(model: Any, window: int) -> bool:
     whole, cut = _logits_whole_and_cut(model, window + BEYOND_WINDOW // 2, window + BEYOND_WINDOW)
-    return _differ(whole, cut, WINDOW_TOLERANCE_FLOAT32 if whole.dtype == torch.float32 else WINDOW_TOLERANCE)
+    return differ(whole, cut, WINDOW_TOLERANCE_FLOAT32 if whole.dtype == torch.float32 else WINDOW_TOLERANCE)
 
 
 def _looks_ahead(model: Any) -> bool:
@@ -137,7 +125,7 @@ def _looks_ahead(model: Any) -> bool:
     alone = run_aside(model, [ids[:, :SHORT]])[1]
     followed = run_aside(model, [ids], positions=positions)[1]
     return any(
-        _differ(few, many[:, :, :SHORT], KV_TOLERANCE)
+        differ(few, many[:, :, :SHORT], KV_TOLERANCE)
         for one, other in zip(alone, followed, strict=True)
         for few, many in zip(_attention_of(one), _attention_of(other), strict=True)
         if few.numel() and many.shape[2] == 2 * SHORT
@@ -175,12 +163,7 @@ def _loses_state(model: Any) -> bool:
     states = [states_of(layers[first]) for _, layers in (whole, cut)]
     recurrent = [name for name in states[0] if name.startswith("recurrent")]
     if not recurrent:  # a short convolution: its loss shows in what comes after it only
-        return _differ(whole[0], cut[0], LOGITS_TOLERANCE)
+        return differ(whole[0], cut[0], LOGITS_TOLERANCE)
     is_float32 = model.get_input_embeddings().weight.dtype == torch.float32
     tolerance = STATE_TOLERANCE_FLOAT32 if is_float32 else STATE_TOLERANCE
-    return any(_differ(states[0][name], states[1][name], tolerance) for name in recurrent)
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    one, other = one.float(), other.float()
-    return not bool((one - other).norm() <= tolerance * one.norm())
+    return any(differ(states[0][name], states[1][name], tolerance) for name in recurrent)

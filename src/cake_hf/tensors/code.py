@@ -11,13 +11,14 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 import xxhash
 
+from cake_hf.tensors.octets import host_bytes
 from cake_hf.tensors.tree import Named, modules_of
 
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
@@ -72,12 +73,16 @@ def _is_the_users(function: Any, own: set[str]) -> bool:
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     if not isinstance(code, CodeType):
         return False
-    written = str(getattr(function, "__globals__", {}).get("__name__", ""))
-    return _package(written) not in own and not code.co_filename.startswith((*_INSTALLED, "<"))
+    return is_users_code(str(getattr(function, "__globals__", {}).get("__name__", "")), code.co_filename, own)
+
+
+def is_users_code(module: str, file: str, own: Collection[str]) -> bool:
+    """Whether code of that module and file was written neither in an installed library nor in one of these packages."""
+    return _package(module) not in own and not file.startswith((*_INSTALLED, "<frozen "))
 
 
 def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
-    modules = modules_of(model)
+    modules = _by_shortest_path(model)
     kinds = sorted({type(module) for _, module in modules}, key=_name)
     for kind in kinds:
         if not kind.__module__.startswith("torch."):
@@ -86,7 +91,7 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
         yield from _functions(sys.modules.get(name))
     yield from _functions(torch.nn.functional)
     yield from (f"{name}={function_fact(function)}" for name, function in sorted(chosen.items()))
-    for path, module in _by_shortest_path(model):
+    for path, module in modules:
         yield path
         yield from _attributes(module)
 
@@ -218,7 +223,7 @@ def _held(value: Any, depth: int) -> str:
 def _content(tensor: torch.Tensor) -> str:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
         return ""
-    return xxhash.xxh3_128_hexdigest(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_128_hexdigest(host_bytes(tensor))
 
 
 def _cells(function: Any) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.tensors.octets import host_bytes, odd_factors
 from cake_hf.tensors.tree import has, modules_of
 from cake_hf.tensors.weights import weights
 
@@ -161,7 +162,7 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
         # Offloaded or not, a weight is hashed where it is computed with, so that its digest is the same.
         device = weight.device or tensor.device
         on_host = portable or device.type == "cpu"
-        digest.update(_host_bytes(tensor) if on_host else _device_digest(tensor.to(device)))
+        digest.update(host_bytes(tensor) if on_host else _device_digest(tensor.to(device)))
     result = str(digest.hexdigest())
     with _known_lock:
         _known.setdefault(model, {})[portable] = _Known(signature, result)
@@ -190,7 +191,7 @@ def _signature(model: torch.nn.Module) -> int:
             continue
         tensor = weight.content()
         if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
-            identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(_host_bytes(tensor))))
+            identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(host_bytes(tensor))))
             continue
         version = 0 if tensor.is_inference() else tensor._version
         identity.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
@@ -206,11 +207,6 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
     return flat.as_strided((count,), (max(1, tensor.numel() // SAMPLES_PER_TENSOR),))
 
 
-def _host_bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 def _device_digest(tensor: torch.Tensor) -> bytes:
     """A checksum made where the tensor is: each row of 64-bit words is multiplied by fixed odd numbers and summed.
 
@@ -223,13 +219,8 @@ def _device_digest(tensor: torch.Tensor) -> bytes:
         whole = 0
     # Only what is no full row is copied, to be filled up: there may be no room for another of the largest weights.
     rest = torch.nn.functional.pad(flat[whole:], (0, (whole - flat.numel()) % (8 * HASHED_BLOCK)))
-    factors = _factors().to(tensor.device)
+    factors = odd_factors(HASHED_BLOCK).to(tensor.device)
     parts = [flat[:whole], rest] if whole else [rest]
     rows = [part.view(torch.int64).view(-1, HASHED_BLOCK).split(256) for part in parts]
     sums = torch.cat([(some * factors).sum(dim=1) for some in chain(*rows)])
     return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
-
-
-def _factors() -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(0xCA4E)
-    return torch.randint(-(2**62), 2**62, (HASHED_BLOCK,), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1

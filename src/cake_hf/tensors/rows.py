@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.tensors.octets import odd_factors
 
 ROWS_AT_ONCE = 2**14
 
@@ -67,8 +68,4 @@ def _checksums(rows: torch.Tensor) -> torch.Tensor:
     """`[rows]` int64: each row's bytes, as words, times fixed odd numbers, modulo 2**64."""
     octets = rows.contiguous().view(torch.uint8).view(rows.shape[0], -1)
     words = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 8)).view(torch.int64)
-    generator = torch.Generator("cpu").manual_seed(0xCA4E)
-    factors = (
-        torch.randint(-(2**62), 2**62, (words.shape[1],), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1
-    )
-    return (words * factors.to(words.device)).sum(dim=1)
+    return (words * odd_factors(words.shape[1]).to(words.device)).sum(dim=1)
