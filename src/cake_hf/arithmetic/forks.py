@@ -1,4 +1,4 @@
-"""What a child finds that `os.fork` made while other threads were at work: locks that nobody will give back.
+"""Locks in a child that `os.fork` made while other threads were at work: those threads will not give them back.
 
 Those threads are not in the child, whatever they were holding. So each lock of the library is a new one there, and what only
 those threads could end (a queue, a read under way) is forgotten.

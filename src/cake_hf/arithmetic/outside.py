@@ -69,7 +69,7 @@ def shown(value: object, secrets: Iterable[str] = ()) -> str:
 
 
 def shown_url(text: str) -> str:
-    """What somebody wrote to name a store, as people may see it."""
+    """The text that names a store, as people may see it."""
     return shown(redacted_url(text))
 
 
@@ -129,14 +129,14 @@ def redacted_url(url: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Whether what is called so, an option or a variable, is nobody's business."""
+    """Whether what is called so, an option or a variable, is a secret."""
     return _SECRET_NAME.fullmatch(name) is not None
 
 
 def scrub(error: BaseException, secrets: Iterable[str] = ()) -> None:
     """Take secrets and control characters out of an error's texts and those that it came from; line breaks stay.
 
-    Whoever raises an error of ours from a client's calls it, so that a traceback does not tell what our sentence hides.
+    To be called before an error of ours is raised from a client's, so that a traceback does not tell what our sentence hides.
     """
     for one in _chain(error):
         one.args = tuple(_scrubbed(part, secrets) if isinstance(part, str) else part for part in one.args)

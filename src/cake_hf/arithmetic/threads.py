@@ -6,7 +6,7 @@ import threading
 
 
 def refusal(thread: threading.Thread) -> RuntimeError | None:
-    """Start a thread; the system's error where it gives none. What else is raised in here is a signal handler's of the user."""
+    """Starts a thread; returns the system's error if it gives none. A signal handler of the user's may raise in here."""
     try:
         thread.start()
     except RuntimeError as error:

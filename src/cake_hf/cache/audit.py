@@ -1,4 +1,4 @@
-"""What a restore computes although it is stored must be, bit for bit, what is stored: else the store holds another model's KV.
+"""Compares chunks that a restore computes although they are stored: other bits mean that the store holds another model's KV.
 
 The front of a prompt is computed while the rest is loaded, so comparing its checksum with the stored one costs next to nothing.
 A few chunks are compared: the 1st, 2nd, 4th, 8th, ... of those that are computed although they are stored.

@@ -28,7 +28,7 @@ class Checkpoint:
     Attributes:
         past: tokens in the cache.
         known: keys of the leading chunks in it.
-        windows: what windowed layers held, by number. Nobody writes to these tensors.
+        windows: what windowed layers held, by number. These tensors are not written to.
         frame: that ends when the forward does; None where torch.compile has traced the call, and frames tell nothing.
         thread: in which the forward runs.
     """
@@ -57,7 +57,7 @@ class Checkpoint:
         return True
 
     def go_back(self, layers: Sequence[Any]) -> bool:
-        """Have layers hold what they held; False if some cannot, since what they keep is written over with each token."""
+        """Puts the content of layers back; False if some cannot go back, since each token overwrites their states."""
         if any(isinstance(layer, RecurrentLayer) or not _holds(layer, self.past) for layer in layers):
             return False
         for number, layer in enumerate(layers):

@@ -59,5 +59,5 @@ def as_it_is(model: torch.nn.Module) -> Iterator[None]:
         with _lock:
             if len(_running) == 1:
                 _running[0].__exit__(None, None, None)
-            # Whoever was first, the one who put it there is needed by the last.
+            # The last thread takes back the stance that the first one set.
             _running.pop()

@@ -159,7 +159,7 @@ class RestoringCache(GuardedCache):
         self._forget_content()
 
     def _forget_content(self) -> None:
-        """What is in here is not the beginning of a prompt any more, as far as we can tell."""
+        """Forget which prompt the content belongs to."""
         self._known = []
         self._seen.forget()
 
@@ -267,7 +267,7 @@ class RestoringCache(GuardedCache):
         self._settle()
 
     def _settle(self) -> None:
-        """A forward is through, and what the layers hold is what the model made."""
+        """The forward has ended: the layers hold KV that the model made."""
         self._depth = 0
         self._seals.note(self.layers, len(self._known))
         self._checkpoint = None
@@ -413,7 +413,7 @@ class RestoringCache(GuardedCache):
             raise
 
     def _forget_edited(self) -> None:
-        """KV that somebody has changed is not taken for the model's own."""
+        """Forget the keys of chunks whose KV was edited."""
         if self._known and not self._seals.hold(self.layers, len(self._known)):
             self._known = []
 
@@ -597,7 +597,7 @@ class RestoringCache(GuardedCache):
         started: float,
     ) -> Restore:
         """As `_restore`, of a call that is not refused. Without a namespace the latest one is taken, and is checked while loads
-        are under way: what it is the digest of takes milliseconds to look at.
+        are under way, since making it takes milliseconds.
 
         Raises:
             ComputePlainly: the model turns out not to be one whose KV can be exchanged.

@@ -1,4 +1,4 @@
-"""Whether the KV of known chunks is still what the model made: what somebody edited is never saved, nor taken for known.
+"""Finds out whether the KV of known chunks was edited. Edited KV is never saved, and never taken for known.
 
 Two looks, since neither sees all. Version counters see each write of torch that is not hidden (`.data`, numpy). A sample of
 each chunk sees hidden ones that change more than single numbers. Layers notice themselves when their tensors are replaced.

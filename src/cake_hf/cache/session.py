@@ -124,7 +124,7 @@ class Session:
 
     @property
     def model_name(self) -> str:
-        """The model's name for people: its Hub id, or the last part of a local path (the rest is nobody's business)."""
+        """The model's name for people: its Hub id, or the last part of a local path (the rest is private)."""
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 
@@ -149,12 +149,12 @@ class Session:
         return "" if latest is None else latest.namespace
 
     def latest_facts(self) -> dict[str, Any]:
-        """What that is the digest of; as `namespace_facts`, but the model is run only where it was not called yet."""
+        """The facts behind `latest_namespace`. Runs the model only if `namespace` was not called yet."""
         latest = _latest.get(self.model, {}).get(self._options)
         return self.namespace_facts() if latest is None else latest.facts
 
     def namespace_facts(self) -> dict[str, Any]:
-        """What the namespace is the digest of, but for the salt, which is nobody's business."""
+        """The facts that the namespace is a digest of, without the salt, which is secret."""
         seen = behaviour(self.model)
         facts: dict[str, Any] = {
             "format": FORMAT_VERSION,

@@ -1,4 +1,4 @@
-"""Code of others in a model's forward: what may change its KV, or wants to see all of a prompt, and is no part of the model.
+"""Code in a model's forward that is not part of the model: it may change the KV, or expect to see the whole prompt.
 
 A forward hook may do anything to what passes it, and only its effect on the prompt at hand tells what that is. Besides, of a
 restored prompt it would see only what is computed. So a model with hooks is computed plainly, unless these are marked with
@@ -66,7 +66,7 @@ def unobserved() -> Iterator[None]:
 
 
 def stranger_reason(model: torch.nn.Module) -> str:
-    """Why a model's prompts are computed plainly at present: somebody else's code takes part; empty if none does."""
+    """Why foreign code in the forward makes prompts be computed plainly; empty if there is none."""
     return _hook_reason(model) or _mode_reason() or _training_reason(model)
 
 

@@ -1,7 +1,7 @@
 """Trials of a model, once each: whether its KV of some tokens depends on those tokens and what precedes them alone.
 
-A restore relies on that. What configs and classes do not say is found out by running the model on a few tokens: in one piece
-and in two, with more tokens behind them, with states carried over a cut.
+A restore relies on that. Configs and classes do not always tell, so the model is run on a few tokens: in one piece and in
+two, with more tokens behind them, with states carried over a cut.
 """
 
 from __future__ import annotations

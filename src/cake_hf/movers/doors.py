@@ -120,5 +120,5 @@ def _name(spec: Any) -> Hashable:
     text = os.fspath(spec)
     directory = directory_of(text)
     where = str(directory.absolute()) if directory is not None else ""
-    # There may be a password in it, which is nobody's business.
+    # There may be a password in it, which is secret.
     return hashlib.blake2b(f"{where}\n{'' if where and '?' not in text else text}".encode(), digest_size=16).digest()

@@ -125,8 +125,8 @@ class Store(ABC):
         """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
 
     def look_only(self) -> None:
-        """Whoever opened this store means to read and not to write: until something is written after all, reading leaves no
-        trace in it (no time of last use, no notes). By default it leaves none anyway."""
+        """The store was opened to be read: until something is written after all, reading leaves no trace in it
+        (no time of last use, no notes). By default it leaves none anyway."""
 
     def leaves_traces(self) -> bool:
         """Whether notes may be written to `notes_folder`."""

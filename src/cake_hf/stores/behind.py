@@ -1,4 +1,4 @@
-"""Work on values that nobody waits for, and that a change of the value makes void: copies between tiers, writes behind."""
+"""Background work on values, void once the value changes: copies between tiers, writes behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that nobody waits for: per place one queue, bounded in bytes, and one thread of low priority behind it.
+"""Background work: per place one queue, bounded in bytes, and one thread of low priority behind it.
 
 A store that hangs keeps the thread that is at it for ever. So those who bring work to one place share a *line*, however many
 they are in a process: each has a *share* of it, which counts what is its own.

@@ -1,8 +1,8 @@
 """Which code a model computes with: functions that were put in the place of its own, and plain attributes of its modules.
 
-A config says what a model was built as. Afterwards anybody may replace a method of a class, a function of the file that it is
-in, the forward of one module, or a number that a module keeps (`attention.scaling`). None of these is a weight. What cannot be
-seen here, or not for what it is, `cache.behaviour` finds out by running the model.
+A config says how a model was built. Afterwards a user may replace a method of a class, a function of the file that it is
+in, the forward of one module, or a number that a module keeps (`attention.scaling`). None of these is a weight. Changes
+that do not show here are found by running the model (`cache.behaviour`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cake_hf.tensors.tree import Named, modules_of
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 MAX_DEPTH = 4
-"""Of values in values. What lies deeper is not looked at."""
+"""Levels of nested values that are looked at."""
 
 _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 """Attributes that each module has."""
@@ -33,7 +33,7 @@ _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
     """Digest of the functions that a model computes with, as far as they can be told by name, and of its plain attributes.
 
-    Equal in two processes with equal libraries, unless somebody has replaced something.
+    Equal in two processes with equal libraries, unless something was replaced.
 
     Args:
         model: any.
@@ -46,7 +46,7 @@ def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
 
 
 def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[str]:
-    """Of these functions, those that no installed library has brought: none, unless somebody has put them there.
+    """Of these functions, those that no installed library has brought: none, unless a user has put them there.
 
     In contrast to the digest this is the same with other versions of libraries.
 
