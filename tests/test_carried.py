@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.keys import state_key
-from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace
 from cake_hf.cache.layers import IndexedLayer
 from cake_hf.cache.probe import kv_like
@@ -42,6 +41,7 @@ from forwards import meeting_at
 from hanging import no_waiting_for
 from models import CHUNK, prompt, run_ahead
 from naming import given
+from paces import no, tell
 from stored import filled_store, without
 from test_gated import BadRange
 from waiting import PATIENCE, join_loaders, loaders
@@ -381,7 +381,7 @@ def test_an_indexer_waits_for_its_layer_too(
     """The upper layer of the last chunk comes, or fails, when the lower one has taken in the first of K, V and indexer."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     monkeypatch.setattr(pace, "ranges_of", lambda *_: 2)
-    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    tell(monkeypatch, worth=no)
     gate = GateStore(BadRange(store, 1, fault), ranges=True)
     gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer
     settled, settle, update = threading.Event(), Frontier.settle, getattr(IndexedLayer, method)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from cake_hf.arithmetic.costs import CostLearner
+from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.people.cli import app
 from cake_hf.people.plan import CURVE_LINES, read_costs, shown_splits
 
@@ -28,10 +29,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
 def measured(tmp_path: Path) -> Path:
     """Computing 0.5 s a chunk, loading 1 MiB chunks at 4 MiB/s."""
     learner = CostLearner()
-    learner.saw_compute(0, 0.5)
+    learner.saw_steps([(0, 0.5)])
     learner.saw_loads(2**20, [(0.0, 0.25), (0.25, 0.5)])
     path = tmp_path / "costs.json"
-    path.write_text(learner.to_json())
+    path.write_text(learner.to_json(time.time()))
     return path
 
 
@@ -85,10 +86,10 @@ def test_measured_costs(command: Command, measured: Path) -> None:
 def test_measured_costs_are_of_as_many_threads(command: Command, tmp_path: Path) -> None:
     """Two at a time wait their 0.2 s at once; asked for one, it waits each time."""
     learner = CostLearner()
-    learner.saw_compute(0, 0.5)
+    learner.saw_steps([(0, 0.5)])
     learner.saw_loads(2**20, [(0.0, 0.2), (0.0, 0.2), (0.2, 0.4), (0.2, 0.4)])
     path = tmp_path / "costs.json"
-    path.write_text(learner.to_json())
+    path.write_text(learner.to_json(time.time()))
     assert line(command("--chunks", 4, "--costs", path), "loading") == "1.0 MiB every 100 ms"
     assert line(command("--chunks", 4, "--costs", path, "--threads", 1), "loading") == "1.0 MiB every 200 ms"
 
@@ -107,7 +108,7 @@ def test_options_override_measured_costs(command: Command, measured: Path) -> No
 
 def test_half_measured_costs_need_the_other_half(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    path.write_text(CostLearner().to_json())
+    path.write_text(CostLearner().to_json(time.time()))
     assert command("--chunks", 2, "--costs", path, *COSTS).exit_code == 0
     result = command("--chunks", 2, "--costs", path, *COSTS[:2])
     assert result.exit_code == 2

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic import planner
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
-from cake_hf.arithmetic.planner import Rule
+from cake_hf.cache.pace import RestorePace
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.wrappers import GateStore
 from forwards import attentions, before_forward
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
+from paces import Told, no, tell, yes
 from stored import filled_store
 from waiting import await_true, join_loaders
 
@@ -61,8 +62,7 @@ def test_a_load_that_does_not_come_is_overtaken(
     gate = GateStore(filled_store(model))
     held = 2
     if in_place:
-        monkeypatch.setattr(Rule, "worth", lambda *_: False)
-        monkeypatch.setattr(Rule, "overdue", lambda *_: True)
+        tell(monkeypatch, worth=no, overdue=yes)
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=held, read_timeout=60)
     ) as cache:
@@ -85,7 +85,10 @@ def standing_clock() -> float:
 
 moves = st.lists(
     st.tuples(
-        st.sampled_from(["claim", "settle", "advance", "computed", "wait or not", "late or not"]), st.integers(0, 7)
+        st.sampled_from(
+            ["claim", "settle", "advance", "computed", "give back", "wait or not", "late or not", "try or not"]
+        ),
+        st.integers(0, 7),
     ),
     max_size=80,
 )
@@ -104,10 +107,11 @@ def test_conservation_under_any_interleaving(
 ) -> None:
     """One thread plays all parts, in an order that hypothesis draws, then everybody finishes.
 
-    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late. Where what is
+    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late. What it
+    computes although it would rather wait it may give back. Where what is
     on its way into place can be turned aside, all but contested loads go there.
     """
-    waits = late = left_the_place = False
+    waits = late = tries = left_the_place = False
 
     def turn_aside(index: int) -> None:
         assert index in loading
@@ -115,10 +119,9 @@ def test_conservation_under_any_interleaving(
 
     frontier = Frontier(
         present,
-        near=near,
+        judge=Told(near, lambda _: not waits, lambda _: late, lambda _: tries),
+        overtakes_in_place=not turns,
         clock=standing_clock,
-        worth=lambda *_: not waits,
-        overdue=None if turns else lambda *_: late,
         turn_aside=turn_aside if turns else None,
     )
     loading: list[int] = []
@@ -128,11 +131,16 @@ def test_conservation_under_any_interleaving(
     met = False
 
     def play(move: str, number: int) -> None:
-        nonlocal computing, met, waits, late, left_the_place
+        nonlocal computing, met, waits, late, tries, left_the_place
         if move == "wait or not":
             waits = not waits
         elif move == "late or not":
             late = not late
+        elif move == "try or not":
+            tries = not tries
+        elif move == "give back" and computing is not None and frontier.is_trial(computing):
+            frontier.give_back(computing)
+            computing = None
         elif move == "claim":
             index = frontier.claim()
             if index is not None:
@@ -180,7 +188,7 @@ def test_conservation_under_any_interleaving(
 
     for move, number in steps:
         play(move, number)
-    waits, late = False, True
+    waits, late, tries = False, True, False
     for _ in range(200):
         for move in ("settle", "advance", "computed", "claim", "settle"):
             play(move, 0)
@@ -197,7 +205,7 @@ def test_conservation_under_any_interleaving(
 
 
 def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
-    frontier = Frontier([True], near=1)
+    frontier = Frontier([True], judge=Told(1))
     assert frontier.advance() == 0
     assert frontier.claim() == 0
     assert frontier.lands_aside(0)
@@ -210,19 +218,19 @@ def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
 
 def test_loads_go_into_place_while_the_main_thread_would_rather_wait() -> None:
     """They are not copied once more then. Whether they can be overtaken there is decided by whoever knows the memory."""
-    for overdue, aside in ((lambda *_: False, False), (None, True)):
-        frontier = Frontier([True] * 3, near=3, worth=lambda *_: False, overdue=overdue)
+    for overtakes in (True, False):
+        frontier = Frontier([True] * 3, judge=Told(3, no), overtakes_in_place=overtakes)
         assert frontier.claim() == 2
-        assert frontier.lands_aside(2) == aside
+        assert frontier.lands_aside(2) == (not overtakes)
 
 
 def test_between_two_steps_loads_near_the_front_go_aside() -> None:
     """The main thread is not done with computing; it is only not at it."""
-    frontier = Frontier([True] * 4, near=4, worth=lambda chunk, *_: chunk == 1, overdue=lambda *_: False)
-    frontier._worth = lambda *_: True
+    told = Told(4)
+    frontier = Frontier([True] * 4, judge=told, overtakes_in_place=True)
     assert frontier.advance() == 0
     frontier.computed(0)
-    frontier._worth = lambda *_: False  # of chunk 0, which is there
+    told.is_worth = no  # of chunk 0, which is there
     assert frontier.claim() == 3
     assert frontier.lands_aside(3)
 
@@ -232,7 +240,7 @@ def test_only_what_is_short_is_loaded_in_place_to_be_overtaken_there(few: int, m
     """With the last piece, the prompt takes the room of one chunk more. Of a long one, too much would be in memory twice."""
     model = shared_model("llama")
     monkeypatch.setattr(planner, "FEW_CHUNKS", few)
-    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    tell(monkeypatch, worth=no)
     lands_aside, aside = Frontier.lands_aside, []
     monkeypatch.setattr(Frontier, "lands_aside", lambda *args: (aside.append(lands_aside(*args)), aside[-1])[1])
     with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
@@ -243,7 +251,7 @@ def test_only_what_is_short_is_loaded_in_place_to_be_overtaken_there(few: int, m
 
 def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
     late = False
-    frontier = Frontier([True] * 4, near=4, worth=lambda *_: False, overdue=lambda *_: late, clock=standing_clock)
+    frontier = Frontier([True] * 4, judge=Told(4, no, lambda _: late), overtakes_in_place=True, clock=standing_clock)
     assert [frontier.claim() for _ in range(4)] == [3, 2, 1, 0]
     assert frontier.settle(3, Outcome.LOADED)
     late = True
@@ -261,7 +269,7 @@ def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
 
 def test_a_late_load_in_place_is_turned_aside_and_may_still_win() -> None:
     late, turned = False, list[int]()
-    frontier = Frontier([True] * 4, near=4, worth=lambda *_: late, turn_aside=turned.append, clock=standing_clock)
+    frontier = Frontier([True] * 4, judge=Told(4, lambda _: late), turn_aside=turned.append, clock=standing_clock)
     assert [frontier.claim() for _ in range(3)] == [3, 2, 1]
     assert frontier.claim() == 0
     assert not any(frontier.lands_aside(index) for index in range(4))
@@ -290,13 +298,97 @@ def test_without_nearness_there_is_no_contest() -> None:
 
 
 def test_worth_decides_between_waiting_and_computing() -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[int] = []
 
-    def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
-        asked.append((chunk, loads_left))
+    def worth(chunk: int) -> bool:
+        asked.append(chunk)
         return len(asked) > 2  # two times no, then yes
 
-    frontier = Frontier([True, True], near=2, worth=worth, clock=standing_clock)
+    frontier = Frontier([True, True], judge=Told(2, worth), clock=standing_clock)
     assert frontier.claim() == 1
     assert frontier.advance() == 0
-    assert asked == [(0, 2)] * 3
+    assert asked == [0] * 3
+
+
+# Trials: a main thread that waits computes a chunk to find out what it costs.
+
+
+@pytest.mark.parametrize("turns_out", [False, True])
+@pytest.mark.parametrize(("family", "dtype"), VARIANTS)
+def test_a_trial_is_left_after_a_layer_or_goes_on(
+    family: str, dtype: str, turns_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate holds the loads back until the trial is over; whichever it comes to, no bit differs."""
+    model = shared_model(family, dtype)
+    gate = GateStore(filled_store(model))
+    tell(monkeypatch, worth=no)
+    tried: list[int] = []
+    goes_on, saw_forward = Frontier.goes_on, RestorePace.saw_forward
+
+    def tries(pace: RestorePace, chunk: int, *_: object) -> bool:
+        tried.append(chunk)
+        return len(tried) == 1
+
+    def judge(frontier: Frontier, index: int) -> bool:
+        monkeypatch.setattr(RestorePace, "worth", lambda *_, **__: turns_out)
+        answer = goes_on(frontier, index)
+        monkeypatch.setattr(RestorePace, "worth", lambda *_, **__: False)
+        return answer
+
+    shares: list[float] = []
+
+    def saw(pace: RestorePace, chunk: int, seconds: float, share: float = 1.0) -> None:
+        shares.append(share)
+        saw_forward(pace, chunk, seconds, share)
+        if not turns_out or share == 1:
+            gate.open()
+
+    monkeypatch.setattr(RestorePace, "tries", tries)
+    monkeypatch.setattr(Frontier, "goes_on", judge)
+    monkeypatch.setattr(RestorePace, "saw_forward", saw)
+    limits = Limits.from_environment(loader_threads=1)
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=limits) as cache:
+        outcome = run(model, prompt(), cache)
+        report = cache.report
+    assert difference(outcome, expected(family, dtype)) == ""
+    assert tried[0] == 0
+    assert shares == ([1 / LAYERS, 1.0] if turns_out else [1 / LAYERS, 1 / LAYERS])
+    assert (report.chunks_computed, report.chunks_loaded) == (int(turns_out), CHUNKS - turns_out)
+    assert next(span.outcome for span in report.timeline if span.chunk == 0) == ("computed" if turns_out else "left")
+
+
+def test_what_a_trial_gives_back_is_loaded_or_computed_as_before() -> None:
+    told = Told(4, no, is_tried=yes)
+    frontier = Frontier([True] * 3, judge=told, clock=standing_clock)
+    assert frontier.claim() == 2
+    assert frontier.advance() == 0
+    assert frontier.is_trial(0)
+    assert not frontier.goes_on(0)
+    frontier.give_back(0)
+    assert frontier.counts()[State.WAITING] == 2
+    told.is_tried = no
+    assert [frontier.claim(), frontier.claim()] == [1, 0]
+    told.is_worth = yes
+    assert frontier.advance() == 0
+    assert not frontier.is_trial(0)
+
+
+def test_a_load_of_a_chunk_on_trial_keeps_it_when_it_is_given_back() -> None:
+    frontier = Frontier([True], judge=Told(1, no, is_tried=yes), clock=standing_clock)
+    assert frontier.advance() == 0
+    assert frontier.claim() == 0  # beside the trial
+    frontier.give_back(0)
+    assert frontier.counts()[State.LOADING] == 1
+    assert frontier.settle(0, Outcome.LOADED)
+    assert frontier.advance() is None
+
+
+def test_a_chunk_whose_load_failed_during_its_trial_is_computed() -> None:
+    frontier = Frontier([True], judge=Told(1, no, is_tried=yes), clock=standing_clock)
+    assert frontier.advance() == 0
+    assert frontier.claim() == 0
+    assert frontier.settle(0, Outcome.CORRUPT)
+    frontier.give_back(0)
+    assert frontier.advance() == 0
+    frontier.computed(0)
+    assert frontier.advance() is None

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf.arithmetic.costs import Costs
+from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.report import Span
 from cake_hf.cache import session
 from cake_hf.movers import cost_memory
@@ -25,8 +27,16 @@ from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from stored import filled_store
 from waiting import PATIENCE, await_true
 
-COMPUTED = [Span("compute", index, 10.0 * index, 10.0 * index + 5.0, "computed") for index in range(4)]
+STEPS = [(index, 5.0) for index in range(4)]
 LOADED = [Span("load-0", 7 - index, float(index), index + 1.0, "loaded") for index in range(4)]
+
+
+def saw(*steps: tuple[int, float]) -> Pace:
+    """The pace of a restore that has computed these chunks in so many seconds each."""
+    pace = Pace(Costs())
+    for chunk, seconds in steps:
+        pace.saw_forward(chunk, seconds)
+    return pace
 
 
 @pytest.fixture
@@ -48,8 +58,7 @@ def notes(root: Path) -> list[Path]:
 def test_what_was_learnt_is_remembered_beside_the_store(tmp_path: Path) -> None:
     memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
     assert memory.costs(100).compute is None
-    memory.learn(COMPUTED, first=2, chunk_bytes=100)
-    memory.learn(LOADED, first=0, chunk_bytes=100)
+    memory.learn(saw(*STEPS), LOADED, chunk_bytes=100)
     again = recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100)
     assert again.compute is not None
     assert again.load is not None
@@ -64,7 +73,7 @@ def test_what_was_learnt_is_remembered_beside_the_store(tmp_path: Path) -> None:
 
 def test_a_store_without_a_folder_remembers_as_long_as_it_lives() -> None:
     store = MemoryStore()
-    recall_costs(store, "ns", "cpu").learn(COMPUTED, 0, 100)
+    recall_costs(store, "ns", "cpu").learn(saw(*STEPS), [], 100)
     assert recall_costs(store, "ns", "cpu").costs(100).compute is not None
     assert recall_costs(MemoryStore(), "ns", "cpu").costs(100).compute is None
 
@@ -72,31 +81,40 @@ def test_a_store_without_a_folder_remembers_as_long_as_it_lives() -> None:
 def test_overtaken_loads_are_learnt_from_where_there_are_no_others() -> None:
     overtaken = Span("load-1", 0, 0.0, 90.0, "overtaken")
     memory = CostMemory(None)
-    memory.learn([*LOADED, overtaken], 0, 100)
+    memory.learn(saw(), [*LOADED, overtaken], 100)
     load = memory.costs(100).load
     assert load is not None
     assert load.seconds == pytest.approx(1.0)
     memory = CostMemory(None)
-    memory.learn([overtaken], 0, 100)
+    memory.learn(saw(), [overtaken], 100)
     load = memory.costs(100).load
     assert load is not None
     assert load.seconds == pytest.approx(90.0)
 
 
 def test_forwards_that_were_left_are_learnt_from_but_for_the_first_cold_one() -> None:
-    memory = CostMemory(None)
-    memory.learn([Span("compute", 0, 0, 9, "left")], 3, 100)
-    assert memory.costs(100).compute is None
-    memory.learn([Span("compute", 0, 0, 7, "left")], 3, 100)
+    memory, pace = CostMemory(None), Pace(Costs(), first=3)
+    pace.saw_forward(0, 30.0, 0.5)
+    memory.learn(pace, [], 100)
+    pace = Pace(Costs(), first=3)
+    pace.saw_forward(0, 1.75, 0.25)
+    memory.learn(pace, [], 100)
     compute = memory.costs(100).compute
     assert compute is not None
     assert compute.seconds(3) == pytest.approx(7.0)
 
 
+def test_a_chunk_counts_once_whether_its_first_layers_were_measured_or_not() -> None:
+    pace = Pace(Costs())
+    pace.saw_forward(1, 2.0, 0.1)
+    pace.saw_forward(1, 9.0)
+    assert pace.steps == [(1, 9.0)]
+
+
 def test_the_tail_and_failed_loads_are_not_learnt_from() -> None:
     memory = CostMemory(None)
     spans = [Span("compute", -1, 0, 9, "computed"), Span("load-0", 2, 0, 9, "corrupt")]
-    memory.learn(spans, 0, 100)
+    memory.learn(saw(), spans, 100)
     assert memory.costs(100).compute is None
     assert memory.costs(100).load is None
 
@@ -105,12 +123,12 @@ def test_the_tail_and_failed_loads_are_not_learnt_from() -> None:
     "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b'{"format": "somebody else\'s"}', b'{"a": ' * 9999, b"9" * 2**21]
 )
 def test_a_damaged_note_is_ignored_and_rewritten(tmp_path: Path, content: bytes) -> None:
-    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(saw(*STEPS), [], 100)
     (note,) = notes(tmp_path)
     note.write_bytes(content)
     memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
     assert memory.costs(100).compute is None
-    memory.learn(COMPUTED, 0, 100)
+    memory.learn(saw(*STEPS), [], 100)
     assert notes(tmp_path) == [note]
     assert json.loads(note.read_text())["steps"]
 
@@ -120,7 +138,7 @@ def test_where_nothing_can_be_written_nothing_is_remembered(tmp_path: Path, monk
         raise PermissionError("read-only")
 
     monkeypatch.setattr("os.replace", refuse)
-    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(saw(*STEPS), [], 100)
     assert notes(tmp_path) == []
 
 
@@ -139,7 +157,7 @@ class Gate:
 @pytest.fixture
 def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Who reads the note waits, as on a mount that is gone, until this is set."""
-    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(COMPUTED, 0, 100)
+    recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(saw(*STEPS), [], 100)
     (note,) = notes(tmp_path)
     gate, os_open = threading.Event(), os.open
 
@@ -190,15 +208,16 @@ def test_what_is_learnt_is_written_in_the_background_and_the_last_counts(
     monkeypatch.setattr("os.replace", lambda *names, **at: (gate(), replace(*names, **at)))
     memory = recall_costs(LocalStore(tmp_path), "ns", "cpu")
     for _ in range(5):  # would hang here if it were waited for
-        memory.learn(COMPUTED, 0, 100)
-    memory.learn(LOADED, 0, 100)
+        memory.learn(saw(*STEPS), [], 100)
+    memory.learn(saw(), LOADED, 100)
     await_true(lambda: gate.calls == 1)
     assert not flush_notes(0.0)
     assert recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100).load is not None  # though no file has it yet
     gate.opened.set()
     (note,) = notes(tmp_path)
     assert gate.calls <= 3
-    assert json.loads(note.read_text()) == json.loads(memory._learner.to_json())
+    written = json.loads(note.read_text())
+    assert written == json.loads(memory._learner.to_json(written["written"]))
     assert note_of(note).read() == note.read_text()
 
 
@@ -243,10 +262,9 @@ def test_no_compute_step_is_begun_if_the_loads_will_be_there_first(model: torch.
         saving.prefill(prompt())
         namespace, layout = saving._session.namespace(), saving._session.layout()
     teacher = CostMemory(None)
-    teacher.learn([Span("compute", index, 0.0, 9000.0, "computed") for index in range(8)], 0, layout.nbytes)
-    teacher.learn(
-        [Span("load-0", index, index * 1e-6, (index + 1) * 1e-6, "loaded") for index in range(8)], 0, layout.nbytes
-    )
+    loads = [Span("load-0", index, index * 1e-6, (index + 1) * 1e-6, "loaded") for index in range(8)]
+    for _ in range(2):  # what is measured first is cold
+        teacher.learn(saw(*((index, 9000.0) for index in range(8))), loads, layout.nbytes)
     recall_costs(store, namespace, "cpu")._learner = teacher._learner
     with CakeCache(model, store, chunk_size=CHUNK) as warm:
         outcome = run(model, prompt(), warm)

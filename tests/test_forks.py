@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from cake_hf import CakeCache, MemoryStore
+from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
 from cake_hf.arithmetic.lazily import cached_property
+from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.turns import Turns
 from cake_hf.movers.cost_memory import flush_notes, note_of, recall_costs
 from cake_hf.movers.fault_log import FaultLog
@@ -200,7 +202,7 @@ def test_children_of_a_busy_process(tmp_path: Path) -> None:
         slot.release()
 
     def use_costs() -> None:
-        recall_costs(LocalStore(tmp_path), "ns", "cpu").learn([], 0, 100)
+        recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(Pace(Costs()), [], 100)
 
     jobs = (use_store, use_sharing, use_costs, use_line, lambda: log.tell("kind", "%s", "text"))
     with busy(*jobs):

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State, Strategy
 from cake_hf.movers.deadline import call_with_deadline
+from paces import Told, no
 
 TIMEOUT = 10
 PATIENCE = 60.0
@@ -503,10 +504,9 @@ def test_nothing_is_used_before_it_is_there(
     frontier = Frontier(
         present,
         strategy=strategy,
-        near=near,
         last=2,
-        worth=lambda *_: False,
-        overdue=None if patience is None else lambda *_: next(asked) > patience,
+        judge=Told(near, no, lambda _: patience is not None and next(asked) > patience),
+        overtakes_in_place=patience is not None,
         clock=Clock(),
     )
     made: set[int] = set()

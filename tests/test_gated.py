@@ -14,7 +14,6 @@ import torch
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.frontier import Frontier
-from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace, restore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
@@ -23,6 +22,7 @@ from forwards import attentions, before_forward
 from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model
 from naming import given
+from paces import no, tell
 from stored import filled_store, keys_in_order
 from waiting import PATIENCE, join_loaders
 
@@ -41,7 +41,7 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["load", "both"])
 def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Load-only puts chunks into place at once; both has them aside, and here never finds one worth computing."""
-    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    tell(monkeypatch, worth=no)
     return str(request.param)
 
 
@@ -152,8 +152,7 @@ def test_a_late_load_is_overtaken_within_the_last_piece(monkeypatch: pytest.Monk
     gate = GateStore(filled_store(model), ranges=True)
     gate.open(WHOLE + 1)
     late = threading.Event()
-    monkeypatch.setattr(Rule, "worth", lambda *_: late.is_set())
-    monkeypatch.setattr(Rule, "overdue", lambda *_: late.is_set())
+    tell(monkeypatch, worth=lambda _: late.is_set(), overdue=lambda _: late.is_set())
     with (
         cache_of(model, gate, "both", read_timeout=60) as warm,
         before_layers(model, lambda layer, forward: late.set() if (layer, forward) == (1, 1) else None),
@@ -278,7 +277,7 @@ def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeyp
         return advance(frontier, **options)
 
     monkeypatch.setattr(Frontier, "advance", advance_when_torn)
-    monkeypatch.setattr(Rule, "worth", lambda _, chunk, *__: chunk == 0)
+    tell(monkeypatch, worth=lambda chunk: chunk == 0)
     with (
         cache_of(model, torn, "both", loader_threads=2, read_timeout=PATIENCE) as warm,
         before_layers(model, lambda layer, forward: torn.go_on.set() if (layer, forward) == (0, 2) else None),

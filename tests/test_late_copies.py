@@ -7,7 +7,6 @@ import torch
 
 import test_gated
 from cake_hf import CakeCache, Limits
-from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import pace
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.stores.wrappers import FaultStore, GateStore
@@ -15,6 +14,7 @@ from forwards import attentions, before_forward
 from hanging import no_waiting_for
 from late_copies import LateCopies, _late_copies  # noqa: F401  # for each test in here
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
+from paces import no, tell
 from stored import filled_store, keys_in_order
 from test_batches import test_faults_change_no_bit, test_missing_chunks_are_computed  # noqa: F401
 from test_carried import test_a_late_load_lands_nowhere, test_holes_anywhere  # noqa: F401
@@ -52,7 +52,7 @@ def test_a_load_that_does_not_come_is_overtaken_alone(held: int) -> None:
 @pytest.mark.parametrize("strategy", ["load", "both"])
 def test_each_layer_waits_for_its_copies(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "ranges_of", lambda *_: test_gated.LAYERS)
-    monkeypatch.setattr(Rule, "worth", lambda *_: False)
+    tell(monkeypatch, worth=no)
     test_gated.test_a_second_turn_is_gated_too(strategy)
     test_gated.test_a_last_piece_that_fails_leaves_the_cache_as_it_was(strategy)
     test_gated.test_prefill_comes_back_when_all_is_there(strategy)

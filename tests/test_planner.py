@@ -6,13 +6,15 @@ The oracles play the two ends chunk by chunk: `play_split` for a fixed split, `p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.planner import Plan, Rule, optimum, plan, worth_starting
+from cake_hf.arithmetic.pace import LATE, TRIAL_SHARE, Pace
+from cake_hf.arithmetic.planner import Plan, optimum, plan
 from cake_hf.people.bench import cells
 
 computes = st.builds(ComputeCost, st.floats(0.01, 10), st.floats(0, 3))
@@ -58,13 +60,22 @@ def play_rule(
             now += seconds
         while i in arrival and arrival[i] > now:
             left = [time for j, time in arrival.items() if j >= i and time > now]
-            last = min(left) - interval
             under_way = arrival[i] - interval <= now
-            if worth_starting(believed, i, len(left), now - last) and (contest or not under_way):
+            pace = pace_of(believed, [time for time in arrival.values() if time <= now])
+            if pace.worth(i, len(left), now) and (contest or not under_way):
                 now += seconds
                 break
             now = min(left)
     return now
+
+
+def pace_of(costs: Costs, arrivals: Sequence[float], **options: int) -> Pace:
+    """That of a restore whose loads began at 0 and arrived then."""
+    pace = Pace(costs, **options)
+    pace.loading(0.0)
+    for when in sorted(arrivals):
+        pace.loaded(when)
+    return pace
 
 
 def seconds_of(cost: ComputeCost, chunks: int) -> list[float]:
@@ -210,32 +221,132 @@ def test_without_the_rule_the_last_step_ends_too_late() -> None:
     assert play_rule([100.0, 100.0], 1.0, [True, True], Costs(compute, load)) == 2.0
 
 
-@given(computes, intervals, st.integers(0, 50), st.integers(1, 50), st.floats(0, 100))
-def test_a_stuck_store_is_waited_for_two_steps_at_most(
-    compute: ComputeCost, interval: float, index: int, left: int, busy: float
+@given(computes, loads, st.integers(0, 50), st.integers(1, 50))
+def test_a_stuck_store_is_waited_for_no_longer_than_a_part_of_a_step(
+    compute: ComputeCost, load: LoadCost, index: int, left: int
 ) -> None:
-    costs, step = Costs(compute, load_cost(interval)), compute.seconds(index)
-    assume(not worth_starting(costs, index, left, busy))
-    assert worth_starting(costs, index, left, busy + 2 * step * (1 + 1e-9) + 1e-9)
+    """Nothing arrives. What was not worth it at first becomes so soon after the first loads are due."""
+    costs, step = Costs(compute, load), compute.seconds(index)
+    pace = pace_of(costs, [], threads=load.threads)
+    due = load.finish(min(left, load.threads))
+    assert pace.worth(index, left, due + step / LATE * (1 + 1e-9) + 1e-9)
 
 
-@given(computes, loads, st.integers(0, 50), st.integers(1, 8), st.integers(0, 8))
-def test_loads_in_place_are_overtaken_when_late_by_what_that_costs(
-    compute: ComputeCost, load: LoadCost, index: int, left: int, done: int
+@given(computes, loads, st.integers(0, 50), st.integers(1, 8))
+def test_loads_in_place_are_overtaken_later_than_others(
+    compute: ComputeCost, load: LoadCost, index: int, left: int
 ) -> None:
-    rule = Rule(Costs(compute, load), first=3)
-    due, price = load.finish(done + left) - load.finish(done), left * compute.seconds(3 + index)
-    assert not rule.overdue(index, left, done, 0.0)
-    assert not rule.overdue(index, left, done, (due + price) * (1 - 1e-9))
-    assert rule.overdue(index, left, done, (due + price) * (1 + 1e-9) + 1e-9)
-    assert not Rule(Costs(compute, None)).overdue(index, left, done, 1e6)
-    assert not Rule(Costs(None, load)).overdue(index, left, done, 1e6)
+    pace = pace_of(Costs(compute, load), [], threads=load.threads, first=3)
+    due = load.finish(left)
+    assert not pace.overdue(index, left, 0.0) or due > left * compute.seconds(3 + index)
+    assert pace.overdue(index, left, due + left * compute.seconds(3 + index) + 1e-9)
+    assert not pace_of(Costs(compute, None), []).overdue(index, left, 1e6)
+    assert not pace_of(Costs(None, load), []).overdue(index, left, 1e6)
 
 
 def test_unknown_costs_and_holes_are_worth_it() -> None:
     known = Costs(ComputeCost(5.0), load_cost(1.0))
-    assert not worth_starting(known, 0, 5, 0.0)
-    assert worth_starting(known, 0, 6, 0.0)
-    assert worth_starting(known, 0, 0, 0.0)
-    assert worth_starting(Costs(None, known.load), 0, 1, 0.0)
-    assert worth_starting(Costs(known.compute, None), 0, 1, 0.0)
+    assert not pace_of(known, []).worth(0, 5, 0.0)
+    assert pace_of(known, []).worth(0, 6, 0.0)
+    assert pace_of(known, []).worth(0, 0, 0.0)
+    assert pace_of(Costs(None, known.load), []).worth(0, 1, 0.0)
+    assert pace_of(Costs(known.compute, None), []).worth(0, 1, 0.0)
+
+
+# What a restore sees corrects what was believed.
+
+
+@given(computes, loads, st.floats(1 / 32, 32), st.integers(2, 40))
+def test_a_chunk_that_was_computed_tells_what_the_next_ones_take(
+    compute: ComputeCost, load: LoadCost, factor: float, left: int
+) -> None:
+    believed, true = pace_of(Costs(compute, load), []), factor * compute.seconds(1)
+    believed.saw_forward(0, factor * compute.seconds(0))
+    assume(abs(true - load.finish(left)) > 1e-6 * true)
+    assert believed.worth(1, left, 0.0) == (true < load.finish(left))
+
+
+@given(loads, st.floats(1 / 32, 32), st.integers(1, 20), st.integers(1, 20))
+def test_loads_that_have_arrived_tell_what_the_next_ones_take(
+    load: LoadCost, factor: float, rounds: int, left: int
+) -> None:
+    """They come as believed, all slower or faster by one factor. A step of exactly that time decides the rule."""
+    done = rounds * load.threads
+    arrivals = [factor * load.finish(number) for number in range(1, done + 1)]
+    wait = factor * (load.finish(done + left) - load.finish(done))
+    for step, is_worth in ((wait * (1 - 1e-6), True), (wait * (1 + 1e-6), False)):
+        pace = pace_of(Costs(ComputeCost(step), load), arrivals, threads=load.threads)
+        assert pace.worth(0, left, arrivals[-1]) == is_worth
+
+
+@given(st.integers(1, 4), st.integers(1, 6))
+def test_loads_that_share_the_path_fairly_are_not_late(threads: int, rounds: int) -> None:
+    """All of a round come at its end, although one after the other was believed. Nothing is worth computing meanwhile."""
+    load, chunks = LoadCost(0.0, 2**20, 2**20, threads), threads * (rounds + 1)
+    arrivals = [float(threads * (1 + number // threads)) for number in range(threads * rounds)]
+    pace = pace_of(Costs(ComputeCost(chunks * 1.01), load), [], threads=threads)
+    assert not pace.worth(0, chunks, threads * 0.99)
+    for when in arrivals:
+        assert not pace.worth(0, chunks, when)
+        pace.loaded(when)
+        chunks -= 1
+
+
+# Trials.
+
+
+@given(computes, intervals, st.integers(2, 80), st.integers(1, 60), st.integers(1, 30))
+def test_trials_cost_no_more_than_their_share_where_the_belief_is_right(
+    compute: ComputeCost, interval: float, layers: int, left: int, restores: int
+) -> None:
+    """Each restore loads all that is left; its waiting main thread is asked at each arrival. A trial costs a layer's time."""
+    costs, credit, spent, total = Costs(compute, load_cost(interval)), 0.0, 0.0, 0.0
+    assume(compute.seconds(0) > left * interval)
+    for _ in range(restores):
+        pace = Pace(costs, layers=layers, credit=credit)
+        pace.loading(0.0)
+        for done in range(left):
+            now = done * interval
+            if done:
+                pace.loaded(now)
+            if not pace.worth(0, left - done, now) and pace.tries(0, left - done, now):
+                layer = compute.seconds(0) / layers
+                spent += 0.2 * min(layer, left * interval - now) + max(0.0, layer - (left * interval - now))
+        pace.end(left * interval)
+        credit, total = pace.credit, total + left * interval
+        assert spent <= TRIAL_SHARE * total * (1 + 1e-9)
+
+
+def test_a_trial_comes_once_its_price_is_earned() -> None:
+    """A layer takes 0.4 s, of which a fifth is taken from the loads; they take 2 s: 2 % of four seconds are enough."""
+    costs = Costs(ComputeCost(12.8), load_cost(0.1))
+    assert not Pace(costs, layers=32, credit=1.9).tries(0, 20, 0.0)  # nothing is loaded yet
+    assert not pace_of(costs, [], layers=32).tries(0, 20, 0.0)
+    early = Pace(costs, layers=32, credit=1.9)
+    early.loading(0.0)
+    assert not early.tries(0, 20, 0.0)
+    pace = Pace(costs, layers=32, credit=2.1)
+    pace.loading(0.0)
+    assert pace.tries(0, 20, 0.0)
+    assert not pace.tries(0, 20, 0.0)
+    pace.end(2.0)
+    assert pace.credit == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("options", [{"layers": 1}, {"layers": 32, "threads": 20}])
+def test_nothing_is_tried_that_cannot_be_left_or_that_would_keep_the_last_loads_from_coming_in_parts(
+    options: dict[str, int],
+) -> None:
+    pace = Pace(Costs(ComputeCost(12.8), load_cost(0.1)), credit=1e6, **options)
+    pace.loading(0.0)
+    assert not pace.tries(0, 20, 0.0)
+
+
+def test_a_clock_that_jumps_changes_no_belief() -> None:
+    """Neither back nor far ahead."""
+    for seconds in (-1.0, math.nan, math.inf, 1e9):
+        pace = pace_of(Costs(ComputeCost(5.0), load_cost(1.0)), [])
+        pace.saw_forward(0, seconds)
+        assert pace.steps == []
+        assert not pace.worth(1, 5, 0.0)
+        assert pace.worth(1, 6, 0.0)

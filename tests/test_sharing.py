@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
-from cake_hf.arithmetic.planner import Rule
 from cake_hf.cache import session
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
@@ -25,6 +24,7 @@ from cake_hf.testing.contract import run_together
 from forwards import before_forward
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
+from paces import no, tell, yes
 from stored import filled_store, keys_in_order, without
 from waiting import PATIENCE, await_answer, await_true, join_loaders, loaders
 
@@ -342,8 +342,7 @@ def test_a_copied_chunk_lands_where_the_layers_have_moved_to(monkeypatch: pytest
     payload = torch.frombuffer(bytearray(value), dtype=torch.uint8)[-payload_size(parse_header(value)[1]) :]
     gate = GateStore(without(complete, hole))
     gate.open(hole - 1)  # all but one
-    monkeypatch.setattr(Rule, "worth", lambda *_: False)
-    monkeypatch.setattr(Rule, "overdue", lambda *_: True)
+    tell(monkeypatch, worth=no, overdue=yes)
     board, moved = sharing_of(gate), []
     move_out = TokenMajorLayer.move_out
     monkeypatch.setattr(TokenMajorLayer, "move_out", lambda *args: (moved.append(1), move_out(*args))[1])

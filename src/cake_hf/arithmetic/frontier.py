@@ -68,9 +68,44 @@ class Strategy(StrEnum):
     LOAD = "load"
 
 
-Judgement = Callable[[int, int, int, float], bool]
-"""Whether to compute a chunk now; of the loads that are left, those that have ended, and the seconds since one last began or
-ended."""
+class Judge:
+    """What decides between computing and waiting, and is told what happens. This one always computes, and contests nothing.
+
+    All methods are called with the frontier's lock held; `now` is of the frontier's clock.
+    """
+
+    def loading(self, now: float) -> None:
+        """A load was begun."""
+
+    def loaded(self, now: float) -> None:
+        """A load has arrived."""
+
+    def near(self, now: float) -> int:
+        """How many chunks beyond the front may be contested, and are loaded aside for that; 0 for no contest at all."""
+        return 0
+
+    def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
+        """Whether to compute that chunk, which could be loaded, rather than to wait for the loads that are left.
+
+        Args:
+            chunk: at the front.
+            loads_left: it among them.
+            now: by the clock.
+            whole: its load is under way, and does not bring one layer after the other.
+        """
+        return True
+
+    def may_be_worth(self, chunk: int, loads_left: int, now: float) -> bool:
+        """Whether it may become so before they are there. If not, loads go into place, where nobody else may write then."""
+        return True
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        """Whether to compute it although that is not worth it: see `Frontier.is_trial`."""
+        return False
+
+    def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
+        """Whether to overtake loads that go into place. All that are under way are then left where they are, and none begun."""
+        return False
 
 
 class Changed(Protocol):
@@ -96,7 +131,6 @@ class Frontier:
         present: for each chunk, whether the store has it.
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
-        near: how many chunks beyond the front may be contested, and are loaded aside for that; 0 for no contest at all.
         most_aside: how many chunks may be on their way aside, or wait there to be put into place.
         nearest: how many of these are for the chunks nearest to the front, which go aside wherever they may be contested. Of
             the others, those go into place for which nothing is left.
@@ -104,12 +138,9 @@ class Frontier:
             what comes of it lands aside from now on, and in full. So no load need go aside before. None: what is on its way
             into place cannot be turned.
         last: how many chunks are the last ones to be loaded, whose layers are waited for.
-        worth: called as `worth(chunk, loads_left, loads_done, idle_seconds)` before a chunk is computed that could be loaded:
-            False if the loads that are left would be there before its computation ends. Idle is the time since a load last
-            began or ended.
-        overdue: called in the same way while a load that goes into place is waited for: True to overtake it. All loads under
-            way are then left where they are (see `take_orphans`) and none are begun. None: such loads are waited for until the
-            deadline, and whatever the main thread would rather do, the loads near the front go aside.
+        judge: asked before a chunk is computed that could be loaded, and while a load is waited for.
+        overtakes_in_place: whether loads that go into place may be overtaken (see `take_orphans`). If not, such loads are
+            waited for until the deadline, and the loads near the front always go aside.
         clock: monotonic seconds; replaceable for tests.
         changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
             `threading.Condition`.
@@ -121,13 +152,12 @@ class Frontier:
         *,
         strategy: Strategy = Strategy.BOTH,
         read_timeout: float = 10.0,
-        near: int = 0,
         most_aside: int = 2**31,
         nearest: int = 1,
         turn_aside: Callable[[int], None] | None = None,
         last: int = 0,
-        worth: Judgement = lambda chunk, loads_left, loads_done, idle_seconds: True,
-        overdue: Judgement | None = None,
+        judge: Judge | None = None,
+        overtakes_in_place: bool = False,
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
     ) -> None:
@@ -137,19 +167,19 @@ class Frontier:
         self._outcomes: dict[int, Outcome] = {}
         self._strategy = strategy
         self._read_timeout = read_timeout
-        self._near = near if strategy is Strategy.BOTH else 0
         self._most_aside = most_aside
         self._nearest = nearest
         self._turn_aside = turn_aside
         self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
-        self._worth = worth
-        self._overdue = overdue
+        self._judge = judge or Judge()
+        self._overtakes_in_place = overtakes_in_place
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
         if changed is None:
             renewed_in_child(self._renew)
         self._front = 0
         self._given_out: set[int] = set()  # what the main thread computes, even once a load has brought it
+        self._trial: int | None = None
         self._last = last
         self._beyond = (
             0  # the main thread is beyond the loads, at this chunk; those before it may still be on their way
@@ -182,7 +212,8 @@ class Frontier:
                 self._aside[index] = True
             else:
                 return None
-            self._claimed_at[index] = self._last_progress = self._clock()
+            self._claimed_at[index] = self._last_progress = now = self._clock()
+            self._judge.loading(now)
             self._changed.notify_all()
             return index
 
@@ -211,7 +242,7 @@ class Frontier:
             front = self._front
             if front < len(self._states) and self._states[front] is State.COMPUTING:
                 front += 1
-            waits = self._strategy is not Strategy.BOTH or not self._is_worth(front)
+            waits = self._strategy is not Strategy.BOTH or not self._is_worth(front, whole=False)
             last = waits and index < front + self._last
             if last and index in self._aside:
                 self._layers_there[index] = 0
@@ -231,6 +262,8 @@ class Frontier:
             False where the load was given up or overtaken meanwhile: then the loaded bytes are nobody's.
         """
         with self._changed:
+            if outcome is Outcome.LOADED and self._open:
+                self._judge.loaded(self._clock())
             if index not in self._aside:
                 return False
             if self._aside[index] and outcome is Outcome.LOADED:
@@ -269,6 +302,9 @@ class Frontier:
                 elif beyond_loads and (after := self._after_loads()) is not None:
                     self._beyond = after
                     return self._give_out(after) if after < end else None
+                elif self._tries(self._front, state):
+                    self._trial = self._front
+                    return self._give_out(self._front)
                 else:
                     self._wait_for(self._front)
             return None
@@ -303,6 +339,33 @@ class Frontier:
         """The chunk that the main thread went to beyond the loads (all chunks, if to the end); 0 if it did not."""
         with self._changed:
             return self._beyond
+
+    def is_trial(self, index: int) -> bool:
+        """Whether a chunk was given out only to find out what computing costs, and may be given back (`give_back`)."""
+        with self._changed:
+            return index == self._trial
+
+    def give_back(self, index: int) -> None:
+        """The main thread has left a forward on a chunk that has not arrived: it can be loaded as before."""
+        with self._changed:
+            self._given_out.discard(index)
+            self._trial = None
+            if self._states[index] is not State.COMPUTING:
+                return
+            if index in self._aside:
+                self._turn(index, State.LOADING)
+            else:
+                self._turn(index, State.FAILED if index in self._outcomes or not self._stored[index] else State.WAITING)
+                self._back = max(self._back, index)
+            self._changed.notify_all()
+
+    def goes_on(self, index: int) -> bool:
+        """Whether a chunk that was given out on trial turns out to be worth computing."""
+        with self._changed:
+            if self._states[index] is State.COMPUTING and not self._is_worth(index):
+                return False
+            self._trial = None
+            return True
 
     def lost(self, index: int) -> bool:
         """Whether a chunk that `advance` gave out to be computed has arrived from the store meanwhile."""
@@ -357,8 +420,7 @@ class Frontier:
         """The restore is over. The callables, which hold it, are let go: KV waits for no collector and no load that hangs."""
         with self._changed:
             self._open = False
-            self._worth = lambda chunk, loads_left, loads_done, idle_seconds: True
-            self._overdue = self._turn_aside = None
+            self._judge, self._overtakes_in_place, self._turn_aside = Judge(), False, None
 
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
@@ -385,16 +447,24 @@ class Frontier:
         if self._strategy is Strategy.LOAD:
             return True
         if self._is_in_place(index) and self._turn_aside is None:
-            return self._overdue is None or not self._judged(self._overdue, index)
-        if self._near == 0:
+            return not self._overtakes_in_place or not self._judge.overdue(index, self._loads_left, self._clock())
+        if self._near() == 0:
             return state is State.LOADING
         return not self._is_worth(index)
 
-    def _is_worth(self, index: int) -> bool:
-        return self._judged(self._worth, index)
+    def _near(self) -> int:
+        return self._judge.near(self._clock()) if self._strategy is Strategy.BOTH else 0
 
-    def _judged(self, judgement: Judgement, index: int) -> bool:
-        return judgement(index, self._loads_left, len(self._outcomes), self._clock() - self._last_progress)
+    def _is_worth(self, index: int, *, whole: bool | None = None) -> bool:
+        """Of the chunk itself it does not matter whether it is being computed already."""
+        left = self._loads_left + (self._states[index] is State.COMPUTING and self._stored[index])
+        if whole is None:
+            whole = self._states[index] is State.LOADING and index not in self._layers_there
+        return self._judge.worth(index, left, self._clock(), whole=whole)
+
+    def _tries(self, index: int, state: State) -> bool:
+        can_be_given_back = self._near() > 0 and not self._is_in_place(index)
+        return can_be_given_back and self._judge.tries(index, self._loads_left, self._clock())
 
     def _is_in_place(self, index: int) -> bool:
         """Whether a load goes into place, so that nobody else may write there."""
@@ -435,17 +505,18 @@ class Frontier:
         )
 
     def _goes_aside(self, index: int) -> bool:
-        if self._near == 0 or index > self._front + self._near or self._turn_aside is not None:
+        near = self._near()
+        if near == 0 or index > self._front + near or self._turn_aside is not None:
             return False
-        undecided = self._overdue is not None and self._states[self._front] in (State.WAITING, State.LOADING)
-        if undecided and not self._is_worth(self._front):
+        undecided = self._overtakes_in_place and self._states[self._front] in (State.WAITING, State.LOADING)
+        if undecided and not self._judge.may_be_worth(self._front, self._loads_left, self._clock()):
             return False  # there is no contest: what went aside would be copied for nothing
         if index < self._front + self._nearest:  # the front itself among them: as many at a time
             return True
         return sum(self._aside.values()) + len(self._landed) < self._most_aside - self._nearest
 
     def _can_be_contested(self, index: int) -> bool:
-        if self._near == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
+        if self._near() == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
             return False
         if self._layers_there:  # a load in parts would share the path with this one
             return False
@@ -458,7 +529,7 @@ class Frontier:
             self._give_up(Outcome.LATE)
         else:
             # Where the main thread could also compute the chunk, it looks again now and then.
-            self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near else remaining)
+            self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near() else remaining)
 
     def _give_up(self, outcome: Outcome | None) -> None:
         """Nobody waits any more for what is under way, wherever it lands; with no outcome it is as if it had not been begun."""

@@ -15,20 +15,23 @@ Source of the policy that is compared with: Cake (Jin et al., ICML 2025, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import accumulate
 from types import TracebackType
 from typing import Literal
 
-from cake_hf.arithmetic.costs import MAX_SECONDS, CostLearner, Costs, LoadCost
-from cake_hf.arithmetic.frontier import Frontier, Strategy
+from cake_hf.arithmetic.costs import MAX_SECONDS, Costs, LoadCost
+from cake_hf.arithmetic.frontier import Frontier, Judge, Strategy
 from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
+from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, overtakes_in_place, ranges_of
+from cake_hf.arithmetic.pace import Pace
+from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
 from cake_hf.arithmetic.report import Span
+from cake_hf.arithmetic.speeds import CONSTANT, Speed
 
 Policy = Literal["both", "compute", "load", "cake"]
 """What is simulated: the three strategies of the library, or the paper's own policy as a reference."""
@@ -52,9 +55,11 @@ class Setting:
         gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
         costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
         near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
-            restore does (`planner.nearness`, and at most ASIDE_PER_THREAD chunks aside per thread).
+            restore does (`Pace.near`, and at most ASIDE_PER_THREAD chunks aside per thread).
         on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
+        compute_speed: how it changes while the restore runs, beside the share.
+        line_speed: likewise.
 
     Raises:
         ValueError: a number is out of range or not a number.
@@ -72,6 +77,8 @@ class Setting:
     near: int | None = None
     on_host: bool = False
     read_timeout: float = math.inf
+    compute_speed: Speed = CONSTANT
+    line_speed: Speed = CONSTANT
 
     def __post_init__(self) -> None:
         _ = self.line
@@ -114,6 +121,7 @@ class Outcome:
         computed, loaded: chunks; together all of them.
         left: forwards that were left because their chunk had arrived.
         spans: who did which chunk from when to when, as in a report's timeline.
+        reads: which chunk's bytes were on the line from when to when.
     """
 
     seconds: float
@@ -121,6 +129,7 @@ class Outcome:
     loaded: int
     left: int
     spans: tuple[Span, ...]
+    reads: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,17 +224,62 @@ def best_seconds(setting: Setting) -> float:
     return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
 
 
+def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
+    """The least time to the first token that was still possible at a moment of a restore, the speeds to come being known.
+
+    As `best_seconds`, of the chunks that were neither computed nor loaded by then; what was half done counts, and reads add no
+    latency. So it may be a little less than possible.
+
+    Args:
+        setting: of the restore.
+        outcome: of it.
+        when: seconds from its start.
+    """
+    there = {span.chunk for span in outcome.spans if span.end <= when and span.outcome != "left"}
+    compute, load = list(setting.step_seconds), [setting.chunk_bytes / setting.bandwidth] * setting.chunks
+    for chunk in there:
+        compute[chunk] = load[chunk] = 0.0
+    for span in outcome.spans:
+        if span.actor == "compute" and span.start < when < span.end:
+            compute[span.chunk] -= setting.compute_speed.work(span.start, when)
+    for chunk, start, end in outcome.reads:
+        if start < when and chunk not in there:
+            load[chunk] -= setting.line_speed.work(start, min(end, when))
+    fronts = [setting.compute_speed.end(when, max(0.0, work)) for work in accumulate(compute, initial=0.0)]
+    backs = [setting.line_speed.end(when, max(0.0, work)) for work in accumulate(reversed(load), initial=0.0)]
+    return setting.compute_speed.end(min(map(max, fronts, reversed(backs))), setting.suffix_seconds)
+
+
+def simulate_prompts(settings: Sequence[Setting], learner: CostLearner) -> list[Outcome]:
+    """Restores one after the other, each with the costs that were learnt from those before it.
+
+    Args:
+        settings: one per prompt.
+        learner: what is believed at first; it learns on.
+    """
+    outcomes = []
+    for setting in settings:
+        size = round(setting.chunk_bytes)
+        restore = _Restore(setting, "both", learner.costs(size), learner.credit)
+        outcome = restore.run()
+        learner.saw_restore(restore.pace, outcome.spans, size)
+        outcomes.append(outcome)
+    return outcomes
+
+
 @lru_cache(maxsize=1)  # several policies are asked about one setting after the other
 def _learned(setting: Setting) -> Costs:
-    """What is believed after a prompt that was all computed and one that was all loaded, learnt as a restore learns it."""
-    if not setting.costs_known:
-        return Costs()
+    """What is believed."""
+    return learnt(setting).costs(round(setting.chunk_bytes)) if setting.costs_known else Costs()
+
+
+def learnt(setting: Setting) -> CostLearner:
+    """What was learnt from a prompt that was all computed and one that was all loaded, at speed 1."""
     learner = CostLearner()
-    for index, seconds in enumerate(setting.step_seconds):
-        learner.saw_compute(index, seconds)
-    first = _Restore(setting, "load", Costs()).run()
+    learner.saw_steps(list(enumerate(setting.step_seconds)))
+    first = _Restore(replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT), "load", Costs()).run()
     learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
-    return learner.costs(round(setting.chunk_bytes))
+    return learner
 
 
 class _Clock:
@@ -291,35 +345,58 @@ class _Changed:
         self._notified = True
 
 
+class _CakesOwn(Judge):
+    """It computes whatever is not there when it asks."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+
+    def near(self, now: float) -> int:
+        return self._chunks
+
+
+class _GivenNear(Pace):
+    """With a number of chunks that are loaded aside from outside."""
+
+    given = 0
+
+    def near(self, now: float) -> int:
+        return self.given
+
+
 class _Restore:
     """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `cache.restore` and `movers.loader`."""
 
-    def __init__(self, setting: Setting, policy: Policy, costs: Costs) -> None:
+    def __init__(self, setting: Setting, policy: Policy, costs: Costs, credit: float = 0.0) -> None:
         self._setting = setting
         self._policy = policy
         self._clock = _Clock()
         self._line_free_at = 0.0
         self._spans: list[Span] = []
+        self._reads: list[tuple[int, float, float]] = []
         self._left = 0
-        near, most_aside = setting.near, setting.chunks
-        if policy == "cake":
-            near = setting.chunks  # it computes whatever is not there when it asks
-        elif near is None:
-            near = nearness(costs, 0, setting.chunks, setting.threads)
-            most_aside = ASIDE_PER_THREAD * setting.threads
         self._ranges = ranges_of(costs, setting.layers, setting.latency)
-        stored = [True] * setting.chunks
-        rule = Rule.choose(costs, stored, 0, following_seconds=setting.suffix_seconds, ranges=self._ranges)
+        self.pace = (Pace if setting.near is None else _GivenNear)(
+            costs,
+            chunks=setting.chunks,
+            layers=setting.layers,
+            threads=setting.threads,
+            following_seconds=setting.suffix_seconds,
+            ranges=self._ranges,
+            credit=credit,
+        )
+        if isinstance(self.pace, _GivenNear):
+            self.pace.given = setting.near or 0
+        aside_all = policy == "cake" or setting.near is not None
         self._frontier = Frontier(
-            stored,
+            [True] * setting.chunks,
             strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),
             read_timeout=setting.read_timeout,
-            near=near,
-            most_aside=most_aside,
+            most_aside=setting.chunks if aside_all else ASIDE_PER_THREAD * setting.threads,
             nearest=setting.threads,
             last=setting.threads,
-            worth=rule.worth,
-            overdue=rule.overdue if policy != "cake" and overtakes_in_place(setting.chunks) else None,
+            judge=_CakesOwn(setting.chunks) if policy == "cake" else self.pace,
+            overtakes_in_place=policy != "cake" and overtakes_in_place(setting.chunks),
             turn_aside=None if setting.on_host else lambda index: None,
             clock=self._clock,
             changed=_Changed(self._clock),
@@ -330,9 +407,10 @@ class _Restore:
             self._load_next(f"load-{number}")
         self._walk(self._setting.chunks, beyond_loads=self._ranges > 1)
         self._last_piece()
+        self.pace.end(self._clock.now)
         loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
         computed = self._setting.chunks - loaded
-        return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans))
+        return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans), tuple(self._reads))
 
     def _walk(self, until: int, *, beyond_loads: bool) -> None:
         seconds = self._setting.step_seconds
@@ -343,32 +421,37 @@ class _Restore:
                 self._frontier.computed(index)
                 self._record("compute", index, begin, "computed")
             else:
+                self._frontier.give_back(index)
                 self._left += 1
                 self._record("compute", index, begin, "left")
 
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
-        begin, end = self._clock.now, self._clock.now + seconds
-        while self._policy != "cake" and self._clock.next <= end:
-            self._clock.step()
+        begin, layers = self._clock.now, self._setting.layers
+        for layer in range(1, layers + 1):
+            self._clock.go_to(self._setting.compute_speed.end(begin, seconds * layer / layers))
             self._frontier.take_landed()  # as in each layer
-            if self._frontier.lost(index):
-                layer = math.ceil((self._clock.now - begin) / seconds * self._setting.layers)
-                if layer < self._setting.layers:
-                    self._clock.go_to(max(self._clock.now, begin + seconds * layer / self._setting.layers))
-                    return False
-        self._clock.go_to(end)
+            if self._policy != "cake" and layer < layers and self._is_left(index, begin, layer / layers):
+                return False
+        self.pace.saw_forward(index, self._clock.now - begin)
         return True
+
+    def _is_left(self, index: int, begin: float, share: float) -> bool:
+        lost = self._frontier.lost(index)
+        if lost or self._frontier.is_trial(index):
+            self.pace.saw_forward(index, self._clock.now - begin, share)
+        return lost or (self._frontier.is_trial(index) and not self._frontier.goes_on(index))
 
     def _last_piece(self) -> None:
         """Each layer of it waits for that layer of the loads that are under way."""
         if not self._frontier.beyond():
-            self._clock.go_to(self._clock.now + self._setting.suffix_seconds)
+            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, self._setting.suffix_seconds))
             return
         for layer in range(self._setting.layers):
             if not self._frontier.await_layer(layer):
                 self._walk(self._setting.chunks, beyond_loads=False)
-            self._clock.go_to(self._clock.now + self._setting.suffix_seconds / self._setting.layers)
+            seconds = self._setting.suffix_seconds / self._setting.layers
+            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
 
     def _load_next(self, actor: str) -> None:
         """A loader claims a chunk; it reads it whole, or one range of layers after the other."""
@@ -380,7 +463,9 @@ class _Restore:
     def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
         """Book the line for the next range; what the loader does when that read ends is planned."""
         seconds = self._setting.chunk_bytes / self._setting.bandwidth / ranges
-        self._line_free_at = max(self._clock.now, self._line_free_at) + seconds
+        start = max(self._clock.now, self._line_free_at)
+        self._line_free_at = self._setting.line_speed.end(start, seconds)
+        self._reads.append((index, start, self._line_free_at))
 
         def read_ends() -> None:
             if number < ranges:

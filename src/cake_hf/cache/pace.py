@@ -1,4 +1,4 @@
-"""What a restore believes about costs, and the frontier that it makes of that."""
+"""What a restore believes about costs, the frontier that it makes of that, and what is learnt from it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,67 @@ from itertools import dropwhile
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness, overtakes_in_place, ranges_of
+from cake_hf.arithmetic.pace import Pace
+from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
 from cake_hf.tensors.tree import has, modules_of
 
 
+class RestorePace(Pace):
+    """That of one restore of a cache.
+
+    Attributes:
+        can_run: whether a chunk could be computed right now; if not, nothing is gained by not waiting for its load.
+        can_leave: whether a forward can be left although its chunk has not arrived.
+    """
+
+    can_run: Callable[[int], bool]
+    can_leave: bool
+
+    def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
+        return self.can_run(chunk) and super().worth(chunk, loads_left, now, whole=whole)
+
+    def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
+        return self.can_run(chunk) and super().overdue(chunk, loads_left, now)
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        return self.can_leave and super().tries(chunk, loads_left, now)
+
+
+def new_pace(
+    session: Session, prompt: Prompt, stored: Sequence[bool], memory: CostMemory, ranges: int, *, layers: int
+) -> RestorePace:
+    """What is believed when a restore begins.
+
+    Args:
+        session: of the cache.
+        prompt: from `look_up`.
+        stored: for each chunk, whether it can be loaded.
+        memory: of what earlier prompts have cost.
+        ranges: in how many ranges of layers the last chunks are read.
+        layers: of the model.
+    """
+    costs = memory.costs(prompt.layout.nbytes)
+    return RestorePace(
+        costs,
+        first=prompt.first,
+        chunks=prompt.chunks,
+        layers=layers,
+        threads=session.limits.loader_threads,
+        following_seconds=_following_seconds(prompt, stored, costs),
+        ranges=ranges,
+        credit=memory.credit,
+    )
+
+
 def new_frontier(
     session: Session,
     prompt: Prompt,
     stored: Sequence[bool],
-    costs: Costs,
-    ranges: int,
+    pace: RestorePace,
     *,
-    can_run: Callable[[int], bool],
     turn_aside: Callable[[int], None] | None,
 ) -> Frontier:
     """The ledger of one restore.
@@ -31,32 +77,20 @@ def new_frontier(
         session: of the cache.
         prompt: from `look_up`.
         stored: for each chunk, whether it can be loaded.
-        costs: as believed.
-        ranges: in how many ranges of layers the last chunks are read.
-        can_run: whether a chunk could be computed right now; if not, nothing is gained by not waiting for its load.
+        pace: of the restore.
         turn_aside: see `Frontier`.
     """
-    threads, first = session.limits.loader_threads, prompt.first
-    following = _following_seconds(prompt, stored, costs)
-    rule = Rule.choose(costs, stored, first, following_seconds=following, ranges=ranges)
-
-    def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
-        return can_run(chunk) and rule.worth(chunk, loads_left, loads_done, idle_seconds)
-
-    def overdue(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
-        return can_run(chunk) and rule.overdue(chunk, loads_left, loads_done, idle_seconds)
-
+    threads = session.limits.loader_threads
     return Frontier(
         stored,
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
-        near=nearness(costs, first, prompt.chunks, threads),
         most_aside=ASIDE_PER_THREAD * threads,
         nearest=threads,
         turn_aside=turn_aside,
         last=threads,
-        worth=worth,
-        overdue=overdue if turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)) else None,
+        judge=pace,
+        overtakes_in_place=turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)),
     )
 
 
@@ -70,12 +104,16 @@ def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
     return 1 if moves_weights else ranges
 
 
-def learn_costs(memory: CostMemory, prompt: Prompt) -> None:
+def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
-    if prompt.keys:
-        is_part = prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size
-        last_piece = prompt.first + prompt.chunks if is_part else None
-        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)
+    if not prompt.keys:
+        return
+    timeline = prompt.report.timeline[prompt.first_span :]
+    part = None
+    if prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size:  # the last piece is a part of a chunk
+        spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
+        part = (prompt.first + prompt.chunks, spans[0].end - spans[0].start) if spans else None
+    memory.learn(pace, timeline, prompt.layout.nbytes, part)
 
 
 def _chunks_in_memory(prompt: Prompt) -> int:

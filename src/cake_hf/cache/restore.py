@@ -26,7 +26,7 @@ from cake_hf.cache.audit import Audit
 from cake_hf.cache.carried import Block, Carried
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.loads import WindowBuffers, plan_loads
-from cake_hf.cache.pace import new_frontier, ranges_for
+from cake_hf.cache.pace import new_frontier, new_pace, ranges_for
 from cake_hf.cache.probe import keeps_tokens, kv_like
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.saving import Saver
@@ -52,6 +52,32 @@ class ForwardLeft(Exception):
     """Not an error: the chunk that a forward computes has come from the store, so the forward is left where it is."""
 
 
+class Layers:
+    """How far a forward has come.
+
+    Args:
+        count: of the model's layers.
+
+    Attributes:
+        began: when its first layer did, in monotonic seconds.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._begun = count, 0
+        self.began = time.monotonic()
+
+    def next(self) -> None:
+        """A layer begins."""
+        if not self._begun:
+            self.began = time.monotonic()
+        self._begun += 1
+
+    @property
+    def share(self) -> float:
+        """Of all layers, those that are done."""
+        return min(1.0, max(0, self._begun - 1) / self._count)
+
+
 class Restore:
     """Brings the KV of the prompt's full chunks into the layers. Once closed, these hold exactly those tokens more.
 
@@ -70,6 +96,7 @@ class Restore:
     Attributes:
         prompt: as given.
         cost_memory: of what is decided by, and what is measured.
+        pace: of this restore.
     """
 
     def __init__(
@@ -114,10 +141,9 @@ class Restore:
             )
         self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
         self.cost_memory = session.cost_memory(prompt.namespace)
-        costs = self.cost_memory.costs(prompt.layout.nbytes)
         self._ranks = ranks_of(session.model)
         one_by_one = beyond_loads and not self._carried and self._ranks is None
-        ranges = ranges_for(session, prompt, costs) if one_by_one else 1
+        ranges = ranges_for(session, prompt, self.cost_memory.costs(prompt.layout.nbytes)) if one_by_one else 1
         self._beyond_loads = ranges > 1
         self._loads = session.strategy is not Strategy.COMPUTE and any(self._plan.usable)
         self._reserve(like)  # last of all that takes memory: whoever fails before has nothing to give back
@@ -127,9 +153,10 @@ class Restore:
         if not self._loads:
             buffers = []  # they may lie by head, as no chunk does
         turn_aside = None if is_host_place(buffers) else self._turn_aside
-        self._frontier = new_frontier(
-            session, prompt, self._plan.usable, costs, ranges, can_run=self._can_run, turn_aside=turn_aside
-        )
+        self.pace = new_pace(session, prompt, self._plan.usable, self.cost_memory, ranges, layers=len(layers))
+        self.pace.can_run = self._can_run
+        self.pace.can_leave = not self._carried and self._ranks is None
+        self._frontier = new_frontier(session, prompt, self._plan.usable, self.pace, turn_aside=turn_aside)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
 
@@ -176,6 +203,7 @@ class Restore:
         Args:
             save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
         """
+        self.pace.end(time.monotonic())
         try:
             self._settle_in()
             self._job.place.catch_up()
@@ -263,19 +291,37 @@ class Restore:
         self._stand(index)
         begin = time.monotonic()
         self._waited = False
+        layers = Layers(len(self._all_layers))
         try:
-            self._run_forward(index, partial(self._steps.lost, index))
+            self._run_forward(index, partial(self._is_left, index, layers))
         except ForwardLeft:
             wait_for_devices(self._devices)
-            self.prompt.record("compute", index, begin, time.monotonic(), "left")
+            end = time.monotonic()
+            self.pace.saw_forward(index, end - layers.began, layers.share)
+            self._frontier.give_back(index)
+            self.prompt.record("compute", index, begin, end, "left")
             return False
+        end = time.monotonic()
+        if not self._waited:
+            self.pace.saw_forward(index, end - begin)
         load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
-        self.prompt.record("compute", index, begin, time.monotonic(), GATED if self._waited else "computed")
+        self.prompt.record("compute", index, begin, end, GATED if self._waited else "computed")
         if load not in (Outcome.CORRUPT, Outcome.MISSED):
             self._audit.computed(index, partial(self._saver.pieces, index))
         self._save(index, load)
         return True
+
+    def _is_left(self, index: int, layers: Layers) -> bool:
+        """Whether a forward ends before its next layer: its chunk has arrived, or was begun on trial and is not worth it."""
+        layers.next()
+        if self._steps.lost(index):
+            return True
+        if not layers.share or not self._frontier.is_trial(index):
+            return False
+        wait_for_devices(self._devices)
+        self.pace.saw_forward(index, time.monotonic() - layers.began, layers.share)
+        return not self._frontier.goes_on(index)
 
     def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
         size = self._session.chunk_size
@@ -318,7 +364,9 @@ class Restore:
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
         # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
-        if not self.prompt.keys or self._carried or self._ranks is not None:
+        # Nobody is to wait for a forward that may be left, nor is that one to wait for another.
+        alone = self._carried or self._ranks is not None or self._frontier.is_trial(index)
+        if not self.prompt.keys or alone:
             return nullcontext(FlightPlan(None))
         key, saves = self.prompt.keys[index], self._session.save
         return self._session.sharing.flight(key, self._job, computes=True, saves=saves)

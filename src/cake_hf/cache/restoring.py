@@ -691,7 +691,7 @@ class RestoringCache(GuardedCache):
         restore.close(save_tail=save_tail)
         self._running = None
         self._known += restore.prompt.keys[: restore.prompt.chunks]
-        learn_costs(restore.cost_memory, restore.prompt)
+        learn_costs(restore.cost_memory, restore.prompt, restore.pace)
 
     def _abandon(self, restore: Restore) -> None:
         self._running = None

@@ -18,15 +18,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from cake_hf.arithmetic.costs import CostLearner, Costs
+from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
+from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.report import Span
 from cake_hf.arithmetic.threads import refusal
 from cake_hf.movers.deadline import Late, ask, in_words
 from cake_hf.stores.base import Store
 from cake_hf.stores.below import directory, make_directory, opened, replace_file
 from cake_hf.stores.line import leaving_since
+from cake_hf.tensors.processor import processor
 
 logger = logging.getLogger("cake_hf")
 
@@ -130,36 +133,37 @@ class CostMemory:
         self._may_write = may_write
         self._lock = Lock()
         text = None if self._note is None else self._note.read(seconds)
-        self._learner = (None if text is None else CostLearner.from_json(text)) or CostLearner()
+        self._learner = (None if text is None else CostLearner.from_json(text, time.time())) or CostLearner()
 
     def costs(self, chunk_bytes: int) -> Costs:
         """The present estimate for chunks of that size; its halves are None until something was measured."""
         with self._lock:
             return self._learner.costs(chunk_bytes)
 
-    def learn(self, timeline: Sequence[Span], first: int, chunk_bytes: int, last_piece: int | None = None) -> None:
+    @property
+    def credit(self) -> float:
+        """See `CostLearner`."""
+        with self._lock:
+            return self._learner.credit
+
+    def learn(
+        self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, part: tuple[int, float] | None = None
+    ) -> None:
         """Take in what one restore measured.
 
         Args:
+            pace: of the restore.
             timeline: of its report.
-            first: index on the absolute grid of the restore's chunk 0.
             chunk_bytes: of one chunk.
-            last_piece: index on the absolute grid of the prompt's last piece, if it is a part of a chunk.
+            part: index on the absolute grid, and seconds, of the prompt's last piece, if it is a part of a chunk.
         """
         with self._lock:
-            for span in timeline:
-                if span.outcome == "computed" and span.chunk >= 0:
-                    self._learner.saw_compute(first + span.chunk, span.end - span.start)
-                elif span.outcome == "left":
-                    self._learner.saw_left(first + span.chunk, span.end - span.start)
-                elif span.outcome == "computed" and last_piece is not None:
-                    self._learner.saw_part(last_piece, span.end - span.start)
-            # Where each load was overtaken, nothing else would tell that loads take longer than was believed.
-            if loads := _spans(timeline, "loaded") or _spans(timeline, "overtaken"):
-                self._learner.saw_loads(chunk_bytes, loads)
+            self._learner.saw_restore(pace, timeline, chunk_bytes)
+            if part is not None:
+                self._learner.saw_part(*part)
             self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
             if self._note is not None and self._may_write():
-                self._note.write(self._learner.to_json())
+                self._note.write(self._learner.to_json(time.time()))
 
     def let_exit_wait(self, seconds: float) -> None:
         """Leaving the interpreter waits at least that long for the note to be written."""
@@ -169,10 +173,6 @@ class CostMemory:
     def flush(self, seconds: float) -> bool:
         """Wait until what was learnt is written; False if it took longer."""
         return self._note is None or self._note.flush(seconds)
-
-
-def _spans(timeline: Sequence[Span], outcome: str) -> list[tuple[float, float]]:
-    return [(span.start, span.end) for span in timeline if span.outcome == outcome]
 
 
 def recall_costs(
@@ -188,7 +188,8 @@ def recall_costs(
         late: questions to the place of the store that were not answered in time; while there are any, nothing is asked.
     """
     limits = limits or Limits()
-    name = hashlib.blake2b(f"{namespace} {device}".encode(), digest_size=8).hexdigest()
+    machine = f"{sorted(processor().items())} {os.cpu_count()}"  # a store may be shared with unlike ones
+    name = hashlib.blake2b(f"{namespace} {device} {machine}".encode(), digest_size=8).hexdigest()
     with _lock:
         known = _learners.setdefault(store, {}).get(name)
     if known is not None:

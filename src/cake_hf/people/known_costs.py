@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.report import Report, Span
+from cake_hf.arithmetic.pace import Pace
+from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import named_for
 from cake_hf.movers.cost_memory import recall_costs
@@ -130,8 +131,9 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
         device = str(next(model.parameters()).device)
         if chunks > few:
             seconds = _last_chunk_seconds(model, saved, chunk_size, chunks)
-            last = Span("compute", chunks - 1, 0.0, seconds, "computed")
-            recall_costs(noting, stored.facts.namespace, device).learn([last], 0, payload_size(stored.table))
+            pace = Pace(Costs())
+            pace.saw_forward(chunks - 1, seconds)
+            recall_costs(noting, stored.facts.namespace, device).learn(pace, [], payload_size(stored.table))
         found = _recalled(noting, Namespace(stored.facts.namespace, [stored]), device)
     finally:
         for key in noting.written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.costs import ComputeCost, CostLearner, Costs, LoadCost
+from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.planner import Plan, plan
@@ -165,11 +167,11 @@ def read_costs(path: Path) -> Costs:
         CakeError: it cannot be read, or holds something else.
     """
     try:
-        learner = CostLearner.from_json(path.read_text(encoding="utf-8"))
+        learner = CostLearner.from_json(path.read_text(encoding="utf-8"), time.time())
     except (OSError, UnicodeDecodeError) as error:
         raise CakeError(f"The costs in {path} cannot be read: {error}") from error
     if learner is None:
-        raise CakeError(f"{path} does not hold measured costs; write CostLearner.to_json() to it.")
+        raise CakeError(f"{path} does not hold measured costs; write CostLearner.to_json(time.time()) to it.")
     return learner.costs()
 
 

@@ -25,7 +25,7 @@ from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.planner import Rule, nearness
+from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.prompt import Prompt, look_up
@@ -143,11 +143,10 @@ def decide_seconds(chunks: int, layers: int) -> float:
     begin = time.perf_counter()
     frontier = Frontier(
         [True] * chunks,
-        near=nearness(ALWAYS_WORTH, 0, chunks, threads),
         most_aside=ASIDE_PER_THREAD * threads,
         nearest=threads,
         last=threads,
-        worth=Rule(ALWAYS_WORTH).worth,
+        judge=Pace(ALWAYS_WORTH, chunks=chunks, threads=threads, layers=layers),
     )
     while (chunk := frontier.advance(beyond_loads=True)) is not None:
         if frontier.has_claims() and (claimed := frontier.claim()) is not None:
