@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,10 @@ from cake_hf.tensors.fingerprint import canonical
 logger = logging.getLogger("cake_hf")
 
 NONE_YET = "the store has none of the prompt's chunks yet"
-OTHER_SALT = f"{NONE_YET}; what it has of this very model under another salt, or under none, is not looked into"
+OTHER_SALT = f"{NONE_YET}; what it has of this model under another salt, or under none, is not looked into"
+
+FEW_KEYS = 32
+"""So many keys of a namespace are asked for at once; a bucket takes a request for each."""
 
 Marks = Callable[[int], Sequence[bytes]]
 
@@ -132,9 +135,8 @@ def explanation(store: Store, sought: Sought) -> str:
     likely = found_elsewhere(store, sought, known, all_chunks=False)
     if likely:
         return str(_counted(store, likely[0]))
-    facts = canonical(sought.facts)
-    others = (one for one in known if one.namespace != sought.namespace and canonical(one.facts) == facts)
-    return OTHER_SALT if any(others) else ""
+    others = (one for one in known if not one.is_of(sought.salt))
+    return OTHER_SALT if any(_weights(one.facts) == _weights(sought.facts) for one in others) else ""
 
 
 def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, all_chunks: bool) -> list[Elsewhere]:
@@ -164,6 +166,11 @@ def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, al
     return sorted(found, key=lambda one: (severity(one.differences), -one.stored))
 
 
+def _weights(facts: Mapping[str, Any]) -> Any:
+    model = facts.get("model")
+    return model.get("weights") if isinstance(model, Mapping) else None
+
+
 def _counted(store: Store, one: Elsewhere) -> Elsewhere:
     """The same with all its chunks asked for."""
     stored = sum(map(bool, store.contains(one.keys)))
@@ -171,6 +178,8 @@ def _counted(store: Store, one: Elsewhere) -> Elsewhere:
 
 
 def _sample(keys: list[str]) -> list[str]:
-    """The first, the last, and some between them, closer together near the front: eviction may have begun at either end."""
+    """Of many the first, the last, and some between them: eviction may have begun at either end."""
+    if len(keys) <= FEW_KEYS:
+        return keys
     places = {0, len(keys) - 1} | {2**n - 1 for n in range(1, len(keys).bit_length())}
     return [keys[place] for place in sorted(places) if place < len(keys)]

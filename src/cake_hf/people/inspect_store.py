@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -12,7 +12,6 @@ from cake_hf.arithmetic.keys import state_key
 from cake_hf.arithmetic.outside import escaped, shown
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.stores.opening import directory_of
-from cake_hf.stores.records import Record, records
 from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
 
 Table = dict[str, dict[str, object]]
@@ -217,26 +216,6 @@ def prompts(inventory: Inventory) -> list[Chain]:
     parents = {chunk.facts.parent for chunk in chunks.values()}
     chains = [Chain(leaf, _first_index(leaf, chunks)) for key, leaf in chunks.items() if key not in parents]
     return sorted(chains, key=lambda chain: -chain.leaf.tokens[1])
-
-
-def records_of(store: Store) -> dict[str, Record]:
-    """By namespace what its chunks were made with, as far as the store tells; a store that fails tells nothing."""
-    try:
-        return {record.namespace: record for record in records(store)}
-    except StoreError:
-        return {}
-
-
-def first_words(chain: Chain, inventory: Inventory, known: Mapping[str, Record]) -> str:
-    """Those of a prompt, or of the document that it begins with; empty where none are kept."""
-    record = known.get(chain.leaf.facts.namespace)
-    chunk: StoredChunk | None = chain.leaf if record is not None and record.words else None
-    while record is not None and chunk is not None:
-        if words := record.words.get(chunk.facts.key):
-            return words
-        above = inventory.chunks.get(chunk.facts.parent)
-        chunk = above if above is not None and above.facts.index == chunk.facts.index - 1 else None
-    return ""
 
 
 def find_chunk(store: Store, prefix: str) -> StoredChunk:

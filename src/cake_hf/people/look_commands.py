@@ -8,7 +8,8 @@ import typer
 
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, progress_bar
-from cake_hf.people.inspect_store import existing_store, find_chunk, records_of, take_inventory
+from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
+from cake_hf.people.kept_records import records_of
 from cake_hf.people.options import StoreArgument
 from cake_hf.people.store_tables import chunk_facts, listing, totals
 

@@ -17,11 +17,11 @@ from cake_hf.people.inspect_store import (
     Inventory,
     Namespace,
     StoredChunk,
-    first_words,
     namespaces,
     prompts,
     total_file_bytes,
 )
+from cake_hf.people.kept_records import first_words
 from cake_hf.people.units import bytes_text, count_text
 from cake_hf.people.verify import BadChunk, Verified
 from cake_hf.stores.records import Record
@@ -124,8 +124,8 @@ def show_recomputed(result: Recomputed) -> None:
 
 def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) -> Table:
     table = _table("namespaces", ["namespace", "model", "dtype"], ["chunk size", "chunks", "tokens", "bytes"])
-    for heading in ("exact", "saved"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("exact", overflow="fold")
+    table.add_column("saved", overflow="fold", no_wrap=True)
     for namespace in found:
         first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
         table.add_row(
@@ -158,8 +158,8 @@ def _prompt_table(chains: Sequence[Chain], words: Sequence[str]) -> Table:
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     """A table none of whose columns is left out on a narrow terminal: what does not fit goes on in the next line."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for heading in texts:
-        table.add_column(heading, overflow="fold")
+    for number, heading in enumerate(texts):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # what is to be copied stays in one line
     for heading in numbers:
         table.add_column(heading, justify="right", overflow="fold")
     return table

@@ -80,7 +80,7 @@ def why_command(
 def show_found(found: Found, store: str, chunk_size: int) -> None:
     """What a cache would find, then where the prompt is besides."""
     if not found.chunks:
-        console.print(f"The prompt has less than one chunk of {chunk_size} tokens: nothing of it is ever stored.")
+        console.print(f"The prompt has less than one chunk of {chunk_size} tokens: a cache stores nothing of it.")
     else:
         style = "green" if found.stored else "bold red"
         told = f"{found.stored:,} of {count_text(found.chunks, 'chunk')} of this prompt"

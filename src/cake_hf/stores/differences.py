@@ -96,11 +96,12 @@ def _cure(found: Sequence[Difference]) -> str:
     """What is to be done about all of them; empty where that does not help."""
     others = [one.cure for one in found if one.severity != NUMERICS]
     numerics = [one.cure for one in found if one.severity == NUMERICS]
+    first = "; ".join(others[:MOST_SAID])
     if not numerics:
-        return _joined(others[:MOST_SAID])
+        return first
     can_be_set = all(numerics) and len(found) <= MOST_SAID
     either = f"{_joined(numerics)}, or {INEXACT}" if can_be_set else INEXACT
-    return f"{_joined(others[:MOST_SAID])}; then {either}" if others else either
+    return f"{first}; {either}" if others else either
 
 
 def _options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
