@@ -29,7 +29,10 @@ from cake_hf.tensors.fingerprint import canonical
 logger = logging.getLogger("cake_hf")
 
 NONE_YET = "the store has none of the prompt's chunks yet"
-OTHER_SALT = f"{NONE_YET}; what it has of this model under another salt, or under none, is not looked into"
+OTHER_SALT = (
+    "the store has none of the prompt's chunks yet; what it has of this model under another salt, or under none, is not "
+    "looked into"
+)
 
 FEW_KEYS = 32
 """So many keys of a namespace are asked for at once; a bucket takes a request for each."""
