@@ -25,6 +25,7 @@ from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, shar
 from store_runs import PATIENT, QUICK, is_right, opened
 from vision_models import inputs_for, standard_parts, vision_model
 from vision_runs import ask, fill
+from waiting import PATIENCE
 
 NONE_YET = "the store has none of the prompt's chunks yet"
 WIDE = 2 * CHUNK
@@ -340,7 +341,7 @@ def test_a_hit_asks_for_no_records() -> None:
 @pytest.mark.fault(
     "Stores",
     "Records of what chunks were made with cannot be read, or their reading hangs.",
-    "The miss is told without them, after `Limits.lookup_timeout` at most; the prompt is computed and saved.",
+    "The miss is told without them, after 5 seconds or `Limits.lookup_timeout`; the prompt is computed and saved.",
 )
 @pytest.mark.parametrize("fault", ["OSError", "panic", "hang", "absurd"])
 def test_records_that_do_not_come_keep_nothing_up(fault: str) -> None:
@@ -369,6 +370,24 @@ def test_records_that_cannot_be_written_keep_no_chunk_from_being_saved(error: ty
     assert store.calls == 1
 
 
+@pytest.mark.parametrize("method", ["notes", "put_note"])
+def test_records_whose_writing_hangs_keep_no_chunk_from_being_saved(method: str) -> None:
+    with hanging() as hang:
+        store = Faulty(MemoryStore(), method, hang)
+        with opened(store, limits=QUICK) as cache:
+            assert is_right(cache)
+            assert cache.flush(PATIENCE)
+            assert (cache.report.chunks_saved, cache.report.chunks_unsaved) == (CHUNKS, 0)
+
+
+def test_a_record_under_another_name_counts_for_nothing() -> None:
+    store = fill_store(shared_model("llama"), MemoryStore())
+    ((name, raw),) = store.notes().items()
+    store.put_note(name[::-1], raw)
+    store.put_note(name, None)
+    assert reason(shared_model("llama"), store, exact=False) == NONE_YET
+
+
 def lied(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
     def changed(raw: bytes) -> bytes:
         told = json.loads(raw)
@@ -385,7 +404,7 @@ ABSURD: dict[str, Callable[[bytes], bytes]] = {
     "a number": lambda raw: b"17",
     "a list": lambda raw: b"[]",
     "deep": lambda raw: b"[" * 100_000,
-    "long": lambda raw: raw + b" " * 2**18,
+    "long": lambda raw: raw + b" " * 2**20,
     "a huge number": lambda raw: raw.replace(f'"chunk_size":{CHUNK}'.encode(), b'"chunk_size":' + b"9" * 5000),
     "no facts": lied(lambda told: told.update(facts=None)),
     "facts of another form": lied(lambda told: told.update(facts=[1, 2])),

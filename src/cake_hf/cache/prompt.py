@@ -17,6 +17,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.misses import NONE_YET, Inquiry
 from cake_hf.cache.session import Session
+from cake_hf.movers.cost_memory import note_seconds
 from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
 from cake_hf.movers.telemetry import observe_lookup
@@ -123,7 +124,7 @@ def look_up(
     if chunks and not any(stored) and not report.reason:
         report.reason = _objection(session, namespace) or NONE_YET
         if report.reason == NONE_YET and not known and asked:
-            inquiry = Inquiry(session, call, namespace, session.limits.lookup_timeout)
+            inquiry = Inquiry(session, call, namespace, note_seconds(session.limits))
     layout = session.layout()
     report.store = session.store_name
     report.bytes_stored += sum(stored) * stored_bytes(layout) + sum(states) * stored_bytes(state_layout)

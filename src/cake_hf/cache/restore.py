@@ -188,8 +188,6 @@ class Restore:
             self._job.let_go()
             self._states.let_go()
             self._count()
-            if self.prompt.inquiry is not None:
-                self.prompt.inquiry.settle(self.prompt.report)
             if save_tail:
                 self._carried.passed(self.prompt.chunks)
                 self._save(self.prompt.chunks)

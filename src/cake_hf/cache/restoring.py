@@ -694,6 +694,8 @@ class RestoringCache(GuardedCache):
         learn_costs(restore.cost_memory, restore.prompt)
         if restore.brought:
             note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)
+        if (inquiry := restore.prompt.inquiry) is not None:
+            inquiry.settle(restore.prompt.report)
 
     def _abandon(self, restore: Restore) -> None:
         self._running = None

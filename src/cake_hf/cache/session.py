@@ -23,7 +23,7 @@ from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.access import Access
-from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
+from cake_hf.movers.cost_memory import CostMemory, flush_costs, note_seconds, recall_costs
 from cake_hf.movers.recording import recorder
 from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.movers.streams import let_copies_out_end
@@ -251,7 +251,9 @@ class Session:
         latest = _latest.get(self.model, {}).get(self._options)
         if latest is None or latest.namespace != chunk.namespace:
             return _keep_nothing
-        return recorder(self.store, latest.facts, chunk.namespace, chunk.model)
+        return recorder(
+            self.store, latest.facts, chunk.namespace, chunk.model, note_seconds(self.limits), self.sharing.notes
+        )
 
 
 def _keep_nothing() -> None:

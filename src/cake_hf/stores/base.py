@@ -14,7 +14,7 @@ from cake_hf.stores.pieces import Part, copy
 __all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "scatter", "total_bytes"]
 
 
-MAX_NOTE_BYTES = 2**17
+MAX_NOTE_BYTES = 2**19
 MOST_NOTES = 64
 """Notes, and bytes of one, that are read; see `Store.notes`."""
 

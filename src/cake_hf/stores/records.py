@@ -110,8 +110,9 @@ def records(store: Store) -> list[Record]:
     Raises:
         Exception: whatever the store raises.
     """
-    found = (Record.parse(raw) for raw in store.notes().values())
-    return sorted((one for one in found if one is not None), key=lambda record: -record.last)[:MOST_RECORDS]
+    parsed = ((name, Record.parse(raw)) for name, raw in store.notes().items())
+    found = [one for name, one in parsed if one is not None and one.namespace == name]
+    return sorted(found, key=lambda record: -record.last)[:MOST_RECORDS]
 
 
 def keep(store: Store, record: Record) -> None:
