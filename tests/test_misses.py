@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from cake_hf import CakeCache, LocalStore, MemoryStore, TierStore
 from cake_hf.arithmetic.report import Report
 from cake_hf.stores.base import Store
+from cake_hf.stores.differences import between, in_a_sentence
 from cake_hf.stores.records import MOST_RECORDS
 from faulty import Faulty, hanging, raising
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, shared_model
@@ -218,6 +219,31 @@ def test_several_differences_are_told_together_and_only_what_helps_is_advised() 
         told = reason(shared_model("llama"), store, chunk_size=WIDE)
     assert f"chunks of {CHUNK} tokens, 1 thread and another processor" in told
     assert told.endswith(f": pass chunk_size={CHUNK}; use exact=False on both sides")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "told"),
+    [
+        ({"device": "cuda"}, {"device": "cpu"}, "made with device cuda; this process has device cpu: use exact=False"),
+        ({"device": "cuda"}, None, "made with exact=True; this cache has exact=False: pass exact=True where"),
+        ({"device": "cpu"}, None, "made with exact=True and other weights of A; here there are exact=False and B: pass exact"),
+        ({"device": "cuda"}, {"device": "cuda"}, "made with other weights of A; this model is B: load the same revision"),
+        (None, None, "made with other weights of A; this model is B: load the same revision"),
+    ],
+)  # fmt: skip
+def test_checksums_of_weights_are_compared_only_where_they_are_made_alike(
+    there: dict[str, str] | None, here: dict[str, str] | None, told: str
+) -> None:
+    def facts(weights: str, numerics: dict[str, str] | None) -> dict[str, Any]:
+        return {"chunk_size": 16, "model": {"weights": weights}, **({} if numerics is None else {"numerics": numerics})}
+
+    assert in_a_sentence(between(facts("a", there), facts("b", here), "A", "B")).startswith(told)
+
+
+def test_every_difference_is_said_somehow() -> None:
+    """Facts that no version knows yet, or that somebody made up."""
+    for theirs, ours in (({"layout": {}}, {"layout": {"x": {}}}), ({"parallel": 2}, {}), ({"model": 3}, {"model": []})):
+        assert len(in_a_sentence(between(theirs, ours, "A", "B"))) > len("made with ")
 
 
 def test_the_nearest_of_several_namespaces_is_told() -> None:

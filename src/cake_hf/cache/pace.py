@@ -91,7 +91,7 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
         return
     report, size = prompt.report, prompt.layout.chunk_size
     computed = sum(compute.seconds(prompt.first + index) for index in range(prompt.chunks))
-    if report.timeline and report.timeline[-1].chunk < 0:
+    if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
         rest = prompt.call.tokens - prompt.chunks * size
         computed += compute.seconds(prompt.first + prompt.chunks) * rest / size
     report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds

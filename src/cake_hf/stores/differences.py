@@ -9,16 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cake_hf.stores.mismatch import DIGESTS, differences, dtypes, plain, short
+from cake_hf.stores.mismatch import differences, dtypes, plain, short
 
 OPTIONS, NUMERICS, DTYPE, ADAPTERS, EDITED, WEIGHTS, OTHER_MODEL, FORMAT = range(8)
 """How much lies between two namespaces, from what an argument changes to what cannot be changed."""
 
 MOST_SAID = 3
 INEXACT = "use exact=False on both sides"
-_DERIVED = ("layout", "states", *DIGESTS)
-"""Facts that follow from others, or tell people nothing by their values."""
-
 _MAKERS = ("vendor_id", "implementer", "cpu")
 """What a processor tells of itself that is a name."""
 
@@ -62,15 +59,12 @@ def between(theirs: Mapping[str, Any], ours: Mapping[str, Any], their_model: str
     found = list(_options(theirs, ours)) + list(_model(theirs, ours, changed, their_model, our_model))
     if "numerics" in theirs and "numerics" in ours:
         found += _numerics(_part(theirs, "numerics"), _part(ours, "numerics"))
-    if not found and (set(changed) - {"layout", "states"}):
-        found = [
-            Difference(
-                "a model that computes something else",
-                cure="look for what is patched, steered or edited there or here",
-                severity=EDITED,
-            )
-        ]
-    return found
+    if found:
+        return found
+    if changed.keys() & {"code", "behaviour"}:
+        cure = "look for what is patched, steered or edited there or here"
+        return [Difference("a model that computes something else", severity=EDITED, cure=cure)]
+    return [Difference("another layout of KV", severity=FORMAT, cure="use the versions that made them")]
 
 
 def severity(found: Sequence[Difference]) -> tuple[int, int]:
@@ -81,7 +75,7 @@ def severity(found: Sequence[Difference]) -> tuple[int, int]:
 def in_a_sentence(found: Sequence[Difference]) -> str:
     """The differences, and what to do about them, as the end of a sentence such as "they are stored, "."""
     said, more = found[:MOST_SAID], len(found) - MOST_SAID
-    there = [one.there for one in said] + ([f"{more} more differences"] if more > 0 else [])
+    there = [one.there for one in said] + ([f"{more} more"] if more > 0 else [])
     here = [one for one in said if one.here]
     whose = {one.whose for one in here}
     text = f"made with {_joined(there)}"
@@ -107,14 +101,8 @@ def _cure(found: Sequence[Difference]) -> str:
 def _options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
     there, here = theirs.get("chunk_size"), ours.get("chunk_size")
     if there != here:
-        cure = f"pass chunk_size={short(there)}"
-        yield Difference(
-            f"chunks of {short(there)} tokens",
-            f"chunks of {short(here)}",
-            "this cache has",
-            cure,
-            OPTIONS,
-        )
+        told, cure = f"chunks of {short(there)} tokens", f"pass chunk_size={short(there)}"
+        yield Difference(told, f"chunks of {short(here)}", "this cache has", cure, OPTIONS)
     exact = "numerics" in theirs
     if exact != ("numerics" in ours):
         cure = "pass exact=True where all else is alike, or exact=False on both sides" if exact else "pass exact=False"
@@ -130,7 +118,7 @@ def _model(
 ) -> Iterator[Difference]:
     """At most one difference for a model: one that is another model differs in everything."""
     there, here = _part(theirs, "model"), _part(ours, "model")
-    other_weights = "model.weights" in changed
+    other_weights = "model.weights" in changed and _digested_alike(theirs, ours)
     config = [path.removeprefix("model.config.") for path in changed if path.startswith("model.config")]
     dtype = _dtypes(theirs), _dtypes(ours)
     other_dtype = dtype[0] != dtype[1] and all(dtype)
@@ -157,6 +145,15 @@ def _model(
     if any(path.startswith("parallel") for path in changed):
         cure = "run it in as many processes"
         yield Difference("another number of processes for one model", severity=OTHER_MODEL, cure=cure)
+
+
+def _digested_alike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether equal weights have equal checksums: on a GPU these are made in another way, unless they have to be portable."""
+
+    def where(facts: Mapping[str, Any]) -> Any:
+        return _part(facts, "numerics").get("device", "cpu")
+
+    return bool(where(theirs) == where(ours))
 
 
 def _adapters(there: Mapping[str, Any], here: Mapping[str, Any]) -> Difference | None:
