@@ -58,7 +58,7 @@ class Report:
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
         bytes_loaded, bytes_saved: payload bytes, of chunks and states.
-        store: where chunks are kept, without secrets; empty where it was not asked.
+        store: where chunks are kept, without secrets, of a directory its last part; empty where it was not asked.
         bytes_stored: that this prompt's chunks and states take there, headers included: what was there when the prompt came,
             and what is durable since.
         seconds_saved: what computing all would have taken, by the costs learnt here so far, less what it took; None where

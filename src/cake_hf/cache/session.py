@@ -70,7 +70,6 @@ class Session:
         if chunk_size < MIN_CHUNK_SIZE:
             raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
         self.model = model
-        self.store_name = store_name(store)
         self.chunk_size = chunk_size
         self.salt = salt
         self.exact = exact
@@ -78,6 +77,7 @@ class Session:
         self.limits = limits
         self.snapshot_every = snapshot_every
         self._access = Access(store, limits, save=save, share=sharing_of)
+        self.store_name = store_name(store)
         self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
         self.at_work = AtWork()
