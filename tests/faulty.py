@@ -70,6 +70,12 @@ class Faulty(WrapperStore):
     def notes_folder(self) -> Any:
         return self.fault("notes_folder") if self._goes_wrong("notes_folder") else super().notes_folder()
 
+    def notes(self) -> Any:
+        return self.fault("notes") if self._goes_wrong("notes") else super().notes()
+
+    def put_note(self, name: str, note: bytes | None) -> Any:
+        return self.fault("put_note") if self._goes_wrong("put_note") else super().put_note(name, note)
+
     def identity(self) -> Any:
         return self.fault("identity") if self._goes_wrong("identity") else super().identity()
 
@@ -89,6 +95,8 @@ METHODS = (
     "check_writable",
     "objection",
     "notes_folder",
+    "notes",
+    "put_note",
     "identity",
     "flush",
     "close",

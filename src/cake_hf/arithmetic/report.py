@@ -58,6 +58,11 @@ class Report:
         chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
         bytes_loaded, bytes_saved: payload bytes, of chunks and states.
+        store: where chunks are kept, without secrets, of a directory its last part; empty where it was not asked.
+        bytes_stored: that this prompt's chunks and states take there, headers included: what was there when the prompt came,
+            and what is durable since.
+        seconds_saved: what computing all would have taken, by the costs learnt here so far, less what it took; None where
+            nothing was brought, or the cost of computing is not known yet. Negative where computing would have been faster.
         prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
         timeline: who did which chunk, from when to when.
         reason: empty, or why the prompt, or a part of it, was not restored.
@@ -77,13 +82,16 @@ class Report:
     states_saved: int = 0
     bytes_loaded: int = 0
     bytes_saved: int = 0
+    store: str = ""
+    bytes_stored: int = 0
+    seconds_saved: float | None = None
     prefill_seconds: float = 0.0
     timeline: list[Span] = field(default_factory=list, repr=False)
     reason: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
         # A reason quotes stores and models, which quote whom they like.
-        super().__setattr__(name, shown(value) if name == "reason" else value)
+        super().__setattr__(name, shown(value) if name in ("reason", "store") else value)
 
     @property
     def restored(self) -> int:
@@ -104,8 +112,10 @@ class Report:
             ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
             ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
             ("loaded", _bytes(self.bytes_loaded)),
-            ("prefill", f"{self.prefill_seconds:.3f} s"),
+            ("prefill", f"{self.prefill_seconds:.3f} s{self._saved_time()}"),
         ]
+        if self.store:
+            rows.append(("store", f"{self.store}: {_bytes(self.bytes_stored)} of this prompt"))
         if self.states_loaded or self.states_saved:
             rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
         if self.chunks_unsaved:
@@ -119,6 +129,13 @@ class Report:
 
     def _shared(self) -> str:
         return f", {self.chunks_shared} shared" if self.chunks_shared else ""
+
+    def _saved_time(self) -> str:
+        if self.seconds_saved is not None:
+            less = "less" if self.seconds_saved >= 0 else "more"
+            return f", {abs(self.seconds_saved):.3f} s {less} than computing all"
+        brought = self.chunks_loaded + self.chunks_shared
+        return "; what was saved is not known, since nothing was computed here before" * bool(brought)
 
     def lanes(self) -> dict[str, list[Span]]:
         """The timeline by actor, the computing thread first."""

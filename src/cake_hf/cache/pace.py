@@ -116,6 +116,25 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
     memory.learn(pace, timeline, prompt.layout.nbytes, part)
 
 
+def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
+    """Count in a prompt's report what was saved, where its cost is known.
+
+    Args:
+        memory: of costs, the prompt's own included.
+        prompt: of which something was brought.
+        seconds: that the restore took, with the prompt's last piece if that is over.
+    """
+    compute = memory.costs(prompt.layout.nbytes).compute
+    if compute is None:
+        return
+    report, size = prompt.report, prompt.layout.chunk_size
+    computed = sum(compute.seconds(prompt.first + index) for index in range(prompt.chunks))
+    if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
+        rest = prompt.call.tokens - prompt.chunks * size
+        computed += compute.seconds(prompt.first + prompt.chunks) * rest / size
+    report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds
+
+
 def _chunks_in_memory(prompt: Prompt) -> int:
     """How many chunks' room the cache takes with the prompt in it, of all rows."""
     tokens = prompt.call.past + prompt.call.tokens

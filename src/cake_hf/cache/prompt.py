@@ -15,12 +15,14 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.misses import NONE_YET, Inquiry
 from cake_hf.cache.session import Session
+from cake_hf.movers.cost_memory import note_seconds
 from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
 from cake_hf.movers.telemetry import observe_lookup
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import ChunkFacts
+from cake_hf.tensors.codec import ChunkFacts, stored_bytes
 from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
@@ -49,6 +51,8 @@ class Prompt:
         report: where all is counted.
         started: when the call came.
         first_span: the prompt's first place on the report's timeline; rows of a batch follow each other there.
+        began: when this row of it was looked up; `started` where it is alone.
+        inquiry: why nothing of it is stored, being asked.
     """
 
     call: ForwardCall
@@ -64,6 +68,8 @@ class Prompt:
     report: Report
     started: float
     first_span: int = 0
+    began: float = 0.0
+    inquiry: Inquiry | None = None
 
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What chunk `index` of the call says about itself (its checksums are not known yet)."""
@@ -104,18 +110,24 @@ def look_up(
         started: when the call came.
         namespace: of the session.
     """
+    began = time.monotonic()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = known[-1] if known else namespace
     marks, whole = call.marks(session.chunk_size), call.whole_chunks(session.chunk_size)
     keys = chunk_keys(namespace, tokens, session.chunk_size, parent, marks)[:whole]
     state_layout = session.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
+    asked, inquiry = _is_asked(session), None
     found = _stored(session, [*keys, *state_keys], report)
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
-        report.reason = _objection(session, namespace) or "the store has none of the prompt's chunks yet"
+        report.reason = _objection(session, namespace) or NONE_YET
+        if report.reason == NONE_YET and not known and asked:
+            inquiry = Inquiry(session, call, namespace, note_seconds(session.limits))
     layout = session.layout()
+    report.store = session.store_name
+    report.bytes_stored += sum(stored) * stored_bytes(layout) + sum(states) * stored_bytes(state_layout)
     first_span = len(report.timeline)
     return Prompt(
         call,
@@ -131,6 +143,8 @@ def look_up(
         report,
         started,
         first_span,
+        began if first_span else started,
+        inquiry,
     )
 
 
@@ -165,7 +179,7 @@ def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     if keys and (absence := session.reach_store()):
         report.reason = absence
         return none
-    if not keys or (session.strategy is Strategy.COMPUTE and not session.save):
+    if not keys or not _is_asked(session):
         return none
     begin, sharing = time.monotonic(), session.sharing
     look = partial(_mask, session.store, keys, sharing)
@@ -177,6 +191,11 @@ def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
     sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
     report.reason = f"the store could not be asked: {answer.trouble}"
     return none
+
+
+def _is_asked(session: Session) -> bool:
+    """Whether it matters what the store has."""
+    return session.strategy is not Strategy.COMPUTE or session.save
 
 
 def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:

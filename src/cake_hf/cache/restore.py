@@ -97,6 +97,7 @@ class Restore:
         prompt: as given.
         cost_memory: of what is decided by, and what is measured.
         pace: of this restore.
+        brought: chunks that were not computed, once it is closed.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Restore:
         beyond_loads: bool,
     ) -> None:
         self.prompt = prompt
+        self.brought = 0
         self._session = session
         self._forward = forward
         self._progress = progress
@@ -224,6 +226,8 @@ class Restore:
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._audit.end()
+        if self.prompt.inquiry is not None:
+            self.prompt.inquiry.give_up()
         self._frontier.stop()
         detached = not self._loads or self._job.detach()
         self._job.place.catch_up()
@@ -450,6 +454,7 @@ class Restore:
         # Added, not set: the rows of a batch have one report.
         report.chunks_loaded += chunks_loaded
         report.chunks_shared += chunks_shared
+        self.brought = chunks_loaded + chunks_shared
         report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)

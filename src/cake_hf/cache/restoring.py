@@ -21,7 +21,7 @@ from cake_hf.cache.compat import begin_plainly, keeps_attention
 from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
-from cake_hf.cache.pace import learn_costs
+from cake_hf.cache.pace import learn_costs, note_savings
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
@@ -692,6 +692,10 @@ class RestoringCache(GuardedCache):
         self._running = None
         self._known += restore.prompt.keys[: restore.prompt.chunks]
         learn_costs(restore.cost_memory, restore.prompt, restore.pace)
+        if restore.brought:
+            note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)
+        if (inquiry := restore.prompt.inquiry) is not None:
+            inquiry.settle(restore.prompt.report)
 
     def _abandon(self, restore: Restore) -> None:
         self._running = None

@@ -23,15 +23,17 @@ from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.movers.access import Access
-from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
+from cake_hf.movers.cost_memory import CostMemory, flush_costs, note_seconds, recall_costs
+from cake_hf.movers.recording import recorder
 from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.telemetry import observe_save
 from cake_hf.movers.writer import SaveJob, pack
 from cake_hf.stores.base import Store
+from cake_hf.stores.names import store_name
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.tensors.code import code_digest, users_functions
-from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts
+from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts, stored_bytes
 from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.tensors.numerics import numerics_facts
@@ -75,6 +77,7 @@ class Session:
         self.limits = limits
         self.snapshot_every = snapshot_every
         self._access = Access(store, limits, save=save, share=sharing_of)
+        self.store_name = store_name(store)
         self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
         self.at_work = AtWork()
@@ -211,7 +214,11 @@ class Session:
             is_state: it is not a chunk, but the state at the end of one.
         """
 
+        record = self._recorder(facts)
+
         def done(saved: bool) -> None:
+            if saved:
+                record()
             with self._count_lock:
                 if is_state:
                     report.states_saved += saved
@@ -219,6 +226,7 @@ class Session:
                     report.chunks_saved += saved
                     report.chunks_unsaved += not saved
                 report.bytes_saved += layout.nbytes * saved
+                report.bytes_stored += stored_bytes(layout) * (saved and not overwrite)
             observe_save(saved, layout.nbytes)
 
         writer = self._access.writer
@@ -237,6 +245,19 @@ class Session:
                 let_copies_out_end()
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
+
+    def _recorder(self, chunk: ChunkFacts) -> Callable[[], None]:
+        """Keeps what the chunk was made with in the store, once it is there."""
+        latest = _latest.get(self.model, {}).get(self._options)
+        if latest is None or latest.namespace != chunk.namespace:
+            return _keep_nothing
+        return recorder(
+            self.store, latest.facts, chunk.namespace, chunk.model, note_seconds(self.limits), self.sharing.notes
+        )
+
+
+def _keep_nothing() -> None:
+    """Of a namespace whose facts are not known any more."""
 
 
 def _forsake(hook: ModelHook, access: Access) -> None:

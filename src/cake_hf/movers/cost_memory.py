@@ -194,12 +194,17 @@ def recall_costs(
         known = _learners.setdefault(store, {}).get(name)
     if known is not None:
         return known
-    seconds = min(NOTE_SECONDS, limits.lookup_timeout)
+    seconds = note_seconds(limits)
     file, may_write = ask(partial(_file_for, store, name), seconds, "notes", late).value or (None, _always)
     memory = CostMemory(file, seconds, may_write)
     memory.let_exit_wait(limits.exit_flush_seconds)
     with _lock:
         return _learners.setdefault(store, {}).setdefault(name, memory)
+
+
+def note_seconds(limits: Limits) -> float:
+    """How long a note is waited for within some limits."""
+    return min(NOTE_SECONDS, limits.lookup_timeout)
 
 
 def _always() -> bool:

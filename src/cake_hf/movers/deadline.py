@@ -100,6 +100,42 @@ class Call(Generic[T]):
         self._answer = answer
 
 
+class Question(Generic[T]):
+    """A call that has begun, in a thread of its own, and whose answer is wanted later.
+
+    Args:
+        call: to run.
+        what: it is about, in a word.
+        late: calls that were given up earlier: while there are any, this one is not begun.
+    """
+
+    def __init__(self, call: Callable[[], T], what: str, late: Late | None = None) -> None:
+        self._call: Call[T] | None = None
+        self._late = late
+        self._what = what
+        if not late:
+            self._call = Call(call, what)
+            self._call.begin()
+
+    def answer(self, seconds: float) -> Answer[T]:
+        """What came of it within that time; then it is given up. Nothing is raised but by the user's signal handlers."""
+        if self._call is None:
+            return Answer(
+                error=DeadlineExceeded(
+                    f"An earlier question ({self._what}) is still not answered; nothing is asked until it is."
+                )
+            )
+        try:
+            return self._call.wait(seconds)
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Nobody wants to know any more."""
+        if self._call is not None and self._late is not None and self._call.thread.is_alive():
+            self._late.add(self._call.thread)
+
+
 def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> Answer[T]:
     """Run a call in a thread of its own and wait for it, but not for ever. Nothing is raised but by the user's signal handlers.
 
@@ -109,17 +145,7 @@ def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = No
         what: it is about, in a word.
         late: calls that were given up earlier: while there are any, this one is not begun.
     """
-    if late:
-        return Answer(
-            error=DeadlineExceeded(f"An earlier question ({what}) is still not answered; nothing is asked until it is.")
-        )
-    begun = Call(call, what)
-    begun.begin()
-    try:
-        return begun.wait(seconds)
-    finally:
-        if late is not None and begun.thread.is_alive():
-            late.add(begun.thread)
+    return Question(call, what, late).answer(seconds)
 
 
 def call_with_deadline(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> T:

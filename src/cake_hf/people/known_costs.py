@@ -162,6 +162,9 @@ class _NotingStore(WrapperStore):
             self.written.append(key)
         return new
 
+    def put_note(self, name: str, note: bytes | None) -> None:
+        """What is removed again leaves no record."""
+
     def notes_folder(self) -> Path | None:
         return self.inner.notes_folder()
 

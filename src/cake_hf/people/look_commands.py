@@ -9,6 +9,7 @@ import typer
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
+from cake_hf.people.kept_records import records_of
 from cake_hf.people.options import StoreArgument
 from cake_hf.people.store_tables import chunk_facts, listing, totals
 
@@ -19,8 +20,8 @@ def ls_command(
 ) -> None:
     """List what a store has, by namespace and by prompt (reads only the chunks' headers)."""
     with existing_store(store) as opened, progress_bar("reading headers", "chunks") as progress:
-        inventory = take_inventory(opened, progress)
-    console.print(listing(inventory, prompts))
+        inventory, known = take_inventory(opened, progress), records_of(opened)
+    console.print(listing(inventory, prompts, known))
 
 
 def info_command(

@@ -10,7 +10,7 @@ import math
 import random
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,13 @@ class Comparing(WrapperStore):
 
     def check_writable(self) -> None:
         """Nothing will be written."""
+
+    def notes(self) -> Mapping[str, bytes]:
+        """An empty store has none."""
+        return {}
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        """As chunks, it goes nowhere."""
 
     def _difference(self, key: str, computed: bytes) -> str:
         """In what the stored chunk differs from the computed one; empty if in nothing that counts, or if it is gone."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,9 +12,19 @@ from rich.text import Text
 
 from cake_hf.arithmetic.outside import shown
 from cake_hf.people.console import console
-from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
+from cake_hf.people.inspect_store import (
+    Chain,
+    Inventory,
+    Namespace,
+    StoredChunk,
+    namespaces,
+    prompts,
+    total_file_bytes,
+)
+from cake_hf.people.kept_records import first_words
 from cake_hf.people.units import bytes_text, count_text
 from cake_hf.people.verify import BadChunk, Verified
+from cake_hf.stores.records import Record
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from cake_hf.people.recompute import Recomputed
@@ -22,12 +33,22 @@ SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
 
 
-def listing(inventory: Inventory, most_prompts: int) -> RenderableType:
-    """All namespaces, then the longest prompts."""
+def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]) -> RenderableType:
+    """All namespaces, then the longest prompts.
+
+    Args:
+        inventory: of the store.
+        most_prompts: that are shown.
+        known: by namespace what its chunks were made with.
+    """
     if not inventory.chunks and not inventory.unreadable:
         return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
     chains = prompts(inventory)
-    parts: list[RenderableType] = [_namespace_table(namespaces(inventory)), _prompt_table(chains[:most_prompts])]
+    parts: list[RenderableType] = [
+        _namespace_table(namespaces(inventory), known),
+        Text(),
+        _prompt_table(chains[:most_prompts], [first_words(one, inventory, known) for one in chains[:most_prompts]]),
+    ]
     if len(chains) > most_prompts:
         parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
     return Group(*parts, *_unreadable_note(inventory))
@@ -101,14 +122,12 @@ def show_recomputed(result: Recomputed) -> None:
         console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))
 
 
-def _namespace_table(found: Sequence[Namespace]) -> Table:
-    table = Table(title="namespaces", title_justify="left", title_style="bold")
-    for heading in ("namespace", "model", "dtype"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("chunk size", "chunks", "tokens", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) -> Table:
+    table = _table("namespaces", ["namespace", "model", "dtype"], ["chunk size", "chunks", "tokens", "bytes"])
+    table.add_column("exact", overflow="fold")
+    table.add_column("saved", overflow="fold", no_wrap=True)
     for namespace in found:
-        first, count = namespace.first, len(namespace.chunks)
+        first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
         table.add_row(
             Text(namespace.digest[:SHORT]),
             Text(_short_name(first.facts.model)),
@@ -117,23 +136,32 @@ def _namespace_table(found: Sequence[Namespace]) -> Table:
             f"{count:,}",
             f"{count * first.chunk_size:,}",
             bytes_text(total_file_bytes(namespace.chunks)),
+            "?" if record is None else "yes" if record.exact else "no",
+            "?" if record is None else time.strftime("%Y-%m-%d", time.gmtime(record.last)),
         )
     return table
 
 
-def _prompt_table(chains: Sequence[Chain]) -> Table:
-    table = Table(title="prompts", title_justify="left", title_style="bold")
-    table.add_column("last chunk", no_wrap=True)
-    table.add_column("model", overflow="fold")
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("chunks", justify="right", no_wrap=True)
-    table.add_column("missing")
-    for chain in chains:
+def _prompt_table(chains: Sequence[Chain], words: Sequence[str]) -> Table:
+    table = _table("prompts", ["last chunk", "model"], ["tokens", "chunks"])
+    table.add_column("missing", overflow="fold")
+    if any(words):
+        table.add_column("first words", overflow="fold")
+    for chain, begin in zip(chains, words, strict=True):
         facts = chain.leaf.facts
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
-        table.add_row(
-            facts.key[:SHORT], Text(_short_name(facts.model)), f"{chain.leaf.tokens[1]:,}", f"{chain.chunks:,}", missing
-        )
+        cells = [facts.key[:SHORT], _short_name(facts.model), f"{chain.leaf.tokens[1]:,}", f"{chain.chunks:,}", missing]
+        table.add_row(*map(Text, [*cells, begin] if any(words) else cells))
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table none of whose columns is left out on a narrow terminal: what does not fit goes on in the next line."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(texts):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # what is to be copied stays in one line
+    for heading in numbers:
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

@@ -16,6 +16,7 @@ from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import GENERATE_LINE
+from cake_hf.cache.words import SALTED_WORDS, keep_words
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
 from cake_hf.people.tables import Lanes, legend, report_table
@@ -36,6 +37,7 @@ class WarmJob:
         dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: only so many from the start; None for all.
+        keep_words: of the text, the first ones, for who lists the store.
     """
 
     model: str
@@ -47,6 +49,7 @@ class WarmJob:
     dtype: str = "auto"
     device: str = "auto"
     tokens: int | None = None
+    keep_words: bool = False
 
 
 def warm(job: WarmJob) -> Report:
@@ -56,6 +59,8 @@ def warm(job: WarmJob) -> Report:
         CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
         ValueError: the model or the file cannot be used.
     """
+    if job.keep_words and job.salt:
+        raise ValueError(SALTED_WORDS)
     text = read_text(job.file)
     with console.status("loading the model"):
         tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
@@ -74,6 +79,8 @@ def warm(job: WarmJob) -> Report:
             report = cache.prefill(ids, whole=True, progress=progress)
         with console.status("waiting until all chunks are durable"):
             cache.flush()
+        if job.keep_words:
+            keep_words(cache, text)
     _refuse_unsaved(report)
     return report
 

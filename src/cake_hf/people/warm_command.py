@@ -24,7 +24,10 @@ def warm_command(
     device: Device = "auto",
     exact: Annotated[bool, typer.Option(help="Serve only the very same numerics, bit for bit.")] = True,
     tokens: Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")] = None,
+    keep_words: Annotated[
+        bool, typer.Option("--keep-words", help="Have ls show the text's first words; not with a salt.")
+    ] = False,
 ) -> None:
     """Compute a document's KV once and keep it in a store."""
-    job = WarmJob(model, file, store, chunk_size, salt, exact, dtype.value, device, tokens)
+    job = WarmJob(model, file, store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words)
     show_warmed(job, warm(job))

@@ -11,7 +11,12 @@ from typing import Any
 from cake_hf.arithmetic.errors import CorruptChunk, is_a_fault
 from cake_hf.stores.pieces import Part, copy
 
-__all__ = ["Part", "Store", "place_of", "scatter", "total_bytes"]
+__all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "scatter", "total_bytes"]
+
+
+MAX_NOTE_BYTES = 2**19
+MOST_NOTES = 64
+"""Notes, and bytes of one, that are read; see `Store.notes`."""
 
 
 class Store(ABC):
@@ -147,6 +152,30 @@ class Store(ABC):
     def notes_folder(self) -> Path | None:
         """A folder of this machine for small files about this store (it may not exist yet), or None if there is none."""
         return None
+
+    def notes(self) -> Mapping[str, bytes]:
+        """What `put_note` has kept, by name, as far as it is not absurd: whoever can write to the place can change notes.
+
+        By default a store keeps none.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        return {}
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        """Keep a note about what is stored, in the place of the other one of that name; None removes it.
+
+        Notes are no values: `keys` does not list them, and nothing but words for people depends on them. By default nothing is
+        kept.
+
+        Args:
+            name: 40 lower-case hexadecimal digits.
+            note: at most `MAX_NOTE_BYTES`.
+
+        Raises:
+            StoreError: it cannot be kept.
+        """
 
     def identity(self) -> Hashable:
         """Equal for two stores of this process that are the same place. By default a store object is a place of its own."""

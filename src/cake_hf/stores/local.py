@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.below import advice, directory, sync_file
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
+from cake_hf.stores.note_files import read_notes, write_note
 from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
 from cake_hf.stores.room import Room
 from cake_hf.stores.specs import expanded
@@ -154,6 +155,15 @@ class LocalStore(Store):
 
     def notes_folder(self) -> Path | None:
         return self.root / NOTES
+
+    def notes(self) -> Mapping[str, bytes]:
+        with self._told(f"The notes in {self.root} cannot be read: "):
+            return read_notes(self.root)
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        if not self._looks_only:
+            with self._told(f"A note cannot be kept in {self.root}: "):
+                write_note(self.root, name, note)
 
     def exists(self) -> bool:
         """Whether the directory is there."""

@@ -26,7 +26,7 @@ LOCK = "bytes.lock"
 SHARD = re.compile(r"[0-9a-f]{2}")
 LEFTOVER = re.compile(r"(?:[0-9a-f]{40}|probe)\.[0-9a-f]{16}")
 _CHUNK = re.compile(rf"([0-9a-f]{{40}}){re.escape(SUFFIX)}")
-_NOTE = re.compile(r"costs-[0-9a-f]{16}\.json(?:\.[0-9a-f]{8})?")
+_NOTE = re.compile(r"(?:costs-[0-9a-f]{16}|namespace-[0-9a-f]{40})\.json(?:\.[0-9a-f]{8})?")
 _NUMBER = re.compile(rb"(?:[0-9]{20}\n)?")
 _NOBODYS = re.compile(r"lost\+found|\.snapshots?|\.zfs|\.Trash.*|\.DS_Store|\.nfs.*|\.fuse_hidden.*")
 """What filesystems and desktops put into a directory that is empty otherwise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.forks import Lock
@@ -27,6 +27,7 @@ class MemoryStore(Store):
         self._budget = budget_bytes
         self._used = 0
         self._values: OrderedDict[str, bytearray] = OrderedDict()
+        self._notes: dict[str, bytes] = {}
         self._lock = Lock()
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -74,6 +75,16 @@ class MemoryStore(Store):
         with self._lock:
             value = self._values.get(key)
             return None if value is None else len(value)
+
+    def notes(self) -> Mapping[str, bytes]:
+        with self._lock:
+            return dict(self._notes)
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        with self._lock:
+            self._notes.pop(name, None)
+            if note is not None:
+                self._notes[name] = note
 
     def _touched(self, key: str) -> bytearray | None:
         with self._lock:

@@ -22,12 +22,14 @@ def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) ->
         salted: whether it was made with one.
         ours: facts of the model and its options, without a salt; the namespaces are known to be different.
     """
-    different = list(_differences(theirs, ours))
+    different = list(differences(theirs, ours))
     exact = "numerics" in theirs
     if theirs.get("format") != ours.get("format"):
         return "holds chunks of another format version; use the cake_hf that fits, or a new pack"
     if theirs.get("chunk_size") != ours.get("chunk_size"):
-        return f"has chunks of {_short(theirs.get('chunk_size'))} tokens; pass chunk_size={_short(theirs.get('chunk_size'))}"
+        return (
+            f"has chunks of {short(theirs.get('chunk_size'))} tokens; pass chunk_size={short(theirs.get('chunk_size'))}"
+        )
     if dtypes(theirs) != dtypes(ours) and dtypes(theirs) and dtypes(ours):
         return f"holds KV of dtype {dtypes(theirs)}, this model's is {dtypes(ours)}; load the model in that dtype"
     if any(not path.startswith("numerics") and path not in DIGESTS for path, _, _ in different):
@@ -47,14 +49,14 @@ def dtypes(facts: Mapping[str, Any]) -> str:
     """The dtypes of the KV that facts speak of, as safetensors names them; empty where they do not tell."""
     layout = facts.get("layout")
     entries = layout.values() if isinstance(layout, dict) else []
-    return ", ".join(sorted({_plain(str(entry.get("dtype"))) for entry in entries if isinstance(entry, dict)}))
+    return ", ".join(sorted({plain(str(entry.get("dtype"))) for entry in entries if isinstance(entry, dict)}))
 
 
-def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(where, there, here) of all that differs, depth first."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for name in sorted({*theirs, *ours}):
-            yield from _differences(theirs.get(name), ours.get(name), f"{path}.{name}" if path else name)
+            yield from differences(theirs.get(name), ours.get(name), f"{path}.{name}" if path else name)
     elif theirs != ours:
         yield path, theirs, ours
 
@@ -62,18 +64,18 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, 
 def _named(different: list[tuple[str, Any, Any]]) -> str:
     telling = [entry for entry in different if entry[0] not in DIGESTS]
     named = [
-        f"{_plain(path.rpartition('.')[2])}: {_short(there)} there, {_short(here)} here"
-        for path, there, here in telling
+        f"{plain(path.rpartition('.')[2])}: {short(there)} there, {short(here)} here" for path, there, here in telling
     ]
     more = len(named) - MOST_NAMED
     return "; ".join(named[:MOST_NAMED] + ([f"and {more} more"] if more > 0 else []))
 
 
-def _short(value: Any) -> str:
-    return _plain(json.dumps(value, default=str))
+def short(value: Any) -> str:
+    """A fact's value, for a sentence."""
+    return plain(json.dumps(value, default=str))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text as a terminal may show it, whoever wrote it."""
-    plain = escaped(text[: MAX_VALUE + 1])
-    return plain if len(plain) <= MAX_VALUE else f"{plain[:MAX_VALUE]}..."
+    harmless = escaped(text[: MAX_VALUE + 1])
+    return harmless if len(harmless) <= MAX_VALUE else f"{harmless[:MAX_VALUE]}..."

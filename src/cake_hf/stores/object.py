@@ -22,7 +22,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.outside import is_secret, scrub
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.object_client import advice, bucket_is_missing, connect, refuse_more_than_a_place
 from cake_hf.stores.pieces import cut, even_sizes
 from cake_hf.stores.spread import Spread
@@ -48,6 +48,9 @@ FAULTS = (BaseError, OSError, ValueError, RuntimeError, CancelledError)
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(rf"([0-9a-f]{{2}})/(\1[0-9a-f]{{38}}){re.escape(SUFFIX)}")
+
+NOTES = "notes"
+_NOTE = re.compile(rf"{NOTES}/namespace-([0-9a-f]{{40}})\.json")
 
 T = TypeVar("T")
 
@@ -142,6 +145,22 @@ class ObjectStore(Store):
             except FileNotFoundError:
                 return None
 
+    def notes(self) -> Mapping[str, bytes]:
+        with self._faults("Notes cannot be read from"):
+            found = [entry for page in self._reading.list(NOTES, chunk_size=1000) for entry in page]
+            newest = sorted(filter(_is_note, found), key=lambda entry: entry["last_modified"], reverse=True)
+            paths = [entry["path"] for entry in newest[:MOST_NOTES]]
+            read = zip(paths, self._pool.map(self._note, paths), strict=True)
+            return {_NOTE.sub(r"\1", path): note for path, note in read if note is not None}
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        path = f"{NOTES}/namespace-{name}.json"
+        with self._faults("A note cannot be kept in"), suppress(FileNotFoundError):
+            if note is None:
+                self._reading.delete(path)
+            else:
+                self._put(path, [note], "overwrite")
+
     def check_writable(self) -> None:
         """Upload a small object and remove it.
 
@@ -155,6 +174,13 @@ class ObjectStore(Store):
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _note(self, path: str) -> bytes | None:
+        """A note's bytes; None where it is gone by now."""
+        try:
+            return bytes(self._reading.get(path).bytes())
+        except FileNotFoundError:
+            return None
 
     def _put(self, path: str, parts: Sequence[Part], mode: str) -> None:
         # In one piece: a multipart upload cannot be write-once, and one that is cut off costs storage until it is swept.
@@ -238,6 +264,10 @@ def _pour(source: np.ndarray[Any, Any], left: deque[np.ndarray[Any, Any]]) -> No
             left.popleft()
         else:
             left[0] = left[0][count:]
+
+
+def _is_note(entry: Mapping[str, Any]) -> bool:
+    return _NOTE.fullmatch(entry["path"]) is not None and entry["size"] <= MAX_NOTE_BYTES
 
 
 def _path(key: str) -> str:

@@ -2,6 +2,7 @@
 
     <prefix>:3fa9...e1                  the manifest: length, size of a slice, and the tag of the slices; written last
     <prefix>:3fa9...e1:<tag>:<n>        slice n
+    <prefix>:notes                      a hash of notes about what is stored
 
 A value is there when its manifest and all its slices are. Which values go, and when, is the server's business: a time to live
 from the URL, and its own eviction (maxmemory-policy allkeys-lru fits best). It evicts slices one by one; a value that has
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ import redis
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.outside import scrub
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import Address, advice, socket_of
 from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
@@ -70,6 +71,7 @@ class RedisStore(Store):
         self._address = Address.parse(url)
         self._slice_bytes = slice_bytes
         self._timeout = timeout
+        self._notes = f"{self._address.prefix}:notes"
         # Values go over connections of their own, whose sockets are set up differently.
         self._lines = self._address.pool(timeout)
         self._client: Any = redis.Redis(connection_pool=self._address.pool(timeout))
@@ -168,6 +170,25 @@ class RedisStore(Store):
                     commands.strlen(name)
                 # Whoever believes the manifest takes memory for it; so it is compared with what is there.
                 return manifest.size if commands.execute() == manifest.sizes else None
+
+    def notes(self) -> Mapping[str, bytes]:
+        with self._faults("Notes cannot be read from"):
+            names = self._client.hkeys(self._notes)[:MOST_NOTES]
+            with self._client.pipeline(transaction=False) as commands:
+                for name in names:
+                    commands.hstrlen(self._notes, name)
+                small = [n for n, size in zip(names, commands.execute(), strict=True) if size <= MAX_NOTE_BYTES]
+            found = zip(small, self._client.hmget(self._notes, small), strict=True) if small else ()
+        return {name.decode(errors="replace"): note for name, note in found if note is not None}
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        with self._faults("A note cannot be kept in"):
+            if note is None:
+                self._client.hdel(self._notes, name)
+                return
+            self._client.hset(self._notes, name, note)
+            if self._address.ttl is not None:
+                self._client.expire(self._notes, self._address.ttl + STAGING_SECONDS)
 
     def check_writable(self) -> None:
         """Set a small key.

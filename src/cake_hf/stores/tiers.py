@@ -210,6 +210,21 @@ class TierStore(Store):
         folders = (place.store.notes_folder() for place in self._places)
         return next((folder for folder in folders if folder is not None), None)
 
+    def notes(self) -> Mapping[str, bytes]:
+        """Those of all tiers that can be asked; of two with one name the nearest tier's."""
+        found: dict[str, bytes] = {}
+        for place in self._places:
+            with Faults().caught():
+                found = {**place.store.notes(), **found}
+        return found
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        """Keep it wherever values are written, as far as that can be done."""
+        for place in self._places:
+            if place.tier.write:
+                with Faults().caught():
+                    place.store.put_note(name, note)
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice."""
         return self._behind.flush(timeout)

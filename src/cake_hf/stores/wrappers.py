@@ -69,6 +69,12 @@ class WrapperStore(Store):
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         return self.inner.objection(namespace, facts)
 
+    def notes(self) -> Mapping[str, bytes]:
+        return self.inner.notes()
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        self.inner.put_note(name, note)
+
     def flush(self, timeout: float | None = None) -> bool:
         return self.inner.flush(timeout)
 

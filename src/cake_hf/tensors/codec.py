@@ -160,6 +160,11 @@ def header_size(layout: ChunkLayout) -> int:
     return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
 
 
+def stored_bytes(layout: ChunkLayout) -> int:
+    """Bytes of a whole file: header and payload."""
+    return header_size(layout) + layout.nbytes
+
+
 def parse_header(raw: Buffer) -> tuple[ChunkFacts, Table]:
     """Facts and tensor table from the start of a file; trusts nothing in it.
 

@@ -237,6 +237,19 @@ class StoreContract:
 
     # Life of a store.
 
+    def test_notes_are_kept_beside_values_or_not_at_all(self, store: Store) -> None:
+        store.write(key_of(1), [value_of(1)])
+        for name, note in ((key_of(2), b"first"), (key_of(2), b"second"), (key_of(3), b"other")):
+            store.put_note(name, note)
+        kept = {key_of(2): b"second", key_of(3): b"other"} if store.notes() else {}
+        assert dict(store.notes()) == kept
+        assert list(store.keys()) == [key_of(1)]
+        assert store.contains([key_of(2)]) == [False]
+        store.put_note(key_of(2), None)
+        store.put_note(key_of(2), None)
+        kept.pop(key_of(2), None)
+        assert dict(store.notes()) == kept
+
     def test_close_may_be_called_twice(self, store: Store) -> None:
         with store:
             store.write(key_of(1), [value_of(1)])

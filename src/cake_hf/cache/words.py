@@ -1,0 +1,40 @@
+"""The first words of a document, kept beside its chunks for who lists the store: only where somebody asks for it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from cake_hf.cache.restoring import RestoringCache
+from cake_hf.stores.records import Record, keep
+from cake_hf.tensors.fingerprint import canonical
+
+MOST_KEPT = 8
+"""Words."""
+
+MAX_LETTERS = 80
+
+SALTED_WORDS = (
+    "First words are not kept of what is saved under a salt, since others could read them; leave out --keep-words."
+)
+
+
+def keep_words(cache: RestoringCache, text: str) -> None:
+    """Keep the first words of the document that a cache holds. To be called when its chunks are durable.
+
+    Args:
+        cache: that was prefilled with the document.
+        text: of the document.
+
+    Raises:
+        ValueError: there is a salt, which is to keep documents from the eyes of others.
+        StoreError: they cannot be kept.
+    """
+    session = cache._session
+    if session.salt:
+        raise ValueError(SALTED_WORDS)
+    if not cache._known:
+        return
+    now, words = int(time.time()), " ".join(text.split(maxsplit=MOST_KEPT)[:MOST_KEPT])[:MAX_LETTERS]
+    namespace, facts = session.latest_namespace(), json.loads(canonical(session.latest_facts()))
+    keep(session.store, Record(namespace, facts, session.model_name, now, now, {cache._known[-1]: words}))

@@ -1,0 +1,59 @@
+"""Notes of a directory store: one small file each, beside what is noted about speed."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES
+from cake_hf.stores.below import directory, files_of, make_directory, opened, replace_file
+from cake_hf.stores.marker import NOTES, is_store
+
+_NAME = re.compile(r"namespace-([0-9a-f]{40})\.json")
+
+
+def read_notes(root: Path) -> dict[str, bytes]:
+    """By name, those that were written last; what is too long to be one is left out.
+
+    Raises:
+        OSError: the directory cannot be looked at.
+    """
+    try:
+        with directory(root) as at, directory(NOTES, at) as folder:
+            found = sorted(files_of(folder, _NAME.fullmatch), key=lambda file: -file[1].st_mtime)
+            return {_name(file): content for file, _ in found[:MOST_NOTES] if (content := _content(file, folder))}
+    except FileNotFoundError:
+        return {}
+
+
+def write_note(root: Path, name: str, note: bytes | None) -> None:
+    """Let a note be this one, or none. Nothing is written to a directory that is no store.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with suppress(FileNotFoundError), directory(root) as at:
+        if note is not None and is_store(at):
+            make_directory(NOTES, at)
+        with directory(NOTES, at) as folder:
+            if note is None:
+                os.unlink(_file(name), dir_fd=folder)
+            elif is_store(at):
+                replace_file(_file(name), note, folder)
+
+
+def _content(file: str, folder: int) -> bytes | None:
+    with suppress(FileNotFoundError), opened(file, os.O_RDONLY, folder) as (descriptor, status):
+        if status.st_size <= MAX_NOTE_BYTES:
+            return os.read(descriptor, MAX_NOTE_BYTES)
+    return None
+
+
+def _file(name: str) -> str:
+    return f"namespace-{name}.json"
+
+
+def _name(file: str) -> str:
+    return file.removeprefix("namespace-").removesuffix(".json")
