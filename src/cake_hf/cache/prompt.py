@@ -16,6 +16,7 @@ from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
+from cake_hf.cache.support import tell_once
 from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
 from cake_hf.movers.telemetry import observe_lookup
@@ -24,10 +25,6 @@ from cake_hf.tensors.codec import ChunkFacts
 from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
-
-
-class ComputePlainly(Exception):
-    """Not an error: a restore that has begun turns out not to be possible. Its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def look_up(
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
-        report.reason = _objection(session, namespace) or "the store has none of the prompt's chunks yet"
+        report.reason = _objection(session, namespace) or _why_none(session)
     layout = session.layout()
     first_span = len(report.timeline)
     return Prompt(
@@ -152,6 +149,17 @@ def _objection(session: Session, namespace: str) -> str:
     if answer.error is not None:
         return f"the store could not be asked: {answer.trouble}"
     return answer.value or ""
+
+
+def _why_none(session: Session) -> str:
+    if session.exact or "behaviour" not in session.latest_facts():
+        return "the store has none of the prompt's chunks yet"
+    reason = (
+        "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
+        "own, and the store has none of the prompt's chunks under these yet"
+    )
+    tell_once(f"{type(session.model).__name__} apart", reason[0].upper() + reason[1:])
+    return reason
 
 
 def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:

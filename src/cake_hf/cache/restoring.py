@@ -22,8 +22,9 @@ from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
+from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
+from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.seals import Seals
 from cake_hf.cache.seen import SeenTokens

@@ -18,10 +18,11 @@ from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.at_work import AtWork
-from cake_hf.cache.behaviour import behaviour, behaviour_digest, differs_from_first
+from cake_hf.cache.behaviour import Kept, behaviour, behaviour_digest
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
+from cake_hf.cache.reference import Shelf, computes_otherwise
 from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
 from cake_hf.movers.sharing import Sharing, sharing_of
@@ -36,7 +37,7 @@ from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import where_computed
-from cake_hf.tensors.parallel import parallel_facts
+from cake_hf.tensors.parallel import parallel_facts, ranks_of
 from cake_hf.tensors.rows import forget_rows, remember_rows, rows_changed
 
 
@@ -133,12 +134,15 @@ class Session:
 
         Args:
             ids: of the prompt. The weights that only these tokens meet are looked at more closely.
+
+        Raises:
+            ComputePlainly: with `exact=False`, the store does not say which model its KV is of.
         """
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
         facts = self.namespace_facts()
-        namespace = namespace_digest(canonical({**facts, "salt": self.salt}))
+        namespace = self._digest(facts)
         remember_rows(self.model)
         _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, facts)
         return namespace
@@ -170,11 +174,25 @@ class Session:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
             facts["code"] = code_digest(self.model, chosen_functions(self.model.config))
             facts["behaviour"] = behaviour_digest(seen)
-        elif differs_from_first(self.model, facts["model"]["weights"], seen):
-            facts["behaviour"] = behaviour_digest(seen)
-        elif replaced := users_functions(self.model, chosen_functions(self.model.config)):
+            return facts
+        if replaced := users_functions(self.model, chosen_functions(self.model.config)):
             facts["code"] = replaced
+        if self._computes_otherwise(facts, seen):
+            facts["behaviour"] = behaviour_digest(seen)
         return facts
+
+    def _digest(self, facts: dict[str, Any]) -> str:
+        return namespace_digest(canonical({**facts, "salt": self.salt}))
+
+    def _computes_otherwise(self, facts: dict[str, Any], seen: Kept) -> bool:
+        """Whether the model differs from the one whose KV is stored under these facts, all but that of its behaviour."""
+        shelf = None
+        if ranks_of(self.model) is None:  # one rank's store may answer, and another's not
+            sharing, seconds = self.sharing, self.limits.lookup_timeout
+            place = self._digest(facts), self.model_name, self.save
+            shelf = Shelf(self.store, *place, seconds, sharing.lookups, sharing.claims)
+        content = canonical([facts["model"], facts.get("code")])
+        return computes_otherwise(self.model, content, seen, shelf)
 
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""

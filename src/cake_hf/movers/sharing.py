@@ -117,12 +117,13 @@ class Sharing:
         lookups: the questions to the place of chunks that were not answered in time.
         notes: the same, of where notes about it are.
         endings: the same, of flushing and closing its stores.
+        claims: the same, of writing what a model computes (`cache.reference`).
         faults: of lookups; forgotten when one succeeds.
         unsaved: faults of writing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lookups, self.notes, self.endings = Late(), Late(), Late()
+        self.lookups, self.notes, self.endings, self.claims = Late(), Late(), Late(), Late()
         self.faults, self.unsaved = FaultLog(), FaultLog()
         self._clock = clock
         self._renew()
