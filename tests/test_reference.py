@@ -71,7 +71,7 @@ def kinds(folder: Path) -> dict[str, Any]:
 @pytest.mark.fault(
     "Model",
     "With `exact=False`, a model is edited (buffers, attributes, modules, functions) before the process's first prompt.",
-    "It is compared with what the model computed whose KV is stored; where it differs it has keys of its own, and the report says so.",
+    "What it computes is compared with what the model of the stored KV computed; where it differs it has keys of its own.",
 )
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("kind", ["memory", "directory", "tiers"])

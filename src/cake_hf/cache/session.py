@@ -13,6 +13,7 @@ import transformers
 
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
@@ -246,6 +247,8 @@ class Session:
         try:
             payload = pack(pieces(), layout)
         except (MemoryError, RuntimeError) as error:  # there is no memory for it
+            if is_the_users(error):
+                raise
             writer.tell(error)
             done(False)
             return

@@ -18,11 +18,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
+from cake_hf.arithmetic.interrupts import faults_suppressed
 from cake_hf.movers.deadline import Late
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.stores.base import Store, place_of
@@ -80,7 +81,7 @@ class Flight:
             try:
                 if payload is not None and self._followers:
                     # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
-                    with suppress(MemoryError, RuntimeError):
+                    with faults_suppressed(MemoryError, RuntimeError):
                         self._payload = payload()
             finally:
                 self._ended.set()
