@@ -80,7 +80,7 @@ class CakeCache(RestoringCache):
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
-        model = resolve_model(model, store)
+        given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, reason = checked_layers(model)
         session = Session(
@@ -93,6 +93,7 @@ class CakeCache(RestoringCache):
             strategy=Strategy(strategy),
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
+            compiled=given,
         )
         super().__init__(session, layers, reason, passive=not layers)
 

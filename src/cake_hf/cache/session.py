@@ -66,6 +66,7 @@ class Session:
         strategy: Strategy,
         limits: Limits,
         snapshot_every: int = 0,
+        compiled: Any = None,
     ) -> None:
         if chunk_size < MIN_CHUNK_SIZE:
             raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
@@ -79,11 +80,17 @@ class Session:
         self._access = Access(store, limits, save=save, share=sharing_of)
         self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
+        self.is_closed = False  # as `closed`; a plain attribute, which torch.compile can trace
         self.at_work = AtWork()
         self._hook = ModelHook.attach(model)
+        self._hook.stay_in_front(compiled)
         # When the last cache of this session is gone, and nobody has closed it.
         self._release = weakref.finalize(self, _forsake, self._hook, self._access)
         self._release.atexit = False
+
+    def stay_in_front(self) -> None:
+        """The model may have been compiled since."""
+        self._hook.stay_in_front()
 
     @property
     def store(self) -> Store:
@@ -115,6 +122,7 @@ class Session:
 
     def close(self) -> bool:
         """Remove the hook, save what is queued (with one bound), close the store if it is ours; False on time-out."""
+        self.is_closed = True
         if not self._release.detach():
             return True
         end = time.monotonic() + self.limits.exit_flush_seconds
