@@ -135,7 +135,11 @@ class CakeCache(RestoringCache):
         return self._session.store
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice."""
+        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice.
+
+        Without a timeout it waits as long as chunks are being written, and gives up on a store that takes longer than
+        `limits.exit_flush_seconds` for one chunk, or for its own flushing.
+        """
         return self._session.flush(timeout)
 
     def close(self) -> None:

@@ -211,7 +211,10 @@ class TierStore(Store):
         return next((folder for folder in folders if folder is not None), None)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice."""
+        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice.
+
+        Without a timeout as long as it goes on: False once one copy takes longer than `close_seconds`.
+        """
         return self._behind.flush(timeout)
 
     def close(self) -> None:
