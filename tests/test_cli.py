@@ -115,7 +115,7 @@ def test_salt_dtype_exactness_and_length_choose_the_chunks(
     options = [("--salt", "a"), ("--dtype", "bfloat16"), ("--no-exact",), ("--salt", "b", "--tokens", 2 * CHUNK)]
     for more in options:
         assert warm(command, model_folder, document, store, *more).exit_code == 0
-    assert len(keys_of(store)) == 4 * CHUNKS + 2
+    assert len(keys_of(store)) == 4 * CHUNKS + 2 + 1  # and with --no-exact what the model computes
     output = flat(command("ls", store).output)
     assert "BF16" in output
     assert output.count("tiny") == 10  # five namespaces, five prompts

@@ -24,24 +24,24 @@ CHUNKS = 1
 IDS = prompt(CHUNKS * CHUNK + 7)
 
 
-def forward(model: Any) -> Any:
-    model.forward = torch.compile(model.forward, backend="eager")
+def forward(model: Any, **options: Any) -> Any:
+    model.forward = torch.compile(model.forward, **{"backend": "eager", **options})
     return model
 
 
-def itself(model: Any) -> Any:
-    model.compile(backend="eager")
+def itself(model: Any, **options: Any) -> Any:
+    model.compile(**{"backend": "eager", **options})
     return model
 
 
-def layers(model: Any) -> Any:
+def layers(model: Any, **options: Any) -> Any:
     for layer in model.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(**{"backend": "eager", **options})
     return model
 
 
-def module(model: Any) -> Any:
-    return torch.compile(model, backend="eager")
+def module(model: Any, **options: Any) -> Any:
+    return torch.compile(model, **{"backend": "eager", **options})
 
 
 WAYS = (forward, itself, layers, module)
@@ -75,7 +75,7 @@ def generated(model: Any, cache: Any, **options: Any) -> torch.Tensor:
     "Chunks are computed and restored without the compiled code, bit for bit those of the plain model; the rest runs compiled.",
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_generate_on_a_compiled_model(way: Callable[[Any], Any]) -> None:
+def test_generate_on_a_compiled_model(way: Callable[..., Any]) -> None:
     """The backend runs the graphs with the same kernels as without them, so the oracle need not be compiled."""
     expected = generated(tiny(), DynamicCache(config=tiny().config), prefill_chunk_size=CHUNK)
     model, store = way(tiny()), MemoryStore()

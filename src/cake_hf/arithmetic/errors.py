@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from cake_hf.arithmetic.interrupts import is_the_users
 
 
 class CakeError(Exception):
@@ -40,6 +40,6 @@ def is_a_fault(error: BaseException) -> bool:
     """Whether an error that a store raised is its fault, as any `Exception` is.
 
     A client library may raise others, too (a panic in native code, a cancelled task). In the main thread these may be the
-    user's Ctrl-C; in all other threads nobody but the store can have raised them.
+    user's Ctrl-C, or come from a signal handler; in all other threads nobody but the store can have raised them.
     """
-    return isinstance(error, Exception) or threading.current_thread() is not threading.main_thread()
+    return not is_the_users(error)

@@ -67,6 +67,11 @@ def state_key(chunk_key: str) -> str:
     return hashlib.blake2b(bytes.fromhex(chunk_key), digest_size=KEY_BYTES, person=b"cake-state").hexdigest()
 
 
+def behaviour_key(namespace: str) -> str:
+    """Name of what the model computed whose KV lies under a namespace, see `cache.reference`."""
+    return hashlib.blake2b(bytes.fromhex(namespace), digest_size=KEY_BYTES, person=b"cake-behaviour").hexdigest()
+
+
 def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:
     """64-bit little-endian, whatever the machine."""
     if isinstance(token_ids, memoryview):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from cake_hf.arithmetic.forks import Lock
-from cake_hf.cache.prompt import ComputePlainly, Prompt
+from cake_hf.cache.plainly import ComputePlainly
+from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.place import byte_view
 from cake_hf.movers.reads import ReadBeside, read_facts

@@ -10,13 +10,12 @@ a restore compares what it computes with what is stored (`cache.audit`).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from cake_hf.cache.aside import differ, run_aside, some_tokens
+from cake_hf.cache.aside import run_aside, some_tokens
 from cake_hf.cache.compat import LinearAttentionLayer
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.cache.probe import forget_if_unlike
@@ -27,13 +26,7 @@ from cake_hf.tensors.octets import host_bytes
 TOKENS = 2
 """Of the forward; half of them far behind the others, where positions count for more. As few as can attend to one another."""
 FARTHEST = 8192
-TOLERANCE = 0.05
-"""Relative difference: far above rounding, far below what steering does."""
-
 Kept = dict[str, torch.Tensor]
-
-
-_first_seen: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
 
 
 def behaviour(model: torch.nn.Module) -> Kept:
@@ -57,20 +50,6 @@ def behaviour_digest(seen: Kept) -> str:
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         parts.append(bytes(host_bytes(tensor)))
     return checksum(b"".join(parts))
-
-
-def differs_from_first(model: torch.nn.Module, weights: str, seen: Kept) -> bool:
-    """Whether a model computes something else, by more than rounding, than when it was first seen in this process.
-
-    Args:
-        model: any.
-        weights: their checksum. With other weights it is another model.
-        seen: what it does at present.
-    """
-    first = _first_seen.setdefault(model, {}).setdefault(weights, seen)
-    if {name: tensor.shape for name, tensor in first.items()} != {name: tensor.shape for name, tensor in seen.items()}:
-        return True
-    return any(differ(first[name], seen[name], TOLERANCE) for name in seen)
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
-from cake_hf.cache.prompt import ComputePlainly
+from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
@@ -80,7 +80,7 @@ class CakeCache(RestoringCache):
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
-        model = resolve_model(model, store)
+        given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, reason = checked_layers(model)
         session = Session(
@@ -93,6 +93,7 @@ class CakeCache(RestoringCache):
             strategy=Strategy(strategy),
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
+            compiled=given,
         )
         super().__init__(session, layers, reason, passive=not layers)
 
@@ -134,7 +135,11 @@ class CakeCache(RestoringCache):
         return self._session.store
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice."""
+        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice.
+
+        Without a timeout it waits as long as chunks are being written, and gives up on a store that takes longer than
+        `limits.exit_flush_seconds` for one chunk, or for its own flushing.
+        """
         return self._session.flush(timeout)
 
     def close(self) -> None:

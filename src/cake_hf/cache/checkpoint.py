@@ -29,6 +29,7 @@ class Checkpoint:
         past: tokens in the cache.
         known: keys of the leading chunks in it.
         windows: what windowed layers held, by number. These tensors are not written to.
+        replaced: K and V of layers whose content was not in their own buffers, by number. Nor are these.
         frame: that ends when the forward does; None where torch.compile has traced the call, and frames tell nothing.
         thread: in which the forward runs.
     """
@@ -36,6 +37,7 @@ class Checkpoint:
     past: int
     known: tuple[str, ...]
     windows: dict[int, Content]
+    replaced: dict[int, tuple[Any, Any]]
     frame: FrameType | None
     thread: int
 
@@ -43,7 +45,12 @@ class Checkpoint:
     def take(cls, layers: Sequence[Any], past: int, known: Sequence[str], *, traced: bool = False) -> Checkpoint:
         """To be called by the hook in front of the forward."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
-        return cls(past, tuple(known), windows, None if traced else _callers_frame(), threading.get_ident())
+        replaced = {
+            n: (layer.keys, layer.values)
+            for n, layer in enumerate(layers)
+            if isinstance(layer, TokenMajorLayer) and not layer.is_own
+        }
+        return cls(past, tuple(known), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
 
     def is_over(self) -> bool:
         """Whether the forward does not run any more. Where that cannot be told, as in other threads, it counts as running."""
@@ -58,23 +65,24 @@ class Checkpoint:
 
     def go_back(self, layers: Sequence[Any]) -> bool:
         """Puts the content of layers back; False if some cannot go back, since each token overwrites their states."""
-        if any(isinstance(layer, RecurrentLayer) or not _holds(layer, self.past) for layer in layers):
+        if any(isinstance(layer, RecurrentLayer) or not self._holds(n, layer) for n, layer in enumerate(layers)):
             return False
         for number, layer in enumerate(layers):
             if isinstance(layer, WindowedLayer):
                 layer.put(self.windows[number])
+            elif number in self.replaced:
+                layer.keys, layer.values = self.replaced[number]
             elif isinstance(layer, TokenMajorLayer) and layer.is_initialized:
                 layer.show(self.past)
         return True
 
-
-def _holds(layer: Any, tokens: int) -> bool:
-    """Whether a layer can be cut to that many tokens."""
-    if isinstance(layer, WindowedLayer):
-        return True
-    if not isinstance(layer, TokenMajorLayer):
-        return not getattr(layer, "is_initialized", False)
-    return not layer.is_initialized or (layer.is_own and min(layer.lengths) >= tokens)
+    def _holds(self, number: int, layer: Any) -> bool:
+        """Whether a layer can be cut to what it held."""
+        if isinstance(layer, WindowedLayer) or number in self.replaced:
+            return True
+        if not isinstance(layer, TokenMajorLayer):
+            return not getattr(layer, "is_initialized", False)
+        return not layer.is_initialized or layer.has_room(self.past)
 
 
 def _callers_frame() -> FrameType:

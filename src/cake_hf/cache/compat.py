@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import transformers
 from packaging.version import Version
+
+from cake_hf.arithmetic.interrupts import faults_suppressed
 
 OLDEST = "5.0"
 """The oldest version of transformers that is supported."""
@@ -175,7 +176,7 @@ def begin_plainly(cache: Any, config: Any) -> None:
     """Call `DynamicCache.__init__` in the way that this version takes, with a config if it takes one."""
     ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {"config": config}), ((config,), {}), ((), {})]
     for args, named in ways:
-        with suppress(Exception):  # whatever a version says of a way that it does not take
+        with faults_suppressed(Exception):  # whatever a version says of a way that it does not take
             return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
     return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]  # the same
 

@@ -19,6 +19,17 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
     passive = False
     """Whether it is no more than the cache that it is derived from."""
 
+    in_front = False
+    """Whether what runs is compiled code, which `hook.InFront` has called."""
+
+    def is_over(self) -> bool:
+        """Whether the hooks have nothing to do with it any more."""
+        return False
+
+    def is_inside(self) -> bool:
+        """Whether a forward of the cache's model runs."""
+        return False
+
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.
 
@@ -30,11 +41,14 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
     def _before_unknown_update(self) -> None:
         """Called before something is taken in by arguments that we do not know."""
 
+    def _is_in_graph(self) -> bool:
+        """Whether torch.compile traces the forward that calls, and nothing is left to do outside of the graph."""
+        return False
+
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
         return keys, values
 
-    @outside_graphs
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As `DynamicCache.update`.
 
@@ -42,8 +56,19 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
-        if self.passive:
-            return super().update(*args, **kwargs)
+        if self.passive or self._is_in_graph():
+            return self._update_in_graph(*args, **kwargs)
+        return self._update(*args, **kwargs)
+
+    @outside_graphs
+    def _before_this_update(self, layer: int, *, reads: bool) -> None:
+        self._before_update(layer, reads=reads)
+
+    def _update_in_graph(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+    @outside_graphs
+    def _update(self, *args: Any, **kwargs: Any) -> Any:
         if {*_PARAMETERS[len(args) :]} - kwargs.keys():
             self._before_unknown_update()
             return super().update(*args, **kwargs)
@@ -56,28 +81,28 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         keys, values = self._as_kept(layer_idx, key_states, value_states)
         return super().update(keys, values, layer_idx, *args, **kwargs)
 
-    @outside_graphs
     def update_indexer(
         self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
-        self._before_update(layer_idx, reads=True)
+        if not self._is_in_graph():
+            self._before_this_update(layer_idx, reads=True)
         keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return keys
 
-    @outside_graphs
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `DynamicCache.update_conv_state`; raises as `update`."""
-        self._before_update(layer_idx, reads=False)
+        if not self._is_in_graph():
+            self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return state
 
-    @outside_graphs
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """As `DynamicCache.update_recurrent_state`; raises as `update`."""
-        self._before_update(layer_idx, reads=False)
+        if not self._is_in_graph():
+            self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return state
 

@@ -7,6 +7,7 @@ passes untouched.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from cake_hf.arithmetic.turns import Turns
 from cake_hf.cache.caller import cache_given_to_generate
 from cake_hf.cache.compat import find_cache, renamed_for
-from cake_hf.cache.graphs import outside_graphs
+from cake_hf.cache.graphs import is_compiled, outside_graphs
+from cake_hf.cache.guarded import GuardedCache
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
 
@@ -44,6 +46,8 @@ class ModelHook:
             ]
         if family_of(model) is not None:
             self._handles.append(ImageDeferral(model, _is_for_us))
+        self._model = weakref.ref(model)
+        self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     @classmethod
     def attach(cls, model: torch.nn.Module) -> ModelHook:
@@ -55,17 +59,43 @@ class ModelHook:
             hook._users += 1
             return hook
 
+    def stay_in_front(self, given: Any = None) -> None:
+        """Have prompts restored before compiled code runs, also where that is compiled as one graph.
+
+        Args:
+            given: what the user gave for the model: it may be the module that torch.compile has put around it.
+        """
+        model: Any = self._model()
+        if model is None:
+            return
+        compiled = model._compiled_call_impl
+        if compiled is not None and not isinstance(compiled, InFront):
+            model._compiled_call_impl = InFront(model, compiled)
+        is_around = getattr(given, "_orig_mod", None) is model
+        if is_around:
+            if not isinstance(given.forward, InFront):
+                given.forward = InFront(model, given.forward)
+            self._wrapped.add(given)
+
     def detach(self) -> None:
         """One user less; the last one takes the hooks off the model. For finalizers, too."""
         _turns.soon(self._detach)
 
     def _detach(self) -> None:
         self._users -= 1
-        if self._users == 0:
+        if self._users == 0 and not self._is_traced():
             for handle in self._handles:
                 handle.remove()
             for model in [model for model, hook in _hooks.items() if hook is self]:
                 del _hooks[model]
+
+    def _is_traced(self) -> bool:
+        """Whether hooks are part of graphs: these would be made anew without them, and again with the next ones.
+
+        Without a cache of ours hooks do nothing, so they may stay.
+        """
+        model = self._model()
+        return model is not None and family_of(model) is None and (bool(self._wrapped) or is_compiled(model))
 
 
 def _forget_copied(model: torch.nn.Module) -> None:
@@ -89,11 +119,59 @@ def _is_for_us(kwargs: dict[str, Any]) -> bool:
     return _cake_cache((), kwargs) is not None
 
 
+class InFront:
+    """Compiled code that runs a model, hooks and all, with what has to run outside of its graphs in front of and behind it.
+
+    Attributes:
+        compiled: the code.
+    """
+
+    def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any]) -> None:
+        self._model = model
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # as a part of something larger
+            return self.compiled(*args, **kwargs)
+        cache = _cake_cache(args, kwargs)
+        if cache is None or cache._busy or cache.in_front:
+            if cache is None:
+                _note_bypassed(self._model, args, kwargs)
+            return self.compiled(*args, **kwargs)
+        args, kwargs = _handed_on(cache, self._model, args, kwargs, compiled=True) or (args, kwargs)
+        cache.in_front = True
+        ended = False
+        try:
+            output = self.compiled(*args, **kwargs)
+            ended = True
+        finally:
+            cache.in_front = False
+            cache._leave_model(self._model, failed=not ended)
+        return output
+
+
+def _traced_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedCache | None:
+    """As `_cake_cache`, in the simple words that torch.compile can trace."""
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, GuardedCache):
+            return None if value.passive or value.is_over() else value
+    return None
+
+
 def _enter(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    # Whether torch.compile has traced the call: then the forward will be compiled code, and what is done here is not.
-    return _entered(model, args, kwargs, traced=torch.compiler.is_dynamo_compiling())
+    if not torch.compiler.is_dynamo_compiling():
+        return _entered(model, args, kwargs, traced=False)
+    # torch.compile traces the call: the forward will be compiled code, and what is done here is not.
+    cache = _traced_cache(args, kwargs)
+    if cache is None or cache.in_front:
+        return None
+    torch._dynamo.graph_break(
+        msg="cake_hf restores prompts outside of graphs: make the CakeCache after model.compile(fullgraph=True), or with what "
+        "torch.compile(model, fullgraph=True) returned"
+    )
+    return _entered(model, args, kwargs, traced=True)
 
 
 @outside_graphs
@@ -104,7 +182,15 @@ def _entered(
     if cache is None:
         _note_bypassed(model, args, kwargs)
         return None
-    rewritten = cache._enter_model(model, args, kwargs, traced=traced)
+    if cache.in_front and not cache._busy:
+        return None
+    return _handed_on(cache, model, args, kwargs, traced=traced)
+
+
+def _handed_on(
+    cache: RestoringCache, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    rewritten = cache._enter_model(model, args, kwargs, **how)
     if rewritten is not None:
         return rewritten
     renamed = renamed_for(model, kwargs, cache)
@@ -122,22 +208,46 @@ def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             cache._note_bypassed(ids)
 
 
-@outside_graphs
 def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        cache = _traced_cache(args, kwargs)
+        if cache is None or cache.in_front:
+            return
+    _left(model, args, kwargs, output)
+
+
+@outside_graphs
+def _left(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
-    if cache is not None:
+    if cache is not None and (not cache.in_front or cache._busy):
         cache._leave_model(model, failed=output is None)
 
 
-@outside_graphs
 def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not (torch.compiler.is_dynamo_compiling() and _needs_nothing(args, kwargs)):
+        _entered_decoder(args, kwargs)
+
+
+def _needs_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder that is traced is called within its model."""
+    cache = _traced_cache(args, kwargs)
+    return cache is None or cache.is_inside()
+
+
+@outside_graphs
+def _entered_decoder(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
         cache._enter_decoder()
 
 
-@outside_graphs
 def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if not (torch.compiler.is_dynamo_compiling() and _needs_nothing(args, kwargs)):
+        _left_decoder(args, kwargs, failed=output is None)
+
+
+@outside_graphs
+def _left_decoder(args: tuple[Any, ...], kwargs: dict[str, Any], *, failed: bool) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
-        cache._leave_decoder(failed=output is None)
+        cache._leave_decoder(failed=failed)

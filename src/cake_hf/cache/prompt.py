@@ -17,6 +17,7 @@ from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.misses import NONE_YET, Inquiry
 from cake_hf.cache.session import Session
+from cake_hf.cache.support import tell_once
 from cake_hf.movers.cost_memory import note_seconds
 from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
@@ -26,10 +27,6 @@ from cake_hf.tensors.codec import ChunkFacts, stored_bytes
 from cake_hf.tensors.layout import ChunkLayout
 
 logger = logging.getLogger("cake_hf")
-
-
-class ComputePlainly(Exception):
-    """Not an error: a restore that has begun turns out not to be possible. Its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def look_up(
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     report.chunks_missed += chunks - sum(stored[:chunks])
     if chunks and not any(stored) and not report.reason:
-        report.reason = _objection(session, namespace) or NONE_YET
+        report.reason = _objection(session, namespace) or _why_none(session)
         if report.reason == NONE_YET and not known and asked:
             inquiry = Inquiry(session, call, namespace, note_seconds(session.limits))
     layout = session.layout()
@@ -166,6 +163,17 @@ def _objection(session: Session, namespace: str) -> str:
     if answer.error is not None:
         return f"the store could not be asked: {answer.trouble}"
     return answer.value or ""
+
+
+def _why_none(session: Session) -> str:
+    if session.exact or "behaviour" not in session.latest_facts():
+        return NONE_YET
+    reason = (
+        "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
+        "own, and the store has none of the prompt's chunks under these yet"
+    )
+    tell_once(f"{type(session.model).__name__} apart", reason[0].upper() + reason[1:])
+    return reason
 
 
 def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:

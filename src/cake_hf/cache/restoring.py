@@ -22,8 +22,9 @@ from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs, note_savings
+from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
+from cake_hf.cache.prompt import Prompt, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.seals import Seals
 from cake_hf.cache.seen import SeenTokens
@@ -101,6 +102,7 @@ class RestoringCache(GuardedCache):
         self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
+        self._compiled = False  # the model was called by compiled code
         self._busy = False  # a restore is running: its forwards pass the hook untouched
         self._lost: Callable[[], bool] = never  # whether the chunk that is being computed has come from the store
         self._prefilled: Prompt | None = None  # brought by `prefill`; its last piece has not come yet
@@ -126,6 +128,23 @@ class RestoringCache(GuardedCache):
     def is_plain(self) -> bool:
         """Whether the hook has nothing to do for it. (A prompt that is in the model when it is closed is not cut off.)"""
         return self.passive or self._session.closed
+
+    # What torch.compile traces: plain attributes only.
+
+    def is_over(self) -> bool:
+        return self._session.is_closed
+
+    def is_inside(self) -> bool:
+        return self._depth > 0
+
+    def _is_in_graph(self) -> bool:
+        return torch.compiler.is_dynamo_compiling() and (self._depth > 0 or self._session.is_closed)
+
+    def _update_in_graph(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        keys, values = self._as_kept(layer_idx, key_states, value_states)
+        return super()._update_in_graph(keys, values, layer_idx, *args, **kwargs)
 
     # What changes the content changes what is known about it.
 
@@ -167,6 +186,8 @@ class RestoringCache(GuardedCache):
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         self._go_back_if_left()
+        if not self._depth and not torch.compiler.is_dynamo_compiling():
+            self._session.stay_in_front()
         return int(super().get_seq_length(*args, **kwargs))
 
     def _go_back_if_left(self) -> None:
@@ -213,7 +234,13 @@ class RestoringCache(GuardedCache):
     # Called by the hook.
 
     def _enter_model(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        traced: bool = False,
+        compiled: bool = False,
     ) -> Rewritten | None:
         if model is not self._session.model:
             raise self._foreign()
@@ -224,6 +251,7 @@ class RestoringCache(GuardedCache):
             self._depth = 0
             self._seals.look()
             past = self._length()
+            self._compiled = traced or compiled
             self._checkpoint = Checkpoint.take(self.layers, past, self._known, traced=traced)
             try:
                 rewritten = self._handle_if_understood(model, args, kwargs, past)
@@ -232,13 +260,17 @@ class RestoringCache(GuardedCache):
                 if isinstance(error, CakeError):  # ours, before anything was changed
                     self._checkpoint = None
                 raise
-            if self._tail is not None and self._tail.key and (traced or is_compiled(model)):
+            if self._tail is not None and self._tail.key and self._runs_compiled():
                 self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
         self._depth += 1
         return rewritten
+
+    def _runs_compiled(self) -> bool:
+        """Whether compiled code will run the forward that has begun, or a part of it."""
+        return self._compiled or is_compiled(self._session.model)
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
         if model is not self._session.model or self._depth == 0 or not self._user.is_here:
@@ -399,7 +431,9 @@ class RestoringCache(GuardedCache):
         report = None if prefilled is None else prefilled.report
         if report is not None:  # it is the same prompt, and more of it
             report.tokens = call.past + call.tokens
-        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True, report=report)
+        # What is compiled cannot wait in its layers.
+        beyond = not self._runs_compiled()
+        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=beyond, report=report)
         if restore is None:
             return None
         prompt = restore.prompt

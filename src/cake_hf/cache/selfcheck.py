@@ -17,6 +17,7 @@ import torch
 
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import compat
@@ -103,6 +104,8 @@ def _try_out(model: torch.nn.Module) -> str:
     except _Undecided:
         raise
     except Exception as error:  # whatever it is that has changed
+        if is_the_users(error):
+            raise
         wrong = f"{type(error).__name__}: {error}"
     if not wrong:
         tell_once(

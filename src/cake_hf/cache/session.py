@@ -13,15 +13,17 @@ import transformers
 
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.keys import namespace_digest
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.at_work import AtWork
-from cake_hf.cache.behaviour import behaviour, behaviour_digest, differs_from_first
+from cake_hf.cache.behaviour import Kept, behaviour, behaviour_digest
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
+from cake_hf.cache.reference import Shelf, computes_otherwise
 from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, note_seconds, recall_costs
 from cake_hf.movers.recording import recorder
@@ -38,7 +40,7 @@ from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import where_computed
-from cake_hf.tensors.parallel import parallel_facts
+from cake_hf.tensors.parallel import parallel_facts, ranks_of
 from cake_hf.tensors.rows import forget_rows, remember_rows, rows_changed
 
 
@@ -66,6 +68,7 @@ class Session:
         strategy: Strategy,
         limits: Limits,
         snapshot_every: int = 0,
+        compiled: Any = None,
     ) -> None:
         if chunk_size < MIN_CHUNK_SIZE:
             raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
@@ -80,11 +83,17 @@ class Session:
         self.store_name = store_name(store)
         self._count_lock = Lock()
         self._options = (chunk_size, salt, exact)
+        self.is_closed = False  # as `closed`; a plain attribute, which torch.compile can trace
         self.at_work = AtWork()
         self._hook = ModelHook.attach(model)
+        self._hook.stay_in_front(compiled)
         # When the last cache of this session is gone, and nobody has closed it.
         self._release = weakref.finalize(self, _forsake, self._hook, self._access)
         self._release.atexit = False
+
+    def stay_in_front(self) -> None:
+        """The model may have been compiled since."""
+        self._hook.stay_in_front()
 
     @property
     def store(self) -> Store:
@@ -116,6 +125,7 @@ class Session:
 
     def close(self) -> bool:
         """Remove the hook, save what is queued (with one bound), close the store if it is ours; False on time-out."""
+        self.is_closed = True
         if not self._release.detach():
             return True
         end = time.monotonic() + self.limits.exit_flush_seconds
@@ -136,12 +146,15 @@ class Session:
 
         Args:
             ids: of the prompt. The weights that only these tokens meet are looked at more closely.
+
+        Raises:
+            ComputePlainly: with `exact=False`, the store does not say which model its KV is of.
         """
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
         facts = self.namespace_facts()
-        namespace = namespace_digest(canonical({**facts, "salt": self.salt}))
+        namespace = self._digest(facts)
         remember_rows(self.model)
         _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, facts)
         return namespace
@@ -173,11 +186,25 @@ class Session:
             facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
             facts["code"] = code_digest(self.model, chosen_functions(self.model.config))
             facts["behaviour"] = behaviour_digest(seen)
-        elif differs_from_first(self.model, facts["model"]["weights"], seen):
-            facts["behaviour"] = behaviour_digest(seen)
-        elif replaced := users_functions(self.model, chosen_functions(self.model.config)):
+            return facts
+        if replaced := users_functions(self.model, chosen_functions(self.model.config)):
             facts["code"] = replaced
+        if self._computes_otherwise(facts, seen):
+            facts["behaviour"] = behaviour_digest(seen)
         return facts
+
+    def _digest(self, facts: dict[str, Any]) -> str:
+        return namespace_digest(canonical({**facts, "salt": self.salt}))
+
+    def _computes_otherwise(self, facts: dict[str, Any], seen: Kept) -> bool:
+        """Whether the model differs from the one whose KV is stored under these facts, all but that of its behaviour."""
+        shelf = None
+        if ranks_of(self.model) is None:  # one rank's store may answer, and another's not
+            sharing, seconds = self.sharing, self.limits.lookup_timeout
+            place = self._digest(facts), self.model_name, self.save
+            shelf = Shelf(self.store, *place, seconds, sharing.lookups, sharing.claims)
+        content = canonical([facts["model"], facts.get("code")])
+        return computes_otherwise(self.model, content, seen, shelf)
 
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""
@@ -236,6 +263,8 @@ class Session:
         try:
             payload = pack(pieces(), layout)
         except (MemoryError, RuntimeError) as error:  # there is no memory for it
+            if is_the_users(error):
+                raise
             writer.tell(error)
             done(False)
             return

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.errors import CakeError, UnsupportedModel
+from cake_hf.arithmetic.interrupts import faults_suppressed, is_the_users
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.compat import (
     CACHE_NAMES,
@@ -85,6 +86,8 @@ def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
         layers = layers_for(model)
         return layers, model_reason(model, layers)
     except Exception as error:  # whatever it is that has changed
+        if is_the_users(error):
+            raise
         return [], not_understood(model, error)
 
 
@@ -106,11 +109,9 @@ def layers_for(model: torch.nn.Module) -> list[Any]:
 
 def plain_layers(model: torch.nn.Module) -> list[Any]:
     """The layers of such a cache; an empty list where it makes them as they are needed."""
-    try:
-        layers: list[Any] = plain_cache(model).layers
-    except Exception:  # it was told already
-        return []
-    return layers
+    with faults_suppressed(Exception):  # they were told already
+        return list(plain_cache(model).layers)
+    return []
 
 
 def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
@@ -174,6 +175,8 @@ def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
     purpose pass, too, and failures of the machine. Ranks of a parallel model may not go separate ways.
     """
     if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)) or ranks_of(model) is not None:
+        return False
+    if is_the_users(error):
         return False
     if isinstance(error, RuntimeError) and _FAILED_THEMSELVES.search(str(error)):
         return False

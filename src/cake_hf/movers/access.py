@@ -128,18 +128,28 @@ class Access:
         return f"the store cannot be used for now: {in_words(found.error)}"
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until all that is to be saved is durable; False on time-out, or where the store fails."""
-        begin = time.monotonic()
+        """Wait until all that is to be saved is durable; False on time-out, or where the store fails.
+
+        Without a timeout as long as chunks are written: one of them, and the store itself, may take `exit_flush_seconds`.
+        """
+        begin, most = time.monotonic(), self._limits.exit_flush_seconds
         if not self.writer.flush(timeout):
+            if timeout is None:
+                self._tell_unflushed(f"It has been at one chunk for more than {most:g} s (Limits.exit_flush_seconds).")
             return False
         if type(self.store).flush is Store.flush:
             return True
-        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
-        patience = threading.TIMEOUT_MAX if left is None else min(left + FLUSH_GRACE, threading.TIMEOUT_MAX)
+        left = most if timeout is None else max(0.0, timeout - (time.monotonic() - begin))
+        patience = min(left + FLUSH_GRACE, threading.TIMEOUT_MAX)
         answer = ask(partial(_flushed, self.store, left), patience, "flush", self.sharing.endings)
         if answer.error is not None:
-            self._door.faults.tell("flush", "The store cannot be flushed. %s", answer.trouble)
+            self._tell_unflushed(answer.trouble)
+        elif timeout is None and not answer.value:
+            self._tell_unflushed(f"It needs more than {most:g} s (Limits.exit_flush_seconds).")
         return bool(answer.value)
+
+    def _tell_unflushed(self, why: str) -> None:
+        self._door.faults.tell("flush", "The store cannot be flushed. %s", why)
 
     def close_store(self, seconds: float) -> None:
         """Close the store if it was opened here and nothing is being written to it, and wait for that so long."""
@@ -234,7 +244,7 @@ def _with_refusal(found: Found) -> Found:
     return replace(found, saves=True, error=None)
 
 
-def _flushed(store: Store, seconds: float | None) -> bool:
+def _flushed(store: Store, seconds: float) -> bool:
     return bool(store.flush(seconds))
 
 

@@ -18,11 +18,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from cake_hf.arithmetic.forks import Lock, renewed_in_child
+from cake_hf.arithmetic.interrupts import faults_suppressed
 from cake_hf.movers.deadline import Late
 from cake_hf.movers.fault_log import FaultLog
 from cake_hf.stores.base import Store, place_of
@@ -80,7 +81,7 @@ class Flight:
             try:
                 if payload is not None and self._followers:
                     # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
-                    with suppress(MemoryError, RuntimeError):
+                    with faults_suppressed(MemoryError, RuntimeError):
                         self._payload = payload()
             finally:
                 self._ended.set()
@@ -117,12 +118,13 @@ class Sharing:
         lookups: the questions to the place of chunks that were not answered in time.
         notes: the same, of where notes about it are.
         endings: the same, of flushing and closing its stores.
+        claims: the same, of writing what a model computes (`cache.reference`).
         faults: of lookups; forgotten when one succeeds.
         unsaved: faults of writing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lookups, self.notes, self.endings = Late(), Late(), Late()
+        self.lookups, self.notes, self.endings, self.claims = Late(), Late(), Late(), Late()
         self.faults, self.unsaved = FaultLog(), FaultLog()
         self._clock = clock
         self._renew()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.arithmetic.interrupts import faults_suppressed
 from cake_hf.tensors.aligned import empty_aligned
 
 
@@ -85,7 +86,6 @@ class SlotRing:
 
 
 def _locked(nbytes: int) -> torch.Tensor | None:
-    try:
+    with faults_suppressed(RuntimeError):
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError:
-        return None
+    return None

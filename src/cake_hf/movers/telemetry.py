@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from cake_hf.arithmetic.forks import Lock
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.report import Report
 
 logger = logging.getLogger("cake_hf")
@@ -116,6 +117,8 @@ class _Watch:
                 meter = make_meter()
                 self._instruments = Instruments(meter) if meter is not None else None
             except Exception as error:
+                if is_the_users(error):
+                    raise
                 logger.warning("Nothing is reported to OpenTelemetry (1.30 or newer is needed). %s", error)
             self._made = True
 
@@ -129,6 +132,8 @@ class _Watch:
         try:
             what(instruments)
         except Exception as error:
+            if is_the_users(error):
+                raise
             logger.debug("OpenTelemetry could not be told. %s", error)
 
 

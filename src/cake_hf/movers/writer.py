@@ -77,7 +77,8 @@ class Writer:
         return self._share.offer(Work(job.facts.key, job.layout.nbytes, partial(self._bring, job)))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything offered here so far, and what is offered meanwhile, is durable; False on time-out."""
+        """Wait until everything offered here so far, and what is offered meanwhile, is durable; False on time-out, or where
+        there is none and one chunk takes longer than `exit_flush_seconds`."""
         return self._share.flush(timeout)
 
     def close(self) -> bool:

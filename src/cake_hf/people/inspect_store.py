@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.keys import state_key
+from cake_hf.arithmetic.keys import behaviour_key, state_key
 from cake_hf.arithmetic.outside import escaped, shown
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.stores.opening import directory_of
@@ -68,17 +69,19 @@ class Inventory:
     Attributes:
         chunks: by key.
         states: by key, the snapshots of recurrent states that lie beside them.
+        behaviours: by key, what the models compute whose chunks these are; one for each namespace with `exact=False`.
         unreadable: key -> why, of those whose header makes no sense.
     """
 
     chunks: dict[str, StoredChunk] = field(default_factory=dict)
     states: dict[str, StoredChunk] = field(default_factory=dict)
+    behaviours: dict[str, StoredChunk] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all readable chunks and states."""
-        return total_file_bytes([*self.chunks.values(), *self.states.values()])
+        """Bytes of all readable chunks, and of what lies beside them."""
+        return total_file_bytes([*self.chunks.values(), *self.states.values(), *self.behaviours.values()])
 
     @property
     def tokens(self) -> int:
@@ -151,7 +154,7 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
             inventory.unreadable[key] = shown(error)
         else:
             if chunk is not None:
-                (inventory.states if _is_state(chunk.facts) else inventory.chunks)[key] = chunk
+                _part_for(chunk.facts, inventory)[key] = chunk
         progress(count, len(keys))
     return inventory
 
@@ -256,12 +259,14 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
-def _is_state(facts: ChunkFacts) -> bool:
-    """Whether this is what a model carries over a chunk's end, which names that chunk as its parent."""
-    try:
-        return facts.key == state_key(facts.parent)
-    except ValueError:  # no key at all
-        return False
+def _part_for(facts: ChunkFacts, inventory: Inventory) -> dict[str, StoredChunk]:
+    """A state has its chunk for its parent; it and what a model computes have keys that follow from other keys."""
+    with suppress(ValueError):  # no key at all
+        if facts.key == state_key(facts.parent):
+            return inventory.states
+        if facts.key == behaviour_key(facts.namespace):
+            return inventory.behaviours
+    return inventory.chunks
 
 
 def _shapes(table: Table) -> Iterator[tuple[int, ...]]:

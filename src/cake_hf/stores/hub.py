@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.outside import scrub, shown, shown_url
 from cake_hf.arithmetic.urls import refuse_no_server
 from cake_hf.stores.base import total_bytes
@@ -79,7 +80,9 @@ class HubSource(PackSource):
                 self._stream(path, target, offset)
             except (CakeError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
                 raise  # an answer, which would be the same again
-            except Exception:
+            except Exception as error:
+                if is_the_users(error):
+                    raise
                 # The line broke. Taken up once where it broke; more patience is for the caller, who may rather compute.
                 self._stream(path, target, offset)
 
@@ -198,6 +201,8 @@ def plain_errors(repo: str, revision: str, secrets: Sequence[str] = ()) -> Itera
     except CakeError:
         raise
     except Exception as error:
+        if is_the_users(error):
+            raise
         secrets = (*secrets, *filter(None, [hub_client().get_token()]))
         said = shown(_sentence(error, shown_url(repo), shown_url(revision)), secrets)
         scrub(error, secrets)

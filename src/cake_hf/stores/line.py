@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 import time
@@ -197,11 +198,17 @@ class Share:
         return self._line is not None and self._line.running == (self, key)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until nothing of this share is queued or being run; False if `timeout` seconds did not suffice."""
-        if self._line is None:
+        """Wait until nothing of this share is queued or being run; False if `timeout` seconds did not suffice.
+
+        Without a timeout as long as work is done: False once the line has been at one piece for `exit_seconds`.
+        """
+        line = self._line
+        if line is None:
             return True
-        with self._line.changed:
-            return self._line.changed.wait_for(self.is_idle, timeout)
+        if timeout is None:
+            return self._wait(line, math.inf)
+        with line.changed:
+            return line.changed.wait_for(self.is_idle, timeout)
 
     def close(self) -> bool:
         """Take nothing more, wait for what is queued (with a bound), and end the thread; False on time-out."""
@@ -214,14 +221,22 @@ class Share:
         line, until = self._line, begin + self.exit_seconds
         if line is None:
             return True
+        if not self._wait(line, until):
+            return False
+        line.end(until)
+        return True
+
+    def _wait(self, line: Line, until: float) -> bool:
+        """Until nothing of this share is left, or a moment has come, or the line has been at one piece for `exit_seconds`."""
         with line.changed:
             while not self.is_idle():
-                hangs = until if line.running is None else line.since + self.exit_seconds
-                left = min(until, hangs) - time.monotonic()
+                now = time.monotonic()
+                since = now if line.running is None else line.since  # between two pieces
+                left = min(until, since + self.exit_seconds) - now
                 if left <= 0:
                     return False
-                line.changed.wait(left)
-        line.end(until)
+                if not line.changed.wait(left) and line.running is None:
+                    return self.is_idle()
         return True
 
     def retire(self) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.below import advice, directory, sync_file
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
@@ -91,6 +92,8 @@ class LocalStore(Store):
         except FileNotFoundError:
             return None
         except OSError as error:
+            if is_the_users(error):
+                raise
             raise StoreError(f"Chunk {key} cannot be read from {self.root}: {advice(error)}") from error
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
@@ -101,6 +104,8 @@ class LocalStore(Store):
         except FileNotFoundError:
             return False
         except OSError as error:
+            if is_the_users(error):
+                raise
             raise StoreError(f"Chunk {key} cannot be read from {self.root}: {advice(error)}") from error
         return True
 
@@ -139,6 +144,8 @@ class LocalStore(Store):
             with self._folder.partial_file("probe"):
                 pass
         except OSError as error:
+            if is_the_users(error):
+                raise
             raise StoreError(
                 f"Nothing can be written to the store {self.root}: {advice(error)} To only read from it, pass save=False."
             ) from error
@@ -262,4 +269,6 @@ class LocalStore(Store):
         try:
             yield
         except OSError as error:
+            if is_the_users(error):
+                raise
             raise StoreError(f"{what}{advice(error)}") from error

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError, is_a_fault
+from cake_hf.arithmetic.interrupts import faults_suppressed
 from cake_hf.arithmetic.outside import is_secret, scrub
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.object_client import advice, bucket_is_missing, connect, refuse_more_than_a_place
@@ -155,7 +156,7 @@ class ObjectStore(Store):
 
     def put_note(self, name: str, note: bytes | None) -> None:
         path = f"{NOTES}/namespace-{name}.json"
-        with self._faults("A note cannot be kept in"), suppress(FileNotFoundError):
+        with self._faults("A note cannot be kept in"), faults_suppressed(FileNotFoundError):
             if note is None:
                 self._reading.delete(path)
             else:
@@ -169,7 +170,7 @@ class ObjectStore(Store):
         """
         with self._faults("Nothing can be written (to only read, pass save=False) to"):
             self._put("probe", [b"probe"], "overwrite")
-            with suppress(Exception):  # Who may write need not be allowed to delete.
+            with faults_suppressed(Exception):  # Who may write need not be allowed to delete.
                 self._reading.delete("probe")
 
     def close(self) -> None:
@@ -247,7 +248,8 @@ class ObjectStore(Store):
             yield
         except BaseException as error:
             # A panic inside the client comes as a BaseException of a type that cannot be imported.
-            if isinstance(error, FAULTS) or type(error).__name__ == "PanicException":
+            is_panic = type(error).__name__ == "PanicException"
+            if is_panic or (isinstance(error, FAULTS) and is_a_fault(error)):
                 said = advice(error, self._scheme, self._secrets)
                 scrub(error, self._secrets)
                 raise StoreError(f"{what} {self.url}: {said}") from error

@@ -16,6 +16,7 @@ from typing import Any, cast
 from obstore.store import from_url
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.outside import escaped, redacted, scrub, shown, shown_url
 from cake_hf.arithmetic.urls import refuse_no_server
 
@@ -136,6 +137,8 @@ def _aws_profile(config: dict[str, Any]) -> Credentials | None:
     try:
         credentials, region = session.get_credentials(), session.get_config_variable("region")
     except Exception as error:  # a profile that is not there, a file that cannot be read, a login that ran out
+        if is_the_users(error):
+            raise
         said = shown(error)
         scrub(error)
         raise StoreError(f"The credentials for S3 cannot be found ({said}); {_CREDENTIALS['s3']}") from error

@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import redis
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.interrupts import faults_suppressed, is_the_users
 from cake_hf.arithmetic.outside import scrub
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
@@ -256,7 +257,7 @@ class RedisStore(Store):
 
     def _touch(self, key: str, manifest: Manifest) -> None:
         """Make all slices as young as the one that was read, so that they go together; where that cannot be, they do not."""
-        with suppress(redis.RedisError, OSError):
+        with faults_suppressed(redis.RedisError, OSError):
             if names := self._slices(key, manifest):
                 self._client.touch(*names)
 
@@ -305,7 +306,7 @@ class RedisStore(Store):
         if not self._drop_slices(key, manifest):
             return
         name = self._name(key)
-        with suppress(redis.RedisError, OSError), self._client.pipeline(transaction=True) as commands:
+        with faults_suppressed(redis.RedisError, OSError), self._client.pipeline(transaction=True) as commands:
             commands.watch(name)
             if Manifest.parse(commands.getrange(name, 0, MANIFEST_BYTES)) == manifest:
                 commands.multi()
@@ -318,7 +319,9 @@ class RedisStore(Store):
         try:
             if names:
                 self._client.unlink(*names)
-        except (redis.RedisError, OSError):
+        except (redis.RedisError, OSError) as error:
+            if is_the_users(error):
+                raise
             return False
         return True
 
@@ -343,6 +346,8 @@ class RedisStore(Store):
         try:
             yield
         except (redis.RedisError, OSError, Refused) as error:
+            if is_the_users(error):
+                raise
             said = advice(error, self._address.secrets)
             scrub(error, self._address.secrets)
             raise StoreError(f"{what} {self._address.place}: {said}") from error

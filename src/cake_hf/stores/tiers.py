@@ -226,7 +226,10 @@ class TierStore(Store):
                     place.store.put_note(name, note)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice."""
+        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice.
+
+        Without a timeout as long as it goes on: False once one copy takes longer than `close_seconds`.
+        """
         return self._behind.flush(timeout)
 
     def close(self) -> None:

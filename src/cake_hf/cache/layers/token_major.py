@@ -47,6 +47,8 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[batch, heads, new, head_dim]` states; returns all states, old and new."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._update_in_graph(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self._take_over()
@@ -124,6 +126,10 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
         """`reserve` as for a layer of the same kind that holds a token."""
         self.reserve(like.keys, like.values, capacity, by_head=by_head)
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether the buffers, whatever the content is, have room for so many tokens."""
+        return self._key_buffer is not None and self._key_buffer.shape[1] >= tokens
 
     def show(self, length: int) -> None:
         """Make the first `length` tokens of the buffers the layer's content."""
@@ -205,6 +211,22 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self.keys = _first(_given(self._key_buffer), length)
         self.values = _first(_given(self._value_buffer), length)
         self._shown = (self.keys, self.values)
+
+    def _update_in_graph(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DynamicLayer`, without the buffers: compilers do not all take it that a part of what they read is written to.
+
+        Afterwards the content counts as replaced from outside.
+        """
+        keys: torch.Tensor = key_states
+        values: torch.Tensor = value_states
+        if self.is_initialized:
+            keys = torch.cat([_given(self.keys), keys], dim=-2)
+            values = torch.cat([_given(self.values), values], dim=-2)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+        return keys, values
 
     def _per_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.get_seq_length() > 0:

@@ -15,6 +15,7 @@ from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable
 from cake_hf.cache.which_model import resolve_model
@@ -180,6 +181,8 @@ def session_for(model: torch.nn.Module, store: Store, *, chunk_size: int, salt: 
     )
     try:
         yield session
+    except ComputePlainly as because:
+        raise CakeError(f"It cannot be told which KV is this model's: {because}.") from because
     finally:
         session.close()
 
