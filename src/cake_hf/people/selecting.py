@@ -189,7 +189,8 @@ def _of_model(inventory: Inventory, name: str) -> list[str]:
     found = [key for key, chunk in inventory.chunks.items() if chunk.facts.model in wanted]
     if not found:
         there = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
-        raise StoreError(f"The store has nothing of the model {name!r}; it has chunks of {', '.join(there) or 'none'}.")
+        has = f"it has chunks of {', '.join(there)}" if there else "it is empty"
+        raise StoreError(f"The store has nothing of the model {name!r}; {has}.")
     return found
 
 

@@ -42,9 +42,6 @@ class About:
         return text or "not described by who published it"
 
 
-NOTHING_SAID = About()
-
-
 def card_text(manifest: PackManifest, name: str, about: About) -> str:
     """Markdown with the Hub's metadata block.
 

@@ -16,7 +16,6 @@ from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.models import HELP as MODEL
 from cake_hf.people.models import load_model, load_tokenizer, read_text
 from cake_hf.people.options import Device, Dtype, DtypeOption
-from cake_hf.people.packs.card import About
 from cake_hf.people.packs.export import export_pack
 from cake_hf.people.packs.importing import Imported, import_pack
 from cake_hf.people.packs.publish import push_pack
@@ -58,24 +57,25 @@ def export_command(
     base_model: BaseModel = "",
 ) -> None:
     """Write a prompt's KV to a folder, as a pack to be copied or put on a share; `pack:FOLDER` opens it."""
-    told = About(about or f"the text of {prompt.name}", base_model)
-    with _prompt_of(store, prompt, model, dtype.value, device, tokens) as (opened, loaded, ids):
-        with progress_bar("writing", "files") as progress:
-            manifest = export_pack(
-                opened,
-                folder,
-                loaded,
-                ids,
-                chunk_size=chunk_size,
-                salt=salt,
-                exact=exact,
-                allow_salted=allow_salted,
-                about=told,
-                progress=progress,
-            )
-    _show_published(
-        "exported", manifest, f"pack:{shown(str(folder))}", ids.shape[1] // chunk_size - len(manifest.chunks)
-    )
+    with (
+        _prompt_of(store, prompt, model, dtype.value, device, tokens) as (opened, loaded, ids),
+        progress_bar("writing", "files") as progress,
+    ):
+        manifest = export_pack(
+            opened,
+            folder,
+            loaded,
+            ids,
+            chunk_size=chunk_size,
+            salt=salt,
+            exact=exact,
+            allow_salted=allow_salted,
+            about=about or f"the text file {prompt.name}",
+            base_model=base_model,
+            progress=progress,
+        )
+    missing = ids.shape[1] // chunk_size - len(manifest.chunks)
+    _show_published("export", manifest, f"pack:{shown(str(folder))}", missing)
 
 
 def push_command(
@@ -96,7 +96,6 @@ def push_command(
 ) -> None:
     """Publish a prompt's KV on the Hugging Face Hub, from where anybody's CakeCache can load it."""
     _refuse_folder(store, repo)
-    told = About(about or f"the text of {prompt.name}", base_model)
     with (
         _prompt_of(store, prompt, model, dtype.value, device, tokens) as (opened, loaded, ids),
         progress_bar("uploading", "files") as progress,
@@ -110,7 +109,8 @@ def push_command(
             salt=salt,
             exact=exact,
             allow_salted=allow_salted,
-            about=told,
+            about=about or f"the text file {prompt.name}",
+            base_model=base_model,
             private=private or None,
             progress=progress,
         )
