@@ -69,6 +69,7 @@ class Settings:
         decode_steps: tokens decoded with each kind of cache.
         load_to_compute: the throttled cells: load-only should take about that many times compute-only.
         stored_files: how many chunks a store holds in which a prompt's chunks are looked up.
+        model: folder or name of the user's own; empty for one with random weights.
         limits: of all caches. The deadline is out of the way, all else is as a cache has it here.
     """
 
@@ -83,6 +84,7 @@ class Settings:
     decode_steps: int = 48
     load_to_compute: tuple[float, ...] = (0.5, 1.0, 2.0)
     stored_files: int = 100_000
+    model: str = ""
     limits: Limits = field(default_factory=lambda: Limits.from_environment(read_timeout=READ_TIMEOUT))
 
     @property
