@@ -96,7 +96,7 @@ def bench(
     if context.invoked_subcommand is not None:
         refuse_options(context)
         return
-    asked = {"quick": quick, "repeats": repeats, "tokens": tokens, "chunk_size": chunk_size}
+    asked: dict[str, Any] = {"quick": quick, "repeats": repeats, "tokens": tokens, "chunk_size": chunk_size}
     where = str(find_device(device))
     if model:
         if shape:

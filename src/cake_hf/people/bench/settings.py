@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from pathlib import PurePath
 from typing import Any
 
 from cake_hf.arithmetic.limits import Limits
@@ -93,8 +94,9 @@ class Settings:
         return self.tokens // self.chunk_size
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready; of a model in a folder, that folder's name alone."""
+        model = PurePath(self.model)
+        return {**asdict(self), "model": model.name if len(model.parts) > 2 or model.is_absolute() else self.model}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
