@@ -51,6 +51,8 @@ class LocalStore(Store):
 
     Attributes:
         marks_use: whether reads count as uses.
+        eviction: as it was given.
+        share: of the free disk that is the budget, if it is one.
 
     Raises:
         StoreError: `root` is no directory, or not one that may be looked into; the message says what to do.
@@ -69,14 +71,15 @@ class LocalStore(Store):
         self.marks_use = True
         self._looks_only = False
         self._written = False
-        self._eviction = eviction
+        self.eviction = eviction
+        self.share = budget if isinstance(budget, FreeShare) else None
         self._folder = Folder(self.root)
         self._room = Room(self._folder, budget, order_named(eviction, self.place))
         self._check_root()
 
     def __repr__(self) -> str:
         budget = "" if self._room.budget is None else f", budget={self._room.budget}"
-        eviction = "" if self._eviction == LRU else f", eviction={self._eviction!r}"
+        eviction = "" if self.eviction == LRU else f", eviction={self.eviction!r}"
         return f"LocalStore({str(self.root)!r}{budget}{eviction})"
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
