@@ -48,19 +48,19 @@ def opened(folder: Path) -> LocalStore:
 @pytest.mark.fault(
     "Time and bounds",
     "A directory is used as a store and nobody has given it a budget.",
-    "It takes a fifth of the free disk at most; what was used longest ago makes room. Said once, with the first chunk.",
+    "It takes a fifth of the free disk at most; what was used longest ago makes room. `cake-hf info` says how much it is.",
 )
 @pytest.mark.parametrize("spec", [str, Path, Path.as_uri])
 def test_a_directory_keeps_to_a_share(
     tmp_path: Path, disk: Callable[[Disk], None], spec: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     disk(Disk(20_000))
+    caplog.set_level(logging.INFO, "cake_hf")
     store = open_store(spec(tmp_path / "kv"))  # type: ignore[arg-type]
     assert isinstance(store, LocalStore)
     fill(store, 0, 9)
     assert total(store) == store.budget() == 4_000
     [line] = [record for record in caplog.records if "may take" in record.message]
-    assert line.levelno == logging.WARNING
     assert "may take 3.9 KiB, 20 % of the free disk" in line.message
     assert "budget=4000" in repr(store)
 
@@ -77,13 +77,12 @@ def test_what_is_there_does_not_make_it_smaller(tmp_path: Path, disk: Callable[[
     "A store was filled beyond a fifth of the disk, without a limit or with a larger one, or others fill the disk.",
     "Opened without a budget, it keeps what it has and grows no further.",
 )
-def test_what_was_there_stays(tmp_path: Path, disk: Callable[[Disk], None], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_there_stays(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
     fill(LocalStore(tmp_path), 0, 8)
     disk(Disk(100))
     store = opened(tmp_path)
     fill(store, 8, 10)
     assert total(store) == 8_000
-    assert not [record for record in caplog.records if "may take" in record.message and record.levelno > logging.INFO]
 
 
 @pytest.mark.parametrize("budget", ["budget=none", "budget=NONE"])
@@ -155,3 +154,14 @@ def test_info_says_how_much_it_may_take(tmp_path: Path, disk: Callable[[Disk], N
     disk(Disk(50 * 2**20))
     fill(opened(tmp_path), 0, 1)
     assert "may take 10.0 MiB, 20 % of the free disk" in flat(run_command("info", tmp_path).stdout)
+
+
+def test_warm_says_it_of_a_new_store(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(50 * 2**20))
+    (tmp_path / "text.txt").write_text("remember otter = jade\n" * 30)
+    for told in (True, False):
+        result = run_command(
+            "warm", "recall-tiny", tmp_path / "text.txt", "--store", tmp_path / "kv", "--chunk-size", 16
+        )
+        assert result.exit_code == 0, result.output
+        assert ("kv is a new store. It may take 10.0 MiB, 20 % of the free disk" in flat(result.stdout)) == told

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown
 from cake_hf.people.units import bytes_text, count_text
-from cake_hf.stores import LocalStore, Store
+from cake_hf.stores import LocalStore, Store, open_store
 
 
 def what_it_keeps(store: Store) -> str:
@@ -20,3 +24,13 @@ def what_it_keeps(store: Store) -> str:
     pinned = store.pinned()
     pins = f" {count_text(len(pinned), 'chunk')} of it are pinned." if pinned else ""
     return f"{may}{share}; eviction is {store.eviction}.{pins}"
+
+
+def said_of_new(spec: str) -> str:
+    """What a store in a directory may take, to be told before it is made; empty where there is one already, and for other kinds."""
+    if spec.startswith(("memory:", "pack:")) or ("://" in spec and not spec.startswith("file:")):
+        return ""
+    with suppress(StoreError), open_store(spec) as store:  # who writes to it says what is wrong
+        if isinstance(store, LocalStore) and next(store.keys(), None) is None:
+            return f"{shown(str(store.root))} is a new store. {what_it_keeps(store)}"
+    return ""

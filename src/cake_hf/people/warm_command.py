@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.environment import STORE
+from cake_hf.people.console import console
+from cake_hf.people.keeping import said_of_new
 from cake_hf.people.models import HELP as MODEL
 from cake_hf.people.models import read_text
 from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
@@ -36,9 +38,11 @@ def warm_command(
 ) -> None:
     """Compute the KV of documents once and keep it in a store."""
     job = WarmJob(model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens)
-    documents = documents_in(files)
+    documents, told = documents_in(files), said_of_new(store)
     for file in documents if len(documents) == 1 else filter(documents.__contains__, files):
         read_text(file)  # before the model is loaded
+    if told:
+        console.print(told, style="dim")
     if len(documents) == 1:
         loaded, job = load(job), replace(job, file=documents[0])
         show_warmed(job, warm(job, loaded), has_template=bool(getattr(loaded[0], "chat_template", None)))

@@ -14,7 +14,7 @@ class FreeShare:
     """A share of what is free on a directory's disk, and of what the store itself takes already: so it does not shrink as the
     store grows.
 
-    What is there when this is worked out always fits: a store that was filled without a limit only grows no further.
+    What is there when this is worked out always fits: a store that is larger already only grows no further.
 
     Attributes:
         share: above 0 to 1.

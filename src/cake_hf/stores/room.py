@@ -155,7 +155,7 @@ class Room:
             self._pins.change(pinned, unpinned, time.time())
 
     def _work_out(self, share: FreeShare) -> None:
-        """From here on the budget is a number, which people are told once, with the first chunk of a store."""
+        """From here on the budget is a number, which is logged once."""
         with self._account.opened() as balance:
             stored = None if balance is None else balance.total
         if stored is None:
@@ -166,8 +166,7 @@ class Room:
             return
         # What others have written is counted in the account, so the directory is only looked at where that does not suffice.
         self._survey_due = float("inf")
-        say = logger.info if stored else logger.warning
-        say(
+        logger.info(
             "The store %s may take %s, %s; file:///path?budget=50GB sets another budget.",
             shown(str(self._folder.root)),
             bytes_text(self._budget),
