@@ -27,7 +27,7 @@ def what_it_keeps(store: Store) -> str:
 
 
 def said_of_new(spec: str) -> str:
-    """What a store in a directory may take, to be told before it is made; empty where there is one already, and for other kinds."""
+    """What a directory may take, to be told before a store is made there; empty where there is one, and for other kinds."""
     if spec.startswith(("memory:", "pack:")) or ("://" in spec and not spec.startswith("file:")):
         return ""
     with suppress(StoreError), open_store(spec) as store:  # who writes to it says what is wrong
