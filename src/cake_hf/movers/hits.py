@@ -141,7 +141,7 @@ def flush_hits(store: Store, seconds: float) -> bool:
 
 
 def _place_of(store: Store) -> _Place | None:
-    folder = store.notes_folder()
+    folder = store.notes_folder() if store.counts_hits else None
     if not isinstance(folder, Path) or not folder.is_absolute():
         return None
     return _Place(note_of(folder / FILE, HitNote), permission(store))
