@@ -1,8 +1,10 @@
-# Everything here works on a fresh machine: each environment is made on first use, from a lock of all versions.
+# Everything here works on a fresh machine: each environment is made on first use, from a lock of all versions. On Linux without an
+# NVIDIA GPU torch is its CPU build, from the index of PyTorch's own (scripts/cpu_torch.sh; `make test TORCH_CPU_INDEX=` asks no index).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(if $(wildcard $(READY)),$(VENV),.venv-demo)# what is there already, or only what the demo needs
 TOGETHER := -n 2 --dist loadfile
 CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_cake_cache.py tests/test_parity.py tests/test_modes.py \
 	tests/test_families.py tests/test_carried.py tests/test_batches.py tests/test_handover.py tests/test_layers.py \
@@ -12,15 +14,17 @@ CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_ca
 
 .PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
-$(READY): requirements/locked.txt pyproject.toml scripts/setup.sh
+SETUP := pyproject.toml scripts/setup.sh scripts/cpu_torch.sh
+
+$(READY): requirements/locked.txt $(SETUP)
 	PYTHON=$(PYTHON) TORCH=$(TORCH) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
 
-.venv-oldest/.ready: requirements/oldest.txt pyproject.toml scripts/setup.sh
+.venv-oldest/.ready: requirements/oldest.txt $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-oldest requirements/oldest.txt
 	touch $@
 
-.venv-kvpress/.ready: requirements/kvpress.txt pyproject.toml scripts/setup.sh
+.venv-kvpress/.ready: requirements/kvpress.txt $(SETUP)
 	@$(PYTHON) -c 'import sys; sys.exit("kvpress 0.5.5 needs Python 3.12 or older: make test-kvpress PYTHON=python3.12" if sys.version_info >= (3, 13) else 0)'
 	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-kvpress requirements/kvpress.txt
 	touch $@
@@ -29,8 +33,12 @@ $(READY): requirements/locked.txt pyproject.toml scripts/setup.sh
 .venv-newest:
 	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-newest --newest
 
-demo: $(READY)  ## ask a question about a long text, cold and warm, and see what happened
-	$(BIN)/cake-hf demo
+.venv-demo/.ready: requirements/demo.txt $(SETUP)
+	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-demo requirements/demo.txt
+	touch $@
+
+demo: $(DEMO)/.ready  ## ask a question about a long text, cold and warm, and see what happened
+	$(DEMO)/bin/cake-hf demo
 
 test: $(READY)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
@@ -77,4 +85,4 @@ versions: $(READY)  ## docs/versions.md: every family on a row of transformers v
 	$(BIN)/python scripts/versions.py
 
 clean:
-	rm -rf $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .demo docs/_build build/notebooks
+	rm -rf $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .venv-demo .demo docs/_build build/notebooks

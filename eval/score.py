@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from cake_hf.people.sheets import Sheet
 from eval.scores import BrokenAnswer, MissingSegmenter, score
 from eval.tasks import TASKS, UnknownTask, find_task
 
@@ -77,17 +77,15 @@ def score_lines(lines: Iterable[str]) -> Scored:
     return scored
 
 
-def table(scored: Scored) -> Table:
+def table(scored: Scored) -> Sheet:
     """Scores of all tasks, in per cent as the benchmark prints them."""
-    shown = Table(title="LongBench scores, per cent", title_justify="left")
-    for heading in ("task", "score", "metric", "rows", "skipped"):
-        shown.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    rows = []
     for name in dict.fromkeys([*(name for name in TASKS if name in scored.tasks), *scored.tasks]):
         values, total = scored.of_task(name), scored.tasks.count(name)
         mean = f"{100 * sum(values) / len(values):.2f}" if values else "-"
         metric = TASKS[name].metric if name in TASKS else "-"
-        shown.add_row(name or "(none)", mean, metric, str(len(values)), str(total - len(values)))
-    return shown
+        rows.append((name or "(none)", mean, metric, str(len(values)), str(total - len(values))))
+    return Sheet("LongBench scores, per cent", ("<task", "score", "<metric", "rows", "skipped"), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

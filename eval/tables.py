@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from cake_hf.people.console import console
+from cake_hf.people.sheets import Sheet
 from eval.compare import Metrics, ModeMetrics
 
 SHOWN = 20
@@ -37,16 +36,13 @@ def percent(share: float) -> str:
     return f"{int(100 * share + 1e-9)} %"
 
 
-def results_table(metrics: Metrics) -> Table:
+def results_table(metrics: Metrics) -> Sheet:
     """All modes of all tasks. Tokens are compared with the single-shot and the chunked run, logits with the latter."""
-    table = Table(title="Parity", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for heading in ("task, mode", *COLUMNS):
-        table.add_column(heading, justify="left" if heading == "task, mode" else "right", no_wrap=True)
+    rows: list[Sequence[str | Text]] = []
     for name, task in metrics.tasks.items():
-        table.add_row(Text(name, style="bold"))
-        for mode, figures in task.modes.items():
-            table.add_row(f"  {mode}", *cells(figures))
-    return table
+        rows.append((Text(name, style="bold"), *("" for _ in COLUMNS)))
+        rows += [(f"  {mode}", *cells(figures)) for mode, figures in task.modes.items()]
+    return Sheet("Parity", ("<task, mode", *COLUMNS), rows)
 
 
 def verdict(metrics: Metrics) -> str:
@@ -66,7 +62,7 @@ def print_results(metrics: Metrics, folder: Path) -> None:
         console.print(results_table(metrics))
     for title, lines in lists(metrics).items():
         if lines:
-            console.print(f"\n[bold]{title}[/bold]")
+            console.print(f"\n{title}", style="bold")
             for line in lines[:SHOWN]:
                 console.print(Text(f"  {line}"), soft_wrap=True)
             if len(lines) > SHOWN:

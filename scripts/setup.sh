@@ -2,20 +2,21 @@
 # Make a virtual environment with this checkout in it, editable.
 #   setup.sh VENV LOCK            exactly what a lock file says
 #   setup.sh VENV --newest        the newest releases within the bounds of pyproject.toml, pre-releases of transformers included;
-#                                 of torch as well, mostly with its CUDA libraries, which are some gigabytes
-# With a lock, where there is no NVIDIA GPU, torch's CPU build is taken if pip can find it (a wheel on this machine, or an index named
-# by PIP_EXTRA_INDEX_URL that has "+cpu" builds): it is a tenth of the size. Otherwise torch is what the package index has.
+#                                 of torch as well
+# On Linux, where there is no NVIDIA GPU, torch is its CPU build, a tenth of the size: see cpu_torch.sh.
 # TORCH=2.7.1 in the environment means that release of it instead of the lock's, with all that it needs.
 set -euo pipefail
 venv=$1 wanted=$2
 python=${PYTHON:-python3}
 gpu_parts='^(nvidia-|cuda-|triton)'      # of torch, in a lock
+source "$(dirname "$0")/cpu_torch.sh"
 builders='^(editables|hatchling|packaging|pathspec|pluggy|setuptools|trove-classifiers)=='  # by which other packages are built
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 
 if [ "$wanted" = --newest ]; then
+    newest_cpu_torch "${pip[@]}" || true
     "${pip[@]}" --upgrade --upgrade-strategy eager --editable '.[dev]' 'transformers>=5.0.dev0,<6'
     exit
 fi
@@ -23,7 +24,7 @@ fi
 torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$wanted")
 if [ -n "${TORCH:-}" ]; then
     "${pip[@]}" "torch==$TORCH"
-elif command -v nvidia-smi >/dev/null || ! "${pip[@]}" --no-deps "torch==$torch+cpu" 2>/dev/null; then
+elif ! cpu_torch "$torch" "${pip[@]}" --no-deps; then
     "${pip[@]}" --no-deps "torch==$torch"
 fi
 parts=$(mktemp)

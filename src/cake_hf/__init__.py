@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cake_hf.people.plots import plot_split, plot_timeline, plot_ttft
     from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CakeCache",

@@ -56,3 +56,12 @@ def parse_share(text: str) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"{text[:MOST_QUOTED]!r} is not a share; write it like 5% or 100%.")
     return share
+
+
+def bytes_text(count: float) -> str:
+    """E.g. "512 B", "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

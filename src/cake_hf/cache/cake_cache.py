@@ -25,7 +25,6 @@ from cake_hf.cache.support import refuse_unusable
 from cake_hf.cache.token_ids import token_ids
 from cake_hf.cache.vision import forget_numbering
 from cake_hf.cache.which_model import resolve_model
-from cake_hf.movers.telemetry import observe
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -204,7 +203,7 @@ class CakeCache(RestoringCache):
         if prompt is not None:
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
-            observe(self.report)
+            self._session.count(self.report)
             self._seals.note(self.layers, len(self._known))
         return self.report
 

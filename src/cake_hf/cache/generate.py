@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.errors import UnsupportedModel
+from cake_hf.arithmetic.report import Report
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
 from cake_hf.cache.token_ids import token_ids
@@ -17,7 +18,14 @@ from cake_hf.stores.opening import StoreSpec
 _CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every")
 
 
-def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | None = None, **kwargs: Any) -> Any:
+def generate(
+    model: torch.nn.Module,
+    inputs: Any = None,
+    *,
+    store: StoreSpec | None = None,
+    report: Callable[[Report], object] | None = None,
+    **kwargs: Any,
+) -> Any:
     """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
 
     Serves models whose forward has no `logits_to_keep`, too (a `CakeCache` alone cannot tell their prompts from calls that want
@@ -28,6 +36,7 @@ def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | N
         model: a decoder-only transformers model.
         inputs: `[batch, tokens]` token ids, or what the tokenizer returns; or pass `input_ids=...`.
         store: as for `CakeCache`.
+        report: called with the report of the prompt when all is done, e.g. `print`, or the `append` of a list.
         **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every) and of
             `model.generate`.
 
@@ -39,8 +48,10 @@ def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | N
             raises.
         CakeError: as `CakeCache` raises.
         UnsupportedModel: the model does not generate.
-        TypeError: what is given is no model, or no token ids.
+        TypeError: what is given is no model, or no token ids, or a report that cannot be called.
     """
+    if report is not None and not callable(report):
+        raise TypeError(f"report is called with the prompt's report, as in report=print; {report!r} cannot be called.")
     if has_cache(kwargs):
         raise ValueError(
             "cake_hf.generate makes its own cache; to pass one, use model.generate(..., cache=CakeCache(...))."
@@ -57,7 +68,10 @@ def generate(model: torch.nn.Module, inputs: Any = None, *, store: StoreSpec | N
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and _needs_prefill(within) and _is_plain(kwargs.get("attention_mask")):
             cache.prefill(ids)
-        return plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
+        answer = plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
+    if report is not None:
+        report(cache.report)
+    return answer
 
 
 def _as_tensor(numbers: Any) -> Any:

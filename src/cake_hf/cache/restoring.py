@@ -49,7 +49,6 @@ from cake_hf.cache.support import (
 from cake_hf.cache.trials import forget_trials
 from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
-from cake_hf.movers.telemetry import observe
 from cake_hf.tensors.fingerprint import adapters_vary
 from cake_hf.tensors.offload import devices_of, home_device
 from cake_hf.tensors.parallel import ranks_of
@@ -291,7 +290,7 @@ class RestoringCache(GuardedCache):
         batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
         if batch is not None:
             batch.close()
-            observe(batch.report)
+            self._session.count(batch.report)
         if tail is not None:
             self._finish(tail)
         if self.presses_rest:
@@ -705,7 +704,7 @@ class RestoringCache(GuardedCache):
         if restore is not None:
             self._close(restore, save_tail=bool(tail.key))
         if restore is not None or tail.rows > 1:
-            observe(tail.prompt.report)
+            self._session.count(tail.prompt.report)
         if tail.key:
             self._known.append(tail.key)
 

@@ -26,10 +26,11 @@ from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.cache.reference import Shelf, computes_otherwise
 from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, note_seconds, recall_costs
+from cake_hf.movers.hits import count_hits, flush_hits
 from cake_hf.movers.recording import recorder
 from cake_hf.movers.sharing import Sharing, sharing_of
 from cake_hf.movers.streams import let_copies_out_end
-from cake_hf.movers.telemetry import observe_save
+from cake_hf.movers.telemetry import observe, observe_save
 from cake_hf.movers.writer import SaveJob, pack
 from cake_hf.stores.base import Store
 from cake_hf.stores.names import store_name
@@ -132,6 +133,7 @@ class Session:
         self._hook.detach()
         flushed = self._access.writer.close()
         flush_costs(self.store, max(0.0, end - time.monotonic()))
+        flush_hits(self.store, end - time.monotonic())
         self._access.close_store(end - time.monotonic())
         return flushed
 
@@ -217,6 +219,11 @@ class Session:
     def cost_memory(self, namespace: str) -> CostMemory:
         """What computing and loading cost with this model, device and store."""
         return recall_costs(self.store, namespace, where_computed(self.model), self.limits, self.sharing.notes)
+
+    def count(self, report: Report) -> None:
+        """A prompt is through: tell who watches, and count it beside the store."""
+        observe(report)
+        count_hits(self.store, report, self.limits, self.sharing.notes)
 
     def save_chunk(
         self,

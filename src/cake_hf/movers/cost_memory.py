@@ -77,7 +77,7 @@ class Note:
     def write(self, text: str) -> None:
         """Replace the file, soon."""
         with self._changed:
-            self._waiting = text
+            self._waiting = self._join(self._waiting, text)
             if self._busy:
                 return
             self._busy = True
@@ -105,9 +105,16 @@ class Note:
     def _run(self) -> None:
         while (text := self._take()) is not None:
             try:
-                _write(self._file, text)
+                self._put(text)
             except BaseException as error:  # nobody is to wait for this thread for ever
                 logger.debug("Costs are not remembered in %s: %s", self._file, in_words(error))
+
+    def _join(self, waiting: str | None, text: str) -> str:
+        """What is to be written where something waits to be: here only what came last."""
+        return text
+
+    def _put(self, text: str) -> None:
+        _write(self._file, text)
 
     def _take(self) -> str | None:
         with self._changed:
@@ -211,7 +218,7 @@ def _always() -> bool:
     return True
 
 
-def _permission(store: Store) -> Callable[[], bool]:
+def permission(store: Store) -> Callable[[], bool]:
     """Whether notes may be written, as the store said last. (A learner that kept its store alive would never go.)"""
     alive, allowed = weakref.ref(store), store.leaves_traces()
 
@@ -229,15 +236,20 @@ def _file_for(store: Store, name: str) -> tuple[Path, Callable[[], bool]] | None
     folder = store.notes_folder()
     if not isinstance(folder, Path) or not folder.is_absolute():
         return None
-    return folder / f"costs-{name}.json", _permission(store)
+    return folder / f"costs-{name}.json", permission(store)
 
 
-def note_of(file: Path) -> Note:
-    """The one object of this process for a file, as long as somebody uses it, or it is being read or written."""
+def note_of(file: Path, kind: type[Note] = Note) -> Note:
+    """The one object of this process for a file, as long as somebody uses it, or it is being read or written.
+
+    Args:
+        file: of the note.
+        kind: of the object, where it has to be made.
+    """
     with _lock:
         note = _notes.get(file)
         if note is None:
-            note = _notes[file] = Note(file)
+            note = _notes[file] = kind(file)
         return note
 
 

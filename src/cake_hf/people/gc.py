@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
@@ -32,11 +32,13 @@ class Selection:
         all: chunks of the store.
         old: of these, the ones that were not used for too long.
         over: of the others, the ones that must go for the budget, in the order in which they go.
+        pinned: chunks that stay, however old.
     """
 
     all: list[Entry]
     old: list[Entry]
     over: list[Entry]
+    pinned: list[Entry] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -80,7 +82,7 @@ def gc_command(
 
     Processes that use the store meanwhile are not disturbed: what they read
     they read to its end, and what is gone is computed when its prompt comes
-    again. For directories only: buckets and servers have rules of their own
+    again. Pinned chunks stay (`cake-hf pin`). For directories only: buckets and servers have rules of their own
     (lifecycle, maxmemory).
     """
     if not budget and not older_than:
@@ -122,18 +124,20 @@ def select(
         StoreError: the directory cannot be looked at.
         ValueError: there is no such eviction.
     """
-    entries = store.entries()
-    old = [entry for entry in entries if age is not None and entry.used < now - age]
+    entries, pins = store.entries(), store.pinned()
+    pinned = [entry for entry in entries if entry.key in pins]
+    may_go = [entry for entry in entries if entry.key not in pins]
+    old = [entry for entry in may_go if age is not None and entry.used < now - age]
     gone = {entry.key for entry in old}
-    rest = [entry for entry in entries if entry.key not in gone]
+    rest = [entry for entry in may_go if entry.key not in gone]
     over: list[Entry] = []
-    excess = 0 if budget is None else total_bytes(rest) - budget
+    excess = 0 if budget is None else total_bytes(rest) + total_bytes(pinned) - budget
     for entry in _order(store, eviction, len(rest), progress)(rest):
         if excess <= 0:
             break
         over.append(entry)
         excess -= entry.nbytes
-    return Selection(entries, old, over)
+    return Selection(entries, old, over, pinned)
 
 
 def collect(store: LocalStore, selection: Selection, progress: Progress) -> Collected:
@@ -158,6 +162,7 @@ def show_selection(selection: Selection, older_than: str) -> None:
     table.add_column(justify="right")
     table.add_column(justify="right")
     rows = [("in the store", selection.all)]
+    rows += [("pinned", selection.pinned)] if selection.pinned else []
     rows += [(f"not used for {older_than}", selection.old)] if older_than else []
     for label, entries in [*rows, ("over the budget", selection.over)]:
         table.add_row(label, count_text(len(entries), "chunk"), bytes_text(total_bytes(entries)))

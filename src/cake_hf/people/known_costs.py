@@ -152,6 +152,8 @@ def _random_prompt(model: Any, tokens: int) -> torch.Tensor:
 class _NotingStore(WrapperStore):
     """Notes what was written to the store inside, so that it can be removed."""
 
+    counts_hits = False
+
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self.written: list[str] = []

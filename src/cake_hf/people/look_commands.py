@@ -9,6 +9,7 @@ import typer
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.inspect_store import existing_store, find_chunk, take_inventory
+from cake_hf.people.keeping import what_it_keeps
 from cake_hf.people.kept_records import records_of
 from cake_hf.people.options import StoreArgument
 from cake_hf.people.store_tables import chunk_facts, listing, totals
@@ -35,4 +36,7 @@ def info_command(
             return
         with progress_bar("reading headers", "chunks") as progress:
             inventory = take_inventory(opened, progress)
+        kept = what_it_keeps(opened)
     console.print(totals(shown_url(store), inventory))
+    if kept:
+        console.print(f"\n{kept}")

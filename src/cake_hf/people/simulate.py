@@ -20,13 +20,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from cake_hf.arithmetic.costs import ComputeCost
 from cake_hf.arithmetic.simulator import Cell, Setting, evaluate, simulate, steps
 from cake_hf.people.console import console
+from cake_hf.people.sheets import Sheet
 from cake_hf.people.units import seconds_text
 
 BITS_PER_BYTE, GIGA, KIB = 8, 10**9, 2**10
@@ -294,16 +292,11 @@ def _row(name: str, setting: Setting, published: tuple[float | None, float | Non
     return _Row(name, cell, first / min(cell.compute, cell.load), published)
 
 
-def _table(title: str, rows: Sequence[_Row]) -> Table:
+def _table(title: str, rows: Sequence[_Row]) -> Sheet:
     with_published = any(row.published for row in rows)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("cell", overflow="fold")
     names = ["paper"] if with_published else []
-    for name in (*names, "Cake", "ours", "T*", "eta", "sigma", "ratio", "first"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(text) for text in row.cells(with_published=with_published)))
-    return table
+    headings = ("<cell", *names, "Cake", "ours", "T*", "eta", "sigma", "ratio", "first")
+    return Sheet(title, headings, [row.cells(with_published=with_published) for row in rows])
 
 
 def _speedups(over_load: float | None, over_compute: float | None) -> str:

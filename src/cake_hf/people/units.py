@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+from cake_hf.arithmetic.sizes import bytes_text
 
-def bytes_text(count: float) -> str:
-    """E.g. "512 B", "1.5 MiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+__all__ = ["bytes_text", "count_text", "seconds_text"]
 
 
 def seconds_text(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.panel import Panel
 from rich.syntax import Syntax
@@ -20,6 +21,7 @@ from cake_hf.cache.words import SALTED_WORDS, keep_words
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
 from cake_hf.people.tables import Lanes, legend, report_table
+from cake_hf.people.units import count_text
 
 QUEUE_BYTES = Limits().save_queue_bytes
 """Of chunks that wait to be written."""
@@ -52,8 +54,26 @@ class WarmJob:
     keep_words: bool = False
 
 
-def warm(job: WarmJob) -> Report:
+Loaded = tuple[Any, Any]
+"""A tokenizer and its model."""
+
+
+def load(job: WarmJob) -> Loaded:
+    """What a job needs, to be used for several of the same model.
+
+    Raises:
+        ValueError: the model cannot be used.
+    """
+    with console.status("loading the model"):
+        return load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+
+
+def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     """Prefill the document into the store and wait until all of it is durable.
+
+    Args:
+        job: what is to be warmed.
+        loaded: the job's model, if it is loaded already.
 
     Raises:
         CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
@@ -62,8 +82,7 @@ def warm(job: WarmJob) -> Report:
     if job.keep_words and job.salt:
         raise ValueError(SALTED_WORDS)
     text = read_text(job.file)
-    with console.status("loading the model"):
-        tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+    tokenizer, model = loaded or load(job)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
@@ -108,16 +127,46 @@ class Pace:
             self._cache.flush()
 
 
-def show_warmed(job: WarmJob, report: Report) -> None:
-    """What was done, and what to do next."""
+def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> None:
+    """What was done, what will be restored from it, and how.
+
+    Args:
+        job: that is done.
+        report: of it.
+        has_template: the model is one for chats.
+    """
     console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
     if report.chunks_computed and report.chunks_loaded:
         console.print(Lanes(report))
         console.print(legend(report))
-    console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
+    for line in what_hits(job, report, has_template=has_template):
+        console.print(line)
+    console.print()
     console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
     look = f"cake-hf ls {shlex.quote(shown_url(job.store))}"
     console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
+
+
+def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
+    """Which prompts find what was stored, as sentences."""
+    stored = (report.chunks_computed + report.chunks_loaded) * report.chunk_size
+    rest = report.tokens - stored
+    machine = ", on this machine with these versions and this number of threads" if job.exact else ""
+    salt = " and salt" if job.salt else ""
+    lines = [
+        f"\nStored are the first {stored:,} of the {report.tokens:,} tokens. Every prompt that begins with them, in any "
+        f"process, restores them: with the same model, dtype, chunk size{salt}{machine}.",
+    ]
+    if rest:
+        lines.append(
+            f"The last {count_text(rest, 'token')} of the text, and what stands behind it, are computed each time."
+        )
+    if has_template:
+        lines.append(
+            "The model has a chat template: a prompt from apply_chat_template begins with other tokens than the text alone, "
+            "and finds none of this."
+        )
+    return lines
 
 
 def _snippet(job: WarmJob) -> str:

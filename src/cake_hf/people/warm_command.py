@@ -1,20 +1,31 @@
-"""`cake-hf warm`: a document's KV into a store."""
+"""`cake-hf warm`: the KV of documents into a store."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cake_hf.arithmetic.environment import STORE
+from cake_hf.people.console import console
+from cake_hf.people.keeping import said_of_new
+from cake_hf.people.models import HELP as MODEL
+from cake_hf.people.models import read_text
 from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
-from cake_hf.people.warm import WarmJob, show_warmed, warm
+from cake_hf.people.warm import WarmJob, load, show_warmed, warm
+from cake_hf.people.warm_many import documents_in, show_many, warm_many
 
 
 def warm_command(
-    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hugging Face Hub.")],
-    file: Annotated[Path, typer.Argument(help="A text file; prompts that start with its text will be fast.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Text files, or folders of them; prompts that start with such a text will be fast."
+        ),
+    ],
     store: Annotated[
         str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
     ],
@@ -28,6 +39,15 @@ def warm_command(
         bool, typer.Option("--keep-words", help="Have ls show the text's first words; not with a salt.")
     ] = False,
 ) -> None:
-    """Compute a document's KV once and keep it in a store."""
-    job = WarmJob(model, file, store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words)
-    show_warmed(job, warm(job))
+    """Compute the KV of documents once and keep it in a store."""
+    job = WarmJob(model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words)
+    documents, told = documents_in(files), said_of_new(store)
+    for file in documents if len(documents) == 1 else filter(documents.__contains__, files):
+        read_text(file)  # before the model is loaded
+    if told:
+        console.print(told, style="dim")
+    if len(documents) == 1:
+        loaded, job = load(job), replace(job, file=documents[0])
+        show_warmed(job, warm(job, loaded), has_template=bool(getattr(loaded[0], "chat_template", None)))
+        return
+    show_many(job, warm_many(job, documents, files, load(job)))

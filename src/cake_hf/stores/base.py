@@ -35,11 +35,13 @@ class Store(ABC):
         range_seconds: what reading a range costs beyond its share of the value, roughly.
         read_only: nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a cache
             does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests of such a store.
+        counts_hits: whether prompts are counted among the notes; not where they are none of a user's.
     """
 
     reads_ranges: bool = False
     range_seconds: float = 0.0
     read_only: bool = False
+    counts_hits: bool = True
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:

@@ -4,6 +4,7 @@
     <root>/3f/3fa9...e1.safetensors      a chunk; it gets its name when it is whole
     <root>/partial/3fa9...e1.<random>    a chunk being written; its writer holds a lock on it while it lives
     <root>/bytes                         how many bytes all of these have, once a process keeps a budget; may be deleted
+    <root>/pins                          until when which chunks stay, see `pins`; may be deleted
     <root>/notes/...                     what was learnt about this store's speed, and what its chunks were made with; may be
                                          deleted at any time
 

@@ -6,10 +6,11 @@ delete, evict or replace the chunk meanwhile.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.below import advice, directory, sync_file
+from cake_hf.stores.budget import FreeShare
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
@@ -42,7 +44,8 @@ class LocalStore(Store):
 
     Args:
         root: the directory; made by the first write where it is missing, then for its owner alone.
-        budget: most bytes of chunks that the directory may have; None for no limit.
+        budget: most bytes of chunks that the directory may have, or the share of the free disk that these are (`FreeShare`);
+            None for no limit.
         eviction: who makes room: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was used
             longest ago, the chunk nearest to its start, which is the cheapest to compute).
 
@@ -50,6 +53,8 @@ class LocalStore(Store):
 
     Attributes:
         marks_use: whether reads count as uses.
+        eviction: as it was given.
+        share: of the free disk that is the budget, if it is one.
 
     Raises:
         StoreError: `root` is no directory, or not one that may be looked into; the message says what to do.
@@ -59,19 +64,25 @@ class LocalStore(Store):
     reads_ranges = True
     range_seconds = 1e-4
 
-    def __init__(self, root: str | os.PathLike[str], budget: int | None = None, eviction: str = LRU) -> None:
-        if budget is not None and budget <= 0:
+    def __init__(
+        self, root: str | os.PathLike[str], budget: int | FreeShare | None = None, eviction: str = LRU
+    ) -> None:
+        if isinstance(budget, int) and budget <= 0:
             raise ValueError(f"budget must be positive, got {budget}; leave it out for no limit.")
         self.root = expanded(root).absolute()
         self.marks_use = True
         self._looks_only = False
         self._written = False
+        self.eviction = eviction
+        self.share = budget if isinstance(budget, FreeShare) else None
         self._folder = Folder(self.root)
         self._room = Room(self._folder, budget, order_named(eviction, self.place))
         self._check_root()
 
     def __repr__(self) -> str:
-        return f"LocalStore({str(self.root)!r})"
+        budget = "" if self._room.budget is None else f", budget={self._room.budget}"
+        eviction = "" if self.eviction == LRU else f", eviction={self.eviction!r}"
+        return f"LocalStore({str(self.root)!r}{budget}{eviction})"
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         with self._told(f"The chunks in {self.root} cannot be looked for: "):
@@ -219,6 +230,53 @@ class LocalStore(Store):
         with self._told(f"Chunk {entry.key} cannot be deleted from {self.root}: "), self._room.counting() as count:
             count(-self._folder.discard(entry))
             return self._folder.statuses([entry.key])[0] is None
+
+    def budget(self) -> int | None:
+        """Most bytes of chunks that may be here; None for no limit. A share of the free disk is worked out.
+
+        Raises:
+            StoreError: the directory cannot be looked at.
+        """
+        with self._told(f"The chunks in {self.root} cannot be looked at: "):
+            return self._room.worked_out(sum(entry.nbytes for entry in self._folder.entries()))
+
+    def pin(self, keys: Iterable[str], until: float) -> int:
+        """Keep chunks until a date, whatever has to make room; an older date is replaced. `delete` still deletes.
+
+        Args:
+            keys: of chunks; those that are not stored are passed over.
+            until: seconds since the epoch.
+
+        Returns:
+            How many are pinned by this.
+
+        Raises:
+            StoreError: the directory cannot be written to.
+        """
+        wanted = list(dict.fromkeys(keys))
+        there = [key for key, has in zip(wanted, self.contains(wanted), strict=True) if has]
+        with self._told(f"Chunks in {self.root} cannot be pinned: "):
+            if there:
+                self._room.pin(dict.fromkeys(there, math.ceil(until)), ())
+        return len(there)
+
+    def unpin(self, keys: Iterable[str]) -> int:
+        """Let chunks go again when room is needed; returns how many were pinned. Raises as `pin`."""
+        pinned = self.pinned()
+        wanted = [key for key in dict.fromkeys(keys) if key in pinned]
+        with self._told(f"Chunks in {self.root} cannot be unpinned: "):
+            if wanted:
+                self._room.pin({}, wanted)
+        return len(wanted)
+
+    def pinned(self) -> dict[str, int]:
+        """Key -> until when it stays, in seconds since the epoch; of the chunks that are pinned now.
+
+        Raises:
+            StoreError: the directory cannot be looked at.
+        """
+        with self._told(f"The pins in {self.root} cannot be read: "):
+            return self._room.pinned()
 
     def _check_root(self) -> None:
         with self._told(f"The store directory {self.root} cannot be opened: "), suppress(FileNotFoundError):

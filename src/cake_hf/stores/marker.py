@@ -22,11 +22,13 @@ PARTIAL = "partial"
 NOTES = "notes"
 BYTES = "bytes"
 LOCK = "bytes.lock"
+PINS = "pins"
 
 SHARD = re.compile(r"[0-9a-f]{2}")
 LEFTOVER = re.compile(r"(?:[0-9a-f]{40}|probe)\.[0-9a-f]{16}")
 _CHUNK = re.compile(rf"([0-9a-f]{{40}}){re.escape(SUFFIX)}")
-_NOTE = re.compile(r"(?:costs-[0-9a-f]{16}|namespace-[0-9a-f]{40})\.json(?:\.[0-9a-f]{8})?")
+_NOTE = re.compile(r"(?:costs-[0-9a-f]{16}\.json|namespace-[0-9a-f]{40}\.json|hits\.log)(?:\.[0-9a-f]{8})?")
+_PIN = re.compile(rb"(?:[0-9a-f]{40} [0-9]{1,12}\n(?s:.*))?")
 _NUMBER = re.compile(rb"(?:[0-9]{20}\n)?")
 _NOBODYS = re.compile(r"lost\+found|\.snapshots?|\.zfs|\.Trash.*|\.DS_Store|\.nfs.*|\.fuse_hidden.*")
 """What filesystems and desktops put into a directory that is empty otherwise."""
@@ -81,8 +83,10 @@ def _has_chunk(root: int, entry: Found) -> bool:
 
 def _is_ours(root: int, entry: Found) -> bool:
     name = entry.name
-    if name in (MARKER, LOCK, BYTES):  # the marker may have come just now
-        return entry.is_file and (name != BYTES or _is_number(root))
+    if name in (MARKER, LOCK):  # the marker may have come just now
+        return entry.is_file
+    if name in (BYTES, PINS):
+        return entry.is_file and _begins_as(name, {BYTES: _NUMBER, PINS: _PIN}[name], root)
     if not entry.is_directory:
         return False
     if SHARD.fullmatch(name):
@@ -97,9 +101,9 @@ def _is_chunk(shard: str, entry: Found) -> bool:
     return entry.is_file and key_in(shard, entry.name) is not None
 
 
-def _is_number(root: int) -> bool:
-    with opened(BYTES, os.O_RDONLY, root) as (descriptor, _):
-        return _NUMBER.fullmatch(os.read(descriptor, 99)) is not None
+def _begins_as(name: str, form: re.Pattern[bytes], root: int) -> bool:
+    with opened(name, os.O_RDONLY, root) as (descriptor, _):
+        return form.fullmatch(os.read(descriptor, 99)) is not None
 
 
 def _any_of(root: int, name: str, wanted: Callable[[Found], bool]) -> bool:

@@ -8,17 +8,24 @@ leftover file, and goes with that.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown
+from cake_hf.arithmetic.sizes import bytes_text
 from cake_hf.stores.account import Account, Balance
+from cake_hf.stores.budget import FreeShare
 from cake_hf.stores.eviction import Entry, Order, least_recently_used
 from cake_hf.stores.folder import BYTES, Folder, ShardListing
+from cake_hf.stores.pins import Mark, Pins
+
+logger = logging.getLogger("cake_hf")
 
 SURVEY_SECONDS = 60.0
 """After so long the directory is looked at again: what was used meanwhile, and what came or went by other hands."""
@@ -58,16 +65,18 @@ class Room:
 
     Args:
         folder: with the chunks.
-        budget: most bytes that the chunks of the folder, and those being written, may have; None for no limit of ours.
+        budget: most bytes that the chunks of the folder, and those being written, may have, or how that is worked out with the
+            first write; None for no limit of ours.
         order: in which chunks go.
         clock: monotonic seconds; replaceable for tests.
     """
 
     def __init__(
-        self, folder: Folder, budget: int | None, order: Order, clock: Callable[[], float] = time.monotonic
+        self, folder: Folder, budget: int | FreeShare | None, order: Order, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder = folder
-        self._budget = budget
+        self._share = budget if isinstance(budget, FreeShare) else None
+        self._budget = None if isinstance(budget, FreeShare) else budget
         self._order = order
         self._clock = clock
         self._account = Account(folder.root / BYTES)
@@ -75,6 +84,13 @@ class Room:
         self._candidates: deque[Entry] = deque()
         self._evictable = 0
         self._survey_due = -float("inf")
+        self._pins = Pins(folder.root)
+        self._pins_seen: Mark = None
+
+    @property
+    def budget(self) -> int | None:
+        """In bytes; None for no limit, or where it has not been worked out yet."""
+        return self._budget
 
     def reserve(self, descriptor: int, nbytes: int) -> None:
         """Give a partial file its size, once there is room for it.
@@ -86,8 +102,10 @@ class Room:
             StoreError: it can never fit, or what could go does not suffice; nothing was evicted for it then.
             OSError: as it comes.
         """
+        if self._share is not None and self._budget is None:
+            self._work_out(self._share)
         if self._budget is not None and nbytes > self._budget:
-            raise StoreError(f"A chunk of {nbytes:,} bytes is over the store's budget of {self._budget:,}; raise it.")
+            raise StoreError(f"A chunk of {nbytes:,} bytes is over the store's budget of {self._said()}; raise it.")
         survey = self._look() if self._budget is not None and self._clock() >= self._survey_due else None
         looks = 0
         while True:
@@ -116,6 +134,45 @@ class Room:
         with suppress(StoreError, OSError), self.counting() as count:
             count(-nbytes)
 
+    def worked_out(self, stored: int) -> int | None:
+        """The budget in bytes, as it is or would be worked out now; None for no limit. Changes nothing."""
+        if self._share is None or self._budget is not None:
+            return self._budget
+        return self._share.bytes_for(self._folder.root, stored)
+
+    def pinned(self) -> dict[str, int]:
+        """Key -> until when it stays, in seconds since the epoch; of what is pinned now."""
+        return self._pins.read(time.time())
+
+    def pin(self, pinned: Mapping[str, int], unpinned: Iterable[str]) -> None:
+        """Let chunks stay until a date, and others no longer.
+
+        Raises:
+            StoreError: another process holds the lock for too long.
+            OSError: as it comes.
+        """
+        with self._account.opened(create=True):
+            self._pins.change(pinned, unpinned, time.time())
+
+    def _work_out(self, share: FreeShare) -> None:
+        """From here on the budget is a number, which is logged once."""
+        with self._account.opened() as balance:
+            stored = None if balance is None else balance.total
+        if stored is None:
+            stored = sum(entry.nbytes for entry in self._folder.entries())
+        self._budget = share.bytes_for(self._folder.root, stored)
+        if self._budget is None:
+            self._share = None
+            return
+        # What others have written is counted in the account, so the directory is only looked at where that does not suffice.
+        self._survey_due = float("inf")
+        logger.info(
+            "The store %s may take %s, %s; file:///path?budget=50GB sets another budget.",
+            shown(str(self._folder.root)),
+            bytes_text(self._budget),
+            share,
+        )
+
     def _take(self, descriptor: int, nbytes: int, balance: Balance | None) -> None:
         if balance is not None:
             balance.add(nbytes)
@@ -138,6 +195,8 @@ class Room:
             self._take_in(balance, survey)
         total = balance.total
         if total is None:
+            return False
+        if total + nbytes > budget and self._pins.mark() != self._pins_seen:
             return False
         if total + nbytes - self._evictable > budget:
             if survey is not None:
@@ -162,6 +221,7 @@ class Room:
 
     def _take_in(self, balance: Balance, survey: Survey) -> None:
         """What a look has found, and what has changed since then: names in a folder cannot come or go without its date."""
+        self._pins_seen, pinned = self._pins.mark(), self._pins.read(time.time())
         known = {entry.key for entry in survey.candidates}
         listings, late = dict(survey.shards), []
         for shard in self._folder.shards():
@@ -169,13 +229,19 @@ class Room:
             if before is None or survey.may_have_missed(before) or self._folder.shard_changed(shard) != before.changed:
                 listings[shard] = self._folder.shard_listing(shard)
                 late += [entry for entry in listings[shard].entries if entry.key not in known]
-        self._candidates = deque([*survey.candidates, *least_recently_used(late)])
-        self._evictable = sum(entry.nbytes for shard in listings.values() for entry in shard.entries)
-        self._survey_due = self._clock() + SURVEY_SECONDS
-        balance.set(self._evictable + self._folder.partial_bytes())
+        goes = [*survey.candidates, *least_recently_used(late)]
+        self._candidates = deque(entry for entry in goes if entry.key not in pinned)
+        there = [entry for shard in listings.values() for entry in shard.entries]
+        self._evictable = sum(entry.nbytes for entry in there if entry.key not in pinned)
+        if self._share is None:
+            self._survey_due = self._clock() + SURVEY_SECONDS
+        balance.set(sum(entry.nbytes for entry in there) + self._folder.partial_bytes())
 
     def _no_room(self, nbytes: int) -> StoreError:
         return StoreError(
-            f"There is no room for {nbytes:,} bytes within the store's budget of {self._budget:,}: all of it is taken by "
-            "chunks that are being written or read; raise the budget."
+            f"There is no room for {nbytes:,} bytes within the store's budget of {self._said()}: all of it is taken by "
+            "chunks that are being written, read or pinned; raise the budget."
         )
+
+    def _said(self) -> str:
+        return f"{self._budget:,}" + (f" ({self._share})" if self._share else "")

@@ -15,10 +15,14 @@ from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.sizes import parse_bytes
 from cake_hf.arithmetic.urls import split_options
+from cake_hf.stores.budget import USUAL, FreeShare
 from cake_hf.stores.eviction import LRU
 
 LOCAL_EXAMPLES = {"file": "file:///path", "memory": "memory:4GB", "pack": "pack:folder"}
 """By scheme, what needs no server."""
+
+NO_BUDGET = "none"
+"""What a URL says for a directory without a limit."""
 
 _ALIASES = {
     **dict.fromkeys(("disk", "dir", "directory", "folder", "local", "path"), "file"),
@@ -43,12 +47,12 @@ class Directory:
 
     Attributes:
         path: of it; a ~ has been filled in.
-        budget: most bytes of chunks, or None.
+        budget: most bytes of chunks, or how they are worked out; None for no limit.
         eviction: who makes room.
     """
 
     path: Path
-    budget: int | None = None
+    budget: int | FreeShare | None = USUAL
     eviction: str = LRU
 
 
@@ -177,7 +181,7 @@ def _not_to_be_expanded(text: str) -> Path:
     return path.absolute() if str(path).startswith("~") else path
 
 
-def _options(query: str) -> tuple[int | None, str]:
+def _options(query: str) -> tuple[int | FreeShare | None, str]:
     """Budget and eviction."""
     try:
         options = split_options(query)
@@ -186,7 +190,9 @@ def _options(query: str) -> tuple[int | None, str]:
     budget, eviction = options.pop("budget", None), options.pop("eviction", LRU)
     if options:
         raise StoreError(f"A directory has no option {next(iter(options))!r}; known are budget and eviction.")
-    return None if budget is None else bytes_of(budget), eviction
+    if budget is None:
+        return USUAL, eviction
+    return None if budget.lower() == NO_BUDGET else bytes_of(budget), eviction
 
 
 _SHELL_VARIABLE = re.compile(r"\$(?:[A-Za-z_]|\{)")

@@ -14,10 +14,11 @@ import typer
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.outside import shown
-from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, saving, strategies
+from cake_hf.people.bench import cached, decoding, identity, loading, memory, overheads, prompt, saving, strategies
 from cake_hf.people.bench.grid.command import GRID_HELP, grid_command, plot_command
 from cake_hf.people.bench.machine import Machine, disturbance
 from cake_hf.people.bench.models import build_model, build_prompt
+from cake_hf.people.bench.own_model import own_settings, without_goals
 from cake_hf.people.bench.results import Result
 from cake_hf.people.bench.settings import SHAPES, Dtype, Settings, choose
 from cake_hf.people.bench.stores.command import STORES_HELP, stores_command
@@ -37,11 +38,21 @@ MEASUREMENTS: dict[str, Callable[[Workbench], Result]] = {
     "overheads": overheads.measure,
 }
 
+OF_A_MODEL: dict[str, Callable[[Workbench], Result]] = {
+    "prompt": prompt.measure,
+    "decoding": decoding.measure,
+    "strategies": strategies.measure,
+    "saving": saving.measure,
+    "cached": cached.measure,
+}
+"""What is measured with a model of the user's; by default the first two."""
+
 
 HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk, "
     "the weights' checksum, loading against bare reads, bookkeeping.\n\n"
-    "The model has random weights and is made on the spot. Goals are judged in the table and never decide the exit code; it is "
+    "The model has random weights and is made on the spot; --model takes one of yours, for which nothing is judged. "
+    "Goals are judged in the table and never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
     "For one length; `cake-hf bench grid` goes over lengths, stores, models and shares of the device. `cake-hf bench stores` "
     "measures each store beside its client."
@@ -56,6 +67,9 @@ bench_app.command("stores", help=STORES_HELP)(stores_command)
 @bench_app.callback(help=HELP)
 def bench(
     context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="A model of yours, by folder or name: what it gives there, without goals.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, two rounds: only to see that it runs.")] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; 5, or 2 with --quick.")] = None,
@@ -82,17 +96,19 @@ def bench(
     if context.invoked_subcommand is not None:
         refuse_options(context)
         return
-    settings = choose(
-        quick=quick,
-        repeats=repeats,
-        tokens=tokens,
-        chunk_size=chunk_size,
-        dtype=dtype.value,
-        device=str(find_device(device)),
-        shape=shape,
-    )
-    tell = _silent if as_json else _on_stderr
-    outcome, results = measure_all(settings, store, tell, _chosen(only))
+    asked: dict[str, Any] = {"quick": quick, "repeats": repeats, "tokens": tokens, "chunk_size": chunk_size}
+    where = str(find_device(device))
+    if model:
+        if shape:
+            raise ValueError("--model brings a shape of its own; leave out --shape.")
+        source = context.get_parameter_source("dtype")
+        given = dtype.value if source is not None and source.name == "COMMANDLINE" else "auto"
+        settings = own_settings(model, **asked, dtype=given, device=where)
+        measurements = _chosen(only or list(OF_A_MODEL)[:2], OF_A_MODEL)
+    else:
+        settings = choose(**asked, dtype=dtype.value, device=where, shape=shape)
+        measurements = _chosen(only, MEASUREMENTS)
+    outcome, results = measure_all(settings, store, _silent if as_json else _on_stderr, measurements)
     if not as_json:
         console.print(build_tables(results))
         if told := disturbance(outcome["machine"]):
@@ -101,7 +117,8 @@ def bench(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(line + "\n")
-    typer.echo(line)
+    if as_json or not model:
+        typer.echo(line)
     faults = [*outcome["parity"]["mismatches"], *outcome["failures"]]
     if faults:
         errors.print(*faults, sep="\n", style="bold red")
@@ -157,17 +174,20 @@ def measure_all(
     return outcome, list(results.values())
 
 
-def _chosen(names: list[str] | None) -> dict[str, Callable[[Workbench], Result]]:
-    unknown = sorted(set(names or ()) - set(MEASUREMENTS))
+Measurements = Mapping[str, Callable[[Workbench], Result]]
+
+
+def _chosen(names: list[str] | None, among: Measurements) -> Measurements:
+    unknown = sorted(set(names or ()) - set(among))
     if unknown:
-        raise ValueError(f"There is no measurement {unknown[0]!r}; choose from {', '.join(MEASUREMENTS)}.")
-    return {name: measure for name, measure in MEASUREMENTS.items() if not names or name in names}
+        raise ValueError(f"There is no measurement {unknown[0]!r}; choose from {', '.join(among)}.")
+    return {name: measure for name, measure in among.items() if not names or name in names}
 
 
 def _measured(name: str, measure: Callable[[Workbench], Result], bench: Workbench) -> Result:
     """One measurement; if it cannot be taken, the others still count."""
     try:
-        return measure(bench)
+        return without_goals(measure(bench)) if bench.settings.model else measure(bench)
     except CakeError as error:
         return Result(name.capitalize(), {}, failure=shown(error))
 

@@ -11,18 +11,21 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cake_hf.cache.compat import plain_cache
+from cake_hf.people.bench.own_model import own_model, own_prompt
 from cake_hf.people.bench.settings import Settings
 
 SEED = 20240
 
 
 def build_model(settings: Settings) -> Any:
-    """A Llama with random weights, the same ones each time, in every process.
+    """The user's model, or a Llama with random weights, the same ones each time, in every process.
 
     Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for
     them alike. They have no end-of-text token, so that a generation always has its full length. The weights are made on the
     device in their dtype: no copy of a large model passes through the host.
     """
+    if settings.model:
+        return own_model(settings)
     shape = settings.shape
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -44,7 +47,9 @@ def build_model(settings: Settings) -> Any:
 
 
 def build_prompt(settings: Settings) -> torch.Tensor:
-    """`[1, tokens + suffix_tokens]` random token ids on the device, the same each time."""
+    """`[1, tokens + suffix_tokens]` token ids on the device, the same each time: random ones, or a text for a user's model."""
+    if settings.model:
+        return own_prompt(settings)
     generator = torch.Generator().manual_seed(SEED)
     length = settings.tokens + settings.suffix_tokens
     ids = torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)

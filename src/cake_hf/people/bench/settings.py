@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from pathlib import PurePath
 from typing import Any
 
 from cake_hf.arithmetic.limits import Limits
@@ -69,6 +70,7 @@ class Settings:
         decode_steps: tokens decoded with each kind of cache.
         load_to_compute: the throttled cells: load-only should take about that many times compute-only.
         stored_files: how many chunks a store holds in which a prompt's chunks are looked up.
+        model: folder or name of the user's own; empty for one with random weights.
         limits: of all caches. The deadline is out of the way, all else is as a cache has it here.
     """
 
@@ -83,6 +85,7 @@ class Settings:
     decode_steps: int = 48
     load_to_compute: tuple[float, ...] = (0.5, 1.0, 2.0)
     stored_files: int = 100_000
+    model: str = ""
     limits: Limits = field(default_factory=lambda: Limits.from_environment(read_timeout=READ_TIMEOUT))
 
     @property
@@ -91,8 +94,9 @@ class Settings:
         return self.tokens // self.chunk_size
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready; of a model in a folder, that folder's name alone."""
+        model = PurePath(self.model)
+        return {**asdict(self), "model": model.name if len(model.parts) > 2 or model.is_absolute() else self.model}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:

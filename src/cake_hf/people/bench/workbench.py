@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cake_hf.cache.session import Session
 from cake_hf.people.bench.settings import Settings
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
+from cake_hf.stores.memory import MemoryStore
 
 FLUSH_SECONDS = 600.0
 """How long the making of a full store may take to become durable."""
@@ -268,9 +269,8 @@ class Workbench:
 
     def _room_for_all(self) -> Limits:
         """Limits under which no chunk stays unsaved because the disk is slower than the model."""
-        config = self.model.config
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        payload = numbers * self.settings.tokens * self.model.dtype.itemsize
+        with closing(self.session(MemoryStore())) as session:
+            payload = session.layout().nbytes * self.settings.chunks
         limits = self.settings.limits
         return replace(limits, save_queue_bytes=max(limits.save_queue_bytes, payload), exit_flush_seconds=FLUSH_SECONDS)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.people.packs.card import card_text
+from cake_hf.people.packs.card import About, card_text
 from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progress
 from cake_hf.stores.below import directory, make_directory, replace_file, what_is
 from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
@@ -28,6 +29,8 @@ def export_pack(
     salt: str = "",
     exact: bool = True,
     allow_salted: bool = False,
+    about: str = "",
+    base_model: str = "",
     progress: Progress = no_progress,
 ) -> PackManifest:
     """Write the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
@@ -41,6 +44,8 @@ def export_pack(
             same numerics; to be used elsewhere it has to be saved and exported with `exact=False`.
         input_ids: `[1, tokens]` of the prompt.
         allow_salted: give away KV that was saved under a salt. The pack does not tell the salt, but a short one can be guessed.
+        about: what the prompt is, in a line for the card.
+        base_model: the model's name on the Hub, for the card; by default the name that it was loaded by.
         progress: called with (files written, all files).
 
     Returns:
@@ -52,10 +57,11 @@ def export_pack(
         CakeError: KV of this model is not kept.
         ValueError: `input_ids` is not one prompt of at least a chunk.
     """
+    told = About(about, base_model)
     with contents_of(
         store, model, input_ids, chunk_size=chunk_size, salt=salt, exact=exact, allow_salted=allow_salted
     ) as contents:
-        return contents.write(FolderSink(folder), card_text, progress)
+        return contents.write(FolderSink(folder), partial(card_text, about=told), progress)
 
 
 class FolderSink(Sink):

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.people.packs.card import card_text
+from cake_hf.people.packs.card import About, card_text
 from cake_hf.people.packs.contents import Progress, Sink, contents_of, no_progress
 from cake_hf.stores.hub import SCHEME, hub_client, parse_hub_name, plain_errors
 from cake_hf.stores.manifest import CARD, MANIFEST, PackManifest
@@ -48,6 +49,8 @@ def push_pack(
     salt: str = "",
     exact: bool = True,
     allow_salted: bool = False,
+    about: str = "",
+    base_model: str = "",
     private: bool | None = None,
     progress: Progress = no_progress,
 ) -> Pushed:
@@ -56,7 +59,7 @@ def push_pack(
     Args:
         store: that has the KV, as `CakeCache` takes it.
         repo: "org/name"; made when missing. What it has of an older pack is replaced; any other repository is refused.
-        model, input_ids, chunk_size, salt, exact, allow_salted: as for `export_pack`.
+        model, input_ids, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
         private: whether a new repository is; by default as the Hub decides.
         progress: called with (files handed to the client, all files).
 
@@ -64,6 +67,7 @@ def push_pack(
         StoreError, CorruptChunk, CakeError, ValueError: as `export_pack`; a StoreError also where the repository holds
             something else, you may not write to it, or the Hub cannot be reached.
     """
+    told = About(about, base_model)
     repo, revision = parse_hub_name(repo)
     if revision != "main":
         raise StoreError(f"A pack is pushed to a repository's main branch; leave @{revision} out.")
@@ -74,7 +78,7 @@ def push_pack(
         _without_bars(),
     ):
         sink = HubSink(repo, private)
-        manifest = contents.write(sink, card_text, progress)
+        manifest = contents.write(sink, partial(card_text, about=told), progress)
         return Pushed(f"{SCHEME}{repo}@{sink.commit}", manifest, contents.missing)
 
 

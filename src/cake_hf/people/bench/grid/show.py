@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from rich import box
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cake_hf.people.bench.grid.group import Cell, Group
@@ -18,6 +16,7 @@ from cake_hf.people.bench.grid.summary import summarise
 from cake_hf.people.bench.machine import disturbance
 from cake_hf.people.bench.results import Figure
 from cake_hf.people.bench.table import build_tables
+from cake_hf.people.sheets import Sheet
 from cake_hf.people.units import seconds_text
 
 RECOMPUTED = ("plain_seconds", "one_forward_seconds")
@@ -57,42 +56,40 @@ def _share(wanted: float, groups: Sequence[Group]) -> str:
     return f"; a competing load for {1 - wanted:.0%} of it leaves {min(left):.0%} to {max(left):.0%}"
 
 
-def _cells_table(title: str, groups: Sequence[Group]) -> Table:
-    table = _new_table(title, ("Gbps", "compute", "load", "both", "T*", "eta", "sigma", "ratio"))
+def _cells_table(title: str, groups: Sequence[Group]) -> Sheet:
+    headings = ("Gbps", "compute", "load", "both", "T*", "eta", "sigma", "ratio")
+    rows: list[Sequence[str | Text]] = []
     for group in groups:
         compute = _seconds(group.figures.get("compute_seconds"))
         for first, cell in _cells(group):
             figures = cell.figures
             times = [_seconds(figures[f"{name}_seconds"]) for name in ("load", "both", "limit")]
             judged = [_judged(figures["eta"]), Text(f"{figures['sigma'].value:.2f}"), _judged(figures["ratio"])]
-            table.add_row(_tokens(group) * first, cell.source, f"{cell.gbps:.3g}", compute * first, *times, *judged)
+            rows.append((_tokens(group), cell.source, f"{cell.gbps:.3g}", compute * first, *times, *judged))
         if group.failure:
-            table.add_row(_tokens(group), Text("failed", style="red"))
-        table.add_section()
-    return table
+            rows.append((_tokens(group), Text("failed", style="red"), *("" for _ in headings)))
+        rows.append(())
+    return _new_table(title, headings, rows)
 
 
-def _peers_table(groups: Sequence[Group]) -> Table:
-    table = _new_table("  the same with transformers alone", ("chunks", "whole", *FORMATS, "both", "faster"))
+def _peers_table(groups: Sequence[Group]) -> Sheet:
+    rows: list[Sequence[str | Text]] = []
     for group in groups:
         recomputed = [group.figures[name] for name in RECOMPUTED if name in group.figures]
         for first, cell in _cells(group):
             saved = [cell.figures[f"{name}_seconds"] for name in FORMATS]
             ours = cell.figures["both_seconds"]
             faster = min(figure.value for figure in (*recomputed, *saved)) / ours.value
-            row = [_tokens(group) * first, cell.source, *(_seconds(figure) * first for figure in recomputed)]
-            table.add_row(*row, *map(_seconds, saved), _seconds(ours), f"{faster:.2f}x")
-        table.add_section()
-    return table
+            alone = [_seconds(figure) * first for figure in recomputed]
+            alone += [""] * (len(RECOMPUTED) - len(alone))
+            rows.append((_tokens(group), cell.source, *alone, *map(_seconds, saved), _seconds(ours), f"{faster:.2f}x"))
+        rows.append(())
+    headings = ("chunks", "whole", *FORMATS, "both", "faster")
+    return _new_table("  the same with transformers alone", headings, rows)
 
 
-def _new_table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("store", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _new_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Sheet:
+    return Sheet(title, ("tokens", "<store", *headings), rows, names=2)
 
 
 def _cells(group: Group) -> Iterable[tuple[bool, Cell]]:

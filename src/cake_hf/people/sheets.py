@@ -1,0 +1,86 @@
+"""Tables of which no column is lost, however narrow the terminal is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | Text
+ANY_WIDTH = 10_000
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table that is laid out when its width is known.
+
+    Where all columns do not fit side by side, they are shown in several parts below one another, each with the columns that
+    name a row. Where even these and one more do not fit, cells go over several lines.
+
+    Attributes:
+        title: above the table; empty for none.
+        headings: of the columns; one that begins with "<" is of text, and set to the left.
+        rows: as many cells each as there are headings; an empty row ends a section.
+        names: how many columns, from the left, say which row it is.
+        tight: one space between columns, in the place of two.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    names: int = 1
+    tight: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, columns in enumerate(self._parts(console, options)):
+            table = self._table(columns, whole=self._fits(console, options, columns))
+            table.title = self.title if self.title and number == 0 else None
+            yield table
+
+    def _parts(self, console: Console, options: ConsoleOptions) -> Iterator[list[int]]:
+        """The columns of each part."""
+        names = list(range(self.names))
+        part = list(names)
+        for column in range(self.names, len(self.headings)):
+            if len(part) > self.names and not self._fits(console, options, [*part, column]):
+                yield part
+                part = list(names)
+            part.append(column)
+        yield part
+
+    def _fits(self, console: Console, options: ConsoleOptions, columns: Sequence[int]) -> bool:
+        wide = options.update(width=ANY_WIDTH)
+        needed = Measurement.get(console, wide, self._table(columns, whole=True)).maximum
+        return needed <= options.max_width
+
+    def _table(self, columns: Sequence[int], *, whole: bool) -> Table:
+        """Some of the columns.
+
+        Args:
+            columns: by number.
+            whole: no cell goes over several lines.
+        """
+        padding = (0, 0 if self.tight else 1, 0, 0)
+        table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=padding, pad_edge=False)
+        for column in columns:
+            heading = self.headings[column]
+            is_text = heading.startswith("<")
+            table.add_column(
+                heading.removeprefix("<"), justify="left" if is_text else "right", no_wrap=whole, overflow="fold"
+            )
+        for row in self.rows:
+            if row:
+                table.add_row(*(_text(row[column]) for column in columns))
+            else:
+                table.add_section()
+        return table
+
+
+def _text(cell: Cell) -> Text:
+    """Nothing in a cell is read as markup."""
+    return cell if isinstance(cell, Text) else Text(cell)

@@ -1,0 +1,167 @@
+"""A directory that nobody gave a budget: how much it may take, who is told, and that nothing that was there goes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cake_hf import LocalStore, StoreError, open_store
+from cake_hf.stores.budget import USUAL, FreeShare
+from cake_hf.testing.contract import key_of, value_of
+from commands import flat, run_command
+
+
+class Disk(NamedTuple):
+    """As `os.statvfs` tells of it."""
+
+    f_bavail: int
+    f_frsize: int = 1
+    f_blocks: int = 10**9
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Disk], None]:
+    return lambda told: monkeypatch.setattr(os, "statvfs", lambda folder: told)
+
+
+def total(store: LocalStore) -> int:
+    return sum(entry.nbytes for entry in store.entries())
+
+
+def fill(store: LocalStore, first: int, last: int) -> None:
+    for number in range(first, last):
+        store.write(key_of(number), [value_of(number)])  # 1,000 bytes each
+
+
+def opened(folder: Path) -> LocalStore:
+    store = open_store(str(folder))
+    assert isinstance(store, LocalStore)
+    return store
+
+
+@pytest.mark.fault(
+    "Time and bounds",
+    "A directory is used as a store and nobody has given it a budget.",
+    "It takes a fifth of the free disk at most; what was used longest ago makes room. `cake-hf info` says how much it is.",
+)
+@pytest.mark.parametrize("spec", [str, Path, Path.as_uri])
+def test_a_directory_keeps_to_a_share(
+    tmp_path: Path, disk: Callable[[Disk], None], spec: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    disk(Disk(20_000))
+    caplog.set_level(logging.INFO, "cake_hf")
+    store = open_store(spec(tmp_path / "kv"))  # type: ignore[arg-type]
+    assert isinstance(store, LocalStore)
+    fill(store, 0, 9)
+    assert total(store) == store.budget() == 4_000
+    [line] = [record for record in caplog.records if "may take" in record.message]
+    assert "may take 3.9 KiB, 20 % of the free disk" in line.message
+    assert "budget=4000" in repr(store)
+
+
+def test_what_is_there_does_not_make_it_smaller(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(20_000))
+    fill(opened(tmp_path), 0, 4)
+    disk(Disk(16_000))  # the store's own 4,000 bytes are not free any more
+    assert opened(tmp_path).budget() == 4_000
+
+
+@pytest.mark.fault(
+    "Files",
+    "A store was filled beyond a fifth of the disk, without a limit or with a larger one, or others fill the disk.",
+    "Opened without a budget, it keeps what it has and grows no further.",
+)
+def test_what_was_there_stays(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    fill(LocalStore(tmp_path), 0, 8)
+    disk(Disk(100))
+    store = opened(tmp_path)
+    fill(store, 8, 10)
+    assert total(store) == 8_000
+
+
+@pytest.mark.parametrize("budget", ["budget=none", "budget=NONE"])
+def test_no_limit_can_be_asked_for(tmp_path: Path, disk: Callable[[Disk], None], budget: str) -> None:
+    disk(Disk(5_000))
+    store = open_store(f"{tmp_path.as_uri()}?{budget}")
+    assert isinstance(store, LocalStore)
+    fill(store, 0, 6)
+    assert (store.budget(), total(store)) == (None, 6_000)
+    assert not (tmp_path / "bytes").exists()
+
+
+def test_a_budget_that_is_given_counts(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(5_000))
+    store = open_store(f"{tmp_path.as_uri()}?budget=3000")
+    assert isinstance(store, LocalStore)
+    fill(store, 0, 6)
+    assert (store.budget(), total(store)) == (3_000, 3_000)
+
+
+@pytest.mark.parametrize("kind", ["no blocks", "an error"])
+def test_where_the_system_does_not_know_there_is_no_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def ask(folder: object) -> Disk:
+        if kind == "an error":
+            raise OSError(errno.ENOSYS, "unknown")
+        return Disk(0, 1, 0)
+
+    monkeypatch.setattr(os, "statvfs", ask)
+    store = opened(tmp_path)
+    fill(store, 0, 3)
+    assert (store.budget(), total(store)) == (None, 3_000)
+
+
+def test_looking_makes_nothing(tmp_path: Path) -> None:
+    store = opened(tmp_path / "kv")
+    assert (store.budget() or 0) > 0
+    assert repr(store) == f"LocalStore({str(tmp_path / 'kv')!r})"
+    assert not (tmp_path / "kv").exists()
+
+
+@pytest.mark.parametrize("free", [0, 999, 4_999])
+def test_a_budget_smaller_than_a_chunk_is_one_sentence(tmp_path: Path, disk: Callable[[Disk], None], free: int) -> None:
+    disk(Disk(free))
+    with pytest.raises(StoreError, match=r"^A chunk of 1,000 bytes is over .* \(20 % of the free disk\); raise it\.$"):
+        fill(opened(tmp_path), 0, 1)
+
+
+def test_processes_agree(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    """The second one finds the account of the first, and looks at the directory only where room is needed."""
+    disk(Disk(20_000))
+    one, other = opened(tmp_path), opened(tmp_path)
+    for number in range(12):
+        (one, other)[number % 2].write(key_of(number), [value_of(number)])
+    assert total(one) <= 4_000
+    assert int((tmp_path / "bytes").read_text()) == total(one)
+
+
+def test_a_share_of_ones_own(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(10_000))
+    store = LocalStore(tmp_path, FreeShare(0.5))
+    fill(store, 0, 7)
+    assert total(store) == 5_000
+    assert str(USUAL) == "20 % of the free disk"
+
+
+def test_info_says_how_much_it_may_take(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(50 * 2**20))
+    fill(opened(tmp_path), 0, 1)
+    assert "may take 10.0 MiB, 20 % of the free disk" in flat(run_command("info", tmp_path).stdout)
+
+
+def test_warm_says_it_of_a_new_store(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+    disk(Disk(50 * 2**20))
+    (tmp_path / "text.txt").write_text("remember otter = jade\n" * 30)
+    for told in (True, False):
+        result = run_command(
+            "warm", "recall-tiny", tmp_path / "text.txt", "--store", tmp_path / "kv", "--chunk-size", 16
+        )
+        assert result.exit_code == 0, result.output
+        assert ("kv is a new store. It may take 10.0 MiB, 20 % of the free disk" in flat(result.stdout)) == told
