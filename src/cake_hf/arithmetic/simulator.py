@@ -33,8 +33,9 @@ from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
 from cake_hf.arithmetic.report import Span
 from cake_hf.arithmetic.speeds import CONSTANT, Speed
 
-Policy = Literal["both", "compute", "load", "cake"]
-"""What is simulated: the three strategies of the library, or the paper's own policy as a reference."""
+Policy = Literal["both", "compute", "load", "cake", "fixed"]
+"""What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in
+the middle with beliefs that a restore does not correct, and tries nothing: it shows what correcting and trying gain."""
 
 MAX_CHUNKS = 100_000
 MAX_LAYERS = 10_000
@@ -206,9 +207,10 @@ def simulate(setting: Setting, strategy: Policy) -> Outcome:
     Raises:
         ValueError: there is no such strategy.
     """
-    if strategy not in ("both", "compute", "load", "cake"):
-        raise ValueError(f"The strategy must be both, compute, load or cake, got {strategy!r}.")
-    return _Restore(setting, strategy, _learned(setting) if strategy in ("both", "load") else Costs()).run()
+    if strategy not in ("both", "compute", "load", "cake", "fixed"):
+        raise ValueError(f"The strategy must be both, compute, load, cake or fixed, got {strategy!r}.")
+    knows = strategy in ("both", "load", "fixed")
+    return _Restore(setting, strategy, _learned(setting) if knows else Costs()).run()
 
 
 def best_seconds(setting: Setting) -> float:
@@ -250,17 +252,20 @@ def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
     return setting.compute_speed.end(min(map(max, fronts, reversed(backs))), setting.suffix_seconds)
 
 
-def simulate_prompts(settings: Sequence[Setting], learner: CostLearner) -> list[Outcome]:
+def simulate_prompts(
+    settings: Sequence[Setting], learner: CostLearner, policy: Literal["both", "fixed"] = "both"
+) -> list[Outcome]:
     """Restores one after the other, each with the costs that were learnt from those before it.
 
     Args:
         settings: one per prompt.
         learner: what is believed at first; it learns on.
+        policy: of all of them.
     """
     outcomes = []
     for setting in settings:
         size = round(setting.chunk_bytes)
-        restore = _Restore(setting, "both", learner.costs(size), learner.credit)
+        restore = _Restore(setting, policy, learner.costs(size), learner.credit)
         outcome = restore.run()
         learner.saw_restore(restore.pace, outcome.spans, size)
         outcomes.append(outcome)
@@ -355,6 +360,26 @@ class _CakesOwn(Judge):
         return self._chunks
 
 
+class _Fixed(Pace):
+    """What it believed at first it believes to the end. Loads that are late are expected to be late by as much again."""
+
+    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0) -> None:
+        super().saw_forward(chunk, seconds, share)
+        self._factor = 1.0
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        return False
+
+    def _wait(self, left: int, now: float) -> float | None:
+        if self._load is None or left < 1 or not self._arrivals:
+            return None
+        done = len(self._arrivals) - 1
+        return abs(self._load.finish(done + left) - self._load.finish(done) - (now - self._arrivals[-1]))
+
+    def _lateness(self, now: float) -> float:
+        return 1.0
+
+
 class _GivenNear(Pace):
     """With a number of chunks that are loaded aside from outside."""
 
@@ -376,7 +401,8 @@ class _Restore:
         self._reads: list[tuple[int, float, float]] = []
         self._left = 0
         self._ranges = ranges_of(costs, setting.layers, setting.latency)
-        self.pace = (Pace if setting.near is None else _GivenNear)(
+        kind = _Fixed if policy == "fixed" else Pace if setting.near is None else _GivenNear
+        self.pace = kind(
             costs,
             chunks=setting.chunks,
             layers=setting.layers,
@@ -390,7 +416,7 @@ class _Restore:
         aside_all = policy == "cake" or setting.near is not None
         self._frontier = Frontier(
             [True] * setting.chunks,
-            strategy=Strategy.BOTH if policy == "cake" else Strategy(policy),
+            strategy=Strategy.BOTH if policy in ("cake", "fixed") else Strategy(policy),
             read_timeout=setting.read_timeout,
             most_aside=setting.chunks if aside_all else ASIDE_PER_THREAD * setting.threads,
             nearest=setting.threads,

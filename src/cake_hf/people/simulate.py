@@ -17,13 +17,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from typing import Annotated, Any
 
 import typer
 
 from cake_hf.arithmetic.costs import ComputeCost
 from cake_hf.arithmetic.simulator import Cell, Setting, evaluate, simulate, steps
-from cake_hf.people.console import console
+from cake_hf.people import changes as changing
+from cake_hf.people.console import console, progress_bar
 from cake_hf.people.sheets import Sheet
 from cake_hf.people.units import seconds_text
 
@@ -158,6 +160,9 @@ def simulate_command(
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's cells and some beyond; so, too, without any setting.")
     ] = False,
+    changes: Annotated[
+        bool, typer.Option("--changes", help="A machine that changes, and wrong beliefs (takes a minute).")
+    ] = False,
     bandwidth_gbps: Annotated[float, typer.Option(help="Of the line, in 10^9 bits per second.")] = Own.bandwidth_gbps,
     tokens: Annotated[int, typer.Option(help="Of the prompt.")] = Own.tokens,
     chunk: Annotated[int, typer.Option(help="Tokens per chunk.")] = Own.chunk,
@@ -177,6 +182,9 @@ def simulate_command(
     given = [field.name for field in fields(Own) if _was_given(context, field.name)]
     if paper and given:
         raise ValueError(f"--paper has settings of its own; leave out {_options_text(given)}.")
+    if changes:
+        _show_changes(as_json=as_json, others=[*given, *(["paper"] if paper else [])])
+        return
     if given:
         own = Own(bandwidth_gbps, tokens, chunk, kv_kib_per_token, base_ms, slope_ms, layers, gpu_share)
         results = {"own": [_row("your setting", own_setting(own, threads))]}
@@ -190,6 +198,20 @@ def simulate_command(
     if as_json:
         plain = {part: [row.plain() for row in rows] for part, rows in results.items()}
         console.print(json.dumps({"threads": threads, **plain}), soft_wrap=True)
+
+
+def _show_changes(*, as_json: bool, others: Sequence[str]) -> None:
+    if others:
+        raise ValueError(f"--changes has settings of its own; leave out {_options_text(others)}.")
+    with progress_bar("simulating", "kinds of change") as progress:
+        progress(0, len(changing.CHANGES))
+        done = count(1)
+        rows = changing.table(list(changing.settings()), lambda: progress(next(done), len(changing.CHANGES)))
+    console.print(changing.sheet(rows))
+    console.print()
+    console.print(changing.LEGEND, style="dim")
+    if as_json:
+        console.print(json.dumps({"changes": [row.plain() for row in rows]}), soft_wrap=True)
 
 
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:
