@@ -266,7 +266,7 @@ def test_out_of_range_values_are_named(change: dict[str, object], message: str) 
 
 
 def test_an_unknown_strategy_is_named() -> None:
-    with pytest.raises(ValueError, match="strategy must be both, compute, load or cake, got 'half'"):
+    with pytest.raises(ValueError, match="strategy must be both, compute, load, cake or fixed, got 'half'"):
         simulate(setting(2, 1, 0, 1), "half")  # type: ignore[arg-type]
 
 

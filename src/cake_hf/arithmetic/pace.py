@@ -17,8 +17,8 @@ TRIAL_SHARE = 0.02
 """Of the time that restores take, what may be spent on trials of a side that is not used."""
 
 BESIDE_LOADS = 0.2
-"""What a second of computing takes from loads at most: where both want the same cores or the same memory, each has half."""
-
+"""What a second of computing is reckoned to take from loads. From those of a network or a disk it takes next to nothing; where
+both want the same cores or memory it may be half: then trials cost up to 5 % instead of 2."""
 
 LATE = 8.0
 """A load that is late by x is expected to take that many times x more. Computing for nothing is cheap: the forward is left when
@@ -34,18 +34,16 @@ MARGIN = 2.0
 class Pace(Judge):
     """The costs of one restore as they are now. Used under the frontier's lock, but for `saw_forward`: main thread only.
 
-    Let f be the seconds of the chunk at the front, R those until all loads are there that are left, and h what of R is hidden
-    behind what follows the loads (see `planner.hidden_by_layers`). The rule: compute the chunk if `f < R - h`. With true
-    costs that is the best split; the proof is at `worth`.
+    The rule: compute the chunk at the front if that is done before all loads are there that are left. With true costs that is
+    the best split; the proof is at `worth`.
 
     *Trials.* Where the rule says to wait, nothing would ever tell that computing has become cheaper. But a waiting main thread
     has nothing else to do, and a forward can be left after each layer. So it begins the chunk anyway, and after one layer it
-    knows what a layer takes, and asks the rule again. That is a trial. If the belief was right, a trial costs a layer's time at
-    most, t = f / layers: it takes at most half of that from the loads (`BESIDE_LOADS`), and all that lasts beyond them. A
-    trial is made once that price is earned: as `TRIAL_SHARE` of the time of all restores since the last one. So, where the
-    beliefs hold, all trials together cost at most 2 % of all restores. If computing is believed k times as dear as loading
-    all (f = k * R), it is tried in one restore out of `k * BESIDE_LOADS / (TRIAL_SHARE * layers)`: in each one up to k = 1.28
-    with 32 layers.
+    knows what a layer takes, and asks the rule again. That is a trial. If the belief was right, it costs what of that layer is
+    taken from the loads (`BESIDE_LOADS`), and all that lasts beyond them. A trial is made once that price is earned: as
+    `TRIAL_SHARE` of the time of all restores since the last one. So, where the beliefs hold, all trials together cost at most
+    2 % of all restores. If computing a chunk is believed k times as dear as loading all, it is tried in one restore out of
+    `k * BESIDE_LOADS / (TRIAL_SHARE * layers)`: in each one up to k = 3.2 with 32 layers.
 
     Args:
         costs: as learnt.
@@ -116,7 +114,31 @@ class Pace(Judge):
     # What to do.
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
-        """Whether to compute that chunk now, rather than to wait for the loads."""
+        """Whether to compute that chunk now, rather than to wait for the loads. True where a cost is not known.
+
+        False when all loads that are left would be there no later than the compute step ends; and when the sides would meet no
+        sooner than the loads are there, less what of them is hidden.
+
+        Proof that the first is optimal when the costs hold. Let chunk i be stored, F(i) the time to compute all chunks before
+        it, L(i) the time at which all loads of chunks i.. would be there, H(i) the time of the holes in i.., and
+        `T(m) = max(F(m), L(m)) + H(m)` as in `planner.plan`. The rule goes on while `F(i + 1) < L(i)` and stops at the first
+        stored i with `F(i + 1) >= L(i)`: it takes T(i). (1) m > i: all of F(i + 1) and the holes are computed, so
+        `T(m) >= F(m) + H(m) >= F(i + 1) + H(i + 1) >= T(i)`. (2) m < i: `T(m) >= L(m) + H(m) >= L(i) + H(i)`; and with j the
+        last stored chunk before i, whose step was begun, `F(i) + H(i) = F(j + 1) + H(j) < L(j) + H(j) <= T(m)`. Hence
+        `T(i) = min T`: as fast as the best split, and never slower than computing all, T(n), or loading all, T(0).
+
+        That holds where a chunk may be computed although a loader holds it. Where such a chunk has to be waited for instead,
+        at most one interval is lost: its load was under way, so `L(i) <= F(i) + interval`, while every split takes at least
+        F(i) + H(i), see (1) and (2).
+
+        If the compute costs g that the rule believes in are not the true f, it still stays within one step of the optimum
+        (true loads, no holes): `T <= T* + max(f_0.., g_0..)`. Let it stop at i, so `T = max(F(i), L(i))`. It waits only if
+        `L(i) <= F(i) + g_i`, and it began the step before at `F(i - 1) < L(i - 1)`, so `F(i) < L(i - 1) + f_(i-1)`; while
+        every split takes at least `min(F(i), L(i - 1))`. In the same way it is at most one true step slower than loading all.
+
+        If loads stop arriving, it waits at most `g_i / LATE` longer than the next ones should have taken, provided that it is
+        asked again meanwhile.
+        """
         wait = self._wait(loads_left, now)
         if wait is None or self._compute is None:
             return True
@@ -179,6 +201,12 @@ class Pace(Judge):
         return self._factor * self._compute.seconds(self._first + chunk)
 
     def _hidden(self) -> float:
+        """Seconds of the loads' time that are hidden where the last chunks come in ranges of layers.
+
+        What follows (computing the prompt's last piece, or the hole behind the loads) begins when each thread is at its last
+        chunk, and runs through a layer as soon as that layer of them is there. So it is done when both it and the loads are,
+        but for the last range: of the shorter of the two, all but `1 / ranges` is hidden.
+        """
         if self._load is None:
             return 0.0
         return min(self._following, self._threads * self._load.interval) * (1 - 1 / self._ranges)
