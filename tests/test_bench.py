@@ -42,7 +42,7 @@ GOALS = {
     "saving": {"first_token_ratio", "generate_ratio"},
     "decoding": {"ratio"},
     "memory": {"chunks_per_thread", "chunks_per_thread_with_forward"},
-    "cached": {"over_floor", "load_over_floor", "over_load", "computed_chunks"},
+    "cached": {"over_floor", "load_over_floor", "over_load", "over_unasked", "computed_chunks"},
     "identity": {"first_seconds"},
     "loading": {"speed_fresh_1", "speed_fresh_2"},
     "overheads": {"named_milliseconds", "decision_microseconds"},

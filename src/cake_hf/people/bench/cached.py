@@ -5,6 +5,9 @@ threads as there are loaders) and running the prompt's last piece. What comes on
 fresh memory for the KV (the kernel clears each page of it), checksums, threads. The files were written a moment ago, so
 they come from the page cache for both.
 
+Before anything loaded is used, a short forward tells whether the model computes what it did (`cache.behaviour`). It runs beside
+the loads; what it costs all the same is seen beside prompts that take a remembered answer instead.
+
 The same prompt load-only shows what starting to compute at all costs here: with a store this fast, the best split is to
 compute nothing, and a computed chunk that is done after the last load makes everybody wait.
 """
@@ -16,7 +19,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+from cake_hf.cache.behaviour import Kept, behaviour
 from cake_hf.people.bench.bare import read_file
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample, interleave
@@ -25,17 +30,19 @@ from cake_hf.people.bench.workbench import Run, Workbench, median_parts
 NEVER_SLOWER = Goal(1.02)
 NEAR_THE_FLOOR = Goal(1.1)
 NOTHING_COMPUTED = Goal(0)
+ASKING = Goal(1.02)
 
 
 def measure(bench: Workbench) -> Result:
     """Time full hits and bare reads, interleaved."""
-    store = bench.filled_store()
+    store, answer = bench.filled_store(), behaviour(bench.model)
     with ThreadPoolExecutor(bench.settings.limits.loader_threads) as threads:
         read = _reader(threads, sorted(store.root.glob("??/*")))
         arms: dict[str, Callable[[], _Round]] = {
             "read": lambda: _Round(read()),
             "both": lambda: _Round.of(bench.cake_run(store, "fully cached")),
             "load": lambda: _Round.of(bench.cake_run(store, "fully cached, load-only", strategy="load")),
+            "unasked": lambda: _Round.of(_told(answer, lambda: bench.cake_run(store, "fully cached"))),
         }
         rounds = interleave(arms, bench.settings.repeats)
     times = {name: Sample(tuple(one.seconds for one in found)) for name, found in rounds.items()}
@@ -54,6 +61,9 @@ def measure(bench: Workbench) -> Result:
             "over_floor": Figure.ratio("first token over reading + suffix", times["both"], floor, NEAR_THE_FLOOR),
             "load_over_floor": Figure.ratio("load-only over the same floor", times["load"], floor, NEAR_THE_FLOOR),
             "computed_chunks": Figure.of("chunks computed all the same", computed, "chunks", NOTHING_COMPUTED),
+            "over_unasked": Figure.ratio(
+                "first token over one without the short forward", times["both"], times["unasked"], ASKING
+            ),
             "over_load": Figure.ratio("first token over load-only", times["both"], times["load"], NEVER_SLOWER),
         },
         {"parts": median_parts(both), "load_parts": median_parts(load)},
@@ -75,6 +85,12 @@ class _Round:
     @classmethod
     def of(cls, run: Run) -> _Round:
         return cls(run.seconds, run)
+
+
+def _told(answer: Kept, run: Callable[[], Run]) -> Run:
+    """A run that takes this for what the short forward gives."""
+    with patch("cake_hf.cache.session.behaviour", lambda model: answer):
+        return run()
 
 
 def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], float]:
