@@ -111,8 +111,8 @@ class CakeCache(RestoringCache):
             return copied
         RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
         copied.report = copy.deepcopy(self.report, memo)
-        copied._known = list(self._known)
-        copied._seals = self._seals.copy(self.layers, copied.layers)
+        copied._held = self._held.copy()
+        copied._seals = self._seals.copy(self.layers, copied.layers, self._held.blocks)
         copied._unpressed = self._unpressed
         copied._seen = self._seen.copy()
         return copied
@@ -200,7 +200,7 @@ class CakeCache(RestoringCache):
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
             observe(self.report)
-            self._seals.note(self.layers, len(self._known))
+            self._seals.note(self.layers, self._held.blocks)
         return self.report
 
     def to_dynamic_cache(self) -> DynamicCache:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import dropwhile
 
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.planner import Rule, nearness, overtakes_in_place, ranges_of
+from cake_hf.arithmetic.planner import overdue as late
+from cake_hf.arithmetic.report import Span
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
@@ -41,6 +44,8 @@ def new_frontier(
     rule = Rule.choose(costs, stored, first, following_seconds=following, ranges=ranges)
 
     def worth(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
+        if prompt.blocks[chunk].singly:  # it takes a forward for each token
+            return can_run(chunk) and late(costs, first + chunk, loads_left, loads_done, idle_seconds)
         return can_run(chunk) and rule.worth(chunk, loads_left, loads_done, idle_seconds)
 
     def overdue(chunk: int, loads_left: int, loads_done: int, idle_seconds: float) -> bool:
@@ -73,9 +78,19 @@ def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
 def learn_costs(memory: CostMemory, prompt: Prompt) -> None:
     """Remember what the restore measured, for the next prompt's decisions."""
     if prompt.keys:
-        is_part = prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size
-        last_piece = prompt.first + prompt.chunks if is_part else None
-        memory.learn(prompt.report.timeline[prompt.first_span :], prompt.first, prompt.layout.nbytes, last_piece)
+        size = prompt.layout.chunk_size
+        is_part = prompt.call.tokens <= prompt.rest + size
+        last_piece = (prompt.call.past + prompt.rest) // size if is_part else None
+        memory.learn(_of_chunks(prompt), prompt.first, prompt.layout.nbytes, last_piece)
+
+
+def _of_chunks(prompt: Prompt) -> list[Span]:
+    """What is on the timeline of full chunks, which are numbered by where they lie, and of the last piece."""
+    size, timeline = prompt.layout.chunk_size, prompt.report.timeline[prompt.first_span :]
+    spans = [span for span in timeline if span.chunk < 0 or prompt.is_chunk(span.chunk)]
+    if all(block.start == number * size for number, block in enumerate(prompt.blocks)):
+        return spans
+    return [replace(span, chunk=prompt.blocks[span.chunk].start // size) if span.chunk >= 0 else span for span in spans]
 
 
 def _chunks_in_memory(prompt: Prompt) -> int:
@@ -93,5 +108,5 @@ def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> 
     if hole is not None:
         return costs.compute.seconds(prompt.first + hole)
     size = prompt.layout.chunk_size
-    suffix_tokens = prompt.call.tokens - prompt.chunks * size
-    return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size
+    suffix_tokens = prompt.call.tokens - prompt.rest
+    return costs.compute.seconds((prompt.call.past + prompt.rest) // size) * suffix_tokens / size

@@ -23,7 +23,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Outcome, Strategy
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.cache.audit import Audit
-from cake_hf.cache.carried import Block, Carried
+from cake_hf.cache.carried import Carried, Windows
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.loads import WindowBuffers, plan_loads
 from cake_hf.cache.pace import new_frontier, ranges_for
@@ -99,7 +99,7 @@ class Restore:
         self._carried = Carried(
             layers,
             like,
-            session.chunk_size,
+            prompt.blocks,
             prompt.call.past,
             prompt.state_layout,
             self._loaded_block,
@@ -107,12 +107,12 @@ class Restore:
         )
         self._audit = Audit(session, prompt)
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
-        self._plan = plan_loads(prompt, self._carried.window_chunks)
+        self._plan = plan_loads(prompt, self._carried.reach)
         if not prompt.report.reason and self._plan.usable != prompt.stored[: prompt.chunks]:
             prompt.report.reason = (
                 "stored chunks are computed where no snapshot of the model's state is stored behind them"
             )
-        self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
+        self._windows = WindowBuffers(prompt, self._plan.windows, like)
         self.cost_memory = session.cost_memory(prompt.namespace)
         costs = self.cost_memory.costs(prompt.layout.nbytes)
         self._ranks = ranks_of(session.model)
@@ -174,7 +174,7 @@ class Restore:
         """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
 
         Args:
-            save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
+            save_tail: the last piece is a block of the canonical schedule, to be saved like the others.
         """
         try:
             self._settle_in()
@@ -187,6 +187,8 @@ class Restore:
             self._states.let_go()
             self._count()
             if save_tail:
+                self._carried.begin()
+                self._carried.ran()
                 self._carried.passed(self.prompt.chunks)
                 self._save(self.prompt.chunks)
         finally:
@@ -278,11 +280,12 @@ class Restore:
         return True
 
     def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
-        size = self._session.chunk_size
-        self._show(index)
         self._carried.begin()
-        self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
-        self._check_content(index + 1)
+        for start, end in self.prompt.blocks[index].forwards:
+            self._show_new(start)
+            self._forward(lost, self.prompt.call.chunk(start, end))
+            self._check_content(end)
+            self._carried.ran()
         self._carried.passed(index)
         wait_for_devices(self._devices)
 
@@ -295,7 +298,7 @@ class Restore:
             self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
             self._saver.state(chunk)
 
-    def _loaded_block(self, index: int) -> Block | None:
+    def _loaded_block(self, index: int) -> Windows | None:
         loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
         return self._windows.block(index) if loaded else None
 
@@ -333,7 +336,7 @@ class Restore:
                 offset += target.numel()
 
     def _copy_out(self, index: int) -> torch.Tensor:
-        packed = pack(self._saver.pieces(index), self.prompt.layout)
+        packed = pack(self._saver.pieces(index), self.prompt.layout_of(index))
         packed.await_copy()
         return packed.memory
 
@@ -356,11 +359,14 @@ class Restore:
             self._job.place.catch_up()
 
     def _show(self, chunks: int) -> None:
-        for layer in self._layers:
-            layer.show(self.prompt.call.past + chunks * self._session.chunk_size)
+        self._show_new(self.prompt.blocks[chunks - 1].end if chunks else 0)
 
-    def _check_content(self, chunks: int) -> None:
-        length = self.prompt.call.past + chunks * self._session.chunk_size
+    def _show_new(self, tokens: int) -> None:
+        for layer in self._layers:
+            layer.show(self.prompt.call.past + tokens)
+
+    def _check_content(self, tokens: int) -> None:
+        length = self.prompt.call.past + tokens
         layers: list[Any] = [*self._layers, *(layer for layer in self._all_layers if isinstance(layer, WindowedLayer))]
         dtypes = [buffer.dtype for layer in self._layers for buffer in layer.buffers]
         as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces if not piece.windowed]
@@ -383,7 +389,13 @@ class Restore:
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
+            place=place_for(
+                buffers,
+                self.prompt.layout,
+                ASIDE_PER_THREAD * limits.loader_threads,
+                self._plan.windows,
+                [(block.start, block.end) for block in self.prompt.blocks],
+            ),
             frontier=self._frontier,
             record=self.prompt.recorder(),
             clock=time.monotonic,
@@ -397,12 +409,15 @@ class Restore:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
         loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - self._steps.overruled
         ends = list(outcomes.values())
-        chunks_loaded = len(loaded - self._job.shared)
-        chunks_shared = len(loaded & self._job.shared) + len(self._shared)
+        own, shared = loaded - self._job.shared, (loaded & self._job.shared) | self._shared
+        chunks = {index for index in range(self.prompt.chunks) if self.prompt.is_chunk(index)}
         # Added, not set: the rows of a batch have one report.
-        report.chunks_loaded += chunks_loaded
-        report.chunks_shared += chunks_shared
-        report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
+        report.chunks_loaded += len(own & chunks)
+        report.chunks_shared += len(shared & chunks)
+        report.chunks_computed += len(chunks - own - shared)
+        tails = set(range(self.prompt.chunks)) - chunks
+        report.tails_loaded += len(tails & (own | shared))
+        report.tails_computed += len(tails - own - shared)
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
         if late := ends.count(Outcome.LATE):

@@ -12,6 +12,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import blocks
 from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
@@ -20,10 +21,11 @@ from cake_hf.cache.checkpoint import Checkpoint
 from cake_hf.cache.compat import begin_plainly, keeps_attention
 from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import GuardedCache, is_within
+from cake_hf.cache.held import Held
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.prompt import ComputePlainly, Prompt, look_up, off_schedule
+from cake_hf.cache.prompt import ComputePlainly, Prompt, Wanted, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.seals import Seals
 from cake_hf.cache.seen import SeenTokens
@@ -34,7 +36,6 @@ from cake_hf.cache.support import (
     CLOSED,
     NOT_USED_YET,
     batch_reason,
-    cut_image_reason,
     is_misunderstanding,
     kept_reason,
     misunderstood_reason,
@@ -63,14 +64,14 @@ class Tail:
     Attributes:
         prompt: whose piece it is.
         begin: when the model got it.
-        key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
+        saved: it is a block of the canonical schedule, and becomes known like the others.
         restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
         rows: how many equal prompts.
     """
 
     prompt: Prompt
     begin: float
-    key: str = ""
+    saved: bool = False
     restore: Restore | None = None
     rows: int = 1
 
@@ -97,7 +98,8 @@ class RestoringCache(GuardedCache):
         self.report = Report(reason=reason if passive else NOT_USED_YET)
         self._session = session
         self._model_reason = reason
-        self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
+        self._held = Held()  # what is known of the content
+        self._cuts: list[int] = []  # that are declared for what comes next
         self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
@@ -107,7 +109,7 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
-        self._seals = Seals(session.chunk_size)
+        self._seals = Seals()
         self._checkpoint: Checkpoint | None = None  # of the forward that runs now, or was left half way
         self.presses_rest = False  # in forwards with this cache, as long as a prompt is being restored; see `presses`
         self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
@@ -134,12 +136,13 @@ class RestoringCache(GuardedCache):
         super().crop(tokens_to_remove)
         self._prefilled = None
         length = self._length()
-        del self._known[length // self._session.chunk_size :]
+        self._held.crop(length)
         self._seen.crop(length)
 
     def reset(self) -> None:
         super().reset()
-        self._known, self._prefilled, self._unpressed = [], None, False
+        self._held.forget()
+        self._prefilled, self._unpressed = None, False
         self._seals.forget()
         self._seen.forget()
 
@@ -160,7 +163,7 @@ class RestoringCache(GuardedCache):
 
     def _forget_content(self) -> None:
         """Forget which prompt the content belongs to."""
-        self._known = []
+        self._held.forget()
         self._seen.forget()
 
     # What looks at the content sees no half of a forward.
@@ -186,9 +189,9 @@ class RestoringCache(GuardedCache):
             self._abandon(self._running)
         self._depth, self._busy, self._lost = 0, False, never
         if checkpoint.past and (restoring is not None or checkpoint.go_back(self.layers)):
-            self._known = list(checkpoint.known)
+            self._held = checkpoint.held.copy()
             self._seen.crop(checkpoint.past)
-            self._seals.note(self.layers, len(self._known))
+            self._seals.note(self.layers, self._held.blocks)
         else:
             self.reset()
         self._checkpoint = None
@@ -224,7 +227,7 @@ class RestoringCache(GuardedCache):
             self._depth = 0
             self._seals.look()
             past = self._length()
-            self._checkpoint = Checkpoint.take(self.layers, past, self._known, traced=traced)
+            self._checkpoint = Checkpoint.take(self.layers, past, self._held, traced=traced)
             try:
                 rewritten = self._handle_if_understood(model, args, kwargs, past)
             except BaseException as error:
@@ -232,8 +235,10 @@ class RestoringCache(GuardedCache):
                 if isinstance(error, CakeError):  # ours, before anything was changed
                     self._checkpoint = None
                 raise
-            if self._tail is not None and self._tail.key and (traced or is_compiled(model)):
-                self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without
+            if self._tail is not None and self._tail.saved and (traced or is_compiled(model)):
+                self._tail = replace(
+                    self._tail, saved=False
+                )  # compiled code runs it, which the chunks were run without
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -269,7 +274,7 @@ class RestoringCache(GuardedCache):
     def _settle(self) -> None:
         """The forward has ended: the layers hold KV that the model made."""
         self._depth = 0
-        self._seals.note(self.layers, len(self._known))
+        self._seals.note(self.layers, self._held.blocks)
         self._checkpoint = None
 
     def _press(self) -> None:
@@ -290,7 +295,7 @@ class RestoringCache(GuardedCache):
         if not self._depth:  # it was called by itself, and nothing is restored then
             self._seals.look()
             self._note_unseen()
-            self._checkpoint = Checkpoint.take(self.layers, self._length(), self._known)
+            self._checkpoint = Checkpoint.take(self.layers, self._length(), self._held)
         self._depth += 1
 
     def _leave_decoder(self, *, failed: bool) -> None:
@@ -307,7 +312,7 @@ class RestoringCache(GuardedCache):
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
         """As `_handle`; where that fails since something about the model is not understood, the forward is left untouched."""
-        known = list(self._known)
+        held = self._held.copy()
         try:
             return self._handle(model, args, kwargs, past)
         except ComputePlainly as because:
@@ -320,7 +325,7 @@ class RestoringCache(GuardedCache):
             if not past:
                 self.reset()
                 self.layers, self._model_reason = plain_layers(model) or self.layers, reason
-        self._known = known
+        self._held = held
         ids = args[0] if args else kwargs.get("input_ids")
         tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
         self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -381,10 +386,9 @@ class RestoringCache(GuardedCache):
         if not self._session.at_work.begin(self):
             self.report = self._plain_report(call, CLOSED)
             return None
-        size, prefilled = self._session.chunk_size, self._prefilled
-        self._prefilled = None
+        prefilled, self._prefilled = self._prefilled, None
         self._forget_edited()
-        if call.past != len(self._known) * size:
+        if call.past != self._held.end:
             prefilled = None
         is_rest = prefilled is not None and self._is_rest(call)
         if call.tokens:
@@ -403,19 +407,17 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         prompt = restore.prompt
-        is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
-        key = prompt.keys[prompt.chunks] if is_full_chunk else ""
-        self._tail = Tail(prompt, time.monotonic(), key, restore)
+        self._tail = Tail(prompt, time.monotonic(), len(prompt.keys) > prompt.chunks, restore)
         try:
-            return (), call.piece(prompt.chunks * size, call.tokens)
+            return (), call.piece(prompt.rest, call.tokens)
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
 
     def _forget_edited(self) -> None:
         """Forget the keys of chunks whose KV was edited."""
-        if self._known and not self._seals.hold(self.layers, len(self._known)):
-            self._known = []
+        if self._held.blocks and not self._seals.hold(self.layers, self._held.blocks):
+            self._held.forget()
 
     def _brings_all(self, call: ForwardCall) -> bool:
         """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
@@ -497,12 +499,12 @@ class RestoringCache(GuardedCache):
         self._seen.note(0, call.ids)
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
-        return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
+        return (), call.piece(prompt.rest, call.tokens)
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
         """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
         row = RestoringCache(self._session, layers, self._model_reason)
-        row._known = list(known)
+        row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
         if row._prefill(ids, 0, no_progress, **counted) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
 
@@ -520,7 +522,7 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         self._close(restore)
-        self._seen.note(past, ids[:, : restore.prompt.chunks * self._session.chunk_size])
+        self._seen.note(past, ids[:, : restore.prompt.rest])
         self._unpressed = not past
         return restore.prompt
 
@@ -629,16 +631,15 @@ class RestoringCache(GuardedCache):
         """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
         session = self._session
         report = report or self._plain_report(call, "")
-        chunks = max(0, call.tokens - leave) // session.chunk_size
-        if (whole := call.whole_chunks(session.chunk_size)) < chunks:
-            chunks, report.reason = whole, cut_image_reason(call.past // session.chunk_size + whole)
-        if call.past == len(self._known) * session.chunk_size:
-            prompt = look_up(session, call, chunks, self._known, report, started, namespace)
+        wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
+        report.reason = wanted.reason or report.reason
+        if call.past == self._held.end:
+            prompt = look_up(session, call, wanted, self._held, report, started, namespace)
         else:
-            prompt = off_schedule(session, call, chunks, report, started)
+            prompt = off_schedule(session, call, wanted, report, started)
             tell_plain(report.reason)
         self.report = prompt.report
-        if not (chunks or report.restored or report.reason):
+        if not (wanted.chunks or report.restored or report.reason):
             report.reason = "the prompt has no full chunk before its last piece, which is always computed"
         return prompt
 
@@ -669,11 +670,9 @@ class RestoringCache(GuardedCache):
             tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
         )
         if restore is not None:
-            self._close(restore, save_tail=bool(tail.key))
+            self._close(restore, save_tail=tail.saved)
         if restore is not None or tail.rows > 1:
             observe(tail.prompt.report)
-        if tail.key:
-            self._known.append(tail.key)
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
@@ -690,7 +689,10 @@ class RestoringCache(GuardedCache):
     def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
         restore.close(save_tail=save_tail)
         self._running = None
-        self._known += restore.prompt.keys[: restore.prompt.chunks]
+        prompt = restore.prompt
+        if prompt.keys:
+            count = prompt.chunks + save_tail
+            self._held.append([block.shifted(prompt.call.past) for block in prompt.blocks[:count]], prompt.keys[:count])
         learn_costs(restore.cost_memory, restore.prompt)
 
     def _abandon(self, restore: Restore) -> None:

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -196,7 +196,7 @@ class Session:
         report: Report,
         *,
         overwrite: bool,
-        is_state: bool = False,
+        what: Literal["chunk", "tail", "state"] = "chunk",
     ) -> None:
         """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
 
@@ -208,13 +208,16 @@ class Session:
             pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: where the outcome is counted.
             overwrite: replace a stored chunk that turned out to be unusable.
-            is_state: it is not a chunk, but the state at the end of one.
+            what: it is; a state is that at the end of a chunk or a tail.
         """
 
         def done(saved: bool) -> None:
             with self._count_lock:
-                if is_state:
+                if what == "state":
                     report.states_saved += saved
+                elif what == "tail":
+                    report.tails_saved += saved
+                    report.chunks_unsaved += not saved
                 else:
                     report.chunks_saved += saved
                     report.chunks_unsaved += not saved
@@ -232,7 +235,7 @@ class Session:
             done(False)
             return
         finally:
-            if is_state:
+            if what == "state":
                 # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
                 let_copies_out_end()
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
