@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 
@@ -46,6 +47,30 @@ class Block(NamedTuple):
     def shifted(self, by: int) -> Block:
         """The same block, counted from another token on."""
         return Block(self.start + by, self.end + by, self.singly)
+
+
+def checked_cuts(boundaries: Iterable[int], tokens: int) -> list[int]:
+    """Declared cuts in ascending order, each once.
+
+    Args:
+        boundaries: numbers of tokens from a prompt's start.
+        tokens: of that prompt.
+
+    Raises:
+        TypeError: they are no whole numbers.
+        ValueError: one of them is outside the prompt.
+    """
+    try:
+        cuts = sorted({index(one) for one in boundaries})
+    except TypeError:
+        raise TypeError("Boundaries are whole numbers of tokens, counted from the prompt's start.") from None
+    for cut in cuts:
+        if not 0 < cut <= tokens:
+            raise ValueError(
+                f"Boundary {cut:,} is outside the prompt, which has {tokens:,} tokens; pass boundaries of this prompt, from 1 "
+                "to its length."
+            )
+    return cuts
 
 
 def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:

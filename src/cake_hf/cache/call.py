@@ -176,6 +176,10 @@ class ForwardCall:
                 named[name] = named[name][..., self.past :].clone(memory_format=torch.contiguous_format)
         return replace(self, arguments=named)
 
+    def after(self, tokens: int) -> ForwardCall:
+        """What comes after the first `tokens` of the new tokens, which are in the cache now."""
+        return replace(replace(self, past=tokens).without_past(), past=self.past + tokens)
+
     def piece(self, start: int, end: int) -> dict[str, Any]:
         """Arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would give them."""
         piece = dict(self.arguments)

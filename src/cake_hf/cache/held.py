@@ -29,6 +29,10 @@ class Held:
         """Of each block the number of tokens up to its end."""
         return [block.end for block in self.blocks]
 
+    def is_edge(self, place: int) -> bool:
+        """Whether a forward ended at that place, which is not behind the end."""
+        return any(block.end == place or (block.singly and block.start < place < block.end) for block in self.blocks)
+
     def append(self, blocks: Sequence[Block], keys: Sequence[str]) -> None:
         """Blocks that follow, counted from the prompt's first token on."""
         self.blocks += blocks

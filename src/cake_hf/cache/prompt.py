@@ -50,6 +50,7 @@ class Prompt:
         stored: which of `keys` the store has.
         states: at the end of which chunks the store has a snapshot of the model's recurrent state.
         layout: of a full chunk.
+        ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
         state_layout: of a snapshot; without pieces where the model has no such state.
         report: where all is counted.
         started: when the call came.
@@ -65,6 +66,7 @@ class Prompt:
     parent: str
     stored: list[bool]
     states: list[bool]
+    ends_document: bool
     layout: ChunkLayout
     state_layout: ChunkLayout
     report: Report
@@ -85,6 +87,10 @@ class Prompt:
         """Whether that block is a full chunk, run in one forward."""
         block = self.blocks[index]
         return block.tokens == self.layout.chunk_size and not block.singly
+
+    def counts_as_chunk(self, index: int) -> bool:
+        """Whether the report counts that block as a chunk, not as a tail."""
+        return self.is_chunk(index) and not (self.ends_document and index == self.chunks - 1)
 
     def layout_of(self, index: int) -> ChunkLayout:
         """The layout of that block."""
@@ -117,11 +123,13 @@ class Wanted:
         blocks: counted from the call's first token on; the last piece of the call is among them where it can be stored.
         chunks: how many of them are to be restored.
         reason: why it is not cut as far as it could be, or empty.
+        ends_document: see `Prompt`.
     """
 
     blocks: list[Block]
     chunks: int
     reason: str = ""
+    ends_document: bool = False
 
     @classmethod
     def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int) -> Wanted:
@@ -140,7 +148,7 @@ class Wanted:
             return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
         ends_at_cut = call.tokens in inner or (bool(every) and every[-1].tokens == size)
         one_more = len(every) == len(wanted) + 1 and every[: len(wanted)] == wanted and ends_at_cut
-        return cls(every if one_more else wanted, len(wanted))
+        return cls(every if one_more else wanted, len(wanted), ends_document=begin == call.tokens and begin in inner)
 
 
 def look_up(
@@ -174,13 +182,15 @@ def look_up(
         parent,
         stored,
         states,
+        wanted.ends_document,
         session.layout(),
         state_layout,
         report,
         started,
         len(report.timeline),
     )
-    report.chunks_missed += sum(prompt.is_chunk(index) and not stored[index] for index in range(wanted.chunks))
+    absent = [index for index in range(wanted.chunks) if not stored[index]]
+    report.chunks_missed += sum(prompt.counts_as_chunk(index) for index in absent)
     if wanted.chunks and not any(stored) and not report.reason:
         report.reason = _objection(session, namespace) or "the store has none of the prompt's chunks yet"
     return prompt
@@ -191,7 +201,9 @@ def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Re
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     none = [False] * len(wanted.blocks)
     layouts = session.layout(), session.state_layout()
-    return Prompt(call, 0, wanted.blocks, wanted.chunks, "", [], "", none, none, *layouts, report, started)
+    return Prompt(
+        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, none, wanted.ends_document, *layouts, report, started
+    )
 
 
 def _objection(session: Session, namespace: str) -> str:

@@ -410,7 +410,7 @@ class Restore:
         loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - self._steps.overruled
         ends = list(outcomes.values())
         own, shared = loaded - self._job.shared, (loaded & self._job.shared) | self._shared
-        chunks = {index for index in range(self.prompt.chunks) if self.prompt.is_chunk(index)}
+        chunks = {index for index in range(self.prompt.chunks) if self.prompt.counts_as_chunk(index)}
         # Added, not set: the rows of a batch have one report.
         report.chunks_loaded += len(own & chunks)
         report.chunks_shared += len(shared & chunks)

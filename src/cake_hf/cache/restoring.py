@@ -25,15 +25,18 @@ from cake_hf.cache.held import Held
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.presses import Presses
+from cake_hf.cache.probe import kv_like
 from cake_hf.cache.prompt import ComputePlainly, Prompt, Wanted, look_up, off_schedule
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
 from cake_hf.cache.seals import Seals
 from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
+from cake_hf.cache.standing import Ahead, Standing
 from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import (
     BYPASSED,
     CLOSED,
+    NO_CUTS_IN_BATCH,
     NOT_USED_YET,
     batch_reason,
     is_misunderstanding,
@@ -100,6 +103,7 @@ class RestoringCache(GuardedCache):
         self._model_reason = reason
         self._held = Held()  # what is known of the content
         self._cuts: list[int] = []  # that are declared for what comes next
+        self._ahead: Ahead | None = None  # beyond what the cache shows
         self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
@@ -134,7 +138,7 @@ class RestoringCache(GuardedCache):
     def crop(self, tokens_to_remove: int) -> None:
         self._go_back_if_left()
         super().crop(tokens_to_remove)
-        self._prefilled = None
+        self._prefilled = self._ahead = None
         length = self._length()
         self._held.crop(length)
         self._seen.crop(length)
@@ -142,7 +146,7 @@ class RestoringCache(GuardedCache):
     def reset(self) -> None:
         super().reset()
         self._held.forget()
-        self._prefilled, self._unpressed = None, False
+        self._prefilled, self._ahead, self._unpressed = None, None, False
         self._seals.forget()
         self._seen.forget()
 
@@ -164,6 +168,7 @@ class RestoringCache(GuardedCache):
     def _forget_content(self) -> None:
         """Forget which prompt the content belongs to."""
         self._held.forget()
+        self._ahead = None
         self._seen.forget()
 
     # What looks at the content sees no half of a forward.
@@ -347,6 +352,7 @@ class RestoringCache(GuardedCache):
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
         if past and is_one_token and ids is not None:
+            self._ahead = None
             if ids.shape[0] > 1:
                 self._spread(ids)
             self._lay_by_head()
@@ -356,7 +362,7 @@ class RestoringCache(GuardedCache):
                 call = ForwardCall.parse(model, args, kwargs, self, 0)
                 self.report = self._plain_report(call, self._model_reason)
             return None
-        if not past:
+        if not past and self._ahead is None:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
             self._seals.forget()
             self._seen.forget()
@@ -378,6 +384,41 @@ class RestoringCache(GuardedCache):
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, behind the end of a document where the call goes on from it."""
+        behind = self._behind_document(call)
+        if behind is not None:
+            return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
+        return self._handle_new(call)
+
+    def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
+        """If a call begins with the end of the document that the cache has: show this, and return what is behind it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        self._forget_edited()
+        if call.tokens > ahead.tokens and call.vision is None and self._goes_on(ahead, call.ids, call.past):
+            within = replace(
+                call, for_kv=call.for_kv or is_first_forward(self._session.model)
+            )  # it takes the last logits
+            if call.wanted_logits <= call.tokens - ahead.tokens and not self._refusal(within):
+                self._show_ahead(ahead)
+                return call.after(ahead.tokens)
+        if not call.past:
+            super().reset()
+        return None
+
+    def _goes_on(self, ahead: Ahead, ids: torch.Tensor, first: int = 0) -> bool:
+        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, go on from the document's end."""
+        begin = ahead.end.tokens - ahead.tokens
+        return self._held.end == self._length() == begin and ahead.begins(ids[:, begin - first :])
+
+    def _show_ahead(self, ahead: Ahead) -> None:
+        begin = ahead.end.tokens - ahead.tokens
+        ahead.end.put(self.layers, kv_like(self._session.model))
+        self._held = ahead.end.held.copy()
+        self._seen.note(begin, ahead.ids)
+
+    def _handle_new(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`."""
         if call.past and call.wants_all_logits:
             self._spread(call.ids)
@@ -467,6 +508,8 @@ class RestoringCache(GuardedCache):
         """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
         others."""
         size = self._session.chunk_size
+        if self._is_cut_in(call):
+            return False
         return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
@@ -486,6 +529,8 @@ class RestoringCache(GuardedCache):
         batch = BatchRestore(session, self.layers, call, namespace, started)
         self.report = batch.report
         batch.run(self._restore_row)
+        if self._cuts:
+            batch.report.reason = batch.report.reason or NO_CUTS_IN_BATCH
         self._batch = batch
         return (), call.piece(batch.start, call.tokens)
 
@@ -525,6 +570,24 @@ class RestoringCache(GuardedCache):
         self._seen.note(past, ids[:, : restore.prompt.rest])
         self._unpressed = not past
         return restore.prompt
+
+    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress) -> Prompt | None:
+        """Bring the last piece of a document, without showing it; None if that is not possible."""
+        past = self.get_seq_length()
+        begin = Standing.take(self.layers, past, self._held)
+        ids = input_ids[:, past:]
+        report, reason = self.report, self.report.reason
+        if not report.restored:
+            report.reason = ""  # that there is no chunk says nothing any more
+        prompt = self._prefill(input_ids, 0, progress, report=report)
+        if prompt is None or self.get_seq_length() != input_ids.shape[1]:
+            self.report, report.reason = report, reason
+            return None
+        self._ahead = Ahead(ids.cpu().clone(), Standing.take(self.layers, past + ids.shape[1], self._held))
+        begin.put(self.layers, kv_like(self._session.model))
+        self._held = begin.held
+        self._seen.crop(past)
+        return prompt
 
     def _refusal(self, call: ForwardCall) -> str:
         model = self._session.model
@@ -575,7 +638,7 @@ class RestoringCache(GuardedCache):
         """
         session, started = self._session, time.monotonic() if started is None else started
         reason = self._refusal(call)
-        if not reason and call.tokens < session.chunk_size:
+        if not reason and call.tokens < session.chunk_size and not self._is_cut_in(call):
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
         if not self._model_reason:
             reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
@@ -626,6 +689,23 @@ class RestoringCache(GuardedCache):
         if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
             raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
+
+    def _require_same_cuts(self) -> None:
+        """What is known of the content was cut where it is declared to be.
+
+        Raises:
+            CakeError: it was not.
+        """
+        for cut in self._cuts:
+            if cut < self._held.end and not self._held.is_edge(cut):
+                raise CakeError(
+                    f"The cache holds {self._held.end:,} tokens of a prompt that was not cut at {cut:,}; make a new CakeCache "
+                    "for one that is."
+                )
+
+    def _is_cut_in(self, call: ForwardCall) -> bool:
+        """Whether a cut is declared for one of its tokens."""
+        return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
 
     def _look_up(self, call: ForwardCall, leave: int, namespace: str, report: Report | None, started: float) -> Prompt:
         """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""

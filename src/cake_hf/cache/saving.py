@@ -67,7 +67,7 @@ class Saver:
             pieces,
             prompt.report,
             overwrite=corrupt,
-            what="chunk" if prompt.is_chunk(index) else "tail",
+            what="chunk" if prompt.counts_as_chunk(index) else "tail",
         )
 
     def state(self, index: int) -> None:
@@ -100,10 +100,11 @@ class Saver:
         return [*kept, *(self._carried.block(index) or ())]
 
     def _is_due(self, index: int) -> bool:
-        """At cuts, at the end of what is stored of the prompt, at the end of what others share with it, and every so often."""
+        """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
         prompt, every = self._prompt, self._session.snapshot_every
         shared = next((i for i, has in enumerate(prompt.stored) if not has), len(prompt.stored))
-        due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1) or not prompt.is_chunk(index)
+        due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
+        due = due or not all(prompt.is_chunk(near) for near in (index, index + 1) if near < len(prompt.blocks))
         return due or (every > 0 and (prompt.number + index + 1) % every == 0)
 
     def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:
