@@ -219,16 +219,17 @@ class CakeCache(RestoringCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         declared, self._cuts = self._cuts, cuts
         try:
-            return self._prefill_new(ids, 0 if whole else 1, ends, progress)
+            return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
         finally:
             self._cuts = declared
             self._session.at_work.end(self)
 
-    def _prefill_new(self, ids: torch.Tensor, leave: int, ends: bool, progress: Progress) -> Report:
+    def _prefill_new(self, ids: torch.Tensor, leave: int | None, progress: Progress) -> Report:
         self._go_back_if_left()
         self._prefilled = None
         self._seals.look()
         self._forget_edited()
+        self._note_turn()
         ahead, self._ahead = self._ahead, None
         if ahead is not None and self._goes_on(ahead, ids):
             self._show_ahead(ahead)
@@ -237,11 +238,12 @@ class CakeCache(RestoringCache):
             forget_numbering(self._session.model)
         self._seen.require(ids, None, self._length())
         self._require_same_cuts()
-        if ends and ids.shape[1] > self._length():
+        self._end_turn(self._length())
+        if leave is None and ids.shape[1] > self._length():
             self._cuts = sorted({*self._cuts, ids.shape[1]})
         try:
             prompt = self._prefill(ids, leave, progress)
-            if ends and ids.shape[1] > self._length() == self._held.end:
+            if leave is None and ids.shape[1] > self._length() == self._held.end:
                 prompt = self._prefill_end(ids, progress) or prompt
         except ComputePlainly as because:
             self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
@@ -252,6 +254,35 @@ class CakeCache(RestoringCache):
             observe(self.report)
             self._seals.note(self.layers, self._held.blocks)
         return self.report
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Where what is known of the content was cut, in tokens from its start; for `prefill` and `generate` elsewhere."""
+        return self._held.cuts(self._session.chunk_size)
+
+    def end_turn(self) -> list[int]:
+        """A turn of a conversation has ended: what was said in it, the reply included, is stored.
+
+        As if it were a document's end. (Where the conversation goes on in this cache, the next turn does that by itself.)
+        Another process takes the conversation up with the tokens, and with these boundaries: `prefill(ids, boundaries=...)`
+        restores all of it, bit for bit. A reply was run token by token, so each of its tokens is a boundary.
+
+        Returns:
+            The boundaries. They end before what is not known: behind another way of decoding than token by token, a batch, or a
+            crop.
+
+        Raises:
+            CakeError: another thread is using the cache.
+        """
+        if not self.passive and not self.closed:
+            self._user.claim(self._session.model, self)
+            self._go_back_if_left()
+            self._seals.look()
+            self._forget_edited()
+            self._note_turn()
+            self._end_turn(self._length())
+            self._seals.note(self.layers, self._held.blocks)
+        return self.boundaries
 
     def to_dynamic_cache(self) -> DynamicCache:
         """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""

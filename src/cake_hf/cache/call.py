@@ -10,7 +10,7 @@ import torch
 
 from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.schedule import Block
-from cake_hf.cache.compat import forward_of, named_for, parameters_of
+from cake_hf.cache.compat import CACHE_NAMES, forward_of, named_for, parameters_of
 from cake_hf.cache.vision import Vision, look_at
 
 _UNDERSTOOD = {
@@ -28,6 +28,11 @@ _UNDERSTOOD = {
 
 _OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
 """Arguments that ask for something beside the logits, which would be that of the last piece alone."""
+
+
+def understands(arguments: Mapping[str, Any]) -> bool:
+    """Whether the meaning of all named arguments but the cache is known."""
+    return all(value is None or name in _UNDERSTOOD or name in CACHE_NAMES for name, value in arguments.items())
 
 
 @dataclass(frozen=True)

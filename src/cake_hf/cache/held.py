@@ -29,6 +29,10 @@ class Held:
         """Of each block the number of tokens up to its end."""
         return [block.end for block in self.blocks]
 
+    def cuts(self, size: int) -> list[int]:
+        """The cuts that make these blocks, where chunks have that size."""
+        return [end for block in self.blocks if block.singly or block.tokens < size for _, end in block.forwards]
+
     def is_edge(self, place: int) -> bool:
         """Whether a forward ended at that place, which is not behind the end."""
         return any(block.end == place or (block.singly and block.start < place < block.end) for block in self.blocks)

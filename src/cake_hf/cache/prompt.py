@@ -132,18 +132,20 @@ class Wanted:
     ends_document: bool = False
 
     @classmethod
-    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int) -> Wanted:
+    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> Wanted:
         """On the canonical schedule.
 
         Args:
             call: the forward with the prompt, or what is new of it.
             cuts: that are declared, counted from the prompt's first token on, in ascending order.
             size: tokens of a full chunk.
-            leave: tokens that the last piece must have.
+            leave: tokens that the last piece must have; None to leave the last block.
         """
         inner = [cut - call.past for cut in cuts if cut > call.past]
-        begin = last_piece(0, call.tokens, inner, size, leave)
-        wanted, every = blocks(0, begin, inner, size), blocks(0, call.tokens, inner, size)
+        every = blocks(0, call.tokens, inner, size)
+        last = every[-1].start if every else 0
+        begin = last if leave is None else last_piece(0, call.tokens, inner, size, leave)
+        wanted = blocks(0, begin, inner, size)
         if number := call.uncut([block.end for block in wanted]):
             return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
         ends_at_cut = call.tokens in inner or (bool(every) and every[-1].tokens == size)
@@ -170,7 +172,7 @@ def look_up(
     keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
     state_layout = session.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
-    found = _stored(session, [*keys, *state_keys], report)
+    found = stored_mask(session, [*keys, *state_keys], report)
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
     prompt = Prompt(
         call,
@@ -224,7 +226,7 @@ def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
     return objection if isinstance(objection, str) else ""
 
 
-def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
+def stored_mask(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     none = [False] * len(keys)
     if keys and (absence := session.reach_store()):

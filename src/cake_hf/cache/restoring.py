@@ -12,7 +12,7 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import blocks
+from cake_hf.arithmetic.schedule import Block, blocks
 from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
@@ -50,10 +50,12 @@ from cake_hf.cache.support import (
     unseen_reason,
 )
 from cake_hf.cache.trials import forget_trials
+from cake_hf.cache.turn import Turn
+from cake_hf.cache.turns import known_turn, save_turn
 from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
-from cake_hf.tensors.fingerprint import adapters_vary
+from cake_hf.tensors.fingerprint import adapters_vary, look_at_weights
 from cake_hf.tensors.offload import devices_of, home_device
 from cake_hf.tensors.parallel import ranks_of
 
@@ -104,6 +106,7 @@ class RestoringCache(GuardedCache):
         self._held = Held()  # what is known of the content
         self._cuts: list[int] = []  # that are declared for what comes next
         self._ahead: Ahead | None = None  # beyond what the cache shows
+        self._turn: Turn | None = None  # what came since, if it can be known
         self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
@@ -138,7 +141,7 @@ class RestoringCache(GuardedCache):
     def crop(self, tokens_to_remove: int) -> None:
         self._go_back_if_left()
         super().crop(tokens_to_remove)
-        self._prefilled = self._ahead = None
+        self._prefilled = self._ahead = self._turn = None
         length = self._length()
         self._held.crop(length)
         self._seen.crop(length)
@@ -146,7 +149,8 @@ class RestoringCache(GuardedCache):
     def reset(self) -> None:
         super().reset()
         self._held.forget()
-        self._prefilled, self._ahead, self._unpressed = None, None, False
+        self._prefilled = self._ahead = self._turn = None
+        self._unpressed = False
         self._seals.forget()
         self._seen.forget()
 
@@ -168,7 +172,7 @@ class RestoringCache(GuardedCache):
     def _forget_content(self) -> None:
         """Forget which prompt the content belongs to."""
         self._held.forget()
-        self._ahead = None
+        self._ahead = self._turn = None
         self._seen.forget()
 
     # What looks at the content sees no half of a forward.
@@ -188,7 +192,7 @@ class RestoringCache(GuardedCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             return
-        restoring = self._running
+        restoring, self._turn = self._running, None
         self._give_up_tail()
         if self._running is not None:
             self._abandon(self._running)
@@ -244,6 +248,8 @@ class RestoringCache(GuardedCache):
                 self._tail = replace(
                     self._tail, saved=False
                 )  # compiled code runs it, which the chunks were run without
+            if self._turn is not None and (traced or is_compiled(model)):
+                self._turn = None
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -279,8 +285,14 @@ class RestoringCache(GuardedCache):
     def _settle(self) -> None:
         """The forward has ended: the layers hold KV that the model made."""
         self._depth = 0
-        self._seals.note(self.layers, self._held.blocks)
+        self._seals.note(self.layers, self._sealed)
         self._checkpoint = None
+
+    @property
+    def _sealed(self) -> list[Block]:
+        """The blocks whose KV is known, or will be."""
+        first = self._turn.first if self._turn is not None and self._turn.begin == self._held.end else None
+        return self._held.blocks if first is None else [*self._held.blocks, first]
 
     def _press(self) -> None:
         """The whole prompt is through, and the presses on the model have not seen it."""
@@ -349,10 +361,14 @@ class RestoringCache(GuardedCache):
         """
         ids = args[0] if args else kwargs.get("input_ids")
         is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
+        if past and not is_one_token:
+            self._note_turn()
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
         if past and is_one_token and ids is not None:
             self._ahead = None
+            if self._turn is not None and (len(args) > 1 or not self._turn.decoded(ids, kwargs, past)):
+                self._turn = None
             if ids.shape[0] > 1:
                 self._spread(ids)
             self._lay_by_head()
@@ -421,6 +437,7 @@ class RestoringCache(GuardedCache):
     def _handle_new(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`."""
         if call.past and call.wants_all_logits:
+            self._turn = None
             self._spread(call.ids)
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
@@ -429,6 +446,7 @@ class RestoringCache(GuardedCache):
             return None
         prefilled, self._prefilled = self._prefilled, None
         self._forget_edited()
+        self._end_turn(call.past)
         if call.past != self._held.end:
             prefilled = None
         is_rest = prefilled is not None and self._is_rest(call)
@@ -438,6 +456,7 @@ class RestoringCache(GuardedCache):
             self._seen.note(call.past, call.ids)
         if is_rest and prefilled is not None and not call.is_padded:
             self._tail = Tail(prefilled, time.monotonic())
+            self._begin_turn(call, 0, prefilled.namespace)
             return None
         if call.is_batch:
             return self._handle_batch(call)
@@ -446,19 +465,47 @@ class RestoringCache(GuardedCache):
             report.tokens = call.past + call.tokens
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=True, report=report)
         if restore is None:
+            if call.tokens < self._session.chunk_size and not self._refusal(call):
+                self._begin_turn(call, 0, "")
             return None
         prompt = restore.prompt
         self._tail = Tail(prompt, time.monotonic(), len(prompt.keys) > prompt.chunks, restore)
+        if prompt.keys or not prompt.blocks:
+            self._begin_turn(call, call.tokens if self._tail.saved else prompt.rest, prompt.namespace)
         try:
             return (), call.piece(prompt.rest, call.tokens)
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
 
+    def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
+        """The last piece of a prompt is run behind its first `known` new tokens; what comes now may be gone on from."""
+        if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
+            look = 0 if namespace else look_at_weights(self._session.model)
+            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
+
+    def _note_turn(self) -> None:
+        """A prompt comes: it has to begin with what was decoded, too."""
+        turn = self._turn
+        if turn is not None and turn.end == self._length():
+            self._seen.crop(turn.begin)
+            self._seen.note(turn.begin, turn.ids())
+
+    def _end_turn(self, length: int) -> None:
+        """The turn has ended with so many tokens in the cache: what came in it is known from now on, and stored."""
+        turn, self._turn = self._turn, None
+        if turn is None or not turn.begin < turn.end == length:
+            return
+        found = known_turn(self._session, self.layers, self._held, turn)
+        if found is not None:
+            save_turn(self._session, self.layers, self._held, *found, self.report)
+            self._held.append(found[0].blocks, found[0].keys)
+
     def _forget_edited(self) -> None:
         """Forget the keys of chunks whose KV was edited."""
-        if self._held.blocks and not self._seals.hold(self.layers, self._held.blocks):
+        if self._sealed and not self._seals.hold(self.layers, self._sealed):
             self._held.forget()
+            self._turn = None
 
     def _brings_all(self, call: ForwardCall) -> bool:
         """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
@@ -553,8 +600,8 @@ class RestoringCache(GuardedCache):
         if row._prefill(ids, 0, no_progress, **counted) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
 
-    def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
-        """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
+    def _prefill(self, input_ids: torch.Tensor, leave: int | None, progress: Progress, **counted: Any) -> Prompt | None:
+        """Restore what is new of a prompt, but for its last `leave` tokens (its last block, for None); None if it cannot be."""
         model, past = self._session.model, self.get_seq_length()
         self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
@@ -614,7 +661,7 @@ class RestoringCache(GuardedCache):
     def _restore(
         self,
         call: ForwardCall,
-        leave: int,
+        leave: int | None,
         progress: Progress,
         *,
         beyond_loads: bool,
@@ -626,7 +673,7 @@ class RestoringCache(GuardedCache):
 
         Args:
             call: one prompt, or what is new of it.
-            leave: tokens.
+            leave: tokens; None for the last block.
             progress: see `prefill`.
             beyond_loads: see `Restore`.
             report: where all is counted, if not in a new one.
@@ -655,7 +702,7 @@ class RestoringCache(GuardedCache):
         self,
         namespace: str | None,
         call: ForwardCall,
-        leave: int,
+        leave: int | None,
         progress: Progress,
         beyond_loads: bool,
         report: Report | None,
@@ -707,7 +754,9 @@ class RestoringCache(GuardedCache):
         """Whether a cut is declared for one of its tokens."""
         return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
 
-    def _look_up(self, call: ForwardCall, leave: int, namespace: str, report: Report | None, started: float) -> Prompt:
+    def _look_up(
+        self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
+    ) -> Prompt:
         """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
         session = self._session
         report = report or self._plain_report(call, "")
