@@ -48,7 +48,8 @@ class CakeCache(RestoringCache):
         model: a decoder-only transformers model (PEFT-wrapped ones, too), with its weights loaded.
         store: a directory, a URL (see `open_store`), a list of these for tiers, or a `Store`, which stays open when the cache
             closes. By default what the environment variable `CAKE_HF_STORE` names.
-        chunk_size: tokens per chunk, at least 16. Part of the key: other sizes do not share chunks.
+        chunk_size: tokens per chunk, at least 16; "auto" is 128 on a CPU and 512 on a GPU. Part of the key: other sizes do not
+            share chunks. Also part of what "exact" means: in bfloat16 other sizes round otherwise.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
         save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
         exact: use only KV made with the same numerics (device, processor, kernels, library versions, threads), which gives
@@ -74,7 +75,7 @@ class CakeCache(RestoringCache):
         model: torch.nn.Module,
         store: StoreSpec | None = None,
         *,
-        chunk_size: int = 512,
+        chunk_size: int | str = "auto",
         salt: str = "",
         save: bool = True,
         exact: bool = True,

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 
+from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import namespace_digest
@@ -22,6 +23,7 @@ from cake_hf.cache.behaviour import behaviour, behaviour_digest, differs_from_fi
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
+from cake_hf.cache.vision import family_of
 from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, recall_costs
 from cake_hf.movers.sharing import Sharing, sharing_of
@@ -57,7 +59,7 @@ class Session:
         model: torch.nn.Module,
         store: StoreSpec | None,
         *,
-        chunk_size: int,
+        chunk_size: int | str,
         salt: str,
         save: bool,
         exact: bool,
@@ -65,8 +67,7 @@ class Session:
         limits: Limits,
         snapshot_every: int = 0,
     ) -> None:
-        if chunk_size < MIN_CHUNK_SIZE:
-            raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
+        chunk_size = chosen_chunk_size(model, chunk_size)
         self.model = model
         self.chunk_size = chunk_size
         self.salt = salt
@@ -240,6 +241,24 @@ class Session:
                 let_copies_out_end()
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
+
+
+def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
+    """The number of tokens that is meant; "auto" is by the device (see `arithmetic.chunk_size`).
+
+    Raises:
+        ValueError: it is neither a number of tokens, nor "auto"; or too small.
+    """
+    if chunk_size == "auto":
+        family = family_of(model)
+        return auto_chunk_size(
+            torch.device(where_computed(model)).type, ties_images=family is not None and bool(family.types)
+        )
+    if isinstance(chunk_size, str):
+        raise ValueError(f'chunk_size is a number of tokens, or "auto"; got {shown(chunk_size)!r}.')
+    if chunk_size < MIN_CHUNK_SIZE:
+        raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
+    return chunk_size
 
 
 def _forsake(hook: ModelHook, access: Access) -> None:

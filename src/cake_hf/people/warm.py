@@ -32,7 +32,7 @@ class WarmJob:
         model: folder or name on the Hub.
         file: the document, UTF-8 text.
         store: as `CakeCache` takes it.
-        chunk_size, salt, exact: as `CakeCache` takes them.
+        chunk_size, salt, exact: as `CakeCache` takes them; no size is "auto".
         dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: only so many from the start; None for all.
@@ -41,7 +41,7 @@ class WarmJob:
     model: str
     file: Path
     store: str
-    chunk_size: int = 512
+    chunk_size: int | None = None
     salt: str = ""
     exact: bool = True
     dtype: str = "auto"
@@ -62,7 +62,8 @@ def warm(job: WarmJob) -> Report:
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
-    with CakeCache(model, job.store, chunk_size=job.chunk_size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+    size = job.chunk_size or "auto"
+    with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
         cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:
@@ -115,7 +116,7 @@ def show_warmed(job: WarmJob, report: Report) -> None:
 
 def _snippet(job: WarmJob) -> str:
     options = [f"store={shown_url(job.store)!r}"]
-    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size != 512 else []
+    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size else []
     options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
     return f"cache = CakeCache(model, {', '.join(options)})\n{GENERATE_LINE}"

@@ -18,7 +18,7 @@ def warm_command(
     store: Annotated[
         str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
     ],
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find it.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.people.console import console, errors, progress_bar
 from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.models import load_model, load_tokenizer, read_text
-from cake_hf.people.options import Device, Dtype, DtypeOption
+from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
 from cake_hf.people.packs.importing import Imported, import_pack
 from cake_hf.people.packs.publish import Pushed, push_pack
 from cake_hf.people.units import bytes_text, count_text
@@ -27,7 +26,7 @@ def push_command(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; made when missing.")],
     prompt: Annotated[Path, typer.Option(help="The text file whose KV is to be published.")],
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
-    chunk_size: Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk, as it was warmed.")] = 512,
+    chunk_size: ChunkSize = None,
     salt: Salt = "",
     allow_salted: Annotated[bool, typer.Option("--allow-salted", help="Give away KV saved under a salt.")] = False,
     dtype: DtypeOption = Dtype.AUTO,
@@ -48,7 +47,7 @@ def push_command(
                 repo,
                 loaded,
                 ids,
-                chunk_size=chunk_size,
+                chunk_size=chunk_size or "auto",
                 salt=salt,
                 exact=exact,
                 allow_salted=allow_salted,
@@ -109,7 +108,7 @@ def _count_text(chunks: int, states: int) -> str:
 
 def _arguments(store: str, manifest: PackManifest) -> str:
     options = [repr(store)]
-    options += [f"chunk_size={manifest.chunk_size}"] if manifest.chunk_size != 512 else []
+    options += [f"chunk_size={manifest.chunk_size}"]
     options += [] if "numerics" in manifest.facts else ["exact=False"]
     options += ["salt=..."] if manifest.salted else []
     return ", ".join(options)
