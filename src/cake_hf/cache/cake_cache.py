@@ -230,7 +230,7 @@ class CakeCache(RestoringCache):
         self._prefilled = None
         self._seals.look()
         self._forget_edited()
-        self._note_turn()
+        self._forget_retold(ids)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and self._goes_on(ahead, ids):
             self._show_ahead(ahead)
@@ -280,7 +280,6 @@ class CakeCache(RestoringCache):
             self._go_back_if_left()
             self._seals.look()
             self._forget_edited()
-            self._note_turn()
             self._end_turn(self._length())
             self._seals.note(self.layers, self._held.blocks)
         return self.boundaries

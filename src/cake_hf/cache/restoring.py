@@ -361,8 +361,6 @@ class RestoringCache(GuardedCache):
         """
         ids = args[0] if args else kwargs.get("input_ids")
         is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
-        if past and not is_one_token:
-            self._note_turn()
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
         if past and is_one_token and ids is not None:
@@ -484,12 +482,12 @@ class RestoringCache(GuardedCache):
             look = 0 if namespace else look_at_weights(self._session.model)
             self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
 
-    def _note_turn(self) -> None:
-        """A prompt comes: it has to begin with what was decoded, too."""
+    def _forget_retold(self, ids: torch.Tensor) -> None:
+        """A prompt comes. Where it tells a reply in other tokens, as text that is tokenized again may, that is no known turn."""
         turn = self._turn
-        if turn is not None and turn.end == self._length():
-            self._seen.crop(turn.begin)
-            self._seen.note(turn.begin, turn.ids())
+        if turn is not None:
+            told = ids[:1, turn.begin : turn.end].to(turn.device)
+            self._turn = turn if ids.shape[0] == 1 and torch.equal(told, turn.ids()) else None
 
     def _end_turn(self, length: int) -> None:
         """The turn has ended with so many tokens in the cache: what came in it is known from now on, and stored."""
@@ -524,6 +522,7 @@ class RestoringCache(GuardedCache):
         given = given_prompt(model)
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
+            self._forget_retold(given.ids)
 
     def _spread(self, ids: torch.Tensor) -> None:
         """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""

@@ -97,7 +97,7 @@ def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
     if not blocks or not buffers:
         return [""] * len(blocks)
     places = [[*range(block.start, block.end, STRIDE), block.end - 1] for block in blocks]
-    tokens = torch.tensor([token for of_block in places for token in of_block])
+    tokens = torch.tensor([token for of_block in places for token in of_block], device="cpu")
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for buffer in buffers:
         by_device.setdefault(buffer.device, []).append(_sampled(buffer, tokens.to(buffer.device)).view(torch.uint8))

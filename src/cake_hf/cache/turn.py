@@ -40,6 +40,11 @@ class Turn:
         self._unmasked: list[torch.Tensor] = []
 
     @property
+    def device(self) -> torch.device:
+        """Where its tokens are."""
+        return self._ids[0].device
+
+    @property
     def first(self) -> Block | None:
         """The last piece of the prompt, where it is one forward of several tokens."""
         tokens = self._ids[0].shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,7 +11,16 @@ from rich.text import Text
 
 from cake_hf.arithmetic.outside import shown
 from cake_hf.people.console import console
-from cake_hf.people.inspect_store import Chain, Inventory, Namespace, StoredChunk, namespaces, prompts, total_file_bytes
+from cake_hf.people.inspect_store import (
+    Chain,
+    Inventory,
+    Namespace,
+    StoredChunk,
+    chunk_sizes,
+    namespaces,
+    prompts,
+    total_file_bytes,
+)
 from cake_hf.people.units import bytes_text, count_text
 from cake_hf.people.verify import BadChunk, Verified
 
@@ -27,7 +36,10 @@ def listing(inventory: Inventory, most_prompts: int) -> RenderableType:
     if not inventory.chunks and not inventory.unreadable:
         return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
     chains = prompts(inventory)
-    parts: list[RenderableType] = [_namespace_table(namespaces(inventory)), _prompt_table(chains[:most_prompts])]
+    parts: list[RenderableType] = [
+        _namespace_table(namespaces(inventory)),
+        _prompt_table(chains[:most_prompts], chunk_sizes(inventory)),
+    ]
     if len(chains) > most_prompts:
         parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
     return Group(*parts, *_unreadable_note(inventory))
@@ -52,12 +64,12 @@ def totals(name: str, inventory: Inventory) -> RenderableType:
 
 def chunk_facts(chunk: StoredChunk) -> RenderableType:
     """All that one chunk says about itself."""
-    facts, (start, end) = chunk.facts, chunk.tokens
+    facts = chunk.facts
     return _facts_table(
         [
             ("key", facts.key),
             ("parent", facts.parent if facts.index else "none (the prompt's first chunk)"),
-            ("chunk", f"number {facts.index}, tokens {start:,} to {end - 1:,}"),
+            ("chunk", f"number {facts.index} of its prompt, {chunk.chunk_size:,} tokens"),
             ("namespace", facts.namespace),
             ("model", facts.model),
             ("tensors", f"{len(chunk.table)} of {chunk.dtypes}, {' and '.join(map(str, chunk.shapes))}"),
@@ -115,13 +127,13 @@ def _namespace_table(found: Sequence[Namespace]) -> Table:
             Text(first.dtypes),
             str(first.chunk_size),
             f"{count:,}",
-            f"{count * first.chunk_size:,}",
+            f"{namespace.tokens:,}",
             bytes_text(total_file_bytes(namespace.chunks)),
         )
     return table
 
 
-def _prompt_table(chains: Sequence[Chain]) -> Table:
+def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int]) -> Table:
     table = Table(title="prompts", title_justify="left", title_style="bold")
     table.add_column("last chunk", no_wrap=True)
     table.add_column("model", overflow="fold")
@@ -132,7 +144,11 @@ def _prompt_table(chains: Sequence[Chain]) -> Table:
         facts = chain.leaf.facts
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
         table.add_row(
-            facts.key[:SHORT], Text(_short_name(facts.model)), f"{chain.leaf.tokens[1]:,}", f"{chain.chunks:,}", missing
+            facts.key[:SHORT],
+            Text(_short_name(facts.model)),
+            f"{chain.tokens(sizes[facts.namespace]):,}",
+            f"{chain.chunks:,}",
+            missing,
         )
     return table
 

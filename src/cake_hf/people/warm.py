@@ -14,7 +14,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
-from cake_hf.cache import CakeCache
+from cake_hf.cache import CakeCache, chat_document
 from cake_hf.cache.compat import GENERATE_LINE
 from cake_hf.people.console import console, progress_bar
 from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
@@ -36,6 +36,9 @@ class WarmJob:
         dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: only so many from the start; None for all.
+        prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
+        chat: it is what a user's message begins with, in the model's chat template.
+        system: the system prompt, UTF-8 text; with `chat`.
     """
 
     model: str
@@ -47,6 +50,9 @@ class WarmJob:
     dtype: str = "auto"
     device: str = "auto"
     tokens: int | None = None
+    prompt: bool = False
+    chat: bool = False
+    system: Path | None = None
 
 
 def warm(job: WarmJob) -> Report:
@@ -56,10 +62,15 @@ def warm(job: WarmJob) -> Report:
         CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
         ValueError: the model or the file cannot be used.
     """
-    text = read_text(job.file)
+    if job.system is not None and not job.chat:
+        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
+    text, system = read_text(job.file), "" if job.system is None else read_text(job.system)
     with console.status("loading the model"):
         tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    if job.chat:
+        ids = chat_document(tokenizer, text, system=system)[:, : job.tokens]
+    else:
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     size = job.chunk_size or "auto"
@@ -72,7 +83,7 @@ def warm(job: WarmJob) -> Report:
                 show(done, total)
                 pace(done)
 
-            report = cache.prefill(ids, whole=True, progress=progress)
+            report = cache.prefill(ids, whole=not (job.prompt or job.chat), progress=progress)
         with console.status("waiting until all chunks are durable"):
             cache.flush()
     _refuse_unsaved(report)
@@ -108,7 +119,12 @@ def show_warmed(job: WarmJob, report: Report) -> None:
     if report.chunks_computed and report.chunks_loaded:
         console.print(Lanes(report))
         console.print(legend(report))
-    console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
+    if job.chat:
+        console.print(
+            "\nNow any chat whose first message starts with this text, a blank line and then the question, restores it:\n"
+        )
+    else:
+        console.print("\nNow any prompt that starts with this text, in any process, restores it:\n")
     console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
     look = f"cake-hf ls {shlex.quote(shown_url(job.store))}"
     console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
@@ -119,11 +135,15 @@ def _snippet(job: WarmJob) -> str:
     options += [f"chunk_size={job.chunk_size}"] if job.chunk_size else []
     options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
-    return f"cache = CakeCache(model, {', '.join(options)})\n{GENERATE_LINE}"
+    made = f"cache = CakeCache(model, {', '.join(options)})\n"
+    if job.chat:
+        system = ", system=system" if job.system else ""
+        return f"{made}cache.prefill(cake_hf.chat_document(tokenizer, document{system}))\n{GENERATE_LINE}"
+    return f"{made}cache.prefill(document_ids)\n{GENERATE_LINE}" if job.prompt else f"{made}{GENERATE_LINE}"
 
 
 def _refuse_unsaved(report: Report) -> None:
-    if not report.chunks_computed + report.chunks_loaded:
+    if not report.chunks_computed + report.chunks_loaded + report.tails_computed + report.tails_loaded:
         raise CakeError(f"Nothing was warmed: {report.reason}.")
     if report.chunks_unsaved:
         raise CakeError(f"{report.chunks_unsaved} chunks could not be saved; see the warning above and run it again.")

@@ -24,7 +24,14 @@ def warm_command(
     device: Device = "auto",
     exact: Annotated[bool, typer.Option(help="Serve only the very same numerics, bit for bit.")] = True,
     tokens: Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")] = None,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Prompts go on from its very end: keep the last tokens, too.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
+    ] = False,
+    system: Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")] = None,
 ) -> None:
     """Compute a document's KV once and keep it in a store."""
-    job = WarmJob(model, file, store, chunk_size, salt, exact, dtype.value, device, tokens)
+    job = WarmJob(model, file, store, chunk_size, salt, exact, dtype.value, device, tokens, prompt, chat, system)
     show_warmed(job, warm(job))
