@@ -174,7 +174,7 @@ class CakeCache(RestoringCache):
         """Bring a document's KV into this cache without generating; `generate` then goes on from there with a question.
 
         The end of the document becomes a cut: what of it does not fill a chunk is held, stored and restored, too. What is
-        generated is then that of a `DynamicCache` which was prefilled with the document, in chunks, and then with the question.
+        generated is then that of a `DynamicCache` into which the document was run, in chunks, and then the question.
 
         Args:
             input_ids: `[1, tokens]` of the prompt from its start, as a tensor, an array, a list, or what the tokenizer returns;

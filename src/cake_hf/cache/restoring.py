@@ -483,7 +483,7 @@ class RestoringCache(GuardedCache):
             self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
 
     def _forget_retold(self, ids: torch.Tensor) -> None:
-        """A prompt comes. Where it tells a reply in other tokens, as text that is tokenized again may, that is no known turn."""
+        """A prompt comes. Where it tells a reply in other tokens, as text tokenized again may, that is no known turn."""
         turn = self._turn
         if turn is not None:
             told = ids[:1, turn.begin : turn.end].to(turn.device)
