@@ -56,7 +56,7 @@ def test_hits_grow_from_turn_to_turn_and_across_a_restart(model: Any, tokenizer:
     hits = []
     for question in ("And the station?", "Why is that so?", "Thank you."):
         prompt = chat_prompt(tokenizer, messages)
-        with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+        with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
             report = cache.prefill(prompt.input_ids[:, : prompt.boundaries[-1]], boundaries=prompt.boundaries)
             out = model.generate(prompt.input_ids, **given(cache), **OPTIONS)
         assert torch.equal(out, without_cache(model, prompt.input_ids))
@@ -83,7 +83,7 @@ def test_one_cache_for_a_conversation(model: Any, tokenizer: Any, tmp_path: Path
         "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
     )
     plain = DynamicCache(config=model.config)
-    with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+    with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
         for turn in range(3):
             with forwards(model) as seen:
                 out = model.generate(said, **given(cache), **OPTIONS)
@@ -91,7 +91,7 @@ def test_one_cache_for_a_conversation(model: Any, tokenizer: Any, tmp_path: Path
             assert torch.equal(out, model.generate(said, **given(plain), **OPTIONS))
             said = torch.cat([out, torch.tensor([between.input_ids])], dim=1)
         boundaries = cache.end_turn()
-    with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+    with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
         report = cache.prefill(out[:, : boundaries[-1]], boundaries=boundaries)
         assert (report.chunks_computed, report.tails_computed) == (0, 0)
         assert boundaries[-1] == out.shape[1] - 1
@@ -104,7 +104,7 @@ def test_one_cache_for_a_conversation(model: Any, tokenizer: Any, tmp_path: Path
 def test_questions_about_a_document(model: Any, tokenizer: Any, system: str) -> None:
     store, before = MemoryStore(), [{"role": "system", "content": system}] if system else []
     for turn in range(2):
-        with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
             ids = chat_document(tokenizer, DOCUMENT, system=system)
             report = cache.prefill(ids)
             assert (report.tails_loaded, report.tails_computed) == (turn, 1 - turn)
@@ -175,7 +175,7 @@ def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(app, [*arguments, "--chat", "--system", str(system)])
     assert result.exit_code == 0, result.output
     assert "chat_document" in result.output
-    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         report = cache.prefill(chat_document(tokenizer, DOCUMENT, system="Be brief."))
         assert (report.chunks_computed, report.tails_loaded, report.tails_computed) == (0, 1, 0)
     refused = CliRunner().invoke(app, [*arguments, "--system", str(system)])
@@ -199,6 +199,6 @@ def test_warm_with_prompt(model: Any, tmp_path: Path) -> None:
     ]
     assert CliRunner().invoke(app, [*arguments, "--prompt"]).exit_code == 0
     ids = load_tokenizer(str(RECALL_TINY))(DOCUMENT, return_tensors="pt").input_ids
-    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         report = cache.prefill(ids)
         assert (report.chunks_computed, report.tails_loaded, report.tails_computed) == (0, 1, 0)

@@ -68,9 +68,8 @@ def test_a_document_and_its_questions(name: str, chunks: int, rest: int, questio
     model, ids = any_model(name), document(chunks, rest)
     store = MemoryStore()
     for turn in ("cold", "warm", "hole"):
-        with CakeCache(
-            model, without(store, len(pieces(ids.shape[1], [])) - 1) if turn == "hole" else store, chunk_size=CHUNK
-        ) as cache:
+        found = without(store, len(pieces(ids.shape[1], [])) - 1) if turn == "hole" else store
+        with CakeCache(model, found, chunk_size=CHUNK, strategy="load") as cache:
             report = cache.prefill(ids)
             for seed in (6, 7):
                 whole = asking(ids, question, seed)
@@ -133,7 +132,7 @@ def test_boundaries_of_generate(name: str, tmp_path: Path) -> None:
         assert torch.equal(
             cake_hf.generate(model, ids, store=tmp_path, boundaries=cuts, chunk_size=CHUNK, **OPTIONS), expected
         )
-    with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
+    with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
         report = cache.prefill(ids[:, : cuts[-1]], boundaries=cuts)
         assert (report.tails_computed, report.chunks_computed) == (0, 0)
         assert difference(generate(model, cache, ids), in_pieces(model, ids, cuts)) == ""

@@ -12,24 +12,23 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import Block, blocks
+from cake_hf.arithmetic.schedule import blocks
 from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
 from cake_hf.cache.checkpoint import Checkpoint
-from cake_hf.cache.compat import begin_plainly, keeps_attention
+from cake_hf.cache.compat import begin_plainly
 from cake_hf.cache.graphs import as_it_is, is_compiled
-from cake_hf.cache.guarded import GuardedCache, is_within
+from cake_hf.cache.guarded import is_within
 from cake_hf.cache.held import Held
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.probe import kv_like
 from cake_hf.cache.prompt import ComputePlainly, Prompt, Wanted, look_up, off_schedule
+from cake_hf.cache.remembering import RememberingCache
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
-from cake_hf.cache.seals import Seals
-from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
 from cake_hf.cache.standing import Ahead, Standing
 from cake_hf.cache.strangers import stranger_reason
@@ -50,12 +49,10 @@ from cake_hf.cache.support import (
     unseen_reason,
 )
 from cake_hf.cache.trials import forget_trials
-from cake_hf.cache.turn import Turn
-from cake_hf.cache.turns import known_turn, save_turn
 from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.movers.telemetry import observe
-from cake_hf.tensors.fingerprint import adapters_vary, look_at_weights
+from cake_hf.tensors.fingerprint import adapters_vary
 from cake_hf.tensors.offload import devices_of, home_device
 from cake_hf.tensors.parallel import ranks_of
 
@@ -81,7 +78,7 @@ class Tail:
     rows: int = 1
 
 
-class RestoringCache(GuardedCache):
+class RestoringCache(RememberingCache):
     """What `CakeCache` does while its model runs. The hook on the model calls it before and after each forward.
 
     Args:
@@ -99,15 +96,8 @@ class RestoringCache(GuardedCache):
         if not passive:
             self.layer_class_to_replicate = None
             self.layers = layers
-        self.passive = passive
-        self.report = Report(reason=reason if passive else NOT_USED_YET)
-        self._session = session
+        self._remember(session, Report(reason=reason if passive else NOT_USED_YET), passive=passive)
         self._model_reason = reason
-        self._held = Held()  # what is known of the content
-        self._cuts: list[int] = []  # that are declared for what comes next
-        self._ahead: Ahead | None = None  # beyond what the cache shows
-        self._turn: Turn | None = None  # what came since, if it can be known
-        self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
         self._busy = False  # a restore is running: its forwards pass the hook untouched
@@ -116,7 +106,6 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
-        self._seals = Seals()
         self._checkpoint: Checkpoint | None = None  # of the forward that runs now, or was left half way
         self.presses_rest = False  # in forwards with this cache, as long as a prompt is being restored; see `presses`
         self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
@@ -168,12 +157,6 @@ class RestoringCache(GuardedCache):
         self._go_back_if_left()
         super().batch_select_indices(indices)
         self._forget_content()
-
-    def _forget_content(self) -> None:
-        """Forget which prompt the content belongs to."""
-        self._held.forget()
-        self._ahead = self._turn = None
-        self._seen.forget()
 
     # What looks at the content sees no half of a forward.
 
@@ -287,12 +270,6 @@ class RestoringCache(GuardedCache):
         self._depth = 0
         self._seals.note(self.layers, self._sealed)
         self._checkpoint = None
-
-    @property
-    def _sealed(self) -> list[Block]:
-        """The blocks whose KV is known, or will be."""
-        first = self._turn.first if self._turn is not None and self._turn.begin == self._held.end else None
-        return self._held.blocks if first is None else [*self._held.blocks, first]
 
     def _press(self) -> None:
         """The whole prompt is through, and the presses on the model have not seen it."""
@@ -421,17 +398,6 @@ class RestoringCache(GuardedCache):
             super().reset()
         return None
 
-    def _goes_on(self, ahead: Ahead, ids: torch.Tensor, first: int = 0) -> bool:
-        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, go on from the document's end."""
-        begin = ahead.end.tokens - ahead.tokens
-        return self._held.end == self._length() == begin and ahead.begins(ids[:, begin - first :])
-
-    def _show_ahead(self, ahead: Ahead) -> None:
-        begin = ahead.end.tokens - ahead.tokens
-        ahead.end.put(self.layers, kv_like(self._session.model))
-        self._held = ahead.end.held.copy()
-        self._seen.note(begin, ahead.ids)
-
     def _handle_new(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`."""
         if call.past and call.wants_all_logits:
@@ -476,35 +442,6 @@ class RestoringCache(GuardedCache):
             self._give_up_tail()
             raise
 
-    def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
-        """The last piece of a prompt is run behind its first `known` new tokens; what comes now may be gone on from."""
-        if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
-            look = 0 if namespace else look_at_weights(self._session.model)
-            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
-
-    def _forget_retold(self, ids: torch.Tensor) -> None:
-        """A prompt comes. Where it tells a reply in other tokens, as text tokenized again may, that is no known turn."""
-        turn = self._turn
-        if turn is not None:
-            told = ids[:1, turn.begin : turn.end].to(turn.device)
-            self._turn = turn if ids.shape[0] == 1 and torch.equal(told, turn.ids()) else None
-
-    def _end_turn(self, length: int) -> None:
-        """The turn has ended with so many tokens in the cache: what came in it is known from now on, and stored."""
-        turn, self._turn = self._turn, None
-        if turn is None or not turn.begin < turn.end == length:
-            return
-        found = known_turn(self._session, self.layers, self._held, turn)
-        if found is not None:
-            save_turn(self._session, self.layers, self._held, *found, self.report)
-            self._held.append(found[0].blocks, found[0].keys)
-
-    def _forget_edited(self) -> None:
-        """Forget the keys of chunks whose KV was edited."""
-        if self._sealed and not self._seals.hold(self.layers, self._sealed):
-            self._held.forget()
-            self._turn = None
-
     def _brings_all(self, call: ForwardCall) -> bool:
         """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
 
@@ -523,32 +460,6 @@ class RestoringCache(GuardedCache):
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
             self._forget_retold(given.ids)
-
-    def _spread(self, ids: torch.Tensor) -> None:
-        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
-        if ids.shape[0] > 1 and self._rows() == 1:
-            self._repeat(ids)
-
-    def _repeat(self, ids: torch.Tensor) -> None:
-        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
-        self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
-
-    def _rows(self) -> int:
-        """Rows in here; 0 where no layer tells."""
-        return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
-
-    def _counts(self) -> bool:
-        """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
-        return not self.layers or keeps_attention(self.layers)
-
-    def _length(self) -> int:
-        """Tokens in this cache; 0 where it cannot tell."""
-        return int(self.get_seq_length()) if not self.passive and self._counts() else 0
-
-    def _lay_by_head(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, TokenMajorLayer):
-                layer.lay_by_head()
 
     def _is_rest(self, call: ForwardCall) -> bool:
         """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
@@ -735,23 +646,6 @@ class RestoringCache(GuardedCache):
         if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
             raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
-
-    def _require_same_cuts(self) -> None:
-        """What is known of the content was cut where it is declared to be.
-
-        Raises:
-            CakeError: it was not.
-        """
-        for cut in self._cuts:
-            if cut < self._held.end and not self._held.is_edge(cut):
-                raise CakeError(
-                    f"The cache holds {self._held.end:,} tokens of a prompt that was not cut at {cut:,}; make a new CakeCache "
-                    "for one that is."
-                )
-
-    def _is_cut_in(self, call: ForwardCall) -> bool:
-        """Whether a cut is declared for one of its tokens."""
-        return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
 
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
