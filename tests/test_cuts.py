@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from cut_runs import in_pieces, pieces
 from families import family_model, here
 from family_runs import NEW_TOKENS, difference, generate
 from models import CHUNK, prompt, shared_model
+from naming import given as cache_given
 from stored import without
 
 FAMILIES = here("gemma3", "mistral", "qwen3_next", "falcon_h1", "lfm2", "deepseek_v3")
@@ -268,3 +270,38 @@ def test_another_prompt_than_the_document_in_here() -> None:
                 difference(generate(model, cache, ids), in_pieces(model, ids, [kept] if kept % CHUNK == 7 else []))
                 == ""
             )
+
+
+def test_questions_at_once() -> None:
+    """Each thread has a copy of its own; the original is as it was."""
+    model, ids = shared_model("llama", "bfloat16"), document()
+    answers: dict[int, str] = {}
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(ids)
+
+        def ask(seed: int) -> None:
+            whole = asking(ids, 9, seed)
+            answers[seed] = difference(generate(model, copy.deepcopy(cache), whole), expected[seed])
+
+        expected = {seed: in_pieces(model, asking(ids, 9, seed), [ids.shape[1]]) for seed in range(4)}
+        threads = [threading.Thread(target=ask, args=[seed]) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == dict.fromkeys(range(4), "")
+        assert difference(generate(model, cache, asking(ids, 9, 0)), expected[0]) == ""
+
+
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_other_ways_to_answer_behind_a_document(mode: dict[str, Any]) -> None:
+    """Several rows go on from whole chunks, as before; the tokens are those of plain `generate` in any case."""
+    model, ids = shared_model("llama"), asking(document())
+    torch.manual_seed(0)
+    expected = model.generate(ids, **{**OPTIONS, **mode})
+    torch.manual_seed(0)
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(document())
+        assert torch.equal(model.generate(ids, **cache_given(cache), **{**OPTIONS, **mode}), expected)

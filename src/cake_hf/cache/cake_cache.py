@@ -242,10 +242,11 @@ class CakeCache(RestoringCache):
         self._end_turn(self._length())
         if leave is None and ids.shape[1] > self._length():
             self._cuts = sorted({*self._cuts, ids.shape[1]})
+        started = time.monotonic()
         try:
-            prompt = self._prefill(ids, leave, progress)
+            prompt = self._prefill(ids, leave, progress, started=started)
             if leave is None and ids.shape[1] > self._length() == self._held.end:
-                prompt = self._prefill_end(ids, progress) or prompt
+                prompt = self._prefill_end(ids, progress, started) or prompt
         except ComputePlainly as because:
             self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
             return self.report

@@ -528,7 +528,7 @@ class RestoringCache(RememberingCache):
         self._unpressed = not past
         return restore.prompt
 
-    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress) -> Prompt | None:
+    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
         """Bring the last piece of a document, without showing it; None if that is not possible."""
         past = self.get_seq_length()
         begin = Standing.take(self.layers, past, self._held)
@@ -536,7 +536,9 @@ class RestoringCache(RememberingCache):
         report, reason = self.report, self.report.reason
         if not report.restored:
             report.reason = ""  # that there is no chunk says nothing any more
-        prompt = self._prefill(input_ids, 0, progress, report=report)
+        unpressed = self._unpressed
+        prompt = self._prefill(input_ids, 0, progress, report=report, started=started)
+        self._unpressed |= unpressed
         if prompt is None or self.get_seq_length() != input_ids.shape[1]:
             self.report, report.reason = report, reason
             return None

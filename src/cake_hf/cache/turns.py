@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +23,9 @@ from cake_hf.cache.turn import Turn
 from cake_hf.tensors.codec import ChunkFacts
 from cake_hf.tensors.fingerprint import adapters_vary, look_at_weights
 from cake_hf.tensors.parallel import ranks_of
+
+_CHUNK: Literal["chunk"] = "chunk"
+_TAIL: Literal["tail"] = "tail"
 
 
 def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> tuple[Held, str] | None:
@@ -64,36 +68,36 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
     """
     if not session.save or not turn.keys:
         return
-    states = session.state_layout()
-    names = [*turn.keys, *([state_key(turn.keys[-1])] if states.pieces else [])]
+    states = _states(session, layers)
+    names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
     stored = stored_mask(session, names, report)
     parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
     for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
         pieces = _pieces(layers, block, turn.end)
-        if stored[number] or pieces is None:
+        if stored[number] or not pieces:
             continue
         facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.model_name)
         is_chunk = block.tokens == session.chunk_size and not block.singly
-        session.save_chunk(
-            facts,
-            session.layout().of(block.tokens),
-            lambda pieces=pieces: pieces,  # type: ignore[misc]  # bound here
-            report,
-            overwrite=False,
-            what="chunk" if is_chunk else "tail",
-        )
-    if states.pieces and not stored[-1]:
+        layout, what = session.layout().of(block.tokens), _CHUNK if is_chunk else _TAIL
+        session.save_chunk(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
+    if states and not stored[-1]:
         key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
-        named = {
-            f"layers.{n}.{name}": state
-            for n, layer in enumerate(layers)
-            if isinstance(layer, RecurrentLayer)
-            for name, state in states_of(layer).items()
-        }
-        found = [named.get(piece.name) for piece in states.pieces]
-        if all(state is not None and state.dtype == p.dtype for state, p in zip(found, states.pieces, strict=True)):
-            facts = ChunkFacts(state_key(key), key, number, namespace, session.model_name)
-            session.save_chunk(facts, states, lambda: found, report, overwrite=False, what="state")  # type: ignore[arg-type, return-value]
+        facts = ChunkFacts(state_key(key), key, number, namespace, session.model_name)
+        layout = session.state_layout()
+        session.save_chunk(facts, layout, partial(list, states), report, overwrite=False, what="state")
+
+
+def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
+    """The recurrent states as they stand, in the order of a snapshot; none where there are none of the layout's shapes."""
+    named = {
+        f"layers.{n}.{name}": state
+        for n, layer in enumerate(layers)
+        if isinstance(layer, RecurrentLayer)
+        for name, state in states_of(layer).items()
+    }
+    found = [(named.get(piece.name), piece) for piece in session.state_layout().pieces]
+    fit = [s for s, p in found if s is not None and s.dtype == p.dtype and s.numel() == p.heads * p.head_dim]
+    return fit if len(fit) == len(found) else []
 
 
 def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor] | None:

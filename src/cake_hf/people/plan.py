@@ -264,7 +264,7 @@ def _sized(size: int, kind: str) -> str:
     """The size of a chunk, and that of a cache that is not told any."""
     if not kind:
         return ""
-    return f"of {size} tokens" + (f"; a cache takes {why(kind)}" if size != auto_chunk_size(kind) else f": {why(kind)}")
+    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; a cache that is not told takes {why(kind)}"
 
 
 def _source(known: KnownCosts | None, store: str) -> str:
