@@ -17,7 +17,7 @@ from cake_hf.people.haystack import hide, make_facts, question, real_text
 from cake_hf.people.models import RECALL_TINY
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "Qwen/Qwen3-0.6B"
-CHUNK_SIZE = 128  # the default is 512
+CHUNK_SIZE = 128  # the default is by device
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").eval()

@@ -65,7 +65,7 @@ def ask(cache, **options):
 # chat notebook shows it.)
 
 # %%
-CHUNK_SIZE = 128  # of a small model's short prompt; the default is 512
+CHUNK_SIZE = 128  # of a small model's short prompt; the default is by device
 store = tempfile.TemporaryDirectory()  # use a directory that stays, such as "~/.cache/cake_hf"
 
 for _ in range(2):

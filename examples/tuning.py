@@ -18,7 +18,7 @@ from cake_hf.people.models import RECALL_TINY
 from cake_hf.stores.wrappers import ThrottledStore
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "Qwen/Qwen3-0.6B"
-CHUNK_SIZE = 128  # the default is 512
+CHUNK_SIZE = 128  # the default is by device
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").eval()

@@ -361,7 +361,7 @@ def test_what_prompts_share_gets_a_state_of_its_own(family: str) -> None:
 def test_snapshots_every_so_often(family: str) -> None:
     model, store = family_model(family), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK, snapshot_every=2) as saving:
-        saving.prefill(IDS)
+        saving.prefill(IDS, whole=True)
         assert saving.flush(60)
         assert saving.report.states_saved == CHUNKS // 2
     ids = torch.cat([IDS[:, : 5 * CHUNK], prompt(CHUNK, seed=5)], dim=1)

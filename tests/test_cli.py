@@ -133,7 +133,7 @@ def test_ls_shows_namespaces_and_prompts(
     assert re.search(rf"tiny +F32 +{CHUNK} +{CHUNKS + 2} +{CHUNK * (CHUNKS + 2)} ", flat(result.output))
     with existing_store(str(store)) as opened:
         chains = prompts(take_inventory(opened, lambda done, total: None))
-    assert [(chain.leaf.tokens[1], chain.chunks) for chain in chains] == [
+    assert [(chain.tokens(CHUNK), chain.chunks) for chain in chains] == [
         (CHUNK * CHUNKS, CHUNKS),
         (CHUNK * 4, 4),
     ]

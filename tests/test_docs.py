@@ -230,6 +230,10 @@ WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
 OUTCOMES = {
     "index": lambda scope: found(scope["cache"].report),
     "quickstart": lambda scope: found(scope["report"]),
+    "chat": lambda scope: (
+        scope["answer"].shape[1] > scope["prompt"].shape[1]
+        and scope["report"].tails_loaded + scope["report"].tails_computed > 0
+    ),
     "how-it-works": lambda scope: scope["cache"].report.timeline,
     "guarantees": lambda scope: found(scope["cache"].report),
     "models": lambda scope: "none of the prompt's chunks yet" in scope["cache"].report.reason,

@@ -258,7 +258,7 @@ def test_snapshots_of_recurrent_models_are_recomputed_as_well(family: str) -> No
     """Wherever in the prompt they were kept."""
     chunk_model, store, ids = family_model(family), MemoryStore(), prompt()
     with CakeCache(chunk_model, store, chunk_size=CHUNK, snapshot_every=2) as cache:
-        cache.prefill(ids)
+        cache.prefill(ids, whole=True)
         assert cache.flush(60)
         chunks, snapshots = cache.report.chunks_saved, cache.report.states_saved
     assert snapshots > 1

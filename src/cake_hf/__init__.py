@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cake_hf.arithmetic.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
     from cake_hf.arithmetic.limits import Limits
     from cake_hf.arithmetic.report import Report
-    from cake_hf.cache import CakeCache, generate, reads_only
+    from cake_hf.cache import CakeCache, chat_document, chat_prompt, generate, reads_only
     from cake_hf.people.packs import export_pack, import_pack, push_pack
     from cake_hf.people.plots import plot_split, plot_timeline, plot_ttft
     from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
@@ -34,6 +34,8 @@ __all__ = [
     "Tier",
     "TierStore",
     "UnsupportedModel",
+    "chat_document",
+    "chat_prompt",
     "export_pack",
     "generate",
     "import_pack",
@@ -49,7 +51,7 @@ _NAMES_OF = {
     "arithmetic.errors": ("CakeError", "CorruptChunk", "ForeignModel", "StoreError", "UnsupportedModel"),
     "arithmetic.limits": ("Limits",),
     "arithmetic.report": ("Report",),
-    "cache": ("CakeCache", "generate", "reads_only"),
+    "cache": ("CakeCache", "chat_document", "chat_prompt", "generate", "reads_only"),
     "people.packs": ("export_pack", "import_pack", "push_pack"),
     "people.plots": ("plot_split", "plot_timeline", "plot_ttft"),
     "stores": ("LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"),

@@ -11,6 +11,8 @@ import sys
 from array import array
 from collections.abc import Sequence
 
+from cake_hf.arithmetic.schedule import Block, blocks
+
 TOKEN_BYTES = 8
 KEY_BYTES = 20
 
@@ -47,14 +49,37 @@ def chunk_keys(
     Returns:
         `len(token_ids) // chunk_size` keys of 40 hexadecimal digits.
     """
+    chunks = blocks(0, len(token_ids) // chunk_size * chunk_size, (), chunk_size)
+    return block_keys(namespace, token_ids, chunks, chunk_size, parent, marks)
+
+
+def block_keys(
+    namespace: str,
+    token_ids: Sequence[int] | memoryview,
+    named: Sequence[Block],
+    chunk_size: int,
+    parent: str = "",
+    marks: Sequence[bytes] = (),
+) -> list[str]:
+    """Keys of blocks that follow each other; see `chunk_keys`.
+
+    How a block's tokens are run is part of its key: a chunk, a tail and single tokens are digests of their own kinds.
+
+    Args:
+        namespace: 40 hexadecimal digits from `namespace_digest`.
+        token_ids: the prompt, or what is new of it.
+        named: the blocks, counted from the first of these tokens on.
+        chunk_size: tokens of a full chunk.
+        parent: key of what is just before the first block; empty at the start of a prompt.
+        marks: for each block a digest of what else shapes its KV; empty for nothing.
+    """
     root = bytes.fromhex(namespace)
     previous = bytes.fromhex(parent or namespace)
-    raw, step = _raw(token_ids), chunk_size * TOKEN_BYTES
-    keys = []
-    for number, end in enumerate(range(step, len(raw) + 1, step)):
-        digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=b"cake-chunk")
+    raw, keys = _raw(token_ids), []
+    for number, block in enumerate(named):
+        digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=_kind(block, chunk_size))
         digest.update(previous)
-        digest.update(raw[end - step : end])
+        digest.update(raw[block.start * TOKEN_BYTES : block.end * TOKEN_BYTES])
         if marks:
             digest.update(marks[number])
         previous = digest.digest()
@@ -70,6 +95,12 @@ def state_key(chunk_key: str) -> str:
 def behaviour_key(namespace: str) -> str:
     """Name of what the model computed whose KV lies under a namespace, see `cache.reference`."""
     return hashlib.blake2b(bytes.fromhex(namespace), digest_size=KEY_BYTES, person=b"cake-behaviour").hexdigest()
+
+
+def _kind(block: Block, chunk_size: int) -> bytes:
+    if block.singly:
+        return b"cake-single"
+    return b"cake-chunk" if block.tokens == chunk_size else b"cake-tail"
 
 
 def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:

@@ -54,8 +54,10 @@ class Report:
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
         chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
             another row of the batch.
+        tails_computed, tails_loaded, tails_saved: what lies between full chunks and declared cuts (see `CakeCache.prefill`),
+            and decoded tokens of earlier turns.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
-        chunks_unsaved: new chunks that were not saved: the queue was full or the store refused them.
+        chunks_unsaved: new chunks, and tails, that were not saved: the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
         bytes_loaded, bytes_saved: payload bytes, of chunks and states.
         store: where chunks are kept, without secrets, of a directory its last part; empty where it was not asked.
@@ -76,6 +78,9 @@ class Report:
     chunks_missed: int = 0
     chunks_failed: int = 0
     chunks_shared: int = 0
+    tails_computed: int = 0
+    tails_loaded: int = 0
+    tails_saved: int = 0
     chunks_saved: int = 0
     chunks_unsaved: int = 0
     states_loaded: int = 0
@@ -116,6 +121,9 @@ class Report:
         ]
         if self.store:
             rows.append(("store", f"{self.store}: {_bytes(self.bytes_stored)} of this prompt"))
+        if self.tails_loaded or self.tails_computed or self.tails_saved:
+            done = f"{self.tails_loaded} loaded, {self.tails_computed} computed, {self.tails_saved} saved"
+            rows.append(("tails", done))
         if self.states_loaded or self.states_saved:
             rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
         if self.chunks_unsaved:

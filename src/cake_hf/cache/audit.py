@@ -56,14 +56,14 @@ class Audit:
 
         Args:
             index: of the chunk.
-            pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order.
+            pieces: gives its tensors `[1, tokens, heads, head_dim]` in payload order.
         """
         if not self._on or not self._prompt.stored[index]:
             return
         self._computed += 1
         if self._computed & (self._computed - 1):  # no power of two
             return
-        session, layout = self._session, self._prompt.layout
+        session, layout = self._session, self._prompt.layout_of(index)
         packed = pack(pieces(), layout)
         packed.await_copy()
         slot = session.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
@@ -95,7 +95,7 @@ class Audit:
     def _refuse(self, index: int) -> str:
         """Remember that the model, as it is with that namespace, does not compute what is stored under it."""
         reason = (
-            f"this model does not compute what the store holds (chunk {self._prompt.first + index} is stored with other "
+            f"this model does not compute what the store holds (chunk {self._prompt.number + index} is stored with other "
             "values), so something changed it, now or when that was saved. Nothing is loaded or saved for it in this "
             "process; cake-hf verify --recompute finds what is wrong in the store"
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.lazily import cached_property
-from cake_hf.cache.compat import forward_of, named_for, parameters_of
+from cake_hf.arithmetic.schedule import Block
+from cake_hf.cache.compat import CACHE_NAMES, forward_of, named_for, parameters_of
 from cake_hf.cache.vision import Vision, look_at
 
 _UNDERSTOOD = {
@@ -27,6 +28,11 @@ _UNDERSTOOD = {
 
 _OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
 """Arguments that ask for something beside the logits, which would be that of the last piece alone."""
+
+
+def understands(arguments: Mapping[str, Any]) -> bool:
+    """Whether the meaning of all named arguments but the cache is known."""
+    return all(value is None or name in _UNDERSTOOD or name in CACHE_NAMES for name, value in arguments.items())
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,10 @@ class ForwardCall:
                 named[name] = named[name][..., self.past :].clone(memory_format=torch.contiguous_format)
         return replace(self, arguments=named)
 
+    def after(self, tokens: int) -> ForwardCall:
+        """What comes after the first `tokens` of the new tokens, which are in the cache now."""
+        return replace(replace(self, past=tokens).without_past(), past=self.past + tokens)
+
     def piece(self, start: int, end: int) -> dict[str, Any]:
         """Arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would give them."""
         piece = dict(self.arguments)
@@ -197,13 +207,13 @@ class ForwardCall:
             piece["logits_to_keep"] = 1
         return {**piece, "use_cache": True}
 
-    def marks(self, size: int) -> list[bytes]:
-        """For each full chunk of `size` tokens what its key must cover beside them; empty where that is so for none."""
-        return [] if self.vision is None else self.vision.marks(size)
+    def marks(self, named: Sequence[Block]) -> list[bytes]:
+        """For each block of it what its key must cover beside tokens; empty where that is so for none."""
+        return [] if self.vision is None else self.vision.marks(named)
 
-    def whole_chunks(self, size: int) -> int:
-        """How many full chunks of `size` tokens can be cut off; what comes after them must be run in one piece."""
-        return self.tokens // size if self.vision is None else self.vision.whole_chunks(size)
+    def uncut(self, ends: Sequence[int]) -> int:
+        """The number (from 1) of the first of these places at which it must not be cut; 0 if it can be cut at all of them."""
+        return 0 if self.vision is None else self.vision.uncut(ends)
 
     def _mask_refusal(self) -> str:
         mask = self.arguments.get("attention_mask")

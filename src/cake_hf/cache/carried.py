@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.layers.recurrent import RecurrentLayer, states_of
 from cake_hf.cache.layers.windowed import WindowedLayer
+from cake_hf.cache.loads import window_begin
 from cake_hf.tensors.layout import ChunkLayout
 
-Block = Sequence[torch.Tensor]
-"""The windowed pieces of one chunk, `[1, chunk_size, heads, head_dim]`, in payload order."""
+Windows = Sequence[torch.Tensor]
+"""The windowed pieces of one chunk, `[1, tokens, heads, head_dim]`, in payload order."""
 
 ReadState = Callable[[int], "list[torch.Tensor] | None"]
 
@@ -29,7 +31,7 @@ class Carried:
     Args:
         layers: of the cache, all kinds.
         like: the same layers with one token in them.
-        chunk_size: tokens.
+        blocks: of the prompt, counted from chunk 0 on.
         past: tokens in the layers now; chunk 0 comes after them.
         state_layout: of a snapshot.
         loaded_block: gives a chunk's block where a load has brought it.
@@ -43,22 +45,23 @@ class Carried:
         self,
         layers: Sequence[Any],
         like: Sequence[Any],
-        chunk_size: int,
+        blocks: Sequence[Block],
         past: int,
         state_layout: ChunkLayout,
-        loaded_block: Callable[[int], Block | None],
+        loaded_block: Callable[[int], Windows | None],
         read_state: ReadState,
     ) -> None:
         self.standing: int | None = 0
         self._windowed = [layer for layer in layers if isinstance(layer, WindowedLayer)]
         self._recurrent = {n: layer for n, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
         self._like = like
-        self._size = chunk_size
+        self._blocks = blocks
         self._past = past
         self._state_layout = state_layout
         self._loaded_block = loaded_block
         self._read_state = read_state
-        self._computed: dict[int, Block] = {}
+        self._computed: dict[int, Windows] = {}
+        self._brought: list[Windows] = []  # by the forwards of the chunk that is being run
         self._base_windows = [layer.content for layer in self._windowed]
         self._base_states = {
             n: {name: state.clone() for name, state in states_of(layer).items()} for n, layer in self._recurrent.items()
@@ -69,9 +72,9 @@ class Carried:
         return bool(self._windowed or self._recurrent)
 
     @property
-    def window_chunks(self) -> int:
-        """How many chunks the longest window reaches back."""
-        return max((-(-layer.reach // self._size) for layer in self._windowed), default=0)
+    def reach(self) -> int:
+        """How many tokens the longest window reaches back."""
+        return max((layer.reach for layer in self._windowed), default=0)
 
     def start(self) -> None:
         """The restore begins: from now on the layers keep what `passed` asks for."""
@@ -79,18 +82,27 @@ class Carried:
             layer.watch(on=True)
 
     def begin(self) -> None:
-        """A forward begins; if it is left, or fails, what is carried is of no place."""
+        """A chunk is about to be run; if a forward is left, or fails, what is carried is of no place."""
         self.standing = None
+        self._brought = []
+
+    def ran(self) -> None:
+        """One of the forwards that make the chunk is through."""
+        if self._windowed:
+            self._brought.append([kept.transpose(1, 2) for layer in self._windowed for kept in layer.recent or ()])
 
     def passed(self, chunk: int) -> None:
-        """A forward has run that chunk."""
+        """That chunk has been run."""
         self.standing = chunk + 1
-        if self._windowed:
-            self._computed[chunk] = [kept.transpose(1, 2) for layer in self._windowed for kept in layer.recent or ()]
-        for index in [index for index in self._computed if index <= chunk - self.window_chunks]:
+        if len(self._brought) > 1:
+            self._computed[chunk] = [torch.cat(parts, dim=1) for parts in zip(*self._brought, strict=True)]
+        elif self._brought:
+            self._computed[chunk] = self._brought[0]
+        begin = window_begin(self._blocks, chunk + 1, self.reach)
+        for index in [index for index in self._computed if index < min(begin, chunk)]:
             del self._computed[index]
 
-    def block(self, chunk: int) -> Block | None:
+    def block(self, chunk: int) -> Windows | None:
         """The windowed pieces of a chunk, if they are at hand."""
         computed = self._computed.get(chunk)
         return computed if computed is not None else self._loaded_block(chunk)
@@ -134,7 +146,7 @@ class Carried:
         if chunk == 0:
             self.go_back()
             return True
-        blocks = [self.block(index) for index in range(max(0, chunk - self.window_chunks), chunk)]
+        blocks = [self.block(index) for index in range(window_begin(self._blocks, chunk, self.reach), chunk)]
         at_hand = [block for block in blocks if block is not None]
         if len(at_hand) < len(blocks):
             return False
@@ -147,14 +159,15 @@ class Carried:
         self.standing = chunk
         return True
 
-    def _put_windows(self, chunk: int, blocks: Sequence[Block]) -> None:
+    def _put_windows(self, chunk: int, blocks: Sequence[Windows]) -> None:
+        end = self._blocks[chunk - 1].end
         for number, (layer, (keys, values, _)) in enumerate(zip(self._windowed, self._base_windows, strict=True)):
             before: list[tuple[torch.Tensor, torch.Tensor]] = []
-            if keys is not None and values is not None and chunk <= self.window_chunks:
+            if keys is not None and values is not None and end < self.reach:
                 before = [(keys, values)]
             after = [(block[2 * number].transpose(1, 2), block[2 * number + 1].transpose(1, 2)) for block in blocks]
             joined = [torch.cat([pair[which] for pair in [*before, *after]], dim=2) for which in (0, 1)]
-            layer.put((joined[0], joined[1], self._past + chunk * self._size))
+            layer.put((joined[0], joined[1], self._past + end))
 
     def _put_states(self, snapshot: Sequence[torch.Tensor]) -> None:
         pieces = {piece.name: state for piece, state in zip(self._state_layout.pieces, snapshot, strict=True)}

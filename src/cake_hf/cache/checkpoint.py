@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from cake_hf.cache.held import Held
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.layers.windowed import Content
 
@@ -27,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         past: tokens in the cache.
-        known: keys of the leading chunks in it.
+        held: what is known of its content.
         windows: what windowed layers held, by number. These tensors are not written to.
         replaced: K and V of layers whose content was not in their own buffers, by number. Nor are these.
         frame: that ends when the forward does; None where torch.compile has traced the call, and frames tell nothing.
@@ -35,14 +36,14 @@ class Checkpoint:
     """
 
     past: int
-    known: tuple[str, ...]
+    held: Held
     windows: dict[int, Content]
     replaced: dict[int, tuple[Any, Any]]
     frame: FrameType | None
     thread: int
 
     @classmethod
-    def take(cls, layers: Sequence[Any], past: int, known: Sequence[str], *, traced: bool = False) -> Checkpoint:
+    def take(cls, layers: Sequence[Any], past: int, held: Held, *, traced: bool = False) -> Checkpoint:
         """To be called by the hook in front of the forward."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
         replaced = {
@@ -50,7 +51,7 @@ class Checkpoint:
             for n, layer in enumerate(layers)
             if isinstance(layer, TokenMajorLayer) and not layer.is_own
         }
-        return cls(past, tuple(known), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
+        return cls(past, held.copy(), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
 
     def is_over(self) -> bool:
         """Whether the forward does not run any more. Where that cannot be told, as in other threads, it counts as running."""

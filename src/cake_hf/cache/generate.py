@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import checked_cuts
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
 from cake_hf.cache.token_ids import token_ids
@@ -24,6 +25,7 @@ def generate(
     *,
     store: StoreSpec | None = None,
     report: Callable[[Report], object] | None = None,
+    boundaries: Iterable[int] = (),
     **kwargs: Any,
 ) -> Any:
     """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
@@ -37,6 +39,8 @@ def generate(
         inputs: `[batch, tokens]` token ids, or what the tokenizer returns; or pass `input_ids=...`.
         store: as for `CakeCache`.
         report: called with the report of the prompt when all is done, e.g. `print`, or the `append` of a list.
+        boundaries: numbers of tokens from the prompt's start, of parts that other prompts share, such as the end of a document
+            that is asked about: up to there the prompt is run, stored and restored by itself (see `CakeCache.prefill`).
         **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every) and of
             `model.generate`.
 
@@ -45,10 +49,10 @@ def generate(
 
     Raises:
         ValueError: a cache is given, or a kind of cache; use a `CakeCache` and `model.generate` for that. Or as `CakeCache`
-            raises.
+            raises. Or a boundary is outside the prompt.
         CakeError: as `CakeCache` raises.
         UnsupportedModel: the model does not generate.
-        TypeError: what is given is no model, or no token ids, or a report that cannot be called.
+        TypeError: what is given is no model, or no token ids; boundaries are no whole numbers; or the report cannot be called.
     """
     if report is not None and not callable(report):
         raise TypeError(f"report is called with the prompt's report, as in report=print; {report!r} cannot be called.")
@@ -64,10 +68,12 @@ def generate(
     inputs = _as_tensor(inputs)
     kwargs.update({name: _as_tensor(kwargs[name]) for name in ("input_ids", "attention_mask") if name in kwargs})
     kwargs = _with_use_cache(within, kwargs)
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    cuts = checked_cuts(boundaries, ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
     with CakeCache(model, store, **options) as cache:
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        cache._cuts = cuts
         if isinstance(ids, torch.Tensor) and _needs_prefill(within) and _is_plain(kwargs.get("attention_mask")):
-            cache.prefill(ids)
+            cache._bring(ids, cuts, whole=False, ends=False)
         answer = plain(inputs, **for_generate(within, cache), **without_cache(kwargs))
     if report is not None:
         report(cache.report)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.prompt import Prompt
-from cake_hf.tensors.layout import ChunkLayout
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class LoadPlan:
 
     Attributes:
         usable: for each chunk, whether loading it helps.
-        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in chunks.
+        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
         state: at the end of which chunk the snapshot is wanted; None for none.
     """
 
@@ -27,18 +28,18 @@ class LoadPlan:
     state: int | None
 
 
-def plan_loads(prompt: Prompt, window_chunks: int) -> LoadPlan:
+def plan_loads(prompt: Prompt, reach: int) -> LoadPlan:
     """Decide for one prompt.
 
     Args:
         prompt: from `look_up`.
-        window_chunks: how many chunks the model's longest window reaches back.
+        reach: how many tokens the model's longest window reaches back.
     """
     stored, state = prompt.stored[: prompt.chunks], None
     if prompt.state_layout.pieces:
         begin, state = _between_states(stored, prompt.states)
         stored = [state is not None and begin <= index <= state for index in range(prompt.chunks)]
-    return LoadPlan(stored, _windows(stored, window_chunks), state)
+    return LoadPlan(stored, _windows(stored, prompt.blocks, reach), state)
 
 
 def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int, int | None]:
@@ -56,31 +57,41 @@ def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int
     return best
 
 
-def _windows(usable: Sequence[bool], window_chunks: int) -> dict[int, int]:
+def window_begin(named: Sequence[Block], stop: int, reach: int) -> int:
+    """The first block of those before block `stop` that a window of that reach, at the begin of block `stop`, reaches to."""
+    begin = stop
+    while begin and named[begin - 1].end > named[stop - 1].end - reach:
+        begin -= 1
+    return begin
+
+
+def _windows(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
     """The model goes on at the end and behind each run of loaded chunks: there it needs the windows before it."""
     wanted: set[int] = set()
     for stop in range(1, len(usable) + 1):
         if usable[stop - 1] and (stop == len(usable) or not usable[stop]):
-            wanted.update(index for index in range(max(0, stop - window_chunks), stop) if usable[index])
-    return {index: position for position, index in enumerate(sorted(wanted))}
+            wanted.update(index for index in range(window_begin(named, stop, reach), stop) if usable[index])
+    ends = accumulate(named[index].tokens for index in sorted(wanted))
+    return {index: end - named[index].tokens for index, end in zip(sorted(wanted), ends, strict=True)}
 
 
 class WindowBuffers:
     """Where the windowed pieces of loaded chunks land: room for those that are wanted only.
 
     Args:
-        layout: of a chunk.
+        prompt: from `look_up`.
         windows: see `LoadPlan`.
         like: the model's layers with one token in them; each has its buffers on its own device.
     """
 
-    def __init__(self, layout: ChunkLayout, windows: dict[int, int], like: Sequence[Any]) -> None:
-        self._size = layout.chunk_size
+    def __init__(self, prompt: Prompt, windows: dict[int, int], like: Sequence[Any]) -> None:
+        self._blocks = prompt.blocks
         self._windows = windows
+        layout, tokens = prompt.layout, sum(prompt.blocks[index].tokens for index in windows)
         with torch.inference_mode(False):
             self.buffers = [
                 torch.empty(
-                    (1, len(windows) * self._size, piece.heads, piece.head_dim),
+                    (1, tokens, piece.heads, piece.head_dim),
                     dtype=piece.dtype,
                     device=like[piece.layer].keys.device,
                 )
@@ -91,5 +102,5 @@ class WindowBuffers:
         """The windowed pieces of a chunk that was loaded; None if they were not wanted."""
         if chunk not in self._windows:
             return None
-        start = self._windows[chunk] * self._size
-        return [buffer[:, start : start + self._size] for buffer in self.buffers]
+        start = self._windows[chunk]
+        return [buffer[:, start : start + self._blocks[chunk].tokens] for buffer in self.buffers]

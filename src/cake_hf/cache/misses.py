@@ -17,6 +17,7 @@ import torch
 
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import blocks
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import tell_once
@@ -125,7 +126,12 @@ class Inquiry:
 def marks_of(call: ForwardCall) -> Marks:
     """A prompt's marks for any size of chunks, without the cache that its call goes to."""
     vision = call.vision
-    return (lambda size: []) if vision is None else vision.marks
+    tokens = call.tokens
+    return (
+        (lambda size: [])
+        if vision is None
+        else (lambda size: vision.marks(blocks(0, tokens - tokens % size, (), size)))
+    )
 
 
 def explanation(store: Store, sought: Sought) -> str:

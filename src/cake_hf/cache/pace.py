@@ -10,6 +10,7 @@ from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
@@ -20,21 +21,28 @@ class RestorePace(Pace):
     """That of one restore of a cache.
 
     Attributes:
-        can_run: whether a chunk could be computed right now; if not, nothing is gained by not waiting for its load.
-        can_leave: whether a forward can be left although its chunk has not arrived.
+        blocks: of the prompt.
+        can_run: whether a block could be computed right now; if not, nothing is gained by not waiting for its load.
+        can_leave: whether a forward on it can be left although it has not arrived.
     """
 
+    blocks: Sequence[Block]
     can_run: Callable[[int], bool]
-    can_leave: bool
+    can_leave: Callable[[int], bool]
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
-        return self.can_run(chunk) and super().worth(chunk, loads_left, now, whole=whole)
+        if not self.can_run(chunk):
+            return False
+        if self.blocks[chunk].singly:  # it takes a forward for each token: only if the loads are very late
+            wait = self._wait(loads_left, now)
+            return wait is None or self._compute is None or self.blocks[chunk].tokens * self._seconds(chunk) < wait
+        return super().worth(chunk, loads_left, now, whole=whole)
 
     def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
         return self.can_run(chunk) and super().overdue(chunk, loads_left, now)
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:
-        return self.can_leave and super().tries(chunk, loads_left, now)
+        return self.can_leave(chunk) and super().tries(chunk, loads_left, now)
 
 
 def new_pace(
@@ -110,10 +118,12 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
         return
     timeline = prompt.report.timeline[prompt.first_span :]
     part = None
-    if prompt.call.tokens <= (prompt.chunks + 1) * prompt.layout.chunk_size:  # the last piece is a part of a chunk
+    size = prompt.layout.chunk_size
+    if prompt.call.tokens <= prompt.rest + size:  # the last piece is a part of a chunk
         spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
-        part = (prompt.first + prompt.chunks, spans[0].end - spans[0].start) if spans else None
-    memory.learn(pace, timeline, prompt.layout.nbytes, part)
+        part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
+    chunks = [span for span in timeline if span.chunk >= 0 and prompt.is_chunk(span.chunk)]
+    memory.learn(pace, chunks, prompt.layout.nbytes, part)
 
 
 def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
@@ -128,10 +138,12 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
     if compute is None:
         return
     report, size = prompt.report, prompt.layout.chunk_size
-    computed = sum(compute.seconds(prompt.first + index) for index in range(prompt.chunks))
+    past = prompt.call.past
+    computed = sum(
+        compute.seconds((past + block.start) // size) * block.tokens / size for block in prompt.blocks[: prompt.chunks]
+    )
     if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
-        rest = prompt.call.tokens - prompt.chunks * size
-        computed += compute.seconds(prompt.first + prompt.chunks) * rest / size
+        computed += compute.seconds((past + prompt.rest) // size) * (prompt.call.tokens - prompt.rest) / size
     report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds
 
 
@@ -150,5 +162,5 @@ def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> 
     if hole is not None:
         return costs.compute.seconds(prompt.first + hole)
     size = prompt.layout.chunk_size
-    suffix_tokens = prompt.call.tokens - prompt.chunks * size
-    return costs.compute.seconds(prompt.first + prompt.chunks) * suffix_tokens / size
+    suffix_tokens = prompt.call.tokens - prompt.rest
+    return costs.compute.seconds((prompt.call.past + prompt.rest) // size) * suffix_tokens / size

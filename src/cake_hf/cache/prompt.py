@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import chunk_keys, state_key
+from cake_hf.arithmetic.keys import block_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
+from cake_hf.arithmetic.schedule import Block, blocks, last_piece
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.held import Held
 from cake_hf.cache.misses import NONE_YET, Inquiry
 from cake_hf.cache.session import Session
-from cake_hf.cache.support import tell_once
+from cake_hf.cache.support import cut_image_reason, tell_once
 from cake_hf.movers.cost_memory import note_seconds
 from cake_hf.movers.deadline import ask
 from cake_hf.movers.sharing import Sharing
@@ -35,15 +37,18 @@ class Prompt:
 
     Attributes:
         call: the forward that brought it.
-        first: index on the absolute grid of the call's first chunk; chunks before it are in the cache already.
-        chunks: how many full chunks to restore.
+        number: of the call's first block in the prompt; blocks before it are in the cache already.
+        blocks: of the call, counted from its first token on: those to restore (one more than `chunks` where the last piece can
+            be stored, too). Each is a chunk, unless cuts are declared.
+        chunks: how many of them to restore.
         namespace: digest.
-        keys: of all full chunks of the call (one more than `chunks` where the last piece is a full chunk, too); empty
-            where the call is not on the canonical schedule, so that nothing of it may be loaded or saved.
-        parent: key of the chunk before the first one; the namespace for chunk 0.
+        keys: of the blocks; empty where the call is not on the canonical schedule, so that nothing of it may be loaded or
+            saved.
+        parent: key of the block before the first one; the namespace for the first of a prompt.
         stored: which of `keys` the store has.
         states: at the end of which chunks the store has a snapshot of the model's recurrent state.
-        layout: of a chunk.
+        layout: of a full chunk.
+        ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
         state_layout: of a snapshot; without pieces where the model has no such state.
         report: where all is counted.
         started: when the call came.
@@ -53,13 +58,15 @@ class Prompt:
     """
 
     call: ForwardCall
-    first: int
+    number: int
+    blocks: list[Block]
     chunks: int
     namespace: str
     keys: list[str]
     parent: str
     stored: list[bool]
     states: list[bool]
+    ends_document: bool
     layout: ChunkLayout
     state_layout: ChunkLayout
     report: Report
@@ -68,15 +75,38 @@ class Prompt:
     began: float = 0.0
     inquiry: Inquiry | None = None
 
+    @property
+    def rest(self) -> int:
+        """The first token of the call that is not restored, where its last piece begins."""
+        return self.blocks[self.chunks - 1].end if self.chunks else 0
+
+    @property
+    def first(self) -> int:
+        """About how many full chunks are before the call's first token, for what computing costs there."""
+        return self.call.past // self.layout.chunk_size
+
+    def is_chunk(self, index: int) -> bool:
+        """Whether that block is a full chunk, run in one forward."""
+        block = self.blocks[index]
+        return block.tokens == self.layout.chunk_size and not block.singly
+
+    def counts_as_chunk(self, index: int) -> bool:
+        """Whether the report counts that block as a chunk, not as a tail."""
+        return self.is_chunk(index) and not (self.ends_document and index == self.chunks - 1)
+
+    def layout_of(self, index: int) -> ChunkLayout:
+        """The layout of that block."""
+        return self.layout.of(self.blocks[index].tokens)
+
     def facts(self, session: Session, index: int) -> ChunkFacts:
-        """What chunk `index` of the call says about itself (its checksums are not known yet)."""
+        """What block `index` of the call says about itself (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
-        return ChunkFacts(self.keys[index], parent, self.first + index, self.namespace, session.model_name)
+        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.model_name)
 
     def state_facts(self, session: Session, index: int) -> ChunkFacts:
         """What the snapshot at the end of chunk `index` says about itself."""
         key = self.keys[index]
-        return ChunkFacts(state_key(key), key, self.first + index, self.namespace, session.model_name)
+        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.model_name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
@@ -87,69 +117,108 @@ class Prompt:
         return partial(_record, self.report, self.started)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """How a call is cut.
+
+    Attributes:
+        blocks: counted from the call's first token on; the last piece of the call is among them where it can be stored.
+        chunks: how many of them are to be restored.
+        reason: why it is not cut as far as it could be, or empty.
+        ends_document: see `Prompt`.
+    """
+
+    blocks: list[Block]
+    chunks: int
+    reason: str = ""
+    ends_document: bool = False
+
+    @classmethod
+    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> Wanted:
+        """On the canonical schedule.
+
+        Args:
+            call: the forward with the prompt, or what is new of it.
+            cuts: that are declared, counted from the prompt's first token on, in ascending order.
+            size: tokens of a full chunk.
+            leave: tokens that the last piece must have; None to leave the last block.
+        """
+        inner = [cut - call.past for cut in cuts if cut > call.past]
+        every = blocks(0, call.tokens, inner, size)
+        last = every[-1].start if every else 0
+        begin = last if leave is None else last_piece(0, call.tokens, inner, size, leave)
+        wanted = blocks(0, begin, inner, size)
+        if number := call.uncut([block.end for block in wanted]):
+            return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
+        ends_at_cut = call.tokens in inner or (bool(every) and every[-1].tokens == size)
+        one_more = len(every) == len(wanted) + 1 and every[: len(wanted)] == wanted and ends_at_cut
+        return cls(every if one_more else wanted, len(wanted), ends_document=begin == call.tokens and begin in inner)
+
+
 def look_up(
-    session: Session,
-    call: ForwardCall,
-    chunks: int,
-    known: list[str],
-    report: Report,
-    started: float,
-    namespace: str,
+    session: Session, call: ForwardCall, wanted: Wanted, held: Held, report: Report, started: float, namespace: str
 ) -> Prompt:
-    """Name the prompt's chunks and ask the store which of them it has.
+    """Name the prompt's blocks and ask the store which of them it has.
 
     Args:
         session: of the cache.
         call: the forward with the prompt, or what is new of it.
-        chunks: full chunks to restore.
-        known: keys of the chunks that the cache holds already, all from the canonical schedule.
+        wanted: how it is cut.
+        held: what the cache holds already, all from the canonical schedule.
         report: where all is counted.
         started: when the call came.
         namespace: of the session.
     """
     began = time.monotonic()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
-    parent = known[-1] if known else namespace
-    marks, whole = call.marks(session.chunk_size), call.whole_chunks(session.chunk_size)
-    keys = chunk_keys(namespace, tokens, session.chunk_size, parent, marks)[:whole]
+    parent = held.keys[-1] if held.keys else namespace
+    keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
     state_layout = session.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
-    asked, inquiry = _is_asked(session), None
-    found = _stored(session, [*keys, *state_keys], report)
+    asked = _is_asked(session)
+    found = stored_mask(session, [*keys, *state_keys], report)
     stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
-    report.chunks_missed += chunks - sum(stored[:chunks])
-    if chunks and not any(stored) and not report.reason:
-        report.reason = _objection(session, namespace) or _why_none(session)
-        if report.reason == NONE_YET and not known and asked:
-            inquiry = Inquiry(session, call, namespace, note_seconds(session.limits))
-    layout = session.layout()
-    report.store = session.store_name
-    report.bytes_stored += sum(stored) * stored_bytes(layout) + sum(states) * stored_bytes(state_layout)
     first_span = len(report.timeline)
-    return Prompt(
+    prompt = Prompt(
         call,
-        len(known),
-        chunks,
+        len(held.keys),
+        wanted.blocks,
+        wanted.chunks,
         namespace,
         keys,
         parent,
         stored,
         states,
-        layout,
+        wanted.ends_document,
+        session.layout(),
         state_layout,
         report,
         started,
         first_span,
         began if first_span else started,
-        inquiry,
     )
+    absent = [index for index in range(wanted.chunks) if not stored[index]]
+    report.chunks_missed += sum(prompt.counts_as_chunk(index) for index in absent)
+    report.store = session.store_name
+    report.bytes_stored += sum(
+        stored_bytes(prompt.layout_of(index)) for index, is_stored in enumerate(stored) if is_stored
+    )
+    report.bytes_stored += sum(states) * stored_bytes(state_layout)
+    if wanted.chunks and not any(stored) and not report.reason:
+        report.reason = _objection(session, namespace) or _why_none(session)
+        if report.reason == NONE_YET and not held.keys and asked:
+            return replace(prompt, inquiry=Inquiry(session, call, namespace, note_seconds(session.limits)))
+    return prompt
 
 
-def off_schedule(session: Session, call: ForwardCall, chunks: int, report: Report, started: float) -> Prompt:
-    """A call that goes on from a cache whose content is not all full chunks: cut as `generate` would, never stored."""
+def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
+    """A call that goes on from a cache whose content is not known: cut as `generate` would, never stored."""
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
-    none = [False] * chunks
-    return Prompt(call, 0, chunks, "", [], "", none, none, session.layout(), session.state_layout(), report, started)
+    none = [False] * len(wanted.blocks)
+    layouts = session.layout(), session.state_layout()
+    return Prompt(
+        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, none, wanted.ends_document, *layouts, report, started
+    )
 
 
 def _objection(session: Session, namespace: str) -> str:
@@ -181,7 +250,7 @@ def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
     return objection if isinstance(objection, str) else ""
 
 
-def _stored(session: Session, keys: list[str], report: Report) -> list[bool]:
+def stored_mask(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     none = [False] * len(keys)
     if keys and (absence := session.reach_store()):

@@ -23,7 +23,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Outcome, Strategy
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.cache.audit import Audit
-from cake_hf.cache.carried import Block, Carried
+from cake_hf.cache.carried import Carried, Windows
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.loads import WindowBuffers, plan_loads
 from cake_hf.cache.pace import new_frontier, new_pace, ranges_for
@@ -128,7 +128,7 @@ class Restore:
         self._carried = Carried(
             layers,
             like,
-            session.chunk_size,
+            prompt.blocks,
             prompt.call.past,
             prompt.state_layout,
             self._loaded_block,
@@ -136,12 +136,12 @@ class Restore:
         )
         self._audit = Audit(session, prompt)
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
-        self._plan = plan_loads(prompt, self._carried.window_chunks)
+        self._plan = plan_loads(prompt, self._carried.reach)
         if not prompt.report.reason and self._plan.usable != prompt.stored[: prompt.chunks]:
             prompt.report.reason = (
                 "stored chunks are computed where no snapshot of the model's state is stored behind them"
             )
-        self._windows = WindowBuffers(prompt.layout, self._plan.windows, like)
+        self._windows = WindowBuffers(prompt, self._plan.windows, like)
         self.cost_memory = session.cost_memory(prompt.namespace)
         self._ranks = ranks_of(session.model)
         one_by_one = beyond_loads and not self._carried and self._ranks is None
@@ -157,7 +157,8 @@ class Restore:
         turn_aside = None if is_host_place(buffers) else self._turn_aside
         self.pace = new_pace(session, prompt, self._plan.usable, self.cost_memory, ranges, layers=len(layers))
         self.pace.can_run = self._can_run
-        self.pace.can_leave = not self._carried and self._ranks is None
+        self.pace.blocks = prompt.blocks
+        self.pace.can_leave = self._can_leave
         self._frontier = new_frontier(session, prompt, self._plan.usable, self.pace, turn_aside=turn_aside)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers, ranges)
@@ -203,7 +204,7 @@ class Restore:
         """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
 
         Args:
-            save_tail: the last piece was a full chunk on the canonical schedule, to be saved like the others.
+            save_tail: the last piece is a block of the canonical schedule, to be saved like the others.
         """
         self.pace.end(time.monotonic())
         try:
@@ -217,6 +218,8 @@ class Restore:
             self._states.let_go()
             self._count()
             if save_tail:
+                self._carried.begin()
+                self._carried.ran()
                 self._carried.passed(self.prompt.chunks)
                 self._save(self.prompt.chunks)
         finally:
@@ -301,13 +304,13 @@ class Restore:
         except ForwardLeft:
             wait_for_devices(self._devices)
             end = time.monotonic()
-            self.pace.saw_forward(index, end - layers.began, layers.share)
+            self._saw_forward(index, end - layers.began, layers.share)
             self._frontier.give_back(index)
             self.prompt.record("compute", index, begin, end, "left")
             return False
         end = time.monotonic()
         if not self._waited:
-            self.pace.saw_forward(index, end - begin)
+            self._saw_forward(index, end - begin)
         load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
         self.prompt.record("compute", index, begin, end, GATED if self._waited else "computed")
@@ -324,15 +327,16 @@ class Restore:
         if not layers.share or not self._frontier.is_trial(index):
             return False
         wait_for_devices(self._devices)
-        self.pace.saw_forward(index, time.monotonic() - layers.began, layers.share)
+        self._saw_forward(index, time.monotonic() - layers.began, layers.share)
         return not self._frontier.goes_on(index)
 
     def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
-        size = self._session.chunk_size
-        self._show(index)
         self._carried.begin()
-        self._forward(lost, self.prompt.call.chunk(index * size, (index + 1) * size))
-        self._check_content(index + 1)
+        for start, end in self.prompt.blocks[index].forwards:
+            self._show_new(start)
+            self._forward(lost, self.prompt.call.chunk(start, end))
+            self._check_content(end)
+            self._carried.ran()
         self._carried.passed(index)
         wait_for_devices(self._devices)
 
@@ -345,7 +349,7 @@ class Restore:
             self.prompt.record("compute", chunk, begin, time.monotonic(), "computed")
             self._saver.state(chunk)
 
-    def _loaded_block(self, index: int) -> Block | None:
+    def _loaded_block(self, index: int) -> Windows | None:
         loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
         return self._windows.block(index) if loaded else None
 
@@ -385,7 +389,7 @@ class Restore:
                 offset += target.numel()
 
     def _copy_out(self, index: int) -> torch.Tensor:
-        packed = pack(self._saver.pieces(index), self.prompt.layout)
+        packed = pack(self._saver.pieces(index), self.prompt.layout_of(index))
         packed.await_copy()
         return packed.memory
 
@@ -408,11 +412,14 @@ class Restore:
             self._job.place.catch_up()
 
     def _show(self, chunks: int) -> None:
-        for layer in self._layers:
-            layer.show(self.prompt.call.past + chunks * self._session.chunk_size)
+        self._show_new(self.prompt.blocks[chunks - 1].end if chunks else 0)
 
-    def _check_content(self, chunks: int) -> None:
-        length = self.prompt.call.past + chunks * self._session.chunk_size
+    def _show_new(self, tokens: int) -> None:
+        for layer in self._layers:
+            layer.show(self.prompt.call.past + tokens)
+
+    def _check_content(self, tokens: int) -> None:
+        length = self.prompt.call.past + tokens
         layers: list[Any] = [*self._layers, *(layer for layer in self._all_layers if isinstance(layer, WindowedLayer))]
         dtypes = [buffer.dtype for layer in self._layers for buffer in layer.buffers]
         as_foreseen = dtypes == [piece.dtype for piece in self.prompt.layout.pieces if not piece.windowed]
@@ -426,6 +433,15 @@ class Restore:
         """Chunks that are loaded already would have to be run again for what they carry."""
         return not self._carried or self._carried.standing == index
 
+    def _can_leave(self, index: int) -> bool:
+        """Not where the model carries something, which would be half done, nor where other ranks are in the forward."""
+        return self.prompt.is_chunk(index) and not self._carried and self._ranks is None
+
+    def _saw_forward(self, index: int, seconds: float, share: float = 1.0) -> None:
+        """Costs are those of full chunks, by where they lie."""
+        if self.prompt.is_chunk(index):
+            self.pace.saw_forward(self.prompt.blocks[index].start // self._session.chunk_size, seconds, share)
+
     def _turn_aside(self, index: int) -> None:
         self._job.turn_aside(index)
 
@@ -435,7 +451,13 @@ class Restore:
             store=self._session.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
-            place=place_for(buffers, self.prompt.layout, ASIDE_PER_THREAD * limits.loader_threads, self._plan.windows),
+            place=place_for(
+                buffers,
+                self.prompt.layout,
+                ASIDE_PER_THREAD * limits.loader_threads,
+                self._plan.windows,
+                [(block.start, block.end) for block in self.prompt.blocks],
+            ),
             frontier=self._frontier,
             record=self.prompt.recorder(),
             clock=time.monotonic,
@@ -449,13 +471,16 @@ class Restore:
         report, outcomes = self.prompt.report, self._frontier.outcomes()
         loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - self._steps.overruled
         ends = list(outcomes.values())
-        chunks_loaded = len(loaded - self._job.shared)
-        chunks_shared = len(loaded & self._job.shared) + len(self._shared)
+        own, shared = loaded - self._job.shared, (loaded & self._job.shared) | self._shared
+        chunks = {index for index in range(self.prompt.chunks) if self.prompt.counts_as_chunk(index)}
         # Added, not set: the rows of a batch have one report.
-        report.chunks_loaded += chunks_loaded
-        report.chunks_shared += chunks_shared
-        self.brought = chunks_loaded + chunks_shared
-        report.chunks_computed += self.prompt.chunks - chunks_loaded - chunks_shared
+        report.chunks_loaded += len(own & chunks)
+        report.chunks_shared += len(shared & chunks)
+        report.chunks_computed += len(chunks - own - shared)
+        tails = set(range(self.prompt.chunks)) - chunks
+        self.brought = len(own | shared)
+        report.tails_loaded += len(tails & (own | shared))
+        report.tails_computed += len(tails - own - shared)
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)
         if late := ends.count(Outcome.LATE):

@@ -12,30 +12,33 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, ForeignModel
 from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import blocks
 from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.batch import BatchRestore
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
 from cake_hf.cache.checkpoint import Checkpoint
-from cake_hf.cache.compat import begin_plainly, keeps_attention
+from cake_hf.cache.compat import begin_plainly
 from cake_hf.cache.graphs import as_it_is, is_compiled
-from cake_hf.cache.guarded import GuardedCache, is_within
+from cake_hf.cache.guarded import is_within
+from cake_hf.cache.held import Held
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs, note_savings
 from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.prompt import Prompt, look_up, off_schedule
+from cake_hf.cache.probe import kv_like
+from cake_hf.cache.prompt import Prompt, Wanted, look_up, off_schedule
+from cake_hf.cache.remembering import RememberingCache
 from cake_hf.cache.restore import ForwardLeft, Progress, Restore, never, no_progress, record_tail
-from cake_hf.cache.seals import Seals
-from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.session import Session
+from cake_hf.cache.standing import Ahead, Standing
 from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import (
     BYPASSED,
     CLOSED,
+    NO_CUTS_IN_BATCH,
     NOT_USED_YET,
     batch_reason,
-    cut_image_reason,
     is_misunderstanding,
     kept_reason,
     misunderstood_reason,
@@ -63,19 +66,19 @@ class Tail:
     Attributes:
         prompt: whose piece it is.
         begin: when the model got it.
-        key: of the chunk that it is; empty where it is not a full chunk on the canonical schedule.
+        saved: it is a block of the canonical schedule, and becomes known like the others.
         restore: of the chunks before it, whose last loads may still be under way; None where `prefill` has brought them.
         rows: how many equal prompts.
     """
 
     prompt: Prompt
     begin: float
-    key: str = ""
+    saved: bool = False
     restore: Restore | None = None
     rows: int = 1
 
 
-class RestoringCache(GuardedCache):
+class RestoringCache(RememberingCache):
     """What `CakeCache` does while its model runs. The hook on the model calls it before and after each forward.
 
     Args:
@@ -93,12 +96,8 @@ class RestoringCache(GuardedCache):
         if not passive:
             self.layer_class_to_replicate = None
             self.layers = layers
-        self.passive = passive
-        self.report = Report(reason=reason if passive else NOT_USED_YET)
-        self._session = session
+        self._remember(session, Report(reason=reason if passive else NOT_USED_YET), passive=passive)
         self._model_reason = reason
-        self._known: list[str] = []  # keys of the leading chunks in here, all from the canonical schedule
-        self._seen = SeenTokens()  # of the prompts in here
         self._user = User()
         self._depth = 0  # how deep inside a forward of our own model we are
         self._compiled = False  # the model was called by compiled code
@@ -108,7 +107,6 @@ class RestoringCache(GuardedCache):
         self._tail: Tail | None = None  # the last piece that is in the model now
         self._running: Restore | None = None  # whose loads may be under way
         self._batch: BatchRestore | None = None  # whose last pieces are in the model now
-        self._seals = Seals(session.chunk_size)
         self._checkpoint: Checkpoint | None = None  # of the forward that runs now, or was left half way
         self.presses_rest = False  # in forwards with this cache, as long as a prompt is being restored; see `presses`
         self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
@@ -150,14 +148,16 @@ class RestoringCache(GuardedCache):
     def crop(self, tokens_to_remove: int) -> None:
         self._go_back_if_left()
         super().crop(tokens_to_remove)
-        self._prefilled = None
+        self._prefilled = self._ahead = self._turn = None
         length = self._length()
-        del self._known[length // self._session.chunk_size :]
+        self._held.crop(length)
         self._seen.crop(length)
 
     def reset(self) -> None:
         super().reset()
-        self._known, self._prefilled, self._unpressed = [], None, False
+        self._held.forget()
+        self._prefilled = self._ahead = self._turn = None
+        self._unpressed = False
         self._seals.forget()
         self._seen.forget()
 
@@ -175,11 +175,6 @@ class RestoringCache(GuardedCache):
         self._go_back_if_left()
         super().batch_select_indices(indices)
         self._forget_content()
-
-    def _forget_content(self) -> None:
-        """Forget which prompt the content belongs to."""
-        self._known = []
-        self._seen.forget()
 
     # What looks at the content sees no half of a forward.
 
@@ -200,15 +195,15 @@ class RestoringCache(GuardedCache):
         checkpoint = self._checkpoint
         if checkpoint is None:
             return
-        restoring = self._running
+        restoring, self._turn = self._running, None
         self._give_up_tail()
         if self._running is not None:
             self._abandon(self._running)
         self._depth, self._busy, self._lost = 0, False, never
         if checkpoint.past and (restoring is not None or checkpoint.go_back(self.layers)):
-            self._known = list(checkpoint.known)
+            self._held = checkpoint.held.copy()
             self._seen.crop(checkpoint.past)
-            self._seals.note(self.layers, len(self._known))
+            self._seals.note(self.layers, self._held.blocks)
         else:
             self.reset()
         self._checkpoint = None
@@ -251,7 +246,7 @@ class RestoringCache(GuardedCache):
             self._seals.look()
             past = self._length()
             self._compiled = traced or compiled
-            self._checkpoint = Checkpoint.take(self.layers, past, self._known, traced=traced)
+            self._checkpoint = Checkpoint.take(self.layers, past, self._held, traced=traced)
             try:
                 rewritten = self._handle_if_understood(model, args, kwargs, past)
             except BaseException as error:
@@ -259,8 +254,10 @@ class RestoringCache(GuardedCache):
                 if isinstance(error, CakeError):  # ours, before anything was changed
                     self._checkpoint = None
                 raise
-            if self._tail is not None and self._tail.key and self._runs_compiled():
-                self._tail = replace(self._tail, key="")  # compiled code runs it, which the chunks were run without
+            if self._runs_compiled():  # unlike what the chunks were run with
+                self._turn = None
+                if self._tail is not None:
+                    self._tail = replace(self._tail, saved=False)
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or (self._tail is not None and not self._tail.prompt.call.past)
             self._unpressed = False
@@ -300,7 +297,7 @@ class RestoringCache(GuardedCache):
     def _settle(self) -> None:
         """The forward has ended: the layers hold KV that the model made."""
         self._depth = 0
-        self._seals.note(self.layers, len(self._known))
+        self._seals.note(self.layers, self._sealed)
         self._checkpoint = None
 
     def _press(self) -> None:
@@ -321,7 +318,7 @@ class RestoringCache(GuardedCache):
         if not self._depth:  # it was called by itself, and nothing is restored then
             self._seals.look()
             self._note_unseen()
-            self._checkpoint = Checkpoint.take(self.layers, self._length(), self._known)
+            self._checkpoint = Checkpoint.take(self.layers, self._length(), self._held)
         self._depth += 1
 
     def _leave_decoder(self, *, failed: bool) -> None:
@@ -338,7 +335,7 @@ class RestoringCache(GuardedCache):
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
         """As `_handle`; where that fails since something about the model is not understood, the forward is left untouched."""
-        known = list(self._known)
+        held = self._held.copy()
         try:
             return self._handle(model, args, kwargs, past)
         except ComputePlainly as because:
@@ -351,7 +348,7 @@ class RestoringCache(GuardedCache):
             if not past:
                 self.reset()
                 self.layers, self._model_reason = plain_layers(model) or self.layers, reason
-        self._known = known
+        self._held = held
         ids = args[0] if args else kwargs.get("input_ids")
         tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
         self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
@@ -373,6 +370,9 @@ class RestoringCache(GuardedCache):
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
         if past and is_one_token and ids is not None:
+            self._ahead = None
+            if self._turn is not None and (len(args) > 1 or not self._turn.decoded(ids, kwargs, past)):
+                self._turn = None
             if ids.shape[0] > 1:
                 self._spread(ids)
             self._lay_by_head()
@@ -382,7 +382,7 @@ class RestoringCache(GuardedCache):
                 call = ForwardCall.parse(model, args, kwargs, self, 0)
                 self.report = self._plain_report(call, self._model_reason)
             return None
-        if not past:
+        if not past and self._ahead is None:
             super().reset()  # it may have been cropped to nothing, and had another number of rows
             self._seals.forget()
             self._seen.forget()
@@ -404,18 +404,43 @@ class RestoringCache(GuardedCache):
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, behind the end of a document where the call goes on from it."""
+        behind = self._behind_document(call)
+        if behind is not None:
+            return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
+        return self._handle_new(call)
+
+    def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
+        """If a call begins with the end of the document that the cache has: show this, and return what is behind it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        self._forget_edited()
+        if call.tokens > ahead.tokens and call.vision is None and self._goes_on(ahead, call.ids, call.past):
+            within = replace(
+                call, for_kv=call.for_kv or is_first_forward(self._session.model)
+            )  # it takes the last logits
+            if call.wanted_logits <= call.tokens - ahead.tokens and not self._refusal(within):
+                self._show_ahead(ahead)
+                return call.after(ahead.tokens)
+        if not call.past:
+            super().reset()
+        return None
+
+    def _handle_new(self, call: ForwardCall) -> Rewritten | None:
         """As `_handle`."""
         if call.past and call.wants_all_logits:
+            self._turn = None
             self._spread(call.ids)
             self._lay_by_head()
             return None  # candidates of assisted decoding, not a prompt
         if not self._session.at_work.begin(self):
             self.report = self._plain_report(call, CLOSED)
             return None
-        size, prefilled = self._session.chunk_size, self._prefilled
-        self._prefilled = None
+        prefilled, self._prefilled = self._prefilled, None
         self._forget_edited()
-        if call.past != len(self._known) * size:
+        self._end_turn(call.past)
+        if call.past != self._held.end:
             prefilled = None
         is_rest = prefilled is not None and self._is_rest(call)
         if call.tokens:
@@ -424,6 +449,7 @@ class RestoringCache(GuardedCache):
             self._seen.note(call.past, call.ids)
         if is_rest and prefilled is not None and not call.is_padded:
             self._tail = Tail(prefilled, time.monotonic())
+            self._begin_turn(call, 0, prefilled.namespace)
             return None
         if call.is_batch:
             return self._handle_batch(call)
@@ -434,21 +460,18 @@ class RestoringCache(GuardedCache):
         beyond = not self._runs_compiled()
         restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=beyond, report=report)
         if restore is None:
+            if call.tokens < self._session.chunk_size and not self._refusal(call):
+                self._begin_turn(call, 0, "")
             return None
         prompt = restore.prompt
-        is_full_chunk = call.tokens == (prompt.chunks + 1) * size and len(prompt.keys) > prompt.chunks
-        key = prompt.keys[prompt.chunks] if is_full_chunk else ""
-        self._tail = Tail(prompt, time.monotonic(), key, restore)
+        self._tail = Tail(prompt, time.monotonic(), len(prompt.keys) > prompt.chunks, restore)
+        if prompt.keys or not prompt.blocks:
+            self._begin_turn(call, call.tokens if self._tail.saved else prompt.rest, prompt.namespace)
         try:
-            return (), call.piece(prompt.chunks * size, call.tokens)
+            return (), call.piece(prompt.rest, call.tokens)
         except BaseException:  # of the model's vision part
             self._give_up_tail()
             raise
-
-    def _forget_edited(self) -> None:
-        """Forget the keys of chunks whose KV was edited."""
-        if self._known and not self._seals.hold(self.layers, len(self._known)):
-            self._known = []
 
     def _brings_all(self, call: ForwardCall) -> bool:
         """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
@@ -467,37 +490,14 @@ class RestoringCache(GuardedCache):
         given = given_prompt(model)
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
-
-    def _spread(self, ids: torch.Tensor) -> None:
-        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
-        if ids.shape[0] > 1 and self._rows() == 1:
-            self._repeat(ids)
-
-    def _repeat(self, ids: torch.Tensor) -> None:
-        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
-        self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
-
-    def _rows(self) -> int:
-        """Rows in here; 0 where no layer tells."""
-        return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
-
-    def _counts(self) -> bool:
-        """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
-        return not self.layers or keeps_attention(self.layers)
-
-    def _length(self) -> int:
-        """Tokens in this cache; 0 where it cannot tell."""
-        return int(self.get_seq_length()) if not self.passive and self._counts() else 0
-
-    def _lay_by_head(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, TokenMajorLayer):
-                layer.lay_by_head()
+            self._forget_retold(given.ids)
 
     def _is_rest(self, call: ForwardCall) -> bool:
         """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
         others."""
         size = self._session.chunk_size
+        if self._is_cut_in(call):
+            return False
         return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
@@ -517,6 +517,8 @@ class RestoringCache(GuardedCache):
         batch = BatchRestore(session, self.layers, call, namespace, started)
         self.report = batch.report
         batch.run(self._restore_row)
+        if self._cuts:
+            batch.report.reason = batch.report.reason or NO_CUTS_IN_BATCH
         self._batch = batch
         return (), call.piece(batch.start, call.tokens)
 
@@ -530,17 +532,17 @@ class RestoringCache(GuardedCache):
         self._seen.note(0, call.ids)
         self.report.repeat(rows)
         self._tail = Tail(prompt, time.monotonic(), rows=rows)
-        return (), call.piece(prompt.chunks * self._session.chunk_size, call.tokens)
+        return (), call.piece(prompt.rest, call.tokens)
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
         """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
         row = RestoringCache(self._session, layers, self._model_reason)
-        row._known = list(known)
+        row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
         if row._prefill(ids, 0, no_progress, **counted) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")
 
-    def _prefill(self, input_ids: torch.Tensor, leave: int, progress: Progress, **counted: Any) -> Prompt | None:
-        """Restore what is new of a prompt, but for its last `leave` tokens; None if that is not possible."""
+    def _prefill(self, input_ids: torch.Tensor, leave: int | None, progress: Progress, **counted: Any) -> Prompt | None:
+        """Restore what is new of a prompt, but for its last `leave` tokens (its last block, for None); None if it cannot be."""
         model, past = self._session.model, self.get_seq_length()
         self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
@@ -553,9 +555,29 @@ class RestoringCache(GuardedCache):
         if restore is None:
             return None
         self._close(restore)
-        self._seen.note(past, ids[:, : restore.prompt.chunks * self._session.chunk_size])
+        self._seen.note(past, ids[:, : restore.prompt.rest])
         self._unpressed = not past
         return restore.prompt
+
+    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
+        """Bring the last piece of a document, without showing it; None if that is not possible."""
+        past = self.get_seq_length()
+        begin = Standing.take(self.layers, past, self._held)
+        ids = input_ids[:, past:]
+        report, reason = self.report, self.report.reason
+        if not report.restored:
+            report.reason = ""  # that there is no chunk says nothing any more
+        unpressed = self._unpressed
+        prompt = self._prefill(input_ids, 0, progress, report=report, started=started)
+        self._unpressed |= unpressed
+        if prompt is None or self.get_seq_length() != input_ids.shape[1]:
+            self.report, report.reason = report, reason
+            return None
+        self._ahead = Ahead(ids.cpu().clone(), Standing.take(self.layers, past + ids.shape[1], self._held))
+        begin.put(self.layers, kv_like(self._session.model))
+        self._held = begin.held
+        self._seen.crop(past)
+        return prompt
 
     def _refusal(self, call: ForwardCall) -> str:
         model = self._session.model
@@ -582,7 +604,7 @@ class RestoringCache(GuardedCache):
     def _restore(
         self,
         call: ForwardCall,
-        leave: int,
+        leave: int | None,
         progress: Progress,
         *,
         beyond_loads: bool,
@@ -594,7 +616,7 @@ class RestoringCache(GuardedCache):
 
         Args:
             call: one prompt, or what is new of it.
-            leave: tokens.
+            leave: tokens; None for the last block.
             progress: see `prefill`.
             beyond_loads: see `Restore`.
             report: where all is counted, if not in a new one.
@@ -606,7 +628,7 @@ class RestoringCache(GuardedCache):
         """
         session, started = self._session, time.monotonic() if started is None else started
         reason = self._refusal(call)
-        if not reason and call.tokens < session.chunk_size:
+        if not reason and call.tokens < session.chunk_size and not self._is_cut_in(call):
             reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
         if not self._model_reason:
             reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
@@ -623,7 +645,7 @@ class RestoringCache(GuardedCache):
         self,
         namespace: str | None,
         call: ForwardCall,
-        leave: int,
+        leave: int | None,
         progress: Progress,
         beyond_loads: bool,
         report: Report | None,
@@ -658,20 +680,21 @@ class RestoringCache(GuardedCache):
             raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
 
-    def _look_up(self, call: ForwardCall, leave: int, namespace: str, report: Report | None, started: float) -> Prompt:
+    def _look_up(
+        self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
+    ) -> Prompt:
         """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
         session = self._session
         report = report or self._plain_report(call, "")
-        chunks = max(0, call.tokens - leave) // session.chunk_size
-        if (whole := call.whole_chunks(session.chunk_size)) < chunks:
-            chunks, report.reason = whole, cut_image_reason(call.past // session.chunk_size + whole)
-        if call.past == len(self._known) * session.chunk_size:
-            prompt = look_up(session, call, chunks, self._known, report, started, namespace)
+        wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
+        report.reason = wanted.reason or report.reason
+        if call.past == self._held.end:
+            prompt = look_up(session, call, wanted, self._held, report, started, namespace)
         else:
-            prompt = off_schedule(session, call, chunks, report, started)
+            prompt = off_schedule(session, call, wanted, report, started)
             tell_plain(report.reason)
         self.report = prompt.report
-        if not (chunks or report.restored or report.reason):
+        if not (wanted.chunks or report.restored or report.reason):
             report.reason = "the prompt has no full chunk before its last piece, which is always computed"
         return prompt
 
@@ -702,11 +725,9 @@ class RestoringCache(GuardedCache):
             tail.prompt, devices_of(self._session.model), tail.begin, gated=restore is not None and restore.waited
         )
         if restore is not None:
-            self._close(restore, save_tail=bool(tail.key))
+            self._close(restore, save_tail=tail.saved)
         if restore is not None or tail.rows > 1:
             self._session.count(tail.prompt.report)
-        if tail.key:
-            self._known.append(tail.key)
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""
@@ -723,7 +744,10 @@ class RestoringCache(GuardedCache):
     def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
         restore.close(save_tail=save_tail)
         self._running = None
-        self._known += restore.prompt.keys[: restore.prompt.chunks]
+        prompt = restore.prompt
+        if prompt.keys:
+            count = prompt.chunks + save_tail
+            self._held.append([block.shifted(prompt.call.past) for block in prompt.blocks[:count]], prompt.keys[:count])
         learn_costs(restore.cost_memory, restore.prompt, restore.pace)
         if restore.brought:
             note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)

@@ -61,7 +61,14 @@ class Saver:
             return
         self._audit.settle()
         pieces = partial(self.pieces, index)
-        session.save_chunk(prompt.facts(session, index), prompt.layout, pieces, prompt.report, overwrite=corrupt)
+        session.save_chunk(
+            prompt.facts(session, index),
+            prompt.layout_of(index),
+            pieces,
+            prompt.report,
+            overwrite=corrupt,
+            what="chunk" if prompt.counts_as_chunk(index) else "tail",
+        )
 
     def state(self, index: int) -> None:
         """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
@@ -83,22 +90,22 @@ class Saver:
             lambda: states,
             prompt.report,
             overwrite=unusable,
-            is_state=True,
+            what="state",
         )
 
     def pieces(self, index: int) -> list[torch.Tensor]:
-        """A chunk's pieces `[1, chunk_size, heads, head_dim]` as they lie in the layers; it must have just been computed."""
-        size = self._session.chunk_size
-        start = self._prompt.call.past + index * size
-        kept = [buffer[:, start : start + size] for layer in self._layers for buffer in layer.buffers]
+        """A block's pieces `[1, tokens, heads, head_dim]` as they lie in the layers; it must have just been computed."""
+        start, end, _ = self._prompt.blocks[index].shifted(self._prompt.call.past)
+        kept = [buffer[:, start:end] for layer in self._layers for buffer in layer.buffers]
         return [*kept, *(self._carried.block(index) or ())]
 
     def _is_due(self, index: int) -> bool:
-        """At the end of what is stored of the prompt, at the end of what other prompts share with it, and every so often."""
+        """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
         prompt, every = self._prompt, self._session.snapshot_every
         shared = next((i for i, has in enumerate(prompt.stored) if not has), len(prompt.stored))
         due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
-        return due or (every > 0 and (prompt.first + index + 1) % every == 0)
+        due = due or not all(prompt.is_chunk(near) for near in (index, index + 1) if near < len(prompt.blocks))
+        return due or (every > 0 and (prompt.number + index + 1) % every == 0)
 
     def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:
         return list(zip(states, self._prompt.state_layout.pieces, strict=True))

@@ -7,39 +7,36 @@ each chunk sees hidden ones that change more than single numbers. Layers notice 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.codec import checksum
 
 STRIDE = 4
-"""Of this many tokens one number is sampled in each layer, and one of each chunk's last token."""
+"""Of this many tokens one number is sampled in each layer, and one of each block's last token."""
 
 
 class Seals:
-    """Of one cache.
+    """Of one cache."""
 
-    Args:
-        chunk_size: tokens.
-    """
-
-    def __init__(self, chunk_size: int) -> None:
-        self._size = chunk_size
+    def __init__(self) -> None:
         self._samples: list[str] = []
         self._watched: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._broken = False
 
-    def note(self, layers: Sequence[Any], chunks: int) -> None:
-        """A forward of the model is through: what the layers hold is what it made, and so many chunks of it are known."""
-        del self._samples[chunks:]
-        if not chunks:
+    def note(self, layers: Sequence[Any], blocks: Sequence[Block]) -> None:
+        """A forward of the model is through: what the layers hold is what it made, and these blocks of it are known."""
+        del self._samples[len(blocks) :]
+        if not blocks:
             return
-        if new := range(len(self._samples), chunks):
-            self._samples += _samples(layers, self._size, new)
+        if new := blocks[len(self._samples) :]:
+            self._samples += _samples(layers, new)
         self._watched = [tensor for tensor in _tensors(layers) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._watched]
 
@@ -48,30 +45,31 @@ class Seals:
         self._broken |= self._versions != [tensor._version for tensor in self._watched]
         self._watched, self._versions = [], []
 
-    def hold(self, layers: Sequence[Any], chunks: int) -> bool:
-        """Whether the first so many chunks, all of them known, are what the model made."""
-        del self._samples[chunks:]
+    def hold(self, layers: Sequence[Any], blocks: Sequence[Block]) -> bool:
+        """Whether these blocks, all of them known, are what the model made."""
+        del self._samples[len(blocks) :]
         if not all(getattr(layer, "is_own", True) for layer in layers):
             return False
-        return not self._broken and self._samples == _samples(layers, self._size, range(len(self._samples)))
+        return not self._broken and self._samples == _samples(layers, blocks[: len(self._samples)])
 
     def forget(self) -> None:
         """The cache is empty, or what it holds is not known any more."""
         self._samples, self._watched, self._versions, self._broken = [], [], [], False
 
-    def copy(self, layers: Sequence[Any], copied: Sequence[Any]) -> Seals:
+    def copy(self, layers: Sequence[Any], copied: Sequence[Any], blocks: Sequence[Block]) -> Seals:
         """For a copy of the cache.
 
         Args:
             layers: of the cache.
             copied: of the copy, with the same content.
+            blocks: that are known.
         """
-        chunks = len(self._samples)
+        sealed = blocks[: len(self._samples)]
         self.look()
-        self.note(layers, chunks)
-        seals = Seals(self._size)
+        self.note(layers, sealed)
+        seals = Seals()
         seals._samples, seals._broken = list(self._samples), self._broken
-        seals.note(copied, chunks)
+        seals.note(copied, sealed)
         return seals
 
 
@@ -87,8 +85,8 @@ def _tensors(layers: Sequence[Any]) -> list[torch.Tensor]:
     return found
 
 
-def _samples(layers: Sequence[Any], size: int, chunks: range) -> list[str]:
-    """A digest per chunk, of the same numbers wherever they lie in memory."""
+def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
+    """A digest per block, of the same numbers wherever they lie in memory."""
     buffers = [
         buffer
         for layer in layers
@@ -96,19 +94,20 @@ def _samples(layers: Sequence[Any], size: int, chunks: range) -> list[str]:
         for buffer in layer.buffers
     ]
     buffers = [buffer for buffer in buffers if buffer.numel()]
-    if not chunks or not buffers:
-        return [""] * len(chunks)
+    if not blocks or not buffers:
+        return [""] * len(blocks)
+    places = [[*range(block.start, block.end, STRIDE), block.end - 1] for block in blocks]
+    tokens = torch.tensor([token for of_block in places for token in of_block], device="cpu")
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for buffer in buffers:
-        by_device.setdefault(buffer.device, []).append(_sampled(buffer, size, chunks).view(torch.uint8))
+        by_device.setdefault(buffer.device, []).append(_sampled(buffer, tokens.to(buffer.device)).view(torch.uint8))
     rows = torch.cat([torch.cat(sampled, dim=1).cpu() for sampled in by_device.values()], dim=1).numpy()
-    return [checksum(row.tobytes()) for row in rows]
+    ends = list(accumulate(len(of_block) for of_block in places))
+    return [checksum(rows[begin:end].tobytes()) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
-def _sampled(buffer: torch.Tensor, size: int, chunks: range) -> torch.Tensor:
-    """`[chunks, sampled tokens]`: of each token another head, and another number of it."""
+def _sampled(buffer: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`[sampled tokens, 1]`: of each token another head, and another number of it."""
     heads, head_dim = buffer.shape[2:]
-    places = torch.tensor([*range(0, size, STRIDE), size - 1], device=buffer.device)
-    tokens = (torch.arange(chunks.start, chunks.stop, device=buffer.device).unsqueeze(1) * size + places).flatten()
     number = tokens // STRIDE
-    return buffer.detach()[0, tokens, number % heads, number * 7 % head_dim].view(len(chunks), len(places))
+    return buffer.detach()[0, tokens, number % heads, number * 7 % head_dim].unsqueeze(1)

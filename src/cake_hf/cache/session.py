@@ -6,11 +6,12 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
 
+from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.interrupts import is_the_users
@@ -24,6 +25,7 @@ from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
 from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
 from cake_hf.cache.reference import Shelf, computes_otherwise
+from cake_hf.cache.vision import family_of
 from cake_hf.movers.access import Access
 from cake_hf.movers.cost_memory import CostMemory, flush_costs, note_seconds, recall_costs
 from cake_hf.movers.hits import count_hits, flush_hits
@@ -62,7 +64,7 @@ class Session:
         model: torch.nn.Module,
         store: StoreSpec | None,
         *,
-        chunk_size: int,
+        chunk_size: int | str,
         salt: str,
         save: bool,
         exact: bool,
@@ -71,8 +73,7 @@ class Session:
         snapshot_every: int = 0,
         compiled: Any = None,
     ) -> None:
-        if chunk_size < MIN_CHUNK_SIZE:
-            raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
+        chunk_size = chosen_chunk_size(model, chunk_size)
         self.model = model
         self.chunk_size = chunk_size
         self.salt = salt
@@ -233,7 +234,7 @@ class Session:
         report: Report,
         *,
         overwrite: bool,
-        is_state: bool = False,
+        what: Literal["chunk", "tail", "state"] = "chunk",
     ) -> None:
         """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
 
@@ -245,7 +246,7 @@ class Session:
             pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: where the outcome is counted.
             overwrite: replace a stored chunk that turned out to be unusable.
-            is_state: it is not a chunk, but the state at the end of one.
+            what: it is; a state is that at the end of a chunk or a tail.
         """
 
         record = self._recorder(facts)
@@ -254,8 +255,11 @@ class Session:
             if saved:
                 record()
             with self._count_lock:
-                if is_state:
+                if what == "state":
                     report.states_saved += saved
+                elif what == "tail":
+                    report.tails_saved += saved
+                    report.chunks_unsaved += not saved
                 else:
                     report.chunks_saved += saved
                     report.chunks_unsaved += not saved
@@ -276,7 +280,7 @@ class Session:
             done(False)
             return
         finally:
-            if is_state:
+            if what == "state":
                 # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
                 let_copies_out_end()
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
@@ -294,6 +298,24 @@ class Session:
 
 def _keep_nothing() -> None:
     """Of a namespace whose facts are not known any more."""
+
+
+def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
+    """The number of tokens that is meant; "auto" is by the device (see `arithmetic.chunk_size`).
+
+    Raises:
+        ValueError: it is neither a number of tokens, nor "auto"; or too small.
+    """
+    if chunk_size == "auto":
+        family = family_of(model)
+        return auto_chunk_size(
+            torch.device(where_computed(model)).type, ties_images=family is not None and bool(family.types)
+        )
+    if isinstance(chunk_size, str):
+        raise ValueError(f'chunk_size is a number of tokens, or "auto"; got {shown(chunk_size)!r}.')
+    if chunk_size < MIN_CHUNK_SIZE:
+        raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
+    return chunk_size
 
 
 def _forsake(hook: ModelHook, access: Access) -> None:

@@ -52,6 +52,8 @@ _told: set[str] = set()
 
 
 BYPASSED = "generate ran the model without the cache that it was given; leave out the option that has it do so"
+NO_CUTS_IN_BATCH = "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out"
+
 CLOSED = "this CakeCache is closed; make a new one to have prompts restored"
 NOT_USED_YET = "no prompt has come with this cache yet; pass it to the model's generate as the cache"
 KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot tell how long it is"

@@ -21,6 +21,7 @@ import torch
 
 from cake_hf.arithmetic.errors import UnfitImages
 from cake_hf.arithmetic.lazily import cached_property
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.images import Features, UnreadImages, digest_of
 
 
@@ -151,22 +152,13 @@ class Vision:
             return "the prompt goes on within an image, whose tokens see each other in both directions"
         return self._images_refusal()
 
-    def whole_chunks(self, size: int) -> int:
-        """How many full chunks can be cut off the call without cutting an image that must not be cut.
+    def uncut(self, ends: Sequence[int]) -> int:
+        """The number (from 1) of the first of these places that lies within an image that must not be cut; 0 for none."""
+        return next((number for number, end in enumerate(ends, 1) if self._is_cut(end)), 0)
 
-        Args:
-            size: tokens of a chunk.
-        """
-        full = self._tokens // size
-        return next((end - 1 for end in range(1, full + 1) if self._is_cut(end * size)), full)
-
-    def marks(self, size: int) -> list[bytes]:
-        """For each full chunk of the call a digest of all that shapes its KV beside tokens; empty where there is nothing.
-
-        Args:
-            size: tokens of a chunk.
-        """
-        return [self._mark(start, start + size) for start in range(0, self._tokens - size + 1, size)]
+    def marks(self, named: Sequence[Block]) -> list[bytes]:
+        """For each block of the call a digest of all that shapes its KV beside tokens; empty where there is nothing."""
+        return [self._mark(block.start, block.end) for block in named]
 
     def piece(self, piece: dict[str, Any], start: int, end: int) -> dict[str, Any]:
         """The arguments of a piece of the call, with the images that it needs, embedded, and no others.

@@ -33,8 +33,8 @@ def keep_words(cache: RestoringCache, text: str) -> None:
     session = cache._session
     if session.salt:
         raise ValueError(SALTED_WORDS)
-    if not cache._known:
+    if not cache._held.keys:
         return
     now, words = int(time.time()), " ".join(text.split(maxsplit=MOST_KEPT)[:MOST_KEPT])[:MAX_LETTERS]
     namespace, facts = session.latest_namespace(), json.loads(canonical(session.latest_facts()))
-    keep(session.store, Record(namespace, facts, session.model_name, now, now, {cache._known[-1]: words}))
+    keep(session.store, Record(namespace, facts, session.model_name, now, now, {cache._held.keys[-1]: words}))

@@ -157,7 +157,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 def run_loader(job: LoadJob, actor: str) -> None:
     """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
-    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))
+    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))  # a tail's is not longer
 
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()
@@ -220,7 +220,9 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
 
 def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
     """Read, check and commit a chunk, whole or range by range; False for a miss."""
-    key, check = job.keys[index], Check(job.keys[index], job.layout, header, landing.parts)
+    layout = job.place.layout_of(index)
+    header = header[: header_size(layout)]
+    key, check = job.keys[index], Check(job.keys[index], layout, header, landing.parts)
 
     def commit(end: int) -> None:
         check.up_to(end)

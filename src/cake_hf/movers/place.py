@@ -74,7 +74,8 @@ class Place(ABC):
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
         layout: of a chunk.
         slots: chunks that may be in host memory beside the KV.
-        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in chunks.
+        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
+        extents: for each chunk the first of its tokens and the one behind its last; by default all are of the layout's size.
     """
 
     is_read_into: bool
@@ -85,9 +86,12 @@ class Place(ABC):
         layout: ChunkLayout,
         slots: int = 1,
         windows: Mapping[int, int] | None = None,
+        extents: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self._layout = layout
         self._windows = windows or {}
+        self._extents = extents
+        self._token_bytes = [piece.token_bytes for piece in layout.pieces]
         self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
         pinned = any(buffer.device.type == "cuda" for buffer in buffers)
         self._ring = SlotRing(layout.nbytes, slots, pinned=pinned)
@@ -97,20 +101,31 @@ class Place(ABC):
     def _prepare(self) -> None:
         """What a kind of place has to make once, from its buffers."""
 
+    def layout_of(self, index: int) -> ChunkLayout:
+        """The layout of chunk `index`, which may be a tail."""
+        start, end = self._extent(index)
+        return self._layout.of(end - start)
+
+    def _extent(self, index: int) -> tuple[int, int]:
+        size = self._layout.chunk_size
+        return (index * size, (index + 1) * size) if self._extents is None else self._extents[index]
+
     def wanted(self, index: int) -> int:
         """How many pieces of chunk `index` are wanted."""
         return len(self._layout.pieces) if index in self._windows else self._layout.everywhere
 
     def wanted_bytes(self, index: int) -> int:
         """Bytes of the pieces of chunk `index` that are wanted."""
-        return sum(self._layout.sizes[: self.wanted(index)])
+        return sum(self.layout_of(index).sizes[: self.wanted(index)])
 
     def _spans(self, index: int) -> list[slice]:
         """Where in their buffers, in bytes, the wanted pieces of chunk `index` go."""
-        starts = [index] * self._layout.everywhere
+        start, end = self._extent(index)
+        starts = [start] * self._layout.everywhere
         if index in self._windows:
             starts += [self._windows[index]] * (len(self._layout.pieces) - self._layout.everywhere)
-        return [slice(at * size, (at + 1) * size) for at, size in zip(starts, self._layout.sizes, strict=False)]
+        tokens = end - start
+        return [slice(at * size, (at + tokens) * size) for at, size in zip(starts, self._token_bytes, strict=False)]
 
     @abstractmethod
     def landing(self, index: int, *, aside: bool) -> Landing:
@@ -139,7 +154,7 @@ class HostPlace(Place):
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
-        return HostLanding(places, self._layout, self._ring if aside else None)
+        return HostLanding(places, self.layout_of(index), self._ring if aside else None)
 
 
 class HostLanding(Landing):
@@ -177,7 +192,7 @@ class DevicePlace(Place):
 
     def landing(self, index: int, *, aside: bool) -> Landing:
         places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
-        return _DeviceLanding(places, self._layout, self._ring, self._streams, aside=aside)
+        return _DeviceLanding(places, self.layout_of(index), self._ring, self._streams, aside=aside)
 
     def catch_up(self) -> None:
         self._streams.catch_up()
@@ -197,7 +212,7 @@ class _DeviceLanding(Landing):
         self._ring = ring
         self._streams = streams
         self._slot = ring.take()
-        self._pieces = self._slot.memory.split(layout.sizes)
+        self._pieces = self._slot.memory[: layout.nbytes].split(layout.sizes)
         self._copied_to: set[torch.device] = set()
         self._bringing = Lock()  # so that nothing is being brought once it was let go
         self.aside = aside
@@ -238,16 +253,20 @@ def _copy_on_host(target: memoryview, source: memoryview) -> None:
 
 
 def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview]:
-    """The pieces of a flat host payload, as writable byte buffers."""
+    """The pieces of a flat host payload, which may be longer, as writable byte buffers."""
     view, ends = byte_view(payload), np.cumsum(layout.sizes).tolist()
     return [view[end - size : end] for end, size in zip(ends, layout.sizes, strict=True)]
 
 
 def place_for(
-    buffers: Sequence[torch.Tensor], layout: ChunkLayout, slots: int = 1, windows: Mapping[int, int] | None = None
+    buffers: Sequence[torch.Tensor],
+    layout: ChunkLayout,
+    slots: int = 1,
+    windows: Mapping[int, int] | None = None,
+    extents: Sequence[tuple[int, int]] | None = None,
 ) -> Place:
     """The place that fits where the buffers are."""
-    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows)
+    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows, extents)
 
 
 def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:

@@ -56,11 +56,6 @@ class StoredChunk:
         """The different shapes of its tensors `[tokens, heads, head_dim]`."""
         return [list(shape) for shape in sorted(set(_shapes(self.table)))]
 
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """First token and the one after the last, in its prompt."""
-        return self.facts.index * self.chunk_size, (self.facts.index + 1) * self.chunk_size
-
 
 @dataclass
 class Inventory:
@@ -98,8 +93,13 @@ class Namespace:
 
     @property
     def first(self) -> StoredChunk:
-        """Any of them: model, dtype and chunk size are the same in all."""
-        return self.chunks[0]
+        """A full chunk, if there is one: model, dtype and chunk size are the same in all of these."""
+        return max(self.chunks, key=lambda chunk: chunk.chunk_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all of them."""
+        return sum(chunk.chunk_size for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,21 @@ class Chain:
     Attributes:
         leaf: the last chunk.
         first: index of the first chunk that the walk came to; 0 where the prompt is whole.
+        stored_tokens: in the chunks that the walk came to.
     """
 
     leaf: StoredChunk
     first: int
+    stored_tokens: int
 
     @property
     def chunks(self) -> int:
         """How many of them are stored."""
         return self.leaf.facts.index + 1 - self.first
+
+    def tokens(self, chunk_size: int) -> int:
+        """Up to its end; what is missing is taken for full chunks."""
+        return self.first * chunk_size + self.stored_tokens
 
 
 def existing_store(spec: str) -> Store:
@@ -217,8 +223,14 @@ def prompts(inventory: Inventory) -> list[Chain]:
     """The chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
     chunks = inventory.chunks
     parents = {chunk.facts.parent for chunk in chunks.values()}
-    chains = [Chain(leaf, _first_index(leaf, chunks)) for key, leaf in chunks.items() if key not in parents]
-    return sorted(chains, key=lambda chain: -chain.leaf.tokens[1])
+    chains = [_chain(leaf, chunks) for key, leaf in chunks.items() if key not in parents]
+    sizes = chunk_sizes(inventory)
+    return sorted(chains, key=lambda chain: -chain.tokens(sizes[chain.leaf.facts.namespace]))
+
+
+def chunk_sizes(inventory: Inventory) -> dict[str, int]:
+    """Of each namespace the tokens of a full chunk, as far as there is one."""
+    return {namespace.digest: namespace.first.chunk_size for namespace in namespaces(inventory)}
 
 
 def find_chunk(store: Store, prefix: str) -> StoredChunk:
@@ -237,12 +249,12 @@ def find_chunk(store: Store, prefix: str) -> StoredChunk:
     return chunk
 
 
-def _first_index(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> int:
+def _chain(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> Chain:
     """Walk up from a leaf as far as parents are stored. Indices have to fall by one, so the walk ends on any input."""
-    current = leaf
+    current, tokens = leaf, leaf.chunk_size
     while (parent := chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
-        current = parent
-    return current.facts.index
+        current, tokens = parent, tokens + parent.chunk_size
+    return Chain(leaf, current.facts.index, tokens)
 
 
 def _read_start(store: Store, key: str, size: int) -> bytearray | None:

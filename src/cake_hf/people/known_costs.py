@@ -188,7 +188,7 @@ def _prefill(
         CakeError: it was not restored as it should be.
     """
     with CakeCache(model, store, chunk_size=chunk_size, strategy=strategy, save=save) as cache:
-        report = cache.prefill(ids)
+        report = cache.prefill(ids, whole=True)
         cache.flush()
         wanted = chunks if strategy == "load" else 0
         if (

@@ -21,6 +21,11 @@ class Dtype(StrEnum):
 
 
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, help="A store: a directory or a URL.")]
-ChunkSize = Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key. By default 128 on a CPU and 512 on a GPU."
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
 Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]

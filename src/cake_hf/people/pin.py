@@ -32,7 +32,7 @@ def pin_command(
     chunk: LastChunk = "",
     time_to_live: Annotated[str, typer.Option("--for", metavar="TIME", help="How long it stays, e.g. 7d or 12h.")] = "",
     off: Annotated[bool, typer.Option("--off", help="Take the pins away again.")] = False,
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Annotated[str, typer.Option(help="That the document was warmed with.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -44,7 +44,9 @@ def pin_command(
     Neither a store's budget nor `cake-hf gc` evicts what is pinned, until its
     time is over; `cake-hf rm` deletes it. For directories only.
     """
-    wanted = Wanted(tuple(prompt or ()), model, namespace, chunk, chunk_size, salt, exact, dtype.value, device, tokens)
+    wanted = Wanted(
+        tuple(prompt or ()), model, namespace, chunk, chunk_size or "auto", salt, exact, dtype.value, device, tokens
+    )
     showing = not (wanted.ways or time_to_live or off)
     if not showing:
         wanted.refuse_unclear(NOTHING)

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cake_hf.arithmetic.chunk_size import auto_chunk_size, why
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.learning import CostLearner
@@ -31,7 +32,6 @@ from cake_hf.stores import open_store
 CURVE_LINES = 35
 """The curve is drawn at so many splits at most, and always at the best one."""
 
-DEFAULT_CHUNK_SIZE = 512
 MAX_CHUNKS = 100_000
 MAX_TOKENS = 2**31
 SHORT = 12
@@ -50,7 +50,8 @@ def plan_command(
         bool, typer.Option("--measure", help="Measure the costs now, with a few chunks (loads the model).")
     ] = False,
     chunk_size: Annotated[
-        int | None, typer.Option(help="Tokens per chunk; by default as in the store, or 512.")
+        int | None,
+        typer.Option(help="Tokens per chunk; by default as in the store, or as a cache on that device takes."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.AUTO,
     device: Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")] = "auto",
@@ -105,11 +106,13 @@ def plan_command(
         raise ValueError("--measure needs to know what to measure: give --model, --store and --tokens.")
     elif costs is not None:
         measured = read_costs(costs)
-    size = known.chunk_size if known else chunk_size or DEFAULT_CHUNK_SIZE
+    kind = find_device(device).type if model else ""  # torch is not needed for numbers alone
+    size = known.chunk_size if known else chunk_size or auto_chunk_size(kind)
     count = _chunk_count(tokens, chunks, size)
     compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
     load = _load_cost(measured.load, chunk_mib, gbps, latency_ms, threads)
-    show_plan(compute, load, plan(Costs(compute, load), [True] * count, suffix_seconds=suffix), _source(known, store))
+    made = plan(Costs(compute, load), [True] * count, suffix_seconds=suffix)
+    show_plan(compute, load, made, _source(known, store), _sized(size, kind))
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def find_costs(question: Question, tokens: int | None, chunks: int | None, *, me
     if tokens is not None:
         refuse_too_long(config, tokens, "give fewer --tokens.")
     if measure:
-        size = question.chunk_size or DEFAULT_CHUNK_SIZE
+        size = question.chunk_size or auto_chunk_size(find_device(question.device).type)
         count = _chunk_count(tokens, chunks, size)
         with console.status("loading the model"):
             loaded = load_model(question.model, question.dtype, device)
@@ -175,13 +178,14 @@ def read_costs(path: Path) -> Costs:
     return learner.costs()
 
 
-def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "") -> None:
+def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "", sized: str = "") -> None:
     """The decision, what was assumed, the three predictions, and the curve.
 
     Args:
         compute, load: the costs.
         made: a plan of at least one chunk from them.
         source: where the costs are from; empty where the user gave them.
+        sized: how large chunks are, and why.
     """
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
@@ -193,6 +197,8 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
     facts.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
     facts.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
     facts.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
+    if sized:
+        facts.add_row("chunks", sized)
     if source:
         facts.add_row("costs", Text(source))
     facts.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
@@ -254,6 +260,13 @@ def _chunk_count(tokens: int | None, chunks: int | None, chunk_size: int) -> int
 def _refuse_outside(option: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{option} must be from {low:,} to {high:,}, got {value:,}.")
+
+
+def _sized(size: int, kind: str) -> str:
+    """The size of a chunk, and that of a cache that is not told any."""
+    if not kind:
+        return ""
+    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; a cache that is not told takes {why(kind)}"
 
 
 def _source(known: KnownCosts | None, store: str) -> str:

@@ -42,7 +42,7 @@ class RecomputeJob:
         prompts: UTF-8 text files whose chunks are sampled.
         share: of each prompt's stored chunks, at least one of them; in (0, 1].
         seed: of the choice. The same store, prompts and seed give the same sample.
-        chunk_size, salt, exact: as the chunks were saved with.
+        chunk_size, salt, exact: as the chunks were saved with; no size is "auto".
         dtype, device: as `cake-hf warm` takes them.
     """
 
@@ -50,7 +50,7 @@ class RecomputeJob:
     prompts: Sequence[Path]
     share: float
     seed: int = 0
-    chunk_size: int = 512
+    chunk_size: int | None = None
     salt: str = ""
     exact: bool = True
     dtype: str = "auto"
@@ -111,7 +111,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
     with CakeCache(
         model,
         comparing,
-        chunk_size=job.chunk_size,
+        chunk_size=job.chunk_size or "auto",
         salt=job.salt,
         exact=job.exact,
         strategy="compute",

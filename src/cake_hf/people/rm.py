@@ -29,7 +29,7 @@ def rm_command(
     namespace: NamespaceDigits = "",
     chunk: LastChunk = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Annotated[str, typer.Option(help="That the document was warmed with.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -42,7 +42,9 @@ def rm_command(
     Chunks that other prompts begin with, too, stay. What is deleted is
     computed again when its prompt comes; pinned chunks are deleted, too.
     """
-    wanted = Wanted(tuple(prompt or ()), model, namespace, chunk, chunk_size, salt, exact, dtype.value, device, tokens)
+    wanted = Wanted(
+        tuple(prompt or ()), model, namespace, chunk, chunk_size or "auto", salt, exact, dtype.value, device, tokens
+    )
     wanted.refuse_unclear(NOTHING)
     with existing_store(store) as opened:
         if opened.read_only:

@@ -47,7 +47,7 @@ class Wanted:
     model: str = ""
     namespace: str = ""
     chunk: str = ""
-    chunk_size: int = 512
+    chunk_size: int | str = "auto"
     salt: str = ""
     exact: bool = True
     dtype: str = "auto"

@@ -17,6 +17,7 @@ from cake_hf.people.inspect_store import (
     Inventory,
     Namespace,
     StoredChunk,
+    chunk_sizes,
     namespaces,
     prompts,
     total_file_bytes,
@@ -47,7 +48,11 @@ def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]
     parts: list[RenderableType] = [
         _namespace_table(namespaces(inventory), known),
         Text(),
-        _prompt_table(chains[:most_prompts], [first_words(one, inventory, known) for one in chains[:most_prompts]]),
+        _prompt_table(
+            chains[:most_prompts],
+            chunk_sizes(inventory),
+            [first_words(one, inventory, known) for one in chains[:most_prompts]],
+        ),
     ]
     if len(chains) > most_prompts:
         parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
@@ -73,12 +78,12 @@ def totals(name: str, inventory: Inventory) -> RenderableType:
 
 def chunk_facts(chunk: StoredChunk) -> RenderableType:
     """All that one chunk says about itself."""
-    facts, (start, end) = chunk.facts, chunk.tokens
+    facts = chunk.facts
     return _facts_table(
         [
             ("key", facts.key),
             ("parent", facts.parent if facts.index else "none (the prompt's first chunk)"),
-            ("chunk", f"number {facts.index}, tokens {start:,} to {end - 1:,}"),
+            ("chunk", f"number {facts.index} of its prompt, {chunk.chunk_size:,} tokens"),
             ("namespace", facts.namespace),
             ("model", facts.model),
             ("tensors", f"{len(chunk.table)} of {chunk.dtypes}, {' and '.join(map(str, chunk.shapes))}"),
@@ -134,7 +139,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
             Text(first.dtypes),
             str(first.chunk_size),
             f"{count:,}",
-            f"{count * first.chunk_size:,}",
+            f"{namespace.tokens:,}",
             bytes_text(total_file_bytes(namespace.chunks)),
             "?" if record is None else "yes" if record.exact else "no",
             "?" if record is None else time.strftime("%Y-%m-%d", time.gmtime(record.last)),
@@ -142,7 +147,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
     return table
 
 
-def _prompt_table(chains: Sequence[Chain], words: Sequence[str]) -> Table:
+def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequence[str]) -> Table:
     table = _table("prompts", ["last chunk", "model"], ["tokens", "chunks"])
     table.add_column("missing", overflow="fold")
     if any(words):
@@ -150,7 +155,13 @@ def _prompt_table(chains: Sequence[Chain], words: Sequence[str]) -> Table:
     for chain, begin in zip(chains, words, strict=True):
         facts = chain.leaf.facts
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
-        cells = [facts.key[:SHORT], _short_name(facts.model), f"{chain.leaf.tokens[1]:,}", f"{chain.chunks:,}", missing]
+        cells = [
+            facts.key[:SHORT],
+            _short_name(facts.model),
+            f"{chain.tokens(sizes[facts.namespace]):,}",
+            f"{chain.chunks:,}",
+            missing,
+        ]
         table.add_row(*map(Text, [*cells, begin] if any(words) else cells))
     return table
 

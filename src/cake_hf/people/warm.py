@@ -15,7 +15,7 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
-from cake_hf.cache import CakeCache
+from cake_hf.cache import CakeCache, chat_document
 from cake_hf.cache.compat import GENERATE_LINE
 from cake_hf.cache.words import SALTED_WORDS, keep_words
 from cake_hf.people.console import console, progress_bar
@@ -35,23 +35,29 @@ class WarmJob:
         model: folder or name on the Hub.
         file: the document, UTF-8 text.
         store: as `CakeCache` takes it.
-        chunk_size, salt, exact: as `CakeCache` takes them.
+        chunk_size, salt, exact: as `CakeCache` takes them; no size is "auto".
         dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: only so many from the start; None for all.
         keep_words: of the text, the first ones, for who lists the store.
+        prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
+        chat: it is what a user's message begins with, in the model's chat template.
+        system: the system prompt, UTF-8 text; with `chat`.
     """
 
     model: str
     file: Path
     store: str
-    chunk_size: int = 512
+    chunk_size: int | None = None
     salt: str = ""
     exact: bool = True
     dtype: str = "auto"
     device: str = "auto"
     tokens: int | None = None
     keep_words: bool = False
+    prompt: bool = False
+    chat: bool = False
+    system: Path | None = None
 
 
 Loaded = tuple[Any, Any]
@@ -81,12 +87,18 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     """
     if job.keep_words and job.salt:
         raise ValueError(SALTED_WORDS)
-    text = read_text(job.file)
+    if job.system is not None and not job.chat:
+        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
+    text, system = read_text(job.file), "" if job.system is None else read_text(job.system)
     tokenizer, model = loaded or load(job)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    if job.chat:
+        ids = chat_document(tokenizer, text, system=system)[:, : job.tokens]
+    else:
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
-    with CakeCache(model, job.store, chunk_size=job.chunk_size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+    size = job.chunk_size or "auto"
+    with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
         cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:
@@ -95,7 +107,7 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
                 show(done, total)
                 pace(done)
 
-            report = cache.prefill(ids, whole=True, progress=progress)
+            report = cache.prefill(ids, whole=not (job.prompt or job.chat), progress=progress)
         with console.status("waiting until all chunks are durable"):
             cache.flush()
         if job.keep_words:
@@ -171,14 +183,18 @@ def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
 
 def _snippet(job: WarmJob) -> str:
     options = [f"store={shown_url(job.store)!r}"]
-    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size != 512 else []
+    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size else []
     options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
-    return f"cache = CakeCache(model, {', '.join(options)})\n{GENERATE_LINE}"
+    made = f"cache = CakeCache(model, {', '.join(options)})\n"
+    if job.chat:
+        system = ", system=system" if job.system else ""
+        return f"{made}cache.prefill(cake_hf.chat_document(tokenizer, document{system}))\n{GENERATE_LINE}"
+    return f"{made}cache.prefill(document_ids)\n{GENERATE_LINE}" if job.prompt else f"{made}{GENERATE_LINE}"
 
 
 def _refuse_unsaved(report: Report) -> None:
-    if not report.chunks_computed + report.chunks_loaded:
+    if not report.chunks_computed + report.chunks_loaded + report.tails_computed + report.tails_loaded:
         raise CakeError(f"Nothing was warmed: {report.reason}.")
     if report.chunks_unsaved:
         raise CakeError(f"{report.chunks_unsaved} chunks could not be saved; see the warning above and run it again.")

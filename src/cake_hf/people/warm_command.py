@@ -29,7 +29,7 @@ def warm_command(
     store: Annotated[
         str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
     ],
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find it.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -38,9 +38,18 @@ def warm_command(
     keep_words: Annotated[
         bool, typer.Option("--keep-words", help="Have ls show the text's first words; not with a salt.")
     ] = False,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Prompts go on from its very end: keep the last tokens, too.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
+    ] = False,
+    system: Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")] = None,
 ) -> None:
     """Compute the KV of documents once and keep it in a store."""
-    job = WarmJob(model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words)
+    job = WarmJob(
+        model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words, prompt, chat, system
+    )
     documents, told = documents_in(files), said_of_new(store)
     for file in documents if len(documents) == 1 else filter(documents.__contains__, files):
         read_text(file)  # before the model is loaded

@@ -38,12 +38,14 @@ class Found:
     Attributes:
         chunks: full chunks that it has here.
         stored: how many of these a cache would find.
+        chunk_size: of a chunk, in tokens.
         elsewhere: namespaces that others of its chunks are stored under.
         otherwise: why there is nothing at all, as a clause; empty where that is not known.
     """
 
     chunks: int
     stored: int
+    chunk_size: int
     elsewhere: Sequence[Elsewhere] = ()
     otherwise: str = ""
 
@@ -52,7 +54,7 @@ def why_command(
     store: StoreArgument,
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
     prompt: Annotated[Path, typer.Option(help="A text file with the prompt.")],
-    chunk_size: ChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Annotated[str, typer.Option(help="As the cache has it; of what is under another one nothing is said.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -71,16 +73,16 @@ def why_command(
     if threads is not None:
         torch.set_num_threads(threads)
     with existing_store(store) as opened:
-        found = _look(opened, model, read_text(prompt), chunk_size, salt, dtype.value, device, exact=exact)
-    show_found(found, shown_url(store), chunk_size)
+        found = _look(opened, model, read_text(prompt), chunk_size or "auto", salt, dtype.value, device, exact=exact)
+    show_found(found, shown_url(store))
     if not found.stored:
         raise typer.Exit(WRONG)
 
 
-def show_found(found: Found, store: str, chunk_size: int) -> None:
+def show_found(found: Found, store: str) -> None:
     """What a cache would find, then where the prompt is besides."""
     if not found.chunks:
-        console.print(f"The prompt has less than one chunk of {chunk_size} tokens: a cache stores nothing of it.")
+        console.print(f"The prompt has less than one chunk of {found.chunk_size} tokens: a cache stores nothing of it.")
     else:
         style = "green" if found.stored else "bold red"
         told = f"{found.stored:,} of {count_text(found.chunks, 'chunk')} of this prompt"
@@ -100,18 +102,23 @@ def show_found(found: Found, store: str, chunk_size: int) -> None:
 
 
 def _look(
-    store: Store, model: str, text: str, chunk_size: int, salt: str, dtype: str, device: str, *, exact: bool
+    store: Store, model: str, text: str, chunk_size: int | str, salt: str, dtype: str, device: str, *, exact: bool
 ) -> Found:
     with console.status("loading the model"):
         tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(torch.int64).numpy().data
     with session_for(loaded, store, chunk_size=chunk_size, salt=salt, exact=exact) as session:
-        namespace, facts, name = session.namespace(), session.latest_facts(), session.model_name
-    keys = chunk_keys(namespace, tokens, chunk_size)
+        namespace, facts, name, size = (
+            session.namespace(),
+            session.latest_facts(),
+            session.model_name,
+            session.chunk_size,
+        )
+    keys = chunk_keys(namespace, tokens, size)
     stored = sum(map(bool, store.contains(keys))) if keys else 0
     sought = Sought(namespace, facts, salt, name, tokens, lambda size: [])
     elsewhere = found_elsewhere(store, sought, records(store), all_chunks=True)
     otherwise = ""
     if keys and not stored and not elsewhere:
         otherwise = store.objection(namespace, partial(dict, facts)) or explanation(store, sought)
-    return Found(len(keys), stored, elsewhere, otherwise)
+    return Found(len(keys), stored, size, elsewhere, otherwise)

@@ -95,6 +95,10 @@ class ChunkLayout:
     chunk_size: int
     pieces: tuple[Piece, ...]
 
+    def of(self, tokens: int) -> ChunkLayout:
+        """The same pieces for another number of tokens."""
+        return self if tokens == self.chunk_size else ChunkLayout(tokens, self.pieces)
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Bytes of each piece."""

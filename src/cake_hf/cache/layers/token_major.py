@@ -84,8 +84,10 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         if self.is_initialized:
             length = self._take_over()
             copied.__dict__.update(self.__dict__)
-            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], length)
-            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], length)
+            # As it will lie when tokens are decoded, and with room for a question: so it is copied only once.
+            by_head, room = _pays_by_head(_given(self._key_buffer)), length + HEADROOM_TOKENS
+            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], room, by_head=by_head)
+            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, by_head=by_head)
             copied._show(length)
         return copied
 

@@ -28,7 +28,8 @@ from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.prompt import Prompt, look_up
+from cake_hf.cache.held import Held
+from cake_hf.cache.prompt import Prompt, Wanted, look_up
 from cake_hf.cache.session import Session
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.timing import Sample
@@ -105,7 +106,8 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
-    return look_up(session, call, CHUNKS, [], Report(), time.monotonic(), session.namespace())
+    wanted = Wanted.of(call, (), session.chunk_size, 1)
+    return look_up(session, call, wanted, Held(), Report(), time.monotonic(), session.namespace())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.people.console import WRONG
 from cake_hf.people.demo.play import DemoOptions, play
-from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
+from cake_hf.people.options import Device, Dtype, DtypeOption
 
 
 def demo_command(
@@ -21,7 +22,7 @@ def demo_command(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of the text. [default: 8192, or all of FILE]")
     ] = None,
-    chunk_size: ChunkSize = 512,
+    chunk_size: Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of the race.")] = 3,
     store: Annotated[Path | None, typer.Option(help="Keep the KV here; by default it is removed afterwards.")] = None,

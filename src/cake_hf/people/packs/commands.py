@@ -9,13 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.people.console import console, errors, progress_bar
 from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.models import HELP as MODEL
 from cake_hf.people.models import load_model, load_tokenizer, read_text
-from cake_hf.people.options import Device, Dtype, DtypeOption
+from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption
 from cake_hf.people.packs.export import export_pack
 from cake_hf.people.packs.importing import Imported, import_pack
 from cake_hf.people.packs.publish import push_pack
@@ -29,7 +28,6 @@ Salt = Annotated[str, typer.Option(help="That the KV was saved under.")]
 
 PromptFile = Annotated[Path, typer.Option("--prompt", help="The text file whose KV it is.")]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL)]
-PackChunkSize = Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk, as it was warmed.")]
 AllowSalted = Annotated[bool, typer.Option("--allow-salted", help="Give away KV saved under a salt.")]
 Exact = Annotated[bool, typer.Option(help="As it was warmed; only --no-exact serves other machines.")]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")]
@@ -46,7 +44,7 @@ def export_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New, empty, or an older pack, which is replaced.")],
     prompt: PromptFile,
     model: ModelOption,
-    chunk_size: PackChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Salt = "",
     allow_salted: AllowSalted = False,
     dtype: DtypeOption = Dtype.AUTO,
@@ -66,7 +64,7 @@ def export_command(
             folder,
             loaded,
             ids,
-            chunk_size=chunk_size,
+            chunk_size=chunk_size or "auto",
             salt=salt,
             exact=exact,
             allow_salted=allow_salted,
@@ -74,7 +72,7 @@ def export_command(
             base_model=base_model,
             progress=progress,
         )
-    missing = ids.shape[1] // chunk_size - len(manifest.chunks)
+    missing = ids.shape[1] // manifest.chunk_size - len(manifest.chunks)
     _show_published("export", manifest, f"pack:{shown(str(folder))}", missing)
 
 
@@ -83,7 +81,7 @@ def push_command(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; made when missing.")],
     prompt: PromptFile,
     model: ModelOption,
-    chunk_size: PackChunkSize = 512,
+    chunk_size: ChunkSize = None,
     salt: Salt = "",
     allow_salted: AllowSalted = False,
     dtype: DtypeOption = Dtype.AUTO,
@@ -105,7 +103,7 @@ def push_command(
             repo,
             loaded,
             ids,
-            chunk_size=chunk_size,
+            chunk_size=chunk_size or "auto",
             salt=salt,
             exact=exact,
             allow_salted=allow_salted,
@@ -195,7 +193,7 @@ def _count_text(chunks: int, states: int) -> str:
 
 def _arguments(store: str, manifest: PackManifest) -> str:
     options = [repr(store)]
-    options += [f"chunk_size={manifest.chunk_size}"] if manifest.chunk_size != 512 else []
+    options += [f"chunk_size={manifest.chunk_size}"]
     options += [] if "numerics" in manifest.facts else ["exact=False"]
     options += ["salt=..."] if manifest.salted else []
     return ", ".join(options)

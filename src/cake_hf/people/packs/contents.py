@@ -16,7 +16,7 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import chunk_keys, state_key
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.session import Session
+from cake_hf.cache.session import Session, chosen_chunk_size
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable
 from cake_hf.cache.which_model import resolve_model
 from cake_hf.stores.base import Store
@@ -117,7 +117,7 @@ def contents_of(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     *,
-    chunk_size: int,
+    chunk_size: int | str,
     salt: str,
     exact: bool,
     allow_salted: bool,
@@ -134,6 +134,7 @@ def contents_of(
             "This KV was saved under a salt, which keeps it apart from others; pass allow_salted=True (--allow-salted) "
             "if it may be given away."
         )
+    chunk_size = chosen_chunk_size(resolve_model(model), chunk_size)
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < chunk_size:
         raise ValueError(
             f"input_ids must be [1, tokens] with at least one chunk of {chunk_size} tokens, got {list(input_ids.shape)}."
@@ -159,7 +160,9 @@ def contents_of(
 
 
 @contextmanager
-def session_for(model: torch.nn.Module, store: Store, *, chunk_size: int, salt: str, exact: bool) -> Iterator[Session]:
+def session_for(
+    model: torch.nn.Module, store: Store, *, chunk_size: int | str, salt: str, exact: bool
+) -> Iterator[Session]:
     """What a `CakeCache` with these arguments would know.
 
     Raises:

@@ -45,7 +45,7 @@ def push_pack(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     *,
-    chunk_size: int = 512,
+    chunk_size: int | str = "auto",
     salt: str = "",
     exact: bool = True,
     allow_salted: bool = False,

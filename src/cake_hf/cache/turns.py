@@ -1,0 +1,118 @@
+"""Brings the end of a turn to the store: KV that is in the layers already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from cake_hf.arithmetic.keys import block_keys, state_key
+from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import Block
+from cake_hf.cache.audit import refused_reason
+from cake_hf.cache.held import Held
+from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.cache.layers.recurrent import states_of
+from cake_hf.cache.prompt import stored_mask
+from cake_hf.cache.session import Session
+from cake_hf.cache.strangers import stranger_reason
+from cake_hf.cache.support import kept_reason
+from cake_hf.cache.turn import Turn
+from cake_hf.tensors.codec import ChunkFacts
+from cake_hf.tensors.fingerprint import adapters_vary, look_at_weights
+from cake_hf.tensors.parallel import ranks_of
+
+_CHUNK: Literal["chunk"] = "chunk"
+_TAIL: Literal["tail"] = "tail"
+
+
+def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> tuple[Held, str] | None:
+    """The blocks of a turn with their keys, and the namespace of these; None where they may not be what the keys say.
+
+    Args:
+        session: of the cache.
+        layers: of the cache.
+        held: what is known before the turn.
+        turn: that has ended.
+    """
+    model = session.model
+    if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
+        return None
+    if model.training or adapters_vary(model) or stranger_reason(model):
+        return None
+    if kept_reason(model, layers, turn.end) or (not turn.namespace and look_at_weights(model) != turn.look):
+        return None
+    ids = turn.ids()
+    namespace = session.namespace(ids)
+    if namespace != (turn.namespace or namespace) or refused_reason(model, namespace):
+        return None
+    named = turn.blocks(session.chunk_size)
+    from_here = [block.shifted(-turn.begin) for block in named]
+    tokens = ids[0].to("cpu", torch.int64).contiguous().numpy().data
+    parent = held.keys[-1] if held.keys else namespace
+    return Held(named, block_keys(namespace, tokens, from_here, session.chunk_size, parent)), namespace
+
+
+def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, namespace: str, report: Report) -> None:
+    """Queue what of a turn is not stored.
+
+    Args:
+        session: of the cache.
+        layers: that end with the turn.
+        held: what is known before it.
+        turn: its blocks.
+        namespace: of the keys.
+        report: where it is counted.
+    """
+    if not session.save or not turn.keys:
+        return
+    states = _states(session, layers)
+    names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
+    stored = stored_mask(session, names, report)
+    parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
+    for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
+        pieces = _pieces(layers, block, turn.end)
+        if stored[number] or not pieces:
+            continue
+        facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.model_name)
+        is_chunk = block.tokens == session.chunk_size and not block.singly
+        layout, what = session.layout().of(block.tokens), _CHUNK if is_chunk else _TAIL
+        session.save_chunk(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
+    if states and not stored[-1]:
+        key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
+        facts = ChunkFacts(state_key(key), key, number, namespace, session.model_name)
+        layout = session.state_layout()
+        session.save_chunk(facts, layout, partial(list, states), report, overwrite=False, what="state")
+
+
+def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
+    """The recurrent states as they stand, in the order of a snapshot; none where there are none of the layout's shapes."""
+    named = {
+        f"layers.{n}.{name}": state
+        for n, layer in enumerate(layers)
+        if isinstance(layer, RecurrentLayer)
+        for name, state in states_of(layer).items()
+    }
+    found = [(named.get(piece.name), piece) for piece in session.state_layout().pieces]
+    fit = [s for s, p in found if s is not None and s.dtype == p.dtype and s.numel() == p.heads * p.head_dim]
+    return fit if len(fit) == len(found) else []
+
+
+def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor] | None:
+    """A block's pieces `[1, tokens, heads, head_dim]`; None where a window has gone on beyond it."""
+    kept = [
+        buffer[:, block.start : block.end]
+        for layer in layers
+        if isinstance(layer, TokenMajorLayer) and layer.is_initialized
+        for buffer in layer.buffers
+    ]
+    for layer in layers:
+        if isinstance(layer, WindowedLayer) and layer.keys is not None:
+            first = end - layer.keys.shape[-2]
+            if block.start < first:
+                return None
+            span = slice(block.start - first, block.end - first)
+            kept += [states[:, :, span].transpose(1, 2) for states in (layer.keys, layer.values)]
+    return kept
