@@ -25,7 +25,6 @@ from cake_hf.movers.cost_memory import recall_costs
 from cake_hf.people.inspect_store import Namespace, StoredChunk, namespaces, read_chunk, take_inventory
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.codec import payload_size
 from cake_hf.tensors.layout import dtype_name
 
 SHORT_CHUNKS = 4
@@ -65,7 +64,7 @@ class Wanted:
             chunk.facts.model == self.name
             and len(layers) == self.config.get_text_config().num_hidden_layers
             and self.chunk_size in (None, chunk.chunk_size)
-            and (self.dtype == "auto" or chunk.dtypes == dtype_name(getattr(torch, self.dtype)))
+            and (self.dtype == "auto" or chunk.table.dtypes == dtype_name(getattr(torch, self.dtype)))
         )
 
 
@@ -131,7 +130,7 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
         if chunks > few:
             seconds = _last_chunk_seconds(model, saved, chunk_size, chunks)
             last = Span("compute", chunks - 1, 0.0, seconds, "computed")
-            recall_costs(noting, stored.facts.namespace, device).learn([last], 0, payload_size(stored.table))
+            recall_costs(noting, stored.facts.namespace, device).learn([last], 0, stored.table.payload_bytes)
         found = _recalled(noting, Namespace(stored.facts.namespace, [stored]), device)
     finally:
         for key in noting.written:
@@ -166,10 +165,10 @@ class _NotingStore(WrapperStore):
 
 def _recalled(store: Store, namespace: Namespace, device: str) -> KnownCosts | None:
     chunk = namespace.first
-    costs = recall_costs(store, namespace.digest, device).costs(payload_size(chunk.table))
+    costs = recall_costs(store, namespace.digest, device).costs(chunk.table.payload_bytes)
     if costs.compute is None and costs.load is None:
         return None
-    return KnownCosts(namespace.digest, chunk.chunk_size, chunk.dtypes, costs)
+    return KnownCosts(namespace.digest, chunk.chunk_size, chunk.table.dtypes, costs)
 
 
 def _prefill(
