@@ -269,6 +269,14 @@ def test_odd_tables_are_judged_as_json(change: Callable[[bytes], bytes]) -> None
 # How it ends early.
 
 
+def join_threads() -> None:
+    """Those that have been left end with their last question."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("cake-look"):
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
 def interrupt_at(number: int) -> Progress:
     """As Ctrl-C does it in the main thread."""
 
@@ -339,6 +347,7 @@ def test_who_stops_it_does_not_wait_for_a_read_that_hangs(
     finally:
         released.set()
         stopping.join()
+        join_threads()
 
 
 # Asking in threads.
@@ -387,10 +396,7 @@ def test_not_much_is_asked_ahead_and_nothing_once_it_is_closed() -> None:
     asked = count()
     with closing(each_answer(range(10**6), lambda number: next(asked), threads=2)) as answers:
         next(answers)
-    for thread in threading.enumerate():
-        if thread.name.startswith("cake-look"):
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+    join_threads()
     assert next(asked) <= MOST_AT_ONCE * (many.AHEAD * 2 + 1)
 
 

@@ -23,6 +23,10 @@ AHEAD = 2
 """So many times what the threads are at may be done before it is asked for."""
 
 
+WAKE_SECONDS = 0.2
+"""A signal that comes just before a wait does not end it; so waits are no longer than this."""
+
+
 @dataclass
 class _Batch(Generic[T, R]):
     items: Sequence[T]
@@ -46,15 +50,15 @@ def each_answer(
     """
     tasks: SimpleQueue[_Batch[T, R] | None] = SimpleQueue()
     stopped = threading.Event()
-    workers = _started(min(threads, len(items)), lambda: _work(tasks, ask, stopped))
-    if not workers:
-        yield from ((item, ask(item)) for item in items)
-        return
     try:
-        yield from _in_turn(_batches(items, len(workers)), tasks, AHEAD * len(workers))
+        workers = _started(min(threads, len(items)), lambda: _work(tasks, ask, stopped))
+        if workers:
+            yield from _in_turn(_batches(items, len(workers)), tasks, AHEAD * len(workers))
+        else:
+            yield from ((item, ask(item)) for item in items)
     finally:
         stopped.set()
-        for _ in workers:
+        for _ in range(threads):
             tasks.put(None)
     for worker in workers:
         worker.join()
@@ -71,7 +75,8 @@ def _in_turn(
         if not waiting:
             return
         first = waiting.popleft()
-        first.done.wait()
+        while not first.done.wait(WAKE_SECONDS):
+            pass
         yield from zip(first.items, first.answers, strict=False)  # without those behind an error
         if first.error is not None:
             raise first.error
