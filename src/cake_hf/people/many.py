@@ -22,7 +22,6 @@ MOST_AT_ONCE = 32
 AHEAD = 2
 """So many times what the threads are at may be done before it is asked for."""
 
-
 WAKE_SECONDS = 0.2
 """A signal that comes just before a wait does not end it; so waits are no longer than this."""
 
