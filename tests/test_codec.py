@@ -33,9 +33,9 @@ from cake_hf.tensors.codec import (
     encode_header,
     header_size,
     parse_header,
-    payload_size,
 )
 from cake_hf.tensors.layout import ChunkLayout, Piece, dtype_name
+from cake_hf.tensors.table import payload_size
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 KEY, PARENT, SPACE = "0a" * 20, "1b" * 20, "2c" * 20

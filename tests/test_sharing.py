@@ -19,7 +19,7 @@ from cake_hf.cache.probe import kv_like
 from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from cake_hf.stores.base import Store
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
-from cake_hf.tensors.codec import parse_header, payload_size
+from cake_hf.tensors.codec import parse_header
 from cake_hf.testing.contract import run_together
 from forwards import before_forward
 from hanging import no_waiting_for
@@ -339,7 +339,7 @@ def test_a_copied_chunk_lands_where_the_layers_have_moved_to(monkeypatch: pytest
     key = keys_in_order(complete)[hole]
     value = complete.read(key)
     assert value is not None
-    payload = torch.frombuffer(bytearray(value), dtype=torch.uint8)[-payload_size(parse_header(value)[1]) :]
+    payload = torch.frombuffer(bytearray(value), dtype=torch.uint8)[-parse_header(value)[1].payload_bytes :]
     gate = GateStore(without(complete, hole))
     gate.open(hole - 1)  # all but one
     tell(monkeypatch, worth=no, overdue=yes)

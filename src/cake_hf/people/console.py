@@ -24,6 +24,8 @@ WRONG = 1
 """Exit code of a command that did its work and found something wrong."""
 FAILED = 2
 """Exit code of a command that could not do its work."""
+STOPPED = 130
+"""Exit code of a command that was stopped by Ctrl-C: 128 and the signal's number, as shells have it."""
 
 
 class PlainErrors(TyperGroup):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,10 +17,11 @@ from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds
 from cake_hf.people.console import WRONG, console, progress_bar
 from cake_hf.people.inspect_store import existing_store
+from cake_hf.people.many import each_answer
 from cake_hf.people.options import StoreArgument
 from cake_hf.people.units import bytes_text, count_text
 from cake_hf.stores import LocalStore
-from cake_hf.stores.eviction import LRU, Entry, Order, Place, order_named
+from cake_hf.stores.eviction import FRONT_FIRST, LRU, Entry, Order, Place, order_named
 
 Progress = Callable[[int, int], None]
 
@@ -132,7 +134,7 @@ def select(
     rest = [entry for entry in may_go if entry.key not in gone]
     over: list[Entry] = []
     excess = 0 if budget is None else total_bytes(rest) + total_bytes(pinned) - budget
-    for entry in _order(store, eviction, len(rest), progress)(rest):
+    for entry in _order(store, eviction, rest, progress)(rest):
         if excess <= 0:
             break
         over.append(entry)
@@ -193,13 +195,12 @@ def total_bytes(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def _order(store: LocalStore, eviction: str, chunks: int, progress: Progress) -> Order:
-    read = 0
-
-    def place_of(key: str) -> Place | None:
-        nonlocal read
-        read += 1
-        progress(read, chunks)
-        return store.place(key)
-
-    return order_named(eviction, place_of)
+def _order(store: LocalStore, eviction: str, entries: Sequence[Entry], progress: Progress) -> Order:
+    """Who goes first; for one order the places of all chunks are read."""
+    places: dict[str, Place | None] = {}
+    if eviction == FRONT_FIRST:
+        with closing(each_answer([entry.key for entry in entries], store.place)) as answers:
+            for key, place in answers:
+                places[key] = place
+                progress(len(places), len(entries))
+    return order_named(eviction, places.get)

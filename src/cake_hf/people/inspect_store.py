@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.keys import behaviour_key, state_key
 from cake_hf.arithmetic.outside import escaped, shown
+from cake_hf.people.many import each_answer
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.stores.opening import directory_of
-from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header, payload_size
+from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header
+from cake_hf.tensors.table import TensorTable
 
-Table = dict[str, dict[str, object]]
 Progress = Callable[[int, int], None]
 
-FIRST_BYTES = 2**12
-"""So many bytes are the whole header of most chunks, and cost no more to read than eight."""
+FIRST_BYTES = 2**15
+"""So many bytes are the whole header of chunks of up to 100 layers, and cost hardly more to read than eight."""
 
 MAX_INDEX = 2**40
-MAX_EXTENT = 2**31
 MAX_TEXT = 500
 """What a header says is shown to people only within these bounds; whoever wrote it may have had other ideas."""
 
@@ -33,33 +33,23 @@ class StoredChunk:
 
     Attributes:
         facts: key, parent, place on the grid, namespace, model, checksums.
-        table: safetensors' entries of its tensors.
+        table: of its tensors.
         file_bytes: header and payload.
     """
 
     facts: ChunkFacts
-    table: Table
+    table: TensorTable
     file_bytes: int
 
     @property
     def chunk_size(self) -> int:
-        """Tokens in it: the first dimension of each of its tensors."""
-        return next(iter(_shapes(self.table)))[0]
-
-    @property
-    def dtypes(self) -> str:
-        """Dtypes of its tensors, as safetensors names them."""
-        return ", ".join(sorted({str(entry["dtype"]) for entry in self.table.values()}))
-
-    @property
-    def shapes(self) -> list[list[int]]:
-        """The different shapes of its tensors `[tokens, heads, head_dim]`."""
-        return [list(shape) for shape in sorted(set(_shapes(self.table)))]
+        """Tokens in it."""
+        return self.table.chunk_size
 
 
 @dataclass
 class Inventory:
-    """All chunks of a store.
+    """All chunks of a store, without the checksums of their pieces: these would take most of the memory.
 
     Attributes:
         chunks: by key.
@@ -153,15 +143,13 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
         progress: called with (chunks that were read, all chunks).
     """
     inventory, keys = Inventory(), list(store.keys())
-    for count, key in enumerate(keys, start=1):
-        try:
-            chunk = read_chunk(store, key)
-        except CorruptChunk as error:
-            inventory.unreadable[key] = shown(error)
-        else:
-            if chunk is not None:
+    with closing(each_answer(keys, partial(_listed, store))) as answers:
+        for count, (key, chunk) in enumerate(answers, start=1):
+            if isinstance(chunk, str):
+                inventory.unreadable[key] = chunk
+            elif chunk is not None:
                 _part_for(chunk.facts, inventory)[key] = chunk
-        progress(count, len(keys))
+            progress(count, len(keys))
     return inventory
 
 
@@ -192,23 +180,14 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
     (length,) = struct.unpack("<Q", raw[:8])
     if facts.key != key:
         raise CorruptChunk(f"The file named {key} says that it is {escaped(facts.key[:MAX_TEXT])}.")
-    if size != 8 + length + payload_size(table):
+    if size != 8 + length + table.payload_bytes:
         raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
-    for name, entry in table.items():
-        if not _is_tensor(entry):
-            raise CorruptChunk(f"Chunk {key} does not say what its tensor {escaped(name[:MAX_TEXT])} is.")
     if not 0 <= facts.index < MAX_INDEX:
         raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
-    shown = replace(
-        facts,
-        parent=escaped(facts.parent),
-        namespace=escaped(facts.namespace),
-        model=_shown_name(facts.model),
-        checksums=tuple(map(escaped, facts.checksums)),
-    )
-    return StoredChunk(shown, table, size)
+    name = _shown_name(facts.model)
+    return StoredChunk(facts if name == facts.model else replace(facts, model=name), table, size)
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:
@@ -281,19 +260,13 @@ def _part_for(facts: ChunkFacts, inventory: Inventory) -> dict[str, StoredChunk]
     return inventory.chunks
 
 
-def _shapes(table: Table) -> Iterator[tuple[int, ...]]:
-    for entry in table.values():
-        shape = entry["shape"]
-        assert isinstance(shape, list)  # see _is_tensor
-        yield tuple(shape)
-
-
-def _is_tensor(entry: dict[str, object]) -> bool:
-    """Whether a table's entry has a dtype and a shape that can be shown."""
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or not dtype.isalnum() or not isinstance(shape, list) or not shape:
-        return False
-    return all(type(extent) is int and 0 <= extent < MAX_EXTENT for extent in shape)
+def _listed(store: Store, key: str) -> StoredChunk | str | None:
+    """A chunk as an inventory has it, or why it cannot be read; None if it is gone."""
+    try:
+        chunk = read_chunk(store, key)
+    except CorruptChunk as error:
+        return shown(error)
+    return None if chunk is None else replace(chunk, facts=replace(chunk.facts, checksums=()))
 
 
 @lru_cache(256)

@@ -26,7 +26,6 @@ from cake_hf.movers.cost_memory import recall_costs
 from cake_hf.people.inspect_store import Namespace, StoredChunk, namespaces, read_chunk, take_inventory
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.codec import payload_size
 from cake_hf.tensors.layout import dtype_name
 
 SHORT_CHUNKS = 4
@@ -66,7 +65,7 @@ class Wanted:
             chunk.facts.model == self.name
             and len(layers) == self.config.get_text_config().num_hidden_layers
             and self.chunk_size in (None, chunk.chunk_size)
-            and (self.dtype == "auto" or chunk.dtypes == dtype_name(getattr(torch, self.dtype)))
+            and (self.dtype == "auto" or chunk.table.dtypes == dtype_name(getattr(torch, self.dtype)))
         )
 
 
@@ -133,7 +132,7 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
             seconds = _last_chunk_seconds(model, saved, chunk_size, chunks)
             pace = Pace(Costs())
             pace.saw_forward(chunks - 1, seconds)
-            recall_costs(noting, stored.facts.namespace, device).learn(pace, [], payload_size(stored.table))
+            recall_costs(noting, stored.facts.namespace, device).learn(pace, [], stored.table.payload_bytes)
         found = _recalled(noting, Namespace(stored.facts.namespace, [stored]), device)
     finally:
         for key in noting.written:
@@ -173,10 +172,10 @@ class _NotingStore(WrapperStore):
 
 def _recalled(store: Store, namespace: Namespace, device: str) -> KnownCosts | None:
     chunk = namespace.first
-    costs = recall_costs(store, namespace.digest, device).costs(payload_size(chunk.table))
+    costs = recall_costs(store, namespace.digest, device).costs(chunk.table.payload_bytes)
     if costs.compute is None and costs.load is None:
         return None
-    return KnownCosts(namespace.digest, chunk.chunk_size, chunk.dtypes, costs)
+    return KnownCosts(namespace.digest, chunk.chunk_size, chunk.table.dtypes, costs)
 
 
 def _prefill(

@@ -30,7 +30,8 @@ from cake_hf.people.warm import QUEUE_BYTES, Pace
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.codec import check_file, offsets_of, parse_header
+from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.tensors.table import offsets_of
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def chunk_facts(chunk: StoredChunk) -> RenderableType:
             ("chunk", f"number {facts.index} of its prompt, {chunk.chunk_size:,} tokens"),
             ("namespace", facts.namespace),
             ("model", facts.model),
-            ("tensors", f"{len(chunk.table)} of {chunk.dtypes}, {' and '.join(map(str, chunk.shapes))}"),
+            ("tensors", f"{len(chunk.table)} of {chunk.table.dtypes}, {' and '.join(map(str, chunk.table.shapes))}"),
             ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
             ("checksums", f"{len(facts.checksums)}, one per tensor (xxh3-128)"),
         ]
@@ -101,21 +101,37 @@ def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> No
         bad: the damaged ones, by whatever check.
         deleted: how many of them are gone.
     """
-    what = f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
+    what = _what_was_checked(result)
     if not bad:
         console.print(Text.assemble(("All is well:", "green"), f" {what} checked."))
         return
+    _show_bad(bad)
+    console.print(f"\n{len(bad)} damaged of {what} checked.", style="bold red")
+    if deleted:
+        console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
+    elif any(chunk.corrupt for chunk in bad):
+        console.print(Text.assemble("Delete them with the same command and ", ("--fix", "bold"), "."))
+
+
+def show_stopped(result: Verified) -> None:
+    """What a check has found that did not come to its end."""
+    if result.bad:
+        _show_bad(result.bad)
+    found = f"{len(result.bad)} damaged of {_what_was_checked(result)} checked"
+    console.print(f"\nStopped: {found}, {count_text(result.left, 'chunk')} not checked, nothing deleted.", style="bold")
+
+
+def _what_was_checked(result: Verified) -> str:
+    return f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
+
+
+def _show_bad(bad: Sequence[BadChunk]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("damaged chunk", style="red", no_wrap=True)
     table.add_column("why")
     for chunk in bad:
         table.add_row(chunk.key, Text(chunk.why))
     console.print(table)
-    console.print(f"\n{len(bad)} damaged of {what} checked.", style="bold red")
-    if deleted:
-        console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
-    elif any(chunk.corrupt for chunk in bad):
-        console.print(Text.assemble("Delete them with the same command and ", ("--fix", "bold"), "."))
 
 
 def show_recomputed(result: Recomputed) -> None:
@@ -136,7 +152,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
         table.add_row(
             Text(namespace.digest[:SHORT]),
             Text(_short_name(first.facts.model)),
-            Text(first.dtypes),
+            Text(first.table.dtypes),
             str(first.chunk_size),
             f"{count:,}",
             f"{namespace.tokens:,}",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.outside import shown
-from cake_hf.people.inspect_store import StoredChunk, chunk_of, read_chunk
+from cake_hf.people.inspect_store import Progress, StoredChunk, chunk_of, read_chunk
+from cake_hf.people.many import each_answer
 from cake_hf.stores import Store
-from cake_hf.tensors.codec import Checksum, check_file, offsets_of, payload_size
+from cake_hf.tensors.codec import Checksum, check_pieces, spans_of
 
-WHOLE_BYTES = 2**28
+THREADS = 4
+"""Each takes memory for what it reads."""
+
+WHOLE_BYTES = 2**26
 """Larger chunks are read in steps."""
 
 STEP_BYTES = 2**25
@@ -40,35 +46,50 @@ class Verified:
         checked: chunks that were read, damaged ones included.
         nbytes: of those that are well.
         bad: the damaged ones.
+        left: how many were not come to.
+        stopped: the user has ended it early.
     """
 
     checked: int
     nbytes: int
     bad: list[BadChunk]
+    left: int = 0
+    stopped: bool = False
 
 
-def verify(store: Store, progress: Callable[[int, int], None]) -> Verified:
-    """Check all chunks; those that are deleted meanwhile are left out.
+def verify(store: Store, progress: Progress) -> Verified:
+    """Check all chunks; those that are deleted meanwhile are left out. Ctrl-C ends it early, and what was found is given.
+
+    It only reads: no lock is taken, so nobody who uses the store waits for it.
 
     Args:
         store: any.
         progress: called with (chunks that were checked, all chunks).
     """
     checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
-    for count, key in enumerate(keys, start=1):
-        try:
-            size = _checked(store, key)
-            if size is not None:
+    left, stopped = len(keys), True
+    with suppress(KeyboardInterrupt), closing(each_answer(keys, partial(_verdict, store), THREADS)) as verdicts:
+        for _, verdict in verdicts:
+            left -= 1
+            if isinstance(verdict, BadChunk):
+                checked += verdict.corrupt
+                bad.append(verdict)
+            elif verdict is not None:
                 checked += 1
-                nbytes += size
-        except StoreError as error:
-            corrupt = isinstance(error, CorruptChunk)
-            checked += corrupt
-            bad.append(BadChunk(key, shown(error), corrupt))
-        except MemoryError:
-            bad.append(BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False))
-        progress(count, len(keys))
-    return Verified(checked, nbytes, bad)
+                nbytes += verdict
+            progress(len(keys) - left, len(keys))
+        stopped = False
+    return Verified(checked, nbytes, bad, left, stopped)
+
+
+def _verdict(store: Store, key: str) -> int | BadChunk | None:
+    """Bytes of a chunk that is well, or what is wrong with it; None if it is gone."""
+    try:
+        return _checked(store, key)
+    except StoreError as error:
+        return BadChunk(key, shown(error), isinstance(error, CorruptChunk))
+    except MemoryError:
+        return BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False)
 
 
 def _checked(store: Store, key: str) -> int | None:
@@ -85,17 +106,17 @@ def _checked(store: Store, key: str) -> int | None:
         if chunk is None or store.reads_ranges:
             return None if chunk is None else _checked_in_steps(store, key, chunk)
     raw = None if size is None else store.read(key)
-    if raw is not None:
-        chunk_of(raw, key, len(raw))
-        check_file(raw, key)
-    return None if raw is None else len(raw)
+    if raw is None:
+        return None
+    chunk = chunk_of(raw, key, len(raw))
+    payload = memoryview(raw)[len(raw) - chunk.table.payload_bytes :]
+    check_pieces([payload[start:end] for start, end in spans_of(chunk.facts, chunk.table)], chunk.facts)
+    return len(raw)
 
 
 def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
-    spans = sorted(offsets_of(entry) for entry in chunk.table.values())
-    if len(spans) != len(chunk.facts.checksums):
-        raise CorruptChunk(f"Chunk {key} has {len(spans)} tensors and {len(chunk.facts.checksums)} checksums.")
-    payload, step = chunk.file_bytes - payload_size(chunk.table), memoryview(bytearray(STEP_BYTES))
+    spans = spans_of(chunk.facts, chunk.table)
+    payload, step = chunk.file_bytes - chunk.table.payload_bytes, memoryview(bytearray(STEP_BYTES))
     for (start, end), expected in zip(spans, chunk.facts.checksums, strict=True):
         digest = Checksum()
         for offset in range(start, end, STEP_BYTES):

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.sizes import parse_share
-from cake_hf.people.console import WRONG, progress_bar
+from cake_hf.people.console import STOPPED, WRONG, progress_bar
 from cake_hf.people.inspect_store import existing_store
 from cake_hf.people.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
 from cake_hf.people.recompute import RecomputeJob, recompute
-from cake_hf.people.store_tables import show_recomputed, show_verified
+from cake_hf.people.store_tables import show_recomputed, show_stopped, show_verified
 from cake_hf.people.verify import BadChunk, delete, verify
 
 
@@ -49,11 +49,17 @@ def verify_command(
     well-formed. Only computing it again tells. A store does not have the texts
     of its prompts, so --recompute needs them: each is computed from its start
     to its last sampled chunk, without using anything that is stored.
+
+    Nobody who uses the store waits for this. Ctrl-C ends it and shows what was
+    found until then.
     """
     job = _recompute_job(share, model, prompt or [], seed, chunk_size, salt, exact, dtype, device)
     with existing_store(store) as opened:
         with progress_bar("checking", "chunks") as progress:
             result = verify(opened, progress)
+        if result.stopped:
+            show_stopped(result)
+            raise typer.Exit(STOPPED)
         recomputed = recompute(job, opened) if job else None
         bad = _together(result.bad, recomputed.bad if recomputed else [])
         deleted = delete(opened, bad) if fix else 0

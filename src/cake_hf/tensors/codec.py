@@ -14,7 +14,6 @@ header and payload, scattered to their places, in one pass.
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ from itertools import accumulate
 import xxhash
 
 from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.tensors.layout import ChunkLayout, item_bytes, plain_json, sorted_json
+from cake_hf.tensors.layout import ChunkLayout, plain_json, sorted_json
+from cake_hf.tensors.table import LONGEST_KNOWN, METADATA, TensorTable, checked_table, known_table
 
 FORMAT_VERSION = "2"
 ALIGNMENT = 4096
@@ -43,13 +43,7 @@ LITTLE_BYTES = 2**18
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
-MAX_PAYLOAD_BYTES = 2**40
-MAX_DIMENSIONS = 8
-"""Of one tensor. Numbers beyond these are refused before anybody computes with them."""
-
 Buffer = bytes | bytearray | memoryview
-Table = dict[str, dict[str, object]]
-"""safetensors' entry of each tensor: dtype, shape, data offsets."""
 
 _FORMS = {
     "key": r"[0-9a-f]{40}",
@@ -150,7 +144,7 @@ def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], n
         table: of the tensors.
         nbytes: with the 8 bytes of its length; at least as many as it needs.
     """
-    whole = {"__metadata__": {**metadata, "header": _seal(metadata, sorted_json(table))}, **table}
+    whole = {METADATA: {**metadata, "header": _seal(metadata, sorted_json(table))}, **table}
     return struct.pack("<Q", nbytes - 8) + plain_json(whole).encode().ljust(nbytes - 8)
 
 
@@ -165,7 +159,7 @@ def stored_bytes(layout: ChunkLayout) -> int:
     return header_size(layout) + layout.nbytes
 
 
-def parse_header(raw: Buffer) -> tuple[ChunkFacts, Table]:
+def parse_header(raw: Buffer) -> tuple[ChunkFacts, TensorTable]:
     """Facts and tensor table from the start of a file; trusts nothing in it.
 
     Args:
@@ -179,12 +173,9 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, Table]:
     (length,) = struct.unpack("<Q", bytes(raw[:8]))
     if length > MAX_HEADER_BYTES or length > len(raw) - 8:
         raise CorruptChunk(f"The chunk's header claims {length} bytes.")
+    written = bytes(raw[8 : 8 + length])
     try:
-        table = json.loads(bytes(raw[8 : 8 + length]))
-        metadata = table.pop("__metadata__")
-        facts = _sealed_facts(metadata, sorted_json(table))
-        _check_table(table)
-        return facts, table
+        return _recognised(written) or _parsed(written)
     except _UNREADABLE as error:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
 
@@ -231,16 +222,25 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
     payload = view[8 + length :]
     if facts.key != key:
         raise CorruptChunk(f"The file named {key} says that it is {facts.key[:40]!r}.")
-    if len(payload) != payload_size(table):
-        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {payload_size(table)}.")
-    spans = sorted(offsets_of(entry) for entry in table.values())
-    if len(facts.checksums) != len(spans):
-        raise CorruptChunk(f"Chunk {key} has {len(spans)} tensors and {len(facts.checksums)} checksums.")
+    if len(payload) != table.payload_bytes:
+        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {table.payload_bytes}.")
+    spans = spans_of(facts, table)
     check_pieces([payload[start:end] for start, end in spans], facts)
     return facts
 
 
-def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Table] | None:
+def spans_of(facts: ChunkFacts, table: TensorTable) -> list[tuple[int, int]]:
+    """Begin and end of each piece in the payload, in bytes, in the order of the checksums.
+
+    Raises:
+        CorruptChunk: there are not as many pieces as checksums.
+    """
+    if len(facts.checksums) != len(table.spans):
+        raise CorruptChunk(f"Chunk {facts.key} has {len(table.spans)} tensors and {len(facts.checksums)} checksums.")
+    return table.spans
+
+
+def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Mapping[str, object]] | None:
     """What `parse_header` gives, of a header that is word for word as `encode_header` writes it; None of any other.
 
     All good chunks have such headers, unless their model's name has odd characters. Nothing of them has to be parsed, which
@@ -252,13 +252,51 @@ def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Table] 
         return None
     if text[written.end() :] != f",{layout.table_json[1:]}".ljust(len(text) - written.end()):
         return None
+    facts = _usual_facts(written, layout.sorted_table_json)
+    return None if facts is None else (facts, layout.tensor_table)
+
+
+def _recognised(raw: bytes) -> tuple[ChunkFacts, TensorTable] | None:
+    """What `_parsed` gives, in a tenth of the time where other chunks have the same table; None unless the metadata stand as
+    `encode_header` writes them and all makes sense."""
+    text = raw.decode("latin-1")
+    written = _USUAL.match(text)
+    if written is None or not raw.isascii():
+        return None
+    begin, end = written.end(), text.rindex("}") + 1
+    if not text.startswith(",", begin) or text[end:] != " " * (len(text) - end) or end - begin > LONGEST_KNOWN:
+        return None
+    try:
+        table = known_table(text[begin + 1 : end])
+    except _UNREADABLE:
+        return None
+    facts = _usual_facts(written, table.sorted_json)
+    return None if facts is None else (facts, table)
+
+
+def _parsed(raw: bytes) -> tuple[ChunkFacts, TensorTable]:
+    """Facts and tensor table of a header; one of `_UNREADABLE` where it makes no sense.
+
+    Raises:
+        CorruptChunk: another format or version, or not as it was written.
+    """
+    table = json.loads(raw)
+    facts = _sealed_facts(table.pop(METADATA), sorted_json(table))
+    return facts, checked_table(table)
+
+
+def _usual_facts(written: re.Match[str], table: str) -> ChunkFacts | None:
+    """Facts from metadata that `_USUAL` found; None if they are not as they were written.
+
+    Args:
+        written: the metadata.
+        table: of the tensors, as sorted JSON.
+    """
     metadata = written.groupdict()
     seal = metadata.pop("header")
     # As sorted JSON, without its help: none of these words has anything that JSON would write otherwise.
     words = ",".join([f'"{name}":"{metadata[name]}"' for name in sorted(metadata)])
-    if seal != checksum(f"[{{{words}}},{layout.sorted_table_json}]".encode()):
-        return None
-    return _facts(metadata), layout.tensor_table
+    return _facts(metadata) if seal == checksum(f"[{{{words}}},{table}]".encode()) else None
 
 
 def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
@@ -297,49 +335,6 @@ def _facts(words: Mapping[str, str]) -> ChunkFacts:
     )
 
 
-def _check_table(table: Mapping[str, Mapping[str, object]]) -> None:
-    """A ValueError, KeyError or TypeError where a tensor is not what its dtype and shape make it."""
-    for entry in table.values():
-        start, stop = offsets_of(entry)
-        shape = entry["shape"]
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError("a shape is no list of a few numbers")
-        if any(type(size) is not int or not 0 <= size < MAX_PAYLOAD_BYTES for size in shape):
-            raise ValueError("a shape is out of range")
-        if not 0 <= start <= stop < MAX_PAYLOAD_BYTES or math.prod(shape) * item_bytes(entry["dtype"]) != stop - start:
-            raise ValueError("a tensor is not as large as its dtype and shape")
-
-
-def payload_size(table: Table) -> int:
-    """Bytes of payload that a tensor table describes.
-
-    Raises:
-        CorruptChunk: the table's offsets are not back to back from zero.
-    """
-    end = 0
-    try:
-        for start, stop in sorted(offsets_of(entry) for entry in table.values()):
-            if start != end or stop < start:
-                raise CorruptChunk("The chunk's tensors overlap or leave holes.")
-            end = stop
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptChunk("The chunk's tensor table cannot be read.") from error
-    return end
-
-
 def _seal(metadata: Mapping[str, object], table: str) -> str:
     """Checksum of all that a header says, whatever the order and the blanks; the table as sorted JSON."""
     return checksum(f"[{sorted_json(metadata)},{table}]".encode())
-
-
-def offsets_of(entry: Mapping[str, object]) -> tuple[int, int]:
-    """Where in the payload a tensor of the table begins and ends, in bytes.
-
-    Raises:
-        KeyError, TypeError, ValueError: the entry does not say it; never of a table that `parse_header` gave.
-    """
-    offsets = entry["data_offsets"]
-    if not isinstance(offsets, list) or any(type(offset) is not int for offset in offsets):
-        raise TypeError("data_offsets is no list of numbers")
-    start, stop = offsets
-    return start, stop
