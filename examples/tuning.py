@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.arithmetic.costs import CostLearner
+from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.people.haystack import real_text
 from cake_hf.people.models import RECALL_TINY
 from cake_hf.stores.wrappers import ThrottledStore
@@ -87,9 +87,7 @@ timeline
 
 # %%
 learner = CostLearner()
-for span in computed.timeline:
-    if span.chunk >= 0:
-        learner.saw_compute(span.chunk, span.end - span.start)
+learner.saw_steps([(span.chunk, span.end - span.start) for span in computed.timeline if span.chunk >= 0])
 learner.saw_loads(int(chunk_bytes), [(span.start, span.end) for span in loaded["as fast"].timeline if span.chunk >= 0])
 runs = {"load only": loaded["as fast"], "both ends": met["as fast"], "compute only": computed}
 curve = cake_hf.plot_split(learner.costs(), chunks, runs, title="A store as fast as the model")

@@ -262,7 +262,7 @@ def show(chunk: StoredChunk) -> str:
     """As `cake-hf ls` and `info` print it."""
     shown, inventory = io.StringIO(), Inventory({chunk.facts.key: chunk})
     console = Console(file=shown, width=100)
-    for table in (chunk_facts(chunk), listing(inventory, 5), totals("a store", inventory)):
+    for table in (chunk_facts(chunk), listing(inventory, 5, {}), totals("a store", inventory)):
         console.print(table)
     return shown.getvalue()
 

@@ -242,7 +242,8 @@ class Frontier:
             front = self._front
             if front < len(self._states) and self._states[front] is State.COMPUTING:
                 front += 1
-            waits = self._strategy is not Strategy.BOTH or not self._is_worth(front, whole=False)
+            nothing_left = front == len(self._states)
+            waits = self._strategy is not Strategy.BOTH or nothing_left or not self._is_worth(front, whole=False)
             last = waits and index < front + self._last
             if last and index in self._aside:
                 self._layers_there[index] = 0

@@ -30,6 +30,11 @@ class RestorePace(Pace):
     can_run: Callable[[int], bool]
     can_leave: Callable[[int], bool]
 
+    def end(self, now: float) -> None:
+        """The restore is over, and is let go: it holds KV."""
+        super().end(now)
+        self.can_run = self.can_leave = _never
+
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         if not self.can_run(chunk):
             return False
@@ -43,6 +48,10 @@ class RestorePace(Pace):
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:
         return self.can_leave(chunk) and super().tries(chunk, loads_left, now)
+
+
+def _never(chunk: int) -> bool:
+    return False
 
 
 def new_pace(

@@ -229,6 +229,7 @@ class Restore:
     def abandon(self) -> None:
         """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
         self._audit.end()
+        self.pace.end(time.monotonic())
         if self.prompt.inquiry is not None:
             self.prompt.inquiry.give_up()
         self._frontier.stop()
