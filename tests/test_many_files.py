@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
@@ -282,6 +282,14 @@ def join_threads() -> None:
         if thread.name.startswith("cake-look"):
             thread.join(PATIENCE)
             assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Processes that run a part of the tests ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_at(number: int) -> Progress:
