@@ -337,9 +337,9 @@ def test_a_trial_is_left_after_a_layer_or_goes_on(
 
     shares: list[float] = []
 
-    def saw(pace: RestorePace, chunk: int, seconds: float, share: float = 1.0) -> None:
+    def saw(pace: RestorePace, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
         shares.append(share)
-        saw_forward(pace, chunk, seconds, share)
+        saw_forward(pace, chunk, seconds, share, worked=worked)
         if not turns_out or share == 1:
             gate.open()
 

@@ -202,6 +202,20 @@ def test_few_loads_scale_what_many_have_told(threads: int, latency: float, facto
     assert after.finish(20) == pytest.approx(factor * before.finish(20))
 
 
+@pytest.mark.parametrize(
+    ("worked", "quiet"), [((1.0, 2.0, 1.9), 0.5), ((None, None, None), 1.0), ((9.0, -1.0, 0.0), 1.0)]
+)
+def test_what_others_left_is_told_from_what_a_chunk_takes(worked: tuple[float | None, ...], quiet: float) -> None:
+    learner, pace = CostLearner(), Pace(Costs())
+    for chunk, seconds in enumerate(worked):
+        pace.saw_forward(chunk, 2.0 * (chunk + 1), worked=seconds)
+    learner.saw_restore(pace, [], CHUNK)
+    assert learner.quiet == quiet
+    assert again(learner).quiet == quiet
+    learner.saw_restore(Pace(Costs()), [], CHUNK)  # it has measured nothing
+    assert learner.quiet == quiet
+
+
 def test_loads_that_never_arrived_are_known_to_be_slow() -> None:
     """Else a path that has become slow would be believed to be fast for ever, as all is computed before a load arrives."""
     learner = CostLearner()
@@ -388,6 +402,8 @@ def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
         ("spread", 0.5),
         ("spread", math.nan),
         ("credit", math.inf),
+        ("quiet", 0.0),
+        ("quiet", 1.5),
         ("steps", {}),
         ("steps", [[0, 1.0]]),
         ("steps", [[[0, -1.0]]]),

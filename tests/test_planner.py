@@ -333,6 +333,15 @@ def test_a_trial_comes_once_its_price_is_earned() -> None:
     assert pace.credit == pytest.approx(0.0)
 
 
+def test_what_others_took_of_the_time_is_not_in_a_trials_price() -> None:
+    """Computing was measured while others had three quarters of the processor: they may be gone."""
+    costs = Costs(ComputeCost(12.8), load_cost(0.1))
+    for quiet, tried in ((1.0, False), (0.25, True)):
+        pace = Pace(costs, layers=32, quiet=quiet)
+        pace.loading(0.0)
+        assert pace.tries(0, 20, 0.0) == tried
+
+
 @pytest.mark.parametrize("options", [{"layers": 1}, {"layers": 32, "threads": 20}])
 def test_nothing_is_tried_that_cannot_be_left_or_that_would_keep_the_last_loads_from_coming_in_parts(
     options: dict[str, int],

@@ -99,10 +99,12 @@ class CostLearner:
 
     Attributes:
         credit: seconds of restores in which nothing was tried that is not believed to be worth it (see `pace.Pace`).
+        quiet: of the time that the last prompt's chunks took, the part that others on the machine left to them; 1 where it is
+            not known.
     """
 
     def __init__(self) -> None:
-        self.credit = 0.0
+        self.credit, self.quiet = 0.0, 1.0
         self._prompts: deque[list[tuple[int, float]]] = deque(maxlen=PROMPTS)
         self._batches: deque[_Batch] = deque(maxlen=PROMPTS)
         self._cold_step: tuple[int, float] | None = None
@@ -128,6 +130,8 @@ class CostLearner:
             late = replace(last, busy=last.busy * pace.lateness, shortest=last.shortest * pace.lateness)
             self._batches.extend([late] if _is_batch(late) else [])
         self.credit = pace.credit
+        if pace.steps:
+            self.quiet = median(pace.shares) if pace.shares else 1.0
 
     def saw_steps(self, steps: Steps) -> None:
         """Chunks were computed, by one prompt.
@@ -191,6 +195,7 @@ class CostLearner:
             "written": now,
             "spread": self.spread(),
             "credit": self.credit,
+            "quiet": self.quiet,
             "steps": [[list(step) for step in steps] for steps in self._prompts],
             "loads": [_batch_row(batch) for batch in self._batches],
             "cold_step": None if self._cold_step is None else list(self._cold_step),
@@ -255,6 +260,8 @@ class CostLearner:
             raise ValueError("of no time that has been")
         if not is_number(plain["credit"], -MAX_SECONDS, MAX_SECONDS):
             raise ValueError("not a credit")
+        if not is_number(plain["quiet"], 1 / MAX_SECONDS, 1.0):
+            raise ValueError("not a part of a time")
         learner = cls()
         learner._prompts.extend([_step(row) for row in _rows(steps)] for steps in _rows(plain["steps"]) if _rows(steps))
         learner._batches.extend(_batch(row) for row in _rows(plain["loads"]))
@@ -262,6 +269,7 @@ class CostLearner:
         learner._cold_batch = None if plain["cold_load"] is None else _batch(plain["cold_load"])
         doubtful = now - plain["written"] > OLD_SECONDS or plain["spread"] > DOUBTFUL
         learner.credit = MAX_SECONDS if doubtful else float(plain["credit"])
+        learner.quiet = float(plain["quiet"])
         learner._stale = True
         return learner
 

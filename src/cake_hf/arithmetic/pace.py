@@ -54,11 +54,14 @@ class Pace(Judge):
         following_seconds: what comes after the loads, by itself.
         ranges: of layers, in which each of the last chunks is read; 1 hides nothing.
         credit: seconds of restores since the last trial.
+        quiet: of the time that chunks took which the costs were learnt from, the part that others on the machine left to them.
+            A trial is to find out whether these are gone: so its price is reckoned without them.
 
     Attributes:
         steps: index on the absolute grid, and seconds, of the chunks that the main thread has measured.
         credit: as given, with this restore once it has ended.
         lateness: where no load has arrived, how many times as long as believed they took at least.
+        shares: of the time of each step, what others on the machine left to it.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Pace(Judge):
         following_seconds: float = 0.0,
         ranges: int = 1,
         credit: float = 0.0,
+        quiet: float = 1.0,
     ) -> None:
         self._compute = costs.compute
         self._load = costs.load
@@ -86,6 +90,8 @@ class Pace(Judge):
         self._arrivals: list[float] = []  # when loading began, and when each load ended
         self.steps: list[tuple[int, float]] = []
         self.lateness = 1.0
+        self.shares: list[float] = []
+        self._quiet = quiet
 
     # What happened.
 
@@ -98,10 +104,19 @@ class Pace(Judge):
         """A load has arrived."""
         self._arrivals.append(now)
 
-    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0) -> None:
-        """A chunk was computed, or that share of it."""
+    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
+        """A chunk was computed, or that share of it.
+
+        Args:
+            chunk: of the restore.
+            seconds: that it took.
+            share: of the chunk's layers.
+            worked: seconds of these in which the thread had a processor; None where that is not known.
+        """
         if not (0 < share <= 1 and 0 <= seconds <= MAX_SECONDS):
             return
+        if worked is not None and 0 < worked <= seconds:
+            self.shares.append(worked / seconds)
         index, whole = self._first + chunk, min(seconds / share, MAX_SECONDS)
         if self.steps and self.steps[-1][0] == index:
             self.steps.pop()  # it was the first layers' time
@@ -163,7 +178,7 @@ class Pace(Judge):
         # The last loads of all may come layer by layer, which a trial beside them would prevent.
         if wait is None or self._compute is None or self._layers < 2 or loads_left <= self._threads:
             return False
-        layer = self._seconds(chunk) / self._layers
+        layer = self._quiet * self._seconds(chunk) / self._layers
         price = BESIDE_LOADS * min(layer, wait) + max(0.0, layer - wait)
         restore = now - self._arrivals[0] + wait
         if price > TRIAL_SHARE * (self.credit + restore):

@@ -363,7 +363,7 @@ class _CakesOwn(Judge):
 class _Fixed(Pace):
     """What it believed at first it believes to the end. Loads that are late are expected to be late by as much again."""
 
-    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0) -> None:
+    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
         super().saw_forward(chunk, seconds, share)
         self._factor = 1.0
 

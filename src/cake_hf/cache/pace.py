@@ -77,6 +77,7 @@ def new_pace(
         following_seconds=_following_seconds(prompt, stored, costs),
         ranges=ranges,
         credit=memory.credit,
+        quiet=memory.quiet,
     )
 
 

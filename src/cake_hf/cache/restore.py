@@ -60,16 +60,17 @@ class Layers:
 
     Attributes:
         began: when its first layer did, in monotonic seconds.
+        worked: seconds of a processor that the thread had had by then.
     """
 
     def __init__(self, count: int) -> None:
         self._count, self._begun = count, 0
-        self.began = time.monotonic()
+        self.began, self.worked = time.monotonic(), time.thread_time()
 
     def next(self) -> None:
         """A layer begins."""
         if not self._begun:
-            self.began = time.monotonic()
+            self.began, self.worked = time.monotonic(), time.thread_time()
         self._begun += 1
 
     @property
@@ -300,18 +301,19 @@ class Restore:
         begin = time.monotonic()
         self._waited = False
         layers = Layers(len(self._all_layers))
+        worked = time.thread_time()
         try:
             self._run_forward(index, partial(self._is_left, index, layers))
         except ForwardLeft:
             wait_for_devices(self._devices)
             end = time.monotonic()
-            self._saw_forward(index, end - layers.began, layers.share)
+            self._saw_forward(index, end - layers.began, layers.share, time.thread_time() - layers.worked)
             self._frontier.give_back(index)
             self.prompt.record("compute", index, begin, end, "left")
             return False
         end = time.monotonic()
         if not self._waited:
-            self._saw_forward(index, end - begin)
+            self._saw_forward(index, end - begin, 1.0, time.thread_time() - worked)
         load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
         self.prompt.record("compute", index, begin, end, GATED if self._waited else "computed")
@@ -328,7 +330,8 @@ class Restore:
         if not layers.share or not self._frontier.is_trial(index):
             return False
         wait_for_devices(self._devices)
-        self._saw_forward(index, time.monotonic() - layers.began, layers.share)
+        worked = time.thread_time() - layers.worked
+        self._saw_forward(index, time.monotonic() - layers.began, layers.share, worked)
         return not self._frontier.goes_on(index)
 
     def _run_forward(self, index: int, lost: Callable[[], bool]) -> None:
@@ -438,10 +441,12 @@ class Restore:
         """Not where the model carries something, which would be half done, nor where other ranks are in the forward."""
         return self.prompt.is_chunk(index) and not self._carried and self._ranks is None
 
-    def _saw_forward(self, index: int, seconds: float, share: float = 1.0) -> None:
-        """Costs are those of full chunks, by where they lie."""
+    def _saw_forward(self, index: int, seconds: float, share: float, worked: float) -> None:
+        """Costs are those of full chunks, by where they lie. While a GPU computes, the thread's own time tells nothing."""
         if self.prompt.is_chunk(index):
-            self.pace.saw_forward(self.prompt.blocks[index].start // self._session.chunk_size, seconds, share)
+            number = self.prompt.blocks[index].start // self._session.chunk_size
+            told = worked if all(device.type == "cpu" for device in self._devices) else None
+            self.pace.saw_forward(number, seconds, share, worked=told)
 
     def _turn_aside(self, index: int) -> None:
         self._job.turn_aside(index)

@@ -153,6 +153,12 @@ class CostMemory:
         with self._lock:
             return self._learner.credit
 
+    @property
+    def quiet(self) -> float:
+        """See `CostLearner`."""
+        with self._lock:
+            return self._learner.quiet
+
     def learn(
         self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, part: tuple[int, float] | None = None
     ) -> None:
