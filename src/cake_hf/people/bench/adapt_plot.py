@@ -71,7 +71,8 @@ def draw(outcome: Plain, path: Path) -> Path:
     _name_all(figure, list(panels.flat))
     settings = outcome["settings"]
     what = f"{settings['tokens']:,} tokens in chunks of {settings['chunk_size']}, {settings['dtype']}"
-    figure.suptitle(f"What is believed before each prompt, and what is measured ({what})", fontweight="bold")
+    title = "What is believed before each prompt, and what is measured"
+    figure.suptitle(f"{title}\n{what}", fontsize=11, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path
@@ -97,7 +98,8 @@ def _draw_column(column: _Column, trace: Sequence[Plain], above: Axes, below: Ax
         [number + 0.5 for number, _ in pairs], [seconds for _, seconds in pairs], "s",
         color=LIMIT, mfc="none", ms=7, ls="none", label="one that knew only what is now", zorder=2,
     )  # fmt: skip
-    above.set(title=column.title, ylabel="seconds per chunk", xlim=(0, len(shown)))
+    above.set_title(column.title, fontsize=10)
+    above.set(ylabel="seconds per chunk", xlim=(0, len(shown)))
     below.set(xlabel="prompt of the cache, its chunks from left to right", ylabel="seconds of the whole prompt")
     below.set_xticks([number + 0.5 for number in range(len(shown))], [str(n + 1) for n in range(len(shown))])
     below.tick_params(axis="x", length=0)
@@ -176,4 +178,5 @@ def _name_all(figure: Figure, panels: Sequence[Axes]) -> None:
     named = {}
     for panel in panels:
         named.update(dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True)))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    columns = 2 if len(panels) == 2 else 4
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
