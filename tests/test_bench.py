@@ -21,6 +21,7 @@ from cake_hf.arithmetic.planner import optimum
 from cake_hf.people.bench import bench, decoding, timing
 from cake_hf.people.bench import command as bench_command
 from cake_hf.people.bench.machine import disturbance
+from cake_hf.people.bench.measuring import measure_all
 from cake_hf.people.bench.models import build_model
 from cake_hf.people.bench.results import Figure, Goal, Result
 from cake_hf.people.bench.settings import SHAPES, Settings, Shape, choose
@@ -207,7 +208,7 @@ def test_no_measurement_counts_what_was_repeated(tmp_path: Path, monkeypatch: py
     """Every run but the first ones is disturbed, and run three times."""
     monkeypatch.setattr(timing.StolenTime, "share", lambda self: 0.5)
     settings = choose(quick=True, repeats=2, tokens=None, chunk_size=None, dtype="float32")
-    outcome, results = bench_command.measure_all(settings, tmp_path, lambda line: None)
+    outcome, results = measure_all(settings, tmp_path, lambda line: None)
     assert outcome["failures"] == []
     assert outcome["parity"]["mismatches"] == []
     assert len(results) == len(MEASUREMENTS)

@@ -499,6 +499,27 @@ def test_readers_of_a_throttled_store_share_the_line(monkeypatch: pytest.MonkeyP
     assert arrivals == pytest.approx([101.0, 102.0, 103.0])
 
 
+def test_the_rate_of_a_throttled_store_may_change_between_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that have begun keep the line for as long as they would have."""
+    fake = FakeTime()
+    monkeypatch.setattr(wrappers, "time", fake)
+    arrivals = []
+    monkeypatch.setattr(fake, "sleep", lambda seconds: arrivals.append(fake.now + seconds))
+    store = ThrottledStore(MemoryStore(), bytes_per_second=1000)
+    store.write(key_of(1), [value_of(1)])
+    read_parts(store, key_of(1), [1000])
+    store.bytes_per_second = 100
+    read_parts(store, key_of(1), [1000])
+    store.bytes_per_second *= 100
+    read_parts(store, key_of(1), [1000])
+    assert store.bytes_per_second == 10_000
+    assert arrivals == pytest.approx([101.0, 111.0, 111.1])
+    for rate in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="must be positive"):
+            store.bytes_per_second = rate
+    assert store.bytes_per_second == 10_000
+
+
 @pytest.mark.parametrize(("rate", "latency"), [(0, 0), (-1, 0), (1, -1)])
 def test_a_throttled_store_needs_a_rate(rate: float, latency: float) -> None:
     with pytest.raises(ValueError, match="must be positive"):

@@ -92,14 +92,25 @@ class ThrottledStore(WrapperStore):
     """
 
     def __init__(self, inner: Store, bytes_per_second: float, latency: float = 0.0) -> None:
-        if bytes_per_second <= 0 or latency < 0:
+        if latency < 0:
             raise ValueError("bytes_per_second must be positive and latency not negative.")
         super().__init__(inner)
         self.range_seconds += latency
-        self._rate = bytes_per_second
+        self.bytes_per_second = bytes_per_second
         self._latency = latency
         self._line_free_at = 0.0
         self._lock = Lock()
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of all reads together. May be set at any time: reads that have begun end when they would have, later ones follow."""
+        return self._rate
+
+    @bytes_per_second.setter
+    def bytes_per_second(self, rate: float) -> None:
+        if not rate > 0:
+            raise ValueError("bytes_per_second must be positive and latency not negative.")
+        self._rate = rate
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         with self._on_the_line(total_bytes(parts)):
