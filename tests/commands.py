@@ -37,7 +37,7 @@ def write_text(path: Path, words: int, seed: int = 0) -> Path:
 
 def run_command(*arguments: object) -> Result:
     """`cake-hf` with these arguments, on a wide terminal."""
-    return CliRunner(env={"COLUMNS": "120"}).invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def flat(text: str) -> str:

@@ -46,7 +46,9 @@ def test_every_state_of_the_adapters_has_chunks_of_its_own() -> None:
         for switch in ("first", "second", ["first", "second"]):
             model.base_model.set_adapter(switch)
             loaded.append(found(model, store))
-            first_tokens.append(str(run(model, prompt(), None if turn else CakeCache(model, store)).tokens))
+            first_tokens.append(
+                str(run(model, prompt(), None if turn else CakeCache(model, store, chunk_size=512)).tokens)
+            )
         with model.disable_adapter():
             loaded.append(found(model, store))
         assert loaded == [turn * CHUNKS] * 4

@@ -100,7 +100,7 @@ def test_the_last_document_takes_what_was_shared(store: Path, models: tuple[Path
 
 def test_by_model_namespace_and_last_chunk(store: Path, models: tuple[Path, Path]) -> None:
     inventory = take_inventory(LocalStore(store), lambda done, total: None)
-    [namespace] = {chunk.facts.namespace for chunk in inventory.chunks.values() if chunk.dtypes == "BF16"}
+    [namespace] = {chunk.facts.namespace for chunk in inventory.chunks.values() if chunk.table.dtypes == "BF16"}
     leaf = max(inventory.chunks.values(), key=lambda chunk: chunk.facts.index)
     assert "4 chunks, " in done(run_command("rm", store, "--chunk", leaf.facts.key[:12]))
     assert count(store) == 7
