@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from cake_hf.people.cli import app
+from cake_hf.people.console import console
 from models import build
 
 Command = Callable[..., Result]
@@ -35,9 +36,17 @@ def write_text(path: Path, words: int, seed: int = 0) -> Path:
     return path
 
 
+WIDE = 200
+
+
 def run_command(*arguments: object) -> Result:
     """`cake-hf` with these arguments, on a wide terminal."""
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    before = console._width  # as it was when the console was made, by whatever test came first
+    console.width = WIDE
+    try:
+        return CliRunner(env={"COLUMNS": str(WIDE)}).invoke(app, [str(argument) for argument in arguments])
+    finally:
+        console._width = before
 
 
 def flat(text: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from cake_hf import Report
 from naming import in_this_version
 
 MODEL = Path(cake_hf.__file__).parent / "assets" / "recall-tiny"
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Makes a chat model's tokenizer of ours: ChatML."""
 DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 100
 
 
@@ -36,9 +42,12 @@ def reader(home: Path) -> Iterator[None]:
     logger = logging.getLogger("cake_hf")
     level = logger.level
     with pytest.MonkeyPatch.context() as patch:
-        for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-            real = loader.from_pretrained
-            patch.setattr(loader, "from_pretrained", lambda name, real=real, **options: real(MODEL, **options))
+        for loader, chosen in (
+            (transformers.AutoModelForCausalLM, {}),
+            (transformers.AutoTokenizer, {"chat_template": TEMPLATE}),
+        ):
+            given = partial(loader.from_pretrained, MODEL, **chosen)
+            patch.setattr(loader, "from_pretrained", lambda name, given=given, **options: given(**options))
         patch.setenv("HOME", str(home))
         patch.chdir(home)
         (home / "a-long-document.txt").write_text(DOCUMENT)

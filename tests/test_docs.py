@@ -21,7 +21,7 @@ from cake_hf.people.cli import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples
-from filling.pages import CannotFill, fill
+from filling.pages import REPOSITORY, CannotFill, fill
 from filling.parity import FILES, all_runs
 from filling.results import all_results, figures, one_result
 from snippets import found, reader, run, snippets
@@ -127,10 +127,19 @@ def test_a_section_is_taken_whole_and_alone() -> None:
 
 
 def test_links_lead_to_pages() -> None:
-    text, _ = fill("<!-- filled with file CONTRIBUTING.md -->\n<!-- filled with section README.md: Guarantees -->")
+    text, _ = fill("<!-- filled with file CONTRIBUTING.md -->\n<!-- filled with section README.md: Limits -->")
     assert "](architecture.md)" in text
-    assert "](evaluation.md)" in text
     assert "ARCHITECTURE.md)" not in text
+
+
+def test_absolute_links_lead_to_pages_too() -> None:
+    """Those of the README, which also work on a package index. Files without a page keep their address."""
+    text, _ = fill("<!-- filled with section README.md: Limits -->")
+    assert "](guarantees.md#what-is-computed-plainly)" in text
+    assert "](models.md)" in text
+    assert "](security.md)" in text
+    assert f"]({REPOSITORY}docs/" not in text
+    assert f"]({REPOSITORY}benchmarks/results/epyc-2-cores-grid-whole.json)" in text
 
 
 def scaled(part: Any, factor: float) -> Any:

@@ -26,7 +26,9 @@ PAGES = {
 """Files of the repository that readers of the pages find under another name."""
 
 MARKER = re.compile(r"^<!-- filled with (\w+)(?: (.+?))? -->$", re.MULTILINE)
-LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+REPOSITORY = "https://github.com/cake-hf/cake-hf/blob/main/"
+"""How the README links to files, so that its links also lead somewhere on a package index."""
+LINK = re.compile(rf"\]\(({re.escape(REPOSITORY)}|(?!https?:|#))([^)#\s]+)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -79,12 +81,18 @@ def _section(what: str, files: list[Path]) -> str:
 
 
 def _with_links(text: str, name: str) -> str:
-    """Links to other files of the repository lead to the pages that these are shown on."""
+    """Links to other files of the repository lead to the pages that these are shown on.
+
+    An absolute link to a file without a page stays as it is.
+    """
 
     def to_page(found: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), found[1]))
+        folder = "" if found[1] else posixpath.dirname(name)
+        target = posixpath.normpath(posixpath.join(folder, found[2]))
         inside = target.removeprefix("docs/")
         page = PAGES.get(target) or (inside if inside != target else None)
+        if page is None and found[1]:
+            return found[0]
         if page is None:
             raise CannotFill(f"{name} links to {target}, which is on no page.")
         return f"]({page}"
