@@ -53,8 +53,9 @@ def test_links_lead_somewhere_on_a_package_index_too() -> None:
     for target in own:
         name, _, section = target.partition("#")
         assert (ROOT / name).exists(), target
-        titles = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), re.MULTILINE)
-        assert not section or section in {title.lower().replace(" ", "-") for title in titles}, target
+        if section:
+            titles = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), re.MULTILINE)
+            assert section in {title.lower().replace(" ", "-") for title in titles}, target
 
 
 def test_the_promise_is_no_larger_than_what_is_kept() -> None:
@@ -165,9 +166,16 @@ def test_what_chunks_cost_is_measured() -> None:
     assert f"for 8,192 tokens {chunks[2]}, where one forward took {forward[2]}" in README.read_text()
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     "name", ["epyc-2-cores-grid", "epyc-2-cores-grid-whole", "xeon-2-cores-grid", "xeon-2-cores-grid-shared"]
 )
+=======
+GRIDS = ("epyc-2-cores-grid", "epyc-2-cores-grid-whole", "xeon-2-cores-grid", "xeon-2-cores-grid-shared")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+>>>>>>> readme
 def test_the_goals_that_grids_kept_are_counted(name: str) -> None:
     summary = json.loads((BENCHMARKS / f"{name}.json").read_text())["summary"]
     page = re.sub(r"\s+", " ", PERFORMANCE.read_text())
