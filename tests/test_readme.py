@@ -166,16 +166,10 @@ def test_what_chunks_cost_is_measured() -> None:
     assert f"for 8,192 tokens {chunks[2]}, where one forward took {forward[2]}" in README.read_text()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "name", ["epyc-2-cores-grid", "epyc-2-cores-grid-whole", "xeon-2-cores-grid", "xeon-2-cores-grid-shared"]
-)
-=======
 GRIDS = ("epyc-2-cores-grid", "epyc-2-cores-grid-whole", "xeon-2-cores-grid", "xeon-2-cores-grid-shared")
 
 
 @pytest.mark.parametrize("name", GRIDS)
->>>>>>> readme
 def test_the_goals_that_grids_kept_are_counted(name: str) -> None:
     summary = json.loads((BENCHMARKS / f"{name}.json").read_text())["summary"]
     page = re.sub(r"\s+", " ", PERFORMANCE.read_text())
