@@ -216,7 +216,7 @@ def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk(on_host: bool) 
 
 
 def test_too_few_chunks_aside_would_be_slower() -> None:
-    """Negative control, and the reason for `nearness`: the main thread would wait for chunks that are loaded in place."""
+    """Negative control, and the reason for `Pace.near`: the main thread would wait for chunks that are loaded in place."""
     assert too_slow(grid((4,), (0.0,), near=1))
 
 

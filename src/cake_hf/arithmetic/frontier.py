@@ -11,9 +11,10 @@ Where they meet, both may work on one chunk: a loader that finds nothing else le
 and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
 so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
 
-Where the main thread would rather wait than compute, nothing is contested, and loads may go into place (where `overdue` is
-given). Should they be late, the main thread leaves them the place: it goes on in other memory, loads under way are nobody's,
-and the rest is computed.
+Where the main thread would rather wait than compute, nothing is contested, and loads may go into place (where they may be
+overtaken there). Should they be late, the main thread leaves them the place: it goes on in other memory, loads under way are
+given up, and the rest is computed. Now and then it computes a chunk although waiting seems better, to find out whether that is
+still so (`is_trial`); such a chunk may be given back (`give_back`).
 
 What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
 go beyond them (`advance(beyond_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
