@@ -99,10 +99,10 @@ def test_the_trace_has_every_prompt_and_every_chunk_of_it(outcome: dict[str, Any
 
 def test_a_cache_begins_without_beliefs_or_with_those_of_the_note(outcome: dict[str, Any]) -> None:
     trace = outcome["results"]["load"]["details"]["trace"]
-    kept = [prompt["believed"] for prompt in trace if prompt["cache"] == "kept"]
+    kept = [prompt["believed"] for prompt in trace if prompt["arm"] == "kept"]
     assert kept[0]["compute_base"] is kept[0]["load_interval"] is None
     assert kept[1]["compute_base"] is not None or kept[1]["load_interval"] is not None
-    note = next(prompt["believed"] for prompt in trace if prompt["cache"] == "note")
+    note = next(prompt["believed"] for prompt in trace if prompt["arm"] == "note")
     same = kept[QUICK.loaded]
     assert note == {**same, "credit": note["credit"]}
     assert note["credit"] in (same["credit"], MAX_SECONDS)  # of a doubtful note, computing may be tried at once
@@ -110,7 +110,7 @@ def test_a_cache_begins_without_beliefs_or_with_those_of_the_note(outcome: dict[
 
 def test_the_counts_are_those_of_the_trace(outcome: dict[str, Any]) -> None:
     details = outcome["results"]["load"]["details"]
-    counted = [[len(p["computed"]) for p in details["trace"] if p["cache"] == "kept" and p["phase"] == "quiet"]]
+    counted = [[len(p["computed"]) for p in details["trace"] if p["arm"] == "kept" and p["phase"] == "quiet"]]
     assert details["chunks_computed"]["kept"]["changed"] == counted
     low, high = (outcome["results"]["bandwidth"]["details"]["bytes_per_second"][name] for name in ("low", "high"))
     assert high == pytest.approx(QUICK.fall * low)
@@ -120,7 +120,7 @@ def test_each_turn_begins_with_a_cache_that_knows_nothing(bench: Workbench) -> N
     brief = Course(learning=1, loaded=1, quiet=3, changed=3, share=1)
     for measure, name in ((after_load, "kept"), (after_fall, "changing")):
         trace: Any = measure(bench, brief).details["trace"]
-        firsts = [next(p for p in trace if (p["cache"], p["turn"]) == (name, turn)) for turn in (0, 1)]
+        firsts = [next(p for p in trace if (p["arm"], p["turn"]) == (name, turn)) for turn in (0, 1)]
         assert [first["believed"]["load_interval"] for first in firsts] == [None, None]
     assert bench.parity.mismatches == []
 
@@ -179,4 +179,4 @@ def test_every_cache_gets_one_prompt_per_round_in_turns() -> None:
 
 
 def _phases(trace: list[dict[str, Any]], cache: str) -> list[str]:
-    return [prompt["phase"] for prompt in trace if prompt["cache"] == cache]
+    return [prompt["phase"] for prompt in trace if prompt["arm"] == cache]

@@ -107,9 +107,9 @@ def _draw_column(column: _Column, trace: Sequence[Plain], above: Axes, below: Ax
 
 def _shown(column: _Column, trace: Sequence[Plain]) -> list[Plain]:
     """The prompts of the first turn: of a cache that goes on from another's, those after the load."""
-    mine = [prompt for prompt in trace if prompt["cache"] in column.caches and prompt["turn"] == 0]
+    mine = [prompt for prompt in trace if prompt["arm"] in column.caches and prompt["turn"] == 0]
     first = column.caches[0]
-    return [p for p in mine if len(column.caches) == 1 or (p["phase"] == "beside a load") == (p["cache"] == first)]
+    return [p for p in mine if len(column.caches) == 1 or (p["phase"] == "beside a load") == (p["arm"] == first)]
 
 
 def _others(column: _Column, trace: Sequence[Plain], shown: Sequence[Plain]) -> list[tuple[int, float]]:
@@ -117,7 +117,7 @@ def _others(column: _Column, trace: Sequence[Plain], shown: Sequence[Plain]) -> 
     pairs: list[tuple[int, float]] = []
     for phase in {prompt["phase"] for prompt in shown}:
         numbers = [number for number, prompt in enumerate(shown) if prompt["phase"] == phase]
-        others = [p["seconds"] for p in trace if p["cache"] in column.others and p["phase"] == phase != "learning"]
+        others = [p["seconds"] for p in trace if p["arm"] in column.others and p["phase"] == phase != "learning"]
         pairs += zip(numbers, others, strict=False)
     return sorted(pairs)
 

@@ -37,14 +37,14 @@ class Prompted:
     """One prompt of a watched cache.
 
     Attributes:
-        cache: its name.
+        arm: the name of the cache.
         turn: how often the case was begun before.
         phase: what the machine or the store was like.
         believed: before it; see `beliefs`.
         run: what came of it.
     """
 
-    cache: str
+    arm: str
     turn: int
     phase: str
     believed: Plain
@@ -65,7 +65,7 @@ class Prompted:
         for span in self.run.report.timeline:
             if span.chunk >= 0 and span.outcome in rows:
                 rows[span.outcome].append([span.chunk, round(span.start, 6), round(span.end - span.start, 6)])
-        about = {"cache": self.cache, "turn": self.turn, "phase": self.phase, "seconds": self.run.seconds}
+        about = {"arm": self.arm, "turn": self.turn, "phase": self.phase, "seconds": self.run.seconds}
         return {**about, "believed": self.believed, **rows}
 
 
