@@ -255,10 +255,13 @@ store = LocalStore(sys.argv[1], budget=10**6)
 fsync = os.fsync
 def fork_first(descriptor):
     os.fsync = fsync
+    told, tells = os.pipe()
     child = os.fork()
     if not child:
+        os.write(tells, b"x")  # what it inherited is let go
         time.sleep(600)
         os._exit(0)
+    os.read(told, 1)
     print(child, flush=True)
     sys.stdin.readline()
     if sys.argv[2] == "dies":
