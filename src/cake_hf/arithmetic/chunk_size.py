@@ -1,4 +1,4 @@
-"""How many tokens make a chunk where nobody says so: by the kind of device, and deterministic, since it is part of the key.
+"""The number of tokens in a chunk by default: by the kind of device, and deterministic, since it is part of the key.
 
 What is not stored of a prompt is less than a chunk, and is computed each time. A CPU takes time for each token, so small chunks
 pay there; a GPU runs 512 tokens in hardly more time than 32, and small chunks leave it waiting for the next launch. The smaller

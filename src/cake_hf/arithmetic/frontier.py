@@ -97,7 +97,7 @@ class Judge:
         return True
 
     def may_be_worth(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Whether it may become so before they are there. If not, loads go into place, where nobody else may write then."""
+        """Whether it may become so before they are there. If not, they go into place, where it must not write."""
         return True
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:

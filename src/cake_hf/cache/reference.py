@@ -1,9 +1,9 @@
 """With `exact=False`: what the model computed whose KV the store holds, kept in the store beside the chunks.
 
 Bits tell nothing there, since other machines round otherwise. So the first process that saves under a namespace also saves
-some numbers of its short forward (`cache.behaviour`), as one small value; whoever comes later compares with them. A model that
-differs by more than rounding has a namespace of its own. Which of the two is right cannot be told; the stored numbers count,
-since the stored KV goes with them.
+some numbers of its short forward (`cache.behaviour`), as one small value; later processes compare theirs with them. A model
+that differs by more than rounding has a namespace of its own. Which of the two is right cannot be told; the stored numbers
+count, since the stored KV goes with them.
 
 The value has the form of a chunk at rest, so it is bounded and checked like one. What is not well-formed is no reference.
 """

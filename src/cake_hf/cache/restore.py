@@ -376,7 +376,7 @@ class Restore:
 
     def _flight(self, index: int) -> AbstractContextManager[FlightPlan]:
         # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
-        # Nobody is to wait for a forward that may be left, nor is that one to wait for another.
+        # Other restores must not wait for a forward that may be left, and it must not wait for theirs.
         alone = self._carried or self._ranks is not None or self._frontier.is_trial(index)
         if not self.prompt.keys or alone:
             return nullcontext(FlightPlan(None))

@@ -1,7 +1,7 @@
 """What a cache was given since the last block that is known: the last piece of a prompt, and the tokens decoded behind it.
 
 Each of these forwards is a piece of the schedule, so that the next turn can go on from known KV: the last piece is a tail, and
-decoded tokens are single ones. Nothing is done about them before somebody goes on from there, or asks for it.
+decoded tokens are single ones. Nothing is done about them until a prompt goes on from there, or the caller asks for it.
 """
 
 from __future__ import annotations

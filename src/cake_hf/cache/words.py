@@ -1,4 +1,4 @@
-"""The first words of a document, kept beside its chunks for who lists the store: only where somebody asks for it."""
+"""The first words of a document, kept beside its chunks for `cake-hf ls`: only on request."""
 
 from __future__ import annotations
 

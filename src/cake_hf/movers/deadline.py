@@ -131,7 +131,7 @@ class Question(Generic[T]):
             self.give_up()
 
     def give_up(self) -> None:
-        """Nobody wants to know any more."""
+        """The answer is not wanted any more."""
         if self._call is not None and self._late is not None and self._call.thread.is_alive():
             self._late.add(self._call.thread)
 

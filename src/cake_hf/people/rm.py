@@ -1,4 +1,4 @@
-"""`cake-hf rm`: delete what somebody names, by document, model or namespace."""
+"""`cake-hf rm`: delete chunks by document, model or namespace."""
 
 from __future__ import annotations
 

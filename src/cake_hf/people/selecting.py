@@ -1,4 +1,4 @@
-"""Which chunks of a store somebody means: those of a document, of a model, of a namespace, or of a prompt by its last chunk."""
+"""Selects chunks of a store: those of a document, of a model, of a namespace, or of a prompt by its last chunk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What somebody asked for; see the options of the same names.
+    """A selection as it was asked for; see the options of the same names.
 
     Attributes:
         prompts, model, namespace, chunk: one of these ways to name chunks.

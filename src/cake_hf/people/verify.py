@@ -60,7 +60,7 @@ class Verified:
 def verify(store: Store, progress: Progress) -> Verified:
     """Check all chunks; those that are deleted meanwhile are left out. Ctrl-C ends it early, and what was found is given.
 
-    It only reads: no lock is taken, so nobody who uses the store waits for it.
+    It only reads: no lock is taken, so no other user of the store waits for it.
 
     Args:
         store: any.

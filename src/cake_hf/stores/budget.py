@@ -1,4 +1,4 @@
-"""How much a directory may hold where nobody has said so: a share of the free disk."""
+"""The default budget of a directory: a share of the free disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FreeShare:
     share: float = USUAL_SHARE
 
     def bytes_for(self, root: Path, stored: int) -> int | None:
-        """The budget in bytes; None where nobody knows what is free.
+        """The budget in bytes; None where the free space is not known.
 
         Args:
             root: the store's directory, or where it will be.

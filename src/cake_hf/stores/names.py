@@ -39,7 +39,7 @@ def store_name(spec: object) -> str:
 def _named(text: str) -> str:
     try:
         path = directory_of(text)
-    except StoreError:  # whoever opens it says what is wrong with it
+    except StoreError:  # opening it says what is wrong with it
         path = None
     if path is None and text.startswith("pack:"):
         return f"pack:{_last_part(Path(text.removeprefix('pack:')))}"

@@ -31,7 +31,7 @@ Entry = Mapping[str, object]
 
 
 class TensorTable(dict[str, dict[str, object]]):
-    """Name -> dtype, shape and data offsets, of a header that was read. It may be shared, so nobody changes it."""
+    """Name -> dtype, shape and data offsets, of a header that was read. It may be shared: do not change it."""
 
     @cached_property
     def payload_bytes(self) -> int:

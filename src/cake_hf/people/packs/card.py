@@ -91,7 +91,7 @@ learn from a KV cache what the prompt was.
 
 
 def _base_model(manifest: PackManifest, about: About) -> str:
-    """Its name on the Hub; empty where nobody has said it."""
+    """Its name on the Hub; empty where it was not given."""
     return about.base_model or (manifest.model if _HUB_NAME.fullmatch(manifest.model) else "")
 
 
