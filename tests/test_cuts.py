@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import check_file, parse_header
 from cut_runs import in_pieces, pieces
 from families import family_model, here
-from family_runs import NEW_TOKENS, difference, generate
+from family_runs import NEW_TOKENS, content, difference, generate
 from models import CHUNK, prompt, shared_model
 from naming import given as cache_given
 from stored import without
@@ -272,25 +273,91 @@ def test_another_prompt_than_the_document_in_here() -> None:
             )
 
 
-def test_questions_at_once() -> None:
-    """Each thread has a copy of its own; the original is as it was."""
-    model, ids = shared_model("llama", "bfloat16"), document()
-    answers: dict[int, str] = {}
+class Gate(dict[int, Any]):
+    """The memo of a copy, which stops in the midst of it: when it is asked about the cache's second layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self._layer = layer
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        if number == id(self._layer):
+            self.reached.set()
+            assert self.opened.wait(60)
+        super().__setitem__(number, value)
+
+
+WAYS_TO_COPY: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "to_dynamic_cache": lambda cache: cache.to_dynamic_cache(),
+}
+
+
+@pytest.mark.fault(
+    "KV",
+    "Several threads copy one cache at the same time, each for its own question.",
+    "Each copy has the whole document, and the original is as it was at any moment.",
+)
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
+@pytest.mark.parametrize("name", ["llama bfloat16", *here("gemma3", "falcon_h1", "deepseek_v32", "qwen3_next")])
+def test_questions_at_once(name: str, way: str) -> None:
+    """One thread stops in the midst of copying; another copies, and a third looks, meanwhile."""
+    model, ids = any_model(name), document()
+    whole = asking(ids)
+    expected = in_pieces(model, whole, [ids.shape[1]])
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         cache.prefill(ids)
+        visible = cache.get_seq_length()
+        before = content(WAYS_TO_COPY[way](cache))
+        gate = Gate(cache.layers[1])
+        copies: dict[str, Any] = {}
+        first = threading.Thread(target=lambda: copies.update(first=copy.deepcopy(cache, gate)))
+        other = threading.Thread(target=lambda: copies.update(other=WAYS_TO_COPY[way](cache)))
+        first.start()
+        assert gate.reached.wait(60)
+        other.start()
+        other.join(0.2)  # as far as it comes
+        assert cache.get_seq_length() == visible
+        gate.opened.set()
+        first.join(60)
+        other.join(60)
+        assert difference(generate(model, copies["first"], whole), expected) == ""
+        if way == "deepcopy":
+            assert difference(generate(model, copies["other"], whole), expected) == ""
+        else:
+            found = content(copies["other"])
+            assert found.keys() == before.keys()
+            assert all(torch.equal(found[n], before[n]) for n in before)
+        assert difference(generate(model, cache, whole), expected) == ""
 
-        def ask(seed: int) -> None:
-            whole = asking(ids, 9, seed)
-            answers[seed] = difference(generate(model, copy.deepcopy(cache), whole), expected[seed])
 
-        expected = {seed: in_pieces(model, asking(ids, 9, seed), [ids.shape[1]]) for seed in range(4)}
-        threads = [threading.Thread(target=ask, args=[seed]) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert answers == dict.fromkeys(range(4), "")
-        assert difference(generate(model, cache, asking(ids, 9, 0)), expected[0]) == ""
+def test_a_copy_in_the_midst_of_another_threads_prompt() -> None:
+    """That would be half of it, so it is refused; afterwards it works."""
+    model, ids = shared_model("llama"), document()
+    reached, opened = threading.Event(), threading.Event()
+
+    def stop(*_: Any) -> None:
+        reached.set()
+        assert opened.wait(60)
+
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(ids)
+        handle = model.model.layers[1].register_forward_pre_hook(reads_only(stop))
+        thread = threading.Thread(target=generate, args=(model, cache, asking(ids)))
+        thread.start()
+        try:
+            assert reached.wait(60)
+            for way in WAYS_TO_COPY.values():
+                with pytest.raises(CakeError, match="Another thread is using this CakeCache"):
+                    way(cache)
+        finally:
+            opened.set()
+            thread.join(60)
+            handle.remove()
+        length = cache.get_seq_length()
+        assert [way(cache).get_seq_length() for way in WAYS_TO_COPY.values()] == [length] * 3
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
 from cake_hf.cache.session import Session
-from cake_hf.cache.standing import all_shown, show_tokens
+from cake_hf.cache.standing import copied_layers
 from cake_hf.cache.support import refuse_unusable
 from cake_hf.cache.token_ids import token_ids
 from cake_hf.cache.vision import forget_numbering
@@ -106,7 +106,15 @@ class CakeCache(RestoringCache):
         return f"CakeCache({state}{type(self._session.model).__name__}, {self._length()} tokens, {self.store!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CakeCache:
-        """A cache with its own KV, on the same model, store and writer."""
+        """A cache with its own KV, on the same model, store and writer. Several threads may copy one cache at a time.
+
+        Raises:
+            CakeError: another thread is running the model with this cache.
+        """
+        with self._user.copying(self._session.model, self):
+            return self._copied(memo)
+
+    def _copied(self, memo: dict[int, Any]) -> CakeCache:
         self._go_back_if_left()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -114,10 +122,9 @@ class CakeCache(RestoringCache):
             memo[id(self._session)] = self._session
             copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
             return copied
-        with all_shown(self._ahead, self.layers):
-            RestoringCache.__init__(copied, self._session, copy.deepcopy(self.layers, memo), self._model_reason)
-        if self._ahead is not None:
-            show_tokens(copied.layers, self._length())
+        RestoringCache.__init__(
+            copied, self._session, copied_layers(self.layers, self._ahead, memo), self._model_reason
+        )
         copied._ahead = self._ahead
         copied.report = copy.deepcopy(self.report, memo)
         if self._prefilled is not None and self._prefilled.report is self.report:
@@ -291,7 +298,9 @@ class CakeCache(RestoringCache):
 
     def to_dynamic_cache(self) -> DynamicCache:
         """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""
-        return to_dynamic(self, self._session.model.config)
+        with self._user.copying(self._session.model, self):
+            self._go_back_if_left()
+            return to_dynamic(self, self._session.model.config)
 
     def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
         """A `StaticCache` with a copy of what is in here, for decoding that is compiled.
@@ -304,7 +313,8 @@ class CakeCache(RestoringCache):
             ValueError: there is no room for what is in here and one token more, or `into` was made for other rows.
             CakeError: the model does not keep full attention in all layers.
         """
-        return to_static(self, self._session.model.config, max_cache_len, into)
+        with self._user.copying(self._session.model, self):
+            return to_static(self, self._session.model.config, max_cache_len, into)
 
     def to_quantized_cache(self, backend: str, **options: Any) -> QuantizedCache:
         """A `QuantizedCache` with what is in here, quantized.
@@ -316,4 +326,5 @@ class CakeCache(RestoringCache):
         Raises:
             CakeError: the model does not keep full attention in all layers.
         """
-        return to_quantized(self, self._session.model.config, backend, options)
+        with self._user.copying(self._session.model, self):
+            return to_quantized(self, self._session.model.config, backend, options)

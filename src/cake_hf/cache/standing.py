@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +86,20 @@ def show_tokens(layers: Sequence[Any], tokens: int) -> None:
             layer.show(tokens)
 
 
-@contextmanager
-def all_shown(ahead: Ahead | None, layers: Sequence[Any]) -> Iterator[None]:
-    """The layers that keep each token show the end of the document meanwhile."""
+def copied_layers(layers: Sequence[Any], ahead: Ahead | None, memo: dict[int, Any]) -> list[Any]:
+    """Copies of a cache's layers, which have the end of the document, too, and show as much as these do.
+
+    Args:
+        layers: of the cache. They are read only, so that several threads may each copy a document that all of them ask about.
+        ahead: the end of the document that they do not show.
+        memo: of `copy.deepcopy`.
+    """
     if ahead is None:
-        yield
-        return
-    show_tokens(layers, ahead.end.tokens)
-    try:
-        yield
-    finally:
-        show_tokens(layers, ahead.end.tokens - ahead.tokens)
+        return copy.deepcopy(list(layers), memo)
+    end = ahead.end.tokens
+    copied = [
+        layer.copied(memo, end) if isinstance(layer, TokenMajorLayer) else copy.deepcopy(layer, memo)
+        for layer in layers
+    ]
+    show_tokens(copied, end - ahead.tokens)
+    return copied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -19,6 +21,11 @@ class User:
 
     def __init__(self) -> None:
         self._thread = 0
+        self._copying = Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> User:
+        """A copy of a cache has not been used yet."""
+        return User()
 
     @property
     def is_here(self) -> bool:
@@ -38,6 +45,25 @@ class User:
         if self.is_here:
             return
         with _lock:
-            if self._thread and is_used_by(self._thread, model, cache):
-                raise CakeError("Another thread is using this CakeCache; make one for each thread.")
+            self._require_idle(model, cache)
             self._thread = get_ident()
+
+    @contextmanager
+    def copying(self, model: torch.nn.Module, cache: Any) -> Iterator[None]:
+        """Copy the cache's content; any number of threads may, one after another.
+
+        Args:
+            model: of the cache.
+            cache: whose user this is.
+
+        Raises:
+            CakeError: another thread is changing the content.
+        """
+        with self._copying:
+            if not self.is_here:
+                self._require_idle(model, cache)
+            yield
+
+    def _require_idle(self, model: torch.nn.Module, cache: Any) -> None:
+        if self._thread and is_used_by(self._thread, model, cache):
+            raise CakeError("Another thread is using this CakeCache; make one for each thread.")

@@ -63,12 +63,12 @@ class IndexedLayer(TokenMajorLayer):
         super().prefetch()
         self._indexer.prefetch()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> IndexedLayer:
-        copied: IndexedLayer = super().__deepcopy__(memo)
-        copied._indexer = self._indexer.__deepcopy__(memo)
-        return copied
-
     # What the restore needs.
+
+    def copied(self, memo: dict[int, Any], tokens: int | None = None) -> IndexedLayer:
+        copied: IndexedLayer = super().copied(memo, tokens)
+        copied._indexer = self._indexer.copied(memo, tokens)
+        return copied
 
     def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
         super().make_room(like, capacity, by_head=by_head)

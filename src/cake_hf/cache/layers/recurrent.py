@@ -65,8 +65,8 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
         LinearAttentionLayer.crop(self, tokens_to_remove)
         TokenMajorLayer.crop(self, tokens_to_remove)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HybridLayer:
-        copied: HybridLayer = TokenMajorLayer.__deepcopy__(self, memo)
+    def copied(self, memo: dict[int, Any], tokens: int | None = None) -> HybridLayer:
+        copied: HybridLayer = TokenMajorLayer.copied(self, memo, tokens)
         for name in OF_STATES:
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied

@@ -79,10 +79,21 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._per_row(lambda buffer: buffer[indices, ...])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenMajorLayer:
+        return self.copied(memo)
+
+    # What the restore needs beyond DynamicLayer.
+
+    def copied(self, memo: dict[int, Any], tokens: int | None = None) -> TokenMajorLayer:
+        """A copy with memory of its own. Shows nothing else here meanwhile: other threads may read this layer.
+
+        Args:
+            memo: of `copy.deepcopy`.
+            tokens: of the buffers, which the copy shows; by default those that are shown here.
+        """
         copied = type(self)()
         memo[id(self)] = copied
         if self.is_initialized:
-            length = self._take_over()
+            length = self._take_over() if tokens is None else tokens
             copied.__dict__.update(self.__dict__)
             # As it will lie when tokens are decoded, and with room for a question: so it is copied only once.
             by_head, room = _pays_by_head(_given(self._key_buffer)), length + HEADROOM_TOKENS
@@ -90,8 +101,6 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, by_head=by_head)
             copied._show(length)
         return copied
-
-    # What the restore needs beyond DynamicLayer.
 
     def reserve(
         self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, by_head: bool = False
