@@ -56,6 +56,22 @@ def test_every_state_of_the_adapters_has_chunks_of_its_own() -> None:
     assert len(set(first_tokens)) > 1, "adapters that change nothing would show nothing"
 
 
+def test_adapters_count_by_what_is_loaded_and_by_name() -> None:
+    """Also where they are disabled, or not active."""
+    model, store = adapted(), MemoryStore()
+    with model.disable_adapter():
+        assert found(model, store) == 0
+    assert found(build("llama"), store) == 0
+    assert found(model, store) == 0
+    for name, others in (("first", ()), ("renamed", ("second",))):
+        torch.manual_seed(5)
+        other = get_peft_model(build("llama"), LORA, adapter_name=name)
+        for another in others:
+            other.add_adapter(another, LORA)
+        assert found(other.eval(), store) == 0
+    assert found(adapted(), store) == CHUNKS
+
+
 def test_scaled_merged_and_unmerged() -> None:
     model, store = adapted(), MemoryStore()
     assert found(model, store) == 0
