@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.tensors.fingerprint import weights_digest
 from cake_hf.tensors.weights import unknown_weights
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run
 from naming import given
+from snippets import MODEL as SMALL
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -54,6 +56,22 @@ def test_every_state_of_the_adapters_has_chunks_of_its_own() -> None:
         assert loaded == [turn * CHUNKS] * 4
     assert len(list(store.keys())) == 4 * CHUNKS
     assert len(set(first_tokens)) > 1, "adapters that change nothing would show nothing"
+
+
+def test_adapters_count_by_what_is_loaded_and_by_name() -> None:
+    """Also where they are disabled, or not active."""
+    model, store = adapted(), MemoryStore()
+    with model.disable_adapter():
+        assert found(model, store) == 0
+    assert found(build("llama"), store) == 0
+    assert found(model, store) == 0
+    for name, others in (("first", ()), ("renamed", ("second",))):
+        torch.manual_seed(5)
+        other = get_peft_model(build("llama"), LORA, adapter_name=name)
+        for another in others:
+            other.add_adapter(another, LORA)
+        assert found(other.eval(), store) == 0
+    assert found(adapted(), store) == CHUNKS
 
 
 def test_scaled_merged_and_unmerged() -> None:
@@ -262,3 +280,33 @@ def test_weights_quantised_by_a_package(package: str) -> None:
     assert found(quantise(build("llama")), store) == CHUNKS
     assert found(quantise(other_weights()), store) == 0
     assert found(build("llama"), store) == 0
+
+
+def in_torchao() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+LOADED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "torchao": ("torchao", in_torchao),
+    "8 bits": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "4 bits": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt")
+@pytest.mark.parametrize("way", LOADED)
+def test_a_model_that_is_loaded_quantised(way: str) -> None:
+    """As the page about quantised models shows it."""
+    package, config = LOADED[way]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    store = MemoryStore()
+
+    def load(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(SMALL, dtype=torch.bfloat16, **options)
+
+    assert found(load(quantization_config=config()), store) == 0
+    assert found(load(quantization_config=config()), store) == CHUNKS
+    assert found(load(), store) == 0

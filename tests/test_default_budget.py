@@ -47,7 +47,7 @@ def opened(folder: Path) -> LocalStore:
 
 @pytest.mark.fault(
     "Time and bounds",
-    "A directory is used as a store and nobody has given it a budget.",
+    "A directory is used as a store without a budget.",
     "It takes a fifth of the free disk at most; what was used longest ago makes room. `cake-hf info` says how much it is.",
 )
 @pytest.mark.parametrize("spec", [str, Path, Path.as_uri])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,9 +15,13 @@ from typing import Any
 
 import pytest
 import typer.main
+from transformers import LlavaForConditionalGeneration, cache_utils
+from typer.testing import CliRunner
 
 import cake_hf
 from cake_hf import open_store
+from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
+from cake_hf.arithmetic.planner import plan
 from cake_hf.people.cli import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
@@ -24,6 +29,7 @@ from filling.docstrings import show_examples
 from filling.pages import REPOSITORY, CannotFill, fill
 from filling.parity import FILES, all_runs
 from filling.results import all_results, figures, one_result
+from pictures import set_up_pictures
 from snippets import found, reader, run, snippets
 from test_hub import client, hub
 
@@ -31,6 +37,7 @@ __all__ = ["client", "hub"]  # fixtures that are used here, too
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+HELP = DOCS / "does-it-help.md"
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 NOT_PAGES = {"families"}
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.stem not in NOT_PAGES]
@@ -245,6 +252,18 @@ OUTCOMES = {
     ),
     "how-it-works": lambda scope: scope["cache"].report.timeline,
     "guarantees": lambda scope: found(scope["cache"].report),
+    "does-it-help": lambda scope: found(scope["report"]),
+    "disk-use": lambda scope: scope["report"].bytes_stored / scope["tokens"] >= 2 * 4 * 2 * 32 * 2,
+    "gpu": lambda scope: scope["cache"].report.chunk_size == 1024 and scope["cache"].report.tokens > 1024,
+    "lora": lambda scope: (
+        all("made with" in scope["reports"]["first", name].reason for name in ("legal", "medical"))
+        and all(found(scope["reports"]["second", name]) for name in ("legal", "medical"))
+    ),
+    "quantised": lambda scope: (
+        found(scope["cache"].report) and scope["answer"].shape[1] > scope["inputs"].input_ids.shape[1]
+    ),
+    "serving": lambda scope: len(scope["answers"]) == 4 and scope["response"].status == 200,
+    "vision": lambda scope: found(scope["second"][1]) and scope["other"][1].chunks_missed,
     "models": lambda scope: "none of the prompt's chunks yet" in scope["cache"].report.reason,
     "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
     "sharing": lambda scope: scope["imported"].chunks and found(scope["cache"].report),
@@ -253,10 +272,21 @@ OUTCOMES = {
 }
 """What must be so when a page's snippets have run."""
 
+UNSERVED = {}
+"""Pages about what the installed version of transformers does not have, and why."""
+if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+    UNSERVED["quantised"] = "this version of transformers quantises KV by other packages only"
+if "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters:
+    UNSERVED["vision"] = "this version of transformers cannot be given a part of an image"
+
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the Hub's client and its own HTTP library
 @pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
-def test_snippets_run(page: Path, reader_scope: dict[str, Any]) -> None:
+def test_snippets_run(page: Path, reader_scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := UNSERVED.get(page.stem):
+        pytest.skip(reason)
+    if page.stem == "vision":
+        set_up_pictures(Path.cwd(), monkeypatch)
     run(snippets(page), page.name, reader_scope)
     assert OUTCOMES[page.stem](reader_scope)
 
@@ -298,6 +328,29 @@ def test_a_command_that_is_not_there_is_noticed() -> None:
         parse("cake-hf verify STORE --no-such-option")
     with pytest.raises(KeyError):
         parse("cake-hf no-such-command")
+
+
+def test_the_plan_that_is_shown_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    (shown,) = re.findall(r"^```text\n\$ cake-hf (plan .*?)^```", HELP.read_text(), flags=re.DOTALL | re.MULTILINE)
+    line, _, screen = shown.partition("\n")
+    printed = CliRunner().invoke(app, shlex.split(line)).stdout
+    assert [row.rstrip() for row in printed.strip().splitlines()] == screen.strip().splitlines()
+    assert max(map(len, screen.splitlines())) < 80
+
+
+@pytest.mark.parametrize(
+    ("times", "least", "most"),
+    [(0.02, 0.0, 0.1), (1.0, 0.45, 0.6), (4.0, 0.7, 0.95), (20.0, 0.95, 1.0)],
+    ids=["far less", "about as long", "several times as long", "far longer"],
+)
+def test_the_rule_is_what_the_planner_finds(times: float, least: float, most: float) -> None:
+    """Loading a chunk takes so many times as long as computing it: both ends over computing alone."""
+    compute = ComputeCost(0.1, 0.0)
+    load = LoadCost(latency=0.0, bandwidth=2**20 / (times * compute.base), chunk_bytes=2**20)
+    made = plan(Costs(compute, load), [True] * 16)
+    assert made.predicted_seconds is not None
+    assert least <= made.predicted_seconds / made.curve[-1] <= most
 
 
 def shown_urls() -> list[str]:

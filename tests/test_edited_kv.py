@@ -65,7 +65,7 @@ EDITS: list[Edit] = [
 
 @pytest.mark.fault(
     "KV",
-    "Somebody edits the KV in a cache (in place, through `.data` or numpy, or by replacing it) and goes on with it.",
+    "The KV in a cache is edited (in place, through `.data` or numpy, or by replacing it), and generation goes on with it.",
     "The next turn uses the edited KV, as on a `DynamicCache`; nothing of it is saved, and nothing is loaded behind it.",
 )
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)

@@ -299,7 +299,7 @@ def forked(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 @pytest.mark.fault(
     "Processes",
     "A process forks while it writes, and the child lives on.",
-    "The child holds none of its parent's locks: leftovers are swept, and nobody waits for it.",
+    "The child holds none of its parent's locks: leftovers are swept, and no process waits for it.",
 )
 @pytest.mark.parametrize("what", ["dies", "goes on"])
 def test_a_child_of_fork_holds_no_lock(

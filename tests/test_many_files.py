@@ -104,7 +104,7 @@ def assert_free(root: Path) -> None:
 @pytest.mark.fault(
     "Processes",
     "`ls`, `info`, `verify` or `gc` looks through 100,000 chunks while others use the store.",
-    "Nobody waits for it: it holds no lock while it looks, and one for each single chunk that `gc` deletes.",
+    "They do not wait for it: it holds no lock while it looks, and one for each single chunk that `gc` deletes.",
 )
 @pytest.mark.parametrize("name", SCANS)
 def test_whenever_a_file_is_looked_at_the_lock_is_free(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

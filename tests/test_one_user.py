@@ -173,8 +173,8 @@ def test_a_thread_that_was_interrupted_holds_nothing() -> None:
 
 @pytest.mark.fault(
     "Time and bounds",
-    "A cache is closed, or its `with` block left, while another thread is in the midst of a prompt.",
-    "That prompt is brought to its end, and saved; then the store is closed. Nobody waits for it.",
+    "A cache is closed, or its `with` block left, while another thread is running a prompt with it.",
+    "That prompt is finished and saved, and then the store is closed. Closing does not wait for it.",
 )
 @pytest.mark.parametrize("forward", [1, 2, 5, CHUNKS, CHUNKS + 1, CHUNKS + 2])
 @pytest.mark.parametrize("part", [0, 2])

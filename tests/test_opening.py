@@ -182,7 +182,7 @@ UNUSABLE = [
 
 @pytest.mark.fault(
     "Stores",
-    "A store never was usable: nobody is there, a path cannot be made, credentials or a client library are missing.",
+    "A store was never usable: no server answers, a path cannot be made, credentials or a client library are missing.",
     "Making the cache is an error of one sentence, without what client libraries print.",
 )
 @pytest.mark.parametrize("spec", UNUSABLE, ids=str)

@@ -364,7 +364,7 @@ def a_folder(path: Path) -> None:
 @pytest.mark.fault(
     "Files",
     "A pipe, a device or a socket has the name of a chunk.",
-    "It is no chunk: a miss, which hangs nobody; it is neither read nor removed.",
+    "It counts as a miss and is neither read nor removed; nothing hangs.",
 )
 @pytest.mark.parametrize("make", [a_pipe, a_socket, a_device, a_folder])
 @pytest.mark.parametrize("where", ["chunk", "leftover", "bytes", "note", "marker"])

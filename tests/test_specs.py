@@ -194,7 +194,7 @@ def test_a_tilde_is_the_home_directory(bare_home: Path) -> None:
         assert store.root == bare_home / "kv"
 
 
-@pytest.mark.fault("Files", "`~` stands for a home directory that nobody knows.", "One sentence says so.")
+@pytest.mark.fault("Files", "`~` stands for a home directory that cannot be found.", "One sentence says so.")
 @pytest.mark.parametrize("home", [None, "", "relative"])
 def test_no_home_directory_is_one_sentence(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(uid: int) -> None:

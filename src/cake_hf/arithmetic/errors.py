@@ -12,12 +12,12 @@ class CakeError(Exception):
 class StoreError(CakeError):
     """A store cannot be opened, read or written: an I/O fault, a wrong path, a full disk.
 
-    While a prompt is being restored these never reach the caller: the chunk is computed and the fault counted.
+    While a prompt is being restored, such errors never reach the caller: the chunk is computed and the fault counted.
     """
 
 
 class CorruptChunk(StoreError):
-    """What a store returned is not the chunk that was asked for: wrong size, wrong header or wrong checksum."""
+    """The value from a store is not the chunk that was asked for: its size, header or checksum is wrong."""
 
 
 class DeadlineExceeded(StoreError):
@@ -25,11 +25,11 @@ class DeadlineExceeded(StoreError):
 
 
 class UnsupportedModel(CakeError):
-    """A model that no KV cache of ours can serve at all (meta device, encoder-decoder, a forward without a cache)."""
+    """The model cannot be used with a `CakeCache` at all (meta device, encoder-decoder, a forward without a cache)."""
 
 
 class UnfitImages(CakeError, ValueError):
-    """A prompt has places for more or fewer image tokens than its images give."""
+    """A prompt has places for more or fewer image tokens than its images have."""
 
 
 class ForeignModel(CakeError):
@@ -40,6 +40,6 @@ def is_a_fault(error: BaseException) -> bool:
     """Whether an error that a store raised is its fault, as any `Exception` is.
 
     A client library may raise others, too (a panic in native code, a cancelled task). In the main thread these may be the
-    user's Ctrl-C, or come from a signal handler; in all other threads nobody but the store can have raised them.
+    user's Ctrl-C, or come from a signal handler; in all other threads only the store can have raised them.
     """
     return not is_the_users(error)

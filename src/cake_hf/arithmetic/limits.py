@@ -36,17 +36,17 @@ class Limits:
     Attributes:
         loader_threads: threads that read chunks while a prompt is being restored (they end with the restore).
         read_timeout: seconds one chunk's read may take before the chunk is computed instead.
-        lookup_timeout: seconds the question "which of these chunks do you have?" may take before all count as missing; also
-            those that opening the store may take before the cache goes on without it.
-        save_queue_bytes: bytes of chunks that may wait to be written; beyond it saving is skipped and counted. Of a model on a
-            GPU that is page-locked memory, which torch hands out in powers of two and keeps for the next prompt.
-        tier_queue_bytes: bytes of chunks that tiers may hold for copies and writes behind; beyond it these are skipped and
+        lookup_timeout: seconds the lookup of which chunks are stored may take before all of them count as missing; also the
+            seconds that opening the store may take before the cache continues without it.
+        save_queue_bytes: bytes of chunks that may wait to be written; beyond that, saving is skipped and counted. For a model
+            on a GPU this is page-locked memory, which torch allocates in powers of two and keeps for the next prompt.
+        tier_queue_bytes: bytes of chunks that tiers may hold for copies and delayed writes; beyond that, these are skipped and
             counted. For tiers that the cache opens itself.
-        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. All that
-            is waited for then shares this time, and all caches of a process share it when the interpreter ends.
+        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. This time
+            is for everything there is to wait for; when the interpreter ends, all caches of the process share it.
 
     Raises:
-        ValueError: a number is not positive, too large, or none; the sentence names the field and the right form.
+        ValueError: a value is not a number, not positive, or too large; the message names the field and the right form.
     """
 
     loader_threads: int = 2
@@ -62,12 +62,12 @@ class Limits:
 
     @classmethod
     def from_environment(cls, **chosen: Any) -> Limits:
-        """What is not chosen here comes from its `CAKE_HF_*` variable (see docs/environment.md), or else from the defaults.
+        """Limits that are not given here come from their `CAKE_HF_*` variables (see docs/environment.md), or are the defaults.
 
-        A `CakeCache` without `limits` has these.
+        A `CakeCache` that is made without `limits` uses `Limits.from_environment()`.
 
         Raises:
-            ValueError: a variable that is asked for cannot be used, or a number is not positive.
+            ValueError: a variable cannot be used, or a number is not positive.
         """
         asked = {name: parse for name, parse in _PARSERS.items() if name not in chosen}
         found: dict[str, Any] = {

@@ -29,7 +29,7 @@ class Span:
         outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
             chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
             "shared" where the chunk came from another prompt that was being restored at the same time; "overtaken" where a load
-            came when nobody waited for it any more.
+            was no longer needed when it came.
     """
 
     actor: str
@@ -41,7 +41,7 @@ class Span:
 
 @dataclass
 class Report:
-    """Counts, bytes, seconds and the timeline of the last prompt a cache has seen.
+    """Counts, bytes, seconds and the timeline of the last prompt of a cache.
 
     `chunks_computed + chunks_loaded + chunks_shared` is the number of full chunks before the prompt's last piece, which is
     always computed.
@@ -50,21 +50,22 @@ class Report:
     Attributes:
         tokens: length of the prompt; of a batch, all rows together, without padding.
         chunk_size: tokens per chunk.
-        batch: how many prompts: everything here is for all of them together.
+        batch: number of prompts; everything here is for all of them together.
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
         chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
             another row of the batch.
-        tails_computed, tails_loaded, tails_saved: what lies between full chunks and declared cuts (see `CakeCache.prefill`),
+        tails_computed, tails_loaded, tails_saved: pieces between full chunks and declared cuts (see `CakeCache.prefill`),
             and decoded tokens of earlier turns.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks, and tails, that were not saved: the queue was full or the store refused them.
-        states_loaded, states_saved: snapshots of a model's recurrent state, which come beside chunks.
+        states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
         bytes_loaded, bytes_saved: payload bytes, of chunks and states.
-        store: where chunks are kept, without secrets, of a directory its last part; empty where it was not asked.
-        bytes_stored: that this prompt's chunks and states take there, headers included: what was there when the prompt came,
-            and what is durable since.
-        seconds_saved: what computing all would have taken, by the costs learnt here so far, less what it took; None where
-            nothing was brought, or the cost of computing is not known yet. Negative where computing would have been faster.
+        store: the store's name without secrets, for a directory the last part of its path; empty if it was not asked.
+        bytes_stored: bytes that this prompt's chunks and states take in the store, headers included: those found when the
+            prompt came, and those saved since.
+        seconds_saved: the time that computing everything would have taken, by the costs measured so far, minus the time taken;
+            None if nothing was loaded or shared, or if the cost of computing is not known yet. Negative if computing would
+            have been faster.
         prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
         timeline: who did which chunk, from when to when.
         reason: empty, or why the prompt, or a part of it, was not restored.

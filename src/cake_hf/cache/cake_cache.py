@@ -34,7 +34,7 @@ from cake_hf.stores.opening import StoreSpec
 
 
 class CakeCache(RestoringCache):
-    """A `DynamicCache` that keeps the KV of prompts in a store and brings it back, bit for bit.
+    """A `DynamicCache` that keeps the KV of prompts in a store and restores it, bit for bit.
 
         cache = CakeCache(model, store="~/.cache/cake_hf")
         model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
@@ -48,24 +48,24 @@ class CakeCache(RestoringCache):
         store: a directory, a URL (see `open_store`), a list of these for tiers, or a `Store`, which stays open when the cache
             closes. By default what the environment variable `CAKE_HF_STORE` names.
         chunk_size: tokens per chunk, at least 16; "auto" is 128 on a CPU and 512 on a GPU. Part of the key: other sizes do not
-            share chunks. Also part of what "exact" means: in bfloat16 other sizes round otherwise.
+            share chunks. Also part of what "exact" means: in bfloat16 other sizes round differently.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
         save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
         exact: use only KV made with the same numerics (device, processor, kernels, library versions, threads), which gives
             bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
         strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
         limits: budgets of threads, seconds and bytes; by default `Limits.from_environment()`.
-        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can only go on
-            where a snapshot of these is stored: keep one after every so many chunks. In any case one is kept at the end of
-            each prompt, and where a prompt leaves what it shares with stored ones; 0 for no others.
+        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can be restored
+            only up to a chunk with a stored snapshot of these: store one after every so many chunks. One is always stored at
+            the end of each prompt, and where a prompt parts from stored ones; 0 for no others.
 
     Attributes:
         report: what happened to the last prompt.
 
     Raises:
         UnsupportedModel: the model is on the meta device, an encoder-decoder, or its forward takes no cache.
-        StoreError: no store is named; or it cannot be opened, or not be written to while `save` is set, and never could in this
-            process. (One that could, or does not answer in time, is gone without, see docs/stores.md.)
+        StoreError: no store is named; or it cannot be opened, or cannot be written to while `save` is set, and never could be
+            in this process. (If it could be before, or does not answer in time, the cache works without it: docs/stores.md.)
         ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
     """
 
@@ -152,17 +152,17 @@ class CakeCache(RestoringCache):
         return self._session.store
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice.
+        """Wait until all chunks to be saved are durable; returns False if `timeout` seconds were not enough.
 
-        Without a timeout it waits as long as chunks are being written, and gives up on a store that takes longer than
+        Without a timeout it waits as long as chunks are being written, and gives up if the store takes longer than
         `limits.exit_flush_seconds` for one chunk, or for its own flushing.
         """
         return self._session.flush(timeout)
 
     def close(self) -> None:
-        """Save what is queued (waiting `limits.exit_flush_seconds` at most) and let go of model and store. Idempotent.
+        """Save queued chunks (waiting at most `limits.exit_flush_seconds`) and release model and store. Idempotent.
 
-        Where another thread is in the midst of a prompt, that is brought to its end first, and this returns at once.
+        If another thread is running a prompt with this cache, this returns at once; the prompt is still finished and saved.
         """
         self._session.at_work.close(self._session.model, self._session.close)
 
@@ -182,29 +182,28 @@ class CakeCache(RestoringCache):
         whole: bool = False,
         progress: Progress | None = None,
     ) -> Report:
-        """Bring a document's KV into this cache without generating; `generate` then goes on from there with a question.
+        """Restore or compute a document's KV without generating; `generate` then continues from there with a question.
 
-        The end of the document becomes a cut: what of it does not fill a chunk is held, stored and restored, too. What is
-        generated is then that of a `DynamicCache` into which the document was run, in chunks, and then the question.
+        The end of the document becomes a cut: its last tokens, which do not fill a chunk, are held, stored and restored, too.
+        The output is then that of a `DynamicCache` through which the document was run in chunks, and then the question.
 
         Args:
-            input_ids: `[1, tokens]` of the prompt from its start, as a tensor, an array, a list, or what the tokenizer returns;
-                the tokens that the cache holds already are skipped. (A batch, or a prompt with images, is restored when the
+            input_ids: `[1, tokens]` of the prompt from its start, as a tensor, an array, a list, or the tokenizer's output;
+                tokens that the cache already holds are skipped. (A batch, or a prompt with images, is restored when the
                 model is called with it.)
-            boundaries: numbers of tokens from the prompt's start, of parts that other prompts share, such as a system prompt,
-                or the turns of a conversation: these are cuts, too.
-            whole: bring whole chunks only. The end is no cut then, as for a text that prompts go on from in the middle of a
-                word.
-            progress: called with (chunks that are there, all chunks).
+            boundaries: further cuts, as numbers of tokens from the prompt's start: the ends of parts that other prompts share,
+                such as a system prompt or the turns of a conversation.
+            whole: restore or compute whole chunks only, without a cut at the end: for a text that prompts may continue in the
+                middle of a word.
+            progress: called with (chunks done, all chunks).
 
         Returns:
-            The report, also in `self.report`. Its `reason` says why nothing was done, if so.
+            The report, also in `self.report`. If nothing was done, its `reason` says why.
 
         Raises:
-            CakeError: the cache is closed, holds another prompt, or one that was cut elsewhere, or is being used by another
-                thread.
-            TypeError: what is given are no token ids, or the boundaries no whole numbers.
-            ValueError: the ids have another form, other numbers than whole ones, or padding; or a boundary is outside of them.
+            CakeError: the cache is closed, holds another prompt or one with other cuts, or is being used by another thread.
+            TypeError: the argument is not token ids, or a boundary is not a whole number.
+            ValueError: the ids have another shape, numbers that are not whole, or padding; or a boundary is outside the prompt.
         """
         ids = token_ids(input_ids)
         cuts = checked_cuts(boundaries, ids.shape[1])
@@ -270,19 +269,19 @@ class CakeCache(RestoringCache):
 
     @property
     def boundaries(self) -> list[int]:
-        """Where what is known of the content was cut, in tokens from its start; for `prefill` and `generate` elsewhere."""
+        """The cuts of the content, in tokens from its start; pass them to `prefill` or `generate` elsewhere."""
         return self._held.cuts(self._session.chunk_size)
 
     def end_turn(self) -> list[int]:
-        """A turn of a conversation has ended: what was said in it, the reply included, is stored.
+        """Store the turn of a conversation that has just ended, including the reply, like the end of a document.
 
-        As if it were a document's end. (Where the conversation goes on in this cache, the next turn does that by itself.)
-        Another process takes the conversation up with the tokens, and with these boundaries: `prefill(ids, boundaries=...)`
-        restores all of it, bit for bit. A reply was run token by token, so each of its tokens is a boundary.
+        (If the conversation continues in this cache, the next turn does so by itself.) Another process resumes the conversation
+        with its tokens and these boundaries: `prefill(ids, boundaries=...)` restores all of it, bit for bit. A reply was
+        decoded token by token, so each of its tokens is a boundary.
 
         Returns:
-            The boundaries. They end before what is not known: behind another way of decoding than token by token, a batch, or a
-            crop.
+            The boundaries. They end where the content is no longer known to be canonical: at decoding other than token by
+            token, a batch, or a crop.
 
         Raises:
             CakeError: another thread is using the cache.
@@ -297,30 +296,35 @@ class CakeCache(RestoringCache):
         return self.boundaries
 
     def to_dynamic_cache(self) -> DynamicCache:
+<<<<<<< HEAD
         """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""
         with self._user.copying(self._session.model, self):
             self._go_back_if_left()
             return to_dynamic(self, self._session.model.config)
+=======
+        """A `DynamicCache` with a copy of the content, for tools that change the KV, or know only that class."""
+        return to_dynamic(self, self._session.model.config)
+>>>>>>> docs
 
     def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
-        """A `StaticCache` with a copy of what is in here, for decoding that is compiled.
+        """A `StaticCache` with a copy of the content, for compiled decoding.
 
         Args:
-            max_cache_len: tokens that it has room for.
-            into: one to fill again, instead of a new one. Its tensors stay where they are, so nothing is compiled anew.
+            max_cache_len: the number of tokens that it has room for.
+            into: a cache to refill instead of making one. Its tensors stay where they are, so nothing is compiled again.
 
         Raises:
-            ValueError: there is no room for what is in here and one token more, or `into` was made for other rows.
+            ValueError: there is no room for the content and one more token, or `into` was made for another number of rows.
             CakeError: the model does not keep full attention in all layers.
         """
         with self._user.copying(self._session.model, self):
             return to_static(self, self._session.model.config, max_cache_len, into)
 
     def to_quantized_cache(self, backend: str, **options: Any) -> QuantizedCache:
-        """A `QuantizedCache` with what is in here, quantized.
+        """A `QuantizedCache` with the content, quantized.
 
         Args:
-            backend: as `QuantizedCache` knows it: "fp8", or "quanto" or "hqq" where their packages are installed.
+            backend: of `QuantizedCache`: "fp8" in recent versions of transformers, "quanto" or "hqq" if installed.
             **options: of `QuantizedCache`.
 
         Raises:

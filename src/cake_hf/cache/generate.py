@@ -30,17 +30,17 @@ def generate(
 ) -> Any:
     """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
 
-    Serves models whose forward has no `logits_to_keep`, too (a `CakeCache` alone cannot tell their prompts from calls that want
-    all logits), and those whose config says `use_cache=False`. Returns once what is new is durable (within
+    Also serves models whose forward has no `logits_to_keep` (a `CakeCache` alone cannot tell their prompts from calls that want
+    all logits), and those whose config says `use_cache=False`. Returns once new chunks are durable (within
     `limits.exit_flush_seconds`).
 
     Args:
         model: a decoder-only transformers model.
-        inputs: `[batch, tokens]` token ids, or what the tokenizer returns; or pass `input_ids=...`.
+        inputs: `[batch, tokens]` token ids, or the tokenizer's output; or pass `input_ids=...`.
         store: as for `CakeCache`.
-        report: called with the report of the prompt when all is done, e.g. `print`, or the `append` of a list.
-        boundaries: numbers of tokens from the prompt's start, of parts that other prompts share, such as the end of a document
-            that is asked about: up to there the prompt is run, stored and restored by itself (see `CakeCache.prefill`).
+        report: called with the prompt's report at the end, e.g. `print`, or the `append` of a list.
+        boundaries: cuts, as numbers of tokens from the prompt's start: the ends of parts that other prompts share, such as a
+            document. Up to a cut, the prompt is run, stored and restored by itself (see `CakeCache.prefill`).
         **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every) and of
             `model.generate`.
 
@@ -48,11 +48,11 @@ def generate(
         What `model.generate` returns.
 
     Raises:
-        ValueError: a cache is given, or a kind of cache; use a `CakeCache` and `model.generate` for that. Or as `CakeCache`
-            raises. Or a boundary is outside the prompt.
-        CakeError: as `CakeCache` raises.
-        UnsupportedModel: the model does not generate.
-        TypeError: what is given is no model, or no token ids; boundaries are no whole numbers; or the report cannot be called.
+        ValueError: a cache, or a kind of cache, is passed; use a `CakeCache` and `model.generate` for that. Or as raised by
+            `CakeCache`. Or a boundary is outside the prompt.
+        CakeError: as raised by `CakeCache`.
+        UnsupportedModel: the model has no `generate`.
+        TypeError: the arguments are not a model and token ids, a boundary is not a whole number, or `report` is not callable.
     """
     if report is not None and not callable(report):
         raise TypeError(f"report is called with the prompt's report, as in report=print; {report!r} cannot be called.")

@@ -31,7 +31,7 @@ def verify_command(
     prompt: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A text file whose chunks are sampled; may be given several times. Only who has a text can check it."
+            help="A text file whose chunks are sampled; may be given several times. Only texts that you have can be checked."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample: the same store and seed give the same one.")] = 0,
@@ -45,12 +45,12 @@ def verify_command(
 ) -> None:
     """Check every chunk against its checksum; exit code 1 if a damaged one is left.
 
-    A checksum finds accidents, not lies: a chunk that somebody made up can be
+    A checksum finds accidents, not lies: a forged chunk can be
     well-formed. Only computing it again tells. A store does not have the texts
     of its prompts, so --recompute needs them: each is computed from its start
     to its last sampled chunk, without using anything that is stored.
 
-    Nobody who uses the store waits for this. Ctrl-C ends it and shows what was
+    Other users of the store do not wait for this. Ctrl-C ends it and shows what was
     found until then.
     """
     job = _recompute_job(share, model, prompt or [], seed, chunk_size, salt, exact, dtype, device)

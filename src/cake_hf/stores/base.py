@@ -20,22 +20,22 @@ MOST_NOTES = 64
 
 
 class Store(ABC):
-    """Keyed values of bytes. A store knows nothing of tensors: what a value means is the codec's business.
+    """Keyed values of bytes. A store knows nothing about tensors: only the codec knows what a value means.
 
     The contract:
 
     * A key is 40 lower-case hexadecimal digits; equal keys mean equal values, so a value is never updated in part.
     * All methods may be called from many threads, and the same place may be opened by many processes.
-    * A value that can be listed is complete: it appears at once, whole, or not at all, whenever a writer dies.
+    * A value that can be listed is complete: it appears whole or not at all, even if a writer dies at any moment.
     * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
-    * Buffers are scattered to and gathered from as they are; a store keeps no reference to them.
+    * Buffers are filled and read as they are; a store keeps no reference to them.
 
     Attributes:
-        reads_ranges: whether `read_range` brings no more than it is asked for. Where it does not, nobody should call it often.
-        range_seconds: what reading a range costs beyond its share of the value, roughly.
+        reads_ranges: whether `read_range` reads no more than the range. If not, it should not be called often.
+        range_seconds: roughly the time that reading a range takes beyond its share of the value.
         read_only: nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a cache
             does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests of such a store.
-        counts_hits: whether prompts are counted among the notes; not where they are none of a user's.
+        counts_hits: whether prompts are counted among the notes; False if they are not a user's prompts.
     """
 
     reads_ranges: bool = False
@@ -61,13 +61,13 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        """Store the parts, joined, durably: when this returns, the value survives the process and the machine.
+        """Store the joined parts durably: once this returns, the value survives a crash of the process or the machine.
 
         Returns:
-            False if the key was there and `replace` is not asked for; then nothing was written.
+            False if the key was there and `replace` is not set; then nothing was written.
 
         Raises:
-            StoreError: the value cannot be written; nothing of it is listed then.
+            StoreError: the value cannot be written; the key is not listed then.
         """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Store(ABC):
         return None if self.read_into(key, [memoryview(value)]) is None else value
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        """Fill the writable byte buffers, in order, with the value's bytes from `offset` on. By default by reading it whole.
+        """Fill the writable byte buffers, in order, with the value's bytes from `offset` on. By default the whole is read.
 
         Returns:
             False for a miss.
@@ -114,14 +114,14 @@ class Store(ABC):
         return value is not None
 
     def head(self, key: str, nbytes: int) -> bytes | None:
-        """The first bytes of a value, at most as many as it has been written with; None for a miss. Raises as `read_range`."""
+        """The first bytes of a value, which must be at least that long; None for a miss. Raises like `read_range`."""
         found = bytearray(nbytes)
         return bytes(found) if self.read_range(key, [memoryview(found)], 0) else None
 
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
-        """As `read_into`, and calls `arrived(n)` whenever the first n parts are there; by default once, when all are.
+        """Like `read_into`, but calls `arrived(n)` whenever the first n parts are there; by default once, with all of them.
 
-        Whoever checks bytes does it best while they are in the processor's cache. What `arrived` raises ends the read.
+        Bytes are best checked while they are in the processor's cache. An error raised by `arrived` ends the read.
         """
         count = self.read_into(key, parts)
         if count is not None:
@@ -129,34 +129,34 @@ class Store(ABC):
         return count
 
     def check_writable(self) -> None:
-        """Raise a StoreError that says what to do if nothing can be written here. By default all is well."""
+        """Raise a StoreError that says what to do if nothing can be written here. Does nothing by default."""
 
     def look_only(self) -> None:
-        """The store was opened to be read: until something is written after all, reading leaves no trace in it
-        (no time of last use, no notes). By default it leaves none anyway."""
+        """The store was opened for reading: until something is written, reading leaves no trace in it (no time of
+        last use, no notes). Does nothing by default, since reads leave none."""
 
     def leaves_traces(self) -> bool:
         """Whether notes may be written to `notes_folder`."""
         return True
 
     def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
-        """Why nothing in here can serve that namespace, as a clause for people; empty if something may.
+        """A clause for people that says why nothing in this store can serve a namespace; empty if something may.
 
-        Asked when a prompt found nothing; never raises and never waits. By default a store does not know what its values
-        were made from.
+        Called when nothing of a prompt was found; never raises and never waits. By default a store does not know how its
+        values were made.
 
         Args:
             namespace: digest that the keys were made with.
-            facts: gives what it is the digest of, without the salt.
+            facts: returns the facts that it is a digest of, without the salt.
         """
         return ""
 
     def notes_folder(self) -> Path | None:
-        """A folder of this machine for small files about this store (it may not exist yet), or None if there is none."""
+        """A folder on this machine for small files about this store (it may not exist yet), or None."""
         return None
 
     def notes(self) -> Mapping[str, bytes]:
-        """What `put_note` has kept, by name, as far as it is not absurd: whoever can write to the place can change notes.
+        """The notes kept by `put_note`, by name, without absurd ones: anyone who can write to the store can change notes.
 
         By default a store keeps none.
 
@@ -166,10 +166,9 @@ class Store(ABC):
         return {}
 
     def put_note(self, name: str, note: bytes | None) -> None:
-        """Keep a note about what is stored, in the place of the other one of that name; None removes it.
+        """Keep a note about the stored values, replacing the note of that name; None removes it.
 
-        Notes are no values: `keys` does not list them, and nothing but words for people depends on them. By default nothing is
-        kept.
+        Notes are not values: `keys` does not list them, and only texts for people depend on them. By default nothing is kept.
 
         Args:
             name: 40 lower-case hexadecimal digits.
@@ -180,18 +179,18 @@ class Store(ABC):
         """
 
     def identity(self) -> Hashable:
-        """Equal for two stores of this process that are the same place. By default a store object is a place of its own."""
+        """Equal for two store objects of this process with the same values. By default each object differs from all others."""
         return (type(self).__name__, id(self))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all that was written is where it is to be; False if `timeout` seconds did not suffice.
+        """Wait until all writes are complete; returns False if `timeout` seconds were not enough.
 
-        By default `write` has done it all.
+        By default `write` leaves nothing to wait for.
         """
         return True
 
     def close(self) -> None:
-        """Give back what the store holds open. May be called twice."""
+        """Release what the store holds open. May be called twice."""
 
     def __enter__(self) -> Store:
         return self
