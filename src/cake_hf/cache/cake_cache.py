@@ -296,15 +296,10 @@ class CakeCache(RestoringCache):
         return self.boundaries
 
     def to_dynamic_cache(self) -> DynamicCache:
-<<<<<<< HEAD
-        """A `DynamicCache` with a copy of what is in here, for tools that change the KV, or know only that class."""
+        """A `DynamicCache` with a copy of the content, for tools that change the KV, or know only that class."""
         with self._user.copying(self._session.model, self):
             self._go_back_if_left()
             return to_dynamic(self, self._session.model.config)
-=======
-        """A `DynamicCache` with a copy of the content, for tools that change the KV, or know only that class."""
-        return to_dynamic(self, self._session.model.config)
->>>>>>> docs
 
     def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
         """A `StaticCache` with a copy of the content, for compiled decoding.
