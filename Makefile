@@ -70,7 +70,7 @@ lint: $(READY)  ## style, types
 	$(BIN)/mypy
 
 bench: $(READY)  ## the whole grid on this machine; on two cores half an hour or more
-	$(BIN)/cake-hf bench grid --out benchmarks/results/grid.json --plots benchmarks/plots
+	$(BIN)/python -m benchmarks grid --out benchmarks/results/grid.json --plots benchmarks/plots
 
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh

@@ -6,11 +6,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from benchmarks.figures import Result
+from benchmarks.table import build_tables
 
 from cake_hf import LocalStore, StoreError
 from cake_hf.people import gc, warm
-from cake_hf.people.bench.results import Result
-from cake_hf.people.bench.table import build_tables
 from cake_hf.people.console import console, errors, progress_bar
 from cake_hf.people.gc import Collected
 from cake_hf.people.inspect_store import Inventory

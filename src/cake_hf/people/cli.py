@@ -23,12 +23,14 @@ COMMANDS = {
     "rm": Deferred("cake_hf.people.rm:rm_command", "Delete the KV of a document, a model or a namespace."),
     "pin": Deferred("cake_hf.people.pin:pin_command", "Keep chunks for some time, whatever has to make room."),
     "stats": Deferred("cake_hf.people.stats:stats_command", "Show how much came from a store, day by day."),
-    "bench": Deferred("cake_hf.people.bench:bench_app", "Measure this machine, beside the limit that physics sets."),
+    "bench": Deferred("cake_hf.people.moved:bench", "Measurements, which are in the repository now."),
     "plan": Deferred("cake_hf.people.plan:plan_command", "Predict how a prompt would be restored, and how fast."),
     "export": Deferred("cake_hf.people.packs.commands:export_command", "Write a document's KV as a pack, to a folder."),
     "push": Deferred("cake_hf.people.packs.commands:push_command", "Publish a document's KV as a pack, on the Hub."),
     "pull": Deferred("cake_hf.people.packs.commands:pull_command", "Copy a pack into a store of your own."),
-    "simulate": Deferred("cake_hf.people.simulate:simulate_command", "Run planner and frontier on a virtual clock."),
+    "simulate": Deferred(
+        "cake_hf.people.moved:simulate", "Restores on a virtual clock, which are in the repository now."
+    ),
 }
 
 app = typer.Typer(
