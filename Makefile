@@ -38,7 +38,7 @@ $(READY): requirements/locked.txt $(SETUP)
 	touch $@
 
 demo: $(DEMO)/.ready  ## ask a question about a long text, cold and warm, and see what happened
-	$(DEMO)/bin/cake-hf demo
+	$(DEMO)/bin/python -m demo
 
 test: $(READY)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)

@@ -11,12 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from demo.asking import Answer, ask, warm_up
 from transformers import DynamicCache
 
 from cake_hf import reads_only
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
-from cake_hf.people.demo.asking import Answer, ask, warm_up
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults

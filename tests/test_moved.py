@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         (["bench", "grid", "--preset", "quick"], "python -m benchmarks grid --preset quick"),
         (["bench", "--model", "my model", "--repeats", "3"], "python -m benchmarks --model 'my model' --repeats 3"),
         (["bench", "--json"], "python -m benchmarks --json"),
+        (["demo", "--model", "Qwen/Qwen3-0.6B"], "python -m demo --model Qwen/Qwen3-0.6B"),
         (["simulate"], "python -m benchmarks simulate"),
         (["simulate", "--changes"], "python -m benchmarks simulate --changes"),
     ],
@@ -39,7 +40,7 @@ def test_the_repository_is_that_of_the_project() -> None:
     assert project["urls"]["Homepage"] == REPOSITORY
 
 
-@pytest.mark.parametrize("name", ["bench", "simulate"])
+@pytest.mark.parametrize("name", ["bench", "demo", "simulate"])
 def test_the_help_says_it_too(name: str) -> None:
     result = run_command(name, "--help")
     assert result.exit_code == 0

@@ -17,7 +17,7 @@ COMMANDS = {
     "ls": Deferred("cake_hf.people.look_commands:ls_command", "List what a store has, by namespace and by prompt."),
     "info": Deferred("cake_hf.people.look_commands:info_command", "Show the totals of a store, or all of one chunk."),
     "why": Deferred("cake_hf.people.why:why_command", "Say why a prompt is not found in a store."),
-    "demo": Deferred("cake_hf.people.demo.command:demo_command", "Ask a question about a long text, cold and warm."),
+    "demo": Deferred("cake_hf.people.moved:demo", "A demonstration, which is in the repository now."),
     "verify": Deferred("cake_hf.people.verify_command:verify_command", "Check what a store has, bit for bit."),
     "gc": Deferred("cake_hf.people.gc:gc_command", "Delete chunks by age or for a budget."),
     "rm": Deferred("cake_hf.people.rm:rm_command", "Delete the KV of a document, a model or a namespace."),

@@ -30,4 +30,5 @@ def moved(name: str, module: str) -> typer.Typer:
 
 
 bench = moved("bench", "benchmarks")
+demo = moved("demo", "demo")
 simulate = moved("simulate", "benchmarks simulate")

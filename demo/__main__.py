@@ -1,4 +1,4 @@
-"""`cake-hf demo`: its options."""
+"""`python -m demo`, in a checkout: its options."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.console import WRONG
-from cake_hf.people.demo.play import DemoOptions, play
+from cake_hf.people.console import WRONG, PlainErrors
 from cake_hf.people.options import Device, Dtype, DtypeOption
+from demo.play import DemoOptions, play
+
+app = typer.Typer(
+    cls=PlainErrors, invoke_without_command=True, add_completion=False, pretty_exceptions_show_locals=False
+)
 
 
-def demo_command(
+@app.callback()
+def demo(
     model: Annotated[str, typer.Option(help="A folder or a name on the Hub; recall-tiny comes with the package.")] = "",
     file: Annotated[
         Path | None, typer.Option(help="Your text; by default source files of the installed Python.")
@@ -33,3 +38,7 @@ def demo_command(
     options = DemoOptions(model, file, question, tokens, chunk_size, new_tokens, repeats, store, dtype.value, device)
     if not play(options).good:
         raise typer.Exit(WRONG)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m demo")

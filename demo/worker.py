@@ -1,4 +1,4 @@
-"""One process of the demonstration: `python -m cake_hf.people.demo.worker FOLDER` answers the question in the folder.
+"""One process of the demonstration: `python -m demo.worker FOLDER` answers the question in the folder.
 
 A process of its own starts with nothing in memory, so whatever it knows of the prompt came from the store.
 """
@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from benchmarks.children import environment
 from safetensors.torch import load_file, save_file
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
-from cake_hf.people.demo.asking import Answer, ask_with_store, warm_up
 from cake_hf.people.models import load_model, quiet_transformers
+from demo.asking import Answer, ask_with_store, warm_up
 
 _REQUEST = "request.json"
 _PROMPT = "prompt.safetensors"
@@ -65,8 +66,8 @@ def ask_in_fresh_process(request: Request, ids: torch.Tensor, folder: Path) -> A
         CakeError: the worker failed; with its last line of complaint.
     """
     request.write(folder, ids)
-    command = [sys.executable, "-m", "cake_hf.people.demo.worker", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "demo.worker", str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         complaint = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
         raise CakeError(f"A fresh process could not answer: {complaint}")

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cake_hf.people.console import console
-from cake_hf.people.demo.asking import Answer
-from cake_hf.people.demo.race import Race
-from cake_hf.people.demo.task import Task
 from cake_hf.people.tables import Bar, Bars, Lanes, legend
 from cake_hf.people.units import bytes_text, seconds_text
+from demo.asking import Answer
+from demo.race import Race
+from demo.task import Task
 
 
 def show_task(task: Task, model: str, chunk_size: int) -> None:

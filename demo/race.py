@@ -12,9 +12,9 @@ import torch
 
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
-from cake_hf.people.demo.asking import Answer, ask_with_store
 from cake_hf.stores import Store
 from cake_hf.stores.wrappers import ThrottledStore
+from demo.asking import Answer, ask_with_store
 
 STRATEGIES = ("compute", "load", "both")
 RACE_SECONDS = 20.0

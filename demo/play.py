@@ -14,11 +14,6 @@ import torch
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
 from cake_hf.people.console import console, progress_bar
-from cake_hf.people.demo.asking import Answer, ask_plainly, ask_with_store, warm_up
-from cake_hf.people.demo.pictures import show_race, show_task, show_verdict, show_warm
-from cake_hf.people.demo.race import Race, run_race
-from cake_hf.people.demo.task import Task, make_task
-from cake_hf.people.demo.worker import Request, ask_in_fresh_process
 from cake_hf.people.models import (
     RECALL_TINY,
     load_config,
@@ -29,6 +24,11 @@ from cake_hf.people.models import (
     refuse_too_long,
 )
 from cake_hf.stores import open_store
+from demo.asking import Answer, ask_plainly, ask_with_store, warm_up
+from demo.pictures import show_race, show_task, show_verdict, show_warm
+from demo.race import Race, run_race
+from demo.task import Task, make_task
+from demo.worker import Request, ask_in_fresh_process
 
 
 @dataclass(frozen=True)
