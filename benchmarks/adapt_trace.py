@@ -14,7 +14,7 @@ from benchmarks.workbench import Run, Workbench, remove
 from cake_hf.movers.cost_memory import CostMemory
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.marker import NOTES
-from cake_hf.stores.wrappers import ThrottledStore
+from cake_hf.testing import ThrottledStore
 
 Plain = dict[str, object]
 

@@ -18,7 +18,7 @@ from benchmarks.cells import Costs, Goals, calibrate, cell_figures, ttft
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import interleave
 from benchmarks.workbench import Run, Workbench, median_parts
-from cake_hf.stores.wrappers import ThrottledStore
+from cake_hf.testing import ThrottledStore
 
 NEVER_SLOWER = Goal(1.02)
 NEAR_THE_LIMIT = Goal(0.91, at_most=False)

@@ -15,7 +15,7 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.people.haystack import real_text
 from cake_hf.people.models import RECALL_TINY
-from cake_hf.stores.wrappers import ThrottledStore
+from cake_hf.testing import ThrottledStore
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "Qwen/Qwen3-0.6B"
 CHUNK_SIZE = 128  # the default is by device

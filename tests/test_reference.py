@@ -18,7 +18,7 @@ from cake_hf.arithmetic.keys import behaviour_key
 from cake_hf.cache import reference
 from cake_hf.people.inspect_store import take_inventory
 from cake_hf.stores import Store
-from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing import WrapperStore
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run
 from test_changed_models import edited_buffer, plain_attribute, replaced
 

@@ -22,7 +22,7 @@ from cake_hf.cache import reads_only
 from cake_hf.cache.compat import for_generate, plain_cache
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
-from cake_hf.stores.wrappers import FaultStore, GateStore, expected_faults
+from cake_hf.testing import FaultStore, GateStore, expected_faults
 
 CHUNKS = 8
 NEW_TOKENS = 4

@@ -22,7 +22,7 @@ from benchmarks.workbench import Run, Workbench, median_parts
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
-from cake_hf.stores.wrappers import ThrottledStore, WrapperStore
+from cake_hf.testing import ThrottledStore, WrapperStore
 
 GOALS = {
     "cpu": Goals(ratio=Goal(1.05), eta=Goal(0.90, at_most=False)),

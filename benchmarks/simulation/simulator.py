@@ -5,7 +5,7 @@ takes no time, and the same setting always gives the same outcome. What stands i
 
 - Computing chunk i takes `f_i / s` seconds, s the share of the device. A forward is left at a layer's border only.
 - One line brings one read after the other, each in `bytes / bandwidth` seconds; a read ends `latency` after its bytes
-  came off the line. (As in `stores.wrappers.ThrottledStore`.) The last chunks are read in ranges of layers where that pays,
+  came off the line. (As in `cake_hf.testing.ThrottledStore`.) The last chunks are read in ranges of layers where that pays,
   and the prompt's last piece runs through its layers as they come.
 - All else (checks, copies, locks, waking up) takes no time. So what is lost here is lost by the decisions alone.
 
