@@ -24,9 +24,9 @@ from benchmarks.settings import SHAPES, Dtype, choose
 from benchmarks.workbench import Workbench
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.cli.models import find_device
 from cake_hf.movers.cost_memory import NOTE_SECONDS, flush_notes
-from cake_hf.people.models import find_device
-from cake_hf.people.plots import require_matplotlib
+from cake_hf.plots import require_matplotlib
 
 ADAPT_HELP = (
     "Measure how soon a cache follows a change: a competing load that has passed, seen by the same store object and by a "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.plots import BOTH, COMPUTE, LIMIT, LOAD, new_figure
+from cake_hf.plots import BOTH, COMPUTE, LIMIT, LOAD, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

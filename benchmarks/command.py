@@ -15,8 +15,8 @@ from benchmarks.settings import SHAPES, Dtype, choose
 from benchmarks.simulation.command import simulate_command
 from benchmarks.stores.command import STORES_HELP, stores_command
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.console import PlainErrors
-from cake_hf.people.models import find_device
+from cake_hf.cli.console import PlainErrors
+from cake_hf.cli.models import find_device
 
 HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk, "

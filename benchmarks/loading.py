@@ -30,9 +30,9 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.arithmetic.sizes import bytes_text
 from cake_hf.movers.loader import LoadJob, start_loaders
 from cake_hf.movers.place import HostPlace, place_for
-from cake_hf.people.units import bytes_text
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore
 from cake_hf.tensors.aligned import advise, empty_aligned

@@ -21,7 +21,7 @@ from benchmarks.table import build_tables
 from benchmarks.workbench import Workbench, cheap_collections
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.outside import shown
-from cake_hf.people.console import WRONG, console, errors
+from cake_hf.cli.console import WRONG, console, errors
 
 Measurements = Mapping[str, Callable[[Workbench], Result]]
 

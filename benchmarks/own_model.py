@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.figures import Result
 from benchmarks.settings import Settings, Shape, choose
-from cake_hf.people.haystack import real_text
-from cake_hf.people.models import load_config, load_model, load_tokenizer, quiet_transformers, refuse_too_long
+from cake_hf.cli.models import load_config, load_model, load_tokenizer, quiet_transformers, refuse_too_long
+from cake_hf.testing.haystack import real_text
 
 USUAL_TOKENS = 2048
 ROOM = 128

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from benchmarks.figures import Figure, Result
-from cake_hf.people.sheets import Sheet
+from cake_hf.cli.sheets import Sheet
 
 LABEL_WIDTH = 34
 NUMBER_WIDTH = 9

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.people.console import WRONG, PlainErrors
-from cake_hf.people.options import Device, Dtype, DtypeOption
+from cake_hf.cli.console import WRONG, PlainErrors
+from cake_hf.cli.options import Device, Dtype, DtypeOption
 from demo.play import DemoOptions, play
 
 app = typer.Typer(

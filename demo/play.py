@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from cake_hf.arithmetic.errors import CakeError
+from cake_hf.assets import RECALL_TINY
 from cake_hf.cache import CakeCache
-from cake_hf.people.console import console, progress_bar
-from cake_hf.people.models import (
-    RECALL_TINY,
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.models import (
     load_config,
     load_model,
     load_tokenizer,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.people.haystack import hide, make_facts, question, real_text
+from cake_hf.testing.haystack import hide, make_facts, question, real_text
 
 FACT_PLACES = (0.2, 0.5, 0.8)
 ASKED = 1

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
-from cake_hf.people.models import load_model, quiet_transformers
+from cake_hf.cli.models import load_model, quiet_transformers
 from demo.asking import Answer, ask_with_store, warm_up
 
 _REQUEST = "request.json"

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from cake_hf.people.cli import app
-from cake_hf.people.console import console
+from cake_hf.cli.app import app
+from cake_hf.cli.console import console
 from models import build
 
 Command = Callable[..., Result]

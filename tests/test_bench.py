@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.people.console import console
+from cake_hf.cli.console import console
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +56,7 @@ def test_one_measurement_can_be_chosen() -> None:
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["results"].keys() == {"decoding"}
     unknown = CliRunner().invoke(bench_app, [*TINY, "--only", "weather"])
-    assert "choose from strategies, saving" in str(unknown.exception)
+    assert "choose from strategies, saving" in unknown.stderr
 
 
 def test_bench_end_to_end(tmp_path: Path) -> None:

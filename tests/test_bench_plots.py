@@ -107,6 +107,6 @@ def test_what_is_no_outcome_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.people.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("cake_hf.plots.find_spec", lambda name: None)
     with pytest.raises(CakeError, match=r"pip install 'cake-hf\[plots\]'"):
         plots.draw({"axes": AXES, "groups": []}, tmp_path)

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.arithmetic.report import Span
-from cake_hf.people.models import RECALL_TINY
-from cake_hf.people.tables import Bar, Bars, Lanes, legend
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.tables import Bar, Bars, Lanes, legend
 from models import CHUNK, VOCABULARY, prompt, shared_model
 
 NEW_TOKENS = 4

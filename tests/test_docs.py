@@ -18,7 +18,7 @@ from benchmarks.command import bench_app
 
 import cake_hf
 from cake_hf import open_store
-from cake_hf.people.cli import app
+from cake_hf.cli.app import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples

@@ -18,7 +18,8 @@ from eval.data.rows import BrokenRow, Row, parse_record
 from eval.data.sources import CONVERTED, MissingData, Source, load_rows
 from eval.tasks import TASKS, UnknownTask, find_task
 
-from cake_hf.people.models import RECALL_TINY, load_tokenizer
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.models import load_tokenizer
 
 REAL_ROWS = os.environ.get("CAKE_HF_LONGBENCH", "")
 """A folder with real LongBench rows; the tests make their own and look at these only where there are some."""

@@ -29,3 +29,22 @@ def test_a_store_around_a_store_brings_none_for_tests() -> None:
     code = "import sys, json, cake_hf.stores.wrappers; print(json.dumps(sorted(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert not [name for name in json.loads(ended.stdout) if name.startswith("cake_hf.testing")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("haystack:hide", "testing.haystack:hide"),
+        ("models:RECALL_TINY", "assets:RECALL_TINY"),
+        ("packs:export_pack", "packs:export_pack"),
+        ("packs.publish:Pushed", "packs.publish:Pushed"),
+        ("packs.importing:Imported", "packs.importing:Imported"),
+        ("plots:plot_split", "plots:plot_split"),
+    ],
+)
+def test_what_pages_and_examples_imported_is_found(old: str, new: str) -> None:
+    def found(package: str, target: str) -> object:
+        module, name = target.split(":")
+        return getattr(import_module(f"{package}.{module}"), name)
+
+    assert found("cake_hf.people", old) is found("cake_hf", new)

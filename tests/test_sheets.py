@@ -16,7 +16,7 @@ from eval.compare import Metrics, ModeMetrics, TaskMetrics
 from eval.tables import COLUMNS, results_table
 from rich.console import Console, RenderableType
 
-from cake_hf.people.sheets import Sheet
+from cake_hf.cli.sheets import Sheet
 
 HEADINGS = ("<name", "alpha", "beta", "gamma", "delta", "epsilon", "zeta")
 ROWS = [[f"row {number} of a table", *(f"{number}.{column}" for column in range(6))] for number in range(4)]

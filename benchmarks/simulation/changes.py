@@ -25,7 +25,7 @@ from benchmarks.simulation.simulator import (
     steps,
 )
 from benchmarks.simulation.speeds import Speed, bursts, drift, noise, step
-from cake_hf.people.sheets import Sheet
+from cake_hf.cli.sheets import Sheet
 
 Policy = Literal["both", "fixed"]
 POLICIES: tuple[Policy, ...] = ("both", "fixed")

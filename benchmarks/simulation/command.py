@@ -25,9 +25,9 @@ import typer
 from benchmarks.simulation import changes as changing
 from benchmarks.simulation.simulator import Cell, Setting, evaluate, simulate, steps
 from cake_hf.arithmetic.costs import ComputeCost
-from cake_hf.people.console import console, progress_bar
-from cake_hf.people.sheets import Sheet
-from cake_hf.people.units import seconds_text
+from cake_hf.arithmetic.sizes import seconds_text
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.sheets import Sheet
 
 BITS_PER_BYTE, GIGA, KIB = 8, 10**9, 2**10
 

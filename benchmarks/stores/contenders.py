@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.bare import read_file
 from benchmarks.stores.race import Contender, read
 from benchmarks.stores.values import StoreSettings, Values
-from cake_hf.people.packs.export import FolderSink
+from cake_hf.packs.export import FolderSink
 from cake_hf.stores.base import Store
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore

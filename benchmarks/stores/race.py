@@ -12,7 +12,7 @@ from benchmarks.figures import Figure, Goal, Result
 from benchmarks.stores.values import StoreSettings, Values
 from benchmarks.timing import Sample, interleave
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.units import bytes_text
+from cake_hf.arithmetic.sizes import bytes_text
 from cake_hf.stores.base import Store
 
 NEARLY_RAW = Goal(0.8, at_most=False)

@@ -29,7 +29,7 @@ class Shown:
 
 
 SHOWN = {
-    "cake-hf": Shown("cake-hf", "cake_hf.people.cli:app", "src/cake_hf/people"),
+    "cake-hf": Shown("cake-hf", "cake_hf.cli.app:app", "src/cake_hf/cli"),
     "benchmarks": Shown("python -m benchmarks", "benchmarks.command:bench_app", "benchmarks"),
 }
 
