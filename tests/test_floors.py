@@ -39,6 +39,7 @@ PLAIN_STORES = {
     "opening",
     "pieces",
     "places",
+    "plugins",
     "redis_manifest",
     "redis_wire",
     "room",
