@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from benchmarks.children import environment
 from safetensors.torch import load_file, save_file
 
+from benchmarks.children import environment
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
 from cake_hf.cli.models import load_model, quiet_transformers

@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from demo.asking import Answer, ask, warm_up
 from transformers import DynamicCache
 
 from cake_hf import reads_only
@@ -20,6 +19,7 @@ from cake_hf.cache import CakeCache
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
+from demo.asking import Answer, ask, warm_up
 from eval.config import RunConfig
 from eval.data.encode import Prompt
 from eval.outcomes import Outcome, digests, margins

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import xxhash
+
 from demo.asking import Answer
 
 

@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import IO, Any
 
 import yaml
-from benchmarks.machine import describe
 
+from benchmarks.machine import describe
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import Store
 from cake_hf.tensors.fingerprint import weights_digest

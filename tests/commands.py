@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from benchmarks.command import bench_app
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+from benchmarks.command import bench_app
 from cake_hf.cli.app import app
 from cake_hf.cli.console import console
 from models import build

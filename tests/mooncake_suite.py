@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from benchmarks.servers import free_port
-from benchmarks.servers.mooncake import Cluster
 
 import test_fault_matrix as matrix
+from benchmarks.servers import free_port
+from benchmarks.servers.mooncake import Cluster
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake

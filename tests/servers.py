@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
 from benchmarks import servers
 from benchmarks.servers import S3Server, Server, Unavailable, free_port
 

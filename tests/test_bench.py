@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
 from benchmarks import command as bench_command
 from benchmarks import decoding, timing
 from benchmarks.command import bench_app
@@ -23,10 +27,6 @@ from benchmarks.stolen import StolenTime, ticks
 from benchmarks.table import build_tables
 from benchmarks.timing import Sample, interleave, ratio
 from benchmarks.workbench import Parity
-from hypothesis import given
-from hypothesis import strategies as st
-from typer.testing import CliRunner
-
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
 from cake_hf.cli.console import console

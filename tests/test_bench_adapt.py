@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from benchmarks import adapt, adapt_plot
 from benchmarks.adapt import QUICK, Course, after_fall, after_load
 from benchmarks.adapt_trace import Watched, copy_of, in_turns
@@ -16,8 +18,6 @@ from benchmarks.command import bench_app
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, choose
 from benchmarks.workbench import Workbench, cheap_collections
-from typer.testing import CliRunner
-
 from cake_hf.arithmetic.costs import MAX_SECONDS
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.stores.marker import NOTES

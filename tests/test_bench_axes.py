@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from typer.testing import CliRunner, Result
+
 from benchmarks.command import bench_app
 from benchmarks.grid.axes import PRESETS, Axes, Source, with_options
-from typer.testing import CliRunner, Result
 
 Command = Callable[..., Result]
 

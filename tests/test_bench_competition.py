@@ -8,9 +8,9 @@ import sys
 import threading
 
 import pytest
+
 from benchmarks.grid import competition, competitor
 from benchmarks.grid.competition import SCRIPT, Competition, demand, usable_cores
-
 from cake_hf.arithmetic.errors import CakeError
 
 

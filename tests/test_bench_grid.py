@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
 from benchmarks.cells import Costs, calibrate, seconds_per_load
 from benchmarks.command import bench_app
 from benchmarks.grid.axes import PRESETS, Source
@@ -21,8 +23,6 @@ from benchmarks.grid.run import GroupClock, run, step_count
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, shape_named
 from benchmarks.workbench import Run, Workbench
-from typer.testing import CliRunner, Result
-
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.stores.local import LocalStore
 from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from benchmarks.own_model import own_settings
 from benchmarks.settings import Settings
-
 from commands import flat, run_benchmark
 
 QUICK = ("--model", "recall-tiny", "--device", "cpu", "--quick", "--repeats", 1, "--tokens", 128)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.command import bench_app
-from benchmarks.grid import plots
 from typer.testing import CliRunner
 
+from benchmarks.command import bench_app
+from benchmarks.grid import plots
 from cake_hf.arithmetic.errors import CakeError
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.servers import Unavailable
 from benchmarks.stores import command as stores_command
@@ -17,7 +18,6 @@ from benchmarks.stores.command import measure_all
 from benchmarks.stores.own_cluster import from_json
 from benchmarks.stores.race import Contender, race
 from benchmarks.stores.values import StoreSettings, Values, WrongBytes
-
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.stores import MemoryStore
 from cake_hf.tensors.codec import check_file

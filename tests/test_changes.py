@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
 from benchmarks.command import bench_app
 from benchmarks.simulation import changes
 from benchmarks.simulation.changes import CHANGES, Row, settings, table
 from benchmarks.simulation.simulator import Setting, best_after, best_seconds, simulate, steps
 from benchmarks.simulation.speeds import CONSTANT, Speed, bursts, drift, noise, step
-from hypothesis import given
-from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")

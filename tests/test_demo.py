@@ -11,12 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo.__main__ import app
-from demo.asking import Answer, ask_plainly, ask_with_store
-from demo.play import judge, refuse_unrestored
-from demo.race import STRATEGIES, Race, run_race
-from demo.task import make_task
-from demo.worker import Request, ask_in_fresh_process, main
 from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -25,6 +19,12 @@ from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.arithmetic.report import Span
 from cake_hf.assets import RECALL_TINY
 from cake_hf.cli.tables import Bar, Bars, Lanes, legend
+from demo.__main__ import app
+from demo.asking import Answer, ask_plainly, ask_with_store
+from demo.play import judge, refuse_unrestored
+from demo.race import STRATEGIES, Race, run_race
+from demo.task import make_task
+from demo.worker import Request, ask_in_fresh_process, main
 from models import CHUNK, VOCABULARY, prompt, shared_model
 
 NEW_TOKENS = 4

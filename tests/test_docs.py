@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import typer.main
-from benchmarks.command import bench_app
 
 import cake_hf
+from benchmarks.command import bench_app
 from cake_hf import open_store
 from cake_hf.cli.app import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from demo.asking import Answer
 from eval.compare import Metrics, compare
 from eval.config import make_config

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+
 from benchmarks import memory
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, Shape

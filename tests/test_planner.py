@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 
 import pytest
-from benchmarks import cells
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import cells
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.pace import LATE, TRIAL_SHARE, Pace
 from cake_hf.arithmetic.planner import Plan, optimum, plan

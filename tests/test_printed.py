@@ -6,9 +6,9 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from benchmarks.figures import Result
 from benchmarks.table import build_tables
-
 from cake_hf import LocalStore, StoreError
 from cake_hf.cli import gc, warm
 from cake_hf.cli.console import console, errors, progress_bar

@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from eval.config import RunConfig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -29,6 +28,7 @@ from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
 from commands import run_command
+from eval.config import RunConfig
 from models import CHUNK, prompt, run, shared_model
 
 MARK = "qZx9"

@@ -13,14 +13,14 @@ from functools import cache
 from itertools import product
 
 import pytest
-from benchmarks.command import bench_app
-from benchmarks.simulation import command as command_module
-from benchmarks.simulation.command import BEYOND, PAPER, setting_of
-from benchmarks.simulation.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from benchmarks.command import bench_app
+from benchmarks.simulation import command as command_module
+from benchmarks.simulation.command import BEYOND, PAPER, setting_of
+from benchmarks.simulation.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
 from cake_hf.arithmetic.planner import optimum
 
 Command = Callable[..., Result]
