@@ -38,7 +38,7 @@ $(READY): requirements/locked.txt $(SETUP)
 	touch $@
 
 demo: $(DEMO)/.ready  ## ask a question about a long text, cold and warm, and see what happened
-	$(DEMO)/bin/cake-hf demo
+	$(DEMO)/bin/python -m demo
 
 test: $(READY)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
@@ -70,7 +70,7 @@ lint: $(READY)  ## style, types
 	$(BIN)/mypy
 
 bench: $(READY)  ## the whole grid on this machine; on two cores half an hour or more
-	$(BIN)/cake-hf bench grid --out benchmarks/results/grid.json --plots benchmarks/plots
+	$(BIN)/python -m benchmarks grid --out benchmarks/results/grid.json --plots benchmarks/plots
 
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
 	$(BIN)/python -m eval.parity --config eval/quick.yaml --fresh

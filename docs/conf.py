@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the reference imports the package, which imports transformers
 sys.path.insert(0, str(Path(__file__).parent))  # for `filling`
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `benchmarks`
 
 import cake_hf
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cake_hf.people.models import RECALL_TINY, load_model, load_tokenizer
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.models import load_model, load_tokenizer
 from eval.config import RunConfig
 
 OWN_MODEL = "recall-tiny"

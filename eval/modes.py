@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from cake_hf import reads_only
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
-from cake_hf.people.demo.asking import Answer, ask, warm_up
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
-from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
+from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
+from demo.asking import Answer, ask, warm_up
 from eval.config import RunConfig
 from eval.data.encode import Prompt
 from eval.outcomes import Outcome, digests, margins

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
-from cake_hf.people.demo.asking import Answer
+from demo.asking import Answer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cake_hf.people.models import RECALL_TINY, load_tokenizer, quiet_transformers
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.models import load_tokenizer, quiet_transformers
 
 
 def make_model(folder: Path, *, dtype: str = "float32", layers: int = 16, seed: int = 0) -> int:

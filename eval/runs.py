@@ -24,8 +24,8 @@ from typing import IO, Any
 
 import yaml
 
+from benchmarks.machine import describe
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.people.bench.machine import describe
 from cake_hf.stores import Store
 from cake_hf.tensors.fingerprint import weights_digest
 from cake_hf.tensors.numerics import numerics_facts

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cake_hf.people.sheets import Sheet
+from cake_hf.cli.sheets import Sheet
 from eval.scores import BrokenAnswer, MissingSegmenter, score
 from eval.tasks import TASKS, UnknownTask, find_task
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from cake_hf.people.console import console
-from cake_hf.people.sheets import Sheet
+from cake_hf.cli.console import console
+from cake_hf.cli.sheets import Sheet
 from eval.compare import Metrics, ModeMetrics
 
 SHOWN = 20

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import cake_hf
-from cake_hf.people.haystack import hide, make_facts, question, real_text
-from cake_hf.people.models import RECALL_TINY
+from cake_hf.assets import RECALL_TINY
+from cake_hf.testing.haystack import hide, make_facts, question, real_text
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import cake_hf
 from cake_hf import CakeCache
-from cake_hf.people.haystack import hide, make_facts, question, real_text
-from cake_hf.people.models import RECALL_TINY
+from cake_hf.assets import RECALL_TINY
+from cake_hf.testing.haystack import hide, make_facts, question, real_text
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "Qwen/Qwen3-0.6B"
 CHUNK_SIZE = 128  # the default is by device

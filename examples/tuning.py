@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.learning import CostLearner
-from cake_hf.people.haystack import real_text
-from cake_hf.people.models import RECALL_TINY
-from cake_hf.stores.wrappers import ThrottledStore
+from cake_hf.assets import RECALL_TINY
+from cake_hf.testing import ThrottledStore
+from cake_hf.testing.haystack import real_text
 
 MODEL = RECALL_TINY  # for a real model change this line: MODEL = "Qwen/Qwen3-0.6B"
 CHUNK_SIZE = 128  # the default is by device

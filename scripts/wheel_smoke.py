@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import requires, version
+from importlib.metadata import entry_points, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def main(checkout: Path) -> None:
             f"{extra} is here, so this environment does not show that the package needs none"
         )
     restore_a_prompt(Path("store"))
+    ask_for_a_store_without_its_library()
     use_the_command(home / "assets" / "recall-tiny", Path("command-store"))
     print(f"cake-hf {cake_hf.__version__}: the wheel works in an environment of its own.")
 
@@ -74,6 +75,22 @@ def use_the_command(model: Path, store: Path) -> None:
     subprocess.run([command, "warm", str(model), str(text), "--store", str(store), "--chunk-size", "64"], check=True)
     told = subprocess.run([command, "ls", str(store)], check=True, capture_output=True, text=True).stdout
     assert "recall-tiny" in told, told
+    for name, line in (("bench", "python -m benchmarks"), ("demo", "python -m demo")):
+        moved = subprocess.run([command, name], capture_output=True, text=True)
+        assert (moved.returncode, line in moved.stderr) == (2, True), moved
+
+
+def ask_for_a_store_without_its_library() -> None:
+    """It is found among the entry points of the package that is installed, and says what to install."""
+    from cake_hf import StoreError, open_store
+
+    assert "mooncake" in entry_points(group="cake_hf.stores").names
+    told = ""
+    try:
+        open_store("mooncake://127.0.0.1:1")
+    except StoreError as error:
+        told = str(error)
+    assert "cake-hf[mooncake]" in told, told
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cake_hf.people.servers.plain import faceless
+from benchmarks.servers.plain import faceless
 
 
 def command_of(script: str, *arguments: object, bare: bool = True) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+from typer import Typer
 from typer.testing import CliRunner, Result
 
-from cake_hf.people.cli import app
-from cake_hf.people.console import console
+from benchmarks.command import bench_app
+from cake_hf.cli.app import app
+from cake_hf.cli.console import console
 from models import build
 
 Command = Callable[..., Result]
@@ -41,10 +43,19 @@ WIDE = 200
 
 def run_command(*arguments: object) -> Result:
     """`cake-hf` with these arguments, on a wide terminal."""
+    return _run(app, arguments)
+
+
+def run_benchmark(*arguments: object) -> Result:
+    """`python -m benchmarks` with these arguments, on a wide terminal."""
+    return _run(bench_app, arguments)
+
+
+def _run(command: Typer, arguments: Sequence[object]) -> Result:
     before = console._width  # as it was when the console was made, by whatever test came first
     console.width = WIDE
     try:
-        return CliRunner(env={"COLUMNS": str(WIDE)}).invoke(app, [str(argument) for argument in arguments])
+        return CliRunner(env={"COLUMNS": str(WIDE)}).invoke(command, [str(argument) for argument in arguments])
     finally:
         console._width = before
 

@@ -21,9 +21,9 @@ import test_movers
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.place import DevicePlace, place_for
-from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import devices_of, home_device, where_computed
+from cake_hf.testing import GateStore
 from families import family_model, here
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, build, difference, prompt

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.errors import UnsupportedModel
 from cake_hf.cache.probe import kv_like
-from cake_hf.stores.wrappers import GateStore
+from cake_hf.testing import GateStore
 from families import exists, family_model
 from forwards import meeting_at
 from models import CHUNK, prompt

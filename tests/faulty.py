@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing import WrapperStore
 from waiting import PATIENCE, await_true
 
 

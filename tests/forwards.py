@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from cake_hf import reads_only
-from cake_hf.stores.wrappers import GateStore
+from cake_hf.testing import GateStore
 from waiting import join_loaders
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.cache import pace
-from cake_hf.stores.wrappers import FaultStore
+from cake_hf.testing import FaultStore
 from waiting import PATIENCE, loaders
 
 

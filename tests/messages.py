@@ -19,8 +19,8 @@ LOGGED = {"warning", "error", "exception", "critical"}
 RAISED = {"CakeError", "StoreError", "UnsupportedModel", "ForeignModel", "UnfitImages", "DeadlineExceeded"}
 NAMES_WHAT_FAILED = {"_faults", "_told", "tell"}
 """Called with the begin of a message, to which the cause is added."""
-NOT_FOR_USERS = ("people/bench", "people/demo", "stores/wrappers.py", "testing")
-"""Where errors are made on purpose, or are about the measuring itself."""
+NOT_FOR_USERS = ("testing",)
+"""Where errors are made on purpose."""
 FEWEST_LETTERS = 8
 """A message with fewer letters of its own is put together from others, which are looked at where they are made."""
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import pytest
 
-from cake_hf.people import servers
-from cake_hf.people.servers import S3Server, Server, Unavailable, free_port
+from benchmarks import servers
+from benchmarks.servers import S3Server, Server, Unavailable, free_port
 
 __all__ = ["Relay", "S3Server", "Server", "free_port", "start_redis_server", "start_s3_server"]
 

@@ -15,8 +15,8 @@ import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.cache.layers import token_major as layers
 from cake_hf.cache.session import Session
-from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import parse_header
+from cake_hf.testing import FaultStore
 from hanging import no_waiting_for
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model
 from naming import cache_of, given

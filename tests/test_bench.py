@@ -11,25 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from benchmarks import command as bench_command
+from benchmarks import decoding, timing
+from benchmarks.command import bench_app
+from benchmarks.figures import Figure, Goal, Result
+from benchmarks.machine import disturbance
+from benchmarks.measuring import measure_all
+from benchmarks.models import build_model
+from benchmarks.settings import SHAPES, Settings, Shape, choose
+from benchmarks.stolen import StolenTime, ticks
+from benchmarks.table import build_tables
+from benchmarks.timing import Sample, interleave, ratio
+from benchmarks.workbench import Parity
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.people.bench import bench, decoding, timing
-from cake_hf.people.bench import command as bench_command
-from cake_hf.people.bench.machine import disturbance
-from cake_hf.people.bench.measuring import measure_all
-from cake_hf.people.bench.models import build_model
-from cake_hf.people.bench.results import Figure, Goal, Result
-from cake_hf.people.bench.settings import SHAPES, Settings, Shape, choose
-from cake_hf.people.bench.stolen import StolenTime, ticks
-from cake_hf.people.bench.table import build_tables
-from cake_hf.people.bench.timing import Sample, interleave, ratio
-from cake_hf.people.bench.workbench import Parity
-from cake_hf.people.console import console
+from cake_hf.cli.console import console
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,21 +50,18 @@ GOALS = {
 }
 TINY = ["--device", "cpu", "--quick", "--repeats", "1", "--tokens", "96", "--chunk-size", "32", "--dtype", "float32"]
 
-app = typer.Typer()
-app.command()(bench)
-
 
 def test_one_measurement_can_be_chosen() -> None:
-    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding"])
+    run = CliRunner().invoke(bench_app, [*TINY, "--json", "--only", "decoding"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["results"].keys() == {"decoding"}
-    unknown = CliRunner().invoke(app, [*TINY, "--only", "weather"])
-    assert "choose from strategies, saving" in str(unknown.exception)
+    unknown = CliRunner().invoke(bench_app, [*TINY, "--only", "weather"])
+    assert "choose from strategies, saving" in unknown.stderr
 
 
 def test_bench_end_to_end(tmp_path: Path) -> None:
     run = CliRunner().invoke(
-        app, [*TINY, "--json", "--store", str(tmp_path / "stores"), "--out", str(tmp_path / "out.json")]
+        bench_app, [*TINY, "--json", "--store", str(tmp_path / "stores"), "--out", str(tmp_path / "out.json")]
     )
     assert run.exit_code == 0, run.output
     assert len(run.stdout.splitlines()) == 1
@@ -112,11 +109,11 @@ def test_wrong_logits_and_only_they_decide_the_exit_code(monkeypatch: pytest.Mon
         return missed
 
     monkeypatch.setattr(bench_command, "MEASUREMENTS", {"fake": fake})
-    good = CliRunner().invoke(app, TINY)
+    good = CliRunner().invoke(bench_app, TINY)
     assert good.exit_code == 0
     assert json.loads(good.stdout.splitlines()[-1])["results"]["fake"]["slow"]["met"] is False
     wrong[1] += 1e-6
-    bad = CliRunner().invoke(app, TINY)
+    bad = CliRunner().invoke(bench_app, TINY)
     assert bad.exit_code == 1
     assert json.loads(bad.stdout.splitlines()[-1])["parity"]["mismatches"]
 
@@ -127,7 +124,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_counts(monkeypatch: pytest
 
     fine = Result("Fine", {"one": Figure("one", 1.0, 1.0, 1.0, "s")})
     monkeypatch.setattr(bench_command, "MEASUREMENTS", {"broken": broken, "fine": lambda bench: fine})
-    run = CliRunner().invoke(app, TINY)
+    run = CliRunner().invoke(bench_app, TINY)
     outcome = json.loads(run.stdout.splitlines()[-1])
     assert run.exit_code == 1
     assert outcome["failures"] == ["broken: the disk is full"]
@@ -294,7 +291,7 @@ def test_the_model_is_made_in_its_dtype_and_the_same_each_time() -> None:
 def test_decoding_is_rehearsed_where_kernels_are_chosen_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both caches are then again what they were: each step's logits are compared."""
     monkeypatch.setattr(decoding, "_chooses_by_length", lambda device: True)
-    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding"])
+    run = CliRunner().invoke(bench_app, [*TINY, "--json", "--only", "decoding"])
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout)
     assert found["parity"]["mismatches"] == []
@@ -303,7 +300,7 @@ def test_decoding_is_rehearsed_where_kernels_are_chosen_by_length(monkeypatch: p
 
 def test_decoding_has_to_be_faster_at_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "LONG_CONTEXT", 96)
-    run = CliRunner().invoke(app, [*TINY, "--json", "--only", "decoding", "--device", "cpu"])
+    run = CliRunner().invoke(bench_app, [*TINY, "--json", "--only", "decoding", "--device", "cpu"])
     assert json.loads(run.stdout)["results"]["decoding"]["ratio"]["goal"] == "<= 0.9"
 
 

@@ -1,4 +1,4 @@
-"""`cake-hf bench adapt`: that it runs to the end and stays exact, what its trace says, what it refuses. Never its times."""
+"""`benchmarks adapt`: that it runs to the end and stays exact, what its trace says, what it refuses. Never its times."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import adapt, adapt_plot
+from benchmarks.adapt import QUICK, Course, after_fall, after_load
+from benchmarks.adapt_trace import Watched, copy_of, in_turns
+from benchmarks.command import bench_app
+from benchmarks.models import build_model, build_prompt
+from benchmarks.settings import Settings, choose
+from benchmarks.workbench import Workbench, cheap_collections
 from cake_hf.arithmetic.costs import MAX_SECONDS
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench import adapt, adapt_plot
-from cake_hf.people.bench.adapt import QUICK, Course, after_fall, after_load
-from cake_hf.people.bench.adapt_trace import Watched, copy_of, in_turns
-from cake_hf.people.bench.models import build_model, build_prompt
-from cake_hf.people.bench.settings import Settings, choose
-from cake_hf.people.bench.workbench import Workbench, cheap_collections
-from cake_hf.people.cli import app
 from cake_hf.stores.marker import NOTES
 
 pytest_plugins = ["one_thread"]
@@ -41,7 +41,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--plot",
         folder / "plots" / "a.png",
     ]
-    run = CliRunner().invoke(app, ["bench", "adapt", *TINY, "--json", *map(str, places)])
+    run = CliRunner().invoke(bench_app, ["adapt", *TINY, "--json", *map(str, places)])
     assert run.exit_code == 0, run.output
     assert len(run.stdout.splitlines()) == 1
     found: dict[str, Any] = json.loads(run.stdout)
@@ -132,7 +132,7 @@ def test_wrong_logits_decide_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> N
         raise CakeError("the disk is full")
 
     monkeypatch.setattr(adapt, "MEASUREMENTS", {"load": fake})
-    run = CliRunner().invoke(app, ["bench", "adapt", *TINY])
+    run = CliRunner().invoke(bench_app, ["adapt", *TINY])
     assert run.exit_code == 1
     outcome = json.loads(run.stdout.splitlines()[-1])
     assert outcome["failures"] == ["load: the disk is full"]
@@ -140,14 +140,14 @@ def test_wrong_logits_decide_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_case_is_refused() -> None:
-    run = CliRunner().invoke(app, ["bench", "adapt", *TINY, "--only", "weather"])
+    run = CliRunner().invoke(bench_app, ["adapt", *TINY, "--only", "weather"])
     assert run.exit_code == 2
     assert "There is no case 'weather'; choose from load, bandwidth." in " ".join(run.output.split())
 
 
 def test_one_case_can_be_chosen_and_drawn(tmp_path: Path) -> None:
     plot = tmp_path / "one.png"
-    run = CliRunner().invoke(app, ["bench", "adapt", *TINY, "--json", "--only", "bandwidth", "--plot", str(plot)])
+    run = CliRunner().invoke(bench_app, ["adapt", *TINY, "--json", "--only", "bandwidth", "--plot", str(plot)])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["results"].keys() == {"bandwidth"}
     assert plot.exists()

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner, Result
 
-from cake_hf.people.bench.grid.axes import PRESETS, Axes, Source, with_options
-from cake_hf.people.cli import app
+from benchmarks.command import bench_app
+from benchmarks.grid.axes import PRESETS, Axes, Source, with_options
 
 Command = Callable[..., Result]
 
 
 @pytest.fixture
 def command() -> Command:
-    """Runs `cake-hf bench` with these arguments."""
-    return lambda *arguments: CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
+    """Runs `python -m benchmarks` with these arguments."""
+    return lambda *arguments: CliRunner().invoke(bench_app, [*(str(argument) for argument in arguments)])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_out_of_range_is_one_sentence(command: Command, options: tuple[str, ...]
 def test_options_before_the_sub_command_are_not_lost_in_silence(command: Command) -> None:
     result = command("--quick", "grid")
     assert result.exit_code == 2
-    assert "Give the options after the sub-command: cake-hf bench grid ..." in result.stderr
+    assert "Give the options after the sub-command: python -m benchmarks grid ..." in result.stderr
 
 
 def test_an_empty_axis_is_refused() -> None:

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
+from benchmarks.grid import competition, competitor
+from benchmarks.grid.competition import SCRIPT, Competition, demand, usable_cores
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.grid import competition, competitor
-from cake_hf.people.bench.grid.competition import SCRIPT, Competition, demand, usable_cores
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`cake-hf bench grid`: that it runs to the end, what it judges, what it draws, and what it refuses."""
+"""`python -m benchmarks grid`: that it runs to the end, what it judges, what it draws, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks.cells import Costs, calibrate, seconds_per_load
+from benchmarks.command import bench_app
+from benchmarks.grid.axes import PRESETS, Source
+from benchmarks.grid.exactness import Examination, runs_of
+from benchmarks.grid.group import Group, Point, Steadied, goals_for
+from benchmarks.grid.peers import FORMATS, SavedCache
+from benchmarks.grid.run import GroupClock, run, step_count
+from benchmarks.models import build_model, build_prompt
+from benchmarks.settings import Settings, shape_named
+from benchmarks.workbench import Run, Workbench
 from cake_hf.arithmetic.report import Report, Span
-from cake_hf.people.bench.cells import Costs, calibrate, seconds_per_load
-from cake_hf.people.bench.grid.axes import PRESETS, Source
-from cake_hf.people.bench.grid.exactness import Examination, runs_of
-from cake_hf.people.bench.grid.group import Group, Point, Steadied, goals_for
-from cake_hf.people.bench.grid.peers import FORMATS, SavedCache
-from cake_hf.people.bench.grid.run import GroupClock, run, step_count
-from cake_hf.people.bench.models import build_model, build_prompt
-from cake_hf.people.bench.settings import Settings, shape_named
-from cake_hf.people.bench.workbench import Run, Workbench
-from cake_hf.people.cli import app
 from cake_hf.stores.local import LocalStore
 from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header
 from cake_hf.tensors.layout import ChunkLayout
@@ -39,9 +39,9 @@ TINY = ("--preset", "quick", "--device", "cpu", "--chunk-size", CHUNK)
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `cake-hf bench` with these arguments."""
+    """Runs `python -m benchmarks` with these arguments."""
     monkeypatch.setenv("COLUMNS", "100")
-    return lambda *arguments: CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
+    return lambda *arguments: CliRunner().invoke(bench_app, [*(str(argument) for argument in arguments)])
 
 
 def workbench(folder: Path, chunks: int = 4) -> Workbench:
@@ -56,9 +56,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A whole small grid by the command line, with all that it can do."""
     folder = tmp_path_factory.mktemp("grid")
     run = CliRunner().invoke(
-        app,
+        bench_app,
         [
-            *("bench", "grid", *map(str, TINY), "--json", "--lengths", "64,256", "--stores", "memory,2x,0.5gbps"),
+            *("grid", *map(str, TINY), "--json", "--lengths", "64,256", "--stores", "memory,2x,0.5gbps"),
             *("--folder", str(folder / "stores"), "--out", str(folder / "made" / "out.json")),
             *("--plots", str(folder / "plots")),
         ],

@@ -1,4 +1,4 @@
-"""`cake-hf bench --model`: figures of a user's model, without verdicts, and JSON where it is asked for."""
+"""`python -m benchmarks --model`: figures of a user's model, without verdicts, and JSON where it is asked for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from cake_hf.people.bench.own_model import own_settings
-from cake_hf.people.bench.settings import Settings
-from commands import flat, run_command
+from benchmarks.own_model import own_settings
+from benchmarks.settings import Settings
+from commands import flat, run_benchmark
 
-QUICK = ("bench", "--model", "recall-tiny", "--device", "cpu", "--quick", "--repeats", 1, "--tokens", 128)
+QUICK = ("--model", "recall-tiny", "--device", "cpu", "--quick", "--repeats", 1, "--tokens", 128)
 
 
 def test_a_table_without_verdicts() -> None:
-    result = run_command(*QUICK, "--only", "prompt")
+    result = run_benchmark(*QUICK, "--only", "prompt")
     assert result.exit_code == 0, result.output
     told = flat(result.stdout)
     assert "A prompt of 160 tokens in chunks of 64" in told
@@ -24,7 +24,7 @@ def test_a_table_without_verdicts() -> None:
 
 
 def test_json_where_it_is_asked_for() -> None:
-    result = run_command(*QUICK, "--only", "decoding", "--json")
+    result = run_benchmark(*QUICK, "--only", "decoding", "--json")
     outcome = json.loads(result.stdout)
     assert outcome["results"].keys() == {"decoding"}
     assert outcome["settings"]["model"] == "recall-tiny"
@@ -44,13 +44,13 @@ def test_json_where_it_is_asked_for() -> None:
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(more: tuple[object, ...], complaint: str) -> None:
-    result = run_command(*QUICK, *more)
+    result = run_benchmark(*QUICK, *more)
     assert result.exit_code == 2, result.output
     assert complaint in flat(result.stderr)
 
 
 def test_a_model_that_is_not_there() -> None:
-    result = run_command("bench", "--model", "./nowhere", "--quick")
+    result = run_benchmark("--model", "./nowhere", "--quick")
     assert result.exit_code == 2
     assert "There is no folder" in flat(result.stderr)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import loading, overheads
+from benchmarks.loading import Chunks, load, read_bare
+from benchmarks.models import build_model, build_prompt
+from benchmarks.settings import Settings, shape_named
+from benchmarks.workbench import Workbench
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench import loading, overheads
-from cake_hf.people.bench.loading import Chunks, load, read_bare
-from cake_hf.people.bench.models import build_model, build_prompt
-from cake_hf.people.bench.settings import Settings, shape_named
-from cake_hf.people.bench.workbench import Workbench
 from cake_hf.stores.local import LocalStore
 
 CHUNK, CHUNKS = 32, 4

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.command import bench_app
+from benchmarks.grid import plots
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.bench.grid import plots
-from cake_hf.people.cli import app
 
 
 def figure(seconds: float) -> dict[str, float]:
@@ -90,23 +90,23 @@ def test_a_lane_per_thread() -> None:
 def test_drawn_later_from_the_file(tmp_path: Path) -> None:
     results, pictures = tmp_path / "grid.json", tmp_path / "pictures"
     results.write_text(json.dumps({"axes": AXES, "groups": [group("small", 4096, 1.0)]}))
-    run = CliRunner().invoke(app, ["bench", "plot", str(results), str(pictures)])
+    run = CliRunner().invoke(bench_app, ["plot", str(results), str(pictures)])
     assert run.exit_code == 0, run.output
     assert [Path(line).name for line in run.stdout.splitlines()] == ["ttft-small-4096.png", "timeline-small-4096.png"]
     assert all(Path(line).exists() for line in run.stdout.splitlines())
     results.write_text("[]")
     for broken in (results, tmp_path / "none.json"):
-        run = CliRunner().invoke(app, ["bench", "plot", str(broken), str(pictures)])
+        run = CliRunner().invoke(bench_app, ["plot", str(broken), str(pictures)])
         assert run.exit_code == 2
         assert run.stderr.count("\n") == 1
 
 
 def test_what_is_no_outcome_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CakeError, match="not the outcome of `cake-hf bench grid`"):
+    with pytest.raises(CakeError, match="not the outcome of `python -m benchmarks grid`"):
         plots.draw({"results": {}}, tmp_path)
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.people.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("cake_hf.plots.find_spec", lambda name: None)
     with pytest.raises(CakeError, match=r"pip install 'cake-hf\[plots\]'"):
         plots.draw({"axes": AXES, "groups": []}, tmp_path)

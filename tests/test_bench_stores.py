@@ -1,4 +1,4 @@
-"""`cake-hf bench stores`: that it runs on whatever there is, notices wrong bytes, and that its arithmetic is right."""
+"""`python -m benchmarks stores`: that it runs on whatever there is, notices wrong bytes, and that its arithmetic is right."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks.figures import Figure, Goal, Result
+from benchmarks.servers import Unavailable
+from benchmarks.stores import command as stores_command
+from benchmarks.stores import contenders
+from benchmarks.stores.command import measure_all
+from benchmarks.stores.own_cluster import from_json
+from benchmarks.stores.race import Contender, race
+from benchmarks.stores.values import StoreSettings, Values, WrongBytes
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.people.bench.results import Figure, Goal, Result
-from cake_hf.people.bench.stores import command as stores_command
-from cake_hf.people.bench.stores import contenders
-from cake_hf.people.bench.stores.command import measure_all
-from cake_hf.people.bench.stores.own_cluster import from_json
-from cake_hf.people.bench.stores.race import Contender, race
-from cake_hf.people.bench.stores.values import StoreSettings, Values, WrongBytes
-from cake_hf.people.servers import Unavailable
 from cake_hf.stores import MemoryStore
 from cake_hf.tensors.codec import check_file
-from commands import run_command
+from commands import run_benchmark
 
 TINY = StoreSettings(chunks=2, layers=1, tokens=16, repeats=2)
 SMALL = ["--quick", "--repeats", 1, "--chunks", 2, "--layers", 1]
@@ -35,7 +35,7 @@ def values() -> Values:
 def test_the_stores_that_need_no_server_are_measured(tmp_path: Path) -> None:
     only = [word for name in ("local", "memory", "pack", "tiers") for word in ("--only", name)]
     out = tmp_path / "out.json"
-    run = run_command("bench", "stores", *SMALL, *only, "--folder", tmp_path / "stores", "--out", out)
+    run = run_benchmark("stores", *SMALL, *only, "--folder", tmp_path / "stores", "--out", out)
     assert run.exit_code == 0, run.output
     outcome = json.loads(run.stdout.splitlines()[-1])
     assert json.loads(out.read_text()) == outcome
@@ -52,7 +52,7 @@ def test_the_stores_that_need_no_server_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["redis", "s3", "hub"])
 def test_the_stores_behind_a_server_are_measured(name: str) -> None:
     """Where a server is missing it is left out with the reason; that it is there is seen to by the stores' own tests."""
-    run = run_command("bench", "stores", *SMALL, "--only", name, "--json")
+    run = run_benchmark("stores", *SMALL, "--only", name, "--json")
     assert run.exit_code == 0, run.output
     outcome = json.loads(run.stdout)
     if name in outcome["left_out"]:
@@ -69,20 +69,20 @@ def test_what_cannot_be_had_is_left_out_and_what_fails_decides_the_exit_code(mon
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(stores_command.remote, "redis", missing)
-    fine = run_command("bench", "stores", *SMALL, "--only", "redis", "--only", "memory")
+    fine = run_benchmark("stores", *SMALL, "--only", "redis", "--only", "memory")
     assert fine.exit_code == 0, fine.output
     assert "redis was left out: no such server here" in fine.stdout
     outcome = json.loads(fine.stdout.splitlines()[-1])
     assert outcome["left_out"] == {"redis": "no such server here"}
     assert outcome["results"].keys() == {"memory"}
     monkeypatch.setattr(stores_command.remote, "redis", broken)
-    bad = run_command("bench", "stores", *SMALL, "--only", "redis")
+    bad = run_benchmark("stores", *SMALL, "--only", "redis")
     assert bad.exit_code == 1
     assert json.loads(bad.stdout.splitlines()[-1])["failures"] == ["redis: the disk is full"]
 
 
 def test_an_unknown_store_is_named() -> None:
-    run = run_command("bench", "stores", "--only", "tape")
+    run = run_benchmark("stores", "--only", "tape")
     assert run.exit_code == 2
     assert "choose from local, memory, redis, s3, mooncake, pack, hub, tiers" in " ".join(run.output.split())
 
@@ -121,7 +121,7 @@ def test_a_lost_chunk_is_a_failure(values: Values) -> None:
 
 def test_the_share_is_of_the_fastest_way(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"fast": 1.0, "slow": 4.0, "store": 2.0}
-    monkeypatch.setattr("cake_hf.people.bench.stores.race._timed", lambda name, *_: seconds[name])
+    monkeypatch.setattr("benchmarks.stores.race._timed", lambda name, *_: seconds[name])
     nothing = {name: (lambda number: None) for name in ("fast", "slow")}
     figures = race(Contender("a store", MemoryStore(), nothing), values, TINY).figures
     assert figures["share_1"].value == 0.5

@@ -24,8 +24,8 @@ from cake_hf.movers.place import DevicePlace
 from cake_hf.movers.reads import ReadBeside
 from cake_hf.movers.sharing import LEFT_PER_READ
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import header_size, parse_header
+from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from families import FAMILIES as BUILDERS
 from families import WINDOW, family_model, here
 from family_runs import (

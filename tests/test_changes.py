@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cake_hf.arithmetic.simulator import Setting, best_after, best_seconds, simulate, steps
-from cake_hf.arithmetic.speeds import CONSTANT, Speed, bursts, drift, noise, step
-from cake_hf.people import changes
-from cake_hf.people.changes import CHANGES, Row, settings, table
-from cake_hf.people.cli import app
+from benchmarks.command import bench_app
+from benchmarks.simulation import changes
+from benchmarks.simulation.changes import CHANGES, Row, settings, table
+from benchmarks.simulation.simulator import Setting, best_after, best_seconds, simulate, steps
+from benchmarks.simulation.speeds import CONSTANT, Speed, bursts, drift, noise, step
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "CHANGES", {first: CHANGES[first]})
     monkeypatch.setattr(changes, "settings", lambda: list(settings())[:1])
     monkeypatch.setenv("COLUMNS", "80")
-    result = CliRunner().invoke(app, ["simulate", "--changes", "--json"])
+    result = CliRunner().invoke(bench_app, ["simulate", "--changes", "--json"])
     assert result.exit_code == 0, result.output
     assert first in result.stdout
     (row,) = json.loads(result.stdout.splitlines()[-1])["changes"]
     assert (row["change"], row["goal"], len(row["both"])) == (first, 1.25, len(changes.MOMENTS))
-    refused = CliRunner().invoke(app, ["simulate", "--changes", "--tokens", "512"])
+    refused = CliRunner().invoke(bench_app, ["simulate", "--changes", "--tokens", "512"])
     assert refused.exit_code == 2
     assert "--changes has settings of its own; leave out --tokens." in refused.stderr
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, MemoryStore, chat_document, chat_prompt
-from cake_hf.people.cli import app
-from cake_hf.people.models import RECALL_TINY, load_model, load_tokenizer
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.app import app
+from cake_hf.cli.models import load_model, load_tokenizer
 from naming import given
 from test_cuts import forwards
 
@@ -157,7 +158,7 @@ def test_a_model_without_a_template(tmp_path: Path, how: str) -> None:
 def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command has stored is all that a process with a new cache has before the question."""
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("cake_hf.people.warm.load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr("cake_hf.cli.warm.load_tokenizer", lambda name: tokenizer)
     file, system, store = tmp_path / "text.txt", tmp_path / "system.txt", tmp_path / "store"
     file.write_text(DOCUMENT)
     system.write_text("Be brief.")

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 import cake_hf
 from cake_hf import CakeCache
-from cake_hf.people.cli import app
-from cake_hf.people.inspect_store import existing_store, prompts, take_inventory
+from cake_hf.cli.app import app
+from cake_hf.cli.inspect_store import existing_store, prompts, take_inventory
 from cake_hf.stores import LocalStore, MemoryStore
 from commands import save_model, write_text
 
@@ -361,11 +361,11 @@ def test_a_store_slower_than_the_model_is_waited_for(
 
     monkeypatch.setattr(LocalStore, "write", write_when_waited_for)
     monkeypatch.setattr(CakeCache, "flush", wait)
-    monkeypatch.setattr("cake_hf.people.warm.QUEUE_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr("cake_hf.cli.warm.QUEUE_BYTES", 2 * CHUNK_BYTES)
     result = warm(command, model_folder, document, tmp_path / "store")
     assert result.exit_code == 0, result.output
     assert len(keys_of(tmp_path / "store")) == CHUNKS
-    monkeypatch.setattr("cake_hf.people.warm.Pace", lambda *_: lambda done: None)
+    monkeypatch.setattr("cake_hf.cli.warm.Pace", lambda *_: lambda done: None)
     hurried = warm(command, model_folder, document, tmp_path / "hurried")
     assert hurried.exit_code == 2
     assert "could not be saved" in flat(hurried.stderr)

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cake_hf.arithmetic.learning import CostLearner
-from cake_hf.people.cli import app
-from cake_hf.people.plan import CURVE_LINES, read_costs, shown_splits
+from cake_hf.cli.app import app
+from cake_hf.cli.plan import CURVE_LINES, read_costs, shown_splits
 
 Command = Callable[..., Result]
 

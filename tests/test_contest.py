@@ -12,7 +12,7 @@ from cake_hf.arithmetic import planner
 from cake_hf.arithmetic.frontier import Frontier, Outcome, State
 from cake_hf.cache.pace import RestorePace
 from cake_hf.cache.probe import kv_like
-from cake_hf.stores.wrappers import GateStore
+from cake_hf.testing import GateStore
 from forwards import attentions, before_forward
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from paces import Told, no, tell, yes

@@ -21,8 +21,8 @@ import models
 from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
 from cake_hf.arithmetic.keys import block_keys, chunk_keys, namespace_digest
 from cake_hf.arithmetic.schedule import blocks, last_piece
-from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.testing import FaultStore
 from cut_runs import in_pieces, pieces
 from families import family_model, here
 from family_runs import NEW_TOKENS, content, difference, generate

@@ -10,12 +10,12 @@ import typer
 from typer.testing import CliRunner
 
 from cake_hf.arithmetic.errors import CakeError
-from cake_hf.people.cli import COMMANDS, app
-from cake_hf.people.deferred import Deferred, deferring
+from cake_hf.cli.app import COMMANDS, app
+from cake_hf.cli.deferred import Deferred, deferring
 
 RUN = """
 import sys
-from cake_hf.people.cli import app
+from cake_hf.cli.app import app
 sys.argv = ["cake-hf", *sys.argv[1:]]
 try:
     app()

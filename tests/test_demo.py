@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.arithmetic.report import Span
-from cake_hf.people.cli import app
-from cake_hf.people.demo.asking import Answer, ask_plainly, ask_with_store
-from cake_hf.people.demo.play import judge, refuse_unrestored
-from cake_hf.people.demo.race import STRATEGIES, Race, run_race
-from cake_hf.people.demo.task import make_task
-from cake_hf.people.demo.worker import Request, ask_in_fresh_process, main
-from cake_hf.people.models import RECALL_TINY
-from cake_hf.people.tables import Bar, Bars, Lanes, legend
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.tables import Bar, Bars, Lanes, legend
+from demo.__main__ import app
+from demo.asking import Answer, ask_plainly, ask_with_store
+from demo.play import judge, refuse_unrestored
+from demo.race import STRATEGIES, Race, run_race
+from demo.task import make_task
+from demo.worker import Request, ask_in_fresh_process, main
 from models import CHUNK, VOCABULARY, prompt, shared_model
 
 NEW_TOKENS = 4
@@ -52,7 +52,7 @@ def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLUMNS", "120")
     store = tmp_path / "store"
     arguments = ["--tokens", "1200", "--chunk-size", "128", "--repeats", "1", "--store", str(store)]
-    result = CliRunner().invoke(app, ["demo", *arguments])
+    result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 0, result.output
     assert "In every run the same answer" in result.output
     assert result.output.count(" equal ") == 3  # cold, warm and the verdict
@@ -93,7 +93,7 @@ def test_the_task_takes_the_user_s_text_and_question() -> None:
 )
 def test_what_cannot_be_shown(arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    result = CliRunner().invoke(app, ["demo", *arguments])
+    result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 2, result.output
     assert complaint in result.stderr
     assert "Traceback" not in result.output
@@ -154,16 +154,16 @@ def test_minus_zero_is_not_zero() -> None:
 def test_a_demonstration_that_differs_exits_with_one(
     tmp_path: Path, oracle: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cake_hf.people.demo.play.ask_in_fresh_process", lambda *_: wrong)
-    monkeypatch.setattr("cake_hf.people.demo.play.warm_up", lambda *_: None)
-    monkeypatch.setattr("cake_hf.people.demo.play.ask_plainly", lambda *_: oracle)
-    monkeypatch.setattr("cake_hf.people.demo.play._race", lambda *_: race)
+    monkeypatch.setattr("demo.play.ask_in_fresh_process", lambda *_: wrong)
+    monkeypatch.setattr("demo.play.warm_up", lambda *_: None)
+    monkeypatch.setattr("demo.play.ask_plainly", lambda *_: oracle)
+    monkeypatch.setattr("demo.play._race", lambda *_: race)
     race = Race(
         1.0,
         {strategy: [replace(oracle, tokens=oracle.tokens[:1], logits=oracle.logits[:1])] for strategy in STRATEGIES},
     )
     wrong = replace(oracle, logits=oracle.logits + 1, report=Report(chunks_loaded=1, bytes_loaded=1))
-    result = CliRunner().invoke(app, ["demo", "--tokens", "600", "--chunk-size", "128", "--store", str(tmp_path)])
+    result = CliRunner().invoke(app, ["--tokens", "600", "--chunk-size", "128", "--store", str(tmp_path)])
     assert result.exit_code == 1, result.output
     assert "The logits differ" in result.output
 
@@ -210,7 +210,7 @@ def test_the_race_balances_both_sides(tmp_path: Path) -> None:
 
 
 def test_a_race_that_takes_long_has_one_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.people.demo.race.RACE_SECONDS", 0.0)
+    monkeypatch.setattr("demo.race.RACE_SECONDS", 0.0)
     with_store(tmp_path)
     with LocalStore(tmp_path) as store:
         race = run_race(shared_model("llama"), prompt(), store, CHUNK, 1000.0, 5, lambda done, total: None)

@@ -19,10 +19,11 @@ from transformers import LlavaForConditionalGeneration, cache_utils
 from typer.testing import CliRunner
 
 import cake_hf
+from benchmarks.command import bench_app
 from cake_hf import open_store
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.planner import plan
-from cake_hf.people.cli import app
+from cake_hf.cli.app import app
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples
@@ -91,7 +92,7 @@ def test_what_has_not_changed_is_not_built_again(site: Path) -> None:
         ("reference", "tokens per chunk, at least 16"),
         ("reference", "After close() the cache goes on as a plain cache: nothing is restored or saved any more."),
         ("commands", "cake-hf verify [OPTIONS] {STORE}"),
-        ("commands", "cake-hf bench plot"),
+        ("commands", "python -m benchmarks plot"),
         ("commands", "so --recompute needs them"),
         ("security", "Nothing from a store is executed."),
     ],
@@ -309,9 +310,8 @@ def shown_commands() -> list[str]:
 
 def parse(line: str) -> None:
     """As the command line would; nothing is run."""
-    command: Any = typer.main.get_command(app)
-    name, *arguments = shlex.split(line)
-    assert name == "cake-hf"
+    name, *arguments = shlex.split(line.replace("python -m benchmarks", "benchmarks"))
+    command: Any = typer.main.get_command({"cake-hf": app, "benchmarks": bench_app}[name])
     while arguments and not arguments[0].startswith("-") and hasattr(command, "commands"):
         command = command.commands[arguments.pop(0)]
     command.make_context(line, arguments)

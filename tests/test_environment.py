@@ -18,7 +18,8 @@ from commands import flat, run_command
 from models import prompt, shared_model
 
 SOURCE = Path(cake_hf.__path__[0])
-DOC = SOURCE.parent.parent / "docs" / "environment.md"
+ROOT = Path(__file__).parent.parent
+DOC = ROOT / "docs" / "environment.md"
 LIMITS = {
     "loader_threads": ("7", 7),
     "read_timeout": ("2.5", 2.5),
@@ -74,8 +75,9 @@ def test_the_documentation_lists_what_is_read(monkeypatch: pytest.MonkeyPatch) -
 def test_nobody_else_reads_any() -> None:
     """So that the test above sees them all."""
     users = {
-        path.relative_to(SOURCE).as_posix()
-        for path in SOURCE.rglob("*.py")
+        path.relative_to(folder).as_posix()
+        for folder in (SOURCE, ROOT / "benchmarks", ROOT / "demo")
+        for path in folder.rglob("*.py")
         if any("CAKE_HF_" in text for text in strings(path.read_text(encoding="utf-8")))
     }
     assert users == {"arithmetic/environment.py"}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+
+from demo.asking import Answer
 from eval.compare import Metrics, compare
 from eval.config import make_config
 from eval.outcomes import Outcome, digests, first_difference, margins
 from eval.page import bars, make_page
 from eval.tables import cells, lists, percent, verdict
-
-from cake_hf.people.demo.asking import Answer
 
 
 def outcome(mode: str, row: str = "r0", **changed: Any) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from eval.config import MODES, SETTINGS, BrokenConfig, RunConfig, add_options, make_config, read_config
 from eval.tasks import UnknownTask
 

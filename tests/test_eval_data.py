@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.models import load_tokenizer
 from eval.data.encode import Encoder, TooLong
 from eval.data.generated import generate
 from eval.data.prompts import OWN_PROMPTS, BrokenPrompts, Template, load_templates
 from eval.data.rows import BrokenRow, Row, parse_record
 from eval.data.sources import CONVERTED, MissingData, Source, load_rows
 from eval.tasks import TASKS, UnknownTask, find_task
-
-from cake_hf.people.models import RECALL_TINY, load_tokenizer
 
 REAL_ROWS = os.environ.get("CAKE_HF_LONGBENCH", "")
 """A folder with real LongBench rows; the tests make their own and look at these only where there are some."""

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
+import cake_hf
+from cake_hf import LocalStore, MemoryStore
+from cake_hf.tensors import codec
 from eval import modes, parity, random_model, score, worker
 from eval.config import MODES, RunConfig, make_config, read_config
 from eval.data.encode import Prompt
@@ -22,10 +26,6 @@ from eval.outcomes import Outcome
 from eval.runs import RunBusy, RunFolder
 from eval.work import Work
 from eval.worker import Request, run_in_fresh_process
-
-import cake_hf
-from cake_hf import LocalStore, MemoryStore
-from cake_hf.tensors import codec
 
 SMALL = {
     "model": "recall-tiny",

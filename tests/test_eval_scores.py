@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from eval.score import main, score_lines
 from eval.scores import METRICS, BrokenAnswer, MissingSegmenter, rouge, score, text
 from eval.scores.rouge import LONGEST_WALK, rouge_l

@@ -18,7 +18,7 @@ from cake_hf.arithmetic.report import Report
 from cake_hf.stores import LocalStore, Store, TierStore, open_store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
-from cake_hf.stores.wrappers import FAULTS, FaultStore, ThrottledStore
+from cake_hf.testing import FAULTS, FaultStore, ThrottledStore
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, difference, expected, prompt, run, shared_model
 from pack_files import write_folder

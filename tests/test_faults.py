@@ -13,7 +13,7 @@ import torch
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError, reads_only
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
-from cake_hf.stores.wrappers import FaultStore, WrapperStore
+from cake_hf.testing import FaultStore, WrapperStore
 from hanging import no_waiting_for, no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import filled_store, keys_in_order

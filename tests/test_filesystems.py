@@ -18,7 +18,7 @@ import pytest
 
 from cake_hf import LocalStore
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.people.gc import collect, select
+from cake_hf.cli.gc import collect, select
 from cake_hf.stores import locks
 from cake_hf.stores.account import Account
 from cake_hf.stores.partial import LEFTOVER_SECONDS

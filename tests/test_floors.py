@@ -11,13 +11,14 @@ import pytest
 import cake_hf
 
 SOURCE = Path(cake_hf.__path__[0])
-FLOORS = ["arithmetic", "tensors", "stores", "movers", "cache", "people"]
+FLOORS = ["arithmetic", "tensors", "stores", "movers", "cache", "packs", "cli"]
 
 LIBRARIES = {
     "arithmetic": set(),
     "tensors": {"torch", "numpy", "safetensors", "xxhash"},
     "movers": {"torch", "numpy"},
     "cache": {"torch", "numpy", "transformers", "packaging"},
+    "packs": {"torch"},
 }
 """What each floor may import besides the standard library. Each store has a client library of its own; see below."""
 
@@ -38,6 +39,7 @@ PLAIN_STORES = {
     "opening",
     "pieces",
     "places",
+    "plugins",
     "redis_manifest",
     "redis_wire",
     "room",
@@ -54,9 +56,9 @@ NOT_IN_STORES = {"transformers", "typer", "rich", "matplotlib", "pytest", "hypot
 
 
 def floor_of(module: str) -> str:
-    """The floor of a dotted module name. What lies beside the floors (the package's face, tools) is for people."""
+    """The floor of a dotted module name. What lies beside the floors (the package's face, tools) is above all."""
     rooms = module.split(".")[1:]
-    return rooms[0] if rooms and rooms[0] in (*FLOORS, "testing") else "people"
+    return rooms[0] if rooms and rooms[0] in (*FLOORS, "testing") else "cli"
 
 
 def imports(source: str, module: str, *, is_package: bool = False) -> set[str]:
@@ -82,7 +84,7 @@ def complaints(source: str, module: str, *, is_package: bool = False) -> list[st
         if name.split(".")[0] == "cake_hf":
             other = floor_of(name)
             if floor == "testing":
-                allowed = other != "people"
+                allowed = other != "cli"
             else:
                 allowed = other != "testing" and FLOORS.index(other) <= FLOORS.index(floor)
         else:
@@ -94,7 +96,7 @@ def complaints(source: str, module: str, *, is_package: bool = False) -> list[st
 
 def may_use(module: str, library: str) -> bool:
     floor = floor_of(module)
-    if library in sys.stdlib_module_names or floor in ("people", "testing"):
+    if library in sys.stdlib_module_names or floor in ("cli", "testing"):
         return True
     if floor == "stores":
         return module.split(".")[-1] not in PLAIN_STORES | {"stores"} and library not in NOT_IN_STORES
@@ -137,15 +139,15 @@ def test_every_floor_is_looked_at() -> None:
         ("cake_hf.movers.loader", "from cake_hf.cache.restore import restore", False),
         ("cake_hf.movers.loader", "from transformers.cache_utils import Cache", False),
         ("cake_hf.cache.layers", "from transformers.cache_utils import Cache", True),
-        ("cake_hf.cache.hook", "if TYPE_CHECKING:\n    from cake_hf.people import cli", False),
-        ("cake_hf.cache.hook", "from cake_hf import people", False),
+        ("cake_hf.cache.hook", "if TYPE_CHECKING:\n    from cake_hf.cli import app", False),
+        ("cake_hf.cache.hook", "from cake_hf import cli", False),
         ("cake_hf.cache.hook", "from cake_hf import generate", False),
         ("cake_hf.cache.hook", "from cake_hf.testing import GateStore", False),
         ("cake_hf.cache.hook", "import rich", False),
-        ("cake_hf.people.cli", "import rich\nfrom cake_hf.cache import CakeCache", True),
-        ("cake_hf.people.cli", "from cake_hf.testing import StoreContract", False),
+        ("cake_hf.cli.app", "import rich\nfrom cake_hf.cache import CakeCache", True),
+        ("cake_hf.cli.app", "from cake_hf.testing import StoreContract", False),
         ("cake_hf.testing.contract", "import pytest\nfrom cake_hf.cache import CakeCache", True),
-        ("cake_hf.testing.contract", "from cake_hf.people import cli", False),
+        ("cake_hf.testing.contract", "from cake_hf.cli import app", False),
     ],
 )
 def test_the_check_tells_right_from_wrong(module: str, source: str, allowed: bool) -> None:

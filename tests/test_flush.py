@@ -11,7 +11,7 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.stores import TierStore, line
 from cake_hf.stores.base import Store
 from cake_hf.stores.tier import Tier
-from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing import WrapperStore
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, prompt, shared_model
 

@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 
 from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.people.inspect_store import Inventory, StoredChunk, read_chunk
-from cake_hf.people.store_tables import chunk_facts, listing, totals
+from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
+from cake_hf.cli.store_tables import chunk_facts, listing, totals
 from cake_hf.stores import MemoryStore
 from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.tensors.codec import (

@@ -17,7 +17,7 @@ from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.cache import pace, restore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import GateStore, WrapperStore
+from cake_hf.testing import GateStore, WrapperStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds, parse_share
-from cake_hf.people.gc import collect, select
+from cake_hf.cli.gc import collect, select
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of, value_of
 from commands import flat, run_command
@@ -128,7 +128,7 @@ def test_what_cannot_be_deleted_is_said(store: LocalStore, monkeypatch: pytest.M
 
 
 def test_leftovers_of_killed_writers_are_removed(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.people.inspect_store.open_store", lambda spec: store)
+    monkeypatch.setattr("cake_hf.cli.inspect_store.open_store", lambda spec: store)
     (store.root / "partial" / LEFTOVER).write_bytes(b"half")
     result = run_command("gc", store.root, "--budget", "1GB")
     assert "1 file of killed writers removed" in flat(result.output)

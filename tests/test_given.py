@@ -21,7 +21,7 @@ from transformers import (
 
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, UnsupportedModel
-from cake_hf.people.models import RECALL_TINY
+from cake_hf.assets import RECALL_TINY
 from models import CHUNK, CHUNKS, build, prompt, shared_model
 from naming import given
 

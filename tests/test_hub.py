@@ -23,8 +23,8 @@ import family_runs
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store, reads_only
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.cache.probe import kv_like
-from cake_hf.people.cli import app
-from cake_hf.people.packs import Pushed, import_pack, push_pack
+from cake_hf.cli.app import app
+from cake_hf.packs import Pushed, import_pack, push_pack
 from cake_hf.stores.hub import HubSource, open_hub_pack, parse_hub_name
 from cake_hf.stores.manifest import BLOCK_BYTES, CARD, MANIFEST, MAX_MANIFEST_BYTES, chunk_path
 from cake_hf.stores.pack import PackStore, open_folder_pack

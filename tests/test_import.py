@@ -16,7 +16,7 @@ NOT_NEEDED = [
     *("rich", "typer", "click", "matplotlib"),  # people
     *("obstore", "redis", "mooncake", "blake3"),  # remote stores
     *("datasets", "evaluate", "pandas", "pytest", "hypothesis", "IPython"),
-    *("cake_hf.people", "cake_hf.testing", "cake_hf.stores.object", "cake_hf.stores.redis", "cake_hf.stores.hub"),
+    *("cake_hf.cli", "cake_hf.testing", "cake_hf.stores.object", "cake_hf.stores.redis", "cake_hf.stores.hub"),
 ]
 
 

@@ -9,7 +9,7 @@ import test_gated
 from cake_hf import CakeCache, Limits
 from cake_hf.cache import pace
 from cake_hf.cache.layers import TokenMajorLayer
-from cake_hf.stores.wrappers import FaultStore, GateStore
+from cake_hf.testing import FaultStore, GateStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_for
 from late_copies import LateCopies, _late_copies  # noqa: F401  # for each test in here

@@ -21,11 +21,11 @@ import torch
 
 from cake_hf import CakeCache
 from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.people import many
-from cake_hf.people.gc import collect, select
-from cake_hf.people.inspect_store import existing_store, take_inventory
-from cake_hf.people.many import MOST_AT_ONCE, each_answer
-from cake_hf.people.verify import verify
+from cake_hf.cli import many
+from cake_hf.cli.gc import collect, select
+from cake_hf.cli.inspect_store import existing_store, take_inventory
+from cake_hf.cli.many import MOST_AT_ONCE, each_answer
+from cake_hf.cli.verify import verify
 from cake_hf.stores import LocalStore
 from cake_hf.tensors import codec
 from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header, parse_header
@@ -321,7 +321,7 @@ def test_a_stopped_verify_deletes_nothing(root: Path, number: int, monkeypatch: 
     keys = list(LocalStore(root).keys())
     damage(root, keys[0])
     monkeypatch.setattr(
-        "cake_hf.people.verify_command.verify", lambda store, progress: verify(store, interrupt_at(number))
+        "cake_hf.cli.verify_command.verify", lambda store, progress: verify(store, interrupt_at(number))
     )
     result = run_command("verify", root, "--fix")
     assert result.exit_code == 130

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
-from cake_hf.people.bench import memory
-from cake_hf.people.bench.models import build_model, build_prompt
-from cake_hf.people.bench.settings import Settings, Shape
-from cake_hf.people.bench.workbench import Workbench
+from benchmarks import memory
+from benchmarks.models import build_model, build_prompt
+from benchmarks.settings import Settings, Shape
+from benchmarks.workbench import Workbench
 
 CHUNKS = 16
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=4, intermediate=256, vocabulary=256)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from cake_hf import CakeCache, MemoryStore, Report
-from cake_hf.people.models import RECALL_TINY
+from cake_hf.assets import RECALL_TINY
 from families import here
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, run_ahead, shared_model
 from naming import given

@@ -38,9 +38,9 @@ from cake_hf.movers.slots import Slot, SlotRing
 from cake_hf.movers.streams import let_copies_out_end
 from cake_hf.movers.writer import SaveJob, Writer, pack
 from cake_hf.stores import LocalStore, MemoryStore, Store
-from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore
 from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from children import command_of
 from device_marks import devices
 from waiting import PATIENCE, await_true

@@ -18,9 +18,9 @@ import pytest
 
 from cake_hf import CakeCache, LocalStore, open_store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.cli.verify import verify
 from cake_hf.movers.cost_memory import flush_notes
-from cake_hf.people.packs.export import export_pack
-from cake_hf.people.verify import verify
+from cake_hf.packs.export import export_pack
 from cake_hf.stores.manifest import MANIFEST
 from cake_hf.stores.pack import FIRST_READ, open_folder_pack
 from cake_hf.tensors.codec import MAX_HEADER_BYTES
@@ -631,8 +631,8 @@ def test_a_manifest_that_claims_gigabytes_costs_no_memory(tmp_path: Path, memory
 def test_a_large_chunk_is_verified_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (key,) = make_chunks(tmp_path / "chunks", 1, tokens=64)
     value = (tmp_path / "chunks" / key).read_bytes()
-    monkeypatch.setattr("cake_hf.people.verify.WHOLE_BYTES", 0)
-    monkeypatch.setattr("cake_hf.people.verify.STEP_BYTES", 1000)
+    monkeypatch.setattr("cake_hf.cli.verify.WHOLE_BYTES", 0)
+    monkeypatch.setattr("cake_hf.cli.verify.STEP_BYTES", 1000)
     store = LocalStore(tmp_path / "store")
     store.write(key, [value])
     assert verify(store, lambda done, total: None).nbytes == len(value)

@@ -18,10 +18,10 @@ from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.keys import state_key
 from cake_hf.cache.session import Session
-from cake_hf.people.inspect_store import take_inventory
-from cake_hf.people.packs import export_pack, import_pack
-from cake_hf.people.recompute import RecomputeJob, recompute_prompt
-from cake_hf.people.verify import verify
+from cake_hf.cli.inspect_store import take_inventory
+from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
+from cake_hf.cli.verify import verify
+from cake_hf.packs import export_pack, import_pack
 from cake_hf.stores.manifest import (
     CARD,
     MANIFEST,

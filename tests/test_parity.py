@@ -16,8 +16,8 @@ import cake_hf
 import models
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.cache.probe import kv_like
-from cake_hf.stores.wrappers import GateStore
 from cake_hf.tensors.codec import checksums, encode_header, parse_header
+from cake_hf.testing import GateStore
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, prompt, shared_model
 from stored import filled_store, keys_in_order, without

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 import cake_hf
-from cake_hf import CakeError, Report
+from cake_hf import CakeError, Report, plots
 from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
 from cake_hf.arithmetic.report import Span
-from cake_hf.people import plots
 
 TIMELINE = [
     Span("compute", 0, 0.0, 0.4, "computed"),

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.figures import Result
+from benchmarks.table import build_tables
 from cake_hf import LocalStore, StoreError
-from cake_hf.people import gc, warm
-from cake_hf.people.bench.results import Result
-from cake_hf.people.bench.table import build_tables
-from cake_hf.people.console import console, errors, progress_bar
-from cake_hf.people.gc import Collected
-from cake_hf.people.inspect_store import Inventory
-from cake_hf.people.store_tables import show_verified, totals
-from cake_hf.people.verify import BadChunk, Verified
+from cake_hf.cli import gc, warm
+from cake_hf.cli.console import console, errors, progress_bar
+from cake_hf.cli.gc import Collected
+from cake_hf.cli.inspect_store import Inventory
+from cake_hf.cli.store_tables import show_verified, totals
+from cake_hf.cli.verify import BadChunk, Verified
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command
 
@@ -68,7 +68,7 @@ def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch,
     def fail(spec: object) -> None:
         raise StoreError(f"The server says {text}!")
 
-    monkeypatch.setattr("cake_hf.people.inspect_store.open_store", fail)
+    monkeypatch.setattr("cake_hf.cli.inspect_store.open_store", fail)
     result = run_command("ls", "anything")
     assert result.exit_code == 2
     assert f"The server says {ascii(text)[1:-1]}!" in result.stderr

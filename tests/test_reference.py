@@ -16,9 +16,9 @@ from cake_hf import CakeCache, Limits, MemoryStore, Report
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.keys import behaviour_key
 from cake_hf.cache import reference
-from cake_hf.people.inspect_store import take_inventory
+from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.stores import Store
-from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing import WrapperStore
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run
 from test_changed_models import edited_buffer, plain_attribute, replaced
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import Result
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
-from cake_hf.people.inspect_store import take_inventory
-from cake_hf.people.selecting import Wanted, choose
+from cake_hf.cli.inspect_store import take_inventory
+from cake_hf.cli.selecting import Wanted, choose
 from commands import flat, run_command, save_model, write_text
 from families import family_model
 from models import prompt as tokens_of

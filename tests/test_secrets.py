@@ -14,7 +14,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from eval.config import RunConfig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -22,13 +21,14 @@ from rich.console import Console
 from cake_hf import CakeCache, Report, StoreError, open_store
 from cake_hf.arithmetic.outside import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
 from cake_hf.cache.session import Session
-from cake_hf.people.store_tables import totals
+from cake_hf.cli.store_tables import totals
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
 from commands import run_command
+from eval.config import RunConfig
 from models import CHUNK, prompt, run, shared_model
 
 MARK = "qZx9"
@@ -207,7 +207,7 @@ def test_commands_do_not_show_it_either(command: str, spec: str) -> None:
 
 def test_tables_and_notes_of_runs_show_the_place_only() -> None:
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    from cake_hf.people.inspect_store import Inventory
+    from cake_hf.cli.inspect_store import Inventory
 
     url = f"redis://user:{MARK}@host:6379/0?ttl=5"
     console.print(totals(shown_url(url), Inventory()))

@@ -18,8 +18,8 @@ from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.tensors.codec import parse_header
+from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.testing.contract import run_together
 from forwards import before_forward
 from hanging import no_waiting_for

@@ -8,15 +8,15 @@ import re
 from collections.abc import Sequence
 
 import pytest
+from rich.console import Console, RenderableType
+
+from benchmarks.figures import Figure, Goal, Result
+from benchmarks.simulation.command import BEYOND, PAPER, TITLES, _row, _table, setting_of
+from benchmarks.table import build_tables
+from cake_hf.cli.sheets import Sheet
 from eval import score
 from eval.compare import Metrics, ModeMetrics, TaskMetrics
 from eval.tables import COLUMNS, results_table
-from rich.console import Console, RenderableType
-
-from cake_hf.people.bench.results import Figure, Goal, Result
-from cake_hf.people.bench.table import build_tables
-from cake_hf.people.sheets import Sheet
-from cake_hf.people.simulate import BEYOND, PAPER, TITLES, _row, _table, setting_of
 
 HEADINGS = ("<name", "alpha", "beta", "gamma", "delta", "epsilon", "zeta")
 ROWS = [[f"row {number} of a table", *(f"{number}.{column}" for column in range(6))] for number in range(4)]

@@ -1,4 +1,4 @@
-"""The library's decisions on a virtual clock: laws of every simulated restore, the goals on a grid, and `cake-hf simulate`.
+"""The library's decisions on a virtual clock: laws of every simulated restore, the goals on a grid, and the command.
 
 Nothing here depends on the machine: the same setting gives the same outcome to the last digit.
 """
@@ -17,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from benchmarks.command import bench_app
+from benchmarks.simulation import command as command_module
+from benchmarks.simulation.command import BEYOND, PAPER, setting_of
+from benchmarks.simulation.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
 from cake_hf.arithmetic.planner import optimum
-from cake_hf.arithmetic.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
-from cake_hf.people import simulate as command_module
-from cake_hf.people.cli import app
-from cake_hf.people.simulate import BEYOND, PAPER, setting_of
 
 Command = Callable[..., Result]
 
@@ -291,9 +291,9 @@ def test_the_papers_policy_is_near_what_the_paper_reports(case: command_module.C
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `cake-hf simulate` with these arguments."""
+    """Runs `python -m benchmarks simulate` with these arguments."""
     monkeypatch.setenv("COLUMNS", "110")
-    return lambda *arguments: CliRunner().invoke(app, ["simulate", *(str(argument) for argument in arguments)])
+    return lambda *arguments: CliRunner().invoke(bench_app, ["simulate", *(str(argument) for argument in arguments)])
 
 
 def test_the_tables(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.stores import LocalStore, MemoryStore, Store, open_store, wrappers
+from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
 from cake_hf.stores.base import total_bytes
 from cake_hf.tensors.codec import ChunkFacts, check_header, check_pieces, checksums, encode_header
 from cake_hf.tensors.layout import ChunkLayout, Piece
@@ -475,7 +475,7 @@ class FakeTime:
 
 def test_a_throttled_store_reads_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTime()
-    monkeypatch.setattr(wrappers, "time", fake)
+    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
     store = ThrottledStore(MemoryStore(), bytes_per_second=1000, latency=0.5)
     store.write(key_of(1), [value_of(1, 2000)])
     assert fake.now == 100.0
@@ -489,7 +489,7 @@ def test_a_throttled_store_reads_at_its_rate(monkeypatch: pytest.MonkeyPatch) ->
 def test_readers_of_a_throttled_store_share_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two values asked for at once arrive one after the other, as over a network."""
     fake = FakeTime()
-    monkeypatch.setattr(wrappers, "time", fake)
+    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
     arrivals = []
     monkeypatch.setattr(fake, "sleep", lambda seconds: arrivals.append(fake.now + seconds))
     store = ThrottledStore(MemoryStore(), bytes_per_second=1000)
@@ -502,7 +502,7 @@ def test_readers_of_a_throttled_store_share_the_line(monkeypatch: pytest.MonkeyP
 def test_the_rate_of_a_throttled_store_may_change_between_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads that have begun keep the line for as long as they would have."""
     fake = FakeTime()
-    monkeypatch.setattr(wrappers, "time", fake)
+    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
     arrivals = []
     monkeypatch.setattr(fake, "sleep", lambda seconds: arrivals.append(fake.now + seconds))
     store = ThrottledStore(MemoryStore(), bytes_per_second=1000)

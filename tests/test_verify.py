@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from cake_hf import CakeCache
-from cake_hf.people import recompute as recompute_module
-from cake_hf.people.recompute import Comparing, RecomputeJob, recompute_prompt
-from cake_hf.people.verify import verify
+from cake_hf.cli import recompute as recompute_module
+from cake_hf.cli.recompute import Comparing, RecomputeJob, recompute_prompt
+from cake_hf.cli.verify import verify
 from cake_hf.stores import LocalStore, MemoryStore
-from cake_hf.stores.wrappers import FaultStore
 from cake_hf.tensors.codec import check_file, parse_header
-from cake_hf.tensors.forgery import blank, forge, one_bit
+from cake_hf.testing import FaultStore
 from cake_hf.testing.contract import key_of
+from cake_hf.testing.forgery import blank, forge, one_bit
 from commands import flat, run_command, save_model, write_text
 from families import family_model, here
 from models import difference, expected, prompt, run, shared_model

@@ -11,8 +11,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from cake_hf import CakeCache
-from cake_hf.people.cli import app
-from cake_hf.people.models import load_model
+from cake_hf.cli.app import app
+from cake_hf.cli.models import load_model
 from cake_hf.stores import LocalStore
 from commands import flat, run_command, save_model, write_text
 from models import prompt

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
-from cake_hf.stores.wrappers import GateStore
+from cake_hf.testing import GateStore
 from family_runs import Run, Verdict, difference, generate, meeting_at, without
 from models import CHUNK
 from vision_models import inputs_for, standard_parts, vision_model

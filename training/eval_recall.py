@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cake_hf.cache.compat import named_for
-from cake_hf.people.haystack import Fact, hide, make_facts, question, real_text
+from cake_hf.testing.haystack import Fact, hide, make_facts, question, real_text
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 FACTS = 12

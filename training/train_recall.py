@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional
 from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cake_hf.people.haystack import KEYS, VALUES, Fact, library_files, question
+from cake_hf.testing.haystack import KEYS, VALUES, Fact, library_files, question
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 1152

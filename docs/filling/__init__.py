@@ -4,6 +4,7 @@
 <!-- filled with section README.md: Quickstart -->      one section of such a file, without its heading
 <!-- filled with results benchmarks/results -->         tables of all measurements in that folder
 <!-- filled with commands -->                           the command line, from the commands themselves
+<!-- filled with commands benchmarks -->                that of the benchmarks
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import typer.main
@@ -11,12 +13,32 @@ import typer.main
 SPECIAL = re.compile(r"([\\*_|<>\[\]{}$~])")
 
 
-def command_line() -> str:
-    """A section for each command of `cake-hf`, with its arguments and options."""
-    from cake_hf.people.cli import app
+@dataclass(frozen=True)
+class Shown:
+    """A command line.
 
-    group: Any = typer.main.get_command(app)
-    return "\n\n".join(_sections(group, "cake-hf", None))
+    Attributes:
+        name: what is typed.
+        app: "module:name" of it.
+        folder: of the repository, with its modules.
+    """
+
+    name: str
+    app: str
+    folder: str
+
+
+SHOWN = {
+    "cake-hf": Shown("cake-hf", "cake_hf.cli.app:app", "src/cake_hf/cli"),
+    "benchmarks": Shown("python -m benchmarks", "benchmarks.command:bench_app", "benchmarks"),
+}
+
+
+def command_line(shown: Shown) -> str:
+    """A section for each command, with its arguments and options."""
+    module, name = shown.app.split(":")
+    group: Any = typer.main.get_command(getattr(import_module(module), name))
+    return "\n\n".join(_sections(group, shown.name, None))
 
 
 def _sections(command: Any, name: str, parent: Any) -> list[str]:

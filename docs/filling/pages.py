@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filling.commands import command_line
+from filling.commands import SHOWN, command_line
 from filling.parity import FILES, all_runs
 from filling.results import all_results
 
@@ -111,9 +111,10 @@ def _parity(folder: str, files: list[Path]) -> str:
     return all_runs(runs)
 
 
-def _commands(_: str, files: list[Path]) -> str:
-    files.extend((ROOT / "src" / "cake_hf" / "people").rglob("*.py"))
-    return command_line()
+def _commands(what: str, files: list[Path]) -> str:
+    shown = SHOWN[what or "cake-hf"]
+    files.extend((ROOT / shown.folder).rglob("*.py"))
+    return command_line(shown)
 
 
 FILLINGS: dict[str, Callable[[str, list[Path]], str]] = {

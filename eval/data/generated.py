@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from cake_hf.people.haystack import hide, make_facts, question, real_text
+from cake_hf.testing.haystack import hide, make_facts, question, real_text
 from eval.tasks import LONGBENCH_V2, SCBENCH, Task
 
 GENERATED_ROWS = 4

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from cake_hf.arithmetic.limits import Limits
     from cake_hf.arithmetic.report import Report
     from cake_hf.cache import CakeCache, chat_document, chat_prompt, generate, reads_only
-    from cake_hf.people.packs import export_pack, import_pack, push_pack
-    from cake_hf.people.plots import plot_split, plot_timeline, plot_ttft
+    from cake_hf.packs import export_pack, import_pack, push_pack
+    from cake_hf.plots import plot_split, plot_timeline, plot_ttft
     from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
 __version__ = "0.2.0"
@@ -52,8 +52,8 @@ _NAMES_OF = {
     "arithmetic.limits": ("Limits",),
     "arithmetic.report": ("Report",),
     "cache": ("CakeCache", "chat_document", "chat_prompt", "generate", "reads_only"),
-    "people.packs": ("export_pack", "import_pack", "push_pack"),
-    "people.plots": ("plot_split", "plot_timeline", "plot_ttft"),
+    "packs": ("export_pack", "import_pack", "push_pack"),
+    "plots": ("plot_split", "plot_timeline", "plot_ttft"),
     "stores": ("LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"),
 }
 """Module -> what it gives to the package's face. Each is imported when it is first asked for: a program that only looks at the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from cake_hf.arithmetic.outside import shown_url
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
+from cake_hf.stores.plugins import Plugin, plugins
 from cake_hf.stores.specs import (
     LOCAL_EXAMPLES,
     Directory,
@@ -78,10 +80,12 @@ REMOTE_KINDS = {
     "redis": RemoteKind("redis://host:6379/0", _REDIS, "redis"),
     "rediss": RemoteKind("rediss://host:6379/0", _REDIS, "redis"),
     "redis+unix": RemoteKind("redis+unix:///path/to.sock", _REDIS, "redis"),
-    "mooncake": RemoteKind("mooncake://master:50051/prefix", "cake_hf.stores.mooncake:MooncakeStore", "mooncake"),
     "hf": RemoteKind("hf://org/pack@revision", "cake_hf.stores.hub:open_hub_pack", "hub"),
 }
-"""By URL scheme. A new kind of store is one line here and one file beside this one."""
+"""By URL scheme. Others come from installed packages, see `plugins`."""
+
+_NAMED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?::|//|$)")
+"""How a text begins that may be meant to name a kind of store."""
 
 
 def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> Store:
@@ -89,9 +93,9 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
 
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
-            `pack:FOLDER`, the URL of one of `REMOTE_KINDS`; a list of these for tiers, nearest first; or a `Store`, which is
-            returned as it is. A `pathlib.Path` is always a directory. Without it, the environment variable `CAKE_HF_STORE`
-            names a path or a URL.
+            `pack:FOLDER`, the URL of one of `REMOTE_KINDS` or of a plugin; a list of these for tiers, nearest first; or a
+            `Store`, which is returned as it is. A `pathlib.Path` is always a directory. Without it, the environment variable
+            `CAKE_HF_STORE` names a path or a URL.
         limits: of tiers, for their `tier_queue_bytes` and `exit_flush_seconds`; the defaults where it is None.
 
     Raises:
@@ -116,9 +120,9 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
         return MemoryStore(bytes_of(nbytes)) if nbytes else MemoryStore()
     if kind == "pack":
         return _PACK.open(str(pack_folder(spec)))
-    if kind in REMOTE_KINDS:
-        return REMOTE_KINDS[kind].open(spec)
-    return _open_directory(_directory(spec, kind))
+    if kind in ("", "file"):
+        return _open_directory(_directory(spec, kind))
+    return _kinds(spec)[kind].open(spec)
 
 
 def directory_of(spec: str) -> Path | None:
@@ -145,7 +149,17 @@ def pack_folder(spec: str) -> Path:
 
 
 def _kind_of(spec: str) -> str:
-    return kind_of(spec, {scheme: kind.example for scheme, kind in REMOTE_KINDS.items()}, _known())
+    kinds = _kinds(spec)
+    return kind_of(spec, {scheme: kind.example for scheme, kind in kinds.items()}, _known(kinds.values()))
+
+
+def _kinds(spec: str) -> Mapping[str, RemoteKind | Plugin]:
+    """Kinds behind a network, by scheme. Plugins are looked for only where the text may name one, as that takes a while."""
+    named = _NAMED.match(spec)
+    if named is None or named[1] in REMOTE_KINDS or named[1] in LOCAL_EXAMPLES:
+        return REMOTE_KINDS
+    others = {scheme: kind for scheme, kind in plugins().items() if scheme not in {**REMOTE_KINDS, **LOCAL_EXAMPLES}}
+    return {**REMOTE_KINDS, **others}
 
 
 def _directory(spec: str, kind: str) -> Directory:
@@ -171,10 +185,10 @@ def _open_default() -> Store:
         raise StoreError(f"{environment.STORE} cannot be used: {error}") from error
 
 
-def _known() -> str:
+def _known(kinds: Iterable[RemoteKind | Plugin]) -> str:
     """What can be opened, and what to install for it."""
     by_extra: dict[str, list[str]] = {}
-    for kind in (*REMOTE_KINDS.values(), _PACK):
+    for kind in (*kinds, _PACK):
         by_extra.setdefault(kind.install, []).append(kind.example)
-    remote = [f"{', '.join(examples)} ({install})" for install, examples in by_extra.items()]
+    remote = [f"{', '.join(examples)}{f' ({install})' * bool(install)}" for install, examples in by_extra.items()]
     return "; ".join([f"a directory path, {LOCAL_EXAMPLES['file']}, {LOCAL_EXAMPLES['memory']}", *remote])

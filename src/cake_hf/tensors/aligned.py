@@ -1,7 +1,7 @@
 """Host memory for KV: it begins on a page, so that a disk can write to it directly (see `stores.direct`), and has huge pages.
 
 The kernel clears memory at its first touch, page by page. For pages of 4 KiB that takes longer than to copy a cached file
-there; for pages of 2 MiB a fraction of it. `cake-hf bench --only loading` shows both.
+there; for pages of 2 MiB a fraction of it. `python -m benchmarks --only loading` shows both.
 """
 
 from __future__ import annotations

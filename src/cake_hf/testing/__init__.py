@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.stores.wrappers import FaultStore, GateStore, ThrottledStore, WrapperStore
+from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing.wrappers import FAULTS, FaultStore, GateStore, ThrottledStore, expected_faults
 
 if TYPE_CHECKING:
     from cake_hf.testing.contract import StoreContract, check_against_dict
     from cake_hf.testing.read_only import ReadOnlyContract
 
 __all__ = [
+    "FAULTS",
     "FaultStore",
     "GateStore",
     "ReadOnlyContract",
@@ -27,6 +29,7 @@ __all__ = [
     "ThrottledStore",
     "WrapperStore",
     "check_against_dict",
+    "expected_faults",
 ]
 
 

@@ -1,0 +1,84 @@
+"""A model to measure with, made from a config: nothing is downloaded. The one file of the bench that knows transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.own_model import own_model, own_prompt
+from benchmarks.settings import Settings
+from cake_hf.cache.compat import plain_cache
+
+SEED = 20240
+
+
+def build_model(settings: Settings) -> Any:
+    """The user's model, or a Llama with random weights, the same ones each time, in every process.
+
+    Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for
+    them alike. They have no end-of-text token, so that a generation always has its full length. The weights are made on the
+    device in their dtype: no copy of a large model passes through the host.
+    """
+    if settings.model:
+        return own_model(settings)
+    shape = settings.shape
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=settings.tokens + 4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    device = torch.device(settings.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        with _default_dtype(getattr(torch, settings.dtype)), device:
+            return LlamaForCausalLM(config).eval()
+
+
+def build_prompt(settings: Settings) -> torch.Tensor:
+    """`[1, tokens + suffix_tokens]` token ids on the device, the same each time: random ones, or a text for a user's model."""
+    if settings.model:
+        return own_prompt(settings)
+    generator = torch.Generator().manual_seed(SEED)
+    length = settings.tokens + settings.suffix_tokens
+    ids = torch.randint(0, settings.shape.vocabulary, (1, length), generator=generator)
+    return ids.to(settings.device)
+
+
+def plain_copy(model: Any, cache: Any) -> Any:
+    """A `DynamicCache` with its own copy of a cache's KV."""
+    copied = plain_cache(model)
+    for number, layer in enumerate(cache.layers):
+        copied.update(layer.keys.contiguous().clone(), layer.values.contiguous().clone(), number)
+    return copied
+
+
+def cache_of(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A `DynamicCache` that starts with these K and V, `[1, heads, tokens, head_dim]`, one pair per layer."""
+    return DynamicCache(pairs, config=model.config)
+
+
+def transformers_version() -> str:
+    """Of the installed library."""
+    return str(transformers.__version__)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,25 @@
+"""Real servers on this machine, for who measures stores or tests them: each in a process of its own, heard by nobody outside.
+
+`plain` starts redis-server, moto's S3 and `hub`, a Hub with one pack, which listen on loopback. `mooncake` has a cluster,
+whose servers listen on all interfaces whatever they are told, so it belongs into a network of its own (`own_network`).
+"""
+
+from benchmarks.servers.plain import (
+    S3Server,
+    Server,
+    Unavailable,
+    free_port,
+    start_hub_server,
+    start_redis_server,
+    start_s3_server,
+)
+
+__all__ = [
+    "S3Server",
+    "Server",
+    "Unavailable",
+    "free_port",
+    "start_hub_server",
+    "start_redis_server",
+    "start_s3_server",
+]

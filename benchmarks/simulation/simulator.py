@@ -1,0 +1,513 @@
+"""Whole restores on a virtual clock: the frontier and the planner as they are, in settings that no machine here has.
+
+One thread plays all parts. Loaders are events on a clock that moves only when something is waited for, so a simulated hour
+takes no time, and the same setting always gives the same outcome. What stands in for the world:
+
+- Computing chunk i takes `f_i / s` seconds, s the share of the device. A forward is left at a layer's border only.
+- One line brings one read after the other, each in `bytes / bandwidth` seconds; a read ends `latency` after its bytes
+  came off the line. (As in `cake_hf.testing.ThrottledStore`.) The last chunks are read in ranges of layers where that pays,
+  and the prompt's last piece runs through its layers as they come.
+- All else (checks, copies, locks, waking up) takes no time. So what is lost here is lost by the decisions alone.
+
+Source of the policy that is compared with: Cake (Jin et al., ICML 2025, arXiv 2410.03065).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from heapq import heappop, heappush
+from itertools import accumulate
+from types import TracebackType
+from typing import Literal
+
+from benchmarks.simulation.speeds import CONSTANT, Speed
+from cake_hf.arithmetic.costs import MAX_SECONDS, Costs, LoadCost
+from cake_hf.arithmetic.frontier import Frontier, Judge, Strategy
+from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
+from cake_hf.arithmetic.learning import CostLearner
+from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
+from cake_hf.arithmetic.pace import Pace
+from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
+from cake_hf.arithmetic.report import Span
+
+Policy = Literal["both", "compute", "load", "cake", "fixed"]
+"""What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in
+the middle with beliefs that a restore does not correct, and tries nothing: it shows what correcting and trying gain."""
+
+MAX_CHUNKS = 100_000
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One prompt, all of whose full chunks are stored, on one machine.
+
+    Attributes:
+        compute: f_i, seconds to compute chunk i with the whole device. For a straight line see `steps`.
+        chunk_bytes: bytes of one chunk.
+        bandwidth: bytes per second of the line, shared by all loads.
+        latency: seconds added to each read.
+        threads: loader threads.
+        layers: of the model; a forward can be left at so many places.
+        suffix: S, seconds to compute the prompt's last piece with the whole device.
+        gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
+        costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
+        near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
+            restore does (`Pace.near`, and at most ASIDE_PER_THREAD chunks aside per thread).
+        on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
+        read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
+        compute_speed: how it changes while the restore runs, beside the share.
+        line_speed: likewise.
+
+    Raises:
+        ValueError: a number is out of range or not a number.
+    """
+
+    compute: tuple[float, ...]
+    chunk_bytes: float
+    bandwidth: float
+    latency: float = 0.0
+    threads: int = 2
+    layers: int = 32
+    suffix: float = 0.0
+    gpu_share: float = 1.0
+    costs_known: bool = True
+    near: int | None = None
+    on_host: bool = False
+    read_timeout: float = math.inf
+    compute_speed: Speed = CONSTANT
+    line_speed: Speed = CONSTANT
+
+    def __post_init__(self) -> None:
+        _ = self.line
+        _check("number of chunks", len(self.compute), 1, MAX_CHUNKS)
+        _check("number of layers", self.layers, 1, MAX_LAYERS)
+        _check("part of the device", self.gpu_share, 1e-6, 1)
+        _check("number of chunks loaded aside", self.near or 0, 0, MAX_CHUNKS)
+        _check("deadline of a read", self.read_timeout, 1e-9, math.inf)
+        _check("suffix's seconds", self.suffix / self.gpu_share, 0, MAX_SECONDS)
+        for seconds in self.compute:
+            _check("seconds to compute a chunk", seconds / self.gpu_share, 1e-9, MAX_SECONDS)
+
+    @property
+    def chunks(self) -> int:
+        """n, full chunks of the prompt."""
+        return len(self.compute)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """f_i / s, seconds that computing chunk i takes here."""
+        return [seconds / self.gpu_share for seconds in self.compute]
+
+    @property
+    def suffix_seconds(self) -> float:
+        """S / s, seconds that computing the prompt's last piece takes here."""
+        return self.suffix / self.gpu_share
+
+    @property
+    def line(self) -> LoadCost:
+        """What loading takes here. Its `finish(k)` is exact: all threads start at 0 and nothing else is on the line."""
+        return LoadCost(self.latency, self.bandwidth, self.chunk_bytes, self.threads)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one simulated restore came to.
+
+    Attributes:
+        seconds: to the first token: until the two ends have met and the prompt's last piece is through.
+        computed, loaded: chunks; together all of them.
+        left: forwards that were left because their chunk had arrived.
+        spans: who did which chunk from when to when, as in a report's timeline.
+        reads: which chunk's bytes were on the line from when to when.
+    """
+
+    seconds: float
+    computed: int
+    loaded: int
+    left: int
+    spans: tuple[Span, ...]
+    reads: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting under all policies. All times are seconds to the first token.
+
+    Attributes:
+        both: T, what the library takes.
+        compute, load: Tc and Tl, the single methods.
+        cake: what the paper's policy takes.
+        best: T*, the least that any token-wise split could take.
+        outcome: of T.
+    """
+
+    both: float
+    compute: float
+    load: float
+    cake: float
+    best: float
+    outcome: Outcome
+
+    @property
+    def eta(self) -> float:
+        """`T* / T`: 1 is perfect."""
+        return self.best / self.both
+
+    @property
+    def sigma(self) -> float:
+        """`T / Tc + T / Tl`: 1 is the best for chunks that all cost the same to compute."""
+        return self.both / self.compute + self.both / self.load
+
+    @property
+    def ratio(self) -> float:
+        """`T / min(Tc, Tl)`: above 1 is slower than the better single method."""
+        return self.both / min(self.compute, self.load)
+
+
+def steps(chunks: int, base: float, slope: float = 0.0) -> tuple[float, ...]:
+    """f_i = base + slope * i, in seconds: the compute costs of Cake's model.
+
+    Args:
+        chunks: n.
+        base: seconds of the first chunk.
+        slope: seconds that each further chunk costs more than the one before it.
+    """
+    _check("number of chunks", chunks, 1, MAX_CHUNKS)
+    return tuple(base + slope * index for index in range(chunks))
+
+
+def evaluate(setting: Setting) -> Cell:
+    """All policies in one setting."""
+    costs = _learned(setting)
+    compute, load = simulate(setting, "compute"), _Restore(setting, "load", costs).run()
+    outcome = _Restore(setting, "both", costs).run()
+    return Cell(
+        both=outcome.seconds,
+        compute=compute.seconds,
+        load=load.seconds,
+        cake=simulate(setting, "cake").seconds,
+        best=best_seconds(setting),
+        outcome=outcome,
+    )
+
+
+def simulate(setting: Setting, strategy: Policy) -> Outcome:
+    """One restore.
+
+    Args:
+        setting: where it happens.
+        strategy: "both", "compute" or "load" are the library's own. "cake" is the paper's policy: after each step it asks
+            whether the next chunk is already there and otherwise computes it, however soon it would come; no cost model,
+            and no forward is left.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    if strategy not in ("both", "compute", "load", "cake", "fixed"):
+        raise ValueError(f"The strategy must be both, compute, load, cake or fixed, got {strategy!r}.")
+    knows = strategy in ("both", "load", "fixed")
+    return _Restore(setting, strategy, _learned(setting) if knows else Costs()).run()
+
+
+def best_seconds(setting: Setting) -> float:
+    """T*, the least time of any token-wise split whose last piece comes after all else:
+    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
+
+    L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
+    order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
+    n - m others are loads over the same line. (Running the last piece beside the last loads may be: eta then exceeds 1.)
+    """
+    fronts = accumulate(setting.step_seconds, initial=0.0)
+    finish = setting.line.finish
+    return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
+
+
+def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
+    """The least time to the first token that was still possible at a moment of a restore, the speeds to come being known.
+
+    As `best_seconds`, of the chunks that were neither computed nor loaded by then; what was half done counts, and reads add no
+    latency. So it may be a little less than possible.
+
+    Args:
+        setting: of the restore.
+        outcome: of it.
+        when: seconds from its start.
+    """
+    there = {span.chunk for span in outcome.spans if span.end <= when and span.outcome != "left"}
+    compute, load = list(setting.step_seconds), [setting.chunk_bytes / setting.bandwidth] * setting.chunks
+    for chunk in there:
+        compute[chunk] = load[chunk] = 0.0
+    for span in outcome.spans:
+        if span.actor == "compute" and span.start < when < span.end:
+            compute[span.chunk] -= setting.compute_speed.work(span.start, when)
+    for chunk, start, end in outcome.reads:
+        if start < when and chunk not in there:
+            load[chunk] -= setting.line_speed.work(start, min(end, when))
+    fronts = [setting.compute_speed.end(when, max(0.0, work)) for work in accumulate(compute, initial=0.0)]
+    backs = [setting.line_speed.end(when, max(0.0, work)) for work in accumulate(reversed(load), initial=0.0)]
+    return setting.compute_speed.end(min(map(max, fronts, reversed(backs))), setting.suffix_seconds)
+
+
+def simulate_prompts(
+    settings: Sequence[Setting], learner: CostLearner, policy: Literal["both", "fixed"] = "both"
+) -> list[Outcome]:
+    """Restores one after the other, each with the costs that were learnt from those before it.
+
+    Args:
+        settings: one per prompt.
+        learner: what is believed at first; it learns on.
+        policy: of all of them.
+    """
+    outcomes = []
+    for setting in settings:
+        size = round(setting.chunk_bytes)
+        restore = _Restore(setting, policy, learner.costs(size), learner.credit)
+        outcome = restore.run()
+        learner.saw_restore(restore.pace, outcome.spans, size)
+        outcomes.append(outcome)
+    return outcomes
+
+
+@lru_cache(maxsize=1)  # several policies are asked about one setting after the other
+def _learned(setting: Setting) -> Costs:
+    """What is believed."""
+    return learnt(setting).costs(round(setting.chunk_bytes)) if setting.costs_known else Costs()
+
+
+def learnt(setting: Setting) -> CostLearner:
+    """What was learnt from a prompt that was all computed and one that was all loaded, at speed 1."""
+    learner = CostLearner()
+    learner.saw_steps(list(enumerate(setting.step_seconds)))
+    first = _Restore(replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT), "load", Costs()).run()
+    learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
+    return learner
+
+
+class _Clock:
+    """Seconds that pass only when somebody waits; what was planned for the time that passes then happens, in order."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._planned: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    @property
+    def next(self) -> float:
+        """When the next thing happens; infinite if nothing will."""
+        return self._planned[0][0] if self._planned else math.inf
+
+    def plan(self, when: float, action: Callable[[], None]) -> None:
+        """Let something happen; of what is planned for one moment, what was planned first happens first."""
+        self._count += 1
+        heappush(self._planned, (when, self._count, action))
+
+    def step(self) -> None:
+        """Go to the next thing that happens."""
+        self.now, _, action = heappop(self._planned)
+        action()
+
+    def go_to(self, when: float) -> None:
+        """Let time pass, with all that happens up to and at that moment."""
+        while self.next <= when:
+            self.step()
+        self.now = when
+
+
+class _Changed:
+    """Stands in for a `threading.Condition`: there is one thread, so the lock is nothing and waiting lets time pass."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+        self._notified = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        end = self._clock.now + (math.inf if timeout is None else timeout)
+        self._notified = False
+        while not self._notified and self._clock.next <= end:
+            if self._clock.next == math.inf:
+                raise RuntimeError("The simulated main thread waits for what will never happen.")
+            self._clock.step()
+        if not self._notified:
+            self._clock.now = end
+        return self._notified
+
+    def notify_all(self) -> None:
+        self._notified = True
+
+
+class _CakesOwn(Judge):
+    """It computes whatever is not there when it asks."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+
+    def near(self, now: float) -> int:
+        return self._chunks
+
+
+class _Fixed(Pace):
+    """What it believed at first it believes to the end. Loads that are late are expected to be late by as much again."""
+
+    def saw_forward(self, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
+        super().saw_forward(chunk, seconds, share)
+        self._factor = 1.0
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        return False
+
+    def _wait(self, left: int, now: float) -> float | None:
+        if self._load is None or left < 1 or not self._arrivals:
+            return None
+        done = len(self._arrivals) - 1
+        return abs(self._load.finish(done + left) - self._load.finish(done) - (now - self._arrivals[-1]))
+
+    def _lateness(self, now: float) -> float:
+        return 1.0
+
+
+class _GivenNear(Pace):
+    """With a number of chunks that are loaded aside from outside."""
+
+    given = 0
+
+    def near(self, now: float) -> int:
+        return self.given
+
+
+class _Restore:
+    """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `cache.restore` and `movers.loader`."""
+
+    def __init__(self, setting: Setting, policy: Policy, costs: Costs, credit: float = 0.0) -> None:
+        self._setting = setting
+        self._policy = policy
+        self._clock = _Clock()
+        self._line_free_at = 0.0
+        self._spans: list[Span] = []
+        self._reads: list[tuple[int, float, float]] = []
+        self._left = 0
+        self._ranges = ranges_of(costs, setting.layers, setting.latency)
+        kind = _Fixed if policy == "fixed" else Pace if setting.near is None else _GivenNear
+        self.pace = kind(
+            costs,
+            chunks=setting.chunks,
+            layers=setting.layers,
+            threads=setting.threads,
+            following_seconds=setting.suffix_seconds,
+            ranges=self._ranges,
+            credit=credit,
+        )
+        if isinstance(self.pace, _GivenNear):
+            self.pace.given = setting.near or 0
+        aside_all = policy == "cake" or setting.near is not None
+        self._frontier = Frontier(
+            [True] * setting.chunks,
+            strategy=Strategy.BOTH if policy in ("cake", "fixed") else Strategy(policy),
+            read_timeout=setting.read_timeout,
+            most_aside=setting.chunks if aside_all else ASIDE_PER_THREAD * setting.threads,
+            nearest=setting.threads,
+            last=setting.threads,
+            judge=_CakesOwn(setting.chunks) if policy == "cake" else self.pace,
+            overtakes_in_place=policy != "cake" and overtakes_in_place(setting.chunks),
+            turn_aside=None if setting.on_host else lambda index: None,
+            clock=self._clock,
+            changed=_Changed(self._clock),
+        )
+
+    def run(self) -> Outcome:
+        for number in range(self._setting.threads if self._policy != "compute" else 0):
+            self._load_next(f"load-{number}")
+        self._walk(self._setting.chunks, beyond_loads=self._ranges > 1)
+        self._last_piece()
+        self.pace.end(self._clock.now)
+        loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
+        computed = self._setting.chunks - loaded
+        return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans), tuple(self._reads))
+
+    def _walk(self, until: int, *, beyond_loads: bool) -> None:
+        seconds = self._setting.step_seconds
+        while (index := self._frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
+            self._frontier.take_landed()  # putting chunks into place takes no time here
+            begin = self._clock.now
+            if self._forward(index, seconds[index]):
+                self._frontier.computed(index)
+                self._record("compute", index, begin, "computed")
+            else:
+                self._frontier.give_back(index)
+                self._left += 1
+                self._record("compute", index, begin, "left")
+
+    def _forward(self, index: int, seconds: float) -> bool:
+        """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
+        begin, layers = self._clock.now, self._setting.layers
+        for layer in range(1, layers + 1):
+            self._clock.go_to(self._setting.compute_speed.end(begin, seconds * layer / layers))
+            self._frontier.take_landed()  # as in each layer
+            if self._policy != "cake" and layer < layers and self._is_left(index, begin, layer / layers):
+                return False
+        self.pace.saw_forward(index, self._clock.now - begin)
+        return True
+
+    def _is_left(self, index: int, begin: float, share: float) -> bool:
+        lost = self._frontier.lost(index)
+        if lost or self._frontier.is_trial(index):
+            self.pace.saw_forward(index, self._clock.now - begin, share)
+        return lost or (self._frontier.is_trial(index) and not self._frontier.goes_on(index))
+
+    def _last_piece(self) -> None:
+        """Each layer of it waits for that layer of the loads that are under way."""
+        if not self._frontier.beyond():
+            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, self._setting.suffix_seconds))
+            return
+        for layer in range(self._setting.layers):
+            if not self._frontier.await_layer(layer):
+                self._walk(self._setting.chunks, beyond_loads=False)
+            seconds = self._setting.suffix_seconds / self._setting.layers
+            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
+
+    def _load_next(self, actor: str) -> None:
+        """A loader claims a chunk; it reads it whole, or one range of layers after the other."""
+        index = self._frontier.claim()
+        if index is not None:
+            ranges = self._ranges if self._frontier.comes_last(index) else 1
+            self._read(actor, index, self._clock.now, 1, ranges)
+
+    def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
+        """Book the line for the next range; what the loader does when that read ends is planned."""
+        seconds = self._setting.chunk_bytes / self._setting.bandwidth / ranges
+        start = max(self._clock.now, self._line_free_at)
+        self._line_free_at = self._setting.line_speed.end(start, seconds)
+        self._reads.append((index, start, self._line_free_at))
+
+        def read_ends() -> None:
+            if number < ranges:
+                self._frontier.landed(index, self._setting.layers * number // ranges)
+                self._read(actor, index, begin, number + 1, ranges)
+                return
+            if self._frontier.settle(index, LoadOutcome.LOADED):
+                self._record(actor, index, begin, LoadOutcome.LOADED.value)
+            self._load_next(actor)
+
+        self._clock.plan(self._line_free_at + self._setting.latency, read_ends)
+
+    def _record(self, actor: str, index: int, begin: float, outcome: str) -> None:
+        self._spans.append(Span(actor, index, begin, self._clock.now, outcome))
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # so that NaN is refused, too
+        raise ValueError(f"The {name} must be between {low:g} and {high:g}, got {value:g}.")

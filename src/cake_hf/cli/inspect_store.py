@@ -1,0 +1,280 @@
+"""What lies in a store, read from the chunks' headers alone: by namespace, by prompt, and one chunk in full."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.keys import behaviour_key, state_key
+from cake_hf.arithmetic.outside import escaped, shown
+from cake_hf.cli.many import each_answer
+from cake_hf.stores import LocalStore, Store, open_store
+from cake_hf.stores.opening import directory_of
+from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header
+from cake_hf.tensors.table import TensorTable
+
+Progress = Callable[[int, int], None]
+
+FIRST_BYTES = 2**15
+"""So many bytes are the whole header of chunks of up to 100 layers, and cost hardly more to read than eight."""
+
+MAX_INDEX = 2**40
+MAX_TEXT = 500
+"""What a header says is shown to people only within these bounds; whoever wrote it may have had other ideas."""
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """One chunk as its header tells.
+
+    Attributes:
+        facts: key, parent, place on the grid, namespace, model, checksums.
+        table: of its tensors.
+        file_bytes: header and payload.
+    """
+
+    facts: ChunkFacts
+    table: TensorTable
+    file_bytes: int
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens in it."""
+        return self.table.chunk_size
+
+
+@dataclass
+class Inventory:
+    """All chunks of a store, without the checksums of their pieces: these would take most of the memory.
+
+    Attributes:
+        chunks: by key.
+        states: by key, the snapshots of recurrent states that lie beside them.
+        behaviours: by key, what the models compute whose chunks these are; one for each namespace with `exact=False`.
+        unreadable: key -> why, of those whose header makes no sense.
+    """
+
+    chunks: dict[str, StoredChunk] = field(default_factory=dict)
+    states: dict[str, StoredChunk] = field(default_factory=dict)
+    behaviours: dict[str, StoredChunk] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all readable chunks, and of what lies beside them."""
+        return total_file_bytes([*self.chunks.values(), *self.states.values(), *self.behaviours.values()])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose KV is stored; those of a prefix that prompts share count once."""
+        return sum(chunk.chunk_size for chunk in self.chunks.values())
+
+
+@dataclass
+class Namespace:
+    """The chunks that one model under one set of options can use."""
+
+    digest: str
+    chunks: list[StoredChunk] = field(default_factory=list)
+
+    @property
+    def first(self) -> StoredChunk:
+        """A full chunk, if there is one: model, dtype and chunk size are the same in all of these."""
+        return max(self.chunks, key=lambda chunk: chunk.chunk_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all of them."""
+        return sum(chunk.chunk_size for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A prompt's chunks, walked from its last one by parents.
+
+    Attributes:
+        leaf: the last chunk.
+        first: index of the first chunk that the walk came to; 0 where the prompt is whole.
+        stored_tokens: in the chunks that the walk came to.
+    """
+
+    leaf: StoredChunk
+    first: int
+    stored_tokens: int
+
+    @property
+    def chunks(self) -> int:
+        """How many of them are stored."""
+        return self.leaf.facts.index + 1 - self.first
+
+    def tokens(self, chunk_size: int) -> int:
+        """Up to its end; what is missing is taken for full chunks."""
+        return self.first * chunk_size + self.stored_tokens
+
+
+def existing_store(spec: str) -> Store:
+    """Open a store that should be there already; looking must not make an empty one, and is no use of its chunks.
+
+    Raises:
+        StoreError: there is none.
+    """
+    store = open_store(spec)
+    store.look_only()
+    if isinstance(store, LocalStore):
+        path = directory_of(spec)
+        if not store.exists():
+            raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
+        if not store.is_store():
+            raise StoreError(
+                f"The directory {path} is no store of cake_hf: it has neither the mark of one nor chunks; check the path."
+            )
+    return store
+
+
+def take_inventory(store: Store, progress: Progress) -> Inventory:
+    """Read the headers of all chunks.
+
+    Args:
+        store: any.
+        progress: called with (chunks that were read, all chunks).
+    """
+    inventory, keys = Inventory(), list(store.keys())
+    with closing(each_answer(keys, partial(_listed, store))) as answers:
+        for count, (key, chunk) in enumerate(answers, start=1):
+            if isinstance(chunk, str):
+                inventory.unreadable[key] = chunk
+            elif chunk is not None:
+                _part_for(chunk.facts, inventory)[key] = chunk
+            progress(count, len(keys))
+    return inventory
+
+
+def read_chunk(store: Store, key: str) -> StoredChunk | None:
+    """A chunk's header, and whether the file fits to it; None if it is gone.
+
+    Raises:
+        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+        StoreError: it cannot be read.
+    """
+    size = store.size(key)
+    raw = None if size is None else _read_start(store, key, size)
+    return None if size is None or raw is None else chunk_of(raw, key, size)
+
+
+def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
+    """What the start of a chunk's file says.
+
+    Args:
+        raw: the header at least.
+        key: of the chunk.
+        size: of the file.
+
+    Raises:
+        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+    """
+    facts, table = parse_header(raw)
+    (length,) = struct.unpack("<Q", raw[:8])
+    if facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {escaped(facts.key[:MAX_TEXT])}.")
+    if size != 8 + length + table.payload_bytes:
+        raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
+    if not table:
+        raise CorruptChunk(f"Chunk {key} holds no tensors.")
+    if not 0 <= facts.index < MAX_INDEX:
+        raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
+    name = _shown_name(facts.model)
+    return StoredChunk(facts if name == facts.model else replace(facts, model=name), table, size)
+
+
+def namespaces(inventory: Inventory) -> list[Namespace]:
+    """The chunks by namespace, the largest first."""
+    found: dict[str, Namespace] = {}
+    for chunk in inventory.chunks.values():
+        found.setdefault(chunk.facts.namespace, Namespace(chunk.facts.namespace)).chunks.append(chunk)
+    return sorted(found.values(), key=lambda namespace: -sum(chunk.file_bytes for chunk in namespace.chunks))
+
+
+def prompts(inventory: Inventory) -> list[Chain]:
+    """The chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
+    chunks = inventory.chunks
+    parents = {chunk.facts.parent for chunk in chunks.values()}
+    chains = [_chain(leaf, chunks) for key, leaf in chunks.items() if key not in parents]
+    sizes = chunk_sizes(inventory)
+    return sorted(chains, key=lambda chain: -chain.tokens(sizes[chain.leaf.facts.namespace]))
+
+
+def chunk_sizes(inventory: Inventory) -> dict[str, int]:
+    """Of each namespace the tokens of a full chunk, as far as there is one."""
+    return {namespace.digest: namespace.first.chunk_size for namespace in namespaces(inventory)}
+
+
+def find_chunk(store: Store, prefix: str) -> StoredChunk:
+    """The one chunk whose key starts so.
+
+    Raises:
+        StoreError: none does, or several do.
+        CorruptChunk: its header makes no sense.
+    """
+    keys = list(filter(lambda key: key.startswith(prefix.lower()), store.keys()))
+    if len(keys) > 1:
+        raise StoreError(f"{len(keys)} chunks have keys that start with {prefix}; give more digits.")
+    chunk = read_chunk(store, keys[0]) if keys else None
+    if chunk is None:
+        raise StoreError(f"No chunk's key starts with {prefix}; `cake-hf ls` lists them.")
+    return chunk
+
+
+def _chain(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> Chain:
+    """Walk up from a leaf as far as parents are stored. Indices have to fall by one, so the walk ends on any input."""
+    current, tokens = leaf, leaf.chunk_size
+    while (parent := chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
+        current, tokens = parent, tokens + parent.chunk_size
+    return Chain(leaf, current.facts.index, tokens)
+
+
+def _read_start(store: Store, key: str, size: int) -> bytearray | None:
+    """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
+    if not store.reads_ranges:
+        return store.read(key)
+    start = bytearray(min(FIRST_BYTES, size))
+    if not store.read_range(key, [memoryview(start)], 0):
+        return None
+    length = 8 + int.from_bytes(start[:8], "little")
+    if length <= len(start) or length > min(size, 8 + MAX_HEADER_BYTES):
+        return start  # where that makes no header, parse_header says what is wrong with it
+    whole = bytearray(length)
+    return whole if store.read_range(key, [memoryview(whole)], 0) else None
+
+
+def _part_for(facts: ChunkFacts, inventory: Inventory) -> dict[str, StoredChunk]:
+    """A state has its chunk for its parent; it and what a model computes have keys that follow from other keys."""
+    with suppress(ValueError):  # no key at all
+        if facts.key == state_key(facts.parent):
+            return inventory.states
+        if facts.key == behaviour_key(facts.namespace):
+            return inventory.behaviours
+    return inventory.chunks
+
+
+def _listed(store: Store, key: str) -> StoredChunk | str | None:
+    """A chunk as an inventory has it, or why it cannot be read; None if it is gone."""
+    try:
+        chunk = read_chunk(store, key)
+    except CorruptChunk as error:
+        return shown(error)
+    return None if chunk is None else replace(chunk, facts=replace(chunk.facts, checksums=()))
+
+
+@lru_cache(256)
+def _shown_name(model: str) -> str:
+    """Of a model; most chunks of a store have the same."""
+    return shown(model[:MAX_TEXT])
+
+
+def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:
+    """Bytes of some chunks together."""
+    return sum(chunk.file_bytes for chunk in chunks)

@@ -1,0 +1,36 @@
+"""What a store may take, and what it may not lose, in a sentence."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown
+from cake_hf.arithmetic.sizes import bytes_text, count_text
+from cake_hf.stores import LocalStore, Store, open_store
+
+
+def what_it_keeps(store: Store) -> str:
+    """Of a directory; empty for other kinds, which have rules of their own.
+
+    Raises:
+        StoreError: it cannot be looked at.
+    """
+    if not isinstance(store, LocalStore):
+        return ""
+    budget = store.budget()
+    may = "It may take as much as there is" if budget is None else f"It may take {bytes_text(budget)}"
+    share = f", {store.share}" if budget is not None and store.share else ""
+    pinned = store.pinned()
+    pins = f" {count_text(len(pinned), 'chunk')} of it are pinned." if pinned else ""
+    return f"{may}{share}; eviction is {store.eviction}.{pins}"
+
+
+def said_of_new(spec: str) -> str:
+    """What a directory may take, to be told before a store is made there; empty where there is one, and for other kinds."""
+    if spec.startswith(("memory:", "pack:")) or ("://" in spec and not spec.startswith("file:")):
+        return ""
+    with suppress(StoreError), open_store(spec) as store:  # who writes to it says what is wrong
+        if isinstance(store, LocalStore) and next(store.keys(), None) is None:
+            return f"{shown(str(store.root))} is a new store. {what_it_keeps(store)}"
+    return ""

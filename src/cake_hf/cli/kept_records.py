@@ -1,0 +1,30 @@
+"""What a store tells of its namespaces beside their chunks, for who lists it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.cli.inspect_store import Chain, Inventory, StoredChunk
+from cake_hf.stores import Store
+from cake_hf.stores.records import Record, records
+
+
+def records_of(store: Store) -> dict[str, Record]:
+    """By namespace what its chunks were made with, as far as the store tells; a store that fails tells nothing."""
+    try:
+        return {record.namespace: record for record in records(store)}
+    except StoreError:
+        return {}
+
+
+def first_words(chain: Chain, inventory: Inventory, known: Mapping[str, Record]) -> str:
+    """Those of a prompt, or of the document that it begins with; empty where none are kept."""
+    record = known.get(chain.leaf.facts.namespace)
+    chunk: StoredChunk | None = chain.leaf if record is not None and record.words else None
+    while record is not None and chunk is not None:
+        if words := record.words.get(chunk.facts.key):
+            return words
+        above = inventory.chunks.get(chunk.facts.parent)
+        chunk = above if above is not None and above.facts.index == chunk.facts.index - 1 else None
+    return ""

@@ -1,0 +1,42 @@
+"""`cake-hf ls` and `cake-hf info`: what a store has, from the chunks' headers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cake_hf.arithmetic.outside import shown_url
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.inspect_store import existing_store, find_chunk, take_inventory
+from cake_hf.cli.keeping import what_it_keeps
+from cake_hf.cli.kept_records import records_of
+from cake_hf.cli.options import StoreArgument
+from cake_hf.cli.store_tables import chunk_facts, listing, totals
+
+
+def ls_command(
+    store: StoreArgument,
+    prompts: Annotated[int, typer.Option(min=0, help="Show so many prompts at most, the longest.")] = 20,
+) -> None:
+    """List what a store has, by namespace and by prompt (reads only the chunks' headers)."""
+    with existing_store(store) as opened, progress_bar("reading headers", "chunks") as progress:
+        inventory, known = take_inventory(opened, progress), records_of(opened)
+    console.print(listing(inventory, prompts, known))
+
+
+def info_command(
+    store: StoreArgument,
+    key: Annotated[str, typer.Argument(help="The first digits of a chunk's key.")] = "",
+) -> None:
+    """Show the totals of a store, or all that one chunk says about itself."""
+    with existing_store(store) as opened:
+        if key:
+            console.print(chunk_facts(find_chunk(opened, key)))
+            return
+        with progress_bar("reading headers", "chunks") as progress:
+            inventory = take_inventory(opened, progress)
+        kept = what_it_keeps(opened)
+    console.print(totals(shown_url(store), inventory))
+    if kept:
+        console.print(f"\n{kept}")

@@ -1,0 +1,98 @@
+"""`cake-hf pin`: chunks that stay for some time, whatever has to make room."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.outside import shown_url
+from cake_hf.arithmetic.sizes import bytes_text, count_text, parse_seconds
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
+from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
+from cake_hf.cli.selecting import LastChunk, ModelName, NamespaceDigits, Prompts, Wanted, choose
+from cake_hf.cli.sheets import Sheet
+from cake_hf.stores import LocalStore
+
+NOTHING = "Say what is to stay: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS."
+
+
+def pin_command(
+    store: StoreArgument,
+    prompt: Prompts = None,
+    model: ModelName = "",
+    namespace: NamespaceDigits = "",
+    chunk: LastChunk = "",
+    time_to_live: Annotated[str, typer.Option("--for", metavar="TIME", help="How long it stays, e.g. 7d or 12h.")] = "",
+    off: Annotated[bool, typer.Option("--off", help="Take the pins away again.")] = False,
+    chunk_size: ChunkSize = None,
+    salt: Annotated[str, typer.Option(help="That the document was warmed with.")] = "",
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    exact: Annotated[bool, typer.Option(help="As the document was warmed.")] = True,
+    tokens: Annotated[int | None, typer.Option(min=1, help="As the document was warmed.")] = None,
+) -> None:
+    """Keep the KV of a document, a model or a namespace for some time; without any of these, show what is pinned.
+
+    Neither a store's budget nor `cake-hf gc` evicts what is pinned, until its
+    time is over; `cake-hf rm` deletes it. For directories only.
+    """
+    wanted = Wanted(
+        tuple(prompt or ()), model, namespace, chunk, chunk_size or "auto", salt, exact, dtype.value, device, tokens
+    )
+    showing = not (wanted.ways or time_to_live or off)
+    if not showing:
+        wanted.refuse_unclear(NOTHING)
+        if off == bool(time_to_live):
+            raise ValueError("Say for how long, as in --for 7d, or take the pins away with --off.")
+    seconds = parse_seconds(time_to_live) if time_to_live else 0.0
+    with existing_store(store) as opened:
+        if not isinstance(opened, LocalStore):
+            raise StoreError(f"{shown_url(store)} is not a directory; chunks are pinned in directories only.")
+        with progress_bar("reading headers", "chunks") as progress:
+            inventory = take_inventory(opened, progress)
+        if showing:
+            console.print(_pinned(opened, inventory))
+            return
+        keys = choose(opened, inventory, wanted).stored(inventory)
+        until = time.time() + seconds
+        count = opened.unpin(keys) if off else opened.pin(keys, until)
+    if off:
+        console.print(f"{count_text(count, 'pin')} taken away.")
+        return
+    told = bytes_text(sum(chunk.file_bytes for key, chunk in _all(inventory).items() if key in set(keys)))
+    console.print(Text.assemble((f"{count_text(count, 'chunk')} pinned", "green"), f", {told}, until {_date(until)}."))
+
+
+def _pinned(store: LocalStore, inventory: Inventory) -> RenderableType:
+    """What is pinned, by model and date."""
+    there = _all(inventory)
+    groups: dict[tuple[int, str], list[int]] = {}
+    for key, until in store.pinned().items():
+        if key in there:
+            groups.setdefault((until, there[key].facts.model), []).append(there[key].file_bytes)
+    if not groups:
+        return Text("Nothing is pinned.")
+    rows = [
+        [_date(until), model, f"{len(sizes):,}", bytes_text(sum(sizes))]
+        for (until, model), sizes in sorted(groups.items())
+    ]
+    return Sheet("pinned", ("<until", "<model", "chunks", "bytes"), rows)
+
+
+def _all(inventory: Inventory) -> dict[str, StoredChunk]:
+    return {**inventory.chunks, **inventory.states}
+
+
+def _date(seconds: float) -> str:
+    """In the time of this machine."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):
+        return "the end of time"

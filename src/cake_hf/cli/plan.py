@@ -1,0 +1,312 @@
+"""`cake-hf plan`: costs in, the best split and what it will take out. Nothing is run, unless it is asked to measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cake_hf.arithmetic.chunk_size import auto_chunk_size, why
+from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.learning import CostLearner
+from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.outside import shown_url
+from cake_hf.arithmetic.planner import Plan, plan
+from cake_hf.arithmetic.sizes import bytes_text, count_text, seconds_text
+from cake_hf.cli import known_costs
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.inspect_store import existing_store
+from cake_hf.cli.known_costs import KnownCosts
+from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
+from cake_hf.cli.options import Dtype
+from cake_hf.cli.tables import Bar, Bars
+from cake_hf.stores import open_store
+
+CURVE_LINES = 35
+"""The curve is drawn at so many splits at most, and always at the best one."""
+
+MAX_CHUNKS = 100_000
+MAX_TOKENS = 2**31
+SHORT = 12
+"""Digits of a namespace that are shown."""
+
+BITS_PER_BYTE, GIGA, MIB = 8, 10**9, 2**20
+
+
+def plan_command(
+    model: Annotated[str, typer.Option(help="A model's folder or name on the Hub; with --store and --tokens.")] = "",
+    store: Annotated[str, typer.Option(help="The store; what it remembers about the model's costs is taken.")] = "",
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompt, all of whose full chunks are stored.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the costs now, with a few chunks (loads the model).")
+    ] = False,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens per chunk; by default as in the store, or as a cache on that device takes."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.AUTO,
+    device: Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")] = "auto",
+    chunks: Annotated[int | None, typer.Option(help="Full chunks of the prompt, in place of --tokens.")] = None,
+    compute_base: Annotated[float | None, typer.Option(help="Seconds to compute the first chunk.")] = None,
+    compute_slope: Annotated[
+        float | None,
+        typer.Option(help="Seconds that each further chunk costs more than the one before; 0 if not given."),
+    ] = None,
+    chunk_mib: Annotated[float | None, typer.Option(help="MiB of KV per chunk.")] = None,
+    gbps: Annotated[float | None, typer.Option(help="Bandwidth of the store in 10^9 bits per second.")] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds until a load's first byte; 0 if not given.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Loads at a time; they share the bandwidth and overlap the latency. As measured, or 1."),
+    ] = None,
+    suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's last piece.")] = 0.0,
+    gpu_share: Annotated[
+        float, typer.Option(help="Part of the device's compute, above 0 to 1, that computing chunks gets.")
+    ] = 1.0,
+    costs: Annotated[
+        Path | None, typer.Option(help="Measured costs, as written by CostLearner.to_json; options override them.")
+    ] = None,
+) -> None:
+    """Predict the time to first token of computing, loading and both, and where the two ends meet.
+
+    From what a store remembers: cake-hf plan --model DIR --store DIR --tokens 32768. All other options override that.
+    """
+    if not 0 < gpu_share <= 1:
+        raise ValueError(f"--gpu-share must be above 0 and at most 1, got {gpu_share}.")
+    if tokens is not None:
+        _refuse_outside("--tokens", tokens, 1, MAX_TOKENS)
+    if chunk_size is not None:
+        _refuse_outside("--chunk-size", chunk_size, MIN_CHUNK_SIZE, MAX_TOKENS)
+    if costs is not None and (model or store):
+        raise ValueError("--costs brings costs of its own; leave out --model and --store.")
+    known, measured = None, Costs()
+    if model or store:
+        if not (model and store and (tokens or chunks)):
+            raise ValueError("Give --model, --store and --tokens together; or --chunks and the costs themselves.")
+        question = Question(model, store, chunk_size, dtype.value, device)
+        known = find_costs(question, tokens, chunks, measure=measure)
+        measured = known.costs if known else measured
+        _refuse_unknown(
+            question,
+            computing=measured.compute is None and compute_base is None,
+            loading=measured.load is None and None in (chunk_mib, gbps),
+        )
+    elif measure:
+        raise ValueError("--measure needs to know what to measure: give --model, --store and --tokens.")
+    elif costs is not None:
+        measured = read_costs(costs)
+    kind = find_device(device).type if model else ""  # torch is not needed for numbers alone
+    size = known.chunk_size if known else chunk_size or auto_chunk_size(kind)
+    count = _chunk_count(tokens, chunks, size)
+    compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
+    load = _load_cost(measured.load, chunk_mib, gbps, latency_ms, threads)
+    made = plan(Costs(compute, load), [True] * count, suffix_seconds=suffix)
+    show_plan(compute, load, made, _source(known, store), _sized(size, kind))
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whose costs the options ask for; see `plan_command`."""
+
+    model: str
+    store: str
+    chunk_size: int | None
+    dtype: str
+    device: str
+
+
+def find_costs(question: Question, tokens: int | None, chunks: int | None, *, measure: bool) -> KnownCosts | None:
+    """From the store's notes, or measured now.
+
+    Args:
+        question: whose costs.
+        tokens, chunks: of the prompt; one of them is given.
+        measure: do it now, whatever is remembered.
+
+    Raises:
+        CakeError: there is no such store, or costs cannot be measured.
+        ValueError: there is no such model or device, or the prompt is too long or too short for it.
+    """
+    config, device = load_config(question.model), str(find_device(question.device))
+    if tokens is not None:
+        refuse_too_long(config, tokens, "give fewer --tokens.")
+    if measure:
+        size = question.chunk_size or auto_chunk_size(find_device(question.device).type)
+        count = _chunk_count(tokens, chunks, size)
+        with console.status("loading the model"):
+            loaded = load_model(question.model, question.dtype, device)
+        with open_store(question.store) as opened, console.status("computing and loading a few chunks"):
+            return known_costs.measure(loaded, opened, size, count)
+    wanted = known_costs.Wanted(question.model, config, device, question.chunk_size, question.dtype)
+    with existing_store(question.store) as opened, progress_bar("reading headers", "chunks") as progress:
+        return known_costs.remembered(opened, wanted, progress)
+
+
+def _refuse_unknown(question: Question, *, computing: bool, loading: bool) -> None:
+    missing = {"computing": computing, "loading": loading}
+    if any(missing.values()):
+        what = " and ".join(name for name, is_missing in missing.items() if is_missing)
+        raise CakeError(
+            f"What {what} costs with {question.model} is not known in the store {shown_url(question.store)}. It is learnt as "
+            "prompts go by; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
+        )
+
+
+def read_costs(path: Path) -> Costs:
+    """Costs from a file that has what `CostLearner.to_json` gave.
+
+    Raises:
+        CakeError: it cannot be read, or holds something else.
+    """
+    try:
+        learner = CostLearner.from_json(path.read_text(encoding="utf-8"), time.time())
+    except (OSError, UnicodeDecodeError) as error:
+        raise CakeError(f"The costs in {path} cannot be read: {error}") from error
+    if learner is None:
+        raise CakeError(f"{path} does not hold measured costs; write CostLearner.to_json(time.time()) to it.")
+    return learner.costs()
+
+
+def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "", sized: str = "") -> None:
+    """The decision, what was assumed, the three predictions, and the curve.
+
+    Args:
+        compute, load: the costs.
+        made: a plan of at least one chunk from them.
+        source: where the costs are from; empty where the user gave them.
+        sized: how large chunks are, and why.
+    """
+    seconds, split = made.predicted_seconds, made.split
+    if seconds is None or split is None:
+        raise ValueError("A plan from unknown costs has nothing to show.")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    facts.add_row("decision", _decision_text(made, split))
+    facts.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
+    facts.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
+    facts.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
+    if sized:
+        facts.add_row("chunks", sized)
+    if source:
+        facts.add_row("costs", Text(source))
+    facts.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
+    console.print(facts)
+    console.print("\npredicted time to first token", style="bold")
+    console.print(
+        Bars(
+            [
+                Bar("compute only", made.curve[-1], "dark_orange"),
+                Bar("load only", made.curve[0], "dodger_blue3"),
+                Bar("both ends", seconds, "green", f"{made.gain:.2f}x"),
+            ]
+        )
+    )
+    console.print("\n... by how many chunks are computed", style="bold")
+    console.print(Bars([_curve_bar(made.curve, m, split) for m in shown_splits(len(made.curve), split)]))
+
+
+def shown_splits(points: int, best: int) -> list[int]:
+    """At most CURVE_LINES of the splits 0..points-1, evenly spaced, with both ends and the best one."""
+    step = max(1, -(-points // (CURVE_LINES - 2)))
+    return sorted({*range(0, points, step), best, points - 1})
+
+
+def _curve_bar(curve: Sequence[float], m: int, best: int) -> Bar:
+    if m == best:
+        return Bar(str(m), curve[m], "green", "best")
+    return Bar(str(m), curve[m], "dodger_blue3" if m < best else "dark_orange")
+
+
+def _decision_text(made: Plan, split: int) -> str:
+    last = len(made.curve) - 2
+    if made.decision == "compute":
+        return "compute: load nothing"
+    if made.decision == "load":
+        return "load: compute nothing before the last piece"
+    return f"both: compute {_chunk_range(0, split - 1)}, load {_chunk_range(split, last)}"
+
+
+def _chunk_range(first: int, last: int) -> str:
+    return f"chunk {first}" if first == last else f"chunks {first}-{last}"
+
+
+def _chunk_count(tokens: int | None, chunks: int | None, chunk_size: int) -> int:
+    """Full chunks that are restored: `generate` needs one token left over to run."""
+    if chunks is None and tokens is None:
+        raise ValueError("Give --tokens or --chunks: how long the prompt is.")
+    count = chunks if chunks is not None else (tokens or 0) - 1
+    if chunks is None:
+        count //= chunk_size
+        if count < 1:
+            raise ValueError(
+                f"{tokens} tokens are less than one chunk of {chunk_size} and a token after it; nothing is stored."
+            )
+    _refuse_outside("--chunks", count, 1, MAX_CHUNKS)
+    return count
+
+
+def _refuse_outside(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{option} must be from {low:,} to {high:,}, got {value:,}.")
+
+
+def _sized(size: int, kind: str) -> str:
+    """The size of a chunk, and that of a cache that is not told any."""
+    if not kind:
+        return ""
+    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; a cache that is not told takes {why(kind)}"
+
+
+def _source(known: KnownCosts | None, store: str) -> str:
+    if known is None:
+        return ""
+    return f"of namespace {known.namespace[:SHORT]} in {shown_url(store)}: {known.dtype}, chunks of {known.chunk_size} tokens"
+
+
+def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float | None, share: float) -> ComputeCost:
+    base = _given("--compute-base", base, measured.base if measured else None)
+    slope = _given("--compute-slope", slope, measured.slope if measured else 0.0)
+    ComputeCost(base, slope)  # complains of what was given, not of what the share makes of it
+    return ComputeCost(base / share, slope / share)
+
+
+def _load_cost(
+    measured: LoadCost | None,
+    chunk_mib: float | None,
+    gbps: float | None,
+    latency_ms: float | None,
+    threads: int | None,
+) -> LoadCost:
+    given_bytes = None if chunk_mib is None else chunk_mib * MIB
+    given_bandwidth = None if gbps is None else gbps * GIGA / BITS_PER_BYTE
+    given_latency = None if latency_ms is None else latency_ms / 1e3
+    return LoadCost(
+        latency=_given("--latency-ms", given_latency, measured.latency if measured else 0.0),
+        bandwidth=_given("--gbps", given_bandwidth, measured.bandwidth if measured else None),
+        chunk_bytes=_given("--chunk-mib", given_bytes, measured.chunk_bytes if measured else None),
+        threads=threads if threads is not None else measured.threads if measured else 1,
+    )
+
+
+def _given(option: str, value: float | None, measured: float | None) -> float:
+    if value is not None:
+        return value
+    if measured is None:
+        raise ValueError(f"Give {option}, or measured costs that know it with --costs.")
+    return measured
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else seconds_text(seconds)

@@ -1,0 +1,236 @@
+"""`cake-hf verify --recompute`: compute a sample of stored chunks again and compare, bit for bit.
+
+A checksum says that a chunk is what somebody wrote. Whether that is what the model computes, only the model can say. Chunks
+hold no tokens (keys are digests of them), so the texts have to be given.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cake_hf.arithmetic.errors import CakeError, StoreError
+from cake_hf.arithmetic.keys import state_key
+from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.outside import shown
+from cake_hf.cache import CakeCache
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.cli.verify import BadChunk
+from cake_hf.cli.warm import QUEUE_BYTES, Pace
+from cake_hf.stores import Store
+from cake_hf.stores.base import Part
+from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.tensors.table import offsets_of
+
+
+@dataclass(frozen=True)
+class RecomputeJob:
+    """What is to be computed again.
+
+    Attributes:
+        model: folder or name on the Hub.
+        prompts: UTF-8 text files whose chunks are sampled.
+        share: of each prompt's stored chunks, at least one of them; in (0, 1].
+        seed: of the choice. The same store, prompts and seed give the same sample.
+        chunk_size, salt, exact: as the chunks were saved with; no size is "auto".
+        dtype, device: as `cake-hf warm` takes them.
+    """
+
+    model: str
+    prompts: Sequence[Path]
+    share: float
+    seed: int = 0
+    chunk_size: int | None = None
+    salt: str = ""
+    exact: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What came of it.
+
+    Attributes:
+        sampled: chunks that were computed again.
+        stored: chunks of the prompts that the store has.
+        bad: those that are not what the model computes.
+    """
+
+    sampled: int
+    stored: int
+    bad: list[BadChunk]
+
+
+def recompute(job: RecomputeJob, store: Store) -> Recomputed:
+    """Load the model and check a sample of each prompt's chunks.
+
+    Raises:
+        CakeError: the store has no chunk of a prompt, or a prompt cannot be restored at all.
+        ValueError: the model or a file cannot be used.
+    """
+    texts = [read_text(path) for path in job.prompts]
+    with console.status("loading the model"):
+        tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+    found = []
+    for path, text in zip(job.prompts, texts, strict=True):
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+        refuse_too_long(model.config, ids.shape[1], "give a shorter text.")
+        found.append(recompute_prompt(job, store, model, ids, str(path)))
+    bad = {chunk.key: chunk for each in found for chunk in each.bad}  # prompts may share chunks
+    return Recomputed(sum(each.sampled for each in found), sum(each.stored for each in found), list(bad.values()))
+
+
+def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Tensor, name: str) -> Recomputed:
+    """Compute one prompt from its start to the last sampled chunk, and compare the sampled ones with the stored ones.
+
+    Nothing that is stored goes into the computation, so a lie cannot vouch for the one behind it.
+
+    Args:
+        job: see there.
+        store: with the chunks.
+        model: loaded.
+        ids: `[1, tokens]`.
+        name: of the prompt, for messages.
+
+    Raises:
+        CakeError: see `recompute`.
+    """
+    comparing = Comparing(store, job.share, job.seed)
+    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
+    with CakeCache(
+        model,
+        comparing,
+        chunk_size=job.chunk_size or "auto",
+        salt=job.salt,
+        exact=job.exact,
+        strategy="compute",
+        limits=limits,
+        snapshot_every=1,  # wherever the store may have one
+    ) as cache:
+        pace = Pace(cache, QUEUE_BYTES // 2)
+        with progress_bar(f"computing {name}", "chunks") as show:
+
+            def progress(done: int, total: int) -> None:
+                show(done, comparing.last)
+                pace(done)
+                if done >= comparing.last:
+                    raise _Enough
+
+            try:
+                report = cache.prefill(ids, whole=True, progress=progress)
+            except _Enough:
+                report = cache.report
+        cache.flush()
+    if not comparing.asked:
+        raise CakeError(f"{name} cannot be computed in chunks: {report.reason}.")
+    if not comparing.sample:
+        raise CakeError(
+            f"The store has no chunk of {name} for this model, chunk size, dtype, salt and machine; give the options that it "
+            "was saved with (`cake-hf ls STORE` shows what is there)."
+        )
+    missed = len(comparing.sample) - comparing.compared
+    if missed:
+        raise CakeError(f"{missed} of {len(comparing.sample)} sampled chunks could not be compared; run it again.")
+    return Recomputed(len(comparing.sample), comparing.stored, comparing.bad)
+
+
+class _Enough(Exception):
+    """Not an error: the last sampled chunk is computed, the rest of the prompt is not needed."""
+
+
+class Comparing(WrapperStore):
+    """What a cache sees as an empty store. Each chunk that it writes is compared with the stored one, and written nowhere.
+
+    Args:
+        inner: the store with the chunks. Nothing in it is changed.
+        share: of the stored chunks that are compared.
+        seed: of their choice.
+
+    Attributes:
+        asked: whether the cache has asked for chunks at all.
+        stored: how many of the chunks asked for are there.
+        sample: keys of those that are compared.
+        last: how many of the prompt's chunks have to be computed for that.
+        compared: how many have been.
+        bad: those that differ.
+    """
+
+    def __init__(self, inner: Store, share: float, seed: int) -> None:
+        super().__init__(inner)
+        self.read_only = False  # what is written is compared and goes nowhere, so a pack will do
+        self._share, self._seed = share, seed
+        self._lock = threading.Lock()
+        self.asked = False
+        self.stored = self.last = self.compared = 0
+        self.sample: set[str] = set()
+        self.bad: list[BadChunk] = []
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        stored = [index for index, has in enumerate(self.inner.contains(keys)) if has]
+        chosen = random.Random(self._seed).sample(stored, math.ceil(self._share * len(stored)))
+        snapshots = {state_key(key): number for number, key in enumerate(keys)}
+        numbers = [snapshots.get(keys[index], index) for index in chosen]
+        self.asked, self.stored, self.last = True, len(stored), max(numbers, default=-1) + 1
+        self.sample = {keys[index] for index in chosen}
+        return [False] * len(keys)
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        if key in self.sample:
+            why = self._difference(key, b"".join(parts))
+            with self._lock:
+                self.compared += 1
+                self.bad += [BadChunk(key, why, corrupt=True)] if why else []
+        return True
+
+    def check_writable(self) -> None:
+        """Nothing will be written."""
+
+    def notes(self) -> Mapping[str, bytes]:
+        """An empty store has none."""
+        return {}
+
+    def put_note(self, name: str, note: bytes | None) -> None:
+        """As chunks, it goes nowhere."""
+
+    def _difference(self, key: str, computed: bytes) -> str:
+        """In what the stored chunk differs from the computed one; empty if in nothing that counts, or if it is gone."""
+        try:
+            size = self.inner.size(key)
+            if size is not None and size > 2 * len(computed):  # what it says takes no memory before that
+                return f"Chunk {key} has {size} bytes, which no chunk of this model has."
+            stored = self.inner.read(key)
+            if stored is None:
+                return ""
+            facts = check_file(stored, key)
+        except StoreError as error:
+            return shown(error)
+        own, table = parse_header(computed)
+        if parse_header(stored)[1] != table:
+            return f"Chunk {key} holds other tensors than the model's KV."
+        if (facts.parent, facts.index, facts.namespace) != (own.parent, own.index, own.namespace):
+            return f"Chunk {key} says that it is number {facts.index}; it is number {own.index} of its prompt."
+        differing = np.flatnonzero(_payload(stored) != _payload(computed))
+        if not differing.size:
+            return ""
+        where = next(name for name, entry in table.items() if int(differing[0]) < offsets_of(entry)[1])
+        return (
+            f"Chunk {key} (number {own.index}) is well-formed and is not what the model computes: {differing.size:,} of "
+            f"{_payload(computed).size:,} bytes differ, the first in {where}."
+        )
+
+
+def _payload(raw: bytes | bytearray) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    (length,) = struct.unpack("<Q", bytes(raw[:8]))
+    return np.frombuffer(raw, np.uint8)[8 + length :]

@@ -1,0 +1,215 @@
+"""Selects chunks of a store: those of a document, of a model, of a namespace, or of a prompt by its last chunk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.cli.inspect_store import Inventory, StoredChunk, find_chunk, namespaces
+from cake_hf.stores import Store
+
+Prompts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--prompt", help="A document: the text file that was warmed. With --model; may be given several times."
+    ),
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="A model's folder or name; without --prompt, all that is of it.")
+]
+NamespaceDigits = Annotated[
+    str, typer.Option("--namespace", help="The first digits of a namespace, as `cake-hf ls` shows them.")
+]
+LastChunk = Annotated[
+    str, typer.Option("--chunk", help="The first digits of a prompt's last chunk, as `cake-hf ls` shows them.")
+]
+
+_DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A selection as it was asked for; see the options of the same names.
+
+    Attributes:
+        prompts, model, namespace, chunk: one of these ways to name chunks.
+        chunk_size, salt, exact, dtype, device, tokens: of documents, as they were warmed.
+    """
+
+    prompts: Sequence[Path] = ()
+    model: str = ""
+    namespace: str = ""
+    chunk: str = ""
+    chunk_size: int | str = "auto"
+    salt: str = ""
+    exact: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    tokens: int | None = None
+
+    @property
+    def ways(self) -> int:
+        """In how many ways chunks are named."""
+        return sum(map(bool, (self.prompts or self.model, self.namespace, self.chunk)))
+
+    def refuse_unclear(self, nothing: str) -> None:
+        """Raise where chunks are not named in exactly one way.
+
+        Args:
+            nothing: the sentence for where they are not named at all.
+
+        Raises:
+            ValueError: see above.
+        """
+        if not self.ways:
+            raise ValueError(nothing)
+        if self.ways > 1:
+            raise ValueError("Name chunks in one way: --prompt with --model, --model, --namespace, or --chunk.")
+        if self.prompts and not self.model:
+            raise ValueError("--prompt needs --model: whose KV of that document.")
+
+
+@dataclass
+class Chosen:
+    """What that is in a store.
+
+    Attributes:
+        chains: of prompts: keys from their first chunk to the last one, stored or not.
+        keys: of chunks that are named by something else than their prompt.
+    """
+
+    chains: list[list[str]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def stored(self, inventory: Inventory) -> list[str]:
+        """The chunks that are meant themselves, with the states at their ends."""
+        wanted = {key for chain in self.chains for key in chain} | set(self.keys)
+        return with_states(wanted, inventory)
+
+    def to_delete(self, inventory: Inventory) -> tuple[list[str], int]:
+        """These, with all that goes on from a prompt's end, but for chunks that other prompts begin with, too.
+
+        Returns:
+            The keys, and how many chunks stay for other prompts.
+        """
+        children: dict[str, list[str]] = {}
+        for key, chunk in inventory.chunks.items():
+            children.setdefault(chunk.facts.parent, []).append(key)
+        gone = set(self.keys)
+        for chain in self.chains:
+            gone |= _below(chain[-1], children)
+        shared = 0
+        for chain in self.chains:
+            for number, key in enumerate(reversed(chain[:-1]), start=1):
+                if not gone.issuperset(children.get(key, ())):
+                    shared += sum(before in inventory.chunks for before in chain[: len(chain) - number])
+                    break
+                gone.add(key)
+        return with_states(gone, inventory), shared
+
+
+def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
+    """Find what is meant.
+
+    Raises:
+        StoreError: nothing in the store is.
+        ValueError: the model or a file cannot be used, or digits are none.
+        CakeError: no KV of the model is kept.
+    """
+    if wanted.prompts:
+        return Chosen(chains=_of_documents(store, inventory, wanted))
+    if wanted.namespace:
+        return Chosen(keys=_of_namespace(inventory, wanted.namespace))
+    if wanted.chunk:
+        _refuse_no_digits("--chunk", wanted.chunk)
+        return Chosen(chains=[_chain_to(find_chunk(store, wanted.chunk), inventory)])
+    return Chosen(keys=_of_model(inventory, wanted.model))
+
+
+def with_states(keys: Iterable[str], inventory: Inventory) -> list[str]:
+    """Those of the keys that are stored, and the snapshots at their ends."""
+    wanted = set(keys)
+    states = [key for key, state in inventory.states.items() if state.facts.parent in wanted]
+    return [*(key for key in inventory.chunks if key in wanted), *states]
+
+
+def _below(key: str, children: dict[str, list[str]]) -> set[str]:
+    """A chunk and all that goes on from it, by parents."""
+    found, left = {key}, [key]
+    while left:
+        new = [child for child in children.get(left.pop(), ()) if child not in found]
+        found.update(new)
+        left += new
+    return found
+
+
+def _of_documents(store: Store, inventory: Inventory, wanted: Wanted) -> list[list[str]]:
+    # These take seconds to import.
+    from cake_hf.cli.models import load_model, load_tokenizer, read_text
+    from cake_hf.packs.contents import session_for
+
+    texts = {path: read_text(path) for path in wanted.prompts}
+    tokenizer, model = load_tokenizer(wanted.model), load_model(wanted.model, wanted.dtype, wanted.device)
+    chains = []
+    with session_for(model, store, chunk_size=wanted.chunk_size, salt=wanted.salt, exact=wanted.exact) as session:
+        namespace, size = session.namespace(), session.chunk_size
+    for path, text in texts.items():
+        ids = tokenizer(text, verbose=False).input_ids[: wanted.tokens]
+        chain = chunk_keys(namespace, ids, size)
+        if not chain:
+            raise StoreError(f"The document {path} is shorter than a chunk of {size} tokens; nothing of it is stored.")
+        if not any(key in inventory.chunks for key in chain):
+            raise StoreError(
+                f"The store has nothing of {path} for this model, chunk size, dtype, salt and machine; give the options that "
+                "it was warmed with (`cake-hf ls STORE` shows what is there)."
+            )
+        chains.append(chain)
+    return chains
+
+
+def _of_namespace(inventory: Inventory, digits: str) -> list[str]:
+    _refuse_no_digits("--namespace", digits)
+    found = [namespace for namespace in namespaces(inventory) if namespace.digest.startswith(digits.lower())]
+    if len(found) > 1:
+        raise StoreError(f"{len(found)} namespaces start with {digits}; give more digits.")
+    if not found:
+        raise StoreError(f"No namespace in the store starts with {digits}; `cake-hf ls STORE` lists them.")
+    return [chunk.facts.key for chunk in found[0].chunks]
+
+
+def _of_model(inventory: Inventory, name: str) -> list[str]:
+    wanted = {name, Path(name).name if _is_path(name) else name}
+    found = [key for key, chunk in inventory.chunks.items() if chunk.facts.model in wanted]
+    if not found:
+        there = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
+        has = f"it has chunks of {', '.join(there)}" if there else "it is empty"
+        raise StoreError(f"The store has nothing of the model {name!r}; {has}.")
+    return found
+
+
+def _is_path(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.is_absolute() or path.exists() or name.startswith((".", "~"))
+
+
+def _chain_to(leaf: StoredChunk, inventory: Inventory) -> list[str]:
+    """From the first stored chunk of a prompt to this one."""
+    chain, current = [leaf.facts.key], leaf
+    while (parent := inventory.chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
+        chain.append(parent.facts.key)
+        current = parent
+    return chain[::-1]
+
+
+def _refuse_no_digits(option: str, text: str) -> None:
+    if not _DIGITS.fullmatch(text):
+        raise ValueError(
+            f"{option} takes the first hexadecimal digits of a name, not {text[:60]!r}; `cake-hf ls` shows it."
+        )

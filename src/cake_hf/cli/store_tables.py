@@ -1,0 +1,213 @@
+"""What `cake-hf ls`, `info` and `verify` print."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cake_hf.arithmetic.outside import shown
+from cake_hf.arithmetic.sizes import bytes_text, count_text
+from cake_hf.cli.console import console
+from cake_hf.cli.inspect_store import (
+    Chain,
+    Inventory,
+    Namespace,
+    StoredChunk,
+    chunk_sizes,
+    namespaces,
+    prompts,
+    total_file_bytes,
+)
+from cake_hf.cli.kept_records import first_words
+from cake_hf.cli.verify import BadChunk, Verified
+from cake_hf.stores.records import Record
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from cake_hf.cli.recompute import Recomputed
+
+SHORT = 12
+"""Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
+
+
+def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]) -> RenderableType:
+    """All namespaces, then the longest prompts.
+
+    Args:
+        inventory: of the store.
+        most_prompts: that are shown.
+        known: by namespace what its chunks were made with.
+    """
+    if not inventory.chunks and not inventory.unreadable:
+        return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
+    chains = prompts(inventory)
+    parts: list[RenderableType] = [
+        _namespace_table(namespaces(inventory), known),
+        Text(),
+        _prompt_table(
+            chains[:most_prompts],
+            chunk_sizes(inventory),
+            [first_words(one, inventory, known) for one in chains[:most_prompts]],
+        ),
+    ]
+    if len(chains) > most_prompts:
+        parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
+    return Group(*parts, *_unreadable_note(inventory))
+
+
+def totals(name: str, inventory: Inventory) -> RenderableType:
+    """A store as a whole."""
+    models = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
+    table = _facts_table(
+        [
+            ("store", name),
+            ("chunks", f"{len(inventory.chunks):,}"),
+            ("tokens", f"{inventory.tokens:,}"),
+            ("bytes", bytes_text(inventory.file_bytes)),
+            ("prompts", f"{len(prompts(inventory)):,}"),
+            ("namespaces", f"{len(namespaces(inventory)):,}"),
+            ("models", ", ".join(models) or "none"),
+        ]
+    )
+    return Group(table, *_unreadable_note(inventory))
+
+
+def chunk_facts(chunk: StoredChunk) -> RenderableType:
+    """All that one chunk says about itself."""
+    facts = chunk.facts
+    return _facts_table(
+        [
+            ("key", facts.key),
+            ("parent", facts.parent if facts.index else "none (the prompt's first chunk)"),
+            ("chunk", f"number {facts.index} of its prompt, {chunk.chunk_size:,} tokens"),
+            ("namespace", facts.namespace),
+            ("model", facts.model),
+            ("tensors", f"{len(chunk.table)} of {chunk.table.dtypes}, {' and '.join(map(str, chunk.table.shapes))}"),
+            ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
+            ("checksums", f"{len(facts.checksums)}, one per tensor (xxh3-128)"),
+        ]
+    )
+
+
+def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
+    """The damaged chunks, if any, and what to do about them.
+
+    Args:
+        result: of the check of all chunks.
+        bad: the damaged ones, by whatever check.
+        deleted: how many of them are gone.
+    """
+    what = _what_was_checked(result)
+    if not bad:
+        console.print(Text.assemble(("All is well:", "green"), f" {what} checked."))
+        return
+    _show_bad(bad)
+    console.print(f"\n{len(bad)} damaged of {what} checked.", style="bold red")
+    if deleted:
+        console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
+    elif any(chunk.corrupt for chunk in bad):
+        console.print(Text.assemble("Delete them with the same command and ", ("--fix", "bold"), "."))
+
+
+def show_stopped(result: Verified) -> None:
+    """What a check has found that did not come to its end."""
+    if result.bad:
+        _show_bad(result.bad)
+    found = f"{len(result.bad)} damaged of {_what_was_checked(result)} checked"
+    console.print(f"\nStopped: {found}, {count_text(result.left, 'chunk')} not checked, nothing deleted.", style="bold")
+
+
+def _what_was_checked(result: Verified) -> str:
+    return f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
+
+
+def _show_bad(bad: Sequence[BadChunk]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("damaged chunk", style="red", no_wrap=True)
+    table.add_column("why")
+    for chunk in bad:
+        table.add_row(chunk.key, Text(chunk.why))
+    console.print(table)
+
+
+def show_recomputed(result: Recomputed) -> None:
+    """How many chunks were computed again."""
+    of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
+    if result.bad:
+        console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
+    else:
+        console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))
+
+
+def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) -> Table:
+    table = _table("namespaces", ["namespace", "model", "dtype"], ["chunk size", "chunks", "tokens", "bytes"])
+    table.add_column("exact", overflow="fold")
+    table.add_column("saved", overflow="fold", no_wrap=True)
+    for namespace in found:
+        first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
+        table.add_row(
+            Text(namespace.digest[:SHORT]),
+            Text(_short_name(first.facts.model)),
+            Text(first.table.dtypes),
+            str(first.chunk_size),
+            f"{count:,}",
+            f"{namespace.tokens:,}",
+            bytes_text(total_file_bytes(namespace.chunks)),
+            "?" if record is None else "yes" if record.exact else "no",
+            "?" if record is None else time.strftime("%Y-%m-%d", time.gmtime(record.last)),
+        )
+    return table
+
+
+def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequence[str]) -> Table:
+    table = _table("prompts", ["last chunk", "model"], ["tokens", "chunks"])
+    table.add_column("missing", overflow="fold")
+    if any(words):
+        table.add_column("first words", overflow="fold")
+    for chain, begin in zip(chains, words, strict=True):
+        facts = chain.leaf.facts
+        missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
+        cells = [
+            facts.key[:SHORT],
+            _short_name(facts.model),
+            f"{chain.tokens(sizes[facts.namespace]):,}",
+            f"{chain.chunks:,}",
+            missing,
+        ]
+        table.add_row(*map(Text, [*cells, begin] if any(words) else cells))
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table none of whose columns is left out on a narrow terminal: what does not fit goes on in the next line."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(texts):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # what is to be copied stays in one line
+    for heading in numbers:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
+
+
+def _facts_table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, Text(shown(value)))
+    return table
+
+
+def _short_name(model: str) -> str:
+    """A Hub name as it is, the last part of a path."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+
+
+def _unreadable_note(inventory: Inventory) -> list[Text]:
+    if not inventory.unreadable:
+        return []
+    count = count_text(len(inventory.unreadable), "chunk")
+    return [Text(f"{count} cannot be read; `cake-hf verify STORE` says why.", style="red")]

@@ -1,0 +1,140 @@
+"""`cake-hf verify`: read every chunk of a store and check it against its own checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.arithmetic.outside import shown
+from cake_hf.cli.inspect_store import Progress, StoredChunk, chunk_of, read_chunk
+from cake_hf.cli.many import each_answer
+from cake_hf.stores import Store
+from cake_hf.tensors.codec import Checksum, check_pieces, spans_of
+
+THREADS = 4
+"""Each takes memory for what it reads."""
+
+WHOLE_BYTES = 2**26
+"""Larger chunks are read in steps."""
+
+STEP_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class BadChunk:
+    """A chunk that is not what its key says, or that cannot be read.
+
+    Attributes:
+        key: its name.
+        why: a sentence.
+        corrupt: it was read and is wrong; False where the read itself failed, which may be the disk's or a mode's fault.
+    """
+
+    key: str
+    why: str
+    corrupt: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of it.
+
+    Attributes:
+        checked: chunks that were read, damaged ones included.
+        nbytes: of those that are well.
+        bad: the damaged ones.
+        left: how many were not come to.
+        stopped: the user has ended it early.
+    """
+
+    checked: int
+    nbytes: int
+    bad: list[BadChunk]
+    left: int = 0
+    stopped: bool = False
+
+
+def verify(store: Store, progress: Progress) -> Verified:
+    """Check all chunks; those that are deleted meanwhile are left out. Ctrl-C ends it early, and what was found is given.
+
+    It only reads: no lock is taken, so no other user of the store waits for it.
+
+    Args:
+        store: any.
+        progress: called with (chunks that were checked, all chunks).
+    """
+    checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
+    left, stopped = len(keys), True
+    with suppress(KeyboardInterrupt), closing(each_answer(keys, partial(_verdict, store), THREADS)) as verdicts:
+        for _, verdict in verdicts:
+            left -= 1
+            if isinstance(verdict, BadChunk):
+                checked += verdict.corrupt
+                bad.append(verdict)
+            elif verdict is not None:
+                checked += 1
+                nbytes += verdict
+            progress(len(keys) - left, len(keys))
+        stopped = False
+    return Verified(checked, nbytes, bad, left, stopped)
+
+
+def _verdict(store: Store, key: str) -> int | BadChunk | None:
+    """Bytes of a chunk that is well, or what is wrong with it; None if it is gone."""
+    try:
+        return _checked(store, key)
+    except StoreError as error:
+        return BadChunk(key, shown(error), isinstance(error, CorruptChunk))
+    except MemoryError:
+        return BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False)
+
+
+def _checked(store: Store, key: str) -> int | None:
+    """Bytes of a chunk that is well; None if it is gone.
+
+    Raises:
+        CorruptChunk: it is not well.
+        StoreError: it cannot be read.
+    """
+    size = store.size(key)
+    if size is not None and size > WHOLE_BYTES:
+        # The header first: what it says must fit to the value's size before memory is taken for that. A file may have holes.
+        chunk = read_chunk(store, key)
+        if chunk is None or store.reads_ranges:
+            return None if chunk is None else _checked_in_steps(store, key, chunk)
+    raw = None if size is None else store.read(key)
+    if raw is None:
+        return None
+    chunk = chunk_of(raw, key, len(raw))
+    payload = memoryview(raw)[len(raw) - chunk.table.payload_bytes :]
+    check_pieces([payload[start:end] for start, end in spans_of(chunk.facts, chunk.table)], chunk.facts)
+    return len(raw)
+
+
+def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
+    spans = spans_of(chunk.facts, chunk.table)
+    payload, step = chunk.file_bytes - chunk.table.payload_bytes, memoryview(bytearray(STEP_BYTES))
+    for (start, end), expected in zip(spans, chunk.facts.checksums, strict=True):
+        digest = Checksum()
+        for offset in range(start, end, STEP_BYTES):
+            part = step[: min(STEP_BYTES, end - offset)]
+            if not store.read_range(key, [part], payload + offset):
+                return None
+            digest.update(part)
+        if digest.hexdigest() != expected:
+            raise CorruptChunk(f"Chunk {key} does not match its checksum.")
+    return chunk.file_bytes
+
+
+def delete(store: Store, bad: Sequence[BadChunk]) -> int:
+    """Remove corrupt chunks, which will be computed and saved again when their prompt comes; returns how many.
+
+    A chunk that could not be read at all may be well: it stays.
+
+    Raises:
+        StoreError: one of them cannot be removed.
+    """
+    return sum(store.delete(chunk.key) for chunk in bad if chunk.corrupt)

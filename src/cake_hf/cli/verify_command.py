@@ -1,0 +1,97 @@
+"""`cake-hf verify`: what can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cake_hf.arithmetic.sizes import parse_share
+from cake_hf.cli.console import STOPPED, WRONG, progress_bar
+from cake_hf.cli.inspect_store import existing_store
+from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
+from cake_hf.cli.recompute import RecomputeJob, recompute
+from cake_hf.cli.store_tables import show_recomputed, show_stopped, show_verified
+from cake_hf.cli.verify import BadChunk, delete, verify
+
+
+def verify_command(
+    store: StoreArgument,
+    fix: Annotated[bool, typer.Option("--fix", "--delete", help="Remove the damaged chunks.")] = False,
+    share: Annotated[
+        str,
+        typer.Option(
+            "--recompute",
+            metavar="SHARE",
+            help="Also compute so many of the prompts' chunks again, e.g. 5%, and compare every bit; needs --model, --prompt.",
+        ),
+    ] = "",
+    model: Annotated[str, typer.Option(help="The model that the chunks are said to come from.")] = "",
+    prompt: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text file whose chunks are sampled; may be given several times. Only texts that you have can be checked."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample: the same store and seed give the same one.")] = 0,
+    chunk_size: ChunkSize = None,
+    salt: Annotated[str, typer.Option(help="That the chunks were saved with.")] = "",
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    exact: Annotated[
+        bool, typer.Option(help="As the chunks were saved. Inexact ones of other machines may differ.")
+    ] = True,
+) -> None:
+    """Check every chunk against its checksum; exit code 1 if a damaged one is left.
+
+    A checksum finds accidents, not lies: a forged chunk can be
+    well-formed. Only computing it again tells. A store does not have the texts
+    of its prompts, so --recompute needs them: each is computed from its start
+    to its last sampled chunk, without using anything that is stored.
+
+    Other users of the store do not wait for this. Ctrl-C ends it and shows what was
+    found until then.
+    """
+    job = _recompute_job(share, model, prompt or [], seed, chunk_size, salt, exact, dtype, device)
+    with existing_store(store) as opened:
+        with progress_bar("checking", "chunks") as progress:
+            result = verify(opened, progress)
+        if result.stopped:
+            show_stopped(result)
+            raise typer.Exit(STOPPED)
+        recomputed = recompute(job, opened) if job else None
+        bad = _together(result.bad, recomputed.bad if recomputed else [])
+        deleted = delete(opened, bad) if fix else 0
+    show_verified(result, bad, deleted)
+    if recomputed:
+        show_recomputed(recomputed)
+    if deleted < len(bad):
+        raise typer.Exit(WRONG)
+
+
+def _recompute_job(
+    share: str,
+    model: str,
+    prompts: list[Path],
+    seed: int,
+    chunk_size: int | None,
+    salt: str,
+    exact: bool,
+    dtype: Dtype,
+    device: str,
+) -> RecomputeJob | None:
+    if not share:
+        if model or prompts:
+            raise ValueError("--model and --prompt are for --recompute; add for instance --recompute 5%.")
+        return None
+    if not model or not prompts:
+        raise ValueError(
+            "--recompute needs --model, and with --prompt the texts whose chunks are to be checked: chunks do not hold them."
+        )
+    return RecomputeJob(model, prompts, parse_share(share), seed, chunk_size, salt, exact, dtype.value, device)
+
+
+def _together(one: list[BadChunk], other: list[BadChunk]) -> list[BadChunk]:
+    """A chunk that both checks have found counts once, with what the first one says."""
+    return list({chunk.key: chunk for chunk in [*other, *one]}.values())

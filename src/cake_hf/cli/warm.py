@@ -1,0 +1,200 @@
+"""`cake-hf warm`: put the KV of a document into a store, so that prompts that start with it need not be computed."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.text import Text
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.outside import shown_url
+from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.sizes import count_text
+from cake_hf.cache import CakeCache, chat_document
+from cake_hf.cache.compat import GENERATE_LINE
+from cake_hf.cache.words import SALTED_WORDS, keep_words
+from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.cli.tables import Lanes, legend, report_table
+
+QUEUE_BYTES = Limits().save_queue_bytes
+"""Of chunks that wait to be written."""
+
+
+@dataclass(frozen=True)
+class WarmJob:
+    """What is to be warmed.
+
+    Attributes:
+        model: folder or name on the Hub.
+        file: the document, UTF-8 text.
+        store: as `CakeCache` takes it.
+        chunk_size, salt, exact: as `CakeCache` takes them; no size is "auto".
+        dtype: of the weights; see `options.Dtype`.
+        device: as torch names it, or "auto".
+        tokens: only so many from the start; None for all.
+        keep_words: of the text, the first ones, for who lists the store.
+        prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
+        chat: it is what a user's message begins with, in the model's chat template.
+        system: the system prompt, UTF-8 text; with `chat`.
+    """
+
+    model: str
+    file: Path
+    store: str
+    chunk_size: int | None = None
+    salt: str = ""
+    exact: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    tokens: int | None = None
+    keep_words: bool = False
+    prompt: bool = False
+    chat: bool = False
+    system: Path | None = None
+
+
+Loaded = tuple[Any, Any]
+"""A tokenizer and its model."""
+
+
+def load(job: WarmJob) -> Loaded:
+    """What a job needs, to be used for several of the same model.
+
+    Raises:
+        ValueError: the model cannot be used.
+    """
+    with console.status("loading the model"):
+        return load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+
+
+def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
+    """Prefill the document into the store and wait until all of it is durable.
+
+    Args:
+        job: what is to be warmed.
+        loaded: the job's model, if it is loaded already.
+
+    Raises:
+        CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
+        ValueError: the model or the file cannot be used.
+    """
+    if job.keep_words and job.salt:
+        raise ValueError(SALTED_WORDS)
+    if job.system is not None and not job.chat:
+        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
+    text, system = read_text(job.file), "" if job.system is None else read_text(job.system)
+    tokenizer, model = loaded or load(job)
+    if job.chat:
+        ids = chat_document(tokenizer, text, system=system)[:, : job.tokens]
+    else:
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
+    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
+    size = job.chunk_size or "auto"
+    with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+        cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
+        pace = Pace(cache, QUEUE_BYTES // 2)
+        with progress_bar("prefill", "chunks") as show:
+
+            def progress(done: int, total: int) -> None:
+                show(done, total)
+                pace(done)
+
+            report = cache.prefill(ids, whole=not (job.prompt or job.chat), progress=progress)
+        with console.status("waiting until all chunks are durable"):
+            cache.flush()
+        if job.keep_words:
+            keep_words(cache, text)
+    _refuse_unsaved(report)
+    return report
+
+
+class Pace:
+    """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait.
+
+    Args:
+        cache: that is being filled.
+        most: bytes that may be under way to the store.
+    """
+
+    def __init__(self, cache: CakeCache, most: int) -> None:
+        self._cache = cache
+        self._most = most
+
+    def __call__(self, done: int) -> None:
+        """Called after each computed chunk; waits for the writer where too much is queued."""
+        report = self._cache.report
+        if not report.chunks_saved:
+            self._cache.flush()  # from now on the size of a chunk is known
+            return
+        chunk_bytes = report.bytes_saved / report.chunks_saved
+        if (done - report.chunks_saved - report.chunks_unsaved) * chunk_bytes > self._most:
+            self._cache.flush()
+
+
+def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> None:
+    """What was done, what will be restored from it, and how.
+
+    Args:
+        job: that is done.
+        report: of it.
+        has_template: the model is one for chats.
+    """
+    console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
+    if report.chunks_computed and report.chunks_loaded:
+        console.print(Lanes(report))
+        console.print(legend(report))
+    for line in what_hits(job, report, has_template=has_template):
+        console.print(line)
+    console.print()
+    console.print(Syntax(_snippet(job), "python", background_color="default", word_wrap=True))
+    look = f"cake-hf ls {shlex.quote(shown_url(job.store))}"
+    console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
+
+
+def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
+    """Which prompts find what was stored, as sentences."""
+    stored = (report.chunks_computed + report.chunks_loaded) * report.chunk_size
+    rest = report.tokens - stored
+    machine = ", on this machine with these versions and this number of threads" if job.exact else ""
+    salt = " and salt" if job.salt else ""
+    lines = [
+        f"\nStored are the first {stored:,} of the {report.tokens:,} tokens. Every prompt that begins with them, in any "
+        f"process, restores them: with the same model, dtype, chunk size{salt}{machine}.",
+    ]
+    if rest:
+        lines.append(
+            f"The last {count_text(rest, 'token')} of the text, and what stands behind it, are computed each time."
+        )
+    if has_template:
+        lines.append(
+            "The model has a chat template: a prompt from apply_chat_template begins with other tokens than the text alone, "
+            "and finds none of this."
+        )
+    return lines
+
+
+def _snippet(job: WarmJob) -> str:
+    options = [f"store={shown_url(job.store)!r}"]
+    options += [f"chunk_size={job.chunk_size}"] if job.chunk_size else []
+    options += ["salt=..."] if job.salt else []
+    options += ["exact=False"] if not job.exact else []
+    made = f"cache = CakeCache(model, {', '.join(options)})\n"
+    if job.chat:
+        system = ", system=system" if job.system else ""
+        return f"{made}cache.prefill(cake_hf.chat_document(tokenizer, document{system}))\n{GENERATE_LINE}"
+    return f"{made}cache.prefill(document_ids)\n{GENERATE_LINE}" if job.prompt else f"{made}{GENERATE_LINE}"
+
+
+def _refuse_unsaved(report: Report) -> None:
+    if not report.chunks_computed + report.chunks_loaded + report.tails_computed + report.tails_loaded:
+        raise CakeError(f"Nothing was warmed: {report.reason}.")
+    if report.chunks_unsaved:
+        raise CakeError(f"{report.chunks_unsaved} chunks could not be saved; see the warning above and run it again.")

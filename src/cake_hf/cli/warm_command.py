@@ -1,0 +1,62 @@
+"""`cake-hf warm`: the KV of documents into a store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cake_hf.arithmetic.environment import STORE
+from cake_hf.cli.console import console
+from cake_hf.cli.keeping import said_of_new
+from cake_hf.cli.models import HELP as MODEL
+from cake_hf.cli.models import read_text
+from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption
+from cake_hf.cli.warm import WarmJob, load, show_warmed, warm
+from cake_hf.cli.warm_many import documents_in, show_many, warm_many
+
+
+def warm_command(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Text files, or folders of them; prompts that start with such a text will be fast."
+        ),
+    ],
+    store: Annotated[
+        str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
+    ],
+    chunk_size: ChunkSize = None,
+    salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find it.")] = "",
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    exact: Annotated[bool, typer.Option(help="Serve only the very same numerics, bit for bit.")] = True,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")] = None,
+    keep_words: Annotated[
+        bool, typer.Option("--keep-words", help="Have ls show the text's first words; not with a salt.")
+    ] = False,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Prompts go on from its very end: keep the last tokens, too.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
+    ] = False,
+    system: Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")] = None,
+) -> None:
+    """Compute the KV of documents once and keep it in a store."""
+    job = WarmJob(
+        model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words, prompt, chat, system
+    )
+    documents, told = documents_in(files), said_of_new(store)
+    for file in documents if len(documents) == 1 else filter(documents.__contains__, files):
+        read_text(file)  # before the model is loaded
+    if told:
+        console.print(told, style="dim")
+    if len(documents) == 1:
+        loaded, job = load(job), replace(job, file=documents[0])
+        show_warmed(job, warm(job, loaded), has_template=bool(getattr(loaded[0], "chat_template", None)))
+        return
+    show_many(job, warm_many(job, documents, files, load(job)))

@@ -1,0 +1,101 @@
+"""Several documents into a store: files, and the text files of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.outside import shown, shown_url
+from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.sizes import bytes_text, count_text
+from cake_hf.cli.console import console, errors
+from cake_hf.cli.models import read_text
+from cake_hf.cli.sheets import Sheet
+from cake_hf.cli.warm import Loaded, WarmJob, warm
+
+
+@dataclass
+class Warmed:
+    """What came of several documents.
+
+    Attributes:
+        reports: of those that are stored.
+        left_out: why others are not.
+    """
+
+    reports: dict[Path, Report] = field(default_factory=dict)
+    left_out: dict[Path, str] = field(default_factory=dict)
+
+
+def documents_in(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, and for folders the files in them, at any depth, in the order of their names.
+
+    What is hidden, or a link, in a folder is passed over.
+
+    Raises:
+        ValueError: there is no file in a folder.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inner = [file for file in sorted(path.rglob("*")) if _is_document(file, path)]
+        if not inner:
+            raise ValueError(f"There is no file in the folder {path}; give a text file, or a folder with some.")
+        found += inner
+    return list(dict.fromkeys(found))
+
+
+def warm_many(job: WarmJob, files: Sequence[Path], given: Sequence[Path], loaded: Loaded) -> Warmed:
+    """Warm one after the other; what cannot be, is left out if it was found in a folder.
+
+    Args:
+        job: whose file is replaced.
+        files: to warm.
+        given: those of them that were named.
+        loaded: the job's model.
+
+    Raises:
+        CakeError: none, or one that was named, could be stored.
+        ValueError: a file that was named cannot be read, or is too long.
+    """
+    warmed = Warmed()
+    for number, file in enumerate(files, start=1):
+        console.print(f"{number} of {len(files)}: {shown(str(file))}", style="dim", soft_wrap=True)
+        try:
+            read_text(file)
+            warmed.reports[file] = warm(replace(job, file=file), loaded)
+        except (CakeError, ValueError) as error:
+            if file in given:
+                raise
+            warmed.left_out[file] = shown(error)
+    if not warmed.reports:
+        raise CakeError(f"None of {count_text(len(files), 'file')} was warmed. {next(iter(warmed.left_out.values()))}")
+    return warmed
+
+
+def show_many(job: WarmJob, warmed: Warmed) -> None:
+    """What each of them came to, and what finds it."""
+    rows = []
+    for file, report in warmed.reports.items():
+        chunks = report.chunks_computed + report.chunks_loaded
+        new = f"{report.chunks_saved:,}"
+        stored = f"{chunks * report.chunk_size:,}"
+        rows.append(
+            [shown(str(file)), f"{report.tokens:,}", stored, f"{chunks:,}", new, bytes_text(report.bytes_saved)]
+        )
+    console.print(Sheet("warmed", ("<file", "tokens", "stored", "chunks", "new", "bytes"), rows))
+    for file, why in warmed.left_out.items():
+        errors.print(f"left out: {shown(str(file))}: {why}")
+    console.print(
+        "Every prompt that begins with the stored tokens of one of these, in any process, restores them; "
+        f"cake-hf ls {shown_url(job.store)} lists them."
+    )
+
+
+def _is_document(file: Path, root: Path) -> bool:
+    parts = file.relative_to(root).parts
+    return file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in parts)

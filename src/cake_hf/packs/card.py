@@ -1,0 +1,142 @@
+"""The card of a pack: what a stranger reads before using it. The Hub shows it as the repository's page."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from cake_hf.arithmetic.sizes import bytes_text
+from cake_hf.cache.compat import GENERATE_LINE
+from cake_hf.stores.manifest import PackManifest
+
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_MOST = 500
+"""Characters of what a publisher says."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a publisher says of a pack, and the chunks do not tell.
+
+    Attributes:
+        prompt: what it is, in a line; it is published.
+        base_model: name on the Hub, where the model was loaded from somewhere else.
+
+    Raises:
+        ValueError: `base_model` is no such name.
+    """
+
+    prompt: str = ""
+    base_model: str = ""
+
+    def __post_init__(self) -> None:
+        if self.base_model and not _HUB_NAME.fullmatch(self.base_model):
+            raise ValueError(f"The base model is named as on the Hub, ORG/NAME, not {self.base_model[:60]!r}.")
+
+    @property
+    def line(self) -> str:
+        """The prompt's description as a cell of a table."""
+        text = " ".join(self.prompt.split())[:_MOST].replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+        return text or "not described by who published it"
+
+
+def card_text(manifest: PackManifest, name: str, about: About) -> str:
+    """Markdown with the Hub's metadata block.
+
+    Args:
+        manifest: of the pack.
+        name: how it is opened.
+        about: what the publisher says.
+    """
+    first, last = manifest.tokens
+    rows = {
+        "base model": _base_model_text(manifest, about),
+        "prompt": about.line,
+        "dtype": manifest.dtype,
+        "tokens": f"{first:,} to {last:,}, in {len(manifest.chunks):,} chunks of {manifest.chunk_size:,}",
+        **({"snapshots": f"{len(manifest.states):,}, of the model's recurrent state"} if manifest.states else {}),
+        "size": bytes_text(manifest.nbytes),
+        "serves": _serves(manifest),
+        "namespace": f"`{manifest.namespace}`",
+    }
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
+    return f"""{_metadata(_base_model(manifest, about))}
+# KV cache of a prompt for {_base_model(manifest, about) or manifest.model}
+
+The KV cache of a prompt, computed once, for [transformers](https://github.com/huggingface/transformers) with
+`cake_hf`. A prompt that starts with the same tokens is restored from here instead of computed: the model computes
+from the front while chunks are loaded from the back.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+{_snippet(manifest, name, about)}
+```
+
+Or pull it into a store of your own: `cake-hf pull {name} ~/.cache/cake_hf`
+
+## Trust
+
+Every chunk is checked against its blake3 digest in the manifest before it is used; one that does not match is computed
+instead. To mean these very bytes, name the commit: `hf://...@<40 digits>`. Digests say that the chunks are those that were
+published, not that they are what the model would compute: use packs of people you trust. Whoever has the model can
+learn from a KV cache what the prompt was.
+"""
+
+
+def _base_model(manifest: PackManifest, about: About) -> str:
+    """Its name on the Hub; empty where it was not given."""
+    return about.base_model or (manifest.model if _HUB_NAME.fullmatch(manifest.model) else "")
+
+
+def _base_model_text(manifest: PackManifest, about: About) -> str:
+    name = _base_model(manifest, about)
+    if not name:
+        return f"`{manifest.model}`, which has no name on the Hub"
+    link = f"[{name}](https://huggingface.co/{name})"
+    return link + (f" at `{manifest.model_revision}`" if _revision(manifest, about) else "")
+
+
+def _revision(manifest: PackManifest, about: About) -> str:
+    """Of the model, if it is that of the base model."""
+    return manifest.model_revision if _base_model(manifest, about) == manifest.model else ""
+
+
+def _metadata(base_model: str) -> str:
+    lines = ["---", "library_name: cake_hf", "tags:", "- cake_hf", "- kv-cache"]
+    if base_model:
+        lines.append(f'base_model: "{base_model}"')
+    return "\n".join([*lines, "---"])
+
+
+def _serves(manifest: PackManifest) -> str:
+    numerics = manifest.facts.get("numerics")
+    if not isinstance(numerics, dict):
+        return "these weights in this dtype, on any machine (`exact=False`)"
+    named = [f"{name} {numerics[name]}" for name in ("transformers", "torch", "device", "hardware") if name in numerics]
+    processor = numerics.get("processor", {})
+    named += [f"{name} {value}" for name, value in processor.items() if isinstance(value, str)]
+    return f"only the very same numerics, bit for bit ({', '.join(named)})"
+
+
+def _snippet(manifest: PackManifest, name: str, about: About) -> str:
+    model = [json.dumps(_base_model(manifest, about) or manifest.model)]
+    model += [f'revision="{revision}"'] if (revision := _revision(manifest, about)) else []
+    model += [f"dtype=torch.{_TORCH_NAMES[manifest.dtype]}"] if manifest.dtype in _TORCH_NAMES else []
+    cache = ["model", json.dumps(name), f"chunk_size={manifest.chunk_size}"]
+    cache += [] if "numerics" in manifest.facts else ["exact=False"]
+    cache += ["salt=..."] if manifest.salted else []
+    return f"""import torch
+from transformers import AutoModelForCausalLM
+
+from cake_hf import CakeCache
+
+model = AutoModelForCausalLM.from_pretrained({", ".join(model)})
+cache = CakeCache({", ".join(cache)})
+{GENERATE_LINE}"""

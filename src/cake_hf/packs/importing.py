@@ -1,0 +1,130 @@
+"""A pack into a store: what travels light becomes what is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.packs.contents import Progress, no_progress, session_for
+from cake_hf.stores.base import Store
+from cake_hf.stores.hub import SCHEME, open_hub_pack
+from cake_hf.stores.manifest import PackManifest
+from cake_hf.stores.opening import StoreSpec, open_store, pack_folder
+from cake_hf.stores.pack import PackStore, open_folder_pack
+from cake_hf.stores.specs import path_directory
+from cake_hf.tensors.codec import check_file
+
+READS_AT_ONCE = 4
+"""Chunks that are read side by side, and so in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of it.
+
+    Attributes:
+        url: of the pack, pinned to a commit if it is on the Hub.
+        manifest: what it says about itself.
+        chunks: that were written.
+        states: snapshots of the model's recurrent state that were written.
+        nbytes: of all those.
+    """
+
+    url: str
+    manifest: PackManifest
+    chunks: int
+    states: int
+    nbytes: int
+
+
+def import_pack(
+    source: str | os.PathLike[str],
+    store: StoreSpec,
+    *,
+    model: torch.nn.Module | None = None,
+    salt: str = "",
+    progress: Progress = no_progress,
+) -> Imported:
+    """Copy a pack's files into a store, each checked against the manifest. Those that are there already are not read again.
+
+    Args:
+        source: a folder, or `hf://org/pack@revision`.
+        store: to copy to, as `CakeCache` takes it.
+        model: refuse the pack if it is of no use to this model.
+        salt: that the pack was made with; looked at only together with `model`.
+        progress: called with (files that are there, all files).
+
+    Raises:
+        StoreError: there is no such pack, it is another model's, or one of the two sides fails.
+        CorruptChunk: a chunk is not what the manifest says; those before it are in the store.
+        CakeError: KV of this model is not kept.
+    """
+    with closing(open_pack(source)) as pack:
+        if model is not None:
+            refuse_foreign(pack, model, salt)
+        with _opened(store) as target:
+            target.check_writable()
+            keys = list(pack.keys())
+            wanted = [key for key, stored in zip(keys, target.contains(keys), strict=True) if not stored]
+            there = len(keys) - len(wanted)
+            progress(there, len(keys))
+            with ThreadPoolExecutor(READS_AT_ONCE, "cake-import") as pool:
+                copies = [pool.submit(_copy, pack, target, key) for key in wanted]
+                try:
+                    for done, copy in enumerate(copies, start=there + 1):
+                        copy.result()
+                        progress(done, len(keys))
+                finally:
+                    pool.shutdown(cancel_futures=True)
+    nbytes = sum(pack.manifest.by_key[key].size for key in wanted)
+    states = len({state.key for state in pack.manifest.states}.intersection(wanted))
+    return Imported(str(pack.source), pack.manifest, len(wanted) - states, states, nbytes)
+
+
+def open_pack(source: str | os.PathLike[str]) -> PackStore:
+    """A pack in a folder or on the Hub, as a store that can only be read.
+
+    Raises:
+        StoreError: there is none, or it cannot be read.
+    """
+    if isinstance(source, os.PathLike):
+        return open_folder_pack(path_directory(source))
+    return open_hub_pack(source) if source.startswith(SCHEME) else open_folder_pack(pack_folder(source))
+
+
+def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> None:
+    """Raise where no prompt of this model could ever find something in the pack.
+
+    Raises:
+        StoreError: the sentence says what is different.
+        CakeError: KV of this model is not kept.
+    """
+    manifest = pack.manifest
+    exact = "numerics" in manifest.facts
+    with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact) as session:
+        if objection := pack.objection(session.namespace(), session.namespace_facts):
+            raise StoreError(f"{objection[0].upper()}{objection[1:]}.")
+
+
+def _copy(pack: PackStore, target: Store, key: str) -> None:
+    raw = pack.read(key)
+    if raw is None or check_file(raw, key).namespace != pack.manifest.namespace:
+        raise CorruptChunk(f"Chunk {key} of {pack.source} is not of the namespace that its manifest names.")
+    target.write(key, [raw])
+
+
+@contextmanager
+def _opened(store: StoreSpec) -> Iterator[Store]:
+    """A store that is closed afterwards, if it is not the caller's."""
+    opened = open_store(store)
+    try:
+        yield opened
+    finally:
+        if opened is not store:
+            opened.close()

@@ -1,0 +1,153 @@
+"""A pack onto the Hugging Face Hub, in one commit, chunk by chunk: neither a folder nor memory for all of it is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.packs.card import About, card_text
+from cake_hf.packs.contents import Progress, Sink, contents_of, no_progress
+from cake_hf.stores.hub import SCHEME, hub_client, parse_hub_name, plain_errors
+from cake_hf.stores.manifest import CARD, MANIFEST, PackManifest
+from cake_hf.stores.opening import StoreSpec
+
+UPLOADS_AT_ONCE = 4
+"""Chunks that are uploaded side by side, and so in memory at a time."""
+
+_CHUNK_FILE = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was published.
+
+    Attributes:
+        url: of the pack, pinned to the commit: what to open.
+        manifest: what it says about itself.
+        missing: chunks of the prompt that were not in the store.
+    """
+
+    url: str
+    manifest: PackManifest
+    missing: int
+
+
+def push_pack(
+    store: StoreSpec,
+    repo: str,
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    chunk_size: int | str = "auto",
+    salt: str = "",
+    exact: bool = True,
+    allow_salted: bool = False,
+    about: str = "",
+    base_model: str = "",
+    private: bool | None = None,
+    progress: Progress = no_progress,
+) -> Pushed:
+    """Publish the stored KV of a prompt as a pack on the Hub. Endpoint and token are found as the Hub's client finds them.
+
+    Args:
+        store: that has the KV, as `CakeCache` takes it.
+        repo: "org/name"; made when missing. What it has of an older pack is replaced; any other repository is refused.
+        model, input_ids, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
+        private: whether a new repository is; by default as the Hub decides.
+        progress: called with (files handed to the client, all files).
+
+    Raises:
+        StoreError, CorruptChunk, CakeError, ValueError: as `export_pack`; a StoreError also where the repository holds
+            something else, you may not write to it, or the Hub cannot be reached.
+    """
+    told = About(about, base_model)
+    repo, revision = parse_hub_name(repo)
+    if revision != "main":
+        raise StoreError(f"A pack is pushed to a repository's main branch; leave @{revision} out.")
+    with (
+        contents_of(
+            store, model, input_ids, chunk_size=chunk_size, salt=salt, exact=exact, allow_salted=allow_salted
+        ) as contents,
+        _without_bars(),
+    ):
+        sink = HubSink(repo, private)
+        manifest = contents.write(sink, partial(card_text, about=told), progress)
+        return Pushed(f"{SCHEME}{repo}@{sink.commit}", manifest, contents.missing)
+
+
+class HubSink(Sink):
+    """Uploads what it is given and makes one commit of it at the end.
+
+    Args:
+        repo: "org/name"; made when missing.
+        private: whether a new one is.
+
+    Attributes:
+        commit: 40 hexadecimal digits, once finished.
+
+    Raises:
+        StoreError: the repository holds something else than a pack, or the Hub refuses; so from the methods, too.
+    """
+
+    def __init__(self, repo: str, private: bool | None) -> None:
+        self.name = f"{SCHEME}{repo}"
+        self.commit = ""
+        self._hub, self._repo = hub_client(), repo
+        self._api = self._hub.HfApi(library_name="cake_hf")
+        with self._plain_errors():
+            self._api.create_repo(repo, private=private, exist_ok=True)
+            self._parent = self._api.repo_info(repo).sha
+            files = set(self._api.list_repo_files(repo, revision=self._parent))
+        if MANIFEST not in files and files - {".gitattributes", CARD}:
+            raise StoreError(f"The repository {repo} holds something else than a pack; give one of its own.")
+        self._stale = {path for path in files if _CHUNK_FILE.fullmatch(path)}
+        self._waiting: list[Any] = []
+        self._operations: list[Any] = []
+
+    def add(self, path: str, raw: bytes | bytearray) -> None:
+        self._stale.discard(path)
+        self._waiting.append(self._hub.CommitOperationAdd(path, bytes(raw)))
+        if len(self._waiting) == UPLOADS_AT_ONCE:
+            self._upload()
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        self._upload()
+        self._operations += [self._hub.CommitOperationAdd(name, raw) for name, raw in files.items()]
+        self._operations += [self._hub.CommitOperationDelete(path) for path in sorted(self._stale)]
+        with self._plain_errors():
+            done = self._api.create_commit(
+                self._repo, self._operations, commit_message="Upload a pack of cake_hf", parent_commit=self._parent
+            )
+        self.commit = done.oid
+
+    def _upload(self) -> None:
+        """Send the contents ahead; what stays of each chunk is its name and digest, for the commit."""
+        if self._waiting:
+            with self._plain_errors():
+                self._api.preupload_lfs_files(self._repo, self._waiting, num_threads=UPLOADS_AT_ONCE)
+        self._operations += self._waiting
+        self._waiting = []
+
+    def _plain_errors(self) -> AbstractContextManager[None]:
+        return plain_errors(self._repo, "main")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The client draws a bar for each file, which would tear ours apart."""
+    utils = hub_client().utils
+    shown = not utils.are_progress_bars_disabled()
+    if shown:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()

@@ -1,0 +1,17 @@
+"""Old names of what the documentation and the examples once imported from here."""
+
+import sys
+from importlib import import_module
+
+_HOMES = {
+    "haystack": "testing.haystack",
+    "models": "cli.models",
+    "packs": "packs",
+    "packs.importing": "packs.importing",
+    "packs.publish": "packs.publish",
+    "plots": "plots",
+}
+
+__path__: list[str] = []  # makes this a package; its modules are found where they are put here
+for _old, _new in _HOMES.items():
+    sys.modules[f"{__name__}.{_old}"] = import_module(f"cake_hf.{_new}")

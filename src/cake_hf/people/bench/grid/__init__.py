@@ -1,6 +1,0 @@
-"""`cake-hf bench grid`: bandwidth x prompt length x share of compute left x model, against the limit and against peers.
-
-`axes` says what is measured, `run` goes through it group by group, `group` measures all cells of one model, length and share in
-interleaved rounds. `competition` makes the competing load, `peers` are what people do without us, `exactness` asks first
-whether restoring is exact on the device at all. `show` and `plots` present what came out.
-"""

@@ -1,0 +1,114 @@
+"""Kinds of stores that installed packages bring along: the entry points of the group `cake_hf.stores`, by URL scheme.
+
+Nothing is imported before a URL asks for it, and nothing is looked for as long as a scheme is one of our own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+
+from cake_hf.arithmetic.errors import CakeError, StoreError
+from cake_hf.arithmetic.outside import scrub, shown, shown_url
+from cake_hf.stores.base import Store
+
+GROUP = "cake_hf.stores"
+OURS = metadata.EntryPoint("mooncake", "cake_hf.stores.mooncake:MooncakeStore [mooncake]", GROUP)
+"""As pyproject.toml declares it: also for who imports the package from its sources, which have no metadata."""
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+")
+_PASSWORD = re.compile(r"://[^/@:]*:([^/@]+)@")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A kind of store from an entry point.
+
+    Attributes:
+        points: the entry point; several where packages are at odds over the scheme.
+    """
+
+    points: tuple[metadata.EntryPoint, ...]
+
+    @property
+    def example(self) -> str:
+        """What a URL of this kind looks like."""
+        return f"{self.points[0].name}://..."
+
+    @property
+    def install(self) -> str:
+        """The command that brings what its package leaves to an extra; empty where that is nothing."""
+        point, extras = self.points[0], []
+        with suppress(AttributeError):  # an entry point that is not well-formed
+            extras = point.extras
+        return f'pip install "{_package(point)}[{",".join(extras)}]"' if extras else ""
+
+    def open(self, url: str) -> Store:
+        """Import what makes the store, and open the URL.
+
+        Raises:
+            StoreError: it cannot be loaded, or makes no store; or it refuses the URL.
+        """
+        if len(self.points) > 1:
+            scheme, packages = self.points[0].name, ", ".join(map(_package, self.points))
+            raise StoreError(
+                f"Stores at {scheme}:// are brought by several packages ({packages}); uninstall all but one."
+            )
+        try:
+            make = self.points[0].load()
+        except (Exception, SystemExit) as error:
+            advice = self.install or f"install {_package(self.points[0])} anew, or uninstall it"
+            raise StoreError(f"The plugin for {self._name} cannot be loaded ({_reason(error)}): {advice}.") from error
+        try:
+            store = make(url)
+        except CakeError:
+            raise
+        except (Exception, SystemExit) as error:
+            scrub(error, _PASSWORD.findall(url))
+            raise StoreError(f"The plugin for {self._name} cannot open {shown_url(url)}: {_reason(error)}.") from error
+        if not isinstance(store, Store):
+            raise StoreError(f"The plugin for {self._name} has made no Store of {shown_url(url)}, but {_kind(store)}.")
+        return store
+
+    @property
+    def _name(self) -> str:
+        return f"{self.points[0].name}:// of the package {_package(self.points[0])}"
+
+
+def plugins() -> Mapping[str, Plugin]:
+    """By scheme, what is installed; names that are no schemes, of small letters and digits, are left out."""
+    found: dict[str, dict[str, metadata.EntryPoint]] = defaultdict(dict)
+    for point in _entry_points():
+        if _SCHEME.fullmatch(point.name):
+            found[point.name].setdefault(point.value, point)
+    return {scheme: Plugin(tuple(points.values())) for scheme, points in found.items()}
+
+
+def _entry_points() -> Iterator[metadata.EntryPoint]:
+    try:
+        yield from metadata.entry_points(group=GROUP)
+    except Exception:  # one package's metadata are broken: all others count all the same
+        yield from _one_by_one(metadata.distributions())
+    yield OURS
+
+
+def _one_by_one(packages: Iterable[metadata.Distribution]) -> Iterator[metadata.EntryPoint]:
+    for package in packages:
+        with suppress(Exception):
+            yield from package.entry_points.select(group=GROUP)
+
+
+def _package(point: metadata.EntryPoint) -> str:
+    return shown(point.dist.name) if point.dist is not None else "cake-hf"
+
+
+def _reason(error: BaseException) -> str:
+    return shown(error).rstrip(".") or type(error).__name__
+
+
+def _kind(made: object) -> str:
+    return "None" if made is None else f"a {type(made).__name__}"

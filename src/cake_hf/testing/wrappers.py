@@ -1,0 +1,242 @@
+"""Stores around a store: one that is slow on purpose, one that fails on purpose, one with a gate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from cake_hf.arithmetic.errors import StoreError
+from cake_hf.arithmetic.forks import Lock
+from cake_hf.stores.base import Part, Store, scatter, total_bytes
+from cake_hf.stores.wrappers import WrapperStore
+
+
+class ThrottledStore(WrapperStore):
+    """Reads at a given bandwidth, shared by all threads, as if over a network.
+
+    Args:
+        inner: the store with the values.
+        bytes_per_second: of all reads together.
+        latency: seconds added to each read.
+    """
+
+    def __init__(self, inner: Store, bytes_per_second: float, latency: float = 0.0) -> None:
+        if latency < 0:
+            raise ValueError("bytes_per_second must be positive and latency not negative.")
+        super().__init__(inner)
+        self.range_seconds += latency
+        self.bytes_per_second = bytes_per_second
+        self._latency = latency
+        self._line_free_at = 0.0
+        self._lock = Lock()
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of all reads together. May be set at any time: reads that have begun end when they would have, later ones follow."""
+        return self._rate
+
+    @bytes_per_second.setter
+    def bytes_per_second(self, rate: float) -> None:
+        if not rate > 0:
+            raise ValueError("bytes_per_second must be positive and latency not negative.")
+        self._rate = rate
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        with self._on_the_line(total_bytes(parts)):
+            return self.inner.read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        with self._on_the_line(total_bytes(parts)):
+            return self.inner.read_range(key, parts, offset)
+
+    @contextmanager
+    def _on_the_line(self, nbytes: int) -> Iterator[None]:
+        """The body's read ends no sooner than so many bytes can have come."""
+        arrival = self._book(nbytes) + self._latency
+        yield
+        time.sleep(max(0.0, arrival - time.monotonic()))
+
+    def _book(self, nbytes: int) -> float:
+        """When the last of these bytes comes off the line, which carries one value after the other."""
+        with self._lock:
+            begin = max(time.monotonic(), self._line_free_at)
+            self._line_free_at = begin + nbytes / self._rate
+            return self._line_free_at
+
+
+READ_FAULTS = ("drop", "truncate", "flip", "error", "stall", "lie")
+WRITE_FAULTS = ("tear",)
+FAULTS = (*READ_FAULTS, *WRITE_FAULTS)
+
+
+class FaultStore(WrapperStore):
+    """Reads and writes that go wrong, by choice or at random from a seed.
+
+    Args:
+        inner: the store with the values.
+        faults: key -> one of `FAULTS`. Of its reads: "drop" (a listed value is gone), "truncate" (the value ends early), "flip"
+            (one bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`), "lie"
+            (a chunk that passes every check, with KV that no model made). Of its writes: "tear" (half of the value is
+            listed, then the write raises, as in a store that breaks its promise).
+        rate: share of the other reads (and of the other writes, where `kinds` has faults of these) that get a random fault.
+        kinds: what random faults to choose from.
+        seed: of that choice.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        faults: dict[str, str] | None = None,
+        *,
+        rate: float = 0.0,
+        kinds: Sequence[str] = ("drop", "truncate", "flip", "error"),
+        seed: int = 0,
+    ) -> None:
+        unknown = {*(faults or {}).values(), *kinds} - set(FAULTS)
+        if unknown:
+            raise ValueError(f"Unknown faults {sorted(unknown)}; known are {', '.join(FAULTS)}.")
+        super().__init__(inner)
+        self.faults = dict(faults or {})
+        self._rate, self._kinds, self._random = rate, tuple(kinds), random.Random(seed)
+        self._lock = Lock()
+        self._released = threading.Event()
+        self.injected: list[tuple[str, str]] = []
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return total_bytes(parts) if self._misread(key, parts, lambda: self._inner_read(key, parts)) else None
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        return self._misread(key, parts, lambda: self.inner.read_range(key, parts, offset), offset)
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        if self._choose(key, WRITE_FAULTS) is None or (not replace and self.inner.contains([key])[0]):
+            return self.inner.write(key, parts, replace=replace)
+        value = b"".join(parts)
+        self.inner.write(key, [value[: len(value) // 2]], replace=True)
+        raise StoreError(f"An injected fault after half of chunk {key} was written.")
+
+    def release(self) -> None:
+        """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""
+        self._released.set()
+
+    def _inner_read(self, key: str, parts: Sequence[memoryview]) -> bool:
+        return self.inner.read_into(key, parts) is not None
+
+    def _misread(self, key: str, parts: Sequence[memoryview], read: Callable[[], bool], offset: int = 0) -> bool:
+        """Read, and let go wrong what shall; False for a miss."""
+        fault = self._choose(key, READ_FAULTS)
+        if fault == "drop":
+            return False
+        if fault == "error":
+            raise StoreError(f"An injected fault at chunk {key}.")
+        if fault == "stall":
+            self._released.wait()
+            for part in parts:
+                part[:] = b"\xa5" * part.nbytes
+            return True
+        if fault == "lie":
+            return self._read_lie(key, parts, offset)
+        found = read()
+        if fault == "truncate":
+            parts[-1][:] = bytes(parts[-1].nbytes)
+        elif fault == "flip":
+            middle = parts[len(parts) // 2]
+            middle[middle.nbytes // 2] ^= 1
+        return found
+
+    def _read_lie(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        from cake_hf.testing.forgery import forge  # the other faults need no torch
+
+        value = self.inner.read(key)
+        if value is not None:
+            scatter(memoryview(forge(value))[offset:], parts, key)
+        return value is not None
+
+    def _choose(self, key: str, possible: Sequence[str]) -> str | None:
+        """What shall go wrong, if anything; it is noted in `injected`."""
+        with self._lock:
+            fault = self.faults.get(key)
+            kinds = [kind for kind in self._kinds if kind in possible]
+            if fault is None and kinds and self._random.random() < self._rate:
+                fault = self._random.choice(kinds)
+            if fault is None or fault not in possible:
+                return None
+            self.injected.append((key, fault))
+            return fault
+
+
+@contextmanager
+def expected_faults() -> Iterator[None]:
+    """While it lasts, the library has no warnings: each injected fault is logged as a real one would be, and they are known."""
+    logger = logging.getLogger("cake_hf")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class GateStore(WrapperStore):
+    """Reads wait at a gate, so that a test decides where the two sides meet.
+
+    Args:
+        inner: the store with the values.
+        timeout: seconds after which a waiting test fails instead of hanging.
+        ranges: let values be read in ranges, each of which counts as a read; otherwise they are read whole.
+    """
+
+    def __init__(self, inner: Store, timeout: float = 60.0, *, ranges: bool = False) -> None:
+        super().__init__(inner)
+        self.reads_ranges = ranges and inner.reads_ranges
+        self._timeout = timeout
+        self._state = threading.Condition()
+        self._let_through = 0.0
+        self._reads_begun = 0
+        self._reads_done = 0
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        with self._through_the_gate():
+            return self.inner.read_into(key, parts)
+
+    def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
+        with self._through_the_gate():
+            return self.inner.read_range(key, parts, offset)
+
+    @contextmanager
+    def _through_the_gate(self) -> Iterator[None]:
+        with self._state:
+            self._reads_begun += 1
+            number = self._reads_begun
+            self._state.notify_all()
+        self._await(lambda: number <= self._let_through)
+        try:
+            yield
+        finally:
+            with self._state:
+                self._reads_done += 1
+                self._state.notify_all()
+
+    def open(self, reads: float = math.inf) -> None:
+        """Let so many reads through, counted from the first one on; all that wait and all later ones by default."""
+        with self._state:
+            self._let_through = reads
+            self._state.notify_all()
+
+    def await_begun(self, count: int) -> None:
+        """Block until that many reads have come to the gate."""
+        self._await(lambda: self._reads_begun >= count)
+
+    def await_reads(self, count: int) -> None:
+        """Block until that many reads are done."""
+        self._await(lambda: self._reads_done >= count)
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        with self._state:
+            if not self._state.wait_for(condition, self._timeout):
+                raise TimeoutError("The gate was waited for in vain.")
