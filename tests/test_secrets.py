@@ -182,6 +182,8 @@ def somebody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @example(secret=f"{MARK}@{MARK}/{MARK}?{MARK}=x#{MARK}")
 @example(secret=f"{MARK}[{MARK}")
 @example(secret=MARK)
+@example(secret=f"{MARK}:{MARK}&{MARK}={MARK}")
+@example(secret=f"{MARK}&{MARK}")
 @given(secret=secrets())
 def test_no_part_of_a_secret_is_shown(spec: str, secret: str) -> None:
     for written in {secret, quote(secret, safe="")}:

@@ -99,9 +99,12 @@ class Address:
             pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but knows the options
         except (ValueError, TypeError, RedisError) as error:
             said = shown(error, self.secrets)
+            hidden = self.secrets
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", said):
                 said = f"there is no option {unknown[1]!r}."
-            scrub(error, self.secrets)
+                if hidden:  # its name may be the end of a password
+                    said, hidden = "there is no such option; write an & in a password as %26.", (*hidden, unknown[1])
+            scrub(error, hidden)
             raise StoreError(f"The Redis URL {self.place} or one of its options makes no sense: {said}") from error
         return pool
 
