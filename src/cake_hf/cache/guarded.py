@@ -6,29 +6,15 @@ import traceback
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from cake_hf.cache.graphs import outside_graphs
+from cake_hf.cache.hooked import HookedCache
 
 _PARAMETERS = ("key_states", "value_states", "layer_idx")
 
 
-class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+class GuardedCache(HookedCache):
     """Subclasses say in `_before_update` what must hold; by default nothing."""
-
-    passive = False
-    """Whether it is no more than the cache that it is derived from."""
-
-    in_front = False
-    """Whether what runs is compiled code, which `hook.InFront` has called."""
-
-    def is_over(self) -> bool:
-        """Whether the hooks have nothing to do with it any more."""
-        return False
-
-    def is_inside(self) -> bool:
-        """Whether a forward of the cache's model runs."""
-        return False
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,12 +16,9 @@ from cake_hf.arithmetic.turns import Turns
 from cake_hf.cache.caller import cache_given_to_generate
 from cake_hf.cache.compat import find_cache, renamed_for
 from cake_hf.cache.graphs import is_compiled, outside_graphs
-from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.hooked import HookedCache, Rewritten
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
-
-if TYPE_CHECKING:
-    from cake_hf.cache.restoring import RestoringCache
 
 _hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
 _turns = Turns()
@@ -108,10 +105,8 @@ def _forget_copied(model: torch.nn.Module) -> None:
                 del hooks[number]
 
 
-def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache | None:
-    from cake_hf.cache.restoring import RestoringCache
-
-    cache = find_cache((*kwargs.values(), *args), RestoringCache)
+def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCache | None:
+    cache = find_cache((*kwargs.values(), *args), HookedCache)
     return None if cache is None or cache.is_plain else cache
 
 
@@ -150,17 +145,15 @@ class InFront:
         return output
 
 
-def _traced_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedCache | None:
+def _traced_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCache | None:
     """As `_cake_cache`, in the simple words that torch.compile can trace."""
     for value in (*kwargs.values(), *args):
-        if isinstance(value, GuardedCache):
+        if isinstance(value, HookedCache):
             return None if value.passive or value.is_over() else value
     return None
 
 
-def _enter(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _enter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
     if not torch.compiler.is_dynamo_compiling():
         return _entered(model, args, kwargs, traced=False)
     # torch.compile traces the call: the forward will be compiled code, and what is done here is not.
@@ -177,7 +170,7 @@ def _enter(
 @outside_graphs
 def _entered(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> Rewritten | None:
     cache = _cake_cache(args, kwargs)
     if cache is None:
         _note_bypassed(model, args, kwargs)
@@ -188,8 +181,8 @@ def _entered(
 
 
 def _handed_on(
-    cache: RestoringCache, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache: HookedCache, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
+) -> Rewritten | None:
     rewritten = cache._enter_model(model, args, kwargs, **how)
     if rewritten is not None:
         return rewritten
@@ -199,11 +192,9 @@ def _handed_on(
 
 def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Where `generate` runs a prompt without the cache that it was given, that cache's report says so."""
-    from cake_hf.cache.restoring import RestoringCache
-
     ids = args[0] if args else kwargs.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
-        cache = cache_given_to_generate(model, RestoringCache)
+        cache = cache_given_to_generate(model, HookedCache)
         if cache is not None and not cache.is_plain:
             cache._note_bypassed(ids)
 

@@ -123,7 +123,12 @@ class Restore:
         self._made = 0  # all chunks before this one were made by the main thread, or what the devices compute sees them
         like = kv_like(session.model)
         self._all_layers = layers
-        self._layers: list[TokenMajorLayer] = []  # those that keep each token
+        kept = [
+            (layer, one)
+            for layer, one in zip(layers, like, strict=True)
+            if isinstance(layer, TokenMajorLayer) and keeps_tokens(one)
+        ]
+        self._layers = [layer for layer, _ in kept]  # those that keep each token
         self._devices = devices_of(session.model)
         self._states = StoredStates(session, prompt)
         self._carried = Carried(
@@ -149,7 +154,7 @@ class Restore:
         ranges = ranges_for(session, prompt, self.cost_memory.costs(prompt.layout.nbytes)) if one_by_one else 1
         self._beyond_loads = ranges > 1
         self._loads = session.strategy is not Strategy.COMPUTE and any(self._plan.usable)
-        self._reserve(like)  # last of all that takes memory: whoever fails before has nothing to give back
+        self._reserve(kept)  # last of all that takes memory: whoever fails before has nothing to give back
         past = prompt.call.past
         # Where loads land: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
@@ -252,13 +257,11 @@ class Restore:
 
     # What the main thread does.
 
-    def _reserve(self, like: list[Any]) -> None:
+    def _reserve(self, kept: list[tuple[TokenMajorLayer, Any]]) -> None:
         """Make room for the prompt in the layers that keep each token, or, if the device has not as much, for nothing."""
         try:
-            for layer, one in zip(self._all_layers, like, strict=True):
-                if isinstance(layer, TokenMajorLayer) and keeps_tokens(one):
-                    self._layers.append(layer)
-                    layer.make_room(one, self._end + HEADROOM_TOKENS, by_head=not self._loads)
+            for layer, one in kept:
+                layer.make_room(one, self._end + HEADROOM_TOKENS, by_head=not self._loads)
         except BaseException:
             for layer in self._layers:
                 if not self.prompt.call.past:

@@ -22,6 +22,7 @@ from cake_hf.cache.compat import begin_plainly
 from cake_hf.cache.graphs import as_it_is, is_compiled
 from cake_hf.cache.guarded import is_within
 from cake_hf.cache.held import Held
+from cake_hf.cache.hooked import Rewritten
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.pace import learn_costs, note_savings
 from cake_hf.cache.plainly import ComputePlainly
@@ -53,10 +54,9 @@ from cake_hf.cache.trials import forget_trials
 from cake_hf.cache.user import User
 from cake_hf.cache.vision import numbering_reason
 from cake_hf.tensors.fingerprint import adapters_vary
+from cake_hf.tensors.look import look_again, one_look
 from cake_hf.tensors.offload import devices_of, home_device
 from cake_hf.tensors.parallel import ranks_of
-
-Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ class RestoringCache(RememberingCache):
             self._compiled = traced or compiled
             self._checkpoint = Checkpoint.take(self.layers, past, self._held, traced=traced)
             try:
-                rewritten = self._handle_if_understood(model, args, kwargs, past)
+                with one_look():
+                    rewritten = self._handle_if_understood(model, args, kwargs, past)
             except BaseException as error:
                 self._session.at_work.end(self)
                 if isinstance(error, CakeError):  # ours, before anything was changed
@@ -550,7 +551,7 @@ class RestoringCache(RememberingCache):
         if call.is_batch:
             self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
             return None
-        with torch.no_grad():
+        with torch.no_grad(), one_look():
             restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
         if restore is None:
             return None
@@ -714,6 +715,7 @@ class RestoringCache(RememberingCache):
         self._lost, self._busy, self.presses_rest = lost, True, True
         try:
             with as_it_is(self._session.model):
+                look_again()
                 self._session.model(**arguments)
         finally:
             self._lost, self._busy, self.presses_rest = outside

@@ -23,7 +23,7 @@ from cake_hf.cache.at_work import AtWork
 from cake_hf.cache.behaviour import Kept, behaviour, behaviour_digest
 from cake_hf.cache.compat import chosen_functions
 from cake_hf.cache.hook import ModelHook
-from cake_hf.cache.probe import chunk_layout, kv_like, state_layout
+from cake_hf.cache.probe import made_by
 from cake_hf.cache.reference import Shelf, computes_otherwise
 from cake_hf.cache.vision import family_of
 from cake_hf.movers.access import Access
@@ -41,6 +41,7 @@ from cake_hf.tensors.code import code_digest, users_functions
 from cake_hf.tensors.codec import FORMAT_VERSION, ChunkFacts, stored_bytes
 from cake_hf.tensors.fingerprint import canonical, forget_weights, model_facts
 from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.tensors.look import one_look
 from cake_hf.tensors.numerics import numerics_facts
 from cake_hf.tensors.offload import where_computed
 from cake_hf.tensors.parallel import parallel_facts, ranks_of
@@ -156,7 +157,8 @@ class Session:
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
-        facts = self.namespace_facts()
+        with one_look():
+            facts = self.namespace_facts()
         namespace = self._digest(facts)
         remember_rows(self.model)
         _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, facts)
@@ -211,11 +213,11 @@ class Session:
 
     def layout(self) -> ChunkLayout:
         """The layout of this model's chunks."""
-        return chunk_layout(kv_like(self.model), self.chunk_size)
+        return made_by(self.model).chunk(self.chunk_size)
 
     def state_layout(self) -> ChunkLayout:
         """The layout of a snapshot of this model's recurrent states; without pieces where it has none."""
-        return state_layout(kv_like(self.model))
+        return made_by(self.model).states
 
     def cost_memory(self, namespace: str) -> CostMemory:
         """What computing and loading cost with this model, device and store."""

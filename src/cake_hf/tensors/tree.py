@@ -10,17 +10,19 @@ from collections.abc import Iterator
 
 import torch
 
+from cake_hf.tensors.look import once_per_look
+
 Named = list[tuple[str, torch.nn.Module]]
 
 
 def modules_of(model: torch.nn.Module, *, once: bool = True) -> Named:
     """As `model.named_modules()`: each module once; or, if it is in several places, for each of them."""
-    return _walked(model, once=once)
+    return _each_once(model) if once else _everywhere(model)
 
 
 def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """As `model.named_parameters(remove_duplicate=False)`: one that modules share comes for each of them."""
-    for path, module in _walked(model, once=False):
+    for path, module in _everywhere(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield below(path, name), parameter
@@ -36,9 +38,17 @@ def below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _walked(model: torch.nn.Module, *, once: bool) -> Named:
+@once_per_look
+def _each_once(model: torch.nn.Module) -> Named:
     found: Named = []
-    _visit("", model, found, set() if once else None)
+    _visit("", model, found, set())
+    return found
+
+
+@once_per_look
+def _everywhere(model: torch.nn.Module) -> Named:
+    found: Named = []
+    _visit("", model, found, None)
     return found
 
 
@@ -51,4 +61,4 @@ def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.
     found.append((path, module))
     for name, child in module._modules.items():
         if child is not None:
-            _visit(below(path, name), child, found, seen)
+            _visit(f"{path}.{name}" if path else name, child, found, seen)
