@@ -142,7 +142,7 @@ class CakeCache(RestoringCache):
     @property
     def store(self) -> Store:
         """The store behind this cache."""
-        return self._session.store
+        return self._session.bound_store.store
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all chunks that are to be saved are durable; False if `timeout` seconds did not suffice.
@@ -257,7 +257,7 @@ class CakeCache(RestoringCache):
         if prompt is not None:
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
-            self._session.count(self.report)
+            self._session.bound_store.count(self.report)
             self._seals.note(self.layers, self._held.blocks)
         return self.report
 

@@ -114,9 +114,9 @@ def new_frontier(
 
 def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
     """In how many ranges of layers the last chunks are read."""
-    if not session.store.reads_ranges:
+    if not session.bound_store.store.reads_ranges:
         return 1
-    ranges = ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
+    ranges = ranges_of(costs, prompt.layout.layers, session.bound_store.store.range_seconds)
     # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
     moves_weights = ranges > 1 and any(has(module, "_hf_hook") for _, module in modules_of(session.model))
     return 1 if moves_weights else ranges

@@ -101,12 +101,12 @@ class Prompt:
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What block `index` of the call says about itself (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
-        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.model_name)
+        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
 
     def state_facts(self, session: Session, index: int) -> ChunkFacts:
         """What the snapshot at the end of chunk `index` says about itself."""
         key = self.keys[index]
-        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.model_name)
+        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
@@ -173,7 +173,7 @@ def look_up(
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace
     keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
-    state_layout = session.state_layout()
+    state_layout = session.bound_model.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     asked = _is_asked(session)
     found = stored_mask(session, [*keys, *state_keys], report)
@@ -190,7 +190,7 @@ def look_up(
         stored,
         states,
         wanted.ends_document,
-        session.layout(),
+        session.bound_model.layout(),
         state_layout,
         report,
         started,
@@ -199,7 +199,7 @@ def look_up(
     )
     absent = [index for index in range(wanted.chunks) if not stored[index]]
     report.chunks_missed += sum(prompt.counts_as_chunk(index) for index in absent)
-    report.store = session.store_name
+    report.store = session.bound_store.name
     report.bytes_stored += sum(
         stored_bytes(prompt.layout_of(index)) for index, is_stored in enumerate(stored) if is_stored
     )
@@ -215,17 +215,17 @@ def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Re
     """A call that goes on from a cache whose content is not known: cut as `generate` would, never stored."""
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     none = [False] * len(wanted.blocks)
-    layouts = session.layout(), session.state_layout()
+    layouts = session.bound_model.layout(), session.bound_model.state_layout()
     return Prompt(
         call, 0, wanted.blocks, wanted.chunks, "", [], "", none, none, wanted.ends_document, *layouts, report, started
     )
 
 
 def _objection(session: Session, namespace: str) -> str:
-    store, sharing = session.store, session.sharing
+    store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).objection is Store.objection:
         return ""
-    facts = session.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
+    facts = session.bound_model.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
     answer = ask(
         partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
     )
@@ -235,7 +235,7 @@ def _objection(session: Session, namespace: str) -> str:
 
 
 def _why_none(session: Session) -> str:
-    if session.exact or "behaviour" not in session.latest_facts():
+    if session.exact or "behaviour" not in session.bound_model.latest_facts():
         return NONE_YET
     reason = (
         "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
@@ -253,13 +253,13 @@ def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
 def stored_mask(session: Session, keys: list[str], report: Report) -> list[bool]:
     """The store's mask; all missing where it fails or does not answer."""
     none = [False] * len(keys)
-    if keys and (absence := session.reach_store()):
+    if keys and (absence := session.bound_store.access.reach()):
         report.reason = absence
         return none
     if not keys or not _is_asked(session):
         return none
-    begin, sharing = time.monotonic(), session.sharing
-    look = partial(_mask, session.store, keys, sharing)
+    begin, sharing = time.monotonic(), session.bound_store.sharing
+    look = partial(_mask, session.bound_store.store, keys, sharing)
     answer = ask(look, session.limits.lookup_timeout, "lookup", sharing.lookups)
     observe_lookup(time.monotonic() - begin)
     if answer.value is not None:
@@ -272,7 +272,7 @@ def stored_mask(session: Session, keys: list[str], report: Report) -> list[bool]
 
 def _is_asked(session: Session) -> bool:
     """Whether it matters what the store has."""
-    return session.strategy is not Strategy.COMPUTE or session.save
+    return session.strategy is not Strategy.COMPUTE or session.bound_store.saves
 
 
 def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:

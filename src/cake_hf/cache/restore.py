@@ -216,7 +216,8 @@ class Restore:
         try:
             self._settle_in()
             self._job.place.catch_up()
-            self._session.sharing.wake()  # loaders that wait for other prompts' reads to end are not needed any more
+            # Loaders that wait for other prompts' reads to end are not needed any more.
+            self._session.bound_store.sharing.wake()
             if not self._frontier.left_behind():
                 for thread in self._threads:
                     thread.join()
@@ -383,8 +384,8 @@ class Restore:
         alone = self._carried or self._ranks is not None or self._frontier.is_trial(index)
         if not self.prompt.keys or alone:
             return nullcontext(FlightPlan(None))
-        key, saves = self.prompt.keys[index], self._session.save
-        return self._session.sharing.flight(key, self._job, computes=True, saves=saves)
+        key, saves = self.prompt.keys[index], self._session.bound_store.saves
+        return self._session.bound_store.sharing.flight(key, self._job, computes=True, saves=saves)
 
     def _copy_in(self, index: int, payload: torch.Tensor) -> None:
         """Bring a chunk's payload, `[nbytes]` uint8 on the host, to where the layers are now: they may have moved out."""
@@ -457,7 +458,7 @@ class Restore:
     def _load_job(self, buffers: list[torch.Tensor], ranges: int) -> LoadJob:
         limits = self._session.limits
         return LoadJob(
-            store=self._session.store,
+            store=self._session.bound_store.store,
             keys=self.prompt.keys,
             layout=self.prompt.layout,
             place=place_for(
@@ -470,7 +471,7 @@ class Restore:
             frontier=self._frontier,
             record=self.prompt.recorder(),
             clock=time.monotonic,
-            sharing=self._session.sharing,
+            sharing=self._session.bound_store.sharing,
             most_reads=limits.loader_threads,
             patience=limits.read_timeout,
             ranges=ranges,

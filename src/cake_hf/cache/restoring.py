@@ -181,7 +181,7 @@ class RestoringCache(RememberingCache):
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         self._go_back_if_left()
         if not self._depth and not torch.compiler.is_dynamo_compiling():
-            self._session.stay_in_front()
+            self._session.bound_model.hook.stay_in_front()
         return int(super().get_seq_length(*args, **kwargs))
 
     def _go_back_if_left(self) -> None:
@@ -288,7 +288,7 @@ class RestoringCache(RememberingCache):
         batch, tail, self._batch, self._tail = self._batch, self._tail, None, None
         if batch is not None:
             batch.close()
-            self._session.count(batch.report)
+            self._session.bound_store.count(batch.report)
         if tail is not None:
             self._finish(tail)
         if self.presses_rest:
@@ -512,7 +512,7 @@ class RestoringCache(RememberingCache):
         if reason := reason or batch_reason(self.layers):
             self.report = self._plain_report(call, reason)
             return None
-        namespace = session.namespace(call.ids)  # made once for all rows, since that takes milliseconds
+        namespace = session.bound_model.namespace(call.ids)  # made once for all rows, since that takes milliseconds
         if reason := refused_reason(session.model, namespace):
             raise ComputePlainly(reason)
         batch = BatchRestore(session, self.layers, call, namespace, started)
@@ -660,11 +660,15 @@ class RestoringCache(RememberingCache):
         """
         session = self._session
         # Ranks of a parallel model look at it all at the same time, that is, at once.
-        assumed = namespace or ("" if ranks_of(session.model) else session.latest_namespace())
-        prompt = self._look_up(call, leave, assumed or session.namespace(call.ids), report, started)
+        assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
+        prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
         restore = self._start(prompt, progress, beyond_loads=beyond_loads)
         try:
-            found = session.namespace(call.ids) if assumed and not namespace and prompt.keys else prompt.namespace
+            found = (
+                session.bound_model.namespace(call.ids)
+                if assumed and not namespace and prompt.keys
+                else prompt.namespace
+            )
             if found == prompt.namespace:
                 if reason := refused_reason(session.model, found):
                     raise ComputePlainly(reason)
@@ -674,7 +678,7 @@ class RestoringCache(RememberingCache):
             self._abandon(restore)
             raise
         self._abandon(restore)  # the model is not what it was: what is on its way belongs to another one
-        if session.namespace(call.ids) != found:
+        if session.bound_model.namespace(call.ids) != found:
             raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
         forget_trials(session.model)
         if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
@@ -729,7 +733,7 @@ class RestoringCache(RememberingCache):
         if restore is not None:
             self._close(restore, save_tail=tail.saved)
         if restore is not None or tail.rows > 1:
-            self._session.count(tail.prompt.report)
+            self._session.bound_store.count(tail.prompt.report)
 
     def _give_up_tail(self) -> None:
         """The last piece did not get through the model."""

@@ -57,23 +57,29 @@ class Saver:
         """
         session, prompt = self._session, self._prompt
         corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
-        if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
+        if not session.bound_store.saves or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
             return
         self._audit.settle()
         pieces = partial(self.pieces, index)
-        session.save_chunk(
+        session.bound_store.save_chunk(
             prompt.facts(session, index),
             prompt.layout_of(index),
             pieces,
             prompt.report,
             overwrite=corrupt,
+            made_with=session.bound_model.facts_of(prompt.namespace),
             what="chunk" if prompt.counts_as_chunk(index) else "tail",
         )
 
     def state(self, index: int) -> None:
         """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
         session, prompt = self._session, self._prompt
-        if not session.save or not prompt.keys or not prompt.state_layout.pieces or not self._is_due(index):
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or not prompt.state_layout.pieces
+            or not self._is_due(index)
+        ):
             return
         unusable = index in self._stored.unusable
         if prompt.states[index] and not unusable:
@@ -84,12 +90,13 @@ class Saver:
         ):
             return  # of another shape than in the probe: no layout of ours
         self._audit.settle()
-        session.save_chunk(
+        session.bound_store.save_chunk(
             prompt.state_facts(session, index),
             prompt.state_layout,
             lambda: states,
             prompt.report,
             overwrite=unusable,
+            made_with=session.bound_model.facts_of(prompt.namespace),
             what="state",
         )
 

@@ -32,8 +32,8 @@ class StoredStates:
         """Start to read the state at that chunk's end, unless that was done."""
         if chunk not in self._reads:
             key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
-            slot = self._session.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
-            read = partial(read_state, self._session.store, key, self._prompt.state_layout)
+            slot = self._session.bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
+            read = partial(read_state, self._session.bound_store.store, key, self._prompt.state_layout)
             self._reads[chunk] = ReadBeside(read, "state", slot)
         return self._reads[chunk]
 
