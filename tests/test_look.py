@@ -113,8 +113,8 @@ def test_another_thread_has_a_look_of_its_own() -> None:
     [
         (probe.made_by, 2),
         (offload.home_device, 2),
-        (tree._each_once, 3),  # the third one asks whether the model is compiled by now
-        (tree._everywhere, 1),
+        (tree.modules_of, 3),  # the third one asks whether the model is compiled by now
+        (tree.modules_everywhere, 1),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

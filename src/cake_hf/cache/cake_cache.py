@@ -18,9 +18,9 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.arithmetic.schedule import checked_cuts
+from cake_hf.cache.forwards import Progress, no_progress
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
 from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
 from cake_hf.cache.session import Session

@@ -42,9 +42,11 @@ class GuardedCache(HookedCache):
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
-        if self.passive or self._is_in_graph():
+        if self.passive:
             return self._update_in_graph(*args, **kwargs)
-        return self._update(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            return self._update(*args, **kwargs)
+        return self._update_in_graph(*args, **kwargs) if self._is_in_graph() else self._update_outside(*args, **kwargs)
 
     @outside_graphs
     def _before_this_update(self, layer: int, *, reads: bool) -> None:
@@ -54,6 +56,9 @@ class GuardedCache(HookedCache):
         return super().update(*args, **kwargs)
 
     @outside_graphs
+    def _update_outside(self, *args: Any, **kwargs: Any) -> Any:
+        return self._update(*args, **kwargs)
+
     def _update(self, *args: Any, **kwargs: Any) -> Any:
         if {*_PARAMETERS[len(args) :]} - kwargs.keys():
             self._before_unknown_update()

@@ -14,7 +14,7 @@ Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
     """A cache that is told before and after each forward of its model; `RestoringCache` is the one there is.
 
-    The attributes are plain ones, since torch.compile traces them.
+    The attributes are plain ones, since torch.compile traces what asks for them.
 
     Attributes:
         passive: it is no more than the cache that it is derived from.
@@ -23,13 +23,11 @@ class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not ty
 
     passive = False
     in_front = False
-    _busy = False
-    """A restore is running: its forwards pass the hook untouched."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the hook has nothing to do for it."""
-        return self.passive
+    def _busy(self) -> bool:
+        """Whether a restore is running: its forwards pass the hook untouched."""
+        return False
 
     def is_over(self) -> bool:
         """Whether the hooks have nothing to do with it any more."""

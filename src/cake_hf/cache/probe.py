@@ -14,7 +14,7 @@ import torch
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.aside import run_aside
 from cake_hf.cache.compat import LinearAttentionLayer
-from cake_hf.cache.layers import WindowedLayer, ours_for
+from cake_hf.cache.layers.kinds import is_windowed
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.tensors.look import once_per_look
@@ -97,7 +97,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
             tensor.shape[3],
             tensor.dtype,
             number,
-            windowed=isinstance(ours_for(layer), WindowedLayer),
+            windowed=is_windowed(layer),
         )
         for number, layer in enumerate(layers)
         for what, tensor in _kept_per_token(layer).items()

@@ -57,7 +57,11 @@ class Saver:
         """
         session, prompt = self._session, self._prompt
         corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
-        if not session.bound_store.saves or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or (prompt.match.stored[index] and not corrupt and not gone)
+        ):
             return
         self._audit.settle()
         pieces = partial(self.pieces, index)
@@ -68,7 +72,7 @@ class Saver:
             prompt.report,
             overwrite=corrupt,
             made_with=session.bound_model.facts_of(prompt.namespace),
-            what="chunk" if prompt.counts_as_chunk(index) else "tail",
+            what="chunk" if index in prompt.counted else "tail",
         )
 
     def state(self, index: int) -> None:
@@ -82,7 +86,7 @@ class Saver:
         ):
             return
         unusable = index in self._stored.unusable
-        if prompt.states[index] and not unusable:
+        if prompt.match.states[index] and not unusable:
             return
         states = self._carried.states()
         if any(
@@ -109,9 +113,9 @@ class Saver:
     def _is_due(self, index: int) -> bool:
         """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
         prompt, every = self._prompt, self._session.snapshot_every
-        shared = next((i for i, has in enumerate(prompt.stored) if not has), len(prompt.stored))
+        shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
         due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
-        due = due or not all(prompt.is_chunk(near) for near in (index, index + 1) if near < len(prompt.blocks))
+        due = due or not all(near in prompt.full for near in (index, index + 1) if near < len(prompt.blocks))
         return due or (every > 0 and (prompt.number + index + 1) % every == 0)
 
     def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:

@@ -39,7 +39,7 @@ class StoredStates:
 
     def get(self, chunk: int) -> list[torch.Tensor] | None:
         """The state at that chunk's end; None if there is none that can be used, or it does not come in time."""
-        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.states[chunk]
+        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.match.states[chunk]
         if not wanted or chunk in self.unusable:
             return None
         states = self.begin(chunk).wait(self._session.limits.read_timeout)

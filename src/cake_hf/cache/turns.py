@@ -15,7 +15,7 @@ from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.held import Held
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.layers.recurrent import states_of
-from cake_hf.cache.prompt import stored_mask
+from cake_hf.cache.lookup import stored_mask
 from cake_hf.cache.session import Session
 from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import kept_reason
@@ -71,7 +71,8 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
     save = partial(session.bound_store.save_chunk, made_with=session.bound_model.facts_of(namespace))
     states = _states(session, layers)
     names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
-    stored = stored_mask(session, names, report)
+    stored, reason = stored_mask(session, names)
+    report.reason = reason or report.reason
     parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
     for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
         pieces = _pieces(layers, block, turn.end)

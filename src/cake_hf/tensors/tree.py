@@ -6,8 +6,6 @@ module, where it has no such attribute, ten times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from cake_hf.tensors.look import once_per_look
@@ -15,17 +13,30 @@ from cake_hf.tensors.look import once_per_look
 Named = list[tuple[str, torch.nn.Module]]
 
 
-def modules_of(model: torch.nn.Module, *, once: bool = True) -> Named:
-    """As `model.named_modules()`: each module once; or, if it is in several places, for each of them."""
-    return _each_once(model) if once else _everywhere(model)
+@once_per_look
+def modules_of(model: torch.nn.Module) -> Named:
+    """As `model.named_modules()`: each module once."""
+    found: Named = []
+    _visit("", model, found, set())
+    return found
 
 
-def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+@once_per_look
+def modules_everywhere(model: torch.nn.Module) -> Named:
+    """As `modules_of`; a module that is in several places for each of them."""
+    found: Named = []
+    _visit("", model, found, None)
+    return found
+
+
+def parameters_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """As `model.named_parameters(remove_duplicate=False)`: one that modules share comes for each of them."""
-    for path, module in _everywhere(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield below(path, name), parameter
+    return [
+        (below(path, name), parameter)
+        for path, module in modules_everywhere(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
@@ -33,23 +44,23 @@ def has(module: torch.nn.Module, name: str) -> bool:
     return name in vars(module) or hasattr(type(module), name)
 
 
+def any_has(model: torch.nn.Module, name: str) -> bool:
+    """Whether any of the modules has that attribute; as `has`."""
+    return any(name in vars(module) or hasattr(type(module), name) for _, module in modules_of(model))
+
+
+def those_with(model: torch.nn.Module, *names: str) -> Named:
+    """The modules that have all of these attributes; as `has`."""
+    return [
+        (path, module)
+        for path, module in modules_of(model)
+        if all(name in vars(module) or hasattr(type(module), name) for name in names)
+    ]
+
+
 def below(path: str, name: str) -> str:
     """The path of what a module has."""
     return f"{path}.{name}" if path else name
-
-
-@once_per_look
-def _each_once(model: torch.nn.Module) -> Named:
-    found: Named = []
-    _visit("", model, found, set())
-    return found
-
-
-@once_per_look
-def _everywhere(model: torch.nn.Module) -> Named:
-    found: Named = []
-    _visit("", model, found, None)
-    return found
 
 
 def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.Module] | None) -> None:
