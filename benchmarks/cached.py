@@ -89,7 +89,7 @@ class _Round:
 
 def _told(answer: Kept, run: Callable[[], Run]) -> Run:
     """A run that takes this for what the short forward gives."""
-    with patch("cake_hf.cache.session.behaviour", lambda model: answer):
+    with patch("cake_hf.cache.bound_model.behaviour", lambda model: answer):
         return run()
 
 

@@ -117,7 +117,7 @@ def late_copies() -> Iterator[LateCopiesOut]:
         patch.setattr(place, "_DeviceLanding", LateLanding)
         out = LateCopiesOut()
         patch.setattr("cake_hf.movers.writer.copy_out", out.copy_out)
-        for user in ("session", "restore"):
+        for user in ("bound_store", "restore"):
             patch.setattr(f"cake_hf.cache.{user}.let_copies_out_end", out.end)
         yield out
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
+from cake_hf.cache.bound_model import BoundModel
 from cake_hf.cache.layers import token_major as layers
-from cake_hf.cache.session import Session
 from cake_hf.tensors.codec import parse_header
 from cake_hf.testing import FaultStore
 from hanging import no_waiting_for
@@ -196,13 +196,13 @@ def test_faults_change_no_bit(fault: str, index: int) -> None:
 def test_a_batch_makes_its_namespace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is looked for in all of the model's weights, which takes milliseconds."""
     made: list[str] = []
-    real = Session.namespace
+    real = BoundModel.namespace
 
-    def namespace(session: Session, ids: torch.Tensor | None = None) -> str:
-        made.append(real(session, ids))
+    def namespace(bound: BoundModel, ids: torch.Tensor | None = None) -> str:
+        made.append(real(bound, ids))
         return made[-1]
 
-    monkeypatch.setattr(Session, "namespace", namespace)
+    monkeypatch.setattr(BoundModel, "namespace", namespace)
     model, (store, cold) = shared_model("llama"), cold_run()
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as used:
         assert equal(generate(model, batch(), used), cold)

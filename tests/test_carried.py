@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.arithmetic.frontier import Frontier, Outcome
 from cake_hf.arithmetic.keys import state_key
-from cake_hf.cache import pace
+from cake_hf.cache import plan
 from cake_hf.cache.layers import IndexedLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.cache.trials import forgets
@@ -380,7 +380,7 @@ def test_an_indexer_waits_for_its_layer_too(
 ) -> None:
     """The upper layer of the last chunk comes, or fails, when the lower one has taken in the first of K, V and indexer."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
-    monkeypatch.setattr(pace, "ranges_of", lambda *_: 2)
+    monkeypatch.setattr(plan, "ranges_of", lambda *_: 2)
     tell(monkeypatch, worth=no)
     gate = GateStore(BadRange(store, 1, fault), ranges=True)
     gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer

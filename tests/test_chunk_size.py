@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.arithmetic.chunk_size import auto_chunk_size, why
-from cake_hf.cache.session import chosen_chunk_size
+from cake_hf.cache.bound_model import chosen_chunk_size
 from cake_hf.cli.app import app
 from models import build, prompt, run, shared_model
 

@@ -39,7 +39,7 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
         def arrive(forward: int) -> None:
             if forward == contested + 1:
                 gate.open()
-                await_true(cache._lost)
+                await_true(cache._work.lost)
 
         with before_forward(attentions(model)[layer], arrive):
             outcome = run(model, prompt(), cache)

@@ -19,7 +19,7 @@ from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.pace import Pace
 from cake_hf.arithmetic.report import Span
-from cake_hf.cache import session
+from cake_hf.cache import bound_store
 from cake_hf.movers import cost_memory
 from cake_hf.movers.cost_memory import CostMemory, flush_notes, note_of, recall_costs
 from cake_hf.stores.base import Store
@@ -225,7 +225,7 @@ def test_a_cache_that_is_closed_leaves_no_note_to_be_written(
     model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its directory may be a temporary one, which cannot be removed while files appear in it."""
-    gate, write, flush = threading.Event(), cost_memory._write, session.flush_costs
+    gate, write, flush = threading.Event(), cost_memory._write, bound_store.flush_costs
 
     def write_late(file: Path, text: str) -> None:
         assert gate.wait(PATIENCE)
@@ -236,7 +236,7 @@ def test_a_cache_that_is_closed_leaves_no_note_to_be_written(
         return flush(store, seconds)
 
     monkeypatch.setattr(cost_memory, "_write", write_late)
-    monkeypatch.setattr(session, "flush_costs", open_and_flush)
+    monkeypatch.setattr(bound_store, "flush_costs", open_and_flush)
     try:
         with CakeCache(model, tmp_path, chunk_size=CHUNK) as cache:
             cache.prefill(prompt())

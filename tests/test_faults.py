@@ -328,7 +328,7 @@ def test_no_memory_for_a_copy_is_said_once_and_nothing_is_saved(
     def fail(*_: object) -> None:
         raise error("cannot allocate memory")
 
-    monkeypatch.setattr("cake_hf.cache.session.pack", fail)
+    monkeypatch.setattr("cake_hf.cache.bound_store.pack", fail)
     store = MemoryStore()
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as cold:
         assert difference(run(shared_model("llama"), prompt(), cold), expected()) == ""

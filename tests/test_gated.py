@@ -14,7 +14,7 @@ import torch
 from cake_hf import CakeCache, Limits
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.frontier import Frontier
-from cake_hf.cache import pace, restore
+from cake_hf.cache import plan, restore
 from cake_hf.cache.probe import kv_like
 from cake_hf.stores.base import Store
 from cake_hf.testing import GateStore, WrapperStore
@@ -35,7 +35,7 @@ WHOLE = CHUNKS - 1
 @pytest.fixture(autouse=True)
 def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """One range per layer, whatever was learnt."""
-    monkeypatch.setattr(pace, "ranges_of", lambda *_: LAYERS)
+    monkeypatch.setattr(plan, "ranges_of", lambda *_: LAYERS)
 
 
 @pytest.fixture(params=["load", "both"])

@@ -7,7 +7,7 @@ import torch
 
 import test_gated
 from cake_hf import CakeCache, Limits
-from cake_hf.cache import pace
+from cake_hf.cache import plan
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.testing import FaultStore, GateStore
 from forwards import attentions, before_forward
@@ -51,7 +51,7 @@ def test_a_load_that_does_not_come_is_overtaken_alone(held: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["load", "both"])
 def test_each_layer_waits_for_its_copies(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "ranges_of", lambda *_: test_gated.LAYERS)
+    monkeypatch.setattr(plan, "ranges_of", lambda *_: test_gated.LAYERS)
     tell(monkeypatch, worth=no)
     test_gated.test_a_second_turn_is_gated_too(strategy)
     test_gated.test_a_last_piece_that_fails_leaves_the_cache_as_it_was(strategy)

@@ -215,7 +215,7 @@ def test_a_forward_is_left_under_hooks(tmp_path: Path) -> None:
             forwards += 1
             if forwards == contested + 1:
                 gate.open()
-                while not cache._lost():
+                while not cache._work.lost():
                     threading.Event().wait(0.001)
 
         handle = moved.model.layers[1].self_attn.register_forward_pre_hook(reads_only(arrive))

@@ -17,7 +17,7 @@ import family_runs
 from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.keys import state_key
-from cake_hf.cache.session import Session
+from cake_hf.cache.bound_model import BoundModel
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
 from cake_hf.cli.verify import verify
@@ -163,7 +163,7 @@ def test_a_well_formed_lie_is_found_by_its_digest_alone(
     """Another model's KV, saved in this model's name with checksums of its own: a plain store serves it, a pack does not."""
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as honest, monkeypatch.context() as lying:
         namespace, forged = honest._session.namespace(), MemoryStore()
-        lying.setattr(Session, "namespace", lambda self, ids=None: namespace)
+        lying.setattr(BoundModel, "namespace", lambda self, ids=None: namespace)
         with CakeCache(build("llama", seed=5), forged, chunk_size=CHUNK) as liar:
             liar.prefill(prompt())
     key = open_folder_pack(pack).manifest.chunks[5].key

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from cake_hf import CakeCache, Report, StoreError, open_store
 from cake_hf.arithmetic.outside import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
-from cake_hf.cache.session import Session
+from cake_hf.cache.bound_model import BoundModel
 from cake_hf.cli.store_tables import totals
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
@@ -372,7 +372,7 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
 )
 @pytest.mark.parametrize("name", ["\x1b[2J\x07", "line\nforged: all is well", "\u202egnp.exe", f"https://u:{MARK}@h/m"])
 def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "model_name", name)
+    monkeypatch.setattr(BoundModel, "name", name)
     with CakeCache(shared_model("llama"), tmp_path / "kv", chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
     for arguments in (["ls", tmp_path / "kv"], ["info", tmp_path / "kv"]):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
-from cake_hf.cache import session
+from cake_hf.cache import bound_store
 from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.probe import kv_like
 from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
@@ -432,7 +432,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The one by which reads hang."""
     clock = Clock()
     board = Sharing(clock)
-    monkeypatch.setattr(session, "sharing_of", lambda store: board)
+    monkeypatch.setattr(bound_store, "sharing_of", lambda store: board)
     return clock
 
 

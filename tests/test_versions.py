@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report, reads_only
-from cake_hf.cache import compat, selfcheck, session, support
+from cake_hf.cache import bound_model, compat, selfcheck, support
 from cake_hf.cache.layers import TokenMajorLayer
 from families import family_model
 from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
@@ -743,6 +743,6 @@ def test_exact_chunks_of_one_version_are_not_found_on_the_others(monkeypatch: py
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
         assert cache.flush(60)
-    monkeypatch.setattr(session.transformers, "__version__", "5.1.99")
+    monkeypatch.setattr(bound_model.transformers, "__version__", "5.1.99")
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         assert cache.prefill(prompt()).chunks_missed == CHUNKS

@@ -16,7 +16,7 @@ from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.arithmetic.keys import chunk_keys
-from cake_hf.cache import pace
+from cake_hf.cache import plan
 from cake_hf.cache.images import UnreadImages
 from cake_hf.cache.vision import look_at
 from family_runs import Run, Verdict, difference
@@ -265,7 +265,7 @@ def test_numerics_may_be_left_out_of_the_namespace(family: str) -> None:
 @pytest.mark.parametrize("number", range(2))
 def test_an_image_is_seen_in_the_middle_of_a_forward(family: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The load of the first chunk, with an image in it, fails layer by layer while the last piece waits for it."""
-    monkeypatch.setattr(pace, "ranges_of", lambda *_: 2)
+    monkeypatch.setattr(plan, "ranges_of", lambda *_: 2)
     tell(monkeypatch, worth=no)
     inputs, store = inputs_for(family, (4, "A", 6 * CHUNK)), MemoryStore()
     fill(family, store, inputs)

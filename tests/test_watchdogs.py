@@ -141,7 +141,7 @@ def test_while_a_chunk_is_copied_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     with watched_by(of_a_library(RuntimeError)), CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         with monkeypatch.context() as patch:
-            patch.setattr("cake_hf.cache.session.pack", ring)
+            patch.setattr("cake_hf.cache.bound_store.pack", ring)
             with pytest.raises(RuntimeError, match="too slow"):
                 run(model, IDS, cache)
         assert torch.equal(run(model, IDS, cache).tokens, oracle(model, IDS).tokens)

@@ -13,6 +13,7 @@ from cake_hf.cache.compat import forward_of, named_for, parameters_of, plain_cac
 from cake_hf.cache.graphs import as_it_is
 from cake_hf.cache.presses import Presses
 from cake_hf.cache.strangers import unobserved
+from cake_hf.tensors.look import look_again
 from cake_hf.tensors.offload import home_device
 from cake_hf.tensors.tree import modules_of
 
@@ -43,6 +44,7 @@ def run_aside(
     if positions is not None and "position_ids" in accepted:
         arguments["position_ids"] = positions
     with _lock, torch.no_grad(), unobserved(), _unchanged(model), as_it_is(model):
+        look_again()
         for piece in pieces:
             output = model(input_ids=piece, **arguments)
             logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then

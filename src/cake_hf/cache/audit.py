@@ -66,8 +66,10 @@ class Audit:
         session, layout = self._session, self._prompt.layout_of(index)
         packed = pack(pieces(), layout)
         packed.await_copy()
-        slot = session.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
-        read = ReadBeside(partial(read_facts, session.store, self._prompt.keys[index], layout), "header", slot)
+        slot = session.bound_store.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
+        read = ReadBeside(
+            partial(read_facts, session.bound_store.store, self._prompt.keys[index], layout), "header", slot
+        )
         due = time.monotonic() + session.limits.read_timeout
         self._under_way.append(_Comparison(index, checksums(byte_view(packed.memory), layout), read, due))
 

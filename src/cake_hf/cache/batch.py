@@ -23,9 +23,9 @@ import torch
 from cake_hf.arithmetic.keys import chunk_keys
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.forwards import wait_for_devices
 from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.cache.probe import kv_like
-from cake_hf.cache.restore import wait_for_devices
 from cake_hf.cache.session import Session
 
 

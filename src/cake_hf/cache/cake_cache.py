@@ -18,9 +18,9 @@ from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.arithmetic.schedule import checked_cuts
+from cake_hf.cache.forwards import Progress, no_progress
 from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
 from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.restore import Progress, no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.selfcheck import checked_layers
 from cake_hf.cache.session import Session
@@ -149,7 +149,7 @@ class CakeCache(RestoringCache):
     @property
     def store(self) -> Store:
         """The store behind this cache."""
-        return self._session.store
+        return self._session.bound_store.store
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all chunks to be saved are durable; returns False if `timeout` seconds were not enough.
@@ -263,7 +263,7 @@ class CakeCache(RestoringCache):
         if prompt is not None:
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
-            self._session.count(self.report)
+            self._session.bound_store.count(self.report)
             self._seals.note(self.layers, self._held.blocks)
         return self.report
 

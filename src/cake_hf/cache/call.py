@@ -89,13 +89,13 @@ class ForwardCall:
         wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _OF_ALL_TOKENS)
         return cls(named, past, taken, accepts, for_kv, wants_inner, look_at(model, named, past, accepts))
 
-    @property
+    @cached_property
     def ids(self) -> torch.Tensor:
         """`[batch, tokens]`."""
         ids: torch.Tensor = self.arguments["input_ids"]
         return ids
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """New tokens in this call; 0 where they are not given as ids."""
         ids = self.arguments.get("input_ids")

@@ -16,7 +16,7 @@ import torch
 from cake_hf.arithmetic.schedule import Block
 from cake_hf.cache.layers.recurrent import RecurrentLayer, states_of
 from cake_hf.cache.layers.windowed import WindowedLayer
-from cake_hf.cache.loads import window_begin
+from cake_hf.cache.plan import window_begin
 from cake_hf.tensors.layout import ChunkLayout
 
 Windows = Sequence[torch.Tensor]

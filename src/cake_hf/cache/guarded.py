@@ -6,29 +6,15 @@ import traceback
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from cake_hf.cache.graphs import outside_graphs
+from cake_hf.cache.hooked import HookedCache
 
 _PARAMETERS = ("key_states", "value_states", "layer_idx")
 
 
-class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
+class GuardedCache(HookedCache):
     """Subclasses say in `_before_update` what must hold; by default nothing."""
-
-    passive = False
-    """Whether it is no more than the cache that it is derived from."""
-
-    in_front = False
-    """Whether what runs is compiled code, which `hook.InFront` has called."""
-
-    def is_over(self) -> bool:
-        """Whether the hooks have nothing to do with it any more."""
-        return False
-
-    def is_inside(self) -> bool:
-        """Whether a forward of the cache's model runs."""
-        return False
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.
@@ -56,9 +42,11 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
             ForeignModel: another model than the cache's own brings KV.
             ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
-        if self.passive or self._is_in_graph():
+        if self.passive:
             return self._update_in_graph(*args, **kwargs)
-        return self._update(*args, **kwargs)
+        if not torch.compiler.is_dynamo_compiling():
+            return self._update(*args, **kwargs)
+        return self._update_in_graph(*args, **kwargs) if self._is_in_graph() else self._update_outside(*args, **kwargs)
 
     @outside_graphs
     def _before_this_update(self, layer: int, *, reads: bool) -> None:
@@ -68,6 +56,9 @@ class GuardedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
         return super().update(*args, **kwargs)
 
     @outside_graphs
+    def _update_outside(self, *args: Any, **kwargs: Any) -> Any:
+        return self._update(*args, **kwargs)
+
     def _update(self, *args: Any, **kwargs: Any) -> Any:
         if {*_PARAMETERS[len(args) :]} - kwargs.keys():
             self._before_unknown_update()

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cake_hf.arithmetic.turns import Turns
 from cake_hf.cache.caller import cache_given_to_generate
-from cake_hf.cache.compat import find_cache, renamed_for
+from cake_hf.cache.compat import renamed_for
 from cake_hf.cache.graphs import is_compiled, outside_graphs
-from cake_hf.cache.guarded import GuardedCache
+from cake_hf.cache.hooked import HookedCache, Rewritten
 from cake_hf.cache.images import ImageDeferral
 from cake_hf.cache.vision import family_of
-
-if TYPE_CHECKING:
-    from cake_hf.cache.restoring import RestoringCache
 
 _hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
 _turns = Turns()
@@ -108,11 +105,12 @@ def _forget_copied(model: torch.nn.Module) -> None:
                 del hooks[number]
 
 
-def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RestoringCache | None:
-    from cake_hf.cache.restoring import RestoringCache
-
-    cache = find_cache((*kwargs.values(), *args), RestoringCache)
-    return None if cache is None or cache.is_plain else cache
+def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCache | None:
+    """The cache of ours in a call, if there is something to do for it. In simple words, which torch.compile can trace."""
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, HookedCache):
+            return None if value.passive or value.is_over() else value
+    return None
 
 
 def _is_for_us(kwargs: dict[str, Any]) -> bool:
@@ -150,34 +148,23 @@ class InFront:
         return output
 
 
-def _traced_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuardedCache | None:
-    """As `_cake_cache`, in the simple words that torch.compile can trace."""
-    for value in (*kwargs.values(), *args):
-        if isinstance(value, GuardedCache):
-            return None if value.passive or value.is_over() else value
-    return None
-
-
-def _enter(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _enter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
     if not torch.compiler.is_dynamo_compiling():
         return _entered(model, args, kwargs, traced=False)
     # torch.compile traces the call: the forward will be compiled code, and what is done here is not.
-    cache = _traced_cache(args, kwargs)
+    cache = _cake_cache(args, kwargs)
     if cache is None or cache.in_front:
         return None
     torch._dynamo.graph_break(
         msg="cake_hf restores prompts outside of graphs: make the CakeCache after model.compile(fullgraph=True), or with what "
         "torch.compile(model, fullgraph=True) returned"
     )
-    return _entered(model, args, kwargs, traced=True)
+    return _entered_outside(model, args, kwargs, traced=True)
 
 
-@outside_graphs
 def _entered(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+) -> Rewritten | None:
     cache = _cake_cache(args, kwargs)
     if cache is None:
         _note_bypassed(model, args, kwargs)
@@ -187,9 +174,12 @@ def _entered(
     return _handed_on(cache, model, args, kwargs, traced=traced)
 
 
+_entered_outside = outside_graphs(_entered)
+
+
 def _handed_on(
-    cache: RestoringCache, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache: HookedCache, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
+) -> Rewritten | None:
     rewritten = cache._enter_model(model, args, kwargs, **how)
     if rewritten is not None:
         return rewritten
@@ -199,55 +189,64 @@ def _handed_on(
 
 def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Where `generate` runs a prompt without the cache that it was given, that cache's report says so."""
-    from cake_hf.cache.restoring import RestoringCache
-
     ids = args[0] if args else kwargs.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
-        cache = cache_given_to_generate(model, RestoringCache)
-        if cache is not None and not cache.is_plain:
+        cache = cache_given_to_generate(model, HookedCache)
+        if cache is not None and not cache.passive and not cache.is_over():
             cache._note_bypassed(ids)
 
 
 def _leave(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
-        cache = _traced_cache(args, kwargs)
-        if cache is None or cache.in_front:
-            return
-    _left(model, args, kwargs, output)
+        cache = _cake_cache(args, kwargs)
+        if cache is not None and not cache.in_front:
+            _left_outside(model, args, kwargs, output)
+    else:
+        _left(model, args, kwargs, output)
 
 
-@outside_graphs
 def _left(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None and (not cache.in_front or cache._busy):
         cache._leave_model(model, failed=output is None)
 
 
+_left_outside = outside_graphs(_left)
+
+
 def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not (torch.compiler.is_dynamo_compiling() and _needs_nothing(args, kwargs)):
+    if not torch.compiler.is_dynamo_compiling():
         _entered_decoder(args, kwargs)
+    elif not _needs_nothing(args, kwargs):
+        _entered_decoder_outside(args, kwargs)
 
 
 def _needs_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a decoder that is traced is called within its model."""
-    cache = _traced_cache(args, kwargs)
+    cache = _cake_cache(args, kwargs)
     return cache is None or cache.is_inside()
 
 
-@outside_graphs
 def _entered_decoder(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
         cache._enter_decoder()
 
 
+_entered_decoder_outside = outside_graphs(_entered_decoder)
+
+
 def _leave_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if not (torch.compiler.is_dynamo_compiling() and _needs_nothing(args, kwargs)):
+    if not torch.compiler.is_dynamo_compiling():
         _left_decoder(args, kwargs, failed=output is None)
+    elif not _needs_nothing(args, kwargs):
+        _left_decoder_outside(args, kwargs, failed=output is None)
 
 
-@outside_graphs
 def _left_decoder(args: tuple[Any, ...], kwargs: dict[str, Any], *, failed: bool) -> None:
     cache = _cake_cache(args, kwargs)
     if cache is not None:
         cache._leave_decoder(failed=failed)
+
+
+_left_decoder_outside = outside_graphs(_left_decoder)

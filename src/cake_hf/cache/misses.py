@@ -103,10 +103,12 @@ class Inquiry:
     def __init__(self, session: Session, call: ForwardCall, namespace: str, seconds: float) -> None:
         self._end = time.monotonic() + seconds
         tokens = call.ids[0].to("cpu", torch.int64, copy=True).contiguous().numpy().data
-        facts, model = session.latest_facts(), session.model_name
+        facts, model = session.bound_model.latest_facts(), session.bound_model.name
         # Without the session: the thread that asks may hang.
         sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call))
-        self._question = Question(partial(explanation, session.store, sought), "notes", session.sharing.notes)
+        self._question = Question(
+            partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
+        )
 
     def settle(self, report: Report) -> None:
         """Put the answer into a report, and tell it once per kind."""

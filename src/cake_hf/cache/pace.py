@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import dropwhile
+from typing import Any
 
 from cake_hf.arithmetic.costs import Costs
 from cake_hf.arithmetic.frontier import Frontier
 from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
 from cake_hf.arithmetic.pace import Pace
-from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
+from cake_hf.arithmetic.planner import overtakes_in_place
 from cake_hf.arithmetic.schedule import Block
+from cake_hf.cache.plan import RestorePlan
 from cake_hf.cache.prompt import Prompt
 from cake_hf.cache.session import Session
 from cake_hf.movers.cost_memory import CostMemory
-from cake_hf.tensors.tree import has, modules_of
 
 
 class RestorePace(Pace):
@@ -26,9 +27,17 @@ class RestorePace(Pace):
         can_leave: whether a forward on it can be left although it has not arrived.
     """
 
-    blocks: Sequence[Block]
-    can_run: Callable[[int], bool]
-    can_leave: Callable[[int], bool]
+    def __init__(
+        self,
+        costs: Costs,
+        *,
+        blocks: Sequence[Block],
+        can_run: Callable[[int], bool],
+        can_leave: Callable[[int], bool],
+        **beliefs: Any,
+    ) -> None:
+        super().__init__(costs, **beliefs)
+        self.blocks, self.can_run, self.can_leave = blocks, can_run, can_leave
 
     def end(self, now: float) -> None:
         """The restore is over, and is let go: it holds KV."""
@@ -55,27 +64,38 @@ def _never(chunk: int) -> bool:
 
 
 def new_pace(
-    session: Session, prompt: Prompt, stored: Sequence[bool], memory: CostMemory, ranges: int, *, layers: int
+    session: Session,
+    prompt: Prompt,
+    plan: RestorePlan,
+    memory: CostMemory,
+    costs: Costs,
+    *,
+    layers: int,
+    can_run: Callable[[int], bool],
+    can_leave: Callable[[int], bool],
 ) -> RestorePace:
     """What is believed when a restore begins.
 
     Args:
         session: of the cache.
         prompt: from `look_up`.
-        stored: for each chunk, whether it can be loaded.
+        plan: of the restore.
         memory: of what earlier prompts have cost.
-        ranges: in how many ranges of layers the last chunks are read.
+        costs: of chunks, from that memory.
         layers: of the model.
+        can_run, can_leave: see `RestorePace`.
     """
-    costs = memory.costs(prompt.layout.nbytes)
     return RestorePace(
         costs,
+        blocks=prompt.blocks,
+        can_run=can_run,
+        can_leave=can_leave,
         first=prompt.first,
         chunks=prompt.chunks,
         layers=layers,
         threads=session.limits.loader_threads,
-        following_seconds=_following_seconds(prompt, stored, costs),
-        ranges=ranges,
+        following_seconds=_following_seconds(prompt, plan.usable, costs),
+        ranges=plan.ranges,
         credit=memory.credit,
         quiet=memory.quiet,
     )
@@ -84,7 +104,7 @@ def new_pace(
 def new_frontier(
     session: Session,
     prompt: Prompt,
-    stored: Sequence[bool],
+    plan: RestorePlan,
     pace: RestorePace,
     *,
     turn_aside: Callable[[int], None] | None,
@@ -94,13 +114,13 @@ def new_frontier(
     Args:
         session: of the cache.
         prompt: from `look_up`.
-        stored: for each chunk, whether it can be loaded.
+        plan: of the restore.
         pace: of the restore.
         turn_aside: see `Frontier`.
     """
     threads = session.limits.loader_threads
     return Frontier(
-        stored,
+        plan.usable,
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
         most_aside=ASIDE_PER_THREAD * threads,
@@ -110,16 +130,6 @@ def new_frontier(
         judge=pace,
         overtakes_in_place=turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)),
     )
-
-
-def ranges_for(session: Session, prompt: Prompt, costs: Costs) -> int:
-    """In how many ranges of layers the last chunks are read."""
-    if not session.store.reads_ranges:
-        return 1
-    ranges = ranges_of(costs, prompt.layout.layers, session.store.range_seconds)
-    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
-    moves_weights = ranges > 1 and any(has(module, "_hf_hook") for _, module in modules_of(session.model))
-    return 1 if moves_weights else ranges
 
 
 def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
@@ -132,7 +142,7 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
     if prompt.call.tokens <= prompt.rest + size:  # the last piece is a part of a chunk
         spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
         part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
-    chunks = [span for span in timeline if span.chunk >= 0 and prompt.is_chunk(span.chunk)]
+    chunks = [span for span in timeline if span.chunk in prompt.full]
     memory.learn(pace, chunks, prompt.layout.nbytes, part)
 
 
@@ -150,7 +160,8 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
     report, size = prompt.report, prompt.layout.chunk_size
     past = prompt.call.past
     computed = sum(
-        compute.seconds((past + block.start) // size) * block.tokens / size for block in prompt.blocks[: prompt.chunks]
+        compute.seconds((past + start) // size) * (end - start) / size
+        for start, end, _ in prompt.blocks[: prompt.chunks]
     )
     if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
         computed += compute.seconds((past + prompt.rest) // size) * (prompt.call.tokens - prompt.rest) / size

@@ -6,6 +6,7 @@ No config says for all model families how many heads of which size are kept, and
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,18 +14,48 @@ import torch
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.cache.aside import run_aside
 from cake_hf.cache.compat import LinearAttentionLayer
-from cake_hf.cache.layers import WindowedLayer, ours_for
+from cake_hf.cache.layers.kinds import is_windowed
 from cake_hf.cache.layers.recurrent import states_of
 from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.tensors.look import once_per_look
 from cake_hf.tensors.numerics import autocast_facts
 from cake_hf.tensors.offload import home_device
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, list[Any]]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Made:
+    """What KV a model makes.
+
+    Attributes:
+        layers: of a `DynamicCache` that holds one token.
+        token: the layout of that token's KV.
+        states: the layout of a snapshot of the recurrent states; without pieces where there are none.
+    """
+
+    layers: list[Any]
+    token: ChunkLayout
+    states: ChunkLayout
+    _chunks: dict[int, ChunkLayout] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, layers: list[Any]) -> Made:
+        """What layers with one token, or more, say."""
+        return cls(layers, chunk_layout(layers, 1), state_layout(layers))
+
+    def chunk(self, chunk_size: int) -> ChunkLayout:
+        """The layout of a chunk; the same one each time, with what it has computed of itself."""
+        if chunk_size not in self._chunks:
+            self._chunks[chunk_size] = self.token.of(chunk_size)
+        return self._chunks[chunk_size]
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, Made]] = weakref.WeakKeyDictionary()
 _lock = Lock()
 
 
-def kv_like(model: torch.nn.Module) -> list[Any]:
-    """The layers of a `DynamicCache` that holds one token, as the model makes them at present.
+@once_per_look
+def made_by(model: torch.nn.Module) -> Made:
+    """What KV a model makes at present.
 
     Args:
         model: of a kind whose layers we know.
@@ -33,8 +64,14 @@ def kv_like(model: torch.nn.Module) -> list[Any]:
     with _lock:
         known = _known.setdefault(model, {})
         if mode not in known:
-            known[mode] = run_aside(model, [torch.zeros((1, 1), dtype=torch.long, device=home_device(model))])[1]
+            one_token = torch.zeros((1, 1), dtype=torch.long, device=home_device(model))
+            known[mode] = Made.of(run_aside(model, [one_token])[1])
         return known[mode]
+
+
+def kv_like(model: torch.nn.Module) -> list[Any]:
+    """The layers of a `DynamicCache` that holds one token, as the model makes them at present; see `made_by`."""
+    return made_by(model).layers
 
 
 def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
@@ -42,10 +79,7 @@ def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
     mode = _mode(model)
     with _lock:
         known = _known.get(model, {})
-        if mode in known and (chunk_layout(known[mode], 1), state_layout(known[mode])) != (
-            chunk_layout(layers, 1),
-            state_layout(layers),
-        ):
+        if mode in known and (known[mode].token, known[mode].states) != (chunk_layout(layers, 1), state_layout(layers)):
             del known[mode]
 
 
@@ -63,7 +97,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
             tensor.shape[3],
             tensor.dtype,
             number,
-            windowed=isinstance(ours_for(layer), WindowedLayer),
+            windowed=is_windowed(layer),
         )
         for number, layer in enumerate(layers)
         for what, tensor in _kept_per_token(layer).items()

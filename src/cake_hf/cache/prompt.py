@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,19 +12,18 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import block_keys, state_key
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.report import Report, Span
 from cake_hf.arithmetic.schedule import Block, blocks, last_piece
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.held import Held
+from cake_hf.cache.lookup import PrefixMatch, is_asked, match_prefix
 from cake_hf.cache.misses import NONE_YET, Inquiry
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import cut_image_reason, tell_once
 from cake_hf.movers.cost_memory import note_seconds
 from cake_hf.movers.deadline import ask
-from cake_hf.movers.sharing import Sharing
-from cake_hf.movers.telemetry import observe_lookup
 from cake_hf.stores.base import Store
 from cake_hf.tensors.codec import ChunkFacts, stored_bytes
 from cake_hf.tensors.layout import ChunkLayout
@@ -45,8 +45,7 @@ class Prompt:
         keys: of the blocks; empty where the call is not on the canonical schedule, so that nothing of it may be loaded or
             saved.
         parent: key of the block before the first one; the namespace for the first of a prompt.
-        stored: which of `keys` the store has.
-        states: at the end of which chunks the store has a snapshot of the model's recurrent state.
+        match: which of these the store has.
         layout: of a full chunk.
         ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
         state_layout: of a snapshot; without pieces where the model has no such state.
@@ -64,8 +63,7 @@ class Prompt:
     namespace: str
     keys: list[str]
     parent: str
-    stored: list[bool]
-    states: list[bool]
+    match: PrefixMatch
     ends_document: bool
     layout: ChunkLayout
     state_layout: ChunkLayout
@@ -76,6 +74,11 @@ class Prompt:
     inquiry: Inquiry | None = None
 
     @property
+    def stored(self) -> Sequence[bool]:
+        """Which of `keys` the store has."""
+        return self.match.stored
+
+    @cached_property
     def rest(self) -> int:
         """The first token of the call that is not restored, where its last piece begins."""
         return self.blocks[self.chunks - 1].end if self.chunks else 0
@@ -85,14 +88,17 @@ class Prompt:
         """About how many full chunks are before the call's first token, for what computing costs there."""
         return self.call.past // self.layout.chunk_size
 
-    def is_chunk(self, index: int) -> bool:
-        """Whether that block is a full chunk, run in one forward."""
-        block = self.blocks[index]
-        return block.tokens == self.layout.chunk_size and not block.singly
+    @cached_property
+    def full(self) -> frozenset[int]:
+        """The blocks that are full chunks, each run in one forward."""
+        size = self.layout.chunk_size
+        every = enumerate(self.blocks)
+        return frozenset(index for index, (start, end, singly) in every if end - start == size and not singly)
 
-    def counts_as_chunk(self, index: int) -> bool:
-        """Whether the report counts that block as a chunk, not as a tail."""
-        return self.is_chunk(index) and not (self.ends_document and index == self.chunks - 1)
+    @cached_property
+    def counted(self) -> frozenset[int]:
+        """The blocks that the report counts as chunks, not as tails."""
+        return self.full - {self.chunks - 1} if self.ends_document else self.full
 
     def layout_of(self, index: int) -> ChunkLayout:
         """The layout of that block."""
@@ -101,12 +107,12 @@ class Prompt:
     def facts(self, session: Session, index: int) -> ChunkFacts:
         """What block `index` of the call says about itself (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
-        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.model_name)
+        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
 
     def state_facts(self, session: Session, index: int) -> ChunkFacts:
         """What the snapshot at the end of chunk `index` says about itself."""
         key = self.keys[index]
-        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.model_name)
+        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
@@ -173,11 +179,11 @@ def look_up(
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace
     keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
-    state_layout = session.state_layout()
+    state_layout = session.bound_model.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
-    asked = _is_asked(session)
-    found = stored_mask(session, [*keys, *state_keys], report)
-    stored, states = found[: len(keys)], found[len(keys) :] or [False] * len(keys)
+    asked = is_asked(session)
+    match = match_prefix(session, keys, state_keys)
+    report.reason = match.reason or report.reason
     first_span = len(report.timeline)
     prompt = Prompt(
         call,
@@ -187,24 +193,20 @@ def look_up(
         namespace,
         keys,
         parent,
-        stored,
-        states,
+        match,
         wanted.ends_document,
-        session.layout(),
+        session.bound_model.layout(),
         state_layout,
         report,
         started,
         first_span,
         began if first_span else started,
     )
-    absent = [index for index in range(wanted.chunks) if not stored[index]]
-    report.chunks_missed += sum(prompt.counts_as_chunk(index) for index in absent)
-    report.store = session.store_name
-    report.bytes_stored += sum(
-        stored_bytes(prompt.layout_of(index)) for index, is_stored in enumerate(stored) if is_stored
-    )
-    report.bytes_stored += sum(states) * stored_bytes(state_layout)
-    if wanted.chunks and not any(stored) and not report.reason:
+    absent = [index for index in range(wanted.chunks) if not match.stored[index]]
+    report.chunks_missed += len(prompt.counted.intersection(absent))
+    report.store = session.bound_store.name
+    report.bytes_stored += _bytes_stored(prompt)
+    if wanted.chunks and not any(match.stored) and not report.reason:
         report.reason = _objection(session, namespace) or _why_none(session)
         if report.reason == NONE_YET and not held.keys and asked:
             return replace(prompt, inquiry=Inquiry(session, call, namespace, note_seconds(session.limits)))
@@ -214,18 +216,27 @@ def look_up(
 def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
     """A call that goes on from a cache whose content is not known: cut as `generate` would, never stored."""
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
-    none = [False] * len(wanted.blocks)
-    layouts = session.layout(), session.state_layout()
+    none = PrefixMatch.none(len(wanted.blocks))
+    layouts = session.bound_model.layout(), session.bound_model.state_layout()
     return Prompt(
-        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, none, wanted.ends_document, *layouts, report, started
+        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, wanted.ends_document, *layouts, report, started
     )
 
 
+def _bytes_stored(prompt: Prompt) -> int:
+    """What is stored of a prompt takes, headers included."""
+    sizes = Counter(
+        end - start for (start, end, _), has in zip(prompt.blocks, prompt.match.stored, strict=False) if has
+    )
+    chunks = sum(count * stored_bytes(prompt.layout.of(tokens)) for tokens, count in sizes.items())
+    return chunks + sum(prompt.match.states) * stored_bytes(prompt.state_layout)
+
+
 def _objection(session: Session, namespace: str) -> str:
-    store, sharing = session.store, session.sharing
+    store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).objection is Store.objection:
         return ""
-    facts = session.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
+    facts = session.bound_model.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
     answer = ask(
         partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
     )
@@ -235,7 +246,7 @@ def _objection(session: Session, namespace: str) -> str:
 
 
 def _why_none(session: Session) -> str:
-    if session.exact or "behaviour" not in session.latest_facts():
+    if session.exact or "behaviour" not in session.bound_model.latest_facts():
         return NONE_YET
     reason = (
         "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
@@ -248,36 +259,6 @@ def _why_none(session: Session) -> str:
 def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
     objection = store.objection(namespace, lambda: facts)
     return objection if isinstance(objection, str) else ""
-
-
-def stored_mask(session: Session, keys: list[str], report: Report) -> list[bool]:
-    """The store's mask; all missing where it fails or does not answer."""
-    none = [False] * len(keys)
-    if keys and (absence := session.reach_store()):
-        report.reason = absence
-        return none
-    if not keys or not _is_asked(session):
-        return none
-    begin, sharing = time.monotonic(), session.sharing
-    look = partial(_mask, session.store, keys, sharing)
-    answer = ask(look, session.limits.lookup_timeout, "lookup", sharing.lookups)
-    observe_lookup(time.monotonic() - begin)
-    if answer.value is not None:
-        sharing.forget_faults()
-        return answer.value
-    sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
-    report.reason = f"the store could not be asked: {answer.trouble}"
-    return none
-
-
-def _is_asked(session: Session) -> bool:
-    """Whether it matters what the store has."""
-    return session.strategy is not Strategy.COMPUTE or session.save
-
-
-def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
-    """Where this hangs it keeps alive what is known about that (`sharing`), and nothing of the session."""
-    return [bool(has) for _, has in zip(keys, store.contains(keys), strict=True)]
 
 
 def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:

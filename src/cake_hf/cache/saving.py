@@ -57,26 +57,36 @@ class Saver:
         """
         session, prompt = self._session, self._prompt
         corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
-        if not session.save or not prompt.keys or (prompt.stored[index] and not corrupt and not gone):
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or (prompt.match.stored[index] and not corrupt and not gone)
+        ):
             return
         self._audit.settle()
         pieces = partial(self.pieces, index)
-        session.save_chunk(
+        session.bound_store.save_chunk(
             prompt.facts(session, index),
             prompt.layout_of(index),
             pieces,
             prompt.report,
             overwrite=corrupt,
-            what="chunk" if prompt.counts_as_chunk(index) else "tail",
+            made_with=session.bound_model.facts_of(prompt.namespace),
+            what="chunk" if index in prompt.counted else "tail",
         )
 
     def state(self, index: int) -> None:
         """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
         session, prompt = self._session, self._prompt
-        if not session.save or not prompt.keys or not prompt.state_layout.pieces or not self._is_due(index):
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or not prompt.state_layout.pieces
+            or not self._is_due(index)
+        ):
             return
         unusable = index in self._stored.unusable
-        if prompt.states[index] and not unusable:
+        if prompt.match.states[index] and not unusable:
             return
         states = self._carried.states()
         if any(
@@ -84,12 +94,13 @@ class Saver:
         ):
             return  # of another shape than in the probe: no layout of ours
         self._audit.settle()
-        session.save_chunk(
+        session.bound_store.save_chunk(
             prompt.state_facts(session, index),
             prompt.state_layout,
             lambda: states,
             prompt.report,
             overwrite=unusable,
+            made_with=session.bound_model.facts_of(prompt.namespace),
             what="state",
         )
 
@@ -102,9 +113,9 @@ class Saver:
     def _is_due(self, index: int) -> bool:
         """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
         prompt, every = self._prompt, self._session.snapshot_every
-        shared = next((i for i, has in enumerate(prompt.stored) if not has), len(prompt.stored))
+        shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
         due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
-        due = due or not all(prompt.is_chunk(near) for near in (index, index + 1) if near < len(prompt.blocks))
+        due = due or not all(near in prompt.full for near in (index, index + 1) if near < len(prompt.blocks))
         return due or (every > 0 and (prompt.number + index + 1) % every == 0)
 
     def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:

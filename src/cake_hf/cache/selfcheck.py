@@ -22,8 +22,8 @@ from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.cache import compat
 from cake_hf.cache.compat import forward_of, named_for, parameters_of, plain_cache
+from cake_hf.cache.forwards import no_progress
 from cake_hf.cache.presses import Presses
-from cake_hf.cache.restore import no_progress
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import layers_and_reason, layers_for, tell_once

@@ -32,14 +32,14 @@ class StoredStates:
         """Start to read the state at that chunk's end, unless that was done."""
         if chunk not in self._reads:
             key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
-            slot = self._session.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
-            read = partial(read_state, self._session.store, key, self._prompt.state_layout)
+            slot = self._session.bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
+            read = partial(read_state, self._session.bound_store.store, key, self._prompt.state_layout)
             self._reads[chunk] = ReadBeside(read, "state", slot)
         return self._reads[chunk]
 
     def get(self, chunk: int) -> list[torch.Tensor] | None:
         """The state at that chunk's end; None if there is none that can be used, or it does not come in time."""
-        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.states[chunk]
+        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.match.states[chunk]
         if not wanted or chunk in self.unusable:
             return None
         states = self.begin(chunk).wait(self._session.limits.read_timeout)

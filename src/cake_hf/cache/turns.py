@@ -15,7 +15,7 @@ from cake_hf.cache.audit import refused_reason
 from cake_hf.cache.held import Held
 from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
 from cake_hf.cache.layers.recurrent import states_of
-from cake_hf.cache.prompt import stored_mask
+from cake_hf.cache.lookup import stored_mask
 from cake_hf.cache.session import Session
 from cake_hf.cache.strangers import stranger_reason
 from cake_hf.cache.support import kept_reason
@@ -45,7 +45,7 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
     if kept_reason(model, layers, turn.end) or (not turn.namespace and look_at_weights(model) != turn.look):
         return None
     ids = turn.ids()
-    namespace = session.namespace(ids)
+    namespace = session.bound_model.namespace(ids)
     if namespace != (turn.namespace or namespace) or refused_reason(model, namespace):
         return None
     named = turn.blocks(session.chunk_size)
@@ -66,25 +66,27 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
         namespace: of the keys.
         report: where it is counted.
     """
-    if not session.save or not turn.keys:
+    if not session.bound_store.saves or not turn.keys:
         return
+    save = partial(session.bound_store.save_chunk, made_with=session.bound_model.facts_of(namespace))
     states = _states(session, layers)
     names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
-    stored = stored_mask(session, names, report)
+    stored, reason = stored_mask(session, names)
+    report.reason = reason or report.reason
     parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
     for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
         pieces = _pieces(layers, block, turn.end)
         if stored[number] or not pieces:
             continue
-        facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.model_name)
+        facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
         is_chunk = block.tokens == session.chunk_size and not block.singly
-        layout, what = session.layout().of(block.tokens), _CHUNK if is_chunk else _TAIL
-        session.save_chunk(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
+        layout, what = session.bound_model.layout().of(block.tokens), _CHUNK if is_chunk else _TAIL
+        save(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
     if states and not stored[-1]:
         key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
-        facts = ChunkFacts(state_key(key), key, number, namespace, session.model_name)
-        layout = session.state_layout()
-        session.save_chunk(facts, layout, partial(list, states), report, overwrite=False, what="state")
+        facts = ChunkFacts(state_key(key), key, number, namespace, session.bound_model.name)
+        layout = session.bound_model.state_layout()
+        save(facts, layout, partial(list, states), report, overwrite=False, what="state")
 
 
 def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
@@ -95,7 +97,7 @@ def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
         if isinstance(layer, RecurrentLayer)
         for name, state in states_of(layer).items()
     }
-    found = [(named.get(piece.name), piece) for piece in session.state_layout().pieces]
+    found = [(named.get(piece.name), piece) for piece in session.bound_model.state_layout().pieces]
     fit = [s for s, p in found if s is not None and s.dtype == p.dtype and s.numel() == p.heads * p.head_dim]
     return fit if len(fit) == len(found) else []
 

@@ -8,7 +8,7 @@ memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -91,7 +91,7 @@ class Place(ABC):
         self._layout = layout
         self._windows = windows or {}
         self._extents = extents
-        self._token_bytes = [piece.token_bytes for piece in layout.pieces]
+        self._token_bytes = [size // layout.chunk_size for size in layout.sizes]
         self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
         pinned = any(buffer.device.type == "cuda" for buffer in buffers)
         self._ring = SlotRing(layout.nbytes, slots, pinned=pinned)
@@ -104,7 +104,8 @@ class Place(ABC):
     def layout_of(self, index: int) -> ChunkLayout:
         """The layout of chunk `index`, which may be a tail."""
         start, end = self._extent(index)
-        return self._layout.of(end - start)
+        tokens, layout = end - start, self._layout
+        return layout if tokens == layout.chunk_size else layout.of(tokens)
 
     def _extent(self, index: int) -> tuple[int, int]:
         size = self._layout.chunk_size
@@ -114,9 +115,9 @@ class Place(ABC):
         """How many pieces of chunk `index` are wanted."""
         return len(self._layout.pieces) if index in self._windows else self._layout.everywhere
 
-    def wanted_bytes(self, index: int) -> int:
-        """Bytes of the pieces of chunk `index` that are wanted."""
-        return sum(self.layout_of(index).sizes[: self.wanted(index)])
+    def wanted_bytes(self, chunks: Iterable[int]) -> int:
+        """Bytes of the pieces of these chunks that are wanted."""
+        return sum(sum(self.layout_of(index).sizes[: self.wanted(index)]) for index in chunks)
 
     def _spans(self, index: int) -> list[slice]:
         """Where in their buffers, in bytes, the wanted pieces of chunk `index` go."""

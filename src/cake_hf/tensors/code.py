@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from cake_hf.tensors.octets import host_bytes
-from cake_hf.tensors.tree import Named, modules_of
+from cake_hf.tensors.tree import Named, modules_everywhere, modules_of
 
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
@@ -99,7 +99,7 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
 def _by_shortest_path(model: torch.nn.Module) -> Named:
     """Each module once. Some tools put a module that is there already below others, where it is found first."""
     paths: dict[torch.nn.Module, str] = {}
-    for path, module in modules_of(model, once=False):
+    for path, module in modules_everywhere(model):
         if module not in paths or path.count(".") < paths[module].count("."):
             paths[module] = path
     return sorted(((path, module) for module, path in paths.items()), key=lambda named: named[0])

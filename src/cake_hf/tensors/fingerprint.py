@@ -18,7 +18,7 @@ import xxhash
 
 from cake_hf.arithmetic.forks import Lock
 from cake_hf.tensors.octets import host_bytes, odd_factors
-from cake_hf.tensors.tree import has, modules_of
+from cake_hf.tensors.tree import modules_of, those_with
 from cake_hf.tensors.weights import weights
 
 HASHED_BLOCK = 2**15
@@ -104,10 +104,9 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
 def adapter_facts(model: torch.nn.Module) -> list[str]:
     """Which adapters take part, module by module. Their weights are parameters and counted there."""
     facts = []
-    for name, module in modules_of(model):
-        if has(module, "active_adapters") and has(module, "merged_adapters"):
-            state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
-            facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
+    for name, module in those_with(model, "active_adapters", "merged_adapters"):
+        state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
+        facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
     return facts
 
 
@@ -132,10 +131,9 @@ def adapters_vary(model: torch.nn.Module) -> bool:
     What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
     on the adapted modules.
     """
-    adapted = (module for _, module in modules_of(model) if has(module, "merged_adapters"))
     return any(
         module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
-        for module in adapted
+        for _, module in those_with(model, "merged_adapters")
     )
 
 
@@ -156,7 +154,7 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     if known is not None and known.signature == signature:
         return known.digest
     digest = xxhash.xxh3_128()
-    for weight in weights(model):
+    for weight in chain.from_iterable(weights(model)):
         tensor = weight.content()
         digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         # Offloaded or not, a weight is hashed where it is computed with, so that its digest is the same.
@@ -189,12 +187,13 @@ def _signature(model: torch.nn.Module) -> int:
     """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
     identity: list[Any] = []
     samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for weight in weights(model):
+    for weight in chain.from_iterable(weights(model)):
         name, tensor = weight.name, weight.tensor
         if weight.elsewhere is not None and (stamp := weight.elsewhere.stamp()) is not None:
             identity.append((name, tensor.dtype, tuple(tensor.shape), stamp))
             continue
-        tensor = weight.content()
+        if weight.elsewhere is not None:
+            tensor = weight.content()
         if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
             identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(host_bytes(tensor))))
             continue

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.tensors.look import once_per_look
 from cake_hf.tensors.tree import below, modules_of
 
 
@@ -82,16 +83,20 @@ def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
     return found
 
 
-def computing_devices(model: torch.nn.Module, most: float = math.inf) -> list[tuple[str, torch.device]]:
-    """For each module with parameters of its own its path, and the device that it computes on; of the first `most` modules."""
+@once_per_look
+def computing_devices(model: torch.nn.Module) -> list[tuple[str, torch.device]]:
+    """For each module with parameters of its own its path, and the device that it computes on."""
     found: list[tuple[str, torch.device]] = []
-    _visit(model, "", None, found, most)
+    _visit(model, "", None, found, math.inf)
     return found
 
 
+@once_per_look
 def home_device(model: torch.nn.Module) -> torch.device:
     """Where a model computes with its first parameter, and best gets its token ids."""
-    return computing_devices(model, most=1)[0][1]
+    found: list[tuple[str, torch.device]] = []
+    _visit(model, "", None, found, 1)
+    return found[0][1]
 
 
 def devices_of(model: torch.nn.Module) -> list[torch.device]:
@@ -115,7 +120,7 @@ def _visit(
             break
     for name, child in module._modules.items():
         if child is not None and len(found) < most:
-            _visit(child, below(path, name), own if whole else outer, found, most)
+            _visit(child, f"{path}.{name}" if path else name, own if whole else outer, found, most)
 
 
 def _execution_device(module: torch.nn.Module) -> tuple[torch.device | None, bool]:

@@ -6,24 +6,37 @@ module, where it has no such attribute, ten times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
+
+from cake_hf.tensors.look import once_per_look
 
 Named = list[tuple[str, torch.nn.Module]]
 
 
-def modules_of(model: torch.nn.Module, *, once: bool = True) -> Named:
-    """As `model.named_modules()`: each module once; or, if it is in several places, for each of them."""
-    return _walked(model, once=once)
+@once_per_look
+def modules_of(model: torch.nn.Module) -> Named:
+    """As `model.named_modules()`: each module once."""
+    found: Named = []
+    _visit("", model, found, set())
+    return found
 
 
-def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+@once_per_look
+def modules_everywhere(model: torch.nn.Module) -> Named:
+    """As `modules_of`; a module that is in several places for each of them."""
+    found: Named = []
+    _visit("", model, found, None)
+    return found
+
+
+def parameters_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """As `model.named_parameters(remove_duplicate=False)`: one that modules share comes for each of them."""
-    for path, module in _walked(model, once=False):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield below(path, name), parameter
+    return [
+        (below(path, name), parameter)
+        for path, module in modules_everywhere(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
@@ -31,15 +44,23 @@ def has(module: torch.nn.Module, name: str) -> bool:
     return name in vars(module) or hasattr(type(module), name)
 
 
+def any_has(model: torch.nn.Module, name: str) -> bool:
+    """Whether any of the modules has that attribute; as `has`."""
+    return any(name in vars(module) or hasattr(type(module), name) for _, module in modules_of(model))
+
+
+def those_with(model: torch.nn.Module, *names: str) -> Named:
+    """The modules that have all of these attributes; as `has`."""
+    return [
+        (path, module)
+        for path, module in modules_of(model)
+        if all(name in vars(module) or hasattr(type(module), name) for name in names)
+    ]
+
+
 def below(path: str, name: str) -> str:
     """The path of what a module has."""
     return f"{path}.{name}" if path else name
-
-
-def _walked(model: torch.nn.Module, *, once: bool) -> Named:
-    found: Named = []
-    _visit("", model, found, set() if once else None)
-    return found
 
 
 def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.Module] | None) -> None:
@@ -51,4 +72,4 @@ def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.
     found.append((path, module))
     for name, child in module._modules.items():
         if child is not None:
-            _visit(below(path, name), child, found, seen)
+            _visit(f"{path}.{name}" if path else name, child, found, seen)

@@ -44,10 +44,24 @@ class Weight:
         return self.tensor if self.elsewhere is None else self.elsewhere.read().to(self.tensor.dtype)
 
 
-def weights(model: torch.nn.Module) -> Iterator[Weight]:
+def weights(model: torch.nn.Module) -> Iterator[list[Weight]]:
     """Parameters, persistent buffers, and what modules save besides. Other buffers are derived from the config, some anew in
     each forward. A weight that modules share counts for each of them: once it is offloaded, nothing shows that it is shared.
+
+    They come in order, some at a time: those that lie in memory together, and each that is copied for this by itself.
     """
+    together: list[Weight] = []
+    for weight in _one_by_one(model):
+        if weight.in_place:
+            together.append(weight)
+        else:
+            yield together
+            together = []
+            yield [weight]
+    yield together
+
+
+def _one_by_one(model: torch.nn.Module) -> Iterator[Weight]:
     offloaded = offloaded_weights(model)
     for name, parameter in parameters_of(model):
         yield from _found(name, parameter, offloaded.get(name))
@@ -61,7 +75,7 @@ def weights(model: torch.nn.Module) -> Iterator[Weight]:
 
 def unknown_weights(model: torch.nn.Module) -> str:
     """The type of a tensor whose bytes cannot be told; empty if there is none."""
-    for weight in weights(model):
+    for weight in _one_by_one(model):
         tensor = weight.tensor
         opaque = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         nowhere = tensor.device.type == "meta" and weight.elsewhere is None

@@ -40,6 +40,11 @@ def ours_for(layer: Any) -> Any:
     return layer
 
 
+def is_windowed(layer: Any) -> bool:
+    """Whether ours for one of transformers' layers, or of ours, keeps a window."""
+    return type(layer) is DynamicSlidingWindowLayer or isinstance(layer, WindowedLayer)
+
+
 def check_stand_in(theirs: Any, ours: Any) -> None:
     """Bring some tokens into a new layer of transformers and ours in its place: both have to say the same of them.
 

@@ -1,0 +1,317 @@
+"""A cache into which the prefix of a prompt can be brought, from the store or by its model; see `restore` for how."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.report import Report
+from cake_hf.cache.audit import refused_reason
+from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.forwards import Progress, record_tail
+from cake_hf.cache.graphs import as_it_is
+from cake_hf.cache.pace import learn_costs, note_savings
+from cake_hf.cache.phase import IDLE, Phase, Work
+from cake_hf.cache.plainly import ComputePlainly
+from cake_hf.cache.presses import Presses
+from cake_hf.cache.probe import kv_like
+from cake_hf.cache.prompt import Prompt, Wanted, look_up, off_schedule
+from cake_hf.cache.remembering import RememberingCache
+from cake_hf.cache.restore import Restore
+from cake_hf.cache.standing import Ahead, Standing
+from cake_hf.cache.strangers import stranger_reason
+from cake_hf.cache.support import kept_reason, misunderstood_reason, tell_plain, unlike_reason
+from cake_hf.cache.trials import forget_trials
+from cake_hf.cache.vision import numbering_reason
+from cake_hf.tensors.fingerprint import adapters_vary
+from cake_hf.tensors.look import look_again, one_look
+from cake_hf.tensors.offload import devices_of, home_device
+from cake_hf.tensors.parallel import ranks_of
+
+
+class PrefixCache(RememberingCache):
+    """Brings a prompt's full chunks, or says why not; then ends, or gives up, what was begun. See `RestoringCache`.
+
+    Attributes:
+        presses_rest: in forwards with this cache, as long as a prompt is being restored; see `presses`.
+    """
+
+    presses_rest: bool
+
+    def _be_idle(self, reason: str) -> None:
+        """Begin with no prompt.
+
+        Args:
+            reason: why the model's prompts are computed plainly; empty where they are restored.
+        """
+        self._model_reason = reason
+        self._work = IDLE
+        self.presses_rest = False
+        self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
+
+    @property
+    def _prefilled(self) -> Prompt | None:
+        """The prompt that `prefill` has brought, and whose last piece has not come yet."""
+        return self._work.prompt if self._work.phase is Phase.PREFILLED else None
+
+    @_prefilled.setter
+    def _prefilled(self, prompt: Prompt | None) -> None:
+        if prompt is None:
+            self._forget_prefilled()
+        else:
+            self._work = Work(Phase.PREFILLED, prompt)
+
+    @property
+    def _busy(self) -> bool:
+        return self._work.phase is Phase.RESTORING
+
+    def _restore(
+        self,
+        call: ForwardCall,
+        leave: int | None,
+        progress: Progress,
+        *,
+        beyond_loads: bool,
+        report: Report | None = None,
+        started: float | None = None,
+        namespace: str | None = None,
+    ) -> Restore | None:
+        """Restore the call's full chunks, but for its last `leave` tokens.
+
+        Args:
+            call: one prompt, or what is new of it.
+            leave: tokens; None for the last block.
+            progress: see `prefill`.
+            beyond_loads: see `Restore`.
+            report: where all is counted, if not in a new one.
+            started: when the call came, if not now.
+            namespace: of the session, where that was just made.
+
+        Returns:
+            What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
+        """
+        session, started = self._session, time.monotonic() if started is None else started
+        reason = self._refusal(call)
+        if not reason and call.tokens < session.chunk_size and not self._is_cut_in(call):
+            reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
+        if not self._model_reason:
+            reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
+        if reason := reason or kept_reason(session.model, self.layers, call.past + call.tokens):
+            self.report = self._plain_report(call, reason)
+            return None
+        return self._restore_under(namespace, call, leave, progress, beyond_loads, report, started)
+
+    def _restore_under(
+        self,
+        namespace: str | None,
+        call: ForwardCall,
+        leave: int | None,
+        progress: Progress,
+        beyond_loads: bool,
+        report: Report | None,
+        started: float,
+    ) -> Restore:
+        """As `_restore`, of a call that is not refused. Without a namespace the latest one is taken, and is checked while loads
+        are under way, since making it takes milliseconds.
+
+        Raises:
+            ComputePlainly: the model turns out not to be one whose KV can be exchanged.
+        """
+        session = self._session
+        # Ranks of a parallel model look at it all at the same time, that is, at once.
+        assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
+        prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
+        restore = self._start(prompt, progress, beyond_loads=beyond_loads)
+        try:
+            found = (
+                session.bound_model.namespace(call.ids)
+                if assumed and not namespace and prompt.keys
+                else prompt.namespace
+            )
+            if found == prompt.namespace:
+                if reason := refused_reason(session.model, found):
+                    raise ComputePlainly(reason)
+                restore.run()
+                return restore
+        except BaseException:
+            self._abandon(restore)
+            raise
+        self._abandon(restore)  # the model is not what it was: what is on its way belongs to another one
+        if session.bound_model.namespace(call.ids) != found:
+            raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
+        forget_trials(session.model)
+        if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
+            raise ComputePlainly(reason)
+        return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
+
+    def _look_up(
+        self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
+    ) -> Prompt:
+        """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
+        session = self._session
+        report = report or self._plain_report(call, "")
+        wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
+        report.reason = wanted.reason or report.reason
+        if call.past == self._held.end:
+            prompt = look_up(session, call, wanted, self._held, report, started, namespace)
+        else:
+            prompt = off_schedule(session, call, wanted, report, started)
+            tell_plain(report.reason)
+        self.report = prompt.report
+        if not (wanted.chunks or report.restored or report.reason):
+            report.reason = "the prompt has no full chunk before its last piece, which is always computed"
+        return prompt
+
+    def _start(self, prompt: Prompt, progress: Progress, *, beyond_loads: bool) -> Restore:
+        restore = Restore(self._session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
+        self._work = Work(Phase.RESTORING, restore=restore)
+        try:
+            restore.start()
+        except BaseException:
+            self._abandon(restore)
+            raise
+        return restore
+
+    def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
+        # Also in the middle of the last piece, where a load that it waited for has failed.
+        outside = self._work, self.presses_rest
+        self._work, self.presses_rest = replace(self._work, phase=Phase.RESTORING, lost=lost), True
+        try:
+            with as_it_is(self._session.model):
+                look_again()
+                self._session.model(**arguments)
+        finally:
+            self._work, self.presses_rest = outside
+
+    def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
+        restore.close(save_tail=save_tail)
+        self._work = IDLE
+        prompt = restore.prompt
+        if prompt.keys:
+            count = prompt.chunks + save_tail
+            past, blocks = prompt.call.past, prompt.blocks[:count]
+            self._held.append([block.shifted(past) for block in blocks] if past else blocks, prompt.keys[:count])
+        learn_costs(restore.cost_memory, restore.prompt, restore.pace)
+        if restore.brought:
+            note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)
+        if (inquiry := restore.prompt.inquiry) is not None:
+            inquiry.settle(restore.prompt.report)
+
+    def _abandon(self, restore: Restore) -> None:
+        self._work = IDLE
+        restore.abandon()
+
+    def _finish(self) -> None:
+        """What was in the model is through: if a last piece was a full chunk on the schedule, it is like the others."""
+        work = self._work
+        if work.phase not in (Phase.SUFFIX, Phase.BATCH):
+            return
+        if work.batch is not None:
+            work.batch.close()
+            self._session.bound_store.count(work.batch.report)
+        if work.prompt is not None:
+            restore, devices = work.restore, devices_of(self._session.model)
+            record_tail(work.prompt, devices, work.begin, gated=restore is not None and restore.waited)
+            if restore is not None:
+                self._close(restore, save_tail=work.saved)
+            if restore is not None or work.rows > 1:
+                self._session.bound_store.count(work.prompt.report)
+        self._work = IDLE
+
+    def _give_up(self) -> None:
+        """What was being brought, or was in the model, did not get through."""
+        self.presses_rest = False
+        work = self._work
+        if work.phase is Phase.PREFILLED:
+            return
+        self._work = IDLE
+        if work.batch is not None:
+            work.batch.abandon()
+        if work.restore is not None:
+            work.restore.abandon()
+        elif work.rows > 1:
+            self.reset()
+
+    def _brings_beginning(self) -> bool:
+        """Whether the last piece of a prompt is in the model that began in this cache."""
+        work = self._work
+        return work.phase is Phase.SUFFIX and work.prompt is not None and not work.prompt.call.past
+
+    def _press(self) -> None:
+        """The whole prompt is through, and the presses on the model have not seen it."""
+        self.presses_rest = False
+        if (presses := Presses.on(self._session.model)).pressed:
+            self._forget_content()
+            presses.apply(self.layers)
+
+    def _forget_prefilled(self) -> None:
+        if self._work.phase is Phase.PREFILLED:
+            self._work = IDLE
+
+    def _prefill(self, input_ids: torch.Tensor, leave: int | None, progress: Progress, **counted: Any) -> Prompt | None:
+        """Restore what is new of a prompt, but for its last `leave` tokens (its last block, for None); None if it cannot be."""
+        model, past = self._session.model, self.get_seq_length()
+        self._seen.require(input_ids, None, past)
+        ids = input_ids[:, past:].to(home_device(model))
+        call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
+        if call.is_batch:
+            self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
+            return None
+        try:
+            with torch.no_grad(), one_look():
+                restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
+            if restore is None:
+                return None
+            self._close(restore)
+        except BaseException:
+            self._give_up()
+            raise
+        self._seen.note(past, ids[:, : restore.prompt.rest])
+        self._unpressed = not past
+        return restore.prompt
+
+    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
+        """Bring the last piece of a document, without showing it; None if that is not possible."""
+        past = self.get_seq_length()
+        begin = Standing.take(self.layers, past, self._held)
+        ids = input_ids[:, past:]
+        report, reason = self.report, self.report.reason
+        if not report.restored:
+            report.reason = ""  # that there is no chunk says nothing any more
+        unpressed = self._unpressed
+        prompt = self._prefill(input_ids, 0, progress, report=report, started=started)
+        self._unpressed |= unpressed
+        if prompt is None or self.get_seq_length() != input_ids.shape[1]:
+            self.report, report.reason = report, reason
+            return None
+        self._ahead = Ahead(ids.cpu().clone(), Standing.take(self.layers, past + ids.shape[1], self._held))
+        begin.put(self.layers, kv_like(self._session.model))
+        self._held = begin.held
+        self._seen.crop(past)
+        return prompt
+
+    def _refusal(self, call: ForwardCall) -> str:
+        model = self._session.model
+        training = "the model is in training mode" * model.training
+        varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
+        numbering = numbering_reason(model, call.arguments)
+        pressed = Presses.on(model).reason(call, self.layers)
+        return (
+            self._model_reason
+            or misunderstood_reason(model)
+            or call.refusal()
+            or training
+            or varying
+            or numbering
+            or pressed
+            or stranger_reason(model)
+        )
+
+    def _plain_report(self, call: ForwardCall, reason: str) -> Report:
+        if reason:
+            tell_plain(reason)
+        return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)

@@ -1,0 +1,225 @@
+"""What a cache does with a call of its model: which part of it is a prompt, and how that is restored."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.errors import CakeError
+from cake_hf.arithmetic.schedule import blocks
+from cake_hf.cache.audit import refused_reason
+from cake_hf.cache.batch import BatchRestore
+from cake_hf.cache.call import ForwardCall
+from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
+from cake_hf.cache.forwards import no_progress
+from cake_hf.cache.held import Held
+from cake_hf.cache.hooked import Rewritten
+from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.cache.phase import Phase, Work
+from cake_hf.cache.plainly import ComputePlainly
+from cake_hf.cache.prefix_cache import PrefixCache
+from cake_hf.cache.support import CLOSED, NO_CUTS_IN_BATCH, batch_reason
+
+
+class PromptCache(PrefixCache):
+    """Has the prompt in a call restored, and leaves the model its last piece. See `RestoringCache`."""
+
+    def _runs_compiled(self) -> bool:
+        """Whether compiled code will run the forward that has begun, or a part of it."""
+        raise NotImplementedError
+
+    def _new_row(self, layers: list[TokenMajorLayer]) -> PromptCache:
+        """A cache for one row of a batch, which may be gone on from."""
+        raise NotImplementedError
+
+    def _handle(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
+    ) -> Rewritten | None:
+        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched.
+
+        Args:
+            model: whose forward is called.
+            args: positional arguments of the call.
+            kwargs: named ones, with this cache among them or the others.
+            past: tokens in this cache.
+        """
+        ids = args[0] if args else kwargs.get("input_ids")
+        is_one_token = isinstance(ids, torch.Tensor) and ids.shape[-1] == 1
+        if past and (not is_one_token or is_first_forward(model)):
+            self._require_same_prompt(model, past)
+        if past and is_one_token and ids is not None:
+            self._ahead = None
+            if self._turn is not None and (len(args) > 1 or not self._turn.decoded(ids, kwargs, past)):
+                self._turn = None
+            if ids.shape[0] > 1:
+                self._spread(ids)
+            self._lay_by_head()
+            return None  # decoding: the hot path
+        if not self._counts():
+            if not is_one_token:
+                call = ForwardCall.parse(model, args, kwargs, self, 0)
+                self.report = self._plain_report(call, self._model_reason)
+            return None
+        if not past and self._ahead is None:
+            super().reset()  # it may have been cropped to nothing, and had another number of rows
+            self._seals.forget()
+            self._seen.forget()
+        call = ForwardCall.parse(model, args, kwargs, self, past)
+        if self._brings_all(call):
+            if call.vision is None:
+                return self._handle_rest(call.without_past())
+            self.reset()  # what it brings beside its tokens is for the whole prompt
+            return self._handle(model, args, kwargs, 0)
+        return self._handle_call(call)
+
+    def _handle_rest(self, rest: ForwardCall) -> Rewritten:
+        """As `_handle`, for what is new in a call that brings more."""
+        if rest.tokens > 1:
+            rewritten = self._handle_call(rest)
+        else:  # decoding without `use_cache`
+            self._spread(rest.ids)
+            rewritten = None
+        return rewritten or ((), rest.piece(0, rest.tokens))
+
+    def _handle_call(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, behind the end of a document where the call goes on from it."""
+        behind = self._behind_document(call)
+        if behind is not None:
+            return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
+        return self._handle_new(call)
+
+    def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
+        """If a call begins with the end of the document that the cache has: show this, and return what is behind it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        self._forget_edited()
+        if call.tokens > ahead.tokens and call.vision is None and self._goes_on(ahead, call.ids, call.past):
+            within = replace(
+                call, for_kv=call.for_kv or is_first_forward(self._session.model)
+            )  # it takes the last logits
+            if call.wanted_logits <= call.tokens - ahead.tokens and not self._refusal(within):
+                self._show_ahead(ahead)
+                return call.after(ahead.tokens)
+        if not call.past:
+            super().reset()
+        return None
+
+    def _handle_new(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`."""
+        if call.past and call.wants_all_logits:
+            self._turn = None
+            self._spread(call.ids)
+            self._lay_by_head()
+            return None  # candidates of assisted decoding, not a prompt
+        if not self._session.at_work.begin(self):
+            self.report = self._plain_report(call, CLOSED)
+            return None
+        prefilled = self._prefilled
+        self._forget_prefilled()
+        self._forget_edited()
+        self._end_turn(call.past)
+        if call.past != self._held.end:
+            prefilled = None
+        is_rest = prefilled is not None and self._is_rest(call)
+        if call.tokens:
+            if call.past:
+                self._spread(call.ids)
+            self._seen.note(call.past, call.ids)
+        if is_rest and prefilled is not None and not call.is_padded:
+            self._work = Work(Phase.SUFFIX, prefilled, begin=time.monotonic())
+            self._begin_turn(call, 0, prefilled.namespace)
+            return None
+        if call.is_batch:
+            return self._handle_batch(call)
+        report = None if prefilled is None else prefilled.report
+        if report is not None:  # it is the same prompt, and more of it
+            report.tokens = call.past + call.tokens
+        # What is compiled cannot wait in its layers.
+        beyond = not self._runs_compiled()
+        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=beyond, report=report)
+        if restore is None:
+            if call.tokens < self._session.chunk_size and not self._refusal(call):
+                self._begin_turn(call, 0, "")
+            return None
+        prompt = restore.prompt
+        saved = len(prompt.keys) > prompt.chunks
+        self._work = Work(Phase.SUFFIX, prompt, restore, begin=time.monotonic(), saved=saved)
+        if prompt.keys or not prompt.blocks:
+            self._begin_turn(call, call.tokens if saved else prompt.rest, prompt.namespace)
+        try:
+            return (), call.piece(prompt.rest, call.tokens)
+        except BaseException:  # of the model's vision part
+            self._give_up()
+            raise
+
+    def _brings_all(self, call: ForwardCall) -> bool:
+        """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
+
+        So it is without `use_cache`, and in the first step of assisted decoding.
+        """
+        if not 0 < call.past < call.tokens or not is_within_generate(self._session.model):
+            return False
+        if call.arguments.get("use_cache") is not False and not call.begins_at_start:
+            return False
+        self._seen.require(call.ids, None, call.past)
+        return True
+
+    def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
+        """`generate` will cut off what is in here from the prompt that it was given, whatever it is."""
+        given = given_prompt(model)
+        if given is not None:
+            self._seen.require(given.ids, given.mask, past, longer=True)
+            self._forget_retold(given.ids)
+
+    def _is_rest(self, call: ForwardCall) -> bool:
+        """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
+        others."""
+        size = self._session.chunk_size
+        if self._is_cut_in(call):
+            return False
+        return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
+
+    def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for several prompts, or a padded one."""
+        session, started = self._session, time.monotonic()
+        reason = self._refusal(call)
+        if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
+            reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
+        if not reason and call.is_repeated:
+            return self._handle_repeated(call)
+        if reason := reason or batch_reason(self.layers):
+            self.report = self._plain_report(call, reason)
+            return None
+        namespace = session.bound_model.namespace(call.ids)  # made once for all rows, since that takes milliseconds
+        if reason := refused_reason(session.model, namespace):
+            raise ComputePlainly(reason)
+        batch = BatchRestore(session, self.layers, call, namespace, started)
+        self.report = batch.report
+        batch.run(self._restore_row)
+        if self._cuts:
+            batch.report.reason = batch.report.reason or NO_CUTS_IN_BATCH
+        self._work = Work(Phase.BATCH, batch=batch)
+        return (), call.piece(batch.start, call.tokens)
+
+    def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
+        """As `_handle`, for rows that are all equal, as for beams: one is restored, of whatever layers, and repeated."""
+        prompt = self._prefill(call.ids[:1], call.wanted_logits, no_progress)
+        if prompt is None:
+            return None
+        rows = call.ids.shape[0]
+        self._repeat(call.ids)
+        self._seen.note(0, call.ids)
+        self.report.repeat(rows)
+        self._work = Work(Phase.SUFFIX, prompt, begin=time.monotonic(), rows=rows)
+        return (), call.piece(prompt.rest, call.tokens)
+
+    def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
+        """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
+        row = self._new_row(layers)
+        row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
+        if row._prefill(ids, 0, no_progress, **counted) is None:
+            raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")

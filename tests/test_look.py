@@ -1,0 +1,158 @@
+"""A prompt looks at its model once, and again after each forward; and what that takes is counted by a script."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cake_hf import CakeCache, MemoryStore
+from cake_hf.cache import probe
+from cake_hf.tensors import offload, tree
+from cake_hf.tensors.look import look_again, once_per_look, one_look
+from models import CHUNK, build, prompt, run
+
+
+def load_script() -> Any:
+    path = Path(__file__).parent.parent / "scripts" / "trace_restore.py"
+    spec = importlib.util.spec_from_file_location("trace_restore", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = load_script()
+
+
+@pytest.fixture(scope="module")
+def trace() -> Any:
+    return SCRIPT.warm_restore()
+
+
+class Asked:
+    """A function of a model that counts how often it is found out."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.answer = once_per_look(self.find)
+
+    def find(self, model: object) -> int:
+        self.count += 1
+        return self.count
+
+
+def test_within_a_look_an_answer_is_kept() -> None:
+    asked = Asked()
+    with one_look():
+        assert [asked.answer("a"), asked.answer("a"), asked.answer("b"), asked.answer("a")] == [1, 1, 2, 1]
+
+
+def test_outside_of_it_nothing_is_kept() -> None:
+    asked = Asked()
+    with one_look():
+        asked.answer("a")
+    assert [asked.answer("a"), asked.answer("a")] == [2, 3]
+
+
+def test_a_look_within_another_one_ends_with_that() -> None:
+    asked = Asked()
+    with one_look():
+        with one_look():
+            asked.answer("a")
+        assert asked.answer("a") == 1
+    assert asked.answer("a") == 2
+
+
+def test_who_looks_again_finds_out_anew() -> None:
+    asked = Asked()
+    look_again()  # no look: nothing to be forgotten
+    with one_look():
+        asked.answer("a")
+        look_again()
+        assert asked.answer("a") == 2
+
+
+def test_an_error_is_no_answer_and_ends_the_look() -> None:
+    def fails(model: object) -> object:
+        raise ValueError(model)
+
+    asked, failing = Asked(), once_per_look(fails)
+
+    def look() -> None:
+        with one_look():
+            asked.answer("a")
+            failing("a")
+
+    with pytest.raises(ValueError, match="a"):
+        look()
+    assert asked.answer("a") == 2
+
+
+def test_another_thread_has_a_look_of_its_own() -> None:
+    asked, seen = Asked(), []
+    with one_look():
+        asked.answer("a")
+        thread = threading.Thread(target=lambda: seen.append(asked.answer("a")))
+        thread.start()
+        thread.join()
+    assert seen == [2]
+
+
+@pytest.mark.parametrize(
+    ("function", "most"),
+    [
+        (probe.made_by, 2),
+        (offload.home_device, 2),
+        (tree.modules_of, 3),  # the third one asks whether the model is compiled by now
+        (tree.modules_everywhere, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_warm_prompt_looks_at_its_model_before_and_after_a_forward(trace: Any, function: Any, most: int) -> None:
+    assert 1 <= trace.functions[function.__wrapped__.__code__] <= most
+
+
+def test_what_is_changed_between_two_prompts_is_seen() -> None:
+    """A look ends with its prompt: another dtype has another layout, and other chunks."""
+    model, ids, store = build("llama"), prompt(3 * CHUNK + 5), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        run(model, ids, cache)
+    model.to(torch.bfloat16)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        run(model, ids, cache)
+        assert cache.report.chunks_computed == 3
+        cache.flush()
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        run(model, ids, cache)
+        assert cache.report.chunks_loaded == 3
+
+
+def test_the_script_counts_files_functions_and_crossings(trace: Any) -> None:
+    assert 0 < len(trace.files) <= len(trace.functions) <= sum(trace.functions.values())
+    assert trace.total == sum(n for (caller, _), n in trace.crossings.items() if caller != SCRIPT.OUTSIDE)
+    assert trace.crossings == Counter(
+        {pair: sum(n for (*two, _), n in trace.borders.items() if tuple(two) == pair) for pair in trace.crossings}
+    )
+    assert all(caller != called for caller, called in trace.crossings)
+    assert "cache/restore.py" in trace.files
+
+
+@pytest.mark.parametrize(("options", "lists"), [([], False), (["--calls"], True), (["--tokens", "2"], False)])
+def test_the_script_prints_them(
+    options: list[str], lists: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["trace_restore.py", *options])
+    SCRIPT.main()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ files, \d+ functions, \d+ border crossings", first)
+    assert any("cache/hook.py -> cache/restoring.py" in line for line in others) is lists
