@@ -14,7 +14,7 @@ import torch
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.keys import block_keys, state_key
 from cake_hf.arithmetic.report import Report, Span
-from cake_hf.arithmetic.schedule import Block, blocks, last_piece
+from cake_hf.arithmetic.schedule import Block, blocks, last_piece, tail_ends
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.held import Held
 from cake_hf.cache.misses import NONE_YET, Inquiry
@@ -87,8 +87,7 @@ class Prompt:
 
     def is_chunk(self, index: int) -> bool:
         """Whether that block is a full chunk, run in one forward."""
-        block = self.blocks[index]
-        return block.tokens == self.layout.chunk_size and not block.singly
+        return self.blocks[index].fills(self.layout.chunk_size)
 
     def counts_as_chunk(self, index: int) -> bool:
         """Whether the report counts that block as a chunk, not as a tail."""
@@ -207,7 +206,8 @@ def look_up(
     if wanted.chunks and not any(stored) and not report.reason:
         report.reason = _objection(session, namespace) or _why_none(session)
         if report.reason == NONE_YET and not held.keys and asked:
-            return replace(prompt, inquiry=Inquiry(session, call, namespace, note_seconds(session.limits)))
+            cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
+            return replace(prompt, inquiry=Inquiry(session, call, namespace, seconds, cuts))
     return prompt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
-from cake_hf.cache import CakeCache, chat_document
+from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import GENERATE_LINE
 from cake_hf.cache.words import SALTED_WORDS, keep_words
 from cake_hf.people.console import console, progress_bar
-from cake_hf.people.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.people.documents import read_document
+from cake_hf.people.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.people.tables import Lanes, legend, report_table
 from cake_hf.people.units import count_text
 
@@ -43,6 +45,7 @@ class WarmJob:
         prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
         chat: it is what a user's message begins with, in the model's chat template.
         system: the system prompt, UTF-8 text; with `chat`.
+        boundaries: in tokens from the start: cuts that prompts declare, too.
     """
 
     model: str
@@ -58,6 +61,7 @@ class WarmJob:
     prompt: bool = False
     chat: bool = False
     system: Path | None = None
+    boundaries: Sequence[int] = ()
 
 
 Loaded = tuple[Any, Any]
@@ -87,14 +91,9 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     """
     if job.keep_words and job.salt:
         raise ValueError(SALTED_WORDS)
-    if job.system is not None and not job.chat:
-        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
-    text, system = read_text(job.file), "" if job.system is None else read_text(job.system)
+    document = read_document(job.file, job.chat, job.system, job.tokens, job.boundaries)
     tokenizer, model = loaded or load(job)
-    if job.chat:
-        ids = chat_document(tokenizer, text, system=system)[:, : job.tokens]
-    else:
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    ids = document.ids(tokenizer)
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     size = job.chunk_size or "auto"
@@ -107,11 +106,12 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
                 show(done, total)
                 pace(done)
 
-            report = cache.prefill(ids, whole=not (job.prompt or job.chat), progress=progress)
+            whole = not (job.prompt or job.chat)
+            report = cache.prefill(ids, boundaries=job.boundaries, whole=whole, progress=progress)
         with console.status("waiting until all chunks are durable"):
             cache.flush()
         if job.keep_words:
-            keep_words(cache, text)
+            keep_words(cache, document.text)
     _refuse_unsaved(report)
     return report
 
