@@ -64,9 +64,10 @@ class Sought:
     cuts: Sequence[int] = ()
 
     def keys(self, record: Record) -> list[str]:
-        """Of the prompt's chunks, and of the tails before its cuts, under another namespace."""
+        """Of the prompt's chunks and the tails between them, under another namespace; of a tail alone if that is declared."""
         named = blocks(0, len(self.tokens), self.cuts, record.chunk_size)
-        if named and not named[-1].fills(record.chunk_size) and named[-1].end not in self.cuts:
+        last = named[-1] if named else None
+        if last and not last.fills(record.chunk_size) and (len(named) > 1 or last.end not in self.cuts):
             named.pop()
         return block_keys(record.namespace, self.tokens, named, record.chunk_size, marks=self.marks(named))
 
@@ -78,7 +79,7 @@ class Elsewhere:
     Attributes:
         record: of the namespace.
         differences: between it and that of who looked.
-        keys: of the prompt's chunks and tails there.
+        keys: of the prompt's chunks there, see `Sought.keys`.
         stored: how many of these are stored.
     """
 
