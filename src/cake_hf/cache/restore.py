@@ -486,6 +486,7 @@ class Restore:
         tails = set(range(self.prompt.chunks)) - chunks
         self.brought = len(own | shared)
         report.tails_loaded += len(tails & (own | shared))
+        report.tail_tokens_loaded += sum(self.prompt.blocks[index].tokens for index in tails & (own | shared))
         report.tails_computed += len(tails - own - shared)
         report.chunks_missed += ends.count(Outcome.MISSED)
         report.chunks_failed += sum(outcome in (Outcome.CORRUPT, Outcome.ERROR, Outcome.LATE) for outcome in ends)

@@ -165,7 +165,7 @@ def _what_is_gone(found: Found) -> str:
 
 def _what_states_allow(found: Found) -> str:
     """Of a model with recurrent states."""
-    if found.restored is None or not found.stored:
+    if found.restored is None or not found.stored or found.restored == found.known:
         return ""
     how = "CakeCache(snapshot_every=1) keeps one after each chunk"
     if not found.restored:

@@ -204,8 +204,8 @@ def session_for(
 
 def _no_prompt(input_ids: torch.Tensor, chunk_size: int) -> ValueError:
     return ValueError(
-        f"input_ids must be [1, tokens] with at least one chunk of {chunk_size} tokens, or with an end that `prefill` has "
-        f"stored; got {list(input_ids.shape)}."
+        f"A pack is made of one prompt, [1, tokens], with at least one chunk of {chunk_size} tokens, or with an end that was "
+        f"stored (CakeCache.prefill, `cake-hf warm --prompt`); this is {list(input_ids.shape)}."
     )
 
 
