@@ -88,7 +88,7 @@ class Watched:
         self._bench, self._name, self._trace, self._turn = bench, name, trace, turn
         self._ends = ExitStack()
         self._ends.callback(remove, folder)
-        self.store = SlowStore(LocalStore(folder), rate)
+        self.store = SlowStore(LocalStore(folder, budget=None), rate)
         self._ends.callback(self.store.close)
         with closing(bench.session(self.store)) as session:
             self._memory = session.cost_memory(session.namespace())

@@ -89,7 +89,7 @@ def _name_prompts(bench: Workbench) -> list[Naming]:
     """New prompts, one after the other, on a store with many chunks."""
     folder = bench.fresh_folder()
     try:
-        session = bench.session(LocalStore(folder), chunk_size=CHUNK_SIZE)
+        session = bench.session(LocalStore(folder, budget=None), chunk_size=CHUNK_SIZE)
         with closing(session):
             calls = [_random_call(bench, seed) for seed in range(ROUNDS)]
             stored = [key for call in calls for key in _look_up(session, call).keys[: CHUNKS // 2]]

@@ -44,7 +44,7 @@ def measure(bench: Workbench) -> Result:
 
 def _cold(bench: Workbench) -> Run:
     folder = bench.fresh_folder()
-    with bench.cache(LocalStore(folder), save=True) as cache:
+    with bench.cache(LocalStore(folder, budget=None), save=True) as cache:
         run = bench.generate(cache, "cold")
         cache.flush()
     remove(folder)

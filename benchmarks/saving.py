@@ -52,7 +52,7 @@ def measure(bench: Workbench) -> Result:
 
 def _cold(bench: Workbench, *, save: bool) -> ColdRun:
     folder = bench.fresh_folder()
-    with bench.cache(LocalStore(folder), save=save) as cache:
+    with bench.cache(LocalStore(folder, budget=None), save=save) as cache:
         run = bench.generate(cache, f"cold, save={save}", new_tokens=bench.settings.new_tokens)
         begin = time.perf_counter()
         cache.flush()

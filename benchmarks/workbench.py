@@ -243,7 +243,7 @@ class Workbench:
         """A store that has all chunks of the prompt. Made once, by a cold run that serves as warm-up, too."""
         if self._filled is None:
             self.plain_run()
-            store = LocalStore(self.folder / "filled")
+            store = LocalStore(self.folder / "filled", budget=None)
             with self.cache(store, save=True, limits=self._room_for_all()) as cache:
                 report = self.generate(cache, "cold run").report
                 cache.flush()

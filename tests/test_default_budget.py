@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from cake_hf import LocalStore, StoreError, open_store
+from cake_hf import CakeCache, LocalStore, StoreError, open_store
+from cake_hf.cache.probe import chunk_layout, kv_like
 from cake_hf.stores.budget import USUAL, FreeShare
+from cake_hf.tensors.codec import stored_bytes
+from cake_hf.tensors.layout import ChunkLayout
 from cake_hf.testing.contract import key_of, value_of
 from commands import flat, run_command
+from models import CHUNK, prompt, shared_model
 
 
 class Disk(NamedTuple):
@@ -78,7 +83,7 @@ def test_what_is_there_does_not_make_it_smaller(tmp_path: Path, disk: Callable[[
     "Opened without a budget, it keeps what it has and grows no further.",
 )
 def test_what_was_there_stays(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
-    fill(LocalStore(tmp_path), 0, 8)
+    fill(LocalStore(tmp_path, None), 0, 8)
     disk(Disk(100))
     store = opened(tmp_path)
     fill(store, 8, 10)
@@ -165,3 +170,79 @@ def test_warm_says_it_of_a_new_store(tmp_path: Path, disk: Callable[[Disk], None
         )
         assert result.exit_code == 0, result.output
         assert ("kv is a new store. It may take 10.0 MiB, 20 % of the free disk" in flat(result.stdout)) == told
+
+
+@pytest.mark.parametrize("kind", ["LocalStore", "CakeCache", "tiers"])
+def test_a_directory_that_is_opened_in_code_keeps_to_it_too(
+    tmp_path: Path, disk: Callable[[Disk], None], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once per store and process it is logged, not as a warning."""
+    disk(Disk(20 * stored_bytes(session_layout())))
+    caplog.set_level(logging.INFO, "cake_hf")
+    model, ids = shared_model("llama"), prompt(6 * CHUNK + 1)
+    for _ in range(2):
+        store: Any = tmp_path / "kv"
+        if kind == "LocalStore":
+            store = LocalStore(store)
+        if kind == "tiers":
+            store = ["memory:1MB", str(store)]
+        with CakeCache(model, store, chunk_size=CHUNK) as cache:
+            cache.prefill(ids, whole=True)
+            assert cache.flush(60)
+    assert total(LocalStore(tmp_path / "kv", None)) == 4 * stored_bytes(session_layout())
+    lines = [record for record in caplog.records if "may take" in record.message]
+    assert [line.levelname for line in lines] == ["INFO"]
+
+
+def session_layout() -> ChunkLayout:
+    return chunk_layout(kv_like(shared_model("llama")), CHUNK)
+
+
+@pytest.mark.fault(
+    "Files",
+    "A process with the default budget uses a store that others fill beyond it meanwhile.",
+    "It deletes nothing of that to become smaller; what was used longest ago makes room for its own new chunks only.",
+)
+@pytest.mark.parametrize("others", ["no limit", "a larger budget", "copied by hand"])
+def test_what_others_bring_meanwhile_stays(tmp_path: Path, disk: Callable[[Disk], None], others: str) -> None:
+    disk(Disk(20_000))
+    ours = LocalStore(tmp_path)
+    fill(ours, 0, 3)
+    if others == "copied by hand":
+        fill(LocalStore(tmp_path / "elsewhere", None), 10, 19)
+        for file in (tmp_path / "elsewhere").rglob("*.safetensors"):
+            (tmp_path / file.parent.name).mkdir(exist_ok=True)
+            file.rename(tmp_path / file.parent.name / file.name)
+    else:
+        fill(LocalStore(tmp_path, None if others == "no limit" else 50_000), 10, 19)
+    fill(ours, 3, 6)
+    assert total(ours) in (12_000, 13_000)  # what nobody has counted is found when room is needed
+    assert set(map(key_of, range(4, 6))) <= {entry.key for entry in ours.entries()}
+
+
+@pytest.mark.parametrize("budget", [1, 999])
+def test_a_budget_of_ones_own_smaller_than_a_chunk(tmp_path: Path, budget: int) -> None:
+    with pytest.raises(
+        StoreError, match=rf"^A chunk of 1,000 bytes is over the store's budget of {budget}; raise it\.$"
+    ):
+        fill(LocalStore(tmp_path, budget), 0, 1)
+
+
+@pytest.mark.parametrize(
+    "store", ["file://{}/kv?budget=1KB", "memory:1KB", "file://{}/kv?budget=2KB&eviction=front-first"]
+)
+@pytest.mark.parametrize("more", [(), ("--prompt",), ("--tokens", 5, "--prompt")])
+def test_warm_says_it_before_it_computes(tmp_path: Path, store: str, more: tuple[object, ...]) -> None:
+    (tmp_path / "text.txt").write_text("remember otter = jade\n" * 30)
+    arguments = ("warm", "recall-tiny", tmp_path / "text.txt", "--store", store.format(tmp_path))
+    result = run_command(*arguments, "--chunk-size", 16, *more)
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(r"A chunk of [\d,]+ bytes is over the store's budget of [\d,]+; raise it\.\n", result.stderr)
+
+
+def test_a_cache_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CakeCache(shared_model("llama"), LocalStore(tmp_path, 100), chunk_size=CHUNK) as cache:
+        cache.prefill(prompt(6 * CHUNK + 1))
+        cache.flush(60)
+        assert cache.report.chunks_unsaved > 0
+    assert len([record for record in caplog.records if "over the store's budget of 100" in record.message]) == 1

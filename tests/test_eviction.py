@@ -436,7 +436,7 @@ def test_all_that_changes_the_directory_is_counted(tmp_path: Path) -> None:
 
 
 def test_without_a_budget_nothing_is_counted_or_evicted(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
+    store = LocalStore(tmp_path, budget=None)
     for number in range(5):
         store.write(key_of(number), [value_of(number)])
     assert not (tmp_path / "bytes").exists()

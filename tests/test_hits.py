@@ -11,7 +11,7 @@ from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.report import Report
 from cake_hf.movers import hits
 from cake_hf.movers.hits import Hits, count_hits, flush_hits, parsed, read_hits
-from models import CHUNK, prompt, shared_model
+from models import CHUNK, TAIL, prompt, shared_model
 
 
 def run(store: object, **options: object) -> None:
@@ -25,8 +25,18 @@ def test_prompts_and_hits_are_counted(tmp_path: Path) -> None:
     [found] = read_hits(tmp_path / "kv" / "notes").values()
     assert (found.prompts, found.with_hits) == (3, 2)
     assert found.tokens == 3 * prompt().shape[1]
-    assert found.tokens_loaded == found.chunks_loaded * CHUNK > 0
+    assert found.tokens_loaded == found.chunks_loaded * CHUNK + 2 * TAIL > 2 * TAIL  # the document's end, too
     assert found.bytes_loaded > 0
+
+
+@pytest.mark.parametrize(("tokens", "boundaries"), [(5, []), (CHUNK + 1, []), (40, [3, 20])])
+def test_tails_are_hits_too(tmp_path: Path, tokens: int, boundaries: list[int]) -> None:
+    """All of a document that is found counts, also where it is shorter than a chunk."""
+    for _ in range(2):
+        with CakeCache(shared_model("llama"), tmp_path, chunk_size=CHUNK, strategy="load") as cache:
+            cache.prefill(prompt(tokens), boundaries=boundaries)
+    [found] = read_hits(tmp_path / "notes").values()
+    assert (found.prompts, found.with_hits, found.tokens, found.tokens_loaded) == (2, 1, 2 * tokens, tokens)
 
 
 def test_who_only_reads_leaves_no_trace(tmp_path: Path) -> None:

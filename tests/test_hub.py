@@ -111,6 +111,21 @@ class TestHubPack(ReadOnlyContract):
 
 
 @pytest.mark.parametrize("strategy", ["both", "load"])
+def test_the_end_of_a_document_is_pushed(hub: Hub, model: torch.nn.Module, strategy: str) -> None:
+    """Open on the Hub, and pulled into a store."""
+    ids, saved, pulled = prompt(), MemoryStore(), MemoryStore()
+    with CakeCache(model, saved, chunk_size=CHUNK) as cache:
+        cache.prefill(ids, boundaries=[20])
+    there = push_pack(saved, REPO, model, ids, boundaries=[20], chunk_size=CHUNK)
+    assert (there.missing, there.manifest.boundaries) == (0, (20, ids.shape[1]))
+    assert import_pack(there.url, pulled).tails == 2
+    for store in (open_hub_pack(there.url), pulled):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy=strategy) as cache:
+            report = cache.prefill(ids, boundaries=[20])
+            assert strategy == "both" or (report.tails_loaded, report.chunks_computed) == (2, 0)
+
+
+@pytest.mark.parametrize("strategy", ["both", "load"])
 def test_a_pushed_pack_restores_bit_for_bit(pushed: Pushed, model: torch.nn.Module, strategy: str) -> None:
     assert (pushed.missing, len(pushed.manifest.chunks)) == (0, CHUNKS)
     with CakeCache(model, open_hub_pack(pushed.url), chunk_size=CHUNK, strategy=strategy) as cache:

@@ -296,7 +296,7 @@ def test_a_salt_is_not_given_away(tmp_path: Path, model: torch.nn.Module) -> Non
     manifest = export_pack(salted, tmp_path / "pack", model, prompt(), chunk_size=CHUNK, salt=salt, allow_salted=True)
     assert manifest.salted
     files = [path for path in (tmp_path / "pack").rglob("*") if path.is_file()]
-    assert len(files) == CHUNKS + 2
+    assert len(files) == CHUNKS + 3  # the tail, the manifest and the card
     assert not any(salt.encode() in path.read_bytes() for path in files)
 
 

@@ -217,7 +217,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_made_with_its_parents(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path / "a" / "b")
+    store = LocalStore(tmp_path / "a" / "b", budget=None)
     assert store.write(key_of(1), [b"value"])
     assert repr(store) == f"LocalStore({str(tmp_path / 'a' / 'b')!r})"
 

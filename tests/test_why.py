@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ import torch
 from typer.testing import CliRunner, Result
 
 from cake_hf import CakeCache
+from cake_hf.arithmetic.keys import state_key
 from cake_hf.cli.app import app
 from cake_hf.cli.models import load_model
 from cake_hf.stores import LocalStore
+from cake_hf.tensors.codec import parse_header
 from commands import flat, run_command, save_model, write_text
+from families import family_model, here
 from models import prompt
+from stored import keys_in_order
 
 CHUNK = 16
 CHUNKS = 5
@@ -198,3 +203,167 @@ def test_a_store_without_records_is_listed_as_ever(store: Path) -> None:
     (store / "notes").rmdir()
     assert "tiny" in " ".join(listed(store, 80))
     assert len(list(LocalStore(store).keys())) == CHUNKS
+
+
+# Where prompts part.
+
+
+def with_start(text: Path, tokens: int, more: int, seed: int = 7) -> Path:
+    """A text that begins with so many of these tokens, and goes on otherwise."""
+    words = text.read_text().split()[:tokens]
+    other = write_text(text.parent / f"other{tokens}.txt", more, seed=seed)
+    other.write_text(" ".join([*words, *other.read_text().split()]))
+    return other
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "A prompt begins as a stored one does and then differs, by its text, its tokenizer or its chat template.",
+    "`cake-hf why` says how many tokens agree, and within how many more the two part.",
+)
+@pytest.mark.parametrize(
+    ("tokens", "found", "told"),
+    [
+        (2 * CHUNK, 2, "The first 32 tokens agree with what is stored; within the next 16 it differs"),
+        (3 * CHUNK + 9, 3, "The first 48 tokens agree with what is stored; within the next 16 it differs"),
+        (0, 0, "differs within the first 16 tokens"),
+        (TOKENS, 5, "Of what is behind the first 80 tokens, nothing is stored."),
+    ],
+)
+def test_where_a_prompt_parts_from_what_is_stored(
+    store: Path, model: Path, text: Path, tokens: int, found: int, told: str
+) -> None:
+    result = why(store, model, with_start(text, tokens, 3 * CHUNK))
+    assert result.exit_code == (0 if found else 1), result.output
+    assert f"{found} of " in flat(result.output)
+    assert told in flat(result.output)
+
+
+@pytest.mark.parametrize("warmed", [("--prompt",), ("--prompt", "--boundary", 20), ("--prompt", "--boundary", 5)])
+def test_a_document_that_is_not_declared_is_named(
+    tmp_path: Path, model: Path, text: Path, warmed: tuple[object, ...]
+) -> None:
+    """The question's prompt has the document's tokens, and does not say where that ends, or where it was cut."""
+    warm(model, text, tmp_path / "kv", *warmed)
+    asked = with_start(text, TOKENS, 20)
+    said = flat(why(tmp_path / "kv", model, asked).output)
+    inner = f", boundaries=[{warmed[2]}]" if len(warmed) > 1 else ""
+    assert f"The first {TOKENS} tokens are stored as a document: declare its end" in said
+    assert f"cache.prefill(ids[:, :{TOKENS}]{inner})" in said
+    declared = why(tmp_path / "kv", model, asked, *warmed[1:], "--boundary", TOKENS)
+    assert declared.exit_code == 0
+    assert "declare" not in declared.output
+
+
+def test_the_end_of_a_document_is_named(tmp_path: Path, model: Path, text: Path) -> None:
+    warm(model, text, tmp_path / "kv", "--prompt")
+    assert "5 of 5 chunks of this prompt, and the last 3 tokens, would be found" in flat(
+        why(tmp_path / "kv", model, text).output
+    )
+    short = write_text(tmp_path / "short.txt", 7)
+    assert why(tmp_path / "kv", model, short).exit_code == 1
+    warm(model, short, tmp_path / "kv", "--prompt")
+    result = why(tmp_path / "kv", model, short)
+    assert (result.exit_code, "The last 7 tokens would be found" in flat(result.output)) == (0, True)
+
+
+def test_a_short_document_is_there_from_elsewhere(tmp_path: Path, model: Path) -> None:
+    short = write_text(tmp_path / "short.txt", 7)
+    warm(model, short, tmp_path / "kv", "--prompt")
+    said = flat(why(tmp_path / "kv", model, short, "--threads", 2, "--boundary", 7).output)
+    assert "made with 1 thread; this process has 2" in said
+
+
+@pytest.mark.parametrize("gone", [(0,), (0, 1, 3), (2,)])
+def test_chunks_that_are_gone_are_counted(store: Path, model: Path, text: Path, gone: tuple[int, ...]) -> None:
+    opened = LocalStore(store)
+    keys = keys_in_order(opened)
+    for number in gone:
+        opened.delete(keys[number])
+    said = flat(why(store, model, text).output)
+    assert f"{5 - len(gone)} of 5 chunks" in said
+    assert f"{len(gone)} chunk{'s' * (len(gone) > 1)} before these are gone" in said
+
+
+def changed_weights(folder: Path) -> None:
+    loaded = load_model(str(folder))
+    with torch.no_grad():
+        loaded.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    loaded.save_pretrained(folder)
+
+
+def changed_config(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "rms_norm_eps": 1e-4}))
+
+
+def changed_tokenizer(folder: Path) -> None:
+    """One that puts a token for the begin in front."""
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
+def another_word(folder: Path) -> None:
+    """One that gives the 40th word of the text another number: as of another revision."""
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["model"]["vocab"].update(w40=told["model"]["vocab"]["w41"], w41=told["model"]["vocab"]["w40"])
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+
+
+@pytest.mark.fault(
+    "Model",
+    "The model, or its tokenizer, has changed since a prompt was saved.",
+    "`cake-hf why` names what differs: the weights, an entry of the config, or how far the tokens agree; and what to do.",
+)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            changed_weights,
+            "made with other weights of tiny: load the same revision, with the same adapters and changes.",
+        ),
+        (changed_config, "rms_norm_eps 1e-06; this model has 0.0001: load it with the same config"),
+        (changed_tokenizer, "differs within the first 16 tokens: compare"),
+        (
+            another_word,
+            "tokens agree with what is stored; within the next 16 it differs: compare the texts, the tokenizers",
+        ),
+    ],
+)
+def test_a_model_that_has_changed_is_told(tmp_path: Path, change: Callable[[Path], None], told: str) -> None:
+    folder, text = save_model(tmp_path / "tiny"), tmp_path / "text.txt"
+    words = [f"w{3 + number % 30}" for number in range(TOKENS)]
+    words[40] = "w40"
+    text.write_text(" ".join(words))
+    warm(folder, text, tmp_path / "kv")
+    change(folder)
+    said = flat(why(tmp_path / "kv", folder, text).output)
+    assert told in said
+
+
+@pytest.mark.parametrize("family", here("lfm2"))
+@pytest.mark.filterwarnings("ignore")
+def test_a_recurrent_model_without_snapshots_is_told(tmp_path: Path, family: str) -> None:
+    folder, text = save_model(tmp_path / "model"), write_text(tmp_path / "text.txt", TOKENS)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    family_model(family).save_pretrained(folder)
+    warm(folder, text, tmp_path / "kv")
+    opened = LocalStore(tmp_path / "kv")
+    assert "snapshot" not in why(tmp_path / "kv", folder, text).output
+    longer = with_start(text, 5 * CHUNK, 4)
+    [state] = [key for key in opened.keys() if key == state_key(parse_header(opened.read(key) or b"")[0].parent)]  # noqa: SIM118
+    shorter = tmp_path / "shorter.txt"
+    shorter.write_text(" ".join(text.read_text().split()[: 3 * CHUNK + 1]))
+    said = flat(why(tmp_path / "kv", folder, shorter).output)
+    assert "3 of 3 chunks" in said
+    assert "But no snapshot of the model's recurrent state is stored, without which all is computed" in said
+    assert "snapshot" not in why(tmp_path / "kv", folder, longer).output
+    opened.delete(state)
+    assert "But no snapshot" in flat(why(tmp_path / "kv", folder, longer).output)

@@ -102,7 +102,7 @@ class Examination:
             self._try_hanging(name, strategy)
 
     def _plain_runs(self) -> Iterator[tuple[str, Store, dict[str, Any]]]:
-        yield "cold, saving", LocalStore(self._bench.fresh_folder()), {"save": True}
+        yield "cold, saving", LocalStore(self._bench.fresh_folder(), budget=None), {"save": True}
         yield "warm, both", self._store, {}
         yield "warm, load", self._store, {"strategy": "load"}
 

@@ -42,7 +42,7 @@ def memory(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Co
 @contextmanager
 def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
     """A directory, beside preadv of its files (from the page cache, since they were just written)."""
-    with LocalStore(folder / "local") as store:
+    with LocalStore(folder / "local", budget=None) as store:
         fill(store, values)
         paths = [Folder(folder / "local").path(key) for key in values.keys]
         yield Contender("directory", store, {"preadv": lambda n: read_file(paths[n], values.parts[n])})
@@ -78,7 +78,7 @@ def write_pack(values: Values, settings: StoreSettings, folder: Path) -> None:
 @contextmanager
 def tiers(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
     """Memory before a directory, beside that memory alone."""
-    with MemoryStore() as near, LocalStore(folder / "far") as far, TierStore([near, far]) as store:
+    with MemoryStore() as near, LocalStore(folder / "far", budget=None) as far, TierStore([near, far]) as store:
         fill(store, values)
         raw = partial(read, near, values)
         yield Contender("tiers: memory, directory", store, {"the nearest alone": raw})

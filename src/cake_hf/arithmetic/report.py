@@ -56,6 +56,7 @@ class Report:
             another row of the batch.
         tails_computed, tails_loaded, tails_saved: pieces between full chunks and declared cuts (see `CakeCache.prefill`),
             and decoded tokens of earlier turns.
+        tail_tokens_loaded: tokens of the tails that were loaded.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks, and tails, that were not saved: the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
@@ -81,6 +82,7 @@ class Report:
     chunks_shared: int = 0
     tails_computed: int = 0
     tails_loaded: int = 0
+    tail_tokens_loaded: int = 0
     tails_saved: int = 0
     chunks_saved: int = 0
     chunks_unsaved: int = 0

@@ -44,6 +44,10 @@ class Block(NamedTuple):
             return [(self.start, self.end)]
         return [(at, at + 1) for at in range(self.start, self.end)]
 
+    def fills(self, size: int) -> bool:
+        """Whether it is a full chunk of that many tokens, run in one forward."""
+        return self.tokens == size and not self.singly
+
     def shifted(self, by: int) -> Block:
         """The same block, counted from another token on."""
         return Block(self.start + by, self.end + by, self.singly)
@@ -95,6 +99,11 @@ def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:
             else:
                 found.append(Block(at, stop, singly=True))
     return found
+
+
+def tail_ends(named: Iterable[Block], size: int) -> list[int]:
+    """The cuts that make these blocks, where chunks have that size: the ends of all other forwards."""
+    return [end for block in named if not block.fills(size) for _, end in block.forwards]
 
 
 def last_piece(start: int, end: int, cuts: Sequence[int], size: int, leave: int) -> int:

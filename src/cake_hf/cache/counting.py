@@ -44,6 +44,7 @@ def count_restore(
     report.chunks_shared += len(shared & chunks)
     report.chunks_computed += len(chunks - own - shared)
     report.tails_loaded += len(tails & (own | shared))
+    report.tail_tokens_loaded += sum(prompt.blocks[index].tokens for index in tails & (own | shared))
     report.tails_computed += len(tails - own - shared)
     report.chunks_missed += ends[Outcome.MISSED]
     report.chunks_failed += ends[Outcome.CORRUPT] + ends[Outcome.ERROR] + ends[Outcome.LATE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cake_hf.arithmetic.schedule import Block
+from cake_hf.arithmetic.schedule import Block, tail_ends
 
 
 class Held:
@@ -31,7 +31,7 @@ class Held:
 
     def cuts(self, size: int) -> list[int]:
         """The cuts that make these blocks, where chunks have that size."""
-        return [end for block in self.blocks if block.singly or block.tokens < size for _, end in block.forwards]
+        return tail_ends(self.blocks, size)
 
     def is_edge(self, place: int) -> bool:
         """Whether a forward ended at that place, which is not behind the end."""

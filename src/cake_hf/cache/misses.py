@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.keys import block_keys
 from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import blocks
+from cake_hf.arithmetic.schedule import Block, blocks
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.session import Session
 from cake_hf.cache.support import tell_once
@@ -32,13 +32,13 @@ logger = logging.getLogger("cake_hf")
 NONE_YET = "the store has none of the prompt's chunks yet"
 OTHER_SALT = (
     "the store has none of the prompt's chunks yet; what it has of this model under another salt, or under none, is not "
-    "looked into"
+    "looked into: pass the salt that it was saved with"
 )
 
 FEW_KEYS = 32
 """So many keys of a namespace are asked for at once; a bucket takes a request for each."""
 
-Marks = Callable[[int], Sequence[bytes]]
+Marks = Callable[[Sequence[Block]], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Sought:
         salt: of the session.
         model: its name.
         tokens: of the prompt, 64-bit integers.
-        marks: gives for a size of chunks what their keys cover beside the tokens, see `ForwardCall.marks`.
+        marks: gives what the keys of blocks cover beside their tokens, see `ForwardCall.marks`.
+        cuts: that are declared.
     """
 
     namespace: str
@@ -60,11 +61,15 @@ class Sought:
     model: str
     tokens: memoryview
     marks: Marks
+    cuts: Sequence[int] = ()
 
     def keys(self, record: Record) -> list[str]:
-        """Of the prompt's full chunks under another namespace."""
-        size = record.chunk_size
-        return chunk_keys(record.namespace, self.tokens, size, marks=self.marks(size))
+        """Of the prompt's chunks and the tails between them, under another namespace; of a tail alone if that is declared."""
+        named = blocks(0, len(self.tokens), self.cuts, record.chunk_size)
+        last = named[-1] if named else None
+        if last and not last.fills(record.chunk_size) and (len(named) > 1 or last.end not in self.cuts):
+            named.pop()
+        return block_keys(record.namespace, self.tokens, named, record.chunk_size, marks=self.marks(named))
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Elsewhere:
     Attributes:
         record: of the namespace.
         differences: between it and that of who looked.
-        keys: of the prompt's full chunks there.
+        keys: of the prompt's chunks there, see `Sought.keys`.
         stored: how many of these are stored.
     """
 
@@ -98,14 +103,17 @@ class Inquiry:
         call: the forward with the whole prompt.
         namespace: of the session.
         seconds: that the answer may take from now on.
+        cuts: that are declared.
     """
 
-    def __init__(self, session: Session, call: ForwardCall, namespace: str, seconds: float) -> None:
+    def __init__(
+        self, session: Session, call: ForwardCall, namespace: str, seconds: float, cuts: Sequence[int] = ()
+    ) -> None:
         self._end = time.monotonic() + seconds
         tokens = call.ids[0].to("cpu", torch.int64, copy=True).contiguous().numpy().data
         facts, model = session.bound_model.latest_facts(), session.bound_model.name
         # Without the session: the thread that asks may hang.
-        sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call))
+        sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call), cuts)
         self._question = Question(
             partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
         )
@@ -126,14 +134,9 @@ class Inquiry:
 
 
 def marks_of(call: ForwardCall) -> Marks:
-    """A prompt's marks for any size of chunks, without the cache that its call goes to."""
+    """A prompt's marks for any blocks, without the cache that its call goes to."""
     vision = call.vision
-    tokens = call.tokens
-    return (
-        (lambda size: [])
-        if vision is None
-        else (lambda size: vision.marks(blocks(0, tokens - tokens % size, (), size)))
-    )
+    return (lambda named: []) if vision is None else vision.marks
 
 
 def explanation(store: Store, sought: Sought) -> str:

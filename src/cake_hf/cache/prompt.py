@@ -15,7 +15,7 @@ import torch
 from cake_hf.arithmetic.keys import block_keys, state_key
 from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.report import Report, Span
-from cake_hf.arithmetic.schedule import Block, blocks, last_piece
+from cake_hf.arithmetic.schedule import Block, blocks, last_piece, tail_ends
 from cake_hf.cache.call import ForwardCall
 from cake_hf.cache.held import Held
 from cake_hf.cache.lookup import PrefixMatch, is_asked, match_prefix
@@ -92,8 +92,7 @@ class Prompt:
     def full(self) -> frozenset[int]:
         """The blocks that are full chunks, each run in one forward."""
         size = self.layout.chunk_size
-        every = enumerate(self.blocks)
-        return frozenset(index for index, (start, end, singly) in every if end - start == size and not singly)
+        return frozenset(index for index, block in enumerate(self.blocks) if block.fills(size))
 
     @cached_property
     def counted(self) -> frozenset[int]:
@@ -209,7 +208,8 @@ def look_up(
     if wanted.chunks and not any(match.stored) and not report.reason:
         report.reason = _objection(session, namespace) or _why_none(session)
         if report.reason == NONE_YET and not held.keys and asked:
-            return replace(prompt, inquiry=Inquiry(session, call, namespace, note_seconds(session.limits)))
+            cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
+            return replace(prompt, inquiry=Inquiry(session, call, namespace, seconds, cuts))
     return prompt
 
 

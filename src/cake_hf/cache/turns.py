@@ -79,8 +79,8 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
         if stored[number] or not pieces:
             continue
         facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
-        is_chunk = block.tokens == session.chunk_size and not block.singly
-        layout, what = session.bound_model.layout().of(block.tokens), _CHUNK if is_chunk else _TAIL
+        what = _CHUNK if block.fills(session.chunk_size) else _TAIL
+        layout = session.bound_model.layout().of(block.tokens)
         save(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
     if states and not stored[-1]:
         key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1

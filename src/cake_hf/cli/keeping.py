@@ -7,7 +7,7 @@ from contextlib import suppress
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.sizes import bytes_text, count_text
-from cake_hf.stores import LocalStore, Store, open_store
+from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
 
 
 def what_it_keeps(store: Store) -> str:
@@ -24,6 +24,21 @@ def what_it_keeps(store: Store) -> str:
     pinned = store.pinned()
     pins = f" {count_text(len(pinned), 'chunk')} of it are pinned." if pinned else ""
     return f"{may}{share}; eviction is {store.eviction}.{pins}"
+
+
+def refuse_over_budget(store: Store, nbytes: int) -> None:
+    """Raise where a store could never take a chunk, before anything is computed for it.
+
+    Args:
+        store: that is to be written to.
+        nbytes: of a chunk.
+
+    Raises:
+        StoreError: its budget is smaller; or it cannot be looked at.
+    """
+    budget = store.budget() if isinstance(store, LocalStore | MemoryStore) else None
+    if budget is not None and budget < nbytes:
+        raise StoreError(f"A chunk of {nbytes:,} bytes is over the store's budget of {budget:,}; raise it.")
 
 
 def said_of_new(spec: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,3 +31,34 @@ ChunkSize = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
 Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]
+Boundaries = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--boundary",
+        metavar="TOKENS",
+        help="Where the prompt is cut, in tokens from its start, as with boundaries= in Python; may be given several times.",
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
+]
+System = Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")]
+
+
+@dataclass(frozen=True)
+class AsWarmed:
+    """How a document was warmed: what, beside its text and the model, decides which KV is its own."""
+
+    chunk_size: ChunkSize = None
+    salt: Annotated[str, typer.Option(help="That the KV was saved under.")] = ""
+    dtype: DtypeOption = Dtype.AUTO
+    device: Device = "auto"
+    exact: Annotated[
+        bool, typer.Option(help="As it was warmed; KV saved with --no-exact serves other machines, too.")
+    ] = True
+    tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens from the start, as it was warmed.")] = (
+        None
+    )
+    boundary: Boundaries = None
+    chat: Chat = False
+    system: System = None

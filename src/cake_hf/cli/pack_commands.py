@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cake_hf.arithmetic.outside import shown, shown_url
+from cake_hf.arithmetic.schedule import Block, blocks
 from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import console, errors, progress_bar
+from cake_hf.cli.documents import as_warmed
+from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
-from cake_hf.cli.models import load_model, load_tokenizer, read_text
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption
+from cake_hf.cli.models import load_model, load_tokenizer
+from cake_hf.cli.options import AsWarmed, Device, Dtype, DtypeOption
+from cake_hf.packs.card import prefill_line
 from cake_hf.packs.export import export_pack
 from cake_hf.packs.importing import Imported, import_pack
 from cake_hf.packs.publish import push_pack
@@ -24,107 +29,94 @@ from cake_hf.stores.hub import SCHEME
 from cake_hf.stores.manifest import PackManifest
 
 Salt = Annotated[str, typer.Option(help="That the KV was saved under.")]
+Warmed = Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")]
 
 
-PromptFile = Annotated[Path, typer.Option("--prompt", help="The text file whose KV it is.")]
-ModelOption = Annotated[str, typer.Option("--model", help=MODEL)]
-AllowSalted = Annotated[bool, typer.Option("--allow-salted", help="Give away KV saved under a salt.")]
-Exact = Annotated[bool, typer.Option(help="As it was warmed; only --no-exact serves other machines.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")]
-AboutPrompt = Annotated[
-    str, typer.Option("--about", metavar="TEXT", help="What the prompt is, for the card; by default the file's name.")
-]
-BaseModel = Annotated[
-    str, typer.Option(metavar="ORG/NAME", help="The model's name on the Hub, for the card, if --model is a folder.")
-]
+@dataclass(frozen=True)
+class Published:
+    """What a pack is made of, and what its card says; the options that `export` and `push` share."""
+
+    prompt: Annotated[Path, typer.Option(help="The text file whose KV it is.")]
+    model: Annotated[str, typer.Option(help=MODEL)]
+    allow_salted: Annotated[bool, typer.Option("--allow-salted", help="Give away KV saved under a salt.")] = False
+    about: Annotated[
+        str,
+        typer.Option("--about", metavar="TEXT", help="What the prompt is, for the card; by default the file's name."),
+    ] = ""
+    base_model: Annotated[
+        str, typer.Option(metavar="ORG/NAME", help="The model's name on the Hub, for the card, if --model is a folder.")
+    ] = ""
 
 
+@flat_options
 def export_command(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")],
+    store: Warmed,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New, empty, or an older pack, which is replaced.")],
-    prompt: PromptFile,
-    model: ModelOption,
-    chunk_size: ChunkSize = None,
-    salt: Salt = "",
-    allow_salted: AllowSalted = False,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Exact = True,
-    tokens: Tokens = None,
-    about: AboutPrompt = "",
-    base_model: BaseModel = "",
+    published: Published,
+    warmed: AsWarmed,
 ) -> None:
-    """Write a prompt's KV to a folder, as a pack to be copied or put on a share; `pack:FOLDER` opens it."""
+    """Write a prompt's KV to a folder, as a pack to be copied or put on a share; `pack:FOLDER` opens it.
+
+    Give the options that it was warmed with. If its end was kept, too (by
+    `cake-hf warm` with --prompt or --chat), it is in the pack.
+    """
     with (
-        _prompt_of(store, prompt, model, dtype.value, device, tokens) as (opened, loaded, ids),
+        _prompt_of(store, published, warmed) as (opened, loaded, ids),
         progress_bar("writing", "files") as progress,
     ):
-        manifest = export_pack(
-            opened,
-            folder,
-            loaded,
-            ids,
-            chunk_size=chunk_size or "auto",
-            salt=salt,
-            exact=exact,
-            allow_salted=allow_salted,
-            about=about or f"the text file {prompt.name}",
-            base_model=base_model,
-            progress=progress,
-        )
-    missing = ids.shape[1] // manifest.chunk_size - len(manifest.chunks)
-    _show_published("export", manifest, f"pack:{shown(str(folder))}", missing)
+        manifest = export_pack(opened, folder, loaded, ids, progress=progress, **_options(published, warmed))
+    named = blocks(0, ids.shape[1], warmed.boundary or (), manifest.chunk_size)
+    _show_published("export", manifest, f"pack:{shown(str(folder))}", named)
 
 
+@flat_options
 def push_command(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")],
+    store: Warmed,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; made when missing.")],
-    prompt: PromptFile,
-    model: ModelOption,
-    chunk_size: ChunkSize = None,
-    salt: Salt = "",
-    allow_salted: AllowSalted = False,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Exact = True,
-    tokens: Tokens = None,
+    published: Published,
+    warmed: AsWarmed,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    about: AboutPrompt = "",
-    base_model: BaseModel = "",
 ) -> None:
-    """Publish a prompt's KV on the Hugging Face Hub, from where anybody's CakeCache can load it."""
+    """Publish a prompt's KV on the Hugging Face Hub, from where anybody's CakeCache can load it.
+
+    Give the options that it was warmed with. If its end was kept, too (by
+    `cake-hf warm` with --prompt or --chat), it is in the pack.
+    """
     _refuse_folder(store, repo)
     with (
-        _prompt_of(store, prompt, model, dtype.value, device, tokens) as (opened, loaded, ids),
+        _prompt_of(store, published, warmed) as (opened, loaded, ids),
         progress_bar("uploading", "files") as progress,
     ):
         pushed = push_pack(
-            opened,
-            repo,
-            loaded,
-            ids,
-            chunk_size=chunk_size or "auto",
-            salt=salt,
-            exact=exact,
-            allow_salted=allow_salted,
-            about=about or f"the text file {prompt.name}",
-            base_model=base_model,
-            private=private or None,
-            progress=progress,
+            opened, repo, loaded, ids, private=private or None, progress=progress, **_options(published, warmed)
         )
-    _show_published("push", pushed.manifest, pushed.url, pushed.missing)
+    named = blocks(0, ids.shape[1], warmed.boundary or (), pushed.manifest.chunk_size)
+    _show_published("push", pushed.manifest, pushed.url, named)
+
+
+def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
+    """As `export_pack` and `push_pack` take them."""
+    return {
+        "boundaries": warmed.boundary or (),
+        "chunk_size": warmed.chunk_size or "auto",
+        "salt": warmed.salt,
+        "exact": warmed.exact,
+        "allow_salted": published.allow_salted,
+        "about": published.about or f"the text file {published.prompt.name}",
+        "base_model": published.base_model,
+    }
 
 
 @contextmanager
-def _prompt_of(
-    store: str, prompt: Path, model: str, dtype: str, device: str, tokens: int | None
-) -> Iterator[tuple[Store, Any, Any]]:
+def _prompt_of(store: str, published: Published, warmed: AsWarmed) -> Iterator[tuple[Store, Any, Any]]:
     """The opened store, the loaded model, and the prompt's `[1, tokens]`."""
-    text = read_text(prompt)
+    document = as_warmed(published.prompt, warmed)
     with existing_store(store) as opened:
         with console.status("loading the model"):
-            tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
-        yield opened, loaded, tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+            tokenizer = load_tokenizer(published.model)
+            ids = document.ids(tokenizer)
+            loaded = load_model(published.model, warmed.dtype.value, warmed.device)
+        yield opened, loaded, ids
 
 
 def _refuse_folder(store: str, repo: str) -> None:
@@ -164,31 +156,59 @@ def pull_command(
     _show_pulled(imported, store)
 
 
-def _show_published(what: str, manifest: PackManifest, url: str, missing: int) -> None:
+def _show_published(what: str, manifest: PackManifest, url: str, named: Sequence[Block]) -> None:
+    """What went into a pack, and what did not.
+
+    Args:
+        what: was done.
+        manifest: of the pack.
+        url: of the pack.
+        named: the blocks of the prompt.
+    """
     console.print(f"{what}ed {_summary(manifest)}")
+    end_is_absent = not named[-1].fills(manifest.chunk_size) and manifest.chunks[-1].index < len(named) - 1
+    missing = len(named) - end_is_absent - len(manifest.chunks)
     if missing:
         errors.print(f"Not in the store, and so not in the pack: {count_text(missing, 'chunk')}.")
+    if end_is_absent:
+        errors.print(
+            f"The last {count_text(named[-1].tokens, 'token')}, which fill no chunk, are not in the store, and so not in the "
+            "pack; `cake-hf warm --prompt` keeps them, too."
+        )
     if "numerics" in manifest.facts:
         errors.print(f"It serves only the very same numerics; for other machines warm and {what} with --no-exact.")
-    console.print(f"\ncache = CakeCache(model, {_arguments(url, manifest)})", soft_wrap=True)
+    _show_use(url, manifest)
 
 
 def _show_pulled(imported: Imported, store: str) -> None:
     there = len(imported.manifest.by_key) - imported.chunks - imported.states
-    wrote = _count_text(imported.chunks, imported.states)
+    wrote = _count_text(imported.chunks, imported.states, imported.tails)
     console.print(f"pulled {_summary(imported.manifest)}")
     console.print(f"from {imported.url}", soft_wrap=True)
     console.print(f"wrote {wrote}, {bytes_text(imported.nbytes)}; {there:,} were there already")
-    console.print(f"\ncache = CakeCache(model, {_arguments(shown_url(store), imported.manifest)})", soft_wrap=True)
+    _show_use(shown_url(store), imported.manifest)
 
 
 def _summary(manifest: PackManifest) -> str:
-    (first, last), files = manifest.tokens, _count_text(len(manifest.chunks), len(manifest.states))
+    first, last = manifest.tokens
+    files = _count_text(len(manifest.chunks), len(manifest.states), len(manifest.tails))
     return f"{files} ({bytes_text(manifest.nbytes)}), tokens {first:,} to {last:,}, for {manifest.model}"
 
 
-def _count_text(chunks: int, states: int) -> str:
-    return count_text(chunks, "chunk") + (f" and {count_text(states, 'snapshot')}" if states else "")
+def _count_text(chunks: int, states: int, tails: int) -> str:
+    """Of the chunks so many are tails."""
+    whole = chunks - tails
+    parts = [count_text(whole, "chunk")] if whole or not tails else []
+    parts += [count_text(tails, "tail")] if tails else []
+    parts += [count_text(states, "snapshot")] if states else []
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _show_use(store: str, manifest: PackManifest) -> None:
+    """As Python: how the KV is found."""
+    console.print(f"\ncache = CakeCache(model, {_arguments(store, manifest)})", soft_wrap=True)
+    if line := prefill_line(manifest):
+        console.print(line, soft_wrap=True)
 
 
 def _arguments(store: str, manifest: PackManifest) -> str:

@@ -14,38 +14,30 @@ from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.sizes import bytes_text, count_text, parse_seconds
 from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
-from cake_hf.cli.selecting import LastChunk, ModelName, NamespaceDigits, Prompts, Wanted, choose
+from cake_hf.cli.options import AsWarmed, StoreArgument
+from cake_hf.cli.selecting import Naming, Wanted, choose
 from cake_hf.cli.sheets import Sheet
 from cake_hf.stores import LocalStore
 
 NOTHING = "Say what is to stay: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS."
 
 
+@flat_options
 def pin_command(
     store: StoreArgument,
-    prompt: Prompts = None,
-    model: ModelName = "",
-    namespace: NamespaceDigits = "",
-    chunk: LastChunk = "",
+    naming: Naming,
+    warmed: AsWarmed,
     time_to_live: Annotated[str, typer.Option("--for", metavar="TIME", help="How long it stays, e.g. 7d or 12h.")] = "",
     off: Annotated[bool, typer.Option("--off", help="Take the pins away again.")] = False,
-    chunk_size: ChunkSize = None,
-    salt: Annotated[str, typer.Option(help="That the document was warmed with.")] = "",
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Annotated[bool, typer.Option(help="As the document was warmed.")] = True,
-    tokens: Annotated[int | None, typer.Option(min=1, help="As the document was warmed.")] = None,
 ) -> None:
     """Keep the KV of a document, a model or a namespace for some time; without any of these, show what is pinned.
 
     Neither a store's budget nor `cake-hf gc` evicts what is pinned, until its
     time is over; `cake-hf rm` deletes it. For directories only.
     """
-    wanted = Wanted(
-        tuple(prompt or ()), model, namespace, chunk, chunk_size or "auto", salt, exact, dtype.value, device, tokens
-    )
+    wanted = Wanted.of(naming, warmed)
     showing = not (wanted.ways or time_to_live or off)
     if not showing:
         wanted.refuse_unclear(NOTHING)

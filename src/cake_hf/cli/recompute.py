@@ -24,7 +24,8 @@ from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.cache import CakeCache
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.cli.documents import read_document
+from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import QUEUE_BYTES, Pace
 from cake_hf.stores import Store
@@ -40,11 +41,11 @@ class RecomputeJob:
 
     Attributes:
         model: folder or name on the Hub.
-        prompts: UTF-8 text files whose chunks are sampled.
+        prompts: UTF-8 text files whose chunks, and tails, are sampled.
         share: of each prompt's stored chunks, at least one of them; in (0, 1].
         seed: of the choice. The same store, prompts and seed give the same sample.
         chunk_size, salt, exact: as the chunks were saved with; no size is "auto".
-        dtype, device: as `cake-hf warm` takes them.
+        dtype, device, tokens, boundaries, chat, system: as `cake-hf warm` takes them.
     """
 
     model: str
@@ -56,6 +57,10 @@ class RecomputeJob:
     exact: bool = True
     dtype: str = "auto"
     device: str = "auto"
+    tokens: int | None = None
+    boundaries: Sequence[int] = ()
+    chat: bool = False
+    system: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,13 @@ def recompute(job: RecomputeJob, store: Store) -> Recomputed:
         CakeError: the store has no chunk of a prompt, or a prompt cannot be restored at all.
         ValueError: the model or a file cannot be used.
     """
-    texts = [read_text(path) for path in job.prompts]
+    documents = [read_document(path, job.chat, job.system, job.tokens, job.boundaries) for path in job.prompts]
     with console.status("loading the model"):
-        tokenizer, model = load_tokenizer(job.model), load_model(job.model, job.dtype, job.device)
+        tokenizer = load_tokenizer(job.model)
+        prompts = [document.ids(tokenizer) for document in documents]
+        model = load_model(job.model, job.dtype, job.device)
     found = []
-    for path, text in zip(job.prompts, texts, strict=True):
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+    for path, ids in zip(job.prompts, prompts, strict=True):
         refuse_too_long(model.config, ids.shape[1], "give a shorter text.")
         found.append(recompute_prompt(job, store, model, ids, str(path)))
     bad = {chunk.key: chunk for each in found for chunk in each.bad}  # prompts may share chunks
@@ -95,7 +101,8 @@ def recompute(job: RecomputeJob, store: Store) -> Recomputed:
 def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Tensor, name: str) -> Recomputed:
     """Compute one prompt from its start to the last sampled chunk, and compare the sampled ones with the stored ones.
 
-    Nothing that is stored goes into the computation, so a lie cannot vouch for the one behind it.
+    The end counts as declared: that changes no chunk before it, and whether the store has the tail there turns out. Nothing
+    that is stored goes into the computation, so a lie cannot vouch for the one behind it.
 
     Args:
         job: see there.
@@ -106,6 +113,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
 
     Raises:
         CakeError: see `recompute`.
+        ValueError: a boundary is outside of the prompt.
     """
     comparing = Comparing(store, job.share, job.seed)
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
@@ -129,12 +137,17 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
                     raise _Enough
 
             try:
-                report = cache.prefill(ids, whole=True, progress=progress)
+                report = cache.prefill(ids, boundaries=job.boundaries, progress=progress)
             except _Enough:
                 report = cache.report
         cache.flush()
     if not comparing.asked:
         raise CakeError(f"{name} cannot be computed in chunks: {report.reason}.")
+    if not comparing.sample and ids.shape[1] < report.chunk_size:
+        raise CakeError(
+            f"{name} has less than one chunk of {report.chunk_size} tokens, and the store does not have its end, which "
+            "`cake-hf warm --prompt` keeps."
+        )
     if not comparing.sample:
         raise CakeError(
             f"The store has no chunk of {name} for this model, chunk size, dtype, salt and machine; give the options that it "
@@ -175,9 +188,13 @@ class Comparing(WrapperStore):
         self.asked = False
         self.stored = self.last = self.compared = 0
         self.sample: set[str] = set()
+        self._known: set[str] = set()
         self.bad: list[BadChunk] = []
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
+        if self._known.issuperset(keys):  # the end of the document, which was among all its keys before
+            return [False] * len(keys)
+        self._known = set(keys)
         stored = [index for index, has in enumerate(self.inner.contains(keys)) if has]
         chosen = random.Random(self._seed).sample(stored, math.ceil(self._share * len(stored)))
         snapshots = {state_key(key): number for number, key in enumerate(keys)}

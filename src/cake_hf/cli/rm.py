@@ -11,9 +11,10 @@ from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.outside import shown, shown_url
 from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import WRONG, console, progress_bar
+from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
-from cake_hf.cli.selecting import LastChunk, ModelName, NamespaceDigits, Prompts, Wanted, choose
+from cake_hf.cli.options import AsWarmed, StoreArgument
+from cake_hf.cli.selecting import Naming, Wanted, choose
 from cake_hf.stores import LocalStore, Store
 
 NOTHING = (
@@ -22,19 +23,12 @@ NOTHING = (
 )
 
 
+@flat_options
 def rm_command(
     store: StoreArgument,
-    prompt: Prompts = None,
-    model: ModelName = "",
-    namespace: NamespaceDigits = "",
-    chunk: LastChunk = "",
+    naming: Naming,
+    warmed: AsWarmed,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
-    chunk_size: ChunkSize = None,
-    salt: Annotated[str, typer.Option(help="That the document was warmed with.")] = "",
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Annotated[bool, typer.Option(help="As the document was warmed.")] = True,
-    tokens: Annotated[int | None, typer.Option(min=1, help="As the document was warmed.")] = None,
 ) -> None:
     """Delete the KV of a document, a model or a namespace; exit code 1 if some could not be deleted.
 
@@ -42,9 +36,7 @@ def rm_command(
     Chunks that other prompts begin with, too, stay. What is deleted is
     computed again when its prompt comes; pinned chunks are deleted, too.
     """
-    wanted = Wanted(
-        tuple(prompt or ()), model, namespace, chunk, chunk_size or "auto", salt, exact, dtype.value, device, tokens
-    )
+    wanted = Wanted.of(naming, warmed)
     wanted.refuse_unclear(NOTHING)
     with existing_store(store) as opened:
         if opened.read_only:

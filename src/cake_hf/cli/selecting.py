@@ -11,25 +11,26 @@ from typing import Annotated
 import typer
 
 from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.keys import block_keys
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, find_chunk, namespaces
+from cake_hf.cli.options import AsWarmed
 from cake_hf.stores import Store
 
-Prompts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--prompt", help="A document: the text file that was warmed. With --model; may be given several times."
-    ),
-]
-ModelName = Annotated[
-    str, typer.Option("--model", help="A model's folder or name; without --prompt, all that is of it.")
-]
-NamespaceDigits = Annotated[
-    str, typer.Option("--namespace", help="The first digits of a namespace, as `cake-hf ls` shows them.")
-]
-LastChunk = Annotated[
-    str, typer.Option("--chunk", help="The first digits of a prompt's last chunk, as `cake-hf ls` shows them.")
-]
+
+@dataclass(frozen=True)
+class Naming:
+    """The options that name chunks, which `rm` and `pin` share."""
+
+    prompt: Annotated[
+        list[Path] | None,
+        typer.Option(help="A document: the text file that was warmed. With --model; may be given several times."),
+    ] = None
+    model: Annotated[str, typer.Option(help="A model's folder or name; without --prompt, all that is of it.")] = ""
+    namespace: Annotated[str, typer.Option(help="The first digits of a namespace, as `cake-hf ls` shows them.")] = ""
+    chunk: Annotated[
+        str, typer.Option(help="The first digits of a prompt's last chunk, as `cake-hf ls` shows them.")
+    ] = ""
+
 
 _DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
@@ -40,7 +41,7 @@ class Wanted:
 
     Attributes:
         prompts, model, namespace, chunk: one of these ways to name chunks.
-        chunk_size, salt, exact, dtype, device, tokens: of documents, as they were warmed.
+        chunk_size, salt, exact, dtype, device, tokens, boundaries, chat, system: of documents, as they were warmed.
     """
 
     prompts: Sequence[Path] = ()
@@ -53,6 +54,28 @@ class Wanted:
     dtype: str = "auto"
     device: str = "auto"
     tokens: int | None = None
+    boundaries: Sequence[int] = ()
+    chat: bool = False
+    system: Path | None = None
+
+    @classmethod
+    def of(cls, naming: Naming, warmed: AsWarmed) -> Wanted:
+        """From the options of a command."""
+        return cls(
+            tuple(naming.prompt or ()),
+            naming.model,
+            naming.namespace,
+            naming.chunk,
+            warmed.chunk_size or "auto",
+            warmed.salt,
+            warmed.exact,
+            warmed.dtype.value,
+            warmed.device,
+            warmed.tokens,
+            tuple(warmed.boundary or ()),
+            warmed.chat,
+            warmed.system,
+        )
 
     @property
     def ways(self) -> int:
@@ -124,7 +147,7 @@ def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
         CakeError: no KV of the model is kept.
     """
     if wanted.prompts:
-        return Chosen(chains=_of_documents(store, inventory, wanted))
+        return Chosen(*_of_documents(store, inventory, wanted))
     if wanted.namespace:
         return Chosen(keys=_of_namespace(inventory, wanted.namespace))
     if wanted.chunk:
@@ -150,28 +173,42 @@ def _below(key: str, children: dict[str, list[str]]) -> set[str]:
     return found
 
 
-def _of_documents(store: Store, inventory: Inventory, wanted: Wanted) -> list[list[str]]:
+def _of_documents(store: Store, inventory: Inventory, wanted: Wanted) -> tuple[list[list[str]], list[str]]:
+    """Of each document the keys up to its end, or where this was not declared to its last chunk; and the tails beyond these."""
     # These take seconds to import.
-    from cake_hf.cli.models import load_model, load_tokenizer, read_text
+    from cake_hf.cli.documents import read_document
+    from cake_hf.cli.models import load_model, load_tokenizer
     from cake_hf.packs.contents import session_for
 
-    texts = {path: read_text(path) for path in wanted.prompts}
-    tokenizer, model = load_tokenizer(wanted.model), load_model(wanted.model, wanted.dtype, wanted.device)
-    chains = []
+    how = wanted.chat, wanted.system, wanted.tokens, wanted.boundaries
+    documents = {path: read_document(path, *how) for path in wanted.prompts}
+    tokenizer = load_tokenizer(wanted.model)
+    ids = {path: document.ids(tokenizer) for path, document in documents.items()}
+    model = load_model(wanted.model, wanted.dtype, wanted.device)
     with session_for(model, store, chunk_size=wanted.chunk_size, salt=wanted.salt, exact=wanted.exact) as session:
         namespace, size = session.namespace(), session.chunk_size
-    for path, text in texts.items():
-        ids = tokenizer(text, verbose=False).input_ids[: wanted.tokens]
-        chain = chunk_keys(namespace, ids, size)
-        if not chain:
-            raise StoreError(f"The document {path} is shorter than a chunk of {size} tokens; nothing of it is stored.")
+    chains, tails = [], []
+    for path, document in documents.items():
+        named = document.blocks(ids[path].shape[1], size)
+        chain = block_keys(namespace, ids[path][0].tolist(), named, size)
         if not any(key in inventory.chunks for key in chain):
-            raise StoreError(
-                f"The store has nothing of {path} for this model, chunk size, dtype, salt and machine; give the options that "
-                "it was warmed with (`cake-hf ls STORE` shows what is there)."
-            )
+            raise StoreError(_nothing_of(path, size, len(chain) == 1 and not named[0].fills(size)))
+        if len(chain) > 1 and not named[-1].fills(size):
+            tails.append(chain.pop())
         chains.append(chain)
-    return chains
+    return chains, tails
+
+
+def _nothing_of(path: Path, size: int, is_short: bool) -> str:
+    if is_short:
+        return (
+            f"The document {path} is shorter than a chunk of {size} tokens, and its end was not kept (`cake-hf warm --prompt` "
+            "does that); nothing of it is stored."
+        )
+    return (
+        f"The store has nothing of {path} for this model, chunk size, dtype, salt and machine; give the options that "
+        "it was warmed with (`cake-hf ls STORE` shows what is there)."
+    )
 
 
 def _of_namespace(inventory: Inventory, digits: str) -> list[str]:

@@ -9,13 +9,15 @@ import typer
 
 from cake_hf.arithmetic.sizes import parse_share
 from cake_hf.cli.console import STOPPED, WRONG, progress_bar
+from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
+from cake_hf.cli.options import AsWarmed, StoreArgument
 from cake_hf.cli.recompute import RecomputeJob, recompute
 from cake_hf.cli.store_tables import show_recomputed, show_stopped, show_verified
 from cake_hf.cli.verify import BadChunk, delete, verify
 
 
+@flat_options
 def verify_command(
     store: StoreArgument,
     fix: Annotated[bool, typer.Option("--fix", "--delete", help="Remove the damaged chunks.")] = False,
@@ -35,25 +37,22 @@ def verify_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample: the same store and seed give the same one.")] = 0,
-    chunk_size: ChunkSize = None,
-    salt: Annotated[str, typer.Option(help="That the chunks were saved with.")] = "",
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Annotated[
-        bool, typer.Option(help="As the chunks were saved. Inexact ones of other machines may differ.")
-    ] = True,
+    *,
+    warmed: AsWarmed,
 ) -> None:
     """Check every chunk against its checksum; exit code 1 if a damaged one is left.
 
     A checksum finds accidents, not lies: a forged chunk can be
     well-formed. Only computing it again tells. A store does not have the texts
     of its prompts, so --recompute needs them: each is computed from its start
-    to its last sampled chunk, without using anything that is stored.
+    to its last sampled chunk, without using anything that is stored. Give the
+    options that they were warmed with; chunks of other machines (--no-exact)
+    may differ.
 
     Other users of the store do not wait for this. Ctrl-C ends it and shows what was
     found until then.
     """
-    job = _recompute_job(share, model, prompt or [], seed, chunk_size, salt, exact, dtype, device)
+    job = _recompute_job(share, model, prompt or [], seed, warmed)
     with existing_store(store) as opened:
         with progress_bar("checking", "chunks") as progress:
             result = verify(opened, progress)
@@ -70,17 +69,7 @@ def verify_command(
         raise typer.Exit(WRONG)
 
 
-def _recompute_job(
-    share: str,
-    model: str,
-    prompts: list[Path],
-    seed: int,
-    chunk_size: int | None,
-    salt: str,
-    exact: bool,
-    dtype: Dtype,
-    device: str,
-) -> RecomputeJob | None:
+def _recompute_job(share: str, model: str, prompts: list[Path], seed: int, warmed: AsWarmed) -> RecomputeJob | None:
     if not share:
         if model or prompts:
             raise ValueError("--model and --prompt are for --recompute; add for instance --recompute 5%.")
@@ -89,7 +78,21 @@ def _recompute_job(
         raise ValueError(
             "--recompute needs --model, and with --prompt the texts whose chunks are to be checked: chunks do not hold them."
         )
-    return RecomputeJob(model, prompts, parse_share(share), seed, chunk_size, salt, exact, dtype.value, device)
+    return RecomputeJob(
+        model,
+        prompts,
+        parse_share(share),
+        seed,
+        warmed.chunk_size,
+        warmed.salt,
+        warmed.exact,
+        warmed.dtype.value,
+        warmed.device,
+        warmed.tokens,
+        tuple(warmed.boundary or ()),
+        warmed.chat,
+        warmed.system,
+    )
 
 
 def _together(one: list[BadChunk], other: list[BadChunk]) -> list[BadChunk]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,20 @@ from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.limits import Limits
 from cake_hf.arithmetic.outside import shown_url
 from cake_hf.arithmetic.report import Report
+from cake_hf.arithmetic.schedule import blocks
 from cake_hf.arithmetic.sizes import count_text
-from cake_hf.cache import CakeCache, chat_document
+from cake_hf.cache import CakeCache
 from cake_hf.cache.compat import GENERATE_LINE
+from cake_hf.cache.plainly import ComputePlainly
+from cake_hf.cache.probe import chunk_layout, kv_like
+from cake_hf.cache.session import chosen_chunk_size
 from cake_hf.cache.words import SALTED_WORDS, keep_words
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.models import load_model, load_tokenizer, read_text, refuse_too_long
+from cake_hf.cli.documents import read_document
+from cake_hf.cli.keeping import refuse_over_budget
+from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.tables import Lanes, legend, report_table
+from cake_hf.tensors.codec import stored_bytes
 
 QUEUE_BYTES = Limits().save_queue_bytes
 """Of chunks that wait to be written."""
@@ -43,6 +52,7 @@ class WarmJob:
         prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
         chat: it is what a user's message begins with, in the model's chat template.
         system: the system prompt, UTF-8 text; with `chat`.
+        boundaries: in tokens from the start: cuts that prompts declare, too.
     """
 
     model: str
@@ -58,6 +68,7 @@ class WarmJob:
     prompt: bool = False
     chat: bool = False
     system: Path | None = None
+    boundaries: Sequence[int] = ()
 
 
 Loaded = tuple[Any, Any]
@@ -87,19 +98,15 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     """
     if job.keep_words and job.salt:
         raise ValueError(SALTED_WORDS)
-    if job.system is not None and not job.chat:
-        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
-    text, system = read_text(job.file), "" if job.system is None else read_text(job.system)
+    document = read_document(job.file, job.chat, job.system, job.tokens, job.boundaries)
     tokenizer, model = loaded or load(job)
-    if job.chat:
-        ids = chat_document(tokenizer, text, system=system)[:, : job.tokens]
-    else:
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : job.tokens]
+    ids = document.ids(tokenizer)
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     size = job.chunk_size or "auto"
     with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
         cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
+        _refuse_over_budget(cache, model, min(chosen_chunk_size(model, size), ids.shape[1]))
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:
 
@@ -107,11 +114,12 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
                 show(done, total)
                 pace(done)
 
-            report = cache.prefill(ids, whole=not (job.prompt or job.chat), progress=progress)
+            whole = not (job.prompt or job.chat)
+            report = cache.prefill(ids, boundaries=job.boundaries, whole=whole, progress=progress)
         with console.status("waiting until all chunks are durable"):
             cache.flush()
         if job.keep_words:
-            keep_words(cache, text)
+            keep_words(cache, document.text)
     _refuse_unsaved(report)
     return report
 
@@ -159,9 +167,18 @@ def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> 
     console.print(Text.assemble("\nLook at it with  ", (look, "bold")), soft_wrap=True)
 
 
+def stored_tokens(job: WarmJob, report: Report) -> int:
+    """Up to which token a document was stored."""
+    named = blocks(0, report.tokens, job.boundaries, report.chunk_size)
+    is_end_kept = (job.prompt or job.chat) and report.tails_computed + report.tails_loaded > 0
+    if named and not named[-1].fills(report.chunk_size) and not is_end_kept:
+        named.pop()
+    return named[-1].end if named else 0
+
+
 def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
     """Which prompts find what was stored, as sentences."""
-    stored = (report.chunks_computed + report.chunks_loaded) * report.chunk_size
+    stored, tails = stored_tokens(job, report), report.tails_computed + report.tails_loaded
     rest = report.tokens - stored
     machine = ", on this machine with these versions and this number of threads" if job.exact else ""
     salt = " and salt" if job.salt else ""
@@ -172,6 +189,11 @@ def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
     if rest:
         lines.append(
             f"The last {count_text(rest, 'token')} of the text, and what stands behind it, are computed each time."
+        )
+    if tails:
+        lines.append(
+            f"What is not in full chunks ({count_text(tails, 'tail')}) is found by prompts that declare where they are cut, as "
+            "below."
         )
     if has_template:
         lines.append(
@@ -187,10 +209,21 @@ def _snippet(job: WarmJob) -> str:
     options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
     made = f"cache = CakeCache(model, {', '.join(options)})\n"
+    cuts = f", boundaries={list(job.boundaries)}" if job.boundaries else ""
     if job.chat:
         system = ", system=system" if job.system else ""
-        return f"{made}cache.prefill(cake_hf.chat_document(tokenizer, document{system}))\n{GENERATE_LINE}"
-    return f"{made}cache.prefill(document_ids)\n{GENERATE_LINE}" if job.prompt else f"{made}{GENERATE_LINE}"
+        return f"{made}cache.prefill(cake_hf.chat_document(tokenizer, document{system}){cuts})\n{GENERATE_LINE}"
+    if not job.prompt and not job.boundaries:
+        return f"{made}{GENERATE_LINE}"
+    whole = "" if job.prompt else ", whole=True"
+    return f"{made}cache.prefill(document_ids{cuts}{whole})\n{GENERATE_LINE}"
+
+
+def _refuse_over_budget(cache: CakeCache, model: Any, tokens: int) -> None:
+    """Raise where the store could not take a block of so many tokens."""
+    with suppress(ComputePlainly):
+        if not cache.passive:
+            refuse_over_budget(cache.store, stored_bytes(chunk_layout(kv_like(model), tokens)))
 
 
 def _refuse_unsaved(report: Report) -> None:

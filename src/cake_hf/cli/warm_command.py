@@ -13,7 +13,7 @@ from cake_hf.cli.console import console
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import read_text
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption
+from cake_hf.cli.options import Boundaries, Chat, ChunkSize, Device, Dtype, DtypeOption, System
 from cake_hf.cli.warm import WarmJob, load, show_warmed, warm
 from cake_hf.cli.warm_many import documents_in, show_many, warm_many
 
@@ -41,14 +41,26 @@ def warm_command(
     prompt: Annotated[
         bool, typer.Option("--prompt", help="Prompts go on from its very end: keep the last tokens, too.")
     ] = False,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
-    ] = False,
-    system: Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")] = None,
+    boundary: Boundaries = None,
+    chat: Chat = False,
+    system: System = None,
 ) -> None:
     """Compute the KV of documents once and keep it in a store."""
     job = WarmJob(
-        model, files[0], store, chunk_size, salt, exact, dtype.value, device, tokens, keep_words, prompt, chat, system
+        model,
+        files[0],
+        store,
+        chunk_size,
+        salt,
+        exact,
+        dtype.value,
+        device,
+        tokens,
+        keep_words,
+        prompt,
+        chat,
+        system,
+        tuple(boundary or ()),
     )
     documents, told = documents_in(files), said_of_new(store)
     for file in documents if len(documents) == 1 else filter(documents.__contains__, files):

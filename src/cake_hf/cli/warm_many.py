@@ -13,7 +13,7 @@ from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import console, errors
 from cake_hf.cli.models import read_text
 from cake_hf.cli.sheets import Sheet
-from cake_hf.cli.warm import Loaded, WarmJob, warm
+from cake_hf.cli.warm import Loaded, WarmJob, stored_tokens, warm
 
 
 @dataclass
@@ -83,7 +83,7 @@ def show_many(job: WarmJob, warmed: Warmed) -> None:
     for file, report in warmed.reports.items():
         chunks = report.chunks_computed + report.chunks_loaded
         new = f"{report.chunks_saved:,}"
-        stored = f"{chunks * report.chunk_size:,}"
+        stored = f"{stored_tokens(job, report):,}"
         rows.append(
             [shown(str(file)), f"{report.tokens:,}", stored, f"{chunks:,}", new, bytes_text(report.bytes_saved)]
         )

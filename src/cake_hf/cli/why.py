@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.arithmetic.keys import block_keys, state_key
 from cake_hf.arithmetic.outside import shown_url
+from cake_hf.arithmetic.schedule import Block
 from cake_hf.arithmetic.sizes import count_text
 from cake_hf.cache.misses import Elsewhere, Sought, explanation, found_elsewhere
-from cake_hf.cli.console import WRONG, console
-from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.models import load_model, load_tokenizer, read_text
-from cake_hf.cli.options import ChunkSize, Device, Dtype, DtypeOption, StoreArgument
+from cake_hf.cli.agreement import NOTHING, Agreement, agreement
+from cake_hf.cli.console import WRONG, console, progress_bar
+from cake_hf.cli.documents import Document, as_warmed
+from cake_hf.cli.flat_options import flat_options
+from cake_hf.cli.inspect_store import existing_store, take_inventory
+from cake_hf.cli.models import load_model, load_tokenizer
+from cake_hf.cli.options import AsWarmed, StoreArgument
 from cake_hf.packs.contents import session_for
 from cake_hf.stores import Store
 from cake_hf.stores.differences import in_a_sentence
@@ -36,11 +40,16 @@ class Found:
     """Where a prompt is.
 
     Attributes:
-        chunks: full chunks that it has here.
+        chunks: that it has here, tails at declared boundaries included.
         stored: how many of these a cache would find.
         chunk_size: of a chunk, in tokens.
         elsewhere: namespaces that others of its chunks are stored under.
         otherwise: why there is nothing at all, as a clause; empty where that is not known.
+        end: tokens of its end that fill no chunk, if they are stored, as those of a document are.
+        agreed: what is stored of its beginning, however that was cut.
+        restored: tokens up to the last snapshot of the model's recurrent state; None where it has no such state.
+        holes: chunks that are missing before the last one that is stored.
+        known: tokens up to the end of that one.
     """
 
     chunks: int
@@ -48,17 +57,19 @@ class Found:
     chunk_size: int
     elsewhere: Sequence[Elsewhere] = ()
     otherwise: str = ""
+    end: int = 0
+    agreed: Agreement = NOTHING
+    restored: int | None = None
+    holes: int = 0
+    known: int = 0
 
 
+@flat_options
 def why_command(
     store: StoreArgument,
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
     prompt: Annotated[Path, typer.Option(help="A text file with the prompt.")],
-    chunk_size: ChunkSize = None,
-    salt: Annotated[str, typer.Option(help="As the cache has it; of what is under another one nothing is said.")] = "",
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    exact: Annotated[bool, typer.Option(help="As the cache has it.")] = True,
+    warmed: AsWarmed,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch, as the process has them that you ask for.")
     ] = None,
@@ -68,25 +79,40 @@ def why_command(
     Give the options that the cache has. Where chunks of the prompt are stored
     that were made otherwise (another number of threads, kind of attention,
     chunk size, dtype, version, processor, revision or adapter), it says what
-    would have to be alike.
+    would have to be alike; of what is under another salt it says nothing.
+    Where only the beginning is stored, it says how far the prompts agree.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    document = as_warmed(prompt, warmed)
     with existing_store(store) as opened:
-        found = _look(opened, model, read_text(prompt), chunk_size or "auto", salt, dtype.value, device, exact=exact)
+        with console.status("loading the model"):
+            tokenizer = load_tokenizer(model)
+            ids = document.ids(tokenizer)
+            loaded = load_model(model, warmed.dtype.value, warmed.device)
+        found = _look(opened, loaded, document, ids, warmed)
     show_found(found, shown_url(store))
-    if not found.stored:
+    if not found.stored and not found.end:
         raise typer.Exit(WRONG)
 
 
 def show_found(found: Found, store: str) -> None:
     """What a cache would find, then where the prompt is besides."""
-    if not found.chunks:
-        console.print(f"The prompt has less than one chunk of {found.chunk_size} tokens: a cache stores nothing of it.")
-    else:
-        style = "green" if found.stored else "bold red"
+    style = "green" if found.stored or found.end else "bold red"
+    end = f"the last {count_text(found.end, 'token')}"
+    if found.chunks:
         told = f"{found.stored:,} of {count_text(found.chunks, 'chunk')} of this prompt"
+        told += f", and {end}," if found.end else ""
         console.print(Text.assemble((told, style), f" would be found in {store}."), soft_wrap=True)
+    elif found.end:
+        console.print(
+            Text.assemble((f"{end[0].upper()}{end[1:]}", style), f" would be found in {store}."), soft_wrap=True
+        )
+    else:
+        console.print(
+            f"The prompt has less than one chunk of {found.chunk_size} tokens: a cache stores nothing of it, unless it is "
+            "declared to be a document (CakeCache.prefill, `cake-hf warm --prompt`)."
+        )
     for one in found.elsewhere:
         saved = time.strftime("%Y-%m-%d", time.gmtime(one.record.last))
         head = f"Namespace {one.record.namespace[:SHORT]} has {one.stored:,} of {count_text(len(one.keys), 'chunk')}"
@@ -94,31 +120,105 @@ def show_found(found: Found, store: str) -> None:
         console.print(Padding(Text(f"{in_a_sentence(one.differences)}."), (0, 0, 0, 2)))
     if found.otherwise:
         console.print(Text(f"\nSo {found.otherwise}."))
-    elif found.chunks and not found.stored and not found.elsewhere:
+    elif found.chunks and not found.stored and not found.elsewhere and not found.agreed.tokens:
         console.print(
             "\nNothing else is known to have been made of it. Compare the starts of the prompts: one token that differs "
             "changes all that follow. (Stores filled by cake_hf 0.1 do not tell what their chunks were made with.)"
         )
+    for line in filter(None, (_what_is_gone(found), _where_it_parts(found), _what_states_allow(found))):
+        console.print(f"\n{line}")
 
 
-def _look(
-    store: Store, model: str, text: str, chunk_size: int | str, salt: str, dtype: str, device: str, *, exact: bool
-) -> Found:
-    with console.status("loading the model"):
-        tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
-    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0].to(torch.int64).numpy().data
-    with session_for(loaded, store, chunk_size=chunk_size, salt=salt, exact=exact) as session:
+def _where_it_parts(found: Found) -> str:
+    """Up to which token the prompt agrees with what is stored; empty where all of it is found, or nothing is stored like it."""
+    agreed = found.agreed
+    if found.stored == found.chunks and found.end:
+        return ""
+    if agreed.tokens > found.known and agreed.boundaries:
+        inner = [cut for cut in agreed.boundaries if cut < agreed.tokens]
+        told = f", boundaries={inner}" if inner else ""
+        return (
+            f"The first {count_text(agreed.tokens, 'token')} are stored as a document: declare its end, in Python by "
+            f"cache.prefill(ids[:, :{agreed.tokens}]{told}), here by --boundary {agreed.tokens}."
+        )
+    if found.stored == found.chunks:
+        return ""
+    if agreed.behind and agreed.tokens:
+        return (
+            f"The first {count_text(agreed.tokens, 'token')} agree with what is stored; within the next {agreed.behind:,} it "
+            "differs: compare the texts, the tokenizers and the chat templates there."
+        )
+    if agreed.behind:
+        return (
+            f"What is stored for this model and these options differs within the first {count_text(agreed.behind, 'token')}: "
+            "compare the begin of the texts, the tokenizers, a token for the begin and the chat template."
+        )
+    if agreed.tokens and not found.elsewhere:
+        return f"Of what is behind the first {count_text(agreed.tokens, 'token')}, nothing is stored."
+    return ""
+
+
+def _what_is_gone(found: Found) -> str:
+    """Of what was stored before its last chunk."""
+    return f"{count_text(found.holes, 'chunk')} before these are gone, and will be computed." if found.holes else ""
+
+
+def _what_states_allow(found: Found) -> str:
+    """Of a model with recurrent states."""
+    if found.restored is None or not found.stored or found.restored == found.known:
+        return ""
+    how = "CakeCache(snapshot_every=1) keeps one after each chunk"
+    if not found.restored:
+        return f"But no snapshot of the model's recurrent state is stored, without which all is computed; {how}."
+    at = f"at token {found.restored:,}"
+    return f"The last snapshot of the model's recurrent state is {at}; what is behind it is computed. {how}."
+
+
+def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warmed: AsWarmed) -> Found:
+    tokens = ids[0].to(torch.int64).contiguous().numpy().data
+    with session_for(
+        model, store, chunk_size=warmed.chunk_size or "auto", salt=warmed.salt, exact=warmed.exact
+    ) as session:
         namespace, facts, name, size = (
             session.namespace(),
             session.latest_facts(),
             session.model_name,
             session.chunk_size,
         )
-    keys = chunk_keys(namespace, tokens, size)
-    stored = sum(map(bool, store.contains(keys))) if keys else 0
-    sought = Sought(namespace, facts, salt, name, tokens, lambda size: [])
+        has_states = bool(session.state_layout().pieces)
+    named = document.blocks(len(tokens), size)
+    keys = block_keys(namespace, tokens, named, size)
+    has = dict(zip(keys, map(bool, store.contains(keys)), strict=True)) if keys else {}
+    is_end = bool(named) and not named[-1].fills(size)
+    end = named[-1].tokens if is_end and has[keys[-1]] else 0
+    chunks = keys[:-1] if is_end else keys
+    stored = sum(has[key] for key in chunks)
+    sought = Sought(namespace, facts, warmed.salt, name, tokens, lambda named: [], [*document.boundaries])
     elsewhere = found_elsewhere(store, sought, records(store), all_chunks=True)
+    known, agreed = {key: block for key, block in zip(keys, named, strict=True) if has[key]}, NOTHING
+    if len(known) < len(keys):
+        with progress_bar("reading headers", "chunks") as progress:
+            agreed = agreement(take_inventory(store, progress), namespace, tokens, size, known)
+    last = max((number for number, key in enumerate(keys) if has[key]), default=-1)
     otherwise = ""
-    if keys and not stored and not elsewhere:
+    if keys and not any(has.values()) and not elsewhere and not agreed.tokens:
         otherwise = store.objection(namespace, partial(dict, facts)) or explanation(store, sought)
-    return Found(len(keys), stored, size, elsewhere, otherwise)
+    restored = _last_state(store, known) if has_states else None
+    return Found(
+        chunks=len(chunks),
+        stored=stored,
+        chunk_size=size,
+        elsewhere=elsewhere,
+        otherwise=otherwise,
+        end=end,
+        agreed=agreed,
+        restored=restored,
+        holes=last + 1 - len(known),
+        known=named[last].end if known else 0,
+    )
+
+
+def _last_state(store: Store, known: Mapping[str, Block]) -> int:
+    """Tokens up to the last stored snapshot; 0 for none."""
+    stored = store.contains([state_key(key) for key in known]) if known else []
+    return max((block.end for block, one in zip(known.values(), stored, strict=True) if one), default=0)

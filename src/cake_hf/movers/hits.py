@@ -56,8 +56,8 @@ class Hits:
     def of(cls, report: Report) -> Hits:
         """One prompt's, or those of a batch."""
         loaded = report.chunks_loaded
-        hits = min(report.batch, loaded)
-        tokens = min(report.tokens, loaded * report.chunk_size)
+        hits = min(report.batch, loaded + report.tails_loaded)
+        tokens = min(report.tokens, loaded * report.chunk_size + report.tail_tokens_loaded)
         return cls(report.batch, hits, report.tokens, tokens, loaded, report.bytes_loaded)
 
     def __add__(self, other: Hits) -> Hits:

@@ -6,14 +6,17 @@ import json
 import re
 from dataclasses import dataclass
 
-from cake_hf.arithmetic.sizes import bytes_text
+from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cache.compat import GENERATE_LINE
-from cake_hf.stores.manifest import PackManifest
+from cake_hf.stores.manifest import MANIFEST, PackManifest
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MOST = 500
 """Characters of what a publisher says."""
+
+_MOST_CUTS = 12
+"""Boundaries that are named; a reply has one behind each of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def card_text(manifest: PackManifest, name: str, about: About) -> str:
         "base model": _base_model_text(manifest, about),
         "prompt": about.line,
         "dtype": manifest.dtype,
-        "tokens": f"{first:,} to {last:,}, in {len(manifest.chunks):,} chunks of {manifest.chunk_size:,}",
+        "tokens": f"{first:,} to {last:,}, in {len(manifest.chunks) - len(manifest.tails):,} chunks of {manifest.chunk_size:,}"
+        + (f" and {count_text(len(manifest.tails), 'tail')}" if manifest.tails else ""),
+        **({"cut at tokens": _cuts_text(manifest)} if manifest.boundaries else {}),
         **({"snapshots": f"{len(manifest.states):,}, of the model's recurrent state"} if manifest.states else {}),
         "size": bytes_text(manifest.nbytes),
         "serves": _serves(manifest),
@@ -132,6 +137,7 @@ def _snippet(manifest: PackManifest, name: str, about: About) -> str:
     cache = ["model", json.dumps(name), f"chunk_size={manifest.chunk_size}"]
     cache += [] if "numerics" in manifest.facts else ["exact=False"]
     cache += ["salt=..."] if manifest.salted else []
+    used = "\n".join(filter(None, [prefill_line(manifest), GENERATE_LINE]))
     return f"""import torch
 from transformers import AutoModelForCausalLM
 
@@ -139,4 +145,21 @@ from cake_hf import CakeCache
 
 model = AutoModelForCausalLM.from_pretrained({", ".join(model)})
 cache = CakeCache({", ".join(cache)})
-{GENERATE_LINE}"""
+{used}"""
+
+
+def prefill_line(manifest: PackManifest) -> str:
+    """As Python: what finds the tails of a pack; the end of a document is a boundary by itself. Empty where there is none."""
+    if not manifest.boundaries:
+        return ""
+    end = manifest.tokens[1]
+    inner = [cut for cut in manifest.boundaries if cut < end]
+    if len(inner) > _MOST_CUTS:
+        return f"cache.prefill(ids[:, :{end}], boundaries=boundaries)  # those of {MANIFEST}"
+    return f"cache.prefill(ids[:, :{end}]{f', boundaries={inner}' if inner else ''})"
+
+
+def _cuts_text(manifest: PackManifest) -> str:
+    named = [f"{cut:,}" for cut in manifest.boundaries[:_MOST_CUTS]]
+    more = len(manifest.boundaries) - len(named)
+    return ", ".join(named) + (f" and {more:,} more" if more else "")

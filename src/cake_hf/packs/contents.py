@@ -1,10 +1,10 @@
-"""Which chunks and snapshots of a store belong to a prompt, and their way into a pack, checked on the way."""
+"""Which chunks, tails and snapshots of a store belong to a prompt, and their way into a pack, checked on the way."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 
 from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import chunk_keys, state_key
+from cake_hf.arithmetic.keys import block_keys, state_key
 from cake_hf.arithmetic.limits import Limits
+from cake_hf.arithmetic.schedule import Block, blocks, checked_cuts, tail_ends
 from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.session import Session, chosen_chunk_size
 from cake_hf.cache.support import layers_for, model_reason, refuse_unusable
@@ -47,17 +48,19 @@ class Sink(ABC):
 
 @dataclass(frozen=True)
 class Contents:
-    """The chunks of one prompt that a store has, and the snapshots of the model's recurrent state at their ends.
+    """The chunks and tails of one prompt that a store has, and the snapshots of the model's recurrent state at their ends.
 
     Attributes:
         store: that has them.
-        keys: of the chunks, by their place on the grid.
-        states: keys of the snapshots, by the place of their chunk.
-        missing: chunks of the prompt that the store has not.
+        blocks: of the prompt.
+        keys: of those that are stored, by their number.
+        states: keys of the snapshots, by the number of their block.
+        missing: blocks of the prompt that the store has not. Of a tail at the end that was not declared it is not expected.
         namespace, facts, salted, model, model_revision, chunk_size: as in `PackManifest`.
     """
 
     store: Store
+    blocks: Sequence[Block]
     keys: Mapping[int, str]
     states: Mapping[int, str]
     missing: int
@@ -92,6 +95,7 @@ class Contents:
             chunk_size=self.chunk_size,
             chunks=tuple(files[: len(self.keys)]),
             states=tuple(files[len(self.keys) :]),
+            boundaries=tuple(tail_ends(self.blocks[: max(self.keys) + 1], self.chunk_size)),
         )
         sink.finish({MANIFEST: manifest.to_json(), CARD: card(manifest, sink.name).encode()})
         return manifest
@@ -117,17 +121,20 @@ def contents_of(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     *,
+    boundaries: Iterable[int],
     chunk_size: int | str,
     salt: str,
     exact: bool,
     allow_salted: bool,
 ) -> Iterator[Contents]:
-    """Find the chunks and snapshots of a prompt, as a `CakeCache` with these arguments would look for them.
+    """Find the blocks and snapshots of a prompt, as a `CakeCache` with these arguments would look for them.
 
     Raises:
         CakeError: KV of this model is not kept.
         StoreError: the store cannot be read or has none of them, or there is a salt and it is not allowed.
-        ValueError: `input_ids` is not one prompt of at least a chunk.
+        TypeError: the boundaries are no whole numbers.
+        ValueError: `input_ids` is not one prompt of at least a chunk, or with an end that is stored; a boundary is outside of
+            it.
     """
     if salt and not allow_salted:
         raise StoreError(
@@ -135,25 +142,30 @@ def contents_of(
             "if it may be given away."
         )
     chunk_size = chosen_chunk_size(resolve_model(model), chunk_size)
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < chunk_size:
-        raise ValueError(
-            f"input_ids must be [1, tokens] with at least one chunk of {chunk_size} tokens, got {list(input_ids.shape)}."
-        )
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
+        raise _no_prompt(input_ids, chunk_size)
+    tokens = input_ids.shape[1]
+    cuts = checked_cuts(boundaries, tokens)
     opened = open_store(store)
     try:
         with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact) as session:
             facts, namespace = json.loads(canonical(session.namespace_facts())), session.namespace()
             revision = getattr(session.model.config, "_commit_hash", None) or ""
             name, has_states = printable(session.model_name), bool(session.state_layout().pieces)
-        keys = chunk_keys(namespace, input_ids[0].tolist(), chunk_size)
+        named = blocks(0, tokens, cuts, chunk_size)
+        keys = block_keys(namespace, input_ids[0].tolist(), named, chunk_size)
         stored = _stored(opened, dict(enumerate(keys)))
+        if not stored and tokens < chunk_size:
+            raise _no_prompt(input_ids, chunk_size)
         if not stored:
             raise StoreError(
                 "The store has none of this prompt's chunks; save them first (cake-hf warm) with the same model and options."
             )
-        missing = len(keys) - len(stored)
+        last = len(keys) - 1
+        may_be_absent = last not in stored and not named[last].fills(chunk_size) and named[last].end not in cuts
+        missing = len(keys) - len(stored) - may_be_absent
         states = _stored(opened, {index: state_key(key) for index, key in stored.items()}) if has_states else {}
-        yield Contents(opened, stored, states, missing, namespace, facts, bool(salt), name, revision, chunk_size)
+        yield Contents(opened, named, stored, states, missing, namespace, facts, bool(salt), name, revision, chunk_size)
     finally:
         if opened is not store:
             opened.close()
@@ -188,6 +200,13 @@ def session_for(
         raise CakeError(f"It cannot be told which KV is this model's: {because}.") from because
     finally:
         session.close()
+
+
+def _no_prompt(input_ids: torch.Tensor, chunk_size: int) -> ValueError:
+    return ValueError(
+        f"A pack is made of one prompt, [1, tokens], with at least one chunk of {chunk_size} tokens, or with an end that was "
+        f"stored (CakeCache.prefill, `cake-hf warm --prompt`); this is {list(input_ids.shape)}."
+    )
 
 
 def _stored(store: Store, keys: Mapping[int, str]) -> dict[int, str]:

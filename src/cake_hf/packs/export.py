@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ def export_pack(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     *,
+    boundaries: Iterable[int] = (),
     chunk_size: int | str = "auto",
     salt: str = "",
     exact: bool = True,
@@ -35,7 +37,8 @@ def export_pack(
 ) -> PackManifest:
     """Write the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
 
-    Of a model with recurrent states, the snapshots that the store has at the ends of those chunks come with them.
+    What `CakeCache.prefill` has stored of the end of a document, its tail, is in the pack, too. Of a model with recurrent
+    states, the snapshots that the store has at the ends of chunks and tails come with them.
 
     Args:
         store: that has the KV, as `CakeCache` takes it.
@@ -43,6 +46,8 @@ def export_pack(
         model, chunk_size, salt, exact: as they were when the KV was saved. A pack made with `exact=True` serves only the very
             same numerics; to be used elsewhere it has to be saved and exported with `exact=False`.
         input_ids: `[1, tokens]` of the prompt.
+        boundaries: at which the prompt was cut when the KV was saved, beside its end: those given to `prefill` or `generate`,
+            or, of a conversation, `CakeCache.boundaries`.
         allow_salted: give away KV that was saved under a salt. The pack does not tell the salt, but a short one can be guessed.
         about: what the prompt is, in a line for the card.
         base_model: the model's name on the Hub, for the card; by default the name that it was loaded by.
@@ -55,12 +60,13 @@ def export_pack(
         StoreError: the store has nothing of the prompt, it or the folder fails, or there is a salt and it is not allowed.
         CorruptChunk: a chunk is damaged.
         CakeError: KV of this model is not kept.
-        ValueError: `input_ids` is not one prompt of at least a chunk.
+        TypeError: the boundaries are no whole numbers.
+        ValueError: `input_ids` is not one prompt of at least a chunk, or with an end that is stored; a boundary is outside of
+            it.
     """
     told = About(about, base_model)
-    with contents_of(
-        store, model, input_ids, chunk_size=chunk_size, salt=salt, exact=exact, allow_salted=allow_salted
-    ) as contents:
+    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "allow_salted": allow_salted}
+    with contents_of(store, model, input_ids, boundaries=boundaries, **options) as contents:
         return contents.write(FolderSink(folder), partial(card_text, about=told), progress)
 
 

@@ -31,9 +31,10 @@ class Imported:
     Attributes:
         url: of the pack, pinned to a commit if it is on the Hub.
         manifest: what it says about itself.
-        chunks: that were written.
+        chunks: that were written, tails included.
         states: snapshots of the model's recurrent state that were written.
         nbytes: of all those.
+        tails: how many of the chunks are tails, which end at a declared boundary.
     """
 
     url: str
@@ -41,6 +42,7 @@ class Imported:
     chunks: int
     states: int
     nbytes: int
+    tails: int = 0
 
 
 def import_pack(
@@ -83,8 +85,10 @@ def import_pack(
                 finally:
                     pool.shutdown(cancel_futures=True)
     nbytes = sum(pack.manifest.by_key[key].size for key in wanted)
-    states = len({state.key for state in pack.manifest.states}.intersection(wanted))
-    return Imported(str(pack.source), pack.manifest, len(wanted) - states, states, nbytes)
+    manifest, wrote = pack.manifest, set(wanted)
+    states = sum(state.key in wrote for state in manifest.states)
+    tails = sum(chunk.key in wrote for chunk in manifest.tails)
+    return Imported(str(pack.source), manifest, len(wanted) - states, states, nbytes, tails)
 
 
 def open_pack(source: str | os.PathLike[str]) -> PackStore:

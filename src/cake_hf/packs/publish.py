@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ class Pushed:
     Attributes:
         url: of the pack, pinned to the commit: what to open.
         manifest: what it says about itself.
-        missing: chunks of the prompt that were not in the store.
+        missing: chunks of the prompt, and tails at declared boundaries, that were not in the store.
     """
 
     url: str
@@ -45,6 +45,7 @@ def push_pack(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
     *,
+    boundaries: Iterable[int] = (),
     chunk_size: int | str = "auto",
     salt: str = "",
     exact: bool = True,
@@ -59,24 +60,20 @@ def push_pack(
     Args:
         store: that has the KV, as `CakeCache` takes it.
         repo: "org/name"; made when missing. What it has of an older pack is replaced; any other repository is refused.
-        model, input_ids, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
+        model, input_ids, boundaries, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
         private: whether a new repository is; by default as the Hub decides.
         progress: called with (files handed to the client, all files).
 
     Raises:
-        StoreError, CorruptChunk, CakeError, ValueError: as `export_pack`; a StoreError also where the repository holds
-            something else, you may not write to it, or the Hub cannot be reached.
+        StoreError, CorruptChunk, CakeError, TypeError, ValueError: as `export_pack`; a StoreError also where the repository
+            holds something else, you may not write to it, or the Hub cannot be reached.
     """
     told = About(about, base_model)
     repo, revision = parse_hub_name(repo)
     if revision != "main":
         raise StoreError(f"A pack is pushed to a repository's main branch; leave @{revision} out.")
-    with (
-        contents_of(
-            store, model, input_ids, chunk_size=chunk_size, salt=salt, exact=exact, allow_salted=allow_salted
-        ) as contents,
-        _without_bars(),
-    ):
+    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "allow_salted": allow_salted}
+    with contents_of(store, model, input_ids, boundaries=boundaries, **options) as contents, _without_bars():
         sink = HubSink(repo, private)
         manifest = contents.write(sink, partial(card_text, about=told), progress)
         return Pushed(f"{SCHEME}{repo}@{sink.commit}", manifest, contents.missing)

@@ -14,7 +14,7 @@ class FreeShare:
     """A share of what is free on a directory's disk, and of what the store itself takes already: so it does not shrink as the
     store grows.
 
-    What is there when this is worked out always fits: a store that is larger already only grows no further.
+    What is there always fits: a store that is larger already, or that others fill beyond it, only grows no further.
 
     Attributes:
         share: above 0 to 1.
@@ -37,7 +37,7 @@ class FreeShare:
 
 
 USUAL = FreeShare()
-"""Of a directory that is named by a path or a URL without a budget."""
+"""Of a directory for which nobody has said another budget."""
 
 
 def free_bytes(root: Path) -> int | None:

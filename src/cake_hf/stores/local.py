@@ -18,7 +18,7 @@ from cake_hf.arithmetic.errors import CorruptChunk, StoreError
 from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.below import advice, directory, sync_file
-from cake_hf.stores.budget import FreeShare
+from cake_hf.stores.budget import USUAL, FreeShare
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
@@ -38,14 +38,14 @@ MARK_SECONDS = 60.0
 class LocalStore(Store):
     """A store in a directory of the local (or a mounted) filesystem.
 
-    With a budget, room for a new chunk is made before it is written, by all processes that were given one (give all the same).
-    Their chunks, with those that are being written, stay within it; a process that was given none evicts nothing, but what
-    it writes is counted.
+    Room for a new chunk is made before it is written, by all processes with a budget (give all the same). Their chunks, with
+    those that are being written, stay within it; a process with none evicts nothing, but what it writes is counted.
 
     Args:
         root: the directory; made by the first write where it is missing, then for its owner alone.
-        budget: most bytes of chunks that the directory may have, or the share of the free disk that these are (`FreeShare`);
-            None for no limit.
+        budget: most bytes of chunks that the directory may have, or the share of the free disk that these are (`FreeShare`), by
+            default a fifth; None for no limit. What is there already fits a share in any case: it evicts nothing of that to
+            become smaller, only for what is new.
         eviction: who makes room: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was used
             longest ago, the chunk nearest to its start, which is the cheapest to compute).
 
@@ -65,10 +65,10 @@ class LocalStore(Store):
     range_seconds = 1e-4
 
     def __init__(
-        self, root: str | os.PathLike[str], budget: int | FreeShare | None = None, eviction: str = LRU
+        self, root: str | os.PathLike[str], budget: int | FreeShare | None = USUAL, eviction: str = LRU
     ) -> None:
         if isinstance(budget, int) and budget <= 0:
-            raise ValueError(f"budget must be positive, got {budget}; leave it out for no limit.")
+            raise ValueError(f"budget must be positive, got {budget}; pass None for no limit.")
         self.root = expanded(root).absolute()
         self.marks_use = True
         self._looks_only = False

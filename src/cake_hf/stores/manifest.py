@@ -11,12 +11,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from cake_hf.arithmetic.errors import StoreError
 from cake_hf.arithmetic.keys import namespace_digest, state_key
 from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.arithmetic.schedule import Block, blocks, tail_ends
 from cake_hf.tensors.fingerprint import canonical
 
 MANIFEST = "cake_pack.json"
@@ -25,6 +27,8 @@ FORMAT = "cake_hf-pack"
 VERSION = "1"
 STATES_VERSION = "2"
 """Of a manifest with snapshots. Who knows the first version only then names the version, and does not call the pack damaged."""
+CUTS_VERSION = "3"
+"""Of a manifest with boundaries, and with snapshots or without."""
 
 BLOCK_BYTES = 2**20
 """A chunk's file has a digest for each block of so many bytes, so that a part of it can be checked by itself."""
@@ -35,6 +39,8 @@ memory at most, whatever stands in it."""
 MAX_CHUNKS = 2**16
 MAX_CHUNK_BYTES = 2**32
 """A larger file is refused before memory is taken for it."""
+MAX_BLOCKS = 2**18
+"""Up to the last boundary of a pack: they are counted one by one."""
 MAX_TEXT = 200
 MAX_DEPTH = 16
 _MAX_STRUCTURE = MAX_MANIFEST_BYTES // 64 + 8 * MAX_CHUNKS
@@ -48,11 +54,11 @@ _REVISION = re.compile(r"[0-9a-f]{40}|")
 
 @dataclass(frozen=True)
 class PackChunk:
-    """One file of a pack: a chunk, or a snapshot of the model's recurrent state at the end of one.
+    """One file of a pack: a block (a chunk or a tail), or a snapshot of the model's recurrent state at the end of one.
 
     Attributes:
         key: its name.
-        index: its place on the absolute grid; a snapshot's is that of its chunk.
+        index: the block's number in its prompt; a snapshot's is that of its block.
         size: bytes of the file.
         digest: blake3 of the file, 64 hexadecimal digits.
         blocks: blake3 of each of its blocks of `BLOCK_BYTES`; the last one may be shorter.
@@ -77,8 +83,9 @@ class PackManifest:
         model_revision: commit of the model on the Hub, 40 hexadecimal digits; empty where it is not known.
         dtype: of the KV, as safetensors names it.
         chunk_size: tokens per chunk.
-        chunks: by their place in the prompt.
+        chunks: chunks and tails, by their place in the prompt.
         states: snapshots at the ends of some of them, in the same order.
+        boundaries: tokens from the prompt's start up to the end of each tail. Without any there are only chunks.
     """
 
     namespace: str
@@ -90,6 +97,7 @@ class PackManifest:
     chunk_size: int
     chunks: tuple[PackChunk, ...]
     states: tuple[PackChunk, ...] = ()
+    boundaries: tuple[int, ...] = ()
 
     @cached_property
     def by_key(self) -> dict[str, PackChunk]:
@@ -99,7 +107,24 @@ class PackManifest:
     @property
     def tokens(self) -> tuple[int, int]:
         """The prompt's first token in the pack, and the one after the last."""
-        return self.chunks[0].index * self.chunk_size, (self.chunks[-1].index + 1) * self.chunk_size
+        return self.block(self.chunks[0].index).start, self.block(self.chunks[-1].index).end
+
+    @cached_property
+    def tails(self) -> tuple[PackChunk, ...]:
+        """Those of `chunks` that are no full chunks."""
+        return tuple(chunk for chunk in self.chunks if not self.block(chunk.index).fills(self.chunk_size))
+
+    @cached_property
+    def _cut(self) -> list[Block]:
+        """The blocks up to the last boundary."""
+        return blocks(0, self.boundaries[-1], self.boundaries, self.chunk_size) if self.boundaries else []
+
+    def block(self, index: int) -> Block:
+        """A block of the prompt by its number."""
+        if index < len(self._cut):
+            return self._cut[index]
+        start = (self.boundaries[-1] if self.boundaries else 0) + (index - len(self._cut)) * self.chunk_size
+        return Block(start, start + self.chunk_size)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +140,7 @@ class PackManifest:
         text = json.dumps(
             {
                 "format": FORMAT,
-                "version": STATES_VERSION if self.states else VERSION,
+                "version": CUTS_VERSION if self.boundaries else STATES_VERSION if self.states else VERSION,
                 "namespace": self.namespace,
                 "salted": self.salted,
                 "model": self.model,
@@ -125,6 +150,7 @@ class PackManifest:
                 "tokens": self.tokens,
                 "facts": self.facts,
                 "chunks": _rows(self.chunks),
+                **({"boundaries": self.boundaries} if self.boundaries else {}),
                 **({"states": _rows(self.states)} if self.states else {}),
             },
             indent=1,
@@ -162,12 +188,15 @@ def parse_manifest(raw: bytes) -> PackManifest:
 def _manifest(fields: Any) -> PackManifest:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError("it has another format")
-    if fields.get("version") not in (VERSION, STATES_VERSION):
+    version = fields.get("version")
+    if version not in (VERSION, STATES_VERSION, CUTS_VERSION):
         raise StoreError(
             "The pack was written in another version of the format; use the cake_hf that fits, or a new pack."
         )
     taken = _Fields(fields, "the manifest")
     chunks = tuple(_file(entry, "a chunk") for entry in taken.rows("chunks", 1, MAX_CHUNKS))
+    size = taken.number("chunk_size", MIN_CHUNK_SIZE, 2**20)
+    has_states = version == STATES_VERSION or (version == CUTS_VERSION and "states" in fields)
     manifest = PackManifest(
         namespace=taken.text("namespace", _KEY.fullmatch),
         facts=taken.facts("facts"),
@@ -175,11 +204,13 @@ def _manifest(fields: Any) -> PackManifest:
         model=taken.text("model", _is_plain),
         model_revision=taken.text("model_revision", _REVISION.fullmatch),
         dtype=taken.text("dtype", _DTYPE.fullmatch),
-        chunk_size=taken.number("chunk_size", MIN_CHUNK_SIZE, 2**20),
+        chunk_size=size,
         chunks=chunks,
-        states=_states(taken, len(chunks)) if fields["version"] == STATES_VERSION else (),
+        states=_states(taken, len(chunks)) if has_states else (),
+        boundaries=_boundaries(taken, size) if version == CUTS_VERSION else (),
     )
     _check_places(manifest)
+    _check_boundaries(manifest)
     if taken.rows("tokens", 2, 2) != list(manifest.tokens):
         raise ValueError("its tokens are not those of its chunks")
     if manifest.facts.get("chunk_size") != manifest.chunk_size or "salt" in manifest.facts:
@@ -192,6 +223,29 @@ def _manifest(fields: Any) -> PackManifest:
 
 def _states(taken: _Fields, most: int) -> tuple[PackChunk, ...]:
     return tuple(_file(entry, "a state") for entry in taken.rows("states", 1, most))
+
+
+def _boundaries(taken: _Fields, size: int) -> tuple[int, ...]:
+    """In ascending order, and so few that they can be counted through."""
+    found = taken.rows("boundaries", 1, MAX_BLOCKS)
+    if any(type(cut) is not int or cut < 1 for cut in found):
+        raise ValueError("a boundary is no number of tokens")
+    if any(later <= cut for cut, later in pairwise(found)):
+        raise ValueError("its boundaries do not increase")
+    if found[-1] // size + len(found) > MAX_BLOCKS:
+        raise ValueError(f"its boundaries make more than {MAX_BLOCKS:,} blocks")
+    return tuple(found)
+
+
+def _check_boundaries(manifest: PackManifest) -> None:
+    """Each boundary ends a tail, or it would be none; and none is behind the last token."""
+    if not manifest.boundaries:
+        return
+    end = manifest.tokens[1]
+    if manifest.boundaries[-1] > end:
+        raise ValueError(f"a boundary is outside the prompt, of which it has {end:,} tokens")
+    if list(manifest.boundaries) != tail_ends(manifest._cut, manifest.chunk_size):
+        raise ValueError("one of its boundaries ends no tail")
 
 
 def _check_places(manifest: PackManifest) -> None:

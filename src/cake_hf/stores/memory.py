@@ -30,6 +30,10 @@ class MemoryStore(Store):
         self._notes: dict[str, bytes] = {}
         self._lock = Lock()
 
+    def budget(self) -> int:
+        """Most bytes that may be here."""
+        return self._budget
+
     def contains(self, keys: Sequence[str]) -> list[bool]:
         with self._lock:
             return [key in self._values for key in keys]

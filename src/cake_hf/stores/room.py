@@ -40,6 +40,9 @@ PAUSE = 0.005
 COARSE_SECONDS = 2.5
 """Dates of folders are no finer than that everywhere: what changed so shortly before a look may have changed again after it."""
 
+_told: set[str] = set()
+"""Stores of which it was logged how much they may take."""
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -110,7 +113,7 @@ class Room:
         looks = 0
         while True:
             with self._account.opened(create=self._budget is not None) as balance:
-                room = balance is None or self._budget is None or self._make_room(balance, nbytes, self._budget, survey)
+                room = balance is None or self._budget is None or self._make_room(balance, nbytes, survey)
                 if room is True:
                     self._take(descriptor, nbytes, balance)
                     return
@@ -155,7 +158,7 @@ class Room:
             self._pins.change(pinned, unpinned, time.time())
 
     def _work_out(self, share: FreeShare) -> None:
-        """From here on the budget is a number, which is logged once."""
+        """From here on the budget is a number, which is logged once per store and process."""
         with self._account.opened() as balance:
             stored = None if balance is None else balance.total
         if stored is None:
@@ -166,12 +169,14 @@ class Room:
             return
         # What others have written is counted in the account, so the directory is only looked at where that does not suffice.
         self._survey_due = float("inf")
-        logger.info(
-            "The store %s may take %s, %s; file:///path?budget=50GB sets another budget.",
-            shown(str(self._folder.root)),
-            bytes_text(self._budget),
-            share,
-        )
+        if (place := os.path.realpath(self._folder.root)) not in _told:
+            _told.add(place)
+            logger.info(
+                "The store %s may take %s, %s; file:///path?budget=50GB sets another budget.",
+                shown(str(self._folder.root)),
+                bytes_text(self._budget),
+                share,
+            )
 
     def _take(self, descriptor: int, nbytes: int, balance: Balance | None) -> None:
         if balance is not None:
@@ -185,7 +190,7 @@ class Room:
                 raise
             # Not every filesystem can do that ahead. Until the bytes are written only the account knows of them.
 
-    def _make_room(self, balance: Balance, nbytes: int, budget: int, survey: Survey | None) -> bool | None:
+    def _make_room(self, balance: Balance, nbytes: int, survey: Survey | None) -> bool | None:
         """Whether there is room now; False where the directory has to be looked at (again), None where more could go.
 
         Raises:
@@ -193,8 +198,8 @@ class Room:
         """
         if survey is not None:
             self._take_in(balance, survey)
-        total = balance.total
-        if total is None:
+        total, budget = balance.total, self._budget
+        if total is None or budget is None:
             return False
         if total + nbytes > budget and self._pins.mark() != self._pins_seen:
             return False
@@ -235,7 +240,10 @@ class Room:
         self._evictable = sum(entry.nbytes for entry in there if entry.key not in pinned)
         if self._share is None:
             self._survey_due = self._clock() + SURVEY_SECONDS
-        balance.set(sum(entry.nbytes for entry in there) + self._folder.partial_bytes())
+        stored = sum(entry.nbytes for entry in there)
+        if self._share is not None and self._budget is not None:  # nobody has said that what is there is too much
+            self._budget = max(self._budget, stored)
+        balance.set(stored + self._folder.partial_bytes())
 
     def _no_room(self, nbytes: int) -> StoreError:
         return StoreError(

@@ -1,0 +1,76 @@
+"""How far a prompt agrees with what is stored, wherever that was cut: for who wonders where two prompts part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cake_hf.arithmetic.keys import block_keys
+from cake_hf.arithmetic.schedule import Block, tail_ends
+from cake_hf.cli.inspect_store import Inventory, StoredChunk
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The longest beginning of a prompt that is stored.
+
+    Attributes:
+        tokens: up to its end.
+        boundaries: at which it was cut when it was stored.
+        behind: tokens of the longest block that some stored prompt has behind it, which is another one than this prompt's; 0
+            where nothing is stored behind it.
+    """
+
+    tokens: int = 0
+    boundaries: Sequence[int] = ()
+    behind: int = 0
+
+
+NOTHING = Agreement()
+"""Nothing is stored that begins as the prompt does."""
+
+
+def agreement(
+    inventory: Inventory, namespace: str, tokens: memoryview, chunk_size: int, known: Mapping[str, Block]
+) -> Agreement:
+    """Follow a prompt from block to block of a store.
+
+    Args:
+        inventory: of the store.
+        namespace: in which it is looked for.
+        tokens: of the prompt, 64-bit integers.
+        chunk_size: of the namespace.
+        known: blocks of the prompt that are stored, by key; what is before one of these may be gone.
+    """
+    children: dict[str, list[StoredChunk]] = {}
+    for chunk in inventory.chunks.values():
+        children.setdefault(chunk.facts.parent, []).append(chunk)
+    ways: dict[str, tuple[str, Block]] = {key: ("", block) for key, block in known.items()}
+    best, open_ends = (0, namespace), [(0, namespace), *((block.end, key) for key, block in known.items())]
+    while open_ends:
+        end, parent = open_ends.pop()
+        best = max(best, (end, parent))
+        for child in children.get(parent, ()):
+            key = child.facts.key
+            for block in _ways(end, child.chunk_size, len(tokens)):
+                if block_keys(namespace, tokens, [block], chunk_size, parent) == [key]:
+                    if key not in known:
+                        open_ends.append((block.end, key))
+                    ways[key] = parent, block
+    end, last = best
+    path = list(_back(last, ways))[::-1]
+    behind = max((child.chunk_size for child in children.get(last, ())), default=0)
+    return Agreement(end, tail_ends(path, chunk_size), behind)
+
+
+def _back(key: str, ways: Mapping[str, tuple[str, Block]]) -> Iterator[Block]:
+    """The blocks that lead to a key, the last one first; each ends before the one that was given before it."""
+    while key in ways:
+        key, block = ways[key]
+        yield block
+
+
+def _ways(start: int, tokens: int, most: int) -> Iterator[Block]:
+    """How so many tokens may have been run: in one forward, or one by one."""
+    if start + tokens <= most:
+        yield from (Block(start, start + tokens, singly) for singly in (False, True))

@@ -1,0 +1,71 @@
+"""A document as a prompt: the tokens that are made of a text, and where they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cake_hf.arithmetic.schedule import Block, blocks, checked_cuts
+from cake_hf.cache import chat_document
+from cake_hf.cli.models import read_text
+from cake_hf.cli.options import AsWarmed
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, and how tokens are made of it; see the options of `cake-hf warm`.
+
+    Attributes:
+        text: of the document.
+        chat: it stands in the model's chat template.
+        system: the system prompt; with `chat`.
+        tokens: only so many from the start; None for all.
+        boundaries: that are declared, beside the end.
+    """
+
+    text: str
+    chat: bool = False
+    system: str = ""
+    tokens: int | None = None
+    boundaries: Sequence[int] = ()
+
+    def ids(self, tokenizer: Any) -> torch.Tensor:
+        """`[1, tokens]`.
+
+        Raises:
+            CakeError: the tokenizer has no chat template that will do.
+            ValueError: a boundary is outside of them.
+        """
+        if self.chat:
+            ids = chat_document(tokenizer, self.text, system=self.system)
+        else:
+            ids = tokenizer(self.text, return_tensors="pt", verbose=False).input_ids
+        ids = ids[:, : self.tokens]
+        checked_cuts(self.boundaries, ids.shape[1])
+        return ids
+
+    def blocks(self, tokens: int, size: int) -> list[Block]:
+        """The chunks and tails of that many tokens, where chunks have that size; the last one may be a tail."""
+        return blocks(0, tokens, checked_cuts(self.boundaries, tokens), size)
+
+
+def read_document(
+    path: Path, chat: bool, system: Path | None, tokens: int | None, boundaries: Sequence[int]
+) -> Document:
+    """What there is to be read before a model is loaded.
+
+    Raises:
+        ValueError: a file cannot be read, or there is a system prompt without `chat`.
+    """
+    if system is not None and not chat:
+        raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
+    return Document(read_text(path), chat, "" if system is None else read_text(system), tokens, tuple(boundaries))
+
+
+def as_warmed(path: Path, warmed: AsWarmed) -> Document:
+    """As `read_document`."""
+    return read_document(path, warmed.chat, warmed.system, warmed.tokens, warmed.boundary or ())
