@@ -16,7 +16,7 @@ from cake_hf.stores import LocalStore
 from cake_hf.stores.base import Store
 from cake_hf.stores.manifest import CARD, parse_manifest
 from cake_hf.stores.pack import open_folder_pack
-from cake_hf.tensors.forgery import forge
+from cake_hf.testing.forgery import forge
 from commands import flat, run_command, save_model, write_text
 from cut_runs import in_pieces
 from families import here
