@@ -20,11 +20,10 @@ from cake_hf.people.console import FAILED, WRONG, console
 from cake_hf.people.models import RECALL_TINY, load_model, load_tokenizer, quiet_transformers
 from eval import walk
 from eval.walk import chart, tables
-from eval.walk.course import Course
+from eval.walk.course import Course, Walked
 from eval.walk.documents import find_documents
 from eval.walk.findings import broken, result_of
 from eval.walk.real_model import real_model
-from eval.walk.ways import WAYS
 
 ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "eval" / "walk.json"
@@ -64,23 +63,28 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     documents = find_documents(asked.data, asked.documents, tokenizer, positions - asked.tokens)
     course = Course(name, model, tokenizer, asked.dtype, asked.tokens, auto_chunk_size("cpu"), asked.repeats)
+    walks: list[Walked] = []
     result: dict[str, Any] = {
         "model": Path(name).name,
         "dtype": asked.dtype,
         "tokens": asked.tokens,
-        "rounds": asked.repeats,
         "threads": torch.get_num_threads(),
         "chunk_size": course.chunk_size,
-        "documents": [],
-        "broken": [],
     }
-    for document in documents:
-        walked = course.walk(document, lambda line: print(line, file=sys.stderr, flush=True))
-        result["documents"].append(result_of(walked))
-        result["broken"] += broken(walked, asked.dtype)
-        result["machine"] = machine.as_dict()
-        if asked.out:  # after each one: a long run that is stopped has something to show
+
+    def done() -> None:
+        """Writes what there is: a long run that is stopped has something to show."""
+        result.update(
+            machine=machine.as_dict(),
+            documents=[result_of(walked) for walked in walks],
+            broken=[line for walked in walks for line in broken(walked, asked.dtype)],
+        )
+        if asked.out:
             asked.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    for document in documents:
+        walks.append(Walked(document))
+        course.walk(walks[-1], lambda line: print(line, file=sys.stderr, flush=True), done)
     return result
 
 
@@ -150,14 +154,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console.print(f"{result['model']}, {result['dtype']}, {result['rounds']} rounds. {tables.machine(result)}.")
+    console.print(f"{result['model']}, {result['dtype']}. {tables.machine(result)}.")
     for document in result["documents"]:
         for sheet in tables.sheets(document):
             console.print(sheet)
         for question, given in tables.answers(document):
             console.print(question)
             for text, ways in given:
-                console.print(f"  {', '.join(WAYS[way] for way in ways)}: {' '.join(text.split())}")
+                console.print(f"  {ways}: {text}")
         console.print()
     if trouble := disturbance(result["machine"]):
         console.print(trouble)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cake_hf.people.plots import BARS, LIMIT, new_figure
 from cake_hf.people.plots import COMPUTE as COMPUTE_COLOUR
 from cake_hf.people.plots import LOAD as LOAD_COLOUR
+from cake_hf.people.units import count_text
 from eval.walk.tables import longest
 from eval.walk.taken import COMPUTE, COPY, LOAD
 from eval.walk.ways import CHUNKED, COLD, COPIED, NEW, RECIPE, SINGLE, TORCH_LOAD, WAYS
@@ -61,10 +62,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _title(result: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    return (
-        f"{result['model']}, {result['dtype']}: a document of {document['tokens']:,} tokens, "
-        f"{result['threads']} CPU {'thread' if result['threads'] == 1 else 'threads'}"
-    )
+    threads = count_text(result["threads"], "CPU thread")
+    return f"{result['model']}, {result['dtype']}: a document of {document['tokens']:,} tokens, {threads}"
 
 
 def _panel(panel: Axes, document: Mapping[str, Any], ways: Sequence[str], title: str) -> None:

@@ -44,6 +44,11 @@ class Walked:
         """Of the document."""
         return self.document.ids.shape[1]
 
+    @property
+    def rounds(self) -> int:
+        """So far."""
+        return len(self.save_seconds)
+
 
 @dataclass(frozen=True)
 class Course:
@@ -66,20 +71,26 @@ class Course:
     chunk_size: int
     rounds: int
 
-    def walk(self, document: Document, tell: Callable[[str], object]) -> Walked:
-        """All ways, so many times; `tell` is called with lines of progress."""
-        walked, ways = Walked(document), self._ways(document, 0)
-        warm_up(self.model, document.ids, self.chunk_size)
+    def walk(self, walked: Walked, tell: Callable[[str], object], done: Callable[[], object]) -> None:
+        """All ways, so many times.
+
+        Args:
+            walked: new; what comes of it goes there.
+            tell: called with lines of progress.
+            done: called after each round.
+        """
+        ways = self._ways(walked.document, 0)
+        warm_up(self.model, walked.document.ids, self.chunk_size)
         tell(f"{walked.tokens:,} tokens: what answers must equal")
         pieces = ways.pieces()
-        walked.expected = [ways.copied(PIECES, which, pieces) for which in range(len(document.questions))]
+        walked.expected = [ways.copied(PIECES, which, pieces) for which in range(len(walked.document.questions))]
         del pieces
         for number in range(self.rounds):
             begin = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="cake-walk-") as folder, cheap_collections():
-                Round(self, self._ways(document, number), walked, number, Path(folder)).run()
+                Round(self, self._ways(walked.document, number), walked, number, Path(folder)).run()
             tell(f"{walked.tokens:,} tokens: round {number + 1} of {self.rounds} took {time.monotonic() - begin:.0f} s")
-        return walked
+            done()
 
     def _ways(self, document: Document, number: int) -> Ways:
         tokens = document.ids.shape[1]

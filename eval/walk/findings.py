@@ -16,7 +16,7 @@ Reading = Callable[[Taken], float]
 
 GOALS: dict[str, tuple[str, str, str, Reading, Goal | None]] = {
     "question": (
-        "question, same process: cake_hf over DynamicCache, both copied",
+        "question, same process: DynamicCache",
         *(COPIED, RECIPE),
         lambda taken: taken.question_seconds,
         Goal(1.1),
@@ -28,19 +28,19 @@ GOALS: dict[str, tuple[str, str, str, Reading, Goal | None]] = {
         None,
     ),
     "new_process": (
-        "new process: cake_hf over torch.load, with the question",
+        "document and question, new process: torch.load",
         *(NEW, TORCH_LOAD),
         lambda taken: taken.first_token,
         Goal(1.1),
     ),
     "cold_over_chunked": (
-        "first time, with saving: cake_hf over generate in chunks",
+        "first time, with saving: generate, in chunks",
         *(COLD, CHUNKED),
         lambda taken: taken.first_token,
         Goal(1.03),
     ),
     "cold_over_single": (
-        "first time, with saving: cake_hf over generate",
+        "first time, with saving: generate",
         *(COLD, SINGLE),
         lambda taken: taken.first_token,
         Goal(1.05),
@@ -54,6 +54,7 @@ def result_of(walked: Walked) -> dict[str, Any]:
     return {
         "document": walked.document.name,
         "tokens": walked.tokens,
+        "rounds": walked.rounds,
         "questions": [
             {"tokens": prompt.shape[1] - walked.tokens, "text": text}
             for text, prompt in zip(walked.document.questions, walked.document.prompts, strict=True)

@@ -9,9 +9,11 @@ from statistics import median
 from typing import Any
 
 from cake_hf.people.sheets import Sheet
+from cake_hf.people.units import count_text
 from eval.walk.ways import COLD, COPIED, NEW, RECIPE, SINGLE, TORCH_LOAD, WAYS
 
 HEADINGS = ("document", "question", "first token", "last token", "CPU", "loaded", "tokens", "bits")
+RATIO = "cake_hf's time over the other's"
 RATIO_HEADINGS = ("median", "from, to", "goal", "met")
 IN_README = (SINGLE, COLD, RECIPE, COPIED, TORCH_LOAD, NEW)
 
@@ -27,7 +29,7 @@ def groups(document: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, An
         for question in range(len(document["questions"])):
             found = [one for one in document["taken"] if (one["way"], one["question"]) == (way, question)]
             if found:
-                yield name if question == 0 else f"{name}, second question", found
+                yield name if question == 0 else "and a second question", found
 
 
 def seconds(found: Sequence[Mapping[str, Any]], *names: str) -> float:
@@ -66,14 +68,15 @@ def _share(found: Sequence[Mapping[str, Any]], name: str, expected: object) -> s
     return "same" if same == len(found) else "other" if not same else f"{same} of {len(found)} same"
 
 
-def answers(document: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """Each question, with its answers, and the ways that each was given by."""
+def answers(document: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Each question, with its answers, each on one line, and the ways that it was given by."""
     for number, question in enumerate(document["questions"]):
         given: dict[str, dict[str, None]] = {}
         for one in document["taken"]:
             if one["question"] == number:
-                given.setdefault(one["text"], {})[one["way"]] = None
-        yield question["text"], [(text, list(ways)) for text, ways in given.items()]
+                given.setdefault(" ".join(one["text"].split()), {})[WAYS[one["way"]]] = None
+        everybody = len(given) == 1
+        yield question["text"], [(text, "all" if everybody else "; ".join(ways)) for text, ways in given.items()]
 
 
 def goal_rows(document: Mapping[str, Any]) -> list[list[str]]:
@@ -92,17 +95,17 @@ def goal_rows(document: Mapping[str, Any]) -> list[list[str]]:
 
 def sheets(document: Mapping[str, Any]) -> Iterator[Sheet]:
     """For a terminal."""
-    title = f"{document['document']}: {document['tokens']:,} tokens"
+    title = f"{document['document']}: {_length(document)}"
     yield Sheet(title, ("<way", *HEADINGS), rows(document))
-    yield Sheet("", ("<ratio", *RATIO_HEADINGS), goal_rows(document))
+    yield Sheet("", (f"<{RATIO}", *RATIO_HEADINGS), goal_rows(document))
 
 
 def page(result: Mapping[str, Any]) -> str:
     """All of a result, as Markdown."""
     parts = [_setting(result)]
     for document in result["documents"]:
-        parts += [f"## {document['tokens']:,} tokens", _markdown(("", *HEADINGS), rows(document))]
-        parts += [_markdown(("ratio, in each round", *RATIO_HEADINGS), goal_rows(document))]
+        parts += [f"### {_length(document)}", _markdown(("", *HEADINGS), rows(document))]
+        parts += [_markdown((RATIO, *RATIO_HEADINGS), goal_rows(document))]
         parts += [_on_disk(document), _answers(document)]
     if result["broken"]:
         parts.append("**Not equal:** " + "; ".join(result["broken"]) + ".")
@@ -117,7 +120,10 @@ def readme(result: Mapping[str, Any]) -> str:
     for way in IN_README:
         first = ("asked",) if way in (RECIPE, COPIED) else ("prepared", "asked")
         shown.append([WAYS[way], _figure(seconds(by_way[way], *first))])
-    return _markdown((f"a question on {document['tokens']:,} tokens", "first token, s"), shown)
+    ran, threads = result["machine"], count_text(result["threads"], "thread")
+    where = f"{ran['cpu']}, {ran['cores']} cores, {threads}, no GPU; load average {ran['load_average_before']}"
+    table = _markdown((f"a question on {document['tokens']:,} tokens", "first token, s"), shown)
+    return f"{table}\n\n{result['model']} in {result['dtype']}, {where}."
 
 
 def longest(result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -147,14 +153,18 @@ def machine(result: Mapping[str, Any]) -> str:
     ran = result["machine"]
     versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "torch", "transformers", "cake_hf"))
     stolen = f", {ran['stolen_share']:.1%} of its time stolen by other machines" if ran.get("stolen_share") else ""
-    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     load = f"load average before it began: {ran['load_average_before']}"
+    threads = count_text(result["threads"], "thread")
     return f"{ran['cpu']}, {ran['cores']} cores, {ran['memory_gib']} GiB, no GPU; {threads}; {versions}; {load}{stolen}"
 
 
 def _setting(result: Mapping[str, Any]) -> str:
-    how = f"chunks of {result['chunk_size']} tokens, answers of {result['tokens']} tokens, {result['rounds']} rounds"
+    how = f"chunks of {result['chunk_size']} tokens, answers of {result['tokens']} tokens"
     return f"**{result['model']}** in {result['dtype']}, {how}. Measured on {machine(result)}."
+
+
+def _length(document: Mapping[str, Any]) -> str:
+    return f"{document['tokens']:,} tokens, {count_text(document['rounds'], 'round')}"
 
 
 def _on_disk(document: Mapping[str, Any]) -> str:
@@ -172,8 +182,7 @@ def _answers(document: Mapping[str, Any]) -> str:
     for question, given in answers(document):
         lines.append(f"* {question}")
         for text, ways in given:
-            who = "all" if len(given) == 1 else ", ".join(WAYS[way] for way in ways)
-            lines.append(f"  * {who}: `{' '.join(text.split()).replace('`', '')}`")
+            lines.append(f"  * {ways}: `{text.replace('`', '')}`")
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
