@@ -348,6 +348,13 @@ def test_a_page_says_what_is_not_equal(result: dict[str, Any]) -> None:
     assert "**Not equal:** one; two." in tables.page({**result, "broken": ["one", "two"]})
 
 
+@pytest.mark.parametrize(("load", "busy"), [(None, False), (0.4, False), (1.0, False), (1.3, True), (9.0, True)])
+def test_a_busy_machine_is_told(result: dict[str, Any], load: float | None, busy: bool) -> None:
+    ran = {**result, "machine": {**result["machine"], "cores": 2, "load_average_before": load}}
+    for text in (tables.page(ran), tables.readme(ran)):
+        assert ("The machine was busy" in text) == busy
+
+
 def test_answers_stand_beside_those_who_gave_them(result: dict[str, Any]) -> None:
     (document,) = result["documents"]
     said = json.loads(json.dumps(document))

@@ -15,6 +15,9 @@ from eval.walk.ways import COLD, COPIED, NEW, RECIPE, SINGLE, TORCH_LOAD, WAYS
 HEADINGS = ("document", "question", "first token", "last token", "CPU", "loaded", "tokens", "bits")
 RATIO = "cake_hf's time over the other's"
 RATIO_HEADINGS = ("median", "from, to", "goal", "met")
+BUSY = 0.5
+"""Load average for each core above which a machine was busy."""
+
 IN_README = (SINGLE, COLD, RECIPE, COPIED, TORCH_LOAD, NEW)
 
 
@@ -123,7 +126,7 @@ def readme(result: Mapping[str, Any]) -> str:
     ran, threads = result["machine"], count_text(result["threads"], "thread")
     where = f"{ran['cpu']}, {ran['cores']} cores, {threads}, no GPU; load average {ran['load_average_before']}"
     table = _markdown((f"a question on {document['tokens']:,} tokens", "first token, s"), shown)
-    return f"{table}\n\n{result['model']} in {result['dtype']}, {where}."
+    return f"{table}\n\n{result['model']} in {result['dtype']}, {where}.{busy(result)}"
 
 
 def longest(result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,9 +161,16 @@ def machine(result: Mapping[str, Any]) -> str:
     return f"{ran['cpu']}, {ran['cores']} cores, {ran['memory_gib']} GiB, no GPU; {threads}; {versions}; {load}{stolen}"
 
 
+def busy(result: Mapping[str, Any]) -> str:
+    """A warning where other programs had a good part of the machine; else nothing."""
+    ran = result["machine"]
+    others = (ran["load_average_before"] or 0) > BUSY * ran["cores"]
+    return " **The machine was busy: only the CPU seconds can be compared.**" * others
+
+
 def _setting(result: Mapping[str, Any]) -> str:
     how = f"chunks of {result['chunk_size']} tokens, answers of {result['tokens']} tokens"
-    return f"**{result['model']}** in {result['dtype']}, {how}. Measured on {machine(result)}."
+    return f"**{result['model']}** in {result['dtype']}, {how}. Measured on {machine(result)}.{busy(result)}"
 
 
 def _length(document: Mapping[str, Any]) -> str:
