@@ -164,8 +164,9 @@ def machine(result: Mapping[str, Any]) -> str:
 def busy(result: Mapping[str, Any]) -> str:
     """A warning where other programs had a good part of the machine; else nothing."""
     ran = result["machine"]
-    others = (ran["load_average_before"] or 0) > BUSY * ran["cores"]
-    return " **The machine was busy: only the CPU seconds can be compared.**" * others
+    if (ran["load_average_before"] or 0) <= BUSY * ran["cores"]:
+        return ""
+    return " **The machine was busy: only the CPU seconds can be compared.**"
 
 
 def _setting(result: Mapping[str, Any]) -> str:
