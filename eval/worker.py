@@ -80,7 +80,7 @@ def run_in_fresh_process(request: Request) -> Iterator[Outcome]:
             stderr=complaints,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_paths()])},
+            env=fresh_environment(),
         )
         try:
             for outcome in _talk(process, request):
@@ -118,8 +118,10 @@ def main() -> int:
     return 0
 
 
-def _paths() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+def fresh_environment() -> dict[str, str]:
+    """The environment of a new process that is to find this package, wherever it is started."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths])}
 
 
 def _talk(process: subprocess.Popen[str], request: Request) -> Iterator[Outcome]:
