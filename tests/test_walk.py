@@ -15,8 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cake_hf.people.bench.results import Goal
-from cake_hf.people.models import RECALL_TINY, load_tokenizer
+from benchmarks.figures import Goal
+from cake_hf.cli.models import RECALL_TINY, load_tokenizer
 from eval.data.sources import MissingData
 from eval.walk import __main__ as command
 from eval.walk import chart, course, findings, fresh, real_model, tables, ways

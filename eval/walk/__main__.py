@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import Machine, disturbance
 from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.outside import shown
-from cake_hf.people.bench.machine import Machine, disturbance
-from cake_hf.people.console import FAILED, WRONG, console
-from cake_hf.people.models import RECALL_TINY, load_model, load_tokenizer, quiet_transformers
+from cake_hf.cli.console import FAILED, WRONG, console
+from cake_hf.cli.models import RECALL_TINY, load_model, load_tokenizer, quiet_transformers
 from eval import walk
 from eval.walk import chart, tables
 from eval.walk.course import Course, Walked

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from cake_hf.people.bench.workbench import cheap_collections
-from cake_hf.people.demo.asking import warm_up
+from benchmarks.workbench import cheap_collections
+from demo.asking import warm_up
 from eval.walk.documents import Document
 from eval.walk.fresh import Request, ask_in_new_process
 from eval.walk.taken import Asker, Clock, Prepared, Taken

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cake_hf.people.bench.results import Figure, Goal
-from cake_hf.people.bench.timing import Sample
+from benchmarks.figures import Figure, Goal
+from benchmarks.timing import Sample
 from eval.walk.course import Walked
 from eval.walk.taken import Taken
 from eval.walk.ways import CHUNKED, COLD, COPIED, NEW, OURS, RECIPE, SINGLE, TORCH_LOAD

