@@ -17,7 +17,7 @@ from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.outside import shown
 from cake_hf.cli.console import FAILED, WRONG, console
-from cake_hf.cli.models import RECALL_TINY, load_model, load_tokenizer, quiet_transformers
+from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
 from eval import walk
 from eval.walk import chart, tables
 from eval.walk.course import Course, Walked
