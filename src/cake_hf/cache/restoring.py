@@ -254,7 +254,8 @@ class RestoringCache(RememberingCache):
                 if isinstance(error, CakeError):  # ours, before anything was changed
                     self._checkpoint = None
                 raise
-            if self._runs_compiled():  # unlike what the chunks were run with
+            known = self._turn is not None or self._tail is not None
+            if known and self._runs_compiled():  # unlike what the chunks were run with
                 self._turn = None
                 if self._tail is not None:
                     self._tail = replace(self._tail, saved=False)

@@ -16,6 +16,7 @@ from cake_hf.arithmetic.forks import Lock
 from cake_hf.arithmetic.frontier import Strategy
 from cake_hf.arithmetic.interrupts import is_the_users
 from cake_hf.arithmetic.keys import namespace_digest
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.arithmetic.outside import shown
 from cake_hf.arithmetic.report import Report
@@ -138,9 +139,12 @@ class Session:
         self._access.close_store(end - time.monotonic())
         return flushed
 
-    @property
+    @cached_property
     def model_name(self) -> str:
-        """The model's name for people: its Hub id, or the last part of a local path (the rest is private)."""
+        """The model's name for people: its Hub id, or the last part of a local path (the rest is private).
+
+        Found once, since it asks the file system and goes through the environment for secrets, and stands in each chunk.
+        """
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 

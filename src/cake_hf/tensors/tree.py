@@ -7,6 +7,7 @@ module, where it has no such attribute, ten times.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,6 +25,26 @@ def parameters_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield below(path, name), parameter
+
+
+def attributes_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The attributes of each module, without its path and in no order; those of shared modules may be in it twice.
+
+    For what is asked with each chunk and each decoded token: it takes half the time of `modules_of`.
+    """
+    found: list[dict[str, Any]] = []
+    left: list[torch.nn.Module | None] = [model]
+    opened: set[torch.nn.Module] = set()
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        attributes = vars(module)
+        found.append(attributes)
+        if (children := attributes["_modules"]) and module not in opened:
+            opened.add(module)
+            left += children.values()
+    return found
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
