@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
+import pytest
 import torch
 
 from cake_hf.tensors.offload import devices_of
-from cake_hf.tensors.tree import has, modules_of, parameters_of
+from cake_hf.tensors.tree import attributes_of, has, modules_of, parameters_of
 from models import shared_model
 
 
@@ -52,3 +54,17 @@ def test_has_sees_what_an_instance_and_its_class_have() -> None:
     assert has(module, "merged_adapters")
     assert has(module, "forward")
     assert not has(module, "active_adapters")
+
+
+def circle() -> torch.nn.Module:
+    """A module that is in itself."""
+    model = odd_model()
+    model.get_submodule("again").add_module("around", model)
+    return model
+
+
+@pytest.mark.parametrize("make", [odd_model, circle, lambda: shared_model("llama"), lambda: torch.nn.Linear(1, 1)])
+def test_attributes_of_each_module(make: Callable[[], torch.nn.Module]) -> None:
+    model = make()
+    found = {id(attributes) for attributes in attributes_of(model)}
+    assert found == {id(vars(module)) for module in model.modules()}

@@ -16,6 +16,7 @@ from benchmarks.machine import Machine, disturbance
 from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.errors import CakeError
 from cake_hf.arithmetic.outside import shown
+from cake_hf.assets import RECALL_TINY
 from cake_hf.cli.console import FAILED, WRONG, console
 from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
 from eval import walk

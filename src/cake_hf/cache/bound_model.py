@@ -12,6 +12,7 @@ import transformers
 
 from cake_hf.arithmetic.chunk_size import auto_chunk_size
 from cake_hf.arithmetic.keys import namespace_digest
+from cake_hf.arithmetic.lazily import cached_property
 from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.arithmetic.outside import shown
 from cake_hf.cache.behaviour import Kept, behaviour, behaviour_digest
@@ -74,9 +75,12 @@ class BoundModel:
         self.hook = ModelHook.attach(model)
         self.hook.stay_in_front(compiled)
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """The model's name for people: its Hub id, or the last part of a local path (the rest is private)."""
+        """The model's name for people: its Hub id, or the last part of a local path (the rest is private).
+
+        Found once, since it asks the file system, goes through the environment for secrets, and stands in each chunk.
+        """
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 

@@ -256,7 +256,8 @@ class CakeCache(RestoringCache):
         try:
             prompt = self._prefill(ids, leave, progress, started=started)
             if leave is None and ids.shape[1] > self._length() == self._held.end:
-                prompt = self._prefill_end(ids, progress, started) or prompt
+                namespace = prompt.namespace if prompt is not None and prompt.keys else None
+                prompt = self._prefill_end(ids, progress, started, namespace) or prompt
         except ComputePlainly as because:
             self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
             return self.report

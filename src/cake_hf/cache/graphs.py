@@ -11,7 +11,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from cake_hf.arithmetic.forks import Lock
-from cake_hf.tensors.tree import modules_of
+from cake_hf.tensors.tree import attributes_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,12 +32,12 @@ def outside_graphs(function: F) -> F:
 
 def is_compiled(model: torch.nn.Module) -> bool:
     """Whether a model, or a module in it, runs compiled code: `compile()`, or torch.compile around it or its forward."""
-    return any(
-        module._compiled_call_impl is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        or "_orig_mod" in module._modules
-        for _, module in modules_of(model)
-    )
+    for attributes in attributes_of(model):
+        if attributes.get("_compiled_call_impl") is not None or "_orig_mod" in attributes["_modules"]:
+            return True
+        if "forward" in attributes and hasattr(attributes["forward"], "_torchdynamo_orig_callable"):
+            return True
+    return False
 
 
 _lock = Lock()

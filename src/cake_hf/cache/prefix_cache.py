@@ -274,8 +274,17 @@ class PrefixCache(RememberingCache):
         self._unpressed = not past
         return restore.prompt
 
-    def _prefill_end(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
-        """Bring the last piece of a document, without showing it; None if that is not possible."""
+    def _prefill_end(
+        self, input_ids: torch.Tensor, progress: Progress, started: float, namespace: str | None
+    ) -> Prompt | None:
+        """Bring the last piece of a document, without showing it; None if that is not possible.
+
+        Args:
+            input_ids: `[1, tokens]`, of the whole document.
+            progress: see `prefill`.
+            started: when `prefill` was called.
+            namespace: of the session, if what comes before the last piece was just brought under it.
+        """
         past = self.get_seq_length()
         begin = Standing.take(self.layers, past, self._held)
         ids = input_ids[:, past:]
@@ -283,7 +292,7 @@ class PrefixCache(RememberingCache):
         if not report.restored:
             report.reason = ""  # that there is no chunk says nothing any more
         unpressed = self._unpressed
-        prompt = self._prefill(input_ids, 0, progress, report=report, started=started)
+        prompt = self._prefill(input_ids, 0, progress, report=report, started=started, namespace=namespace)
         self._unpressed |= unpressed
         if prompt is None or self.get_seq_length() != input_ids.shape[1]:
             self.report, report.reason = report, reason

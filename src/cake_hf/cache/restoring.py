@@ -216,10 +216,9 @@ class RestoringCache(PromptCache):
                 if isinstance(error, CakeError):  # ours, before anything was changed
                     self._checkpoint = None
                 raise
-            if self._runs_compiled():  # unlike what the chunks were run with
-                self._turn = None
-                if self._work.saved:
-                    self._work = replace(self._work, saved=False)
+            # Unlike what the chunks were run with; it is looked for only if something depends on it.
+            if (self._turn is not None or self._work.saved) and self._runs_compiled():
+                self._turn, self._work = None, replace(self._work, saved=False)
             # To a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or self._brings_beginning()
             self._unpressed = False

@@ -6,6 +6,8 @@ module, where it has no such attribute, ten times.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cake_hf.tensors.look import once_per_look
@@ -37,6 +39,26 @@ def parameters_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
+
+
+def attributes_of(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The attributes of each module, without its path and in no order; those of shared modules may be in it twice.
+
+    For what is asked with each chunk and each decoded token: it takes half the time of `modules_of`.
+    """
+    found: list[dict[str, Any]] = []
+    left: list[torch.nn.Module | None] = [model]
+    opened: set[torch.nn.Module] = set()
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        attributes = vars(module)
+        found.append(attributes)
+        if (children := attributes["_modules"]) and module not in opened:
+            opened.add(module)
+            left += children.values()
+    return found
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
