@@ -22,11 +22,11 @@ from benchmarks.grid.competition import Competition
 from benchmarks.measuring import hand_out, measure_all, progress
 from benchmarks.settings import SHAPES, Dtype, choose
 from benchmarks.workbench import Workbench
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.cli.models import find_device
-from cake_hf.movers.cost_memory import NOTE_SECONDS, flush_notes
+from cake_hf.errors import CakeError
+from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.plots import require_matplotlib
+from cake_hf.transfer.cost_notes import NOTE_SECONDS, flush_notes
 
 ADAPT_HELP = (
     "Measure how soon a cache follows a change: a competing load that has passed, seen by the same store object and by a "

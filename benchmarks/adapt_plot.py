@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 from cake_hf.plots import BOTH, COMPUTE, LIMIT, LOAD, new_figure
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from types import TracebackType
 
 from benchmarks.timing import Sample
 from benchmarks.workbench import Run, Workbench, remove
-from cake_hf.movers.cost_memory import CostMemory
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.marker import NOTES
 from cake_hf.testing import ThrottledStore
+from cake_hf.transfer.cost_notes import CostMemory
 
 Plain = dict[str, object]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 
 def read_file(path: str | Path, parts: Sequence[memoryview]) -> None:

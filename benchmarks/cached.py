@@ -5,7 +5,7 @@ threads as there are loaders) and running the prompt's last piece. What comes on
 fresh memory for the KV (the kernel clears each page of it), checksums, threads. The files were written a moment ago, so
 they come from the page cache for both.
 
-Before anything loaded is used, a short forward tells whether the model computes what it did (`cache.behaviour`). It runs beside
+Before anything loaded is used, a short forward tells whether the model computes what it did (`model.behaviour`). It runs beside
 the loads; what it costs all the same is seen beside prompts that take a remembered answer instead.
 
 The same prompt load-only shows what starting to compute at all costs here: with a store this fast, the best split is to
@@ -25,7 +25,7 @@ from benchmarks.bare import read_file
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample, interleave
 from benchmarks.workbench import Run, Workbench, median_parts
-from cake_hf.cache.behaviour import Kept, behaviour
+from cake_hf.model.behaviour import Kept, behaviour
 
 NEVER_SLOWER = Goal(1.02)
 NEAR_THE_FLOOR = Goal(1.1)
@@ -89,7 +89,7 @@ class _Round:
 
 def _told(answer: Kept, run: Callable[[], Run]) -> Run:
     """A run that takes this for what the short forward gives."""
-    with patch("cake_hf.cache.bound_model.behaviour", lambda model: answer):
+    with patch("cake_hf.restore.bound_model.behaviour", lambda model: answer):
         return run()
 
 

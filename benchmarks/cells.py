@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from benchmarks.figures import Figure, Goal
 from benchmarks.timing import Sample, ratio
 from benchmarks.workbench import Run, Workbench
-from cake_hf.arithmetic.costs import busy_seconds
-from cake_hf.arithmetic.planner import optimum
+from cake_hf.scheduling.costs import busy_seconds
+from cake_hf.scheduling.planner import optimum
 
 
 @dataclass(frozen=True)

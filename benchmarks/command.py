@@ -14,9 +14,9 @@ from benchmarks.own_model import own_settings
 from benchmarks.settings import SHAPES, Dtype, choose
 from benchmarks.simulation.command import simulate_command
 from benchmarks.stores.command import STORES_HELP, stores_command
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.cli.console import PlainErrors
 from cake_hf.cli.models import find_device
+from cake_hf.limits import MIN_CHUNK_SIZE
 
 HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk, "

@@ -17,7 +17,7 @@ from benchmarks.figures import Figure, Goal, Result
 from benchmarks.models import plain_copy
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench, synchronize
-from cake_hf.cache.compat import named_for
+from cake_hf.layers.compat import named_for
 
 NOT_SLOWER = Goal(1.0)
 FASTER = Goal(0.9)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench
-from cake_hf.tensors.fingerprint import weights_digest
+from cake_hf.model.fingerprint import weights_digest
 
 SOON_DONE = Goal(0.2)
 WEIGHT_BYTES = 500 * 10**6

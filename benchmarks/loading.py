@@ -3,7 +3,7 @@
 The files were written a moment ago, so they come from the page cache for both. What a loader does beside reading: it claims,
 checks the header and the payload's checksum, and reports. Two kinds of memory are compared: fresh one, of which the kernel has
 to clear each page first, and one that was written to before. A cache's is fresh as a rule, so there is the goal. Each side
-takes fresh memory in its own way: the loaders as a cache does (see `tensors.aligned`), the bare reads as the system gives it.
+takes fresh memory in its own way: the loaders as a cache does (see `chunks.aligned_memory`), the bare reads as the system gives it.
 With memory that was touched all that is left is the copying from the page cache, so it shows what a checksum beside that costs.
 
 On a GPU the place is the device's memory, and what cannot be beaten is the slower of the bare reads and one copy of as many
@@ -26,18 +26,18 @@ from benchmarks.bare import read_file
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample, interleave
 from benchmarks.workbench import Workbench, synchronize
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Frontier, Outcome, Strategy
-from cake_hf.arithmetic.keys import chunk_keys
-from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.sizes import bytes_text
-from cake_hf.movers.loader import LoadJob, start_loaders
-from cake_hf.movers.place import HostPlace, place_for
+from cake_hf.chunks.aligned_memory import advise, empty_aligned
+from cake_hf.chunks.codec import header_size
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.errors import CakeError
+from cake_hf.keys import chunk_keys
+from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.scheduling.frontier import Frontier, Outcome, Strategy
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore
-from cake_hf.tensors.aligned import advise, empty_aligned
-from cake_hf.tensors.codec import header_size
-from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.transfer.landing import HostPlace, place_for
+from cake_hf.transfer.loader import LoadJob, start_loaders
+from cake_hf.util.sizes import bytes_text
 
 NEARLY_BARE = Goal(0.9, at_most=False)
 GIGA = 10**9

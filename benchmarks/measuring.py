@@ -19,9 +19,9 @@ from benchmarks.own_model import without_goals
 from benchmarks.settings import Settings
 from benchmarks.table import build_tables
 from benchmarks.workbench import Workbench, cheap_collections
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown
 from cake_hf.cli.console import WRONG, console, errors
+from cake_hf.errors import CakeError
+from cake_hf.util.redaction import shown
 
 Measurements = Mapping[str, Callable[[Workbench], Result]]
 

@@ -35,7 +35,7 @@ from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench, await_loaders
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 from cake_hf.stores.local import LocalStore
 
 FEW_CHUNKS = Goal(3.0)

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.own_model import own_model, own_prompt
 from benchmarks.settings import Settings
-from cake_hf.cache.compat import plain_cache
+from cake_hf.layers.compat import plain_cache
 
 SEED = 20240
 

@@ -24,16 +24,16 @@ import torch
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench, remove
-from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.pace import Pace
-from cake_hf.arithmetic.report import Report
-from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.held import Held
-from cake_hf.cache.prompt import Prompt, Wanted, look_up
-from cake_hf.cache.session import Session
+from cake_hf.errors import CakeError
+from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.report import Report
+from cake_hf.restore.held import Held
+from cake_hf.restore.prompt import Prompt, Wanted, look_up
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.pace import Pace
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore
 

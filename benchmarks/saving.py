@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample, interleave
 from benchmarks.workbench import Run, Workbench, remove
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 from cake_hf.stores.local import LocalStore
 
 IN_NOBODYS_WAY = Goal(1.03)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import Any
 
-from cake_hf.arithmetic.limits import Limits
+from cake_hf.limits import Limits
 
 READ_TIMEOUT = 600.0
 """Seconds. A throttled read is slow on purpose; it must not be given up for that."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.settings import Settings
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import for_generate, plain_cache
-from cake_hf.cache.session import Session
+from cake_hf.errors import CakeError
+from cake_hf.layers.compat import for_generate, plain_cache
+from cake_hf.limits import Limits
+from cake_hf.report import Report, Span
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore

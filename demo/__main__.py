@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
 from cake_hf.cli.console import WRONG, PlainErrors
 from cake_hf.cli.options import Device, Dtype, DtypeOption
+from cake_hf.limits import MIN_CHUNK_SIZE
 from demo.play import DemoOptions, play
 
 app = typer.Typer(

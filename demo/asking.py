@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.generation.streamers import BaseStreamer
 
-from cake_hf.arithmetic.report import Report, Span
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import for_generate, plain_cache
+from cake_hf.layers.compat import for_generate, plain_cache
+from cake_hf.report import Report, Span
 
 _TENSORS = "answer.safetensors"
 _FACTS = "answer.json"

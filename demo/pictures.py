@@ -10,9 +10,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.sizes import bytes_text, seconds_text
 from cake_hf.cli.console import console
 from cake_hf.cli.tables import Bar, Bars, Lanes, legend
+from cake_hf.util.sizes import bytes_text, seconds_text
 from demo.asking import Answer
 from demo.race import Race
 from demo.task import Task

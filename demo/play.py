@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.assets import RECALL_TINY
 from cake_hf.cache import CakeCache
 from cake_hf.cli.console import console, progress_bar
@@ -23,6 +22,7 @@ from cake_hf.cli.models import (
     read_text,
     refuse_too_long,
 )
+from cake_hf.errors import CakeError
 from cake_hf.stores import open_store
 from demo.asking import Answer, ask_plainly, ask_with_store, warm_up
 from demo.pictures import show_race, show_task, show_verdict, show_warm

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
+from cake_hf.limits import Limits
 from cake_hf.stores import Store
 from cake_hf.testing import ThrottledStore
 from demo.asking import Answer, ask_with_store

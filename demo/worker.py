@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.children import environment
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
 from cake_hf.cli.models import load_model, quiet_transformers
+from cake_hf.errors import CakeError
 from demo.asking import Answer, ask_with_store, warm_up
 
 _REQUEST = "request.json"

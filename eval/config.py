@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.arithmetic.outside import shown_url
+from cake_hf.limits import MIN_CHUNK_SIZE
+from cake_hf.util.redaction import shown_url
 from eval.tasks import find_task
 
 MODES = ("plain", "chunked", "cold", "warm", "middle", "faults")

@@ -14,8 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import reads_only
-from cake_hf.arithmetic.limits import Limits
 from cake_hf.cache import CakeCache
+from cake_hf.limits import Limits
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
@@ -227,7 +227,7 @@ class RecordingStore(WrapperStore):
 @contextmanager
 def checksum_off() -> Iterator[None]:
     """Payloads are taken as they are while it lasts."""
-    with mock.patch("cake_hf.tensors.codec.checksum", return_value=_Anything()):
+    with mock.patch("cake_hf.chunks.codec.checksum", return_value=_Anything()):
         yield
 
 

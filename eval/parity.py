@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache import CakeCache
 from cake_hf.cli.console import FAILED, WRONG, console, errors, progress_bar
 from cake_hf.cli.models import quiet_transformers
+from cake_hf.errors import CakeError
 from cake_hf.stores import MemoryStore, open_store
 from eval.compare import ORACLES, Metrics
 from eval.config import RunConfig, add_options, make_config, read_config

@@ -25,10 +25,10 @@ from typing import IO, Any
 import yaml
 
 from benchmarks.machine import describe
-from cake_hf.arithmetic.errors import StoreError
+from cake_hf.errors import StoreError
+from cake_hf.model.fingerprint import weights_digest
+from cake_hf.model.numerics import numerics_facts
 from cake_hf.stores import Store
-from cake_hf.tensors.fingerprint import weights_digest
-from cake_hf.tensors.numerics import numerics_facts
 from eval.compare import ORACLES
 from eval.config import RunConfig
 from eval.outcomes import Outcome

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.cache.compat import for_generate
+from cake_hf.layers.compat import for_generate
 
 CHUNK = 64
 STRENGTH = 40.0

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cli.models import quiet_transformers
+from cake_hf.errors import CakeError
 from cake_hf.stores import open_store
 from cake_hf.testing import WrapperStore
 from eval.config import RunConfig, make_config

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.assets import RECALL_TINY
+from cake_hf.scheduling.learning import CostLearner
 from cake_hf.testing import ThrottledStore
 from cake_hf.testing.haystack import real_text
 

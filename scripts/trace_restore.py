@@ -92,7 +92,7 @@ def warm_restore(new_tokens: int = 1) -> Trace:
     import torch
 
     from cake_hf import CakeCache, MemoryStore
-    from cake_hf.cache.compat import for_generate
+    from cake_hf.layers.compat import for_generate
 
     model, store = _small_llama(), MemoryStore()
     ids = torch.arange(CHUNKS * CHUNK + LAST_PIECE).unsqueeze(0) * 7 % 61 + 3

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "versions.md"
 sys.path.insert(0, str(ROOT / "src"))
 
-from cake_hf.cache.compat import NEWEST_TESTED, OLDEST  # noqa: E402  # found by the line above
+from cake_hf.layers.compat import NEWEST_TESTED, OLDEST  # noqa: E402  # found by the line above
 
 VERSIONS = [f"{OLDEST}.0", "5.2.0", "5.3.0", "5.5.4", "5.10.4", "5.16.1", "5.17.0", "5.20.2", "5.23.0", NEWEST_TESTED]
 """Where something changed for us, and what people with a pinned version are likely to have."""

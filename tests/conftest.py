@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-from cake_hf.arithmetic.environment import limit_variable
+from cake_hf.util.environment import limit_variable
 from waiting import PATIENCE
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,11 +19,11 @@ import family_runs
 import models
 import test_movers
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.cache.probe import kv_like
-from cake_hf.movers.place import DevicePlace, place_for
-from cake_hf.tensors.numerics import numerics_facts
-from cake_hf.tensors.offload import devices_of, home_device, where_computed
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.offload import devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
+from cake_hf.transfer.landing import DevicePlace, place_for
 from families import family_model, here
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, build, difference, prompt

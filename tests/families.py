@@ -14,9 +14,9 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
-from cake_hf.cache.compat import takes_dynamic_cache
-from cake_hf.cache.layers.kinds import is_ours
-from cake_hf.cache.support import layers_for, model_reason
+from cake_hf.layers.compat import takes_dynamic_cache
+from cake_hf.layers.kinds import is_ours
+from cake_hf.restore.support import layers_for, model_reason
 from models import VOCABULARY
 
 WINDOW = 24

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.cache.probe import kv_like
+from cake_hf.errors import UnsupportedModel
+from cake_hf.model.kv_layout import kv_like
 from cake_hf.testing import GateStore
 from families import exists, family_model
 from forwards import meeting_at

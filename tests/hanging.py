@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
-from cake_hf.arithmetic.frontier import Frontier
-from cake_hf.cache import pace
+from cake_hf.restore import pacing as pace
+from cake_hf.scheduling.frontier import Frontier
 from cake_hf.testing import FaultStore
 from waiting import PATIENCE, loaders
 

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cake_hf.arithmetic.frontier import Frontier
-from cake_hf.cache import prompt
-from cake_hf.movers import loader
+from cake_hf.restore import prompt
+from cake_hf.scheduling.frontier import Frontier
+from cake_hf.transfer import loader
 
 
 def late(call: Callable[..., Any], seconds: float) -> Callable[..., Any]:

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf.movers import place
-from cake_hf.movers.streams import CopyStreams
+from cake_hf.transfer import landing as place
+from cake_hf.transfer.copy_streams import CopyStreams
 from waiting import PATIENCE
 
 Copy = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
@@ -111,12 +111,12 @@ class LateLanding(place._DeviceLanding):
 def late_copies() -> Iterator[LateCopiesOut]:
     """All restores in the body, see above; what is saved meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cake_hf.cache.restore.place_for", place.DevicePlace)
-        patch.setattr("cake_hf.cache.restore.is_host_place", lambda buffers: False)
+        patch.setattr("cake_hf.restore.restore.place_for", place.DevicePlace)
+        patch.setattr("cake_hf.restore.restore.is_host_place", lambda buffers: False)
         patch.setattr(place, "CopyStreams", LateCopies)
         patch.setattr(place, "_DeviceLanding", LateLanding)
         out = LateCopiesOut()
-        patch.setattr("cake_hf.movers.writer.copy_out", out.copy_out)
+        patch.setattr("cake_hf.transfer.writer.copy_out", out.copy_out)
         for user in ("bound_store", "restore"):
             patch.setattr(f"cake_hf.cache.{user}.let_copies_out_end", out.end)
         yield out

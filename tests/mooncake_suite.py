@@ -17,7 +17,7 @@ import test_fault_matrix as matrix
 from benchmarks.servers import free_port
 from benchmarks.servers.mooncake import Cluster
 from cake_hf import CakeCache, Limits
-from cake_hf.arithmetic.errors import StoreError
+from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake
 from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.mooncake_client import LEASED

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.compat import generate_name
+from cake_hf.layers.compat import generate_name
 
 NAME = generate_name()
 

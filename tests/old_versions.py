@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationMixin
 
-from cake_hf.cache.compat import named_for
+from cake_hf.layers.compat import named_for
 
 OLD = Version(transformers.__version__) < Version("5.17")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from cake_hf.arithmetic.frontier import Judge
-from cake_hf.cache.pace import RestorePace
+from cake_hf.restore.pacing import RestorePace
+from cake_hf.scheduling.frontier import Judge
 
 Answer = Callable[[int], bool]
 

@@ -241,8 +241,8 @@ def make_chunks(folder: Path) -> list[int]:
     """Whole chunk files, in chains of ten; gives their sizes."""
     import torch
 
-    from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
-    from cake_hf.tensors.layout import ChunkLayout, Piece
+    from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+    from cake_hf.chunks.layout import ChunkLayout, Piece
 
     folder.mkdir()
     sizes, key = [], ""
@@ -261,7 +261,7 @@ def make_chunks(folder: Path) -> list[int]:
 
 def bytes_of(root: Path) -> int:
     """Bytes of all chunks and of what is being written or was left by the dead; exact, since the account is locked for it."""
-    from cake_hf.stores.account import Account
+    from cake_hf.stores.byte_count import Account
     from cake_hf.stores.folder import BYTES, Folder
 
     if not root.is_dir():
@@ -273,8 +273,8 @@ def bytes_of(root: Path) -> int:
 
 def look_back(outcome: Outcome, root: Path, spared: list[Worker]) -> None:
     """Judge it, now that nobody is at it any more."""
+    from cake_hf.chunks.codec import check_file
     from cake_hf.stores import LocalStore
-    from cake_hf.tensors.codec import check_file
 
     store = LocalStore(root)
     store.check_writable()

@@ -13,8 +13,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.tensors.fingerprint import weights_digest
-from cake_hf.tensors.weights import unknown_weights
+from cake_hf.model.fingerprint import weights_digest
+from cake_hf.model.weights import unknown_weights
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run
 from naming import given
 from snippets import MODEL as SMALL

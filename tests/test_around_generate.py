@@ -317,7 +317,7 @@ def left_alone(cache: CakeCache, model: Any) -> dict[str, Callable[[], Any]]:
 
 
 def test_what_is_left_alone_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.cache.support._told", set())
+    monkeypatch.setattr("cake_hf.restore.support._told", set())
     model = shared_model("llama")
     with caplog.at_level(logging.INFO, "cake_hf"), torch.no_grad():
         for _ in range(2):

@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
-from cake_hf.cache.bound_model import BoundModel
-from cake_hf.cache.layers import token_major as layers
-from cake_hf.tensors.codec import parse_header
+from cake_hf.chunks.codec import parse_header
+from cake_hf.layers import token_major as layers
+from cake_hf.restore.bound_model import BoundModel
 from cake_hf.testing import FaultStore
 from hanging import no_waiting_for
 from models import CHUNK, DTYPES, FAMILIES, build, difference, oracle, prompt, run, shared_model

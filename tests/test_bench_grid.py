@@ -23,10 +23,10 @@ from benchmarks.grid.run import GroupClock, run, step_count
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, shape_named
 from benchmarks.workbench import Run, Workbench
-from cake_hf.arithmetic.report import Report, Span
+from cake_hf.chunks.codec import checksums, encode_header, header_size, parse_header
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.report import Report, Span
 from cake_hf.stores.local import LocalStore
-from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header
-from cake_hf.tensors.layout import ChunkLayout
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

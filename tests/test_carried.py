@@ -14,18 +14,18 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
-from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.arithmetic.keys import state_key
-from cake_hf.cache import plan
-from cake_hf.cache.layers import IndexedLayer
-from cake_hf.cache.probe import kv_like
-from cake_hf.cache.trials import forgets
-from cake_hf.movers.place import DevicePlace
-from cake_hf.movers.reads import ReadBeside
-from cake_hf.movers.sharing import LEFT_PER_READ
+from cake_hf.chunks.codec import header_size, parse_header
+from cake_hf.keys import state_key
+from cake_hf.layers import IndexedLayer
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.trials import forgets
+from cake_hf.restore import plan
+from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import header_size, parse_header
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.transfer.landing import DevicePlace
+from cake_hf.transfer.single_flight import LEFT_PER_READ
+from cake_hf.transfer.single_reads import ReadBeside
 from families import FAMILIES as BUILDERS
 from families import WINDOW, family_model, here
 from family_runs import (
@@ -466,7 +466,7 @@ def test_a_wrong_byte_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert value is not None
     value[-1 - len(value) % 4] ^= 1  # of an exponent, of the last value of all
     store.write(key, [value], replace=True)
-    monkeypatch.setattr("cake_hf.movers.checking.check_pieces", lambda *_: None)
+    monkeypatch.setattr("cake_hf.transfer.verification.check_pieces", lambda *_: None)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         run = generate(model, deceived)
         assert deceived.report.chunks_loaded == CHUNKS
@@ -520,7 +520,7 @@ def test_a_model_that_forgets_is_found_out() -> None:
 
 def test_on_a_device_windows_come_through_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The place that serves GPUs, here between two parts of host memory."""
-    monkeypatch.setattr("cake_hf.cache.restore.place_for", DevicePlace)
+    monkeypatch.setattr("cake_hf.restore.restore.place_for", DevicePlace)
     for family, strategy in itertools.product(here("gemma3", "mistral", "falcon_h1"), ("load", "both")):
         model = family_model(family)
         with CakeCache(model, filled_store(model, IDS), chunk_size=CHUNK, strategy=strategy) as cache:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report
-from cake_hf.arithmetic.keys import chunk_keys
+from cake_hf.keys import chunk_keys
 from models import CHUNK, CHUNKS, NEW_TOKENS, Outcome, build, difference, oracle, prompt, run
 from naming import given
 
@@ -328,8 +328,8 @@ def filled_by_another(model: Any) -> MemoryStore:
     """A store in which chunks of a changed model lie under the plain model's keys, as older versions left them."""
     store = MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cake_hf.cache.bound_model.behaviour_digest", lambda seen: "")
-        patch.setattr("cake_hf.cache.bound_model.code_digest", lambda model, chosen: "")
+        patch.setattr("cake_hf.restore.bound_model.behaviour_digest", lambda seen: "")
+        patch.setattr("cake_hf.restore.bound_model.code_digest", lambda model, chosen: "")
         with plain_attribute(model):
             answer(model, store)
     return store
@@ -338,8 +338,8 @@ def filled_by_another(model: Any) -> MemoryStore:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the comparison with what is stored can tell changed models apart."""
-    monkeypatch.setattr("cake_hf.cache.bound_model.behaviour_digest", lambda seen: "")
-    monkeypatch.setattr("cake_hf.cache.bound_model.code_digest", lambda model, chosen: "")
+    monkeypatch.setattr("cake_hf.restore.bound_model.behaviour_digest", lambda seen: "")
+    monkeypatch.setattr("cake_hf.restore.bound_model.code_digest", lambda model, chosen: "")
 
 
 @pytest.mark.fault(

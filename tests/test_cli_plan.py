@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cake_hf.arithmetic.learning import CostLearner
 from cake_hf.cli.app import app
 from cake_hf.cli.plan import CURVE_LINES, read_costs, shown_splits
+from cake_hf.scheduling.learning import CostLearner
 
 Command = Callable[..., Result]
 

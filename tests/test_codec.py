@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.tensors import codec
-from cake_hf.tensors.codec import (
+from cake_hf.chunks import codec
+from cake_hf.chunks.codec import (
     ALIGNMENT,
     FORMAT_VERSION,
     MAX_HEADER_BYTES,
@@ -34,8 +33,9 @@ from cake_hf.tensors.codec import (
     header_size,
     parse_header,
 )
-from cake_hf.tensors.layout import ChunkLayout, Piece, dtype_name
-from cake_hf.tensors.table import payload_size
+from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name
+from cake_hf.chunks.tensor_table import payload_size
+from cake_hf.errors import CorruptChunk
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 KEY, PARENT, SPACE = "0a" * 20, "1b" * 20, "2c" * 20

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.arithmetic.turns import Turns
-from cake_hf.cache import hook
+from cake_hf.restore import hook
 from cake_hf.stores.base import Part
+from cake_hf.util.finalizer_lock import Turns
 from families import family_model, here
 from family_runs import generate
 from models import CHUNK, CHUNKS, build, prompt, run, shared_model

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits
-from cake_hf.arithmetic import planner
-from cake_hf.arithmetic.frontier import Frontier, Outcome, State
-from cake_hf.cache.pace import RestorePace
-from cake_hf.cache.probe import kv_like
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.restore.pacing import RestorePace
+from cake_hf.scheduling import planner
+from cake_hf.scheduling.frontier import Frontier, Outcome, State
 from cake_hf.testing import GateStore
 from forwards import attentions, before_forward
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import MemoryStore, Report
-from cake_hf.cache import trials
+from cake_hf.model import trials
 from families import COMMON, FAMILIES, WINDOW
 from models import CHUNK, CHUNKS, NEW_TOKENS, prompt
 from naming import NAME

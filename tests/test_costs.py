@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.arithmetic.costs import (
+from cake_hf.scheduling.costs import (
     MAX_BYTES,
     MAX_SECONDS,
     ComputeCost,
@@ -20,8 +20,8 @@ from cake_hf.arithmetic.costs import (
     busy_seconds,
     most_at_once,
 )
-from cake_hf.arithmetic.learning import FIT_POINTS, OLD_SECONDS, PROMPTS, STEPS, CostLearner, fit_line
-from cake_hf.arithmetic.pace import Pace
+from cake_hf.scheduling.learning import FIT_POINTS, OLD_SECONDS, PROMPTS, STEPS, CostLearner, fit_line
+from cake_hf.scheduling.pace import Pace
 
 NOW = 1.7e9
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.chunks.codec import ChunkFacts, check_file, checksums, encode_header
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
-from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header
-from cake_hf.tensors.layout import ChunkLayout, Piece
 from children import many_children, start_child, start_together
 
 KILLS = 50

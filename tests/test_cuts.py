@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import cake_hf
 import models
 from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
-from cake_hf.arithmetic.keys import block_keys, chunk_keys, namespace_digest
-from cake_hf.arithmetic.schedule import blocks, last_piece
-from cake_hf.tensors.codec import check_file, parse_header
+from cake_hf.blocks import blocks, last_piece
+from cake_hf.chunks.codec import check_file, parse_header
+from cake_hf.keys import block_keys, chunk_keys, namespace_digest
 from cake_hf.testing import FaultStore
 from cut_runs import in_pieces, pieces
 from families import family_model, here

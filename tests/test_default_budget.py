@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from cake_hf import CakeCache, LocalStore, StoreError, open_store
-from cake_hf.cache.probe import chunk_layout, kv_like
-from cake_hf.stores.budget import USUAL, FreeShare
-from cake_hf.tensors.codec import stored_bytes
-from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.chunks.codec import stored_bytes
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.model.kv_layout import chunk_layout, kv_like
+from cake_hf.stores.default_budget import USUAL, FreeShare
 from cake_hf.testing.contract import key_of, value_of
 from commands import flat, run_command
 from models import CHUNK, prompt, shared_model

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cake_hf.movers.place import byte_view
+from cake_hf.chunks import aligned_memory as aligned
+from cake_hf.chunks.aligned_memory import HUGE_PAGE, PAGE, advise, empty_aligned
 from cake_hf.stores import LocalStore, direct
-from cake_hf.tensors import aligned
-from cake_hf.tensors.aligned import HUGE_PAGE, PAGE, advise, empty_aligned
 from cake_hf.testing.contract import key_of
+from cake_hf.transfer.landing import byte_view
 
 NBYTES = 4 * 2**20
 CONTENT = os.urandom(2**16) * (NBYTES // 2**16)

@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.arithmetic.limits import ASIDE_PER_THREAD, Limits
-from cake_hf.cache.probe import kv_like, state_layout
-from cake_hf.tensors.codec import header_size, stored_bytes
-from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.chunks.codec import header_size, stored_bytes
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.limits import ASIDE_PER_THREAD, Limits
+from cake_hf.model.kv_layout import kv_like, state_layout
 from families import family_model, here
 from models import CHUNK, CHUNKS, prompt
 from old_versions import OLD

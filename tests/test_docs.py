@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import cake_hf
 from benchmarks.command import bench_app
 from cake_hf import open_store
-from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.planner import plan
 from cake_hf.cli.app import app
+from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.planner import plan
 from cake_hf.stores.hub import SCHEME, parse_hub_name
 from cake_hf.testing import StoreContract
 from filling.docstrings import show_examples

@@ -12,8 +12,8 @@ import pytest
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, Limits, StoreError, open_store
-from cake_hf.arithmetic import environment
-from cake_hf.arithmetic.environment import limit_variable
+from cake_hf.util import environment
+from cake_hf.util.environment import limit_variable
 from commands import flat, run_command
 from models import prompt, shared_model
 
@@ -80,7 +80,7 @@ def test_nobody_else_reads_any() -> None:
         for path in folder.rglob("*.py")
         if any("CAKE_HF_" in text for text in strings(path.read_text(encoding="utf-8")))
     }
-    assert users == {"arithmetic/environment.py"}
+    assert users == {"util/environment.py"}
     assert list(strings('"""CAKE_HF_A"""\nx = "CAKE_HF_B"')) == ["CAKE_HF_B"]
 
 

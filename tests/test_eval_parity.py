@@ -15,7 +15,7 @@ import yaml
 
 import cake_hf
 from cake_hf import LocalStore, MemoryStore
-from cake_hf.tensors import codec
+from cake_hf.chunks import codec
 from eval import modes, parity, random_model, score, worker
 from eval.config import MODES, RunConfig, make_config, read_config
 from eval.data.encode import Prompt

@@ -22,14 +22,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores import LocalStore, Store, room
-from cake_hf.stores.account import Account
+from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.errors import StoreError
+from cake_hf.stores import LocalStore, Store
+from cake_hf.stores import byte_budget as room
+from cake_hf.stores.byte_count import Account
 from cake_hf.stores.eviction import EVICTIONS, Entry, FrontFirst, Place, front_first, least_recently_used, order_named
 from cake_hf.stores.folder import ShardListing
 from cake_hf.stores.places import START_BYTES, place_in
-from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header
-from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, run_together, value_of
 from children import many_children, start_together

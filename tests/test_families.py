@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from cake_hf.cache.compat import NEWEST_TESTED, OLDEST
+from cake_hf.layers.compat import NEWEST_TESTED, OLDEST
 from families import FAMILIES
 from family_runs import Verdict, examine
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.arithmetic.report import Report
+from cake_hf.report import Report
 from cake_hf.stores import LocalStore, Store, TierStore, open_store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore

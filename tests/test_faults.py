@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError, reads_only
-from cake_hf.cache.layers import TokenMajorLayer
-from cake_hf.cache.probe import kv_like
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.model.kv_layout import kv_like
 from cake_hf.testing import FaultStore, WrapperStore
 from hanging import no_waiting_for, no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
@@ -297,7 +297,7 @@ def test_too_little_memory_for_windows_takes_none_for_the_prompt(monkeypatch: py
 
     with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
         with monkeypatch.context() as patched:
-            patched.setattr("cake_hf.cache.restore.WindowBuffers", refuse)
+            patched.setattr("cake_hf.restore.restore.WindowBuffers", refuse)
             with pytest.raises(torch.OutOfMemoryError):
                 run(model, prompt(), cache)
         assert not any(layer.is_initialized for layer in cache.layers)
@@ -328,7 +328,7 @@ def test_no_memory_for_a_copy_is_said_once_and_nothing_is_saved(
     def fail(*_: object) -> None:
         raise error("cannot allocate memory")
 
-    monkeypatch.setattr("cake_hf.cache.bound_store.pack", fail)
+    monkeypatch.setattr("cake_hf.restore.bound_store.pack", fail)
     store = MemoryStore()
     with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as cold:
         assert difference(run(shared_model("llama"), prompt(), cold), expected()) == ""

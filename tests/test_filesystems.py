@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from cake_hf import LocalStore
-from cake_hf.arithmetic.errors import StoreError
 from cake_hf.cli.gc import collect, select
+from cake_hf.errors import StoreError
 from cake_hf.stores import locks
-from cake_hf.stores.account import Account
+from cake_hf.stores.byte_count import Account
 from cake_hf.stores.partial import LEFTOVER_SECONDS
 from cake_hf.testing.contract import key_of, value_of
 from children import start_child

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.stores import TierStore, line
+from cake_hf.stores import TierStore
+from cake_hf.stores import background_queue as line
 from cake_hf.stores.base import Store
 from cake_hf.stores.tier import Tier
 from cake_hf.testing import WrapperStore

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.arithmetic.costs import Costs
-from cake_hf.arithmetic.forks import Lock, renewed_in_child
-from cake_hf.arithmetic.lazily import cached_property
-from cake_hf.arithmetic.pace import Pace
-from cake_hf.arithmetic.turns import Turns
-from cake_hf.movers.cost_memory import flush_notes, note_of, recall_costs
-from cake_hf.movers.fault_log import FaultLog
-from cake_hf.movers.sharing import Sharing, sharing_of
+from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.pace import Pace
 from cake_hf.stores import LocalStore
-from cake_hf.stores.line import Line, Share, Work
-from cake_hf.stores.standing import Standing
+from cake_hf.stores.background_queue import Line, Share, Work
+from cake_hf.stores.health import Standing
+from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
+from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.single_flight import Sharing, sharing_of
+from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.forks import Lock, renewed_in_child
+from cake_hf.util.lazy import cached_property
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import filled_store

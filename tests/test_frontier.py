@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cake_hf.arithmetic.frontier import Frontier, Outcome, State, Strategy
-from cake_hf.movers.deadline import call_with_deadline
+from cake_hf.scheduling.frontier import Frontier, Outcome, State, Strategy
+from cake_hf.transfer.deadline import call_with_deadline
 from paces import Told, no
 
 TIMEOUT = 10

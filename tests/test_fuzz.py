@@ -23,12 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cake_hf.arithmetic.errors import CorruptChunk
-from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
-from cake_hf.cli.store_tables import chunk_facts, listing, totals
-from cake_hf.stores import MemoryStore
-from cake_hf.stores.places import START_BYTES, place_in
-from cake_hf.tensors.codec import (
+from cake_hf.chunks.codec import (
     MAX_HEADER_BYTES,
     ChunkFacts,
     check_file,
@@ -40,7 +35,12 @@ from cake_hf.tensors.codec import (
     header_size,
     parse_header,
 )
-from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
+from cake_hf.cli.store_tables import chunk_facts, listing, totals
+from cake_hf.errors import CorruptChunk
+from cake_hf.stores import MemoryStore
+from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing.contract import key_of, value_of
 
 CASES = int(os.environ.get("CAKE_FUZZ", "1000"))

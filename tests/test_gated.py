@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.frontier import Frontier
-from cake_hf.cache import plan, restore
-from cake_hf.cache.probe import kv_like
+from cake_hf.errors import StoreError
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.restore import plan, restore
+from cake_hf.scheduling.frontier import Frontier
 from cake_hf.stores.base import Store
 from cake_hf.testing import GateStore, WrapperStore
 from forwards import attentions, before_forward

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds, parse_share
 from cake_hf.cli.gc import collect, select
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of, value_of
+from cake_hf.util.sizes import parse_bytes, parse_seconds, parse_share
 from commands import flat, run_command
 from test_eviction import chunk
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from cake_hf import CakeCache, LocalStore, MemoryStore, open_store
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.report import Report
-from cake_hf.movers import hits
-from cake_hf.movers.hits import Hits, count_hits, flush_hits, parsed, read_hits
+from cake_hf.limits import Limits
+from cake_hf.report import Report
+from cake_hf.transfer import hits
+from cake_hf.transfer.hits import Hits, count_hits, flush_hits, parsed, read_hits
 from models import CHUNK, TAIL, prompt, shared_model
 
 

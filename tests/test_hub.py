@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 
 import family_runs
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store, reads_only
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.cache.probe import kv_like
 from cake_hf.cli.app import app
+from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.model.kv_layout import kv_like
 from cake_hf.packs import Pushed, import_pack, push_pack
 from cake_hf.stores.hub import HubSource, open_hub_pack, parse_hub_name
 from cake_hf.stores.manifest import BLOCK_BYTES, CARD, MANIFEST, MAX_MANIFEST_BYTES, chunk_path
@@ -548,7 +548,7 @@ def test_endpoint_and_token_come_from_the_environment(hub: Hub, tmp_path: Path) 
     put(hub, {key_of(1): value_of(1)})
     hub.repos[REPO].private = True
     script = """
-from cake_hf.arithmetic.errors import StoreError
+from cake_hf.errors import StoreError
 from cake_hf.stores.hub import open_hub_pack
 pack = open_hub_pack("hf://org/pack")
 assert [len(pack.read(key)) for key in pack.keys()] == [1000]

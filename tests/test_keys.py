@@ -8,7 +8,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cake_hf.arithmetic.keys import chunk_keys, namespace_digest
+from cake_hf.keys import chunk_keys, namespace_digest
 
 SPACE = namespace_digest("one")
 tokens = st.lists(st.integers(0, 2**31), max_size=60)

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, MemoryStore, reads_only
-from cake_hf.cache import presses
+from cake_hf.model import presses
 from models import CHUNK, CHUNKS, TAIL, build, difference, expected, oracle, prompt, run, run_ahead
 from naming import given
 

@@ -7,8 +7,8 @@ import torch
 
 import test_gated
 from cake_hf import CakeCache, Limits
-from cake_hf.cache import plan
-from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.restore import plan
 from cake_hf.testing import FaultStore, GateStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_for

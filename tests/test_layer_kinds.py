@@ -14,16 +14,16 @@ from packaging.version import Version
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from cake_hf.cache.compat import (
+from cake_hf.layers import TokenMajorLayer, ours_for
+from cake_hf.layers.compat import (
     DummyLayer,
     DynamicIndexedLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
     drop_content,
 )
-from cake_hf.cache.layers import TokenMajorLayer, ours_for
-from cake_hf.cache.layers.kinds import is_ours
-from cake_hf.cache.layers.recurrent import states_of
+from cake_hf.layers.kinds import is_ours
+from cake_hf.layers.recurrent import states_of
 from naming import mask_sizes
 
 ALL_KINDS = {

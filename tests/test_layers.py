@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
-from cake_hf.cache.compat import drop_content
-from cake_hf.cache.layers import HEADROOM_TOKENS, TokenMajorLayer
+from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
+from cake_hf.layers.compat import drop_content
 from device_marks import devices
 from naming import mask_sizes
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cake_hf.arithmetic.environment import limit_variable
-from cake_hf.arithmetic.limits import Limits
+from cake_hf.limits import Limits
+from cake_hf.util.environment import limit_variable
 
 NAMES = [field.name for field in dataclasses.fields(Limits)]
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.cache import probe
-from cake_hf.tensors import offload, tree
-from cake_hf.tensors.look import look_again, once_per_look, one_look
+from cake_hf.model import kv_layout as probe
+from cake_hf.model import modules as tree
+from cake_hf.model import offload
+from cake_hf.model.look import look_again, once_per_look, one_look
 from models import CHUNK, build, prompt, run
 
 
@@ -144,7 +145,7 @@ def test_the_script_counts_files_functions_and_crossings(trace: Any) -> None:
         {pair: sum(n for (*two, _), n in trace.borders.items() if tuple(two) == pair) for pair in trace.crossings}
     )
     assert all(caller != called for caller, called in trace.crossings)
-    assert "cache/restore.py" in trace.files
+    assert "restore/restore.py" in trace.files
 
 
 @pytest.mark.parametrize(("options", "lists"), [([], False), (["--calls"], True), (["--tokens", "2"], False)])
@@ -155,4 +156,4 @@ def test_the_script_prints_them(
     SCRIPT.main()
     first, *others = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+ files, \d+ functions, \d+ border crossings", first)
-    assert any("cache/hook.py -> cache/restoring.py" in line for line in others) is lists
+    assert any("restore/hook.py -> cache/restoring.py" in line for line in others) is lists

@@ -20,17 +20,17 @@ import pytest
 import torch
 
 from cake_hf import CakeCache
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.chunks import codec
+from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header, parse_header
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.chunks.tensor_table import LONGEST_KNOWN, MOST_KNOWN, known_table
 from cake_hf.cli import many
 from cake_hf.cli.gc import collect, select
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.many import MOST_AT_ONCE, each_answer
 from cake_hf.cli.verify import verify
+from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
-from cake_hf.tensors import codec
-from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header, parse_header
-from cake_hf.tensors.layout import ChunkLayout, Piece
-from cake_hf.tensors.table import LONGEST_KNOWN, MOST_KNOWN, known_table
 from cake_hf.testing.contract import key_of
 from children import command_of
 from commands import flat, run_command

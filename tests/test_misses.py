@@ -17,10 +17,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, LocalStore, MemoryStore, Tier, TierStore
-from cake_hf.arithmetic.report import Report
+from cake_hf.report import Report
 from cake_hf.stores.base import Store
 from cake_hf.stores.differences import between, in_a_sentence
-from cake_hf.stores.names import store_name
+from cake_hf.stores.display_name import store_name
 from cake_hf.stores.records import MOST_RECORDS
 from faulty import Faulty, hanging, raising
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, shared_model
@@ -165,12 +165,12 @@ ANOTHER = {"cpu vendor_id": "ACME", "cpu family": "9", "cpu model": "3", "instru
 MACHINES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: threads(2), "1 thread; this process has 2", "call torch.set_num_threads(1), or use exact=False"),
     (
-        lambda: mock.patch("cake_hf.cache.bound_model.transformers.__version__", "5.0.9"),
+        lambda: mock.patch("cake_hf.restore.bound_model.transformers.__version__", "5.0.9"),
         f"transformers {transformers.__version__}; this process has 5.0.9",
         f"install transformers {transformers.__version__}, or use exact=False on both sides",
     ),
     (
-        lambda: mock.patch("cake_hf.tensors.numerics.processor", return_value=ANOTHER),
+        lambda: mock.patch("cake_hf.model.numerics.processor", return_value=ANOTHER),
         "another processor",
         "this one is ACME, family 9, model 3: use exact=False on both sides",
     ),
@@ -216,7 +216,7 @@ def test_other_options_are_told(there: dict[str, Any], here: dict[str, Any], tol
 
 def test_several_differences_are_told_together_and_only_what_helps_is_advised() -> None:
     store = fill_store(shared_model("llama"), MemoryStore())
-    with threads(2), mock.patch("cake_hf.tensors.numerics.processor", return_value=ANOTHER):
+    with threads(2), mock.patch("cake_hf.model.numerics.processor", return_value=ANOTHER):
         told = reason(shared_model("llama"), store, chunk_size=WIDE)
     assert f"chunks of {CHUNK} tokens, 1 thread and another processor" in told
     assert told.endswith(f": pass chunk_size={CHUNK}; use exact=False on both sides")

@@ -19,12 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-from cake_hf.arithmetic.errors import DeadlineExceeded, StoreError
-from cake_hf.arithmetic.frontier import Frontier, Outcome, State
-from cake_hf.movers import loader
-from cake_hf.movers.deadline import Late, call_with_deadline
-from cake_hf.movers.loader import LoadJob, run_loader, start_loaders
-from cake_hf.movers.place import (
+from cake_hf.chunks.codec import ChunkFacts, check_file, checksums, encode_header, header_size
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.errors import DeadlineExceeded, StoreError
+from cake_hf.scheduling.frontier import Frontier, Outcome, State
+from cake_hf.stores import LocalStore, MemoryStore, Store
+from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.transfer import loader
+from cake_hf.transfer.copy_streams import let_copies_out_end
+from cake_hf.transfer.deadline import Late, call_with_deadline
+from cake_hf.transfer.landing import (
     DevicePlace,
     HostLanding,
     HostPlace,
@@ -34,13 +38,9 @@ from cake_hf.movers.place import (
     byte_view,
     place_for,
 )
-from cake_hf.movers.slots import Slot, SlotRing
-from cake_hf.movers.streams import let_copies_out_end
-from cake_hf.movers.writer import SaveJob, Writer, pack
-from cake_hf.stores import LocalStore, MemoryStore, Store
-from cake_hf.tensors.codec import ChunkFacts, check_file, checksums, encode_header, header_size
-from cake_hf.tensors.layout import ChunkLayout, Piece
-from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.transfer.loader import LoadJob, run_loader, start_loaders
+from cake_hf.transfer.staging import Slot, SlotRing
+from cake_hf.transfer.writer import SaveJob, Writer, pack
 from children import command_of
 from device_marks import devices
 from waiting import PATIENCE, await_true
@@ -844,11 +844,11 @@ def test_packing_copies_the_pieces_in_payload_order() -> None:
 EXIT = """
 import atexit, threading
 import torch
-from cake_hf.movers.slots import Slot
-from cake_hf.movers.writer import SaveJob, Writer
+from cake_hf.transfer.staging import Slot
+from cake_hf.transfer.writer import SaveJob, Writer
 from cake_hf.stores import LocalStore
-from cake_hf.tensors.codec import ChunkFacts
-from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.chunks.codec import ChunkFacts
+from cake_hf.chunks.layout import ChunkLayout, Piece
 leaving = threading.Event()
 class Slow(LocalStore):
     def write(self, key, parts, *, replace=False):

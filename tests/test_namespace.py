@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.tensors import numerics
-from cake_hf.tensors.fingerprint import _device_digest, weights_digest
+from cake_hf.model import numerics
+from cake_hf.model.fingerprint import _device_digest, weights_digest
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 
 
@@ -123,7 +123,7 @@ def test_another_processor_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch calls both the same: kernels for AVX-512 and for AMX round differently."""
     model = build("llama")
     exact, inexact = filled(model), filled(model, exact=False)
-    monkeypatch.setattr("cake_hf.tensors.numerics.processor", lambda: {"cpu model": "another"})
+    monkeypatch.setattr("cake_hf.model.numerics.processor", lambda: {"cpu model": "another"})
     assert loaded(model, exact) == 0
     assert loaded(model, inexact, exact=False) == CHUNKS
 
@@ -254,7 +254,7 @@ def test_switched_off_and_on_again_an_adapter_is_itself() -> None:
 
 
 def test_digest_is_made_once_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cake_hf.tensors.fingerprint as fingerprint
+    import cake_hf.model.fingerprint as fingerprint
 
     model = build("llama")
     first = weights_digest(model)

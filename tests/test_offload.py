@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 import cake_hf
 import family_runs
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
-from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.cache.probe import kv_like
-from cake_hf.tensors.fingerprint import weights_digest
-from cake_hf.tensors.numerics import numerics_facts
-from cake_hf.tensors.offload import Offloaded, devices_of, home_device, where_computed
+from cake_hf.errors import UnsupportedModel
+from cake_hf.model.fingerprint import weights_digest
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.offload import Offloaded, devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
 from families import family_model, here
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model

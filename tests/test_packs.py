@@ -15,13 +15,14 @@ import yaml
 
 import family_runs
 from cake_hf import CakeCache, LocalStore, MemoryStore, Store
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.keys import state_key
-from cake_hf.cache.bound_model import BoundModel
+from cake_hf.chunks.codec import parse_header
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
 from cake_hf.cli.verify import verify
+from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.keys import state_key
 from cake_hf.packs import export_pack, import_pack
+from cake_hf.restore.bound_model import BoundModel
 from cake_hf.stores.manifest import (
     CARD,
     MANIFEST,
@@ -31,10 +32,9 @@ from cake_hf.stores.manifest import (
 )
 from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.pack import PackStore, open_folder_pack
-from cake_hf.tensors.codec import parse_header
-from cake_hf.tensors.processor import processor
 from cake_hf.testing import GateStore, ReadOnlyContract, WrapperStore, read_only
 from cake_hf.testing.contract import read_whole
+from cake_hf.util.processor import processor
 from families import family_model, here
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from pack_files import write_folder

@@ -15,8 +15,8 @@ import torch
 import cake_hf
 import models
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
-from cake_hf.cache.probe import kv_like
-from cake_hf.tensors.codec import checksums, encode_header, parse_header
+from cake_hf.chunks.codec import checksums, encode_header, parse_header
+from cake_hf.model.kv_layout import kv_like
 from cake_hf.testing import GateStore
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, prompt, shared_model
@@ -164,7 +164,7 @@ def test_a_wrong_payload_shows(tmp_path: Path) -> None:
     assert difference(outcome, expected("llama", "float32", "sdpa")) != ""
 
 
-def forge(store: LocalStore, key: str, layout: cake_hf.tensors.layout.ChunkLayout) -> None:
+def forge(store: LocalStore, key: str, layout: cake_hf.chunks.layout.ChunkLayout) -> None:
     """Flip a high bit of a stored value and make the chunk look sound again."""
     value = store.read(key)
     assert value is not None

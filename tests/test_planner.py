@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import cells
-from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.pace import LATE, TRIAL_SHARE, Pace
-from cake_hf.arithmetic.planner import Plan, optimum, plan
+from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.pace import LATE, TRIAL_SHARE, Pace
+from cake_hf.scheduling.planner import Plan, optimum, plan
 
 computes = st.builds(ComputeCost, st.floats(0.01, 10), st.floats(0, 3))
 intervals = st.floats(0.01, 50)

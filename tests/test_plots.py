@@ -8,8 +8,8 @@ import pytest
 
 import cake_hf
 from cake_hf import CakeError, Report, plots
-from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.report import Span
+from cake_hf.report import Span
+from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 
 TIMELINE = [
     Span("compute", 0, 0.0, 0.4, "computed"),

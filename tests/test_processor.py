@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import cake_hf.tensors.processor as module
-from cake_hf.tensors.processor import described, processor
+import cake_hf.util.processor as module
+from cake_hf.util.processor import described, processor
 
 XEON = """\
 processor\t: {number}

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.assets import RECALL_TINY
-from cake_hf.tensors.codec import checksums, encode_header, header_size, parse_header
-from cake_hf.tensors.layout import ChunkLayout
+from cake_hf.chunks.codec import checksums, encode_header, header_size, parse_header
+from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.testing.haystack import KEYS, VALUES, hide, make_facts, question, real_text
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, Report
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import behaviour_key
-from cake_hf.cache import reference
 from cake_hf.cli.inspect_store import take_inventory
+from cake_hf.errors import StoreError
+from cake_hf.keys import behaviour_key
+from cake_hf.model import reference
 from cake_hf.stores import Store
 from cake_hf.testing import WrapperStore
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run

@@ -8,7 +8,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.arithmetic.report import LANE_WIDTH, Report, Span
+from cake_hf.report import LANE_WIDTH, Report, Span
 
 fewer = settings(max_examples=50)
 

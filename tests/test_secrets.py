@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cake_hf import CakeCache, Report, StoreError, open_store
-from cake_hf.arithmetic.outside import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
-from cake_hf.cache.bound_model import BoundModel
 from cake_hf.cli.store_tables import totals
+from cake_hf.restore.bound_model import BoundModel
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore
 from cake_hf.testing.contract import key_of
+from cake_hf.util.redaction import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
 from commands import run_command
 from eval.config import RunConfig
 from models import CHUNK, prompt, run, shared_model

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
-from cake_hf.cache import bound_store
-from cake_hf.cache.layers import TokenMajorLayer
-from cake_hf.cache.probe import kv_like
-from cake_hf.movers.sharing import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
+from cake_hf.chunks.codec import parse_header
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.restore import bound_store
 from cake_hf.stores.base import Store
-from cake_hf.tensors.codec import parse_header
 from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.testing.contract import run_together
+from cake_hf.transfer.single_flight import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from forwards import before_forward
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model

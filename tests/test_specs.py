@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cake_hf import CakeCache, LocalStore, StoreError, Tier, import_pack, open_store
-from cake_hf.arithmetic.sizes import parse_bytes, parse_seconds
 from cake_hf.stores import MemoryStore, TierStore
 from cake_hf.stores.pack import open_folder_pack
+from cake_hf.util.sizes import parse_bytes, parse_seconds
 from commands import flat, run_command
 from models import shared_model
 

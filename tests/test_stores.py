@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.chunks.codec import ChunkFacts, check_header, check_pieces, checksums, encode_header
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
 from cake_hf.stores.base import total_bytes
-from cake_hf.tensors.codec import ChunkFacts, check_header, check_pieces, checksums, encode_header
-from cake_hf.tensors.layout import ChunkLayout, Piece
 from cake_hf.testing import FaultStore, GateStore, StoreContract, ThrottledStore, WrapperStore, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, run_together, split, value_of
 from children import command_of

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cake_hf.arithmetic.report import Report
-from cake_hf.movers import telemetry
-from cake_hf.movers.fault_log import FaultLog
+from cake_hf.report import Report
 from cake_hf.testing.contract import run_together
+from cake_hf.transfer import telemetry
+from cake_hf.transfer.fault_log import FaultLog
 
 REPORT = Report(
     tokens=130,

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.arithmetic.frontier import Frontier, Outcome
-from cake_hf.cache.steps import AgreedSteps, Steps, steps_for
-from cake_hf.tensors.parallel import Ranks
+from cake_hf.model.ranks import Ranks
+from cake_hf.restore.steps import AgreedSteps, Steps, steps_for
+from cake_hf.scheduling.frontier import Frontier, Outcome
 from models import CHUNKS
 from old_versions import OLD
 

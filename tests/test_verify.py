@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from cake_hf import CakeCache
+from cake_hf.chunks.codec import check_file, parse_header
 from cake_hf.cli import recompute as recompute_module
 from cake_hf.cli.recompute import Comparing, RecomputeJob, recompute_prompt
 from cake_hf.cli.verify import verify
 from cake_hf.stores import LocalStore, MemoryStore
-from cake_hf.tensors.codec import check_file, parse_header
 from cake_hf.testing import FaultStore
 from cake_hf.testing.contract import key_of
 from cake_hf.testing.forgery import blank, forge, one_bit

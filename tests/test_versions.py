@@ -29,8 +29,9 @@ from transformers.utils import ModelOutput
 
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report, reads_only
-from cake_hf.cache import bound_model, compat, selfcheck, support
-from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.cache import self_check as selfcheck
+from cake_hf.layers import TokenMajorLayer, compat
+from cake_hf.restore import bound_model, support
 from families import family_model
 from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
 from naming import NAME, given

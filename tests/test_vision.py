@@ -15,10 +15,10 @@ import torch
 from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.arithmetic.keys import chunk_keys
-from cake_hf.cache import plan
-from cake_hf.cache.images import UnreadImages
-from cake_hf.cache.vision import look_at
+from cake_hf.keys import chunk_keys
+from cake_hf.model.images import UnreadImages
+from cake_hf.model.vision import look_at
+from cake_hf.restore import plan
 from family_runs import Run, Verdict, difference
 from models import CHUNK
 from naming import given

@@ -15,11 +15,12 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.arithmetic.errors import StoreError, is_a_fault
-from cake_hf.arithmetic.interrupts import faults_suppressed, is_the_users
-from cake_hf.cache import compat, support
-from cake_hf.movers.telemetry import _Watch
+from cake_hf.errors import StoreError, is_a_fault
+from cake_hf.layers import compat
+from cake_hf.restore import support
 from cake_hf.stores import LocalStore, TierStore
+from cake_hf.transfer.telemetry import _Watch
+from cake_hf.util.interrupts import faults_suppressed, is_the_users
 from models import CHUNK, build, oracle, prompt, run
 
 IDS = prompt(2 * CHUNK + 5)
@@ -141,7 +142,7 @@ def test_while_a_chunk_is_copied_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     with watched_by(of_a_library(RuntimeError)), CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         with monkeypatch.context() as patch:
-            patch.setattr("cake_hf.cache.bound_store.pack", ring)
+            patch.setattr("cake_hf.restore.bound_store.pack", ring)
             with pytest.raises(RuntimeError, match="too slow"):
                 run(model, IDS, cache)
         assert torch.equal(run(model, IDS, cache).tokens, oracle(model, IDS).tokens)

@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from cake_hf import CakeCache
-from cake_hf.arithmetic.keys import state_key
+from cake_hf.chunks.codec import parse_header
 from cake_hf.cli.app import app
 from cake_hf.cli.models import load_model
+from cake_hf.keys import state_key
 from cake_hf.stores import LocalStore
-from cake_hf.tensors.codec import parse_header
 from commands import flat, run_command, save_model, write_text
 from families import family_model, here
 from models import prompt

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cake_hf.cache.compat import named_for
+from cake_hf.layers.compat import named_for
 from cake_hf.testing.haystack import Fact, hide, make_facts, question, real_text
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.grid.competition import LEAST_SHARE
 from benchmarks.settings import Settings, shape_named
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.limits import MIN_CHUNK_SIZE
 
 MAX_TOKENS = 2**21
 MAX_REPEATS = 1_000

@@ -18,11 +18,11 @@ from benchmarks.grid.axes import PRESETS, with_options
 from benchmarks.grid.run import Grid, run, step_count
 from benchmarks.grid.show import build
 from benchmarks.settings import SHAPES, Dtype
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown
 from cake_hf.cli.console import WRONG, console, errors
 from cake_hf.cli.models import find_device
+from cake_hf.errors import CakeError
 from cake_hf.plots import require_matplotlib
+from cake_hf.util.redaction import shown
 
 GRID_HELP = (
     "Measure the grid: model x length x share of compute left x store, both ends against each alone and against peers.\n\n"

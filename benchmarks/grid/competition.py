@@ -19,7 +19,7 @@ from types import TracebackType
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 LEAST_SHARE = 0.1
 """Below it there would be more than nine processes per core."""

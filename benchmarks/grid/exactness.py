@@ -15,14 +15,14 @@ import torch
 
 from benchmarks.loading import Chunks
 from benchmarks.workbench import Workbench, await_loaders
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.outside import shown
 from cake_hf.cache import reads_only
-from cake_hf.cache.compat import for_generate, plain_cache
+from cake_hf.errors import CakeError
+from cake_hf.layers.compat import for_generate, plain_cache
+from cake_hf.limits import Limits
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.testing import FaultStore, GateStore, expected_faults
+from cake_hf.util.redaction import shown
 
 CHUNKS = 8
 NEW_TOKENS = 4

@@ -27,9 +27,9 @@ from benchmarks.grid.summary import summarise
 from benchmarks.machine import Machine
 from benchmarks.models import build_model, build_prompt
 from benchmarks.workbench import Parity, Workbench, cheap_collections
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown
+from cake_hf.errors import CakeError
 from cake_hf.stores.memory import MemoryStore
+from cake_hf.util.redaction import shown
 
 Step = Callable[[str], None]
 

@@ -16,8 +16,8 @@ from benchmarks.grid.run import Grid
 from benchmarks.grid.summary import summarise
 from benchmarks.machine import disturbance
 from benchmarks.table import build_tables
-from cake_hf.arithmetic.sizes import seconds_text
 from cake_hf.cli.sheets import Sheet
+from cake_hf.util.sizes import seconds_text
 
 RECOMPUTED = ("plain_seconds", "one_forward_seconds")
 

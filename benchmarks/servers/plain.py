@@ -17,7 +17,7 @@ from pathlib import Path
 
 import cake_hf
 from benchmarks.children import environment
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 PATIENCE = 60.0
 """Seconds after which a server that does not come up is given up."""

@@ -24,10 +24,10 @@ import typer
 
 from benchmarks.simulation import changes as changing
 from benchmarks.simulation.simulator import Cell, Setting, evaluate, simulate, steps
-from cake_hf.arithmetic.costs import ComputeCost
-from cake_hf.arithmetic.sizes import seconds_text
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.sheets import Sheet
+from cake_hf.scheduling.costs import ComputeCost
+from cake_hf.util.sizes import seconds_text
 
 BITS_PER_BYTE, GIGA, KIB = 8, 10**9, 2**10
 

@@ -24,14 +24,14 @@ from types import TracebackType
 from typing import Literal
 
 from benchmarks.simulation.speeds import CONSTANT, Speed
-from cake_hf.arithmetic.costs import MAX_SECONDS, Costs, LoadCost
-from cake_hf.arithmetic.frontier import Frontier, Judge, Strategy
-from cake_hf.arithmetic.frontier import Outcome as LoadOutcome
-from cake_hf.arithmetic.learning import CostLearner
-from cake_hf.arithmetic.limits import ASIDE_PER_THREAD
-from cake_hf.arithmetic.pace import Pace
-from cake_hf.arithmetic.planner import overtakes_in_place, ranges_of
-from cake_hf.arithmetic.report import Span
+from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.report import Span
+from cake_hf.scheduling.costs import MAX_SECONDS, Costs, LoadCost
+from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
+from cake_hf.scheduling.frontier import Outcome as LoadOutcome
+from cake_hf.scheduling.learning import CostLearner
+from cake_hf.scheduling.pace import Pace
+from cake_hf.scheduling.planner import overtakes_in_place, ranges_of
 
 Policy = Literal["both", "compute", "load", "cake", "fixed"]
 """What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in
@@ -390,7 +390,7 @@ class _GivenNear(Pace):
 
 
 class _Restore:
-    """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `cache.restore` and `movers.loader`."""
+    """One restore: the main thread's walk is `run`, loader threads are events. As in `restore/restore.py`, `transfer/loader.py`."""
 
     def __init__(self, setting: Setting, policy: Policy, costs: Costs, credit: float = 0.0) -> None:
         self._setting = setting

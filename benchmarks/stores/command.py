@@ -19,9 +19,9 @@ from benchmarks.stores import contenders, own_cluster, remote
 from benchmarks.stores.race import race
 from benchmarks.stores.values import StoreSettings, Values
 from benchmarks.table import build_tables
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown
 from cake_hf.cli.console import WRONG, console, errors
+from cake_hf.errors import CakeError
+from cake_hf.util.redaction import shown
 
 STORES_HELP = (
     "Measure each store as a share of what its client can do raw; 0.8 or more is the goal.\n\n"

@@ -21,7 +21,7 @@ from benchmarks.servers.own_network import NAMESPACES, bring_up_loopback, obstac
 from benchmarks.stores import remote
 from benchmarks.stores.race import race
 from benchmarks.stores.values import StoreSettings, Values
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 SECONDS = 300.0
 """After which it is given up."""

@@ -11,9 +11,9 @@ from functools import partial
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.stores.values import StoreSettings, Values
 from benchmarks.timing import Sample, interleave
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.sizes import bytes_text
+from cake_hf.errors import CakeError
 from cake_hf.stores.base import Store
+from cake_hf.util.sizes import bytes_text
 
 NEARLY_RAW = Goal(0.8, at_most=False)
 GIGA = 10**9

@@ -14,13 +14,13 @@ from benchmarks.servers.hub import COMMIT, REPO
 from benchmarks.stores.contenders import fill, write_pack
 from benchmarks.stores.race import Contender, Reader
 from benchmarks.stores.values import StoreSettings, Values
-from cake_hf.arithmetic.errors import CakeError, StoreError
-from cake_hf.arithmetic.outside import shown
+from cake_hf.errors import CakeError, StoreError
 from cake_hf.stores.base import Store
 from cake_hf.stores.hub import HubSource, hub_client
 from cake_hf.stores.manifest import chunk_path
 from cake_hf.stores.pack import PackStore, digest_of
 from cake_hf.stores.pieces import address_of, even_sizes
+from cake_hf.util.redaction import shown
 
 SECONDS = 60.0
 """After which an answer is given up."""

@@ -10,11 +10,11 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.keys import namespace_digest
-from cake_hf.tensors.codec import ChunkFacts, checksums, encode_header, header_size
-from cake_hf.tensors.fingerprint import canonical
-from cake_hf.tensors.layout import ChunkLayout, Piece
+from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header, header_size
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.errors import CakeError
+from cake_hf.keys import namespace_digest
+from cake_hf.util.canonical import canonical
 
 HEADS, HEAD_DIM = 4, 128
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.arithmetic.sizes import count_text
 from cake_hf.plots import BARS, LIMIT, new_figure
 from cake_hf.plots import COMPUTE as COMPUTE_COLOUR
 from cake_hf.plots import LOAD as LOAD_COLOUR
+from cake_hf.util.sizes import count_text
 from eval.walk.tables import longest
 from eval.walk.taken import COMPUTE, COPY, LOAD
 from eval.walk.ways import CHUNKED, COLD, COPIED, NEW, RECIPE, SINGLE, TORCH_LOAD, WAYS

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cake_hf.arithmetic.sizes import count_text
 from cake_hf.cli.sheets import Sheet
+from cake_hf.util.sizes import count_text
 from eval.walk.ways import COLD, COPIED, NEW, RECIPE, SINGLE, TORCH_LOAD, WAYS
 
 HEADINGS = ("document", "question", "first token", "last token", "CPU", "loaded", "tokens", "bits")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cake_hf.arithmetic.report import Report
+from cake_hf.report import Report
 from demo.asking import ask
 from eval.outcomes import digests
 

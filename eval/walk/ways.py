@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import cache_name, forward_of
+from cake_hf.layers.compat import cache_name, forward_of
 from eval.walk.taken import COMPUTE, LOAD, Asker, Clock, Prepared, Taken
 
 SINGLE, CHUNKED, COLD = "single", "chunked", "cold"

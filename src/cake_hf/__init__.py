@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cake_hf.arithmetic.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
-    from cake_hf.arithmetic.limits import Limits
-    from cake_hf.arithmetic.report import Report
     from cake_hf.cache import CakeCache, chat_document, chat_prompt, generate, reads_only
+    from cake_hf.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
+    from cake_hf.limits import Limits
     from cake_hf.packs import export_pack, import_pack, push_pack
     from cake_hf.plots import plot_split, plot_timeline, plot_ttft
+    from cake_hf.report import Report
     from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
 __version__ = "0.2.0"
@@ -48,9 +48,9 @@ __all__ = [
 ]
 
 _NAMES_OF = {
-    "arithmetic.errors": ("CakeError", "CorruptChunk", "ForeignModel", "StoreError", "UnsupportedModel"),
-    "arithmetic.limits": ("Limits",),
-    "arithmetic.report": ("Report",),
+    "errors": ("CakeError", "CorruptChunk", "ForeignModel", "StoreError", "UnsupportedModel"),
+    "limits": ("Limits",),
+    "report": ("Report",),
     "cache": ("CakeCache", "chat_document", "chat_prompt", "generate", "reads_only"),
     "packs": ("export_pack", "import_pack", "push_pack"),
     "plots": ("plot_split", "plot_timeline", "plot_ttft"),

@@ -12,11 +12,11 @@ from io import BytesIO
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.arithmetic.costs import Costs
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.planner import plan
-from cake_hf.arithmetic.report import Report, Span
-from cake_hf.arithmetic.sizes import seconds_text
+from cake_hf.errors import CakeError
+from cake_hf.report import Report, Span
+from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.planner import plan
+from cake_hf.util.sizes import seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import checked_cuts
-from cake_hf.cache.forwards import Progress, no_progress
-from cake_hf.cache.handover import to_dynamic, to_quantized, to_static
-from cake_hf.cache.plainly import ComputePlainly
+from cake_hf.blocks import checked_cuts
+from cake_hf.cache.convert import to_dynamic, to_quantized, to_static
+from cake_hf.cache.positions import copied_layers
 from cake_hf.cache.restoring import RestoringCache
-from cake_hf.cache.selfcheck import checked_layers
-from cake_hf.cache.session import Session
-from cake_hf.cache.standing import copied_layers
-from cake_hf.cache.support import refuse_unusable
+from cake_hf.cache.self_check import checked_layers
 from cake_hf.cache.token_ids import token_ids
-from cake_hf.cache.vision import forget_numbering
-from cake_hf.cache.which_model import resolve_model
+from cake_hf.errors import CakeError
+from cake_hf.limits import Limits
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.vision import forget_numbering
+from cake_hf.model.which_model import resolve_model
+from cake_hf.report import Report
+from cake_hf.restore.forwards import Progress, no_progress
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import refuse_unusable
+from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 

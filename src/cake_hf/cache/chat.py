@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
 from cake_hf.cache.token_ids import token_ids
+from cake_hf.errors import CakeError
 
 SEPARATOR = "\n\n"
 """Between a document and a question about it."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from cake_hf.cache.held import Held
-from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
-from cake_hf.cache.layers.windowed import Content
+from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers.sliding_window import Content
+from cake_hf.restore.held import Held
 
 _BETWEEN = ("cake_hf", "torch._dynamo", "contextlib")
 """Modules whose frames may lie between a forward and its hooks, and end with the hook."""

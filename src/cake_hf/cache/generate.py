@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import UnsupportedModel
-from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import checked_cuts
+from cake_hf.blocks import checked_cuts
 from cake_hf.cache.cake_cache import CakeCache
-from cake_hf.cache.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
 from cake_hf.cache.token_ids import token_ids
-from cake_hf.cache.which_model import resolve_model
+from cake_hf.errors import UnsupportedModel
+from cake_hf.layers.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
+from cake_hf.model.which_model import resolve_model
+from cake_hf.report import Report
 from cake_hf.stores.opening import StoreSpec
 
 _CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every")

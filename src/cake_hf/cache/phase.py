@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from cake_hf.cache.batch import BatchRestore
-from cake_hf.cache.forwards import never
-from cake_hf.cache.prompt import Prompt
-from cake_hf.cache.restore import Restore
+from cake_hf.restore.batch import BatchRestore
+from cake_hf.restore.forwards import never
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.restore import Restore
 
 
 class Phase(Enum):

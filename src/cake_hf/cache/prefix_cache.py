@@ -9,28 +9,28 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.report import Report
-from cake_hf.cache.audit import refused_reason
-from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.forwards import Progress, record_tail
-from cake_hf.cache.graphs import as_it_is
-from cake_hf.cache.pace import learn_costs, note_savings
+from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
-from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.presses import Presses
-from cake_hf.cache.probe import kv_like
-from cake_hf.cache.prompt import Prompt, Wanted, look_up, off_schedule
-from cake_hf.cache.remembering import RememberingCache
-from cake_hf.cache.restore import Restore
-from cake_hf.cache.standing import Ahead, Standing
-from cake_hf.cache.strangers import stranger_reason
-from cake_hf.cache.support import kept_reason, misunderstood_reason, tell_plain, unlike_reason
-from cake_hf.cache.trials import forget_trials
-from cake_hf.cache.vision import numbering_reason
-from cake_hf.tensors.fingerprint import adapters_vary
-from cake_hf.tensors.look import look_again, one_look
-from cake_hf.tensors.offload import devices_of, home_device
-from cake_hf.tensors.parallel import ranks_of
+from cake_hf.cache.positions import Ahead, Standing
+from cake_hf.model.compiled import as_it_is
+from cake_hf.model.fingerprint import adapters_vary
+from cake_hf.model.foreign_code import stranger_reason
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.look import look_again, one_look
+from cake_hf.model.offload import devices_of, home_device
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.presses import Presses
+from cake_hf.model.ranks import ranks_of
+from cake_hf.model.trials import forget_trials
+from cake_hf.model.vision import numbering_reason
+from cake_hf.report import Report
+from cake_hf.restore.audit import refused_reason
+from cake_hf.restore.forwards import Progress, record_tail
+from cake_hf.restore.pacing import learn_costs, note_savings
+from cake_hf.restore.prompt import Prompt, Wanted, look_up, off_schedule
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.restore import Restore
+from cake_hf.restore.support import kept_reason, misunderstood_reason, tell_plain, unlike_reason
 
 
 class PrefixCache(RememberingCache):
@@ -308,7 +308,7 @@ class PrefixCache(RememberingCache):
         training = "the model is in training mode" * model.training
         varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
         numbering = numbering_reason(model, call.arguments)
-        pressed = Presses.on(model).reason(call, self.layers)
+        pressed = Presses.on(model).reason(self.layers, mixed=call.is_batch and not call.is_repeated)
         return (
             self._model_reason
             or misunderstood_reason(model)

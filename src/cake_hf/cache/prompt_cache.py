@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.schedule import blocks
-from cake_hf.cache.audit import refused_reason
-from cake_hf.cache.batch import BatchRestore
-from cake_hf.cache.call import ForwardCall
-from cake_hf.cache.caller import given_prompt, is_first_forward, is_within_generate
-from cake_hf.cache.forwards import no_progress
-from cake_hf.cache.held import Held
-from cake_hf.cache.hooked import Rewritten
-from cake_hf.cache.layers import TokenMajorLayer
+from cake_hf.blocks import blocks
 from cake_hf.cache.phase import Phase, Work
-from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.prefix_cache import PrefixCache
-from cake_hf.cache.support import CLOSED, NO_CUTS_IN_BATCH, batch_reason
+from cake_hf.errors import CakeError
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.model.caller import given_prompt, is_first_forward, is_within_generate
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.restore.audit import refused_reason
+from cake_hf.restore.batch import BatchRestore
+from cake_hf.restore.forwards import no_progress
+from cake_hf.restore.held import Held
+from cake_hf.restore.hooked import Rewritten
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_reason
 
 
 class PromptCache(PrefixCache):

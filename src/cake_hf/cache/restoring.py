@@ -17,20 +17,22 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError, ForeignModel
-from cake_hf.arithmetic.report import Report
 from cake_hf.cache.checkpoint import Checkpoint
-from cake_hf.cache.compat import begin_plainly
-from cake_hf.cache.forwards import ForwardLeft
-from cake_hf.cache.graphs import is_compiled
-from cake_hf.cache.guarded import is_within
-from cake_hf.cache.hooked import Rewritten
-from cake_hf.cache.layers import TokenMajorLayer
 from cake_hf.cache.phase import Phase
-from cake_hf.cache.plainly import ComputePlainly
 from cake_hf.cache.prompt_cache import PromptCache
-from cake_hf.cache.session import Session
-from cake_hf.cache.support import (
+from cake_hf.cache.user import User
+from cake_hf.errors import CakeError, ForeignModel
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.layers.compat import begin_plainly
+from cake_hf.model.compiled import is_compiled
+from cake_hf.model.look import one_look
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.report import Report
+from cake_hf.restore.forwards import ForwardLeft
+from cake_hf.restore.guarded import is_within
+from cake_hf.restore.hooked import Rewritten
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import (
     BYPASSED,
     CLOSED,
     NOT_USED_YET,
@@ -41,8 +43,6 @@ from cake_hf.cache.support import (
     tell_plain,
     unseen_reason,
 )
-from cake_hf.cache.user import User
-from cake_hf.tensors.look import one_look
 
 
 class RestoringCache(PromptCache):

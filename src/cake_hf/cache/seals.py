@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.schedule import Block
-from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
-from cake_hf.cache.layers.recurrent import states_of
-from cake_hf.tensors.codec import checksum
+from cake_hf.blocks import Block
+from cake_hf.chunks.codec import checksum
+from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers.recurrent import states_of
 
 STRIDE = 4
 """Of this many tokens one number is sampled in each layer, and one of each block's last token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 
 class SeenTokens:

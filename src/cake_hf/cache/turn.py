@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.schedule import Block, blocks
-from cake_hf.cache.call import understands
+from cake_hf.blocks import Block, blocks
+from cake_hf.restore.request import understands
 
 _OTHER_KERNELS = "output_attentions"
 """An argument with which attention may be computed in another way."""

@@ -8,21 +8,21 @@ from typing import Any, Literal
 
 import torch
 
-from cake_hf.arithmetic.keys import block_keys, state_key
-from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import Block
-from cake_hf.cache.audit import refused_reason
-from cake_hf.cache.held import Held
-from cake_hf.cache.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
-from cake_hf.cache.layers.recurrent import states_of
-from cake_hf.cache.lookup import stored_mask
-from cake_hf.cache.session import Session
-from cake_hf.cache.strangers import stranger_reason
-from cake_hf.cache.support import kept_reason
+from cake_hf.blocks import Block
 from cake_hf.cache.turn import Turn
-from cake_hf.tensors.codec import ChunkFacts
-from cake_hf.tensors.fingerprint import adapters_vary, look_at_weights
-from cake_hf.tensors.parallel import ranks_of
+from cake_hf.chunks.codec import ChunkFacts
+from cake_hf.keys import block_keys, state_key
+from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers.recurrent import states_of
+from cake_hf.model.fingerprint import adapters_vary, look_at_weights
+from cake_hf.model.foreign_code import stranger_reason
+from cake_hf.model.ranks import ranks_of
+from cake_hf.report import Report
+from cake_hf.restore.audit import refused_reason
+from cake_hf.restore.held import Held
+from cake_hf.restore.lookup import stored_mask
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import kept_reason
 
 _CHUNK: Literal["chunk"] = "chunk"
 _TAIL: Literal["tail"] = "tail"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.forks import Lock
-from cake_hf.cache.caller import is_used_by
+from cake_hf.errors import CakeError
+from cake_hf.model.caller import is_used_by
+from cake_hf.util.forks import Lock
 
 _lock = Lock()
 

@@ -7,7 +7,7 @@ import time
 
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.stores.records import Record, keep
-from cake_hf.tensors.fingerprint import canonical
+from cake_hf.util.canonical import canonical
 
 MOST_KEPT = 8
 """Words."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cake_hf.arithmetic.keys import block_keys
-from cake_hf.arithmetic.schedule import Block, tail_ends
+from cake_hf.blocks import Block, tail_ends
 from cake_hf.cli.inspect_store import Inventory, StoredChunk
+from cake_hf.keys import block_keys
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from typer.core import TyperGroup
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown
+from cake_hf.errors import CakeError
+from cake_hf.util.redaction import shown
 
 # What is printed comes from outside for the most part (paths, keys, messages of servers), so none of it is read as markup or as
 # a name of an emoji. What is to be coloured is a `Text` or has a style.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.schedule import Block, blocks, checked_cuts
+from cake_hf.blocks import Block, blocks, checked_cuts
 from cake_hf.cache import chat_document
 from cake_hf.cli.models import read_text
 from cake_hf.cli.options import AsWarmed

@@ -12,15 +12,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown, shown_url
-from cake_hf.arithmetic.sizes import bytes_text, count_text, parse_bytes, parse_seconds
 from cake_hf.cli.console import WRONG, console, progress_bar
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.many import each_answer
 from cake_hf.cli.options import StoreArgument
+from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore
 from cake_hf.stores.eviction import FRONT_FIRST, LRU, Entry, Order, Place, order_named
+from cake_hf.util.redaction import shown, shown_url
+from cake_hf.util.sizes import bytes_text, count_text, parse_bytes, parse_seconds
 
 Progress = Callable[[int, int], None]
 

@@ -8,14 +8,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.keys import behaviour_key, state_key
-from cake_hf.arithmetic.outside import escaped, shown
+from cake_hf.chunks.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header
+from cake_hf.chunks.tensor_table import TensorTable
 from cake_hf.cli.many import each_answer
+from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.keys import behaviour_key, state_key
 from cake_hf.stores import LocalStore, Store, open_store
 from cake_hf.stores.opening import directory_of
-from cake_hf.tensors.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header
-from cake_hf.tensors.table import TensorTable
+from cake_hf.util.redaction import escaped, shown
 
 Progress = Callable[[int, int], None]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown
-from cake_hf.arithmetic.sizes import bytes_text, count_text
+from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
+from cake_hf.util.redaction import shown
+from cake_hf.util.sizes import bytes_text, count_text
 
 
 def what_it_keeps(store: Store) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cake_hf.arithmetic.errors import StoreError
 from cake_hf.cli.inspect_store import Chain, Inventory, StoredChunk
+from cake_hf.errors import StoreError
 from cake_hf.stores import Store
 from cake_hf.stores.records import Record, records
 

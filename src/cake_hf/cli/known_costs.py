@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cake_hf.arithmetic.costs import Costs
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.pace import Pace
-from cake_hf.arithmetic.report import Report
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import named_for
+from cake_hf.chunks.layout import dtype_name
 from cake_hf.cli.inspect_store import Namespace, StoredChunk, namespaces, read_chunk, take_inventory
-from cake_hf.movers.cost_memory import recall_costs
+from cake_hf.errors import CakeError
+from cake_hf.layers.compat import named_for
+from cake_hf.report import Report
+from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.pace import Pace
 from cake_hf.stores.base import Part, Store
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.layout import dtype_name
+from cake_hf.transfer.cost_notes import recall_costs
 
 SHORT_CHUNKS = 4
 """Chunks of the prompt that costs are measured with."""

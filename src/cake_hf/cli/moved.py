@@ -6,7 +6,7 @@ import shlex
 
 import typer
 
-from cake_hf.arithmetic.errors import CakeError
+from cake_hf.errors import CakeError
 
 REPOSITORY = "https://github.com/cake-hf/cake-hf"
 

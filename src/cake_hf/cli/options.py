@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.environment import STORE
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
+from cake_hf.limits import MIN_CHUNK_SIZE
+from cake_hf.util.environment import STORE
 
 
 class Dtype(StrEnum):

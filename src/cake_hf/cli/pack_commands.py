@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cake_hf.arithmetic.outside import shown, shown_url
-from cake_hf.arithmetic.schedule import Block, blocks
-from cake_hf.arithmetic.sizes import bytes_text, count_text
+from cake_hf.blocks import Block, blocks
 from cake_hf.cli.console import console, errors, progress_bar
 from cake_hf.cli.documents import as_warmed
 from cake_hf.cli.flat_options import flat_options
@@ -27,6 +25,8 @@ from cake_hf.packs.publish import push_pack
 from cake_hf.stores import Store
 from cake_hf.stores.hub import SCHEME
 from cake_hf.stores.manifest import PackManifest
+from cake_hf.util.redaction import shown, shown_url
+from cake_hf.util.sizes import bytes_text, count_text
 
 Salt = Annotated[str, typer.Option(help="That the KV was saved under.")]
 Warmed = Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")]

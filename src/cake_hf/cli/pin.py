@@ -10,16 +10,16 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.sizes import bytes_text, count_text, parse_seconds
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
 from cake_hf.cli.options import AsWarmed, StoreArgument
 from cake_hf.cli.selecting import Naming, Wanted, choose
 from cake_hf.cli.sheets import Sheet
+from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import bytes_text, count_text, parse_seconds
 
 NOTHING = "Say what is to stay: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS."
 

@@ -12,14 +12,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.chunk_size import auto_chunk_size, why
-from cake_hf.arithmetic.costs import ComputeCost, Costs, LoadCost
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.learning import CostLearner
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.planner import Plan, plan
-from cake_hf.arithmetic.sizes import bytes_text, count_text, seconds_text
 from cake_hf.cli import known_costs
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.inspect_store import existing_store
@@ -27,7 +19,15 @@ from cake_hf.cli.known_costs import KnownCosts
 from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
 from cake_hf.cli.options import Dtype
 from cake_hf.cli.tables import Bar, Bars
+from cake_hf.errors import CakeError
+from cake_hf.limits import MIN_CHUNK_SIZE
+from cake_hf.scheduling.chunk_size import auto_chunk_size, why
+from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.learning import CostLearner
+from cake_hf.scheduling.planner import Plan, plan
 from cake_hf.stores import open_store
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import bytes_text, count_text, seconds_text
 
 CURVE_LINES = 35
 """The curve is drawn at so many splits at most, and always at the best one."""

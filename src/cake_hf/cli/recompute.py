@@ -18,21 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cake_hf.arithmetic.errors import CakeError, StoreError
-from cake_hf.arithmetic.keys import state_key
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.outside import shown
 from cake_hf.cache import CakeCache
+from cake_hf.chunks.codec import check_file, parse_header
+from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import QUEUE_BYTES, Pace
+from cake_hf.errors import CakeError, StoreError
+from cake_hf.keys import state_key
+from cake_hf.limits import Limits
 from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.tensors.codec import check_file, parse_header
-from cake_hf.tensors.table import offsets_of
+from cake_hf.util.redaction import shown
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown, shown_url
-from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import WRONG, console, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.options import AsWarmed, StoreArgument
 from cake_hf.cli.selecting import Naming, Wanted, choose
+from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
+from cake_hf.util.redaction import shown, shown_url
+from cake_hf.util.sizes import bytes_text, count_text
 
 NOTHING = (
     "Say what is to go: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS; `cake-hf ls STORE` "

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import block_keys
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, find_chunk, namespaces
 from cake_hf.cli.options import AsWarmed
+from cake_hf.errors import StoreError
+from cake_hf.keys import block_keys
 from cake_hf.stores import Store
 
 

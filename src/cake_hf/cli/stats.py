@@ -11,15 +11,15 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.sizes import bytes_text
 from cake_hf.cli.console import console
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.options import StoreArgument
 from cake_hf.cli.sheets import Sheet
-from cake_hf.movers.hits import Hits, read_hits
-from cake_hf.stores.below import advice
+from cake_hf.errors import StoreError
+from cake_hf.stores.safe_paths import advice
+from cake_hf.transfer.hits import Hits, read_hits
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import bytes_text
 
 BAR = 20
 """Cells of the bar that stands for all tokens."""

@@ -10,8 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.outside import shown
-from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import console
 from cake_hf.cli.inspect_store import (
     Chain,
@@ -26,6 +24,8 @@ from cake_hf.cli.inspect_store import (
 from cake_hf.cli.kept_records import first_words
 from cake_hf.cli.verify import BadChunk, Verified
 from cake_hf.stores.records import Record
+from cake_hf.util.redaction import shown
+from cake_hf.util.sizes import bytes_text, count_text
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from cake_hf.cli.recompute import Recomputed

@@ -9,8 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from cake_hf.arithmetic.report import Report, Span
-from cake_hf.arithmetic.sizes import seconds_text
+from cake_hf.report import Report, Span
+from cake_hf.util.sizes import seconds_text
 
 COMPUTED = ("black on dark_orange", "black on orange3")
 LOADED = ("white on dodger_blue3", "white on deep_sky_blue4")

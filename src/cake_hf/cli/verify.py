@@ -7,12 +7,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.outside import shown
+from cake_hf.chunks.codec import Checksum, check_pieces, spans_of
 from cake_hf.cli.inspect_store import Progress, StoredChunk, chunk_of, read_chunk
 from cake_hf.cli.many import each_answer
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import Store
-from cake_hf.tensors.codec import Checksum, check_pieces, spans_of
+from cake_hf.util.redaction import shown
 
 THREADS = 4
 """Each takes memory for what it reads."""

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.sizes import parse_share
 from cake_hf.cli.console import STOPPED, WRONG, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
@@ -15,6 +14,7 @@ from cake_hf.cli.options import AsWarmed, StoreArgument
 from cake_hf.cli.recompute import RecomputeJob, recompute
 from cake_hf.cli.store_tables import show_recomputed, show_stopped, show_verified
 from cake_hf.cli.verify import BadChunk, delete, verify
+from cake_hf.util.sizes import parse_share
 
 
 @flat_options

@@ -13,24 +13,24 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.text import Text
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.schedule import blocks
-from cake_hf.arithmetic.sizes import count_text
+from cake_hf.blocks import blocks
 from cake_hf.cache import CakeCache
-from cake_hf.cache.compat import GENERATE_LINE
-from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.probe import chunk_layout, kv_like
-from cake_hf.cache.session import chosen_chunk_size
 from cake_hf.cache.words import SALTED_WORDS, keep_words
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
 from cake_hf.cli.keeping import refuse_over_budget
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.tables import Lanes, legend, report_table
-from cake_hf.tensors.codec import stored_bytes
+from cake_hf.errors import CakeError
+from cake_hf.layers.compat import GENERATE_LINE
+from cake_hf.limits import Limits
+from cake_hf.model.kv_layout import chunk_layout, kv_like
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.report import Report
+from cake_hf.restore.session import chosen_chunk_size
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import count_text
 
 QUEUE_BYTES = Limits().save_queue_bytes
 """Of chunks that wait to be written."""

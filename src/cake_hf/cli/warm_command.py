@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from cake_hf.arithmetic.environment import STORE
 from cake_hf.cli.console import console
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
@@ -16,6 +15,7 @@ from cake_hf.cli.models import read_text
 from cake_hf.cli.options import Boundaries, Chat, ChunkSize, Device, Dtype, DtypeOption, System
 from cake_hf.cli.warm import WarmJob, load, show_warmed, warm
 from cake_hf.cli.warm_many import documents_in, show_many, warm_many
+from cake_hf.util.environment import STORE
 
 
 def warm_command(

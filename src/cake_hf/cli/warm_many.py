@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import CakeError
-from cake_hf.arithmetic.outside import shown, shown_url
-from cake_hf.arithmetic.report import Report
-from cake_hf.arithmetic.sizes import bytes_text, count_text
 from cake_hf.cli.console import console, errors
 from cake_hf.cli.models import read_text
 from cake_hf.cli.sheets import Sheet
 from cake_hf.cli.warm import Loaded, WarmJob, stored_tokens, warm
+from cake_hf.errors import CakeError
+from cake_hf.report import Report
+from cake_hf.util.redaction import shown, shown_url
+from cake_hf.util.sizes import bytes_text, count_text
 
 
 @dataclass

@@ -14,11 +14,7 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from cake_hf.arithmetic.keys import block_keys, state_key
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.schedule import Block
-from cake_hf.arithmetic.sizes import count_text
-from cake_hf.cache.misses import Elsewhere, Sought, explanation, found_elsewhere
+from cake_hf.blocks import Block
 from cake_hf.cli.agreement import NOTHING, Agreement, agreement
 from cake_hf.cli.console import WRONG, console, progress_bar
 from cake_hf.cli.documents import Document, as_warmed
@@ -26,10 +22,14 @@ from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.models import load_model, load_tokenizer
 from cake_hf.cli.options import AsWarmed, StoreArgument
+from cake_hf.keys import block_keys, state_key
 from cake_hf.packs.contents import session_for
+from cake_hf.restore.misses import Elsewhere, Sought, explanation, found_elsewhere
 from cake_hf.stores import Store
 from cake_hf.stores.differences import in_a_sentence
 from cake_hf.stores.records import records
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import count_text
 
 SHORT = 12
 """Digits of a namespace that are shown, as by `cake-hf ls`."""

@@ -6,9 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 
-from cake_hf.arithmetic.sizes import bytes_text, count_text
-from cake_hf.cache.compat import GENERATE_LINE
+from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.stores.manifest import MANIFEST, PackManifest
+from cake_hf.util.sizes import bytes_text, count_text
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

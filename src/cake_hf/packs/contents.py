@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
-from cake_hf.arithmetic.frontier import Strategy
-from cake_hf.arithmetic.keys import block_keys, state_key
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.schedule import Block, blocks, checked_cuts, tail_ends
-from cake_hf.cache.plainly import ComputePlainly
-from cake_hf.cache.session import Session, chosen_chunk_size
-from cake_hf.cache.support import layers_for, model_reason, refuse_unusable
-from cake_hf.cache.which_model import resolve_model
+from cake_hf.blocks import Block, blocks, checked_cuts, tail_ends
+from cake_hf.chunks.codec import check_file
+from cake_hf.errors import CakeError, CorruptChunk, StoreError
+from cake_hf.keys import block_keys, state_key
+from cake_hf.limits import Limits
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.which_model import resolve_model
+from cake_hf.restore.session import Session, chosen_chunk_size
+from cake_hf.restore.support import layers_for, model_reason, refuse_unusable
+from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.stores.manifest import CARD, MANIFEST, MAX_CHUNK_BYTES, PackChunk, PackManifest, chunk_path, printable
 from cake_hf.stores.mismatch import dtypes
 from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.stores.pack import block_digests, digest_of
-from cake_hf.tensors.codec import check_file
-from cake_hf.tensors.fingerprint import canonical
+from cake_hf.util.canonical import canonical
 
 Progress = Callable[[int, int], None]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import StoreError
+from cake_hf.errors import StoreError
 from cake_hf.packs.card import About, card_text
 from cake_hf.packs.contents import Progress, Sink, contents_of, no_progress
-from cake_hf.stores.below import directory, make_directory, replace_file, what_is
 from cake_hf.stores.manifest import MANIFEST, PackManifest, chunk_path
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.stores.pack import open_folder_pack
+from cake_hf.stores.safe_paths import directory, make_directory, replace_file, what_is
 from cake_hf.stores.specs import expanded
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.chunks.codec import check_file
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.packs.contents import Progress, no_progress, session_for
 from cake_hf.stores.base import Store
 from cake_hf.stores.hub import SCHEME, open_hub_pack
@@ -18,7 +19,6 @@ from cake_hf.stores.manifest import PackManifest
 from cake_hf.stores.opening import StoreSpec, open_store, pack_folder
 from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.stores.specs import path_directory
-from cake_hf.tensors.codec import check_file
 
 READS_AT_ONCE = 4
 """Chunks that are read side by side, and so in memory at a time."""

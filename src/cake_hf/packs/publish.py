@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.arithmetic.errors import StoreError
+from cake_hf.errors import StoreError
 from cake_hf.packs.card import About, card_text
 from cake_hf.packs.contents import Progress, Sink, contents_of, no_progress
 from cake_hf.stores.hub import SCHEME, hub_client, parse_hub_name, plain_errors

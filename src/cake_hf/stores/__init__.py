@@ -1,4 +1,4 @@
-"""Floor 2: where chunks live. One contract (`base`), and one file per kind of store."""
+"""Where chunks live: one contract (`base`), and one file per kind of store."""
 
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore

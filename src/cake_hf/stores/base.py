@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cake_hf.arithmetic.errors import CorruptChunk, is_a_fault
+from cake_hf.errors import CorruptChunk, is_a_fault
 from cake_hf.stores.pieces import Part, copy
 
 __all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "scatter", "total_bytes"]

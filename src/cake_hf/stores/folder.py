@@ -22,8 +22,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores.below import (
+from cake_hf.errors import StoreError
+from cake_hf.stores.eviction import Entry, date_of_use
+from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
+from cake_hf.stores.partial import Partial, being_written, link, new_file, remove_if_left
+from cake_hf.stores.safe_paths import (
     Found,
     advice,
     directory,
@@ -36,9 +39,6 @@ from cake_hf.stores.below import (
     sync_directory,
     what_is,
 )
-from cake_hf.stores.eviction import Entry, date_of_use
-from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
-from cake_hf.stores.partial import Partial, being_written, link, new_file, remove_if_left
 
 __all__ = ["BYTES", "NOTES", "PARTIAL", "SUFFIX", "Folder"]
 

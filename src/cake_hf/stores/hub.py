@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from cake_hf.arithmetic.errors import CakeError, CorruptChunk, StoreError
-from cake_hf.arithmetic.interrupts import is_the_users
-from cake_hf.arithmetic.outside import scrub, shown, shown_url
-from cake_hf.arithmetic.urls import refuse_no_server
+from cake_hf.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.stores.base import total_bytes
 from cake_hf.stores.manifest import MANIFEST
 from cake_hf.stores.pack import PackSource, PackStore
+from cake_hf.util.interrupts import is_the_users
+from cake_hf.util.redaction import scrub, shown, shown_url
+from cake_hf.util.urls import refuse_no_server
 
 SCHEME = "hf://"
 

@@ -14,18 +14,18 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.interrupts import is_the_users
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
-from cake_hf.stores.below import advice, directory, sync_file
-from cake_hf.stores.budget import USUAL, FreeShare
+from cake_hf.stores.byte_budget import Room
+from cake_hf.stores.default_budget import USUAL, FreeShare
 from cake_hf.stores.eviction import LRU, Entry, Place, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
 from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
-from cake_hf.stores.room import Room
+from cake_hf.stores.safe_paths import advice, directory, sync_file
 from cake_hf.stores.specs import expanded
 from cake_hf.stores.transfer import read_scattered, write_gathered
+from cake_hf.util.interrupts import is_the_users
 
 __all__ = ["SUFFIX", "LocalStore"]
 

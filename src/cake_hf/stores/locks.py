@@ -12,7 +12,7 @@ import os
 import time
 from contextlib import suppress
 
-from cake_hf.stores.below import open_file, status_of
+from cake_hf.stores.safe_paths import open_file, status_of
 
 STALE_SECONDS = 10.0
 """After so long without a change a lock file is taken for a dead process's."""

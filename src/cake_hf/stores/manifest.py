@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.keys import namespace_digest, state_key
-from cake_hf.arithmetic.lazily import cached_property
-from cake_hf.arithmetic.limits import MIN_CHUNK_SIZE
-from cake_hf.arithmetic.schedule import Block, blocks, tail_ends
-from cake_hf.tensors.fingerprint import canonical
+from cake_hf.blocks import Block, blocks, tail_ends
+from cake_hf.errors import StoreError
+from cake_hf.keys import namespace_digest, state_key
+from cake_hf.limits import MIN_CHUNK_SIZE
+from cake_hf.util.canonical import canonical
+from cake_hf.util.lazy import cached_property
 
 MANIFEST = "cake_pack.json"
 CARD = "README.md"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.stores.below import Found, directory, entries_of, opened, status_of
+from cake_hf.errors import StoreError
+from cake_hf.stores.safe_paths import Found, directory, entries_of, opened, status_of
 
 MARKER = "cake-hf-store"
 MARKER_TEXT = (

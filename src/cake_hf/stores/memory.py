@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.forks import Lock
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.pieces import joined
+from cake_hf.util.forks import Lock
 
 
 class MemoryStore(Store):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cake_hf.arithmetic.outside import escaped
+from cake_hf.util.redaction import escaped
 
 MOST_NAMED = 3
 MAX_VALUE = 40

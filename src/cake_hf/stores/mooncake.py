@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.outside import shown
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.mooncake_client import (
     LEASE_EXPIRED,
@@ -35,6 +34,7 @@ from cake_hf.stores.mooncake_client import (
     native_client,
 )
 from cake_hf.stores.pieces import address_of
+from cake_hf.util.redaction import shown
 
 MOST_PIECES = 256
 """Pieces of one transfer. The client gives each a place in a queue of 2,048 and fails where that is full."""

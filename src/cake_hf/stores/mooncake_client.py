@@ -18,12 +18,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.forks import renewed_in_child
-from cake_hf.arithmetic.outside import shown, shown_url
-from cake_hf.arithmetic.sizes import parse_bytes
-from cake_hf.arithmetic.turns import Turns
-from cake_hf.arithmetic.urls import split_url
+from cake_hf.errors import StoreError
+from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.forks import renewed_in_child
+from cake_hf.util.redaction import shown, shown_url
+from cake_hf.util.sizes import parse_bytes
+from cake_hf.util.urls import split_url
 
 PROTOCOLS = ("tcp", "rdma")
 

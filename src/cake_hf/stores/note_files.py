@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES
-from cake_hf.stores.below import directory, files_of, make_directory, opened, replace_file
 from cake_hf.stores.marker import NOTES, is_store
+from cake_hf.stores.safe_paths import directory, files_of, make_directory, opened, replace_file
 
 _NAME = re.compile(r"namespace-([0-9a-f]{40})\.json")
 

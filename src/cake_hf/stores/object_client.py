@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from obstore.store import from_url
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.interrupts import is_the_users
-from cake_hf.arithmetic.outside import escaped, redacted, scrub, shown, shown_url
-from cake_hf.arithmetic.urls import refuse_no_server
+from cake_hf.errors import StoreError
+from cake_hf.util.interrupts import is_the_users
+from cake_hf.util.redaction import escaped, redacted, scrub, shown, shown_url
+from cake_hf.util.urls import refuse_no_server
 
 RETRIES = 3
 CONNECT_SECONDS = 5.0

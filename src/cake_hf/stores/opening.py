@@ -10,10 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from cake_hf.arithmetic import environment
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.limits import Limits
-from cake_hf.arithmetic.outside import shown_url
+from cake_hf.errors import StoreError
+from cake_hf.limits import Limits
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
@@ -28,6 +26,8 @@ from cake_hf.stores.specs import (
     plain_directory,
 )
 from cake_hf.stores.tiers import open_tiers
+from cake_hf.util import environment
+from cake_hf.util.redaction import shown_url
 
 StoreSpec = Store | str | os.PathLike[str] | Sequence[Any]
 """What a user writes; a sequence is tiers, nearest first (see `open_tiers`)."""

@@ -13,12 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.manifest import BLOCK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, PackChunk, chunk_path, parse_manifest
 from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.specs import expanded
-from cake_hf.tensors.fingerprint import canonical
+from cake_hf.util.canonical import canonical
 
 FIRST_READ = 2**25
 """Bytes of a chunk that are read at first; each further read brings as many as there are already."""

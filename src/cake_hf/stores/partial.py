@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cake_hf.stores import locks
-from cake_hf.stores.below import is_named, open_file, opened, status_of
+from cake_hf.stores.safe_paths import is_named, open_file, opened, status_of
 
 LEFTOVER_SECONDS = 3600.0
 """Where files cannot be locked, one that was not written to for so long is a dead writer's."""

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cake_hf.stores.below import directory, opened, replace_file, status_of
 from cake_hf.stores.marker import PINS
+from cake_hf.stores.safe_paths import directory, opened, replace_file, status_of
 
 MAX_FILE_BYTES = 2**26
 """More than a million chunks."""

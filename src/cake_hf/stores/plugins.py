@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
-from cake_hf.arithmetic.errors import CakeError, StoreError
-from cake_hf.arithmetic.outside import scrub, shown, shown_url
+from cake_hf.errors import CakeError, StoreError
 from cake_hf.stores.base import Store
+from cake_hf.util.redaction import scrub, shown, shown_url
 
 GROUP = "cake_hf.stores"
 OURS = metadata.EntryPoint("mooncake", "cake_hf.stores.mooncake:MooncakeStore [mooncake]", GROUP)

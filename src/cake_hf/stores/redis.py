@@ -21,14 +21,14 @@ from typing import Any
 
 import redis
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.interrupts import faults_suppressed, is_the_users
-from cake_hf.arithmetic.outside import scrub
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import Address, advice, socket_of
 from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
 from cake_hf.stores.redis_wire import Refused, Unfit, Wire
+from cake_hf.util.interrupts import faults_suppressed, is_the_users
+from cake_hf.util.redaction import scrub
 
 AHEAD = 2
 """Slices asked for beyond the one that is coming in: the server need not wait for us, nor hold a whole value for us."""

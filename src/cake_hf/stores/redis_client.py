@@ -23,9 +23,9 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import scrub, shown, shown_url
-from cake_hf.arithmetic.urls import Url, split_url
+from cake_hf.errors import StoreError
+from cake_hf.util.redaction import scrub, shown, shown_url
+from cake_hf.util.urls import Url, split_url
 
 CONNECT_SECONDS = 5.0
 

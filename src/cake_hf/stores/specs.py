@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.outside import shown_url
-from cake_hf.arithmetic.sizes import parse_bytes
-from cake_hf.arithmetic.urls import split_options
-from cake_hf.stores.budget import USUAL, FreeShare
+from cake_hf.errors import StoreError
+from cake_hf.stores.default_budget import USUAL, FreeShare
 from cake_hf.stores.eviction import LRU
+from cake_hf.util.redaction import shown_url
+from cake_hf.util.sizes import parse_bytes
+from cake_hf.util.urls import split_options
 
 LOCAL_EXAMPLES = {"file": "file:///path", "memory": "memory:4GB", "pack": "pack:folder"}
 """By scheme, what needs no server."""

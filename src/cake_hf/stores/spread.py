@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cake_hf.arithmetic.forks import Lock
+from cake_hf.util.forks import Lock
 
 NEW_WEIGHT = 0.3
 """Weight of the newest read in the smoothed pace of the best number."""

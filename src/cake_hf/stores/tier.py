@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, Literal, TypeVar
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError, is_a_fault
-from cake_hf.arithmetic.outside import shown
+from cake_hf.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.stores.base import Part, Store
-from cake_hf.stores.standing import Standing
+from cake_hf.stores.health import Standing
+from cake_hf.util.redaction import shown
 
 T = TypeVar("T")
 

@@ -18,13 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
-from cake_hf.arithmetic.limits import Limits
+from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.limits import Limits
+from cake_hf.stores.background import Behind, Errand
 from cake_hf.stores.base import Part, Store, place_of, total_bytes
-from cake_hf.stores.behind import Behind, Errand
+from cake_hf.stores.health import TierCounts
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pieces import joined
-from cake_hf.stores.standing import TierCounts
 from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
 
 Check = Callable[[bytearray, str], object]
@@ -321,7 +321,7 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits
     Raises:
         StoreError: there is none, one cannot be opened, or they do not go together; what was opened is closed again.
     """
-    from cake_hf.tensors.codec import check_file  # not above, since it brings in torch
+    from cake_hf.chunks.codec import check_file  # not above, since it brings in torch
 
     limits = limits or Limits()
     if not specs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.errors import CorruptChunk
 from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
 from cake_hf.stores.pieces import Part, after
 

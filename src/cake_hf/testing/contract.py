@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from cake_hf.arithmetic.errors import CorruptChunk
+from cake_hf.errors import CorruptChunk
 from cake_hf.stores.base import Store
 
 PATIENCE = 60.0

@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Callable
 
-from cake_hf.tensors.codec import checksum, parse_header, sealed_header
+from cake_hf.chunks.codec import checksum, parse_header, sealed_header
 
 
 def blank(payload: bytearray) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf.arithmetic.errors import CorruptChunk, StoreError
+from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Store
 from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
 

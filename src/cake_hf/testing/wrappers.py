@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cake_hf.arithmetic.errors import StoreError
-from cake_hf.arithmetic.forks import Lock
+from cake_hf.errors import StoreError
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.util.forks import Lock
 
 
 class ThrottledStore(WrapperStore):

@@ -1,0 +1,140 @@
+"""A cache that knows what it holds: which blocks of which prompt, what was decoded behind them, and what is beyond its end."""
+
+from __future__ import annotations
+
+import torch
+
+from cake_hf.blocks import Block
+from cake_hf.cache.positions import Ahead
+from cake_hf.cache.seals import Seals
+from cake_hf.cache.seen import SeenTokens
+from cake_hf.cache.turn import Turn
+from cake_hf.cache.turns import known_turn, save_turn
+from cake_hf.errors import CakeError
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.layers.compat import keeps_attention
+from cake_hf.model.fingerprint import look_at_weights
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.report import Report
+from cake_hf.restore.guarded import GuardedCache
+from cake_hf.restore.held import Held
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.session import Session
+
+
+class RememberingCache(GuardedCache):
+    """What `RestoringCache` knows of its content; see there.
+
+    Attributes:
+        passive: it is a plain cache, of which nothing is known.
+        report: what happened to the last prompt.
+    """
+
+    passive: bool
+    report: Report
+
+    def _remember(self, session: Session, report: Report, *, passive: bool) -> None:
+        """Begin with nothing in here."""
+        self.passive, self.report = passive, report
+        self._session = session
+        self._held = Held()  # what is known of the content
+        self._cuts: list[int] = []  # that are declared for what comes next
+        self._ahead: Ahead | None = None  # beyond what the cache shows
+        self._turn: Turn | None = None  # what came since, if it can be known
+        self._seen = SeenTokens()  # of the prompts in here
+        self._seals = Seals()
+
+    def _length(self) -> int:
+        """Tokens in this cache; 0 where it cannot tell."""
+        return int(self.get_seq_length()) if not self.passive and self._counts() else 0
+
+    def _counts(self) -> bool:
+        """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
+        return not self.layers or keeps_attention(self.layers)
+
+    def _rows(self) -> int:
+        """Rows in here; 0 where no layer tells."""
+        return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
+
+    def _spread(self, ids: torch.Tensor) -> None:
+        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
+        if ids.shape[0] > 1 and self._rows() == 1:
+            self._repeat(ids)
+
+    def _repeat(self, ids: torch.Tensor) -> None:
+        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
+        self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
+
+    def _lay_by_head(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, TokenMajorLayer):
+                layer.lay_by_head()
+
+    def _forget_content(self) -> None:
+        """Forget which prompt the content belongs to."""
+        self._held.forget()
+        self._ahead = self._turn = None
+        self._seen.forget()
+
+    @property
+    def _sealed(self) -> list[Block]:
+        """The blocks whose KV is known, or will be."""
+        first = self._turn.first if self._turn is not None and self._turn.begin == self._held.end else None
+        return self._held.blocks if first is None else [*self._held.blocks, first]
+
+    def _forget_edited(self) -> None:
+        """Forget the keys of chunks whose KV was edited."""
+        if self._sealed and not self._seals.hold(self.layers, self._sealed):
+            self._held.forget()
+            self._turn = None
+
+    def _is_cut_in(self, call: ForwardCall) -> bool:
+        """Whether a cut is declared for one of its tokens."""
+        return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
+
+    def _require_same_cuts(self) -> None:
+        """What is known of the content was cut where it is declared to be.
+
+        Raises:
+            CakeError: it was not.
+        """
+        for cut in self._cuts:
+            if cut < self._held.end and not self._held.is_edge(cut):
+                raise CakeError(
+                    f"The cache holds {self._held.end:,} tokens of a prompt that was not cut at {cut:,}; make a new CakeCache "
+                    "for one that is."
+                )
+
+    def _goes_on(self, ahead: Ahead, ids: torch.Tensor, first: int = 0) -> bool:
+        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, go on from the document's end."""
+        begin = ahead.end.tokens - ahead.tokens
+        return self._held.end == self._length() == begin and ahead.begins(ids[:, begin - first :])
+
+    def _show_ahead(self, ahead: Ahead) -> None:
+        begin = ahead.end.tokens - ahead.tokens
+        ahead.end.put(self.layers, kv_like(self._session.model))
+        self._held = ahead.end.held.copy()
+        self._seen.note(begin, ahead.ids)
+
+    def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
+        """The last piece of a prompt is run behind its first `known` new tokens; what comes now may be gone on from."""
+        if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
+            look = 0 if namespace else look_at_weights(self._session.model)
+            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
+
+    def _forget_retold(self, ids: torch.Tensor) -> None:
+        """A prompt comes. Where it tells a reply in other tokens, as text tokenized again may, that is no known turn."""
+        turn = self._turn
+        if turn is not None:
+            told = ids[:1, turn.begin : turn.end].to(turn.device)
+            self._turn = turn if ids.shape[0] == 1 and torch.equal(told, turn.ids()) else None
+
+    def _end_turn(self, length: int) -> None:
+        """The turn has ended with so many tokens in the cache: what came in it is known from now on, and stored."""
+        turn, self._turn = self._turn, None
+        if turn is None or not turn.begin < turn.end == length:
+            return
+        found = known_turn(self._session, self.layers, self._held, turn)
+        if found is not None:
+            save_turn(self._session, self.layers, self._held, *found, self.report)
+            self._held.append(found[0].blocks, found[0].keys)

@@ -1,0 +1,182 @@
+"""On a transformers that is newer than any this library was tested with: does a restored prompt still give what it should?
+
+One short prompt is computed in chunks on a `DynamicCache`, computed by us, and restored by us from a store in memory. All
+three have to give the same logits, bit for bit, and so has the token after it. It is done once per model, when the first cache
+is made for it, and takes as long as some 200 tokens and the checksum of the weights. A model that fails gets transformers' own
+layers, and plain compute.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cake_hf.cache.restoring import RestoringCache
+from cake_hf.layers import compat
+from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
+from cake_hf.limits import MIN_CHUNK_SIZE, Limits
+from cake_hf.model.offload import home_device
+from cake_hf.model.presses import Presses
+from cake_hf.model.ranks import ranks_of
+from cake_hf.report import Report
+from cake_hf.restore.forwards import no_progress
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import layers_and_reason, layers_for, tell_once
+from cake_hf.scheduling.frontier import Strategy
+from cake_hf.stores.memory import MemoryStore
+from cake_hf.util.forks import Lock
+from cake_hf.util.interrupts import is_the_users
+
+CHUNK = MIN_CHUNK_SIZE
+CHUNKS = 3
+TOKENS = CHUNKS * CHUNK + 5
+FLUSH_SECONDS = 60.0
+
+
+@dataclass
+class _Verdict:
+    """What was found out about a model; nothing yet where `reason` is None. Its lock is held while it is being found out."""
+
+    reason: str | None = None
+    lock: Lock = field(default_factory=Lock)
+
+
+class _Trial(RestoringCache):
+    """A cache that does not help itself: an error in it is what is to be found out."""
+
+    def _handle_if_understood(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
+    ) -> Any:
+        return self._handle(model, args, kwargs, past)
+
+    def _learn_from(self, error: BaseException | None) -> None:
+        pass
+
+
+class _Undecided(Exception):
+    """The model is computed plainly just now, for a reason that has nothing to do with the version."""
+
+
+_verdicts: weakref.WeakKeyDictionary[torch.nn.Module, _Verdict] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
+    """Layers for a cache, and why the model's prompts are computed plainly, if so.
+
+    On an untested version of transformers that is the verdict of a restored prompt. No layers mean that the model, or the
+    version, is not understood: then the cache has to be a passive one.
+    """
+    layers, reason = layers_and_reason(model)
+    if reason or not compat.is_untested():
+        return layers, reason
+    reason = _verdict(model)
+    return ([] if reason else layers), reason
+
+
+def _verdict(model: torch.nn.Module) -> str:
+    """Why prompts of this model are computed plainly on the installed transformers; empty if they can be restored."""
+    if model.training:  # dropout: no two runs are alike
+        return (
+            "the model was in training mode when its cache was made, so this version of transformers could not be tried"
+        )
+    if ranks_of(model) is not None:  # each rank would come to a verdict of its own
+        return "a tensor-parallel model is not tried on a version of transformers that is newer than the newest tested"
+    with _lock:
+        verdict = _verdicts.setdefault(model, _Verdict())
+    with verdict.lock:
+        if verdict.reason is None:
+            try:
+                verdict.reason = _try_out(model)
+            except _Undecided:
+                return ""  # the prompt's own report will say why it is computed
+    return verdict.reason
+
+
+def _try_out(model: torch.nn.Module) -> str:
+    installed, newest = compat.installed_version(), compat.NEWEST_TESTED
+    try:
+        wrong = _examine(model)
+    except _Undecided:
+        raise
+    except Exception as error:  # whatever it is that has changed
+        if is_the_users(error):
+            raise
+        wrong = f"{type(error).__name__}: {error}"
+    if not wrong:
+        tell_once(
+            f"{type(model).__name__} tried",
+            f"transformers {installed} is newer than {newest}, the newest that was tested; a short prompt was restored "
+            "correctly",
+        )
+        return ""
+    reason = (
+        f"transformers {installed} is newer than {newest}, the newest that was tested, and a short prompt could not be "
+        f"restored ({wrong}); update cake_hf, or install transformers<={newest}"
+    )
+    tell_once(f"{type(model).__name__} failed", f"{reason}. Prompts are computed plainly")
+    return reason
+
+
+@torch.no_grad()
+def _examine(model: Any) -> str:
+    """What differs from chunks on a `DynamicCache`; empty if nothing does.
+
+    Raises:
+        _Undecided: the model's prompts are computed plainly at present.
+        Exception: whatever comes of what has changed.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(TOKENS, device=home_device(model)) * 7 % min(vocabulary, 61)).unsqueeze(0)
+    store = MemoryStore()
+    computed, report = _by_us(model, ids, store, Strategy.COMPUTE)
+    if not report.chunks_computed and torch.equal(computed, _in_pieces(model, ids, TOKENS)):
+        raise _Undecided
+    expected = _in_pieces(model, ids, CHUNK)
+    if not torch.equal(computed, expected):
+        return "other logits where it was computed"
+    loaded, report = _by_us(model, ids, store, Strategy.LOAD)
+    if not torch.equal(loaded, expected):
+        return "other logits where it was loaded"
+    return "" if report.chunks_loaded == CHUNKS else f"{report.chunks_loaded} of {CHUNKS} chunks were loaded"
+
+
+def _in_pieces(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
+    """By transformers alone: forwards of so many tokens."""
+    cache = plain_cache(model)
+    Presses.on(model)
+    cache.presses_rest = True
+    for start in range(0, TOKENS, size):
+        logits = _last_logits(model, cache, ids[:, start : start + size])
+    return torch.cat([logits, _next_logits(model, cache, ids)])
+
+
+def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy) -> tuple[torch.Tensor, Report]:
+    session = Session(
+        model, store, chunk_size=CHUNK, salt="", save=True, exact=True, strategy=strategy, limits=Limits()
+    )
+    with closing(session):
+        cache = _Trial(session, layers_for(model), "")
+        new = ids
+        if "logits_to_keep" not in parameters_of(forward_of(model)):
+            cache._prefill(ids, 1, no_progress)
+            new = ids[:, cache.get_seq_length() :]
+        logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
+        session.flush(FLUSH_SECONDS)  # what is not saved by then is not loaded, either
+    return logits, cache.report
+
+
+def _next_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    return _last_logits(model, cache, ids[:, :1])
+
+
+def _last_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
+    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, **named_for(model, cache)}
+    if "logits_to_keep" in parameters_of(forward_of(model)):
+        arguments["logits_to_keep"] = 1
+    logits: torch.Tensor = model(**arguments)[0][:, -1]  # by place: fields are renamed now and then
+    return logits

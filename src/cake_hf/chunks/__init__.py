@@ -1,0 +1,1 @@
+"""One chunk of KV: its layout, its safetensors file, its bytes in memory."""

@@ -1,0 +1,340 @@
+"""A chunk at rest: a safetensors file, checked before a byte of it is used.
+
+    8 bytes          header length, little endian
+    header           JSON, padded with spaces so that the payload starts on a page: tensor table + metadata
+    payload          the layout's pieces, back to back
+
+The metadata has a checksum of each piece, so that a part of a chunk can be read and checked by itself, and one of all else in
+the header.
+
+All chunks of one layout have headers of one length. So a reader knows the whole file's shape beforehand and brings
+header and payload, scattered to their places, in one pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import xxhash
+
+from cake_hf.chunks.layout import ChunkLayout, plain_json, sorted_json
+from cake_hf.chunks.tensor_table import LONGEST_KNOWN, METADATA, TensorTable, checked_table, known_table
+from cake_hf.errors import CorruptChunk
+
+FORMAT_VERSION = "2"
+ALIGNMENT = 4096
+MAX_HEADER_BYTES = 2**20
+"""No header of ours comes near this; a larger one is refused before memory is taken for it."""
+
+MAX_MODEL_NAME = 128
+METADATA_ROOM = 2048
+"""Enough for all metadata but the pieces' checksums: 350 bytes, an index, and a model name of characters that JSON escapes to
+12 bytes each."""
+
+CHECKSUM_DIGITS = 32
+
+LITTLE_BYTES = 2**18
+"""A checksum of so many bytes that were just read takes some 10 microseconds."""
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+Buffer = bytes | bytearray | memoryview
+
+_FORMS = {
+    "key": r"[0-9a-f]{40}",
+    "parent": r"[0-9a-f]{40}",
+    "index": r"0|[1-9][0-9]{0,17}",
+    "namespace": r"[0-9a-f]{40}",
+    "model": rf"(?s:.){{0,{MAX_MODEL_NAME}}}",
+    "checksums": rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*",
+}
+"""The forms of the metadata, in the order of writing: a namespace is a digest as a key is. An index fits 64 bits."""
+
+_PATTERNS = {name: re.compile(form) for name, form in _FORMS.items()}
+
+_UNESCAPED = rf"[ !#-\[\]-~]{{0,{MAX_MODEL_NAME}}}"
+"""A name whose characters stand in JSON as they are."""
+
+_USUAL = re.compile(
+    r'\{"__metadata__":\{'
+    + ",".join(
+        f'"{name}":"(?P<{name}>{form})"'
+        for name, form in {
+            "format": "cake_hf",
+            "version": FORMAT_VERSION,
+            **_FORMS,
+            "model": _UNESCAPED,
+            "header": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
+        }.items()
+    )
+    + r"\}"
+)
+"""How the metadata stand in a file."""
+
+
+@dataclass(frozen=True)
+class ChunkFacts:
+    """What a chunk says about itself, beside its tensors.
+
+    Attributes:
+        key: its name in the store.
+        parent: key of the chunk before it; the namespace for chunk 0.
+        index: its place on the absolute grid.
+        namespace: digest of what makes KV interchangeable.
+        model: the model's name, for people only.
+        checksums: xxh3-128 of each piece of the payload, 32 hexadecimal digits.
+    """
+
+    key: str
+    parent: str
+    index: int
+    namespace: str
+    model: str
+    checksums: tuple[str, ...] = ()
+
+
+Checksum = xxhash.xxh3_128
+"""What `checksum` is of, for data that comes in steps."""
+
+
+def checksum(data: Buffer) -> str:
+    """xxh3-128; guards against accidents, not against an adversary.
+
+    While it looks at much, other threads run; to let them for a little costs more than it takes.
+    """
+    if len(data) <= LITTLE_BYTES:
+        return xxhash.xxh3_128_hexdigest(data)
+    digest = xxhash.xxh3_128()
+    digest.update(data)  # this call lets other threads run meanwhile
+    return digest.hexdigest()
+
+
+def checksums(payload: Buffer, layout: ChunkLayout) -> tuple[str, ...]:
+    """Of each piece of a whole payload."""
+    view, ends = memoryview(payload), accumulate(layout.sizes)
+    return tuple(checksum(view[end - size : end]) for end, size in zip(ends, layout.sizes, strict=True))
+
+
+def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
+    """The bytes that stand before the payload: `header_size(layout)` of them."""
+    metadata = {
+        "format": "cake_hf",
+        "version": FORMAT_VERSION,
+        "key": facts.key,
+        "parent": facts.parent,
+        "index": str(facts.index),
+        "namespace": facts.namespace,
+        # A path may hold bytes that are no text (lone surrogates here); safetensors refuses a header with such.
+        "model": facts.model[-MAX_MODEL_NAME:].encode(errors="replace").decode(),
+        "checksums": "".join(facts.checksums),
+    }
+    return sealed_header(metadata, layout.tensor_table, header_size(layout))
+
+
+def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], nbytes: int) -> bytes:
+    """A header of that many bytes with a checksum of all that it says.
+
+    Args:
+        metadata: without that checksum.
+        table: of the tensors.
+        nbytes: with the 8 bytes of its length; at least as many as it needs.
+    """
+    whole = {METADATA: {**metadata, "header": _seal(metadata, sorted_json(table))}, **table}
+    return struct.pack("<Q", nbytes - 8) + plain_json(whole).encode().ljust(nbytes - 8)
+
+
+def header_size(layout: ChunkLayout) -> int:
+    """Bytes before the payload. Depends on the layout alone, so that a reader knows it before it reads."""
+    table = len(layout.table_json) + CHECKSUM_DIGITS * len(layout.pieces)
+    return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
+
+
+def stored_bytes(layout: ChunkLayout) -> int:
+    """Bytes of a whole file: header and payload."""
+    return header_size(layout) + layout.nbytes
+
+
+def parse_header(raw: Buffer) -> tuple[ChunkFacts, TensorTable]:
+    """Facts and tensor table from the start of a file; trusts nothing in it.
+
+    Args:
+        raw: at least the 8 length bytes and the header; what follows is ignored.
+
+    Raises:
+        CorruptChunk: not a header of this format and version, or not as it was written.
+    """
+    if len(raw) < 8:
+        raise CorruptChunk("The chunk is shorter than a header.")
+    (length,) = struct.unpack("<Q", bytes(raw[:8]))
+    if length > MAX_HEADER_BYTES or length > len(raw) - 8:
+        raise CorruptChunk(f"The chunk's header claims {length} bytes.")
+    written = bytes(raw[8 : 8 + length])
+    try:
+        return _recognised(written) or _parsed(written)
+    except _UNREADABLE as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+
+
+def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
+    """Refuse a chunk that is not exactly the one asked for, in the layout the model needs.
+
+    Raises:
+        CorruptChunk: another key, other tensors, or not a header that can be trusted.
+    """
+    facts, table = _usual_header(raw, layout) or parse_header(raw)
+    if facts.key != key:
+        raise CorruptChunk(f"Asked for chunk {key}, got {facts.key[:40]!r}.")
+    if table != layout.tensor_table or len(facts.checksums) != len(layout.pieces):
+        raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
+    return facts
+
+
+def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) -> None:
+    """Refuse pieces that are not as they were written.
+
+    Args:
+        pieces: some of the chunk's, in order.
+        facts: of the chunk.
+        first: number of the first of these pieces in the chunk.
+
+    Raises:
+        CorruptChunk: one of them does not match its checksum.
+    """
+    for piece, expected in zip(pieces, facts.checksums[first : first + len(pieces)], strict=True):
+        if checksum(piece) != expected:
+            raise CorruptChunk(f"Chunk {facts.key} does not match its checksum.")
+
+
+def check_file(raw: Buffer, key: str) -> ChunkFacts:
+    """Verify a whole chunk file without a model at hand.
+
+    Raises:
+        CorruptChunk: the header, the payload's length or its checksum is wrong, or the key is another.
+    """
+    facts, table = parse_header(raw)
+    view = memoryview(raw)
+    (length,) = struct.unpack("<Q", bytes(view[:8]))
+    payload = view[8 + length :]
+    if facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {facts.key[:40]!r}.")
+    if len(payload) != table.payload_bytes:
+        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {table.payload_bytes}.")
+    spans = spans_of(facts, table)
+    check_pieces([payload[start:end] for start, end in spans], facts)
+    return facts
+
+
+def spans_of(facts: ChunkFacts, table: TensorTable) -> list[tuple[int, int]]:
+    """Begin and end of each piece in the payload, in bytes, in the order of the checksums.
+
+    Raises:
+        CorruptChunk: there are not as many pieces as checksums.
+    """
+    if len(facts.checksums) != len(table.spans):
+        raise CorruptChunk(f"Chunk {facts.key} has {len(table.spans)} tensors and {len(facts.checksums)} checksums.")
+    return table.spans
+
+
+def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Mapping[str, object]] | None:
+    """What `parse_header` gives, of a header that is word for word as `encode_header` writes it; None of any other.
+
+    All good chunks have such headers, unless their model's name has odd characters. Nothing of them has to be parsed, which
+    counts where chunks are small.
+    """
+    text = bytes(raw[8:]).decode("latin-1")
+    written = _USUAL.match(text)
+    if written is None or int.from_bytes(raw[:8], "little") != len(text):
+        return None
+    if text[written.end() :] != f",{layout.table_json[1:]}".ljust(len(text) - written.end()):
+        return None
+    facts = _usual_facts(written, layout.sorted_table_json)
+    return None if facts is None else (facts, layout.tensor_table)
+
+
+def _recognised(raw: bytes) -> tuple[ChunkFacts, TensorTable] | None:
+    """What `_parsed` gives, in a tenth of the time where other chunks have the same table; None unless the metadata stand as
+    `encode_header` writes them and all makes sense."""
+    text = raw.decode("latin-1")
+    written = _USUAL.match(text)
+    if written is None or not raw.isascii():
+        return None
+    begin, end = written.end(), text.rindex("}") + 1
+    if not text.startswith(",", begin) or text[end:] != " " * (len(text) - end) or end - begin > LONGEST_KNOWN:
+        return None
+    try:
+        table = known_table(text[begin + 1 : end])
+    except _UNREADABLE:
+        return None
+    facts = _usual_facts(written, table.sorted_json)
+    return None if facts is None else (facts, table)
+
+
+def _parsed(raw: bytes) -> tuple[ChunkFacts, TensorTable]:
+    """Facts and tensor table of a header; one of `_UNREADABLE` where it makes no sense.
+
+    Raises:
+        CorruptChunk: another format or version, or not as it was written.
+    """
+    table = json.loads(raw)
+    facts = _sealed_facts(table.pop(METADATA), sorted_json(table))
+    return facts, checked_table(table)
+
+
+def _usual_facts(written: re.Match[str], table: str) -> ChunkFacts | None:
+    """Facts from metadata that `_USUAL` found; None if they are not as they were written.
+
+    Args:
+        written: the metadata.
+        table: of the tensors, as sorted JSON.
+    """
+    metadata = written.groupdict()
+    seal = metadata.pop("header")
+    # As sorted JSON, without its help: none of these words has anything that JSON would write otherwise.
+    words = ",".join([f'"{name}":"{metadata[name]}"' for name in sorted(metadata)])
+    return _facts(metadata) if seal == checksum(f"[{{{words}}},{table}]".encode()) else None
+
+
+def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
+    """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
+
+    Args:
+        metadata: with the seal, which is taken out.
+        table: of the tensors, as sorted JSON.
+
+    Raises:
+        CorruptChunk: another format or version, or not as it was written.
+    """
+    if (metadata["format"], metadata["version"]) != ("cake_hf", FORMAT_VERSION):
+        raise CorruptChunk("The file is not a chunk of this format version.")
+    if metadata.pop("header") != _seal(metadata, table):
+        raise CorruptChunk("The chunk's header does not match its checksum.")
+    words: dict[str, str] = {}
+    for name, pattern in _PATTERNS.items():
+        word = metadata[name]
+        if not isinstance(word, str) or not pattern.fullmatch(word):
+            raise ValueError(f"{name} is not of its form")
+        words[name] = word
+    return _facts(words)
+
+
+def _facts(words: Mapping[str, str]) -> ChunkFacts:
+    """What metadata of the right form says."""
+    digits = words["checksums"]
+    return ChunkFacts(
+        key=words["key"],
+        parent=words["parent"],
+        index=int(words["index"]),
+        namespace=words["namespace"],
+        model=words["model"],
+        checksums=tuple([digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)]),
+    )
+
+
+def _seal(metadata: Mapping[str, object], table: str) -> str:
+    """Checksum of all that a header says, whatever the order and the blanks; the table as sorted JSON."""
+    return checksum(f"[{sorted_json(metadata)},{table}]".encode())

@@ -1,0 +1,170 @@
+"""The layout of one chunk: which tensors, in which order, how large. The same in memory pieces and at rest."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from cake_hf.util.lazy import cached_property
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_ITEM_BYTES = {name: dtype.itemsize for dtype, name in _NAMES.items()}
+_PLAIN = json.JSONEncoder(separators=(",", ":"))
+_SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype.
+
+    Raises:
+        ValueError: safetensors has no such dtype, or KV is never kept in it.
+    """
+    if dtype not in _NAMES:
+        raise ValueError(f"KV of dtype {dtype} cannot be stored; known are {', '.join(map(str, _NAMES))}.")
+    return _NAMES[dtype]
+
+
+def item_bytes(name: object) -> int:
+    """Bytes of one number of a dtype, by safetensors' name of it.
+
+    Raises:
+        ValueError: KV is never kept in it.
+    """
+    if not isinstance(name, str) or name not in _ITEM_BYTES:
+        raise ValueError(f"KV is not kept in {str(name)[:40]!a}.")
+    return _ITEM_BYTES[name]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One contiguous tensor of a chunk.
+
+    Attributes:
+        name: e.g. "layers.0.keys".
+        heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
+        dtype: of the KV.
+        layer: whose it is.
+        windowed: it is needed only where a window reaches back to the chunk.
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    layer: int = 0
+    windowed: bool = False
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per token."""
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """A part of a chunk that can be read by itself.
+
+    Attributes:
+        start, end: it has the pieces `start` to `end - 1`.
+        layers: so many layers are whole once it and all ranges before it are there.
+    """
+
+    start: int
+    end: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """All pieces of a chunk, in payload order: keys and values of layer 0, then of layer 1, and so on.
+
+    Windowed pieces come after all others. So what is needed of a chunk is always the first part of it.
+    """
+
+    chunk_size: int
+    pieces: tuple[Piece, ...]
+
+    def of(self, tokens: int) -> ChunkLayout:
+        """The same pieces for another number of tokens."""
+        return self if tokens == self.chunk_size else ChunkLayout(tokens, self.pieces)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each piece."""
+        return tuple(piece.token_bytes * self.chunk_size for piece in self.pieces)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the whole payload."""
+        return sum(self.sizes)
+
+    @cached_property
+    def everywhere(self) -> int:
+        """How many pieces are needed of every chunk; all after them are windowed."""
+        return sum(not piece.windowed for piece in self.pieces)
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers a chunk may have pieces of; they are numbered from 0, and those that keep nothing have none."""
+        return max((piece.layer for piece in self.pieces), default=-1) + 1
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """For each layer the number of pieces up to its last one. Without windowed pieces, which come out of turn."""
+        layers = [piece.layer for piece in self.pieces]
+        return tuple(sum(other <= layer for other in layers) for layer in range(self.layers))
+
+    def ranges(self, count: int) -> list[LayerRange]:
+        """A chunk cut between layers into that many ranges of about as many layers each (fewer, if it has not as many)."""
+        if count == 1:
+            return [LayerRange(0, len(self.pieces), self.layers)]
+        cuts = sorted({self.layers * n // count for n in range(count + 1)})
+        edges = [0, *(self.ends[layers - 1] for layers in cuts[1:])]
+        return [LayerRange(*pair, layers) for pair, layers in zip(pairwise(edges), cuts[1:], strict=True)]
+
+    @cached_property
+    def tensor_table(self) -> dict[str, dict[str, object]]:
+        """The safetensors header entries: dtype, shape and data offsets of each piece."""
+        table: dict[str, dict[str, object]] = {}
+        offset = 0
+        for piece, size in zip(self.pieces, self.sizes, strict=True):
+            shape = [self.chunk_size, piece.heads, piece.head_dim]
+            table[piece.name] = {
+                "dtype": dtype_name(piece.dtype),
+                "shape": shape,
+                "data_offsets": [offset, offset + size],
+            }
+            assert math.prod(shape) * piece.dtype.itemsize == size
+            offset += size
+        return table
+
+    @cached_property
+    def table_json(self) -> str:
+        """The tensor table as it stands in a header."""
+        return plain_json(self.tensor_table)
+
+    @cached_property
+    def sorted_table_json(self) -> str:
+        """The tensor table as a header's seal covers it."""
+        return sorted_json(self.tensor_table)
+
+
+def plain_json(value: object) -> str:
+    """JSON without blanks, in ASCII."""
+    return _PLAIN.encode(value)
+
+
+def sorted_json(value: object) -> str:
+    """The same, whatever order the keys had."""
+    return _SORTED.encode(value)

@@ -1,0 +1,323 @@
+"""A full-attention cache layer with room: token-major buffers that loads land in and decoding appends to.
+
+Each of K and V is one buffer `[batch, capacity, heads, head_dim]`. Attention is handed the transposed view
+`[batch, heads, length, head_dim]` of its first `length` tokens. So the tokens of a chunk are one contiguous piece, and what
+lies beyond `length` (chunks that are being loaded) is seen by nobody.
+
+On a CPU the same buffers lie head by head in memory while nothing is loaded into them, that is, for a prompt of which nothing
+is stored, and while tokens are decoded: attention reads KV faster when a head's tokens are neighbours. The next restore that
+loads something has them lie by token again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cake_hf.chunks.aligned_memory import empty_aligned
+from cake_hf.layers.compat import DynamicLayer, drop_content
+
+HEADROOM_TOKENS = 256
+GROWTH = 8
+"""A full buffer grows by 1/8, at least by HEADROOM_TOKENS: a copy now and then instead of one per token."""
+
+
+class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed for us
+    """Behaves as `DynamicLayer`; only where the bytes lie is different.
+
+    `keys` and `values` may be replaced from outside, as with `DynamicLayer`; the next use takes them over.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._key_buffer: torch.Tensor | None = None
+        self._value_buffer: torch.Tensor | None = None
+        self._shown: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._key_buffer = _room_for(key_states.transpose(1, 2)[:, :0], 0)
+        self._value_buffer = _room_for(value_states.transpose(1, 2)[:, :0], 0)
+        self.is_initialized = True
+        self._show(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `[batch, heads, new, head_dim]` states; returns all states, old and new."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._update_in_graph(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self._take_over()
+        self._key_buffer = _appended(self._key_buffer, length, key_states)
+        self._value_buffer = _appended(self._value_buffer, length, value_states)
+        self._show(length + key_states.shape[-2])
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove >= 0:
+            super().crop(tokens_to_remove)
+        elif self.is_initialized:
+            self._show(max(0, self._take_over() + tokens_to_remove))
+
+    def reset(self) -> None:
+        drop_content(self)
+        super().reset()
+        self._key_buffer = self._value_buffer = None
+        self._shown = (None, None)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._per_row(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._per_row(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._per_row(lambda buffer: buffer[indices, ...])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenMajorLayer:
+        return self.copied(memo)
+
+    # What the restore needs beyond DynamicLayer.
+
+    def copied(self, memo: dict[int, Any], tokens: int | None = None) -> TokenMajorLayer:
+        """A copy with memory of its own. Shows nothing else here meanwhile: other threads may read this layer.
+
+        Args:
+            memo: of `copy.deepcopy`.
+            tokens: of the buffers, which the copy shows; by default those that are shown here.
+        """
+        copied = type(self)()
+        memo[id(self)] = copied
+        if self.is_initialized:
+            length = self._take_over() if tokens is None else tokens
+            copied.__dict__.update(self.__dict__)
+            # As it will lie when tokens are decoded, and with room for a question: so it is copied only once.
+            by_head, room = _pays_by_head(_given(self._key_buffer)), length + HEADROOM_TOKENS
+            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], room, by_head=by_head)
+            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, by_head=by_head)
+            copied._show(length)
+        return copied
+
+    def reserve(
+        self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, by_head: bool = False
+    ) -> None:
+        """Make room for `capacity` tokens, so that buffers stay where they are until it is used up.
+
+        Args:
+            key_like, value_like: `[1, heads, any, head_dim]` tensors of the right dtype and device.
+            capacity: tokens.
+            by_head: nothing will be loaded: what lies by head may stay so, and new memory is laid so where that pays.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
+        length = self._take_over()
+        buffer = _given(self._key_buffer)
+        by_head = by_head and _pays_by_head(buffer)
+        if buffer.shape[1] < capacity or (_lies_by_head(buffer) and not by_head):
+            self._move(length, capacity, by_head=by_head)
+            self._show(length)
+
+    def lay_by_head(self) -> None:
+        """Tokens are going to be decoded: where it pays, have each head's tokens lie next to each other. Changes nothing else.
+
+        Takes one copy of the content, as `DynamicLayer` makes with each token. No loads may be under way.
+        """
+        buffer = self._key_buffer
+        # Content that was replaced from outside is taken over by the next update.
+        if buffer is None or not _pays_by_head(buffer) or _lies_by_head(buffer) or not self.is_own:
+            return
+        length = self._take_over()
+        self._move(length, max(buffer.shape[1], length + HEADROOM_TOKENS), by_head=True)
+        self._show(length)
+
+    def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
+        """`reserve` as for a layer of the same kind that holds a token."""
+        self.reserve(like.keys, like.values, capacity, by_head=by_head)
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether the buffers, whatever the content is, have room for so many tokens."""
+        return self._key_buffer is not None and self._key_buffer.shape[1] >= tokens
+
+    def show(self, length: int) -> None:
+        """Make the first `length` tokens of the buffers the layer's content."""
+        self._show(length)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in each of the layer's parts, which differ while a forward is in it. For `show_lengths`."""
+        return (int(self.get_seq_length()),)
+
+    def show_lengths(self, lengths: tuple[int, ...]) -> None:
+        """As `show`, each part by itself."""
+        self._show(lengths[0])
+
+    def move_out(self, length: int, capacity: int | None = None) -> None:
+        """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones.
+
+        Args:
+            length: tokens.
+            capacity: of the new buffers; by default as before.
+        """
+        visible = _given(self.keys).shape[-2]
+        capacity = _given(self._key_buffer).shape[1] if capacity is None else capacity
+        self._move(length, capacity)
+        self._show(min(visible, length))
+
+    # What the restore of a batch needs: rows that are filled one by one.
+
+    def row(self, number: int, start: int) -> TokenMajorLayer:
+        """An empty layer whose buffers are this one's, of one row and from column `start` on."""
+        lent = type(self)()
+        lent.dtype, lent.device, lent.is_initialized = self.dtype, self.device, True
+        lent._key_buffer, lent._value_buffer = (buffer[number : number + 1, start:] for buffer in self.buffers)
+        lent._show(0)
+        return lent
+
+    def copy_row(self, number: int, start: int, place: TokenMajorLayer, length: int) -> None:
+        """Make the `length` tokens of a row from column `start` on the content of a layer that `row` gave."""
+        for buffer, target in zip(self.buffers, place.buffers, strict=True):
+            target[0, :length].copy_(buffer[number, start : start + length])
+        place._show(length)
+
+    def take_row(self, number: int, start: int, place: TokenMajorLayer) -> None:
+        """A layer that `row` gave is filled: its content is the row's from column `start` on, and before it are zeros."""
+        own, length = self.row(number, start), place.get_seq_length()
+        if place.buffers[0].data_ptr() != own.buffers[0].data_ptr():
+            # It has moved out, since somebody may still write to its old place: so the others do, too.
+            self._key_buffer, self._value_buffer = (_room_for(buffer, 0) for buffer in self.buffers)
+            own = self.row(number, start)
+            for buffer, target in zip(place.buffers, own.buffers, strict=True):
+                target[0, :length].copy_(buffer[0, :length])
+        for buffer in self.buffers:
+            buffer[number, :start].zero_()  # masked, but a NaN in there would come through
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """K and V, `[batch, capacity, heads, head_dim]`."""
+        return _given(self._key_buffer), _given(self._value_buffer)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the content is what this layer was given by the model, and was not replaced from outside."""
+        return self.keys is self._shown[0] and self.values is self._shown[1]
+
+    def _take_over(self) -> int:
+        """Take replaced `keys` and `values` for our own; returns the length."""
+        if not self.is_own:
+            self._key_buffer = _room_for(_given(self.keys).transpose(1, 2), 0)
+            self._value_buffer = _room_for(_given(self.values).transpose(1, 2), 0)
+            self._show(_given(self.keys).shape[-2])
+        return int(_given(self.keys).shape[-2])
+
+    def _move(self, length: int, capacity: int, *, by_head: bool = False) -> None:
+        """Go on in new buffers; `_show` comes after it."""
+        self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity, by_head=by_head)
+        self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, by_head=by_head)
+
+    def _show(self, length: int) -> None:
+        self.keys = _first(_given(self._key_buffer), length)
+        self.values = _first(_given(self._value_buffer), length)
+        self._shown = (self.keys, self.values)
+
+    def _update_in_graph(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DynamicLayer`, without the buffers: compilers do not all take it that a part of what they read is written to.
+
+        Afterwards the content counts as replaced from outside.
+        """
+        keys: torch.Tensor = key_states
+        values: torch.Tensor = value_states
+        if self.is_initialized:
+            keys = torch.cat([_given(self.keys), keys], dim=-2)
+            values = torch.cat([_given(self.values), values], dim=-2)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def _per_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.get_seq_length() > 0:
+            length = self._take_over()
+            self._key_buffer = _changed(_given(self._key_buffer), change)
+            self._value_buffer = _changed(_given(self._value_buffer), change)
+            self._show(length)
+
+
+def _first(buffer: torch.Tensor, length: int) -> torch.Tensor:
+    """The first tokens as attention takes them, `[batch, heads, length, head_dim]`; a view.
+
+    The stride of a single row says nothing, and is that of the length then: cuDNN's attention keeps a plan for each shape and
+    stride, so with the capacity in it there would be none for a prompt of another length.
+    """
+    if buffer.shape[0] > 1:
+        return buffer[:, :length].transpose(1, 2)
+    _, heads, head_dim = buffer.shape[1:]
+    _, token, head, number = buffer.stride()
+    return buffer.as_strided((buffer.shape[0], heads, length, head_dim), (length * token, head, token, number))
+
+
+def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) -> torch.Tensor:
+    buffer, states = _given(buffer), states.transpose(1, 2)
+    if buffer.shape[0] != states.shape[0] or buffer.shape[2:] != states.shape[2:]:
+        raise ValueError(
+            f"The cache holds KV of shape {_kv_shape(buffer)}, the model brings {_kv_shape(states)} [batch, heads, head_dim]."
+        )
+    if torch.is_grad_enabled() and (states.requires_grad or buffer.requires_grad):
+        return torch.cat([buffer[:, :length], states], dim=1)  # writing in place would break the graph
+    if buffer.dtype != states.dtype:
+        buffer = buffer.to(torch.promote_types(buffer.dtype, states.dtype))
+    end = length + states.shape[1]
+    if end > buffer.shape[1] or buffer.requires_grad:  # what a graph has saved stays as it is
+        capacity = end + max(HEADROOM_TOKENS, end // GROWTH)
+        buffer = _room_for(buffer[:, :length], capacity, by_head=_lies_by_head(buffer))
+    buffer[:, length:end].copy_(states)
+    return buffer
+
+
+def _changed(buffer: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What a change of the rows makes of a buffer, lying as that does: beams are changed with each token."""
+    if _lies_by_head(buffer):
+        return change(buffer.transpose(1, 2)).transpose(1, 2)
+    return change(buffer)
+
+
+def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) -> torch.Tensor:
+    """A new buffer that starts with the content `[batch, length, heads, head_dim]` and has `capacity` tokens or more.
+
+    Its shape is the content's in any case; `by_head` says in which order it lies in memory.
+
+    Made outside inference mode, so that it can be written to from any mode and any thread later.
+    """
+    batch, length, heads, head_dim = content.shape
+    if content.requires_grad and torch.is_grad_enabled():
+        return content
+    with torch.inference_mode(False), torch.no_grad():
+        tokens = max(length, capacity)
+        shape = (batch, heads, tokens, head_dim) if by_head else (batch, tokens, heads, head_dim)
+        buffer = empty_aligned(shape, content.dtype, content.device)
+        buffer = buffer.transpose(1, 2) if by_head else buffer
+        buffer[:, :length].copy_(content)
+    return buffer
+
+
+def _pays_by_head(buffer: torch.Tensor) -> bool:
+    """GPUs' kernels take either order; with one head both are the same."""
+    return buffer.device.type == "cpu" and buffer.shape[2] > 1
+
+
+def _lies_by_head(buffer: torch.Tensor) -> bool:
+    return buffer.stride(2) > buffer.stride(1)
+
+
+def _given(tensor: torch.Tensor | None) -> torch.Tensor:
+    if tensor is None:
+        raise RuntimeError("The layer has no content yet.")
+    return tensor
+
+
+def _kv_shape(buffer: torch.Tensor) -> list[int]:
+    return [buffer.shape[0], *buffer.shape[2:]]

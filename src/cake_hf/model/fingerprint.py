@@ -1,0 +1,224 @@
+"""What a model is, by its content: config facts, a checksum over all weights, and active adapters.
+
+Two models with equal fingerprints give equal KV for equal tokens where machines round alike (see `model.numerics`). Names
+and paths do not count, only content does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import xxhash
+
+from cake_hf.chunks.tensor_bytes import host_bytes, odd_factors
+from cake_hf.model.modules import modules_of, those_with
+from cake_hf.model.weights import weights
+from cake_hf.util.forks import Lock
+
+HASHED_BLOCK = 2**15
+"""64-bit words per row of the on-device checksum."""
+SAMPLES_PER_TENSOR = 16
+
+_SILENT_CONFIG = {
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+}
+"""Config entries that do not shape the computation; the dtype that counts is that of the weights themselves."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    signature: int
+    digest: str
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, _Known]] = weakref.WeakKeyDictionary()
+_known_lock = Lock()
+
+
+def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
+    """Everything about a model that changes its KV, but the numerics of the machine.
+
+    Args:
+        model: with a `config` that has `to_dict()`.
+        portable: make the weights' digest the same on every device (slower where weights are not on the CPU).
+
+    Returns:
+        JSON-ready facts.
+    """
+    facts: dict[str, Any] = {
+        "class": type(model).__name__,
+        "config": config_facts(model.config),
+        "weights": weights_digest(model, portable=portable),
+        "adapters": adapter_facts(model),
+    }
+    if rounded := rounded_buffers(model):
+        facts["rounded"] = rounded
+    if foreign := foreign_modules(model):
+        facts["modules"] = foreign
+    return facts
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """The config without what says nothing about the computation (name, path, library version)."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): strip(v) for k, v in value.items() if k not in _SILENT_CONFIG}
+        if isinstance(value, (list, tuple)):
+            return [strip(item) for item in value]
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    facts: dict[str, Any] = strip(config.to_dict())
+    return facts
+
+
+def rounded_buffers(model: torch.nn.Module) -> list[str]:
+    """What a model derives from its config and does not keep in float32, as it was made.
+
+    `model.to(torch.bfloat16)` rounds the rotary frequencies, too; `from_pretrained(..., dtype=torch.bfloat16)` does not. So the
+    same weights may give other KV.
+    """
+    return [
+        f"{path}.{name}: {buffer.dtype}"
+        for path, module in modules_of(model)
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.is_floating_point()
+        and buffer.dtype != torch.float32
+    ]
+
+
+def adapter_facts(model: torch.nn.Module) -> list[str]:
+    """Which adapters take part, module by module. Their weights are parameters and counted there."""
+    facts = []
+    for name, module in those_with(model, "active_adapters", "merged_adapters"):
+        state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
+        facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
+    return facts
+
+
+def foreign_modules(model: torch.nn.Module) -> list[str]:
+    """Where modules of a kind that neither torch.nn nor the model's own library has were put in, and of which kind.
+
+    They may compute something else with the same weights: some quantise only in the forward.
+    """
+    usual = ("torch.nn.", f"{type(model).__module__.split('.')[0]}.")
+    below = modules_of(model)[1:]
+    foreign = {kind for kind in {type(module) for _, module in below} if not kind.__module__.startswith(usual)}
+    return [
+        f"{path}: {kind.__module__}.{kind.__qualname__}"
+        for path, kind in ((path, type(module)) for path, module in below)
+        if kind in foreign
+    ]
+
+
+def adapters_vary(model: torch.nn.Module) -> bool:
+    """Whether adapters take part by the row or by the place in the prompt (`adapter_names`, aLoRA, X-LoRA).
+
+    What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
+    on the adapted modules.
+    """
+    return any(
+        module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+        for _, module in those_with(model, "merged_adapters")
+    )
+
+
+def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
+    """Checksum over the names, shapes, dtypes and bytes of all weights.
+
+    Computed once per model and kept as long as the model lives; computed anew when a cheap look (addresses, version
+    counters, a few sampled values of every tensor) shows that a weight was changed or replaced. What that look cannot
+    see is a hand edit through `.data` of single values that happen not to be sampled.
+
+    Args:
+        model: any module.
+        portable: hash on the host, so that the result does not depend on the device.
+    """
+    signature = _signature(model)
+    with _known_lock:
+        known = _known.get(model, {}).get(portable)
+    if known is not None and known.signature == signature:
+        return known.digest
+    digest = xxhash.xxh3_128()
+    for weight in chain.from_iterable(weights(model)):
+        tensor = weight.content()
+        digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        # Offloaded or not, a weight is hashed where it is computed with, so that its digest is the same.
+        device = weight.device or tensor.device
+        on_host = portable or device.type == "cpu"
+        digest.update(host_bytes(tensor) if on_host else _device_digest(tensor.to(device)))
+    result = str(digest.hexdigest())
+    with _known_lock:
+        _known.setdefault(model, {})[portable] = _Known(signature, result)
+    return result
+
+
+def look_at_weights(model: torch.nn.Module) -> int:
+    """The cheap look by which `weights_digest` tells whether a weight was changed."""
+    return _signature(model)
+
+
+def forget_weights(model: torch.nn.Module) -> None:
+    """The weights have changed in a way that the cheap look does not see: the next checksum is made anew."""
+    with _known_lock:
+        _known.pop(model, None)
+
+
+def _signature(model: torch.nn.Module) -> int:
+    """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
+    identity: list[Any] = []
+    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for weight in chain.from_iterable(weights(model)):
+        name, tensor = weight.name, weight.tensor
+        if weight.elsewhere is not None and (stamp := weight.elsewhere.stamp()) is not None:
+            identity.append((name, tensor.dtype, tuple(tensor.shape), stamp))
+            continue
+        if weight.elsewhere is not None:
+            tensor = weight.content()
+        if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
+            identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(host_bytes(tensor))))
+            continue
+        version = 0 if tensor.is_inference() else tensor._version
+        identity.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
+        if tensor.is_contiguous():
+            samples.setdefault((tensor.device, tensor.dtype), []).append(_sampled(tensor))
+    values = [torch.cat(group).cpu().view(torch.uint8).numpy().tobytes() for group in samples.values()]
+    return hash((tuple(identity), *values))
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Some values of a contiguous tensor, from all over it; a view."""
+    count, flat = min(tensor.numel(), SAMPLES_PER_TENSOR), tensor.detach()
+    return flat.as_strided((count,), (max(1, tensor.numel() // SAMPLES_PER_TENSOR),))
+
+
+def _device_digest(tensor: torch.Tensor) -> bytes:
+    """A checksum made where the tensor is: each row of 64-bit words is multiplied by fixed odd numbers and summed.
+
+    Arithmetic is modulo 2**64, so the order of summation does not matter; an odd factor is invertible, so any change of
+    a single word changes its row's sum, and the rows' sums are hashed in order on the host.
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = flat.numel() - flat.numel() % (8 * HASHED_BLOCK)
+    if flat.storage_offset() % 8:  # not to be looked at as 64-bit words
+        whole = 0
+    # Only what is no full row is copied, to be filled up: there may be no room for another of the largest weights.
+    rest = torch.nn.functional.pad(flat[whole:], (0, (whole - flat.numel()) % (8 * HASHED_BLOCK)))
+    factors = odd_factors(HASHED_BLOCK).to(tensor.device)
+    parts = [flat[:whole], rest] if whole else [rest]
+    rows = [part.view(torch.int64).view(-1, HASHED_BLOCK).split(256) for part in parts]
+    sums = torch.cat([(some * factors).sum(dim=1) for some in chain(*rows)])
+    return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()

@@ -1,0 +1,130 @@
+"""Code in a model's forward that is not part of the model: it may change the KV, or expect to see the whole prompt.
+
+A forward hook may do anything to what passes it, and only its effect on the prompt at hand tells what that is. Besides, of a
+restored prompt it would see only what is computed. So a model with hooks is computed plainly, unless these are marked with
+`reads_only`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as torchs_modules
+
+from cake_hf.model.modules import modules_of
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
+"""What a model runs in, also from a checkout. Their hooks place weights and inputs, agree with other ranks, or are looked at
+elsewhere (`fingerprint.adapters_vary`)."""
+_OTHERWISE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+"""Modules of torch that compute otherwise in training mode."""
+
+_quiet = threading.local()
+
+
+class ReadsOnly:
+    """A forward hook that returns nothing, and is not called for forwards of our own that belong to no prompt."""
+
+    def __init__(self, hook: Callable[..., object]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not getattr(_quiet, "on", False):
+            self.hook(*args, **kwargs)
+
+
+def reads_only(hook: Callable[..., object]) -> ReadsOnly:
+    """Mark a forward hook, or pre-hook, that may stay on a model whose prompts are restored.
+
+        model.model.layers[0].register_forward_hook(cake_hf.reads_only(hook))
+
+    The hook is called for the parts of a prompt that are computed, one after the other, and for decoded tokens; not for what is
+    loaded. What it returns is ignored. It must not change its arguments in place.
+
+    Args:
+        hook: as torch takes it.
+
+    Returns:
+        What to register instead.
+    """
+    return ReadsOnly(hook)
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """No hook that is marked with `reads_only` is called by forwards of this thread meanwhile."""
+    before, _quiet.on = getattr(_quiet, "on", False), True
+    try:
+        yield
+    finally:
+        _quiet.on = before
+
+
+def stranger_reason(model: torch.nn.Module) -> str:
+    """Why foreign code in the forward makes prompts be computed plainly; empty if there is none."""
+    return _hook_reason(model) or _mode_reason() or _training_reason(model)
+
+
+def _hook_reason(model: torch.nn.Module) -> str:
+    advice = "remove it, or mark it with cake_hf.reads_only if it changes nothing and need not see what is loaded"
+    everywhere = (torchs_modules._global_forward_pre_hooks, torchs_modules._global_forward_hooks)
+    for hook in (hook for hooks in everywhere for hook in hooks.values()):
+        if not _is_known(hook, None):
+            return f"a forward hook on all modules ({_name(hook)}) might change the KV; {advice}"
+    for path, module in modules_of(model):
+        if module._forward_pre_hooks or module._forward_hooks:
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                if not _is_known(hook, module):
+                    return f"a forward hook on {path or 'the model'} ({_name(hook)}) might change the KV; {advice}"
+    return ""
+
+
+def _mode_reason() -> str:
+    for kind, count, get in (
+        ("function", torch._C._len_torch_function_stack, torch._C._get_function_stack_at),
+        ("dispatch", torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at),
+    ):
+        for number in range(count()):
+            mode = get(number)
+            if type(mode).__module__ != "torch.utils._device":  # of `with torch.device(...)`, for new tensors alone
+                return f"a torch {kind} mode ({type(mode).__qualname__}) is active, which might change the KV; leave it first"
+    return ""
+
+
+def _training_reason(model: torch.nn.Module) -> str:
+    """A model as a whole in training mode has a reason of its own."""
+    if model.training:
+        return ""
+    for path, module in modules_of(model):
+        if module.training and _minds_training(module, model):
+            return f"{path} is in training mode, although the model is not; call model.eval()"
+    return ""
+
+
+def _minds_training(module: torch.nn.Module, model: torch.nn.Module) -> bool:
+    """Whether a module may compute otherwise in training mode: dropout, and the model's own kinds, which have some in them."""
+    if isinstance(module, _OTHERWISE):
+        return getattr(module, "p", 1) > 0
+    return type(module).__module__.partition(".")[0] == type(model).__module__.partition(".")[0]
+
+
+def _is_known(hook: Any, module: torch.nn.Module | None) -> bool:
+    if isinstance(hook, ReadsOnly):
+        return True
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", None)
+    if owner is not None and owner is module:  # a module's own: its kind is among the facts
+        return True
+    written = getattr(getattr(hook, "__func__", hook), "__globals__", {}).get("__name__") or type(hook).__module__
+    return str(written).partition(".")[0] in LIBRARIES
+
+
+def _name(hook: Any) -> str:
+    named = hook.func if isinstance(hook, functools.partial) else hook
+    return str(getattr(named, "__qualname__", type(named).__qualname__))

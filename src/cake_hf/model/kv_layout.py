@@ -1,0 +1,149 @@
+"""What KV a model makes: found out by running one token, once per model and mode.
+
+No config says for all model families how many heads of which size are kept, and a wrong guess would be a lost restore.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.layers.compat import LinearAttentionLayer
+from cake_hf.layers.kinds import is_windowed
+from cake_hf.layers.recurrent import states_of
+from cake_hf.model.look import once_per_look
+from cake_hf.model.numerics import autocast_facts
+from cake_hf.model.offload import home_device
+from cake_hf.model.side_run import run_aside
+from cake_hf.util.forks import Lock
+
+
+@dataclass(frozen=True)
+class Made:
+    """What KV a model makes.
+
+    Attributes:
+        layers: of a `DynamicCache` that holds one token.
+        token: the layout of that token's KV.
+        states: the layout of a snapshot of the recurrent states; without pieces where there are none.
+    """
+
+    layers: list[Any]
+    token: ChunkLayout
+    states: ChunkLayout
+    _chunks: dict[int, ChunkLayout] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, layers: list[Any]) -> Made:
+        """What layers with one token, or more, say."""
+        return cls(layers, chunk_layout(layers, 1), state_layout(layers))
+
+    def chunk(self, chunk_size: int) -> ChunkLayout:
+        """The layout of a chunk; the same one each time, with what it has computed of itself."""
+        if chunk_size not in self._chunks:
+            self._chunks[chunk_size] = self.token.of(chunk_size)
+        return self._chunks[chunk_size]
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[object, Made]] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+@once_per_look
+def made_by(model: torch.nn.Module) -> Made:
+    """What KV a model makes at present.
+
+    Args:
+        model: of a kind whose layers we know.
+    """
+    mode = _mode(model)
+    with _lock:
+        known = _known.setdefault(model, {})
+        if mode not in known:
+            one_token = torch.zeros((1, 1), dtype=torch.long, device=home_device(model))
+            known[mode] = Made.of(run_aside(model, [one_token])[1])
+        return known[mode]
+
+
+def kv_like(model: torch.nn.Module) -> list[Any]:
+    """The layers of a `DynamicCache` that holds one token, as the model makes them at present; see `made_by`."""
+    return made_by(model).layers
+
+
+def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
+    """The model has been changed if these layers, which it has just made, have other shapes than those that are remembered."""
+    mode = _mode(model)
+    with _lock:
+        known = _known.get(model, {})
+        if mode in known and (known[mode].token, known[mode].states) != (chunk_layout(layers, 1), state_layout(layers)):
+            del known[mode]
+
+
+def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
+    """The layout of a chunk of these layers' KV.
+
+    Args:
+        layers: from `kv_like`.
+        chunk_size: tokens.
+    """
+    pieces = [
+        Piece(
+            f"layers.{number}.{what}",
+            tensor.shape[1],
+            tensor.shape[3],
+            tensor.dtype,
+            number,
+            windowed=is_windowed(layer),
+        )
+        for number, layer in enumerate(layers)
+        for what, tensor in _kept_per_token(layer).items()
+    ]
+    return ChunkLayout(chunk_size, tuple(sorted(pieces, key=lambda piece: piece.windowed)))
+
+
+def state_layout(layers: list[Any]) -> ChunkLayout:
+    """The layout of a snapshot of these layers' recurrent states: each as one "token" of it; no pieces where there are none.
+
+    Args:
+        layers: from `kv_like`.
+    """
+    pieces = [
+        Piece(f"layers.{number}.{what}", state.numel() // state.shape[-1], state.shape[-1], state.dtype, number)
+        for number, layer in enumerate(layers)
+        if isinstance(layer, LinearAttentionLayer)
+        for what, state in states_of(layer).items()
+    ]
+    # The widest dtypes first, so that each piece is aligned to its own.
+    return ChunkLayout(1, tuple(sorted(pieces, key=lambda piece: -piece.dtype.itemsize)))
+
+
+def keeps_tokens(layer: Any) -> bool:
+    """Whether a layer from `kv_like` keeps something of each token, be it only of the last ones."""
+    return bool(_kept_per_token(layer))
+
+
+def keeps_each_token_once(layer: Any) -> bool:
+    """Whether a layer from `kv_like`, after one token, holds one token, or keeps none."""
+    return all(tensor.shape[2] == 1 for tensor in _kept_per_token(layer).values())
+
+
+def _mode(model: torch.nn.Module) -> object:
+    """What the layout may depend on, beside the model."""
+    device = home_device(model)
+    placed = str(getattr(model, "hf_device_map", ""))
+    autocast = tuple(autocast_facts(kind) for kind in sorted({"cpu", "cuda", device.type}))
+    return next(model.parameters()).dtype, device, placed, autocast
+
+
+def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
+    """A layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
+    if getattr(layer, "keys", None) is None:  # a layer that uses another one's KV, or only has a state
+        return {}
+    kept = {"keys": layer.keys, "values": layer.values}
+    if getattr(layer, "indexer_keys", None) is not None:
+        kept["indexer_keys"] = layer.indexer_keys.unsqueeze(1)
+    return kept

@@ -1,0 +1,152 @@
+"""How this machine rounds: all by which the same weights and tokens may give other bits.
+
+Two processes with equal facts compute equal KV with equal models (see `model.fingerprint`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from cake_hf.model.offload import computing_devices, devices_of
+from cake_hf.util.processor import processor
+
+_CPU_SETTINGS = (
+    "mkldnn.enabled",
+    "mkldnn.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+)
+_CUDA_SETTINGS = (
+    "cuda.matmul.fp32_precision",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_accumulation",
+    "cuda.preferred_blas_library",
+    "cuda.fp16_bf16_reduction_math_sdp_allowed",
+    "cudnn.enabled",
+    "cudnn.fp32_precision",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+)
+"""Settings of `torch.backends` by which the same weights round differently; none of them is in every version."""
+_OLD_CUDA_SETTINGS = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
+"""What versions without `fp32_precision` have; some of those that have it warn whoever asks in the old way."""
+
+_CPU_VARIABLES = (
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_DYNAMIC",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "OMP_DYNAMIC",
+    "OPENBLAS_CORETYPE",
+)
+_CUDA_VARIABLES = (
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_CUDNN_SDPA_AVOID_RECOMPILE",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    "TORCH_CUDNN_SDPA_PREFERRED",
+)
+"""Variables by which libraries below torch choose their kernels, and which torch cannot be asked for."""
+
+
+def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
+    facts: dict[str, Any] = {
+        "attention": _attention_facts(model.config),
+        "experts": str(getattr(model.config, "_experts_implementation", None)),
+        "torch": torch.__version__,
+        "precision": _precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    by_device = {device: _device_facts(device) for device in devices_of(model)}
+    facts.update(next(iter(by_device.values())))
+    if any(other != next(iter(by_device.values())) for other in by_device.values()):
+        # Which kind of device computes what. Devices of one kind round alike: from one to the other makes no difference.
+        facts["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
+    return facts
+
+
+def autocast_facts(device_type: str) -> str:
+    """The dtype that autocast computes in at present, or "off"."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return "off"
+    return str(torch.get_autocast_dtype(device_type))
+
+
+def _attention_facts(config: Any) -> Any:
+    """The kernels of the model, and of its parts where it is made of several (text, vision)."""
+    own = str(getattr(config, "_attn_implementation", None))
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
+    named = {name: str(getattr(part, "_attn_implementation", None)) for name, part in parts.items() if part is not None}
+    return {"": own, **named} if named else own
+
+
+def _device_facts(device: torch.device) -> dict[str, Any]:
+    """What makes a device round differently from others."""
+    facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
+    if device.type == "cuda":
+        facts["hardware"] = torch.cuda.get_device_name(device)
+        settings = _CUDA_SETTINGS if _setting("fp32_precision") else _CUDA_SETTINGS + _OLD_CUDA_SETTINGS
+        facts["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, settings)]
+        facts["sdpa"] = _sdpa_facts()
+        facts["variables"] = _variables(_CUDA_VARIABLES)
+    elif device.type == "cpu":
+        facts["hardware"] = torch.backends.cpu.get_cpu_capability()
+        facts["processor"] = processor()
+        facts["threads"] = torch.get_num_threads()
+        facts["quantized"] = torch.backends.quantized.engine
+        facts["mkldnn"] = list(map(_setting, _CPU_SETTINGS))
+        facts["sdpa"] = _sdpa_facts()
+        facts["variables"] = _variables(_CPU_VARIABLES)
+    return facts
+
+
+def _precision() -> str:
+    """What counts for every kind of device; the old way of asking makes torch warn where it knows the new one."""
+    told = [_setting(path) for path in ("fp32_precision", "mkldnn.matmul.fp32_precision")]
+    return ", ".join(told) if any(told) else _said(torch.get_float32_matmul_precision)
+
+
+def _setting(path: str) -> str:
+    """What a setting of `torch.backends` is at present; empty where this version of torch does not have it, or say it."""
+    try:
+        found = attrgetter(path)(torch.backends)
+    except (AttributeError, RuntimeError):
+        return ""
+    return _said(found if callable(found) else lambda: found)
+
+
+def _said(ask: Callable[[], object]) -> str:
+    """The answer; empty where torch refuses it: once a precision was set in the new way, the old way of asking is an error."""
+    try:
+        return str(ask())
+    except RuntimeError:
+        return ""
+
+
+def _sdpa_facts() -> list[bool]:
+    backends = torch.backends.cuda
+    return [
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+    ]
+
+
+@cache
+def _variables(names: Sequence[str]) -> dict[str, str]:
+    """Those that are set. Looked at once, for the libraries do so, too, at about the same time: when they are first used."""
+    return {name: os.environ[name] for name in names if name in os.environ}

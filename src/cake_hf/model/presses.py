@@ -1,0 +1,103 @@
+"""kvpress beside us: its presses shorten what a cache holds, by hooks on the attention modules, when a prompt is through.
+
+A press expects the whole prompt in one forward. A restored prompt comes in pieces, most of which no forward sees. So a cache
+that is being restored has its presses rest, and what is saved is the model's own KV. After the last piece each press is applied
+to all that its layer holds, as it would be to a prompt that was computed. That serves presses that look at K and V alone; with
+others prompts are computed plainly.
+
+Nothing here imports kvpress: a press is known by its hook, which is a method of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.layers.compat import find_cache
+
+SERVED = {"KeyDiffPress", "KnormPress", "LagKVPress", "StreamingLLMPress"}
+"""Presses whose scores follow from K and V alone; tests/test_kvpress.py runs each."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Stands in for a press's hook, and calls it unless the forward's cache says that its presses rest.
+
+    The state is the cache's, so that other caches and threads are not concerned. Whoever removes the hook removes the gate.
+    """
+
+    hook: Any
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        cache = find_cache((*kwargs.values(), *args), Cache)
+        return None if getattr(cache, "presses_rest", False) else self.hook(module, args, kwargs, output)
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """An attention module of transformers, and the press on it."""
+
+    module: Any
+    press: Any
+
+
+@dataclass(frozen=True)
+class Presses:
+    """The presses that are at work on a model: none, as a rule."""
+
+    pressed: list[Pressed] = field(default_factory=list)
+
+    @classmethod
+    def on(cls, model: torch.nn.Module) -> Presses:
+        """Those on that model now, each behind a gate."""
+        found = []
+        for module in model.modules() if "kvpress" in sys.modules else ():
+            for number, hook in list(module._forward_hooks.items()):
+                inner = hook.hook if isinstance(hook, Gate) else hook
+                if _is_press(press := getattr(inner, "__self__", None)):
+                    found.append(Pressed(module, press))
+                    module._forward_hooks[number] = hook if isinstance(hook, Gate) else Gate(hook)
+        return cls(found)
+
+    def reason(self, layers: list[Any], *, mixed: bool) -> str:
+        """Why a prompt with these presses is computed plainly; empty if it can be restored.
+
+        Args:
+            layers: of the cache.
+            mixed: the prompt is padded, or one of a batch of unlike ones.
+        """
+        if not self.pressed:
+            return ""
+        if mixed:
+            return "a press is at work on a batch, or on a prompt with padding"
+        if other := [one.press for one in self.pressed if not _is_served(one.press)]:
+            return (
+                f"{type(other[0]).__name__} looks at more than the KV of a prompt, which is all that a restore brings"
+            )
+        if not all(isinstance(layers[one.module.layer_idx], TokenMajorLayer) for one in self.pressed):
+            return "a press is at work on layers that do not keep every token"
+        return ""
+
+    def apply(self, layers: list[Any]) -> None:
+        """Shorten what the layers hold of a whole prompt.
+
+        Args:
+            layers: of the cache.
+        """
+        for one in self.pressed:
+            layer = layers[one.module.layer_idx]
+            layer.keys, layer.values = one.press.compress(one.module, None, layer.keys, layer.values, None, {})
+
+
+def _is_press(owner: Any) -> bool:
+    """Whether a hook's owner is a press, be it one of a user's own."""
+    return any(base.__module__.split(".")[0] == "kvpress" for base in type(owner).__mro__)
+
+
+def _is_served(press: Any) -> bool:
+    return type(press).__name__ in SERVED and type(press).__module__.split(".")[0] == "kvpress"

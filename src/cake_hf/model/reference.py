@@ -1,0 +1,170 @@
+"""With `exact=False`: what the model computed whose KV the store holds, kept in the store beside the chunks.
+
+Bits tell nothing there, since other machines round otherwise. So the first process that saves under a namespace also saves
+some numbers of its short forward (`model.behaviour`), as one small value; later processes compare theirs with them. A model
+that differs by more than rounding has a namespace of its own. Which of the two is right cannot be told; the stored numbers
+count, since the stored KV goes with them.
+
+The value has the form of a chunk at rest, so it is bounded and checked like one. What is not well-formed is no reference.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.chunks.tensor_bytes import host_bytes
+from cake_hf.errors import CorruptChunk
+from cake_hf.keys import behaviour_key
+from cake_hf.model.behaviour import Kept
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.side_run import differ
+from cake_hf.stores.base import Store
+from cake_hf.transfer.deadline import Late, ask
+from cake_hf.transfer.single_reads import read_state
+from cake_hf.util.forks import Lock
+
+MOST_NUMBERS = 4096
+"""Of one tensor, from all over it. Of attention that is all there is; recurrent states can be a hundred times as large."""
+
+TOLERANCES = {torch.float64: 0.002, torch.float32: 0.002, torch.float16: 0.01}
+TOLERANCE = 0.05
+"""Relative differences, by the KV's dtype: twice what rounding does to a model of 64 layers (in float32 with TF32)."""
+
+AGREED_SECONDS = 600.0
+"""How long an answer of the store holds. Asking again is a use, so that eviction does not take the value before the chunks."""
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    reference: Kept | None
+    at: float
+
+
+_agreed: weakref.WeakKeyDictionary[Store, dict[str, _Agreed]] = weakref.WeakKeyDictionary()
+_first: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where the reference of a namespace is kept.
+
+    Attributes:
+        store: with the chunks.
+        namespace: digest.
+        model: name for people.
+        may_write: whether the store may be written to.
+        seconds: that each question may take.
+        reads, writes: questions that were not answered in time.
+        clock: monotonic seconds.
+    """
+
+    store: Store
+    namespace: str
+    model: str
+    may_write: bool
+    seconds: float
+    reads: Late
+    writes: Late
+    clock: Callable[[], float] = time.monotonic
+
+    def reference(self, mine: Kept) -> Kept | None:
+        """What is kept; where there is nothing, it is `mine` from now on, or None if that cannot be written.
+
+        Raises:
+            ComputePlainly: the store does not say what it has.
+        """
+        with _lock:
+            known = _agreed.setdefault(self.store, {}).get(self.namespace)
+        if known is not None and self.clock() - known.at < AGREED_SECONDS:
+            return known.reference
+        reference, failed = self._agree(mine)
+        if not failed:
+            with _lock:
+                _agreed.setdefault(self.store, {})[self.namespace] = _Agreed(reference, self.clock())
+        return reference
+
+    def _agree(self, mine: Kept) -> tuple[Kept | None, bool]:
+        """As `reference`, and whether it was to be written and could not be."""
+        found, unusable = self._read(mine)
+        if found is not None or not self.may_write:
+            return found, False
+        write = partial(_write, self.store, self.namespace, self.model, mine, replace=unusable)
+        answer = ask(write, self.seconds, "behaviour", self.writes)
+        if answer.error is not None:
+            return None, True
+        return (mine, False) if answer.value else (self._read(mine)[0], False)
+
+    def _read(self, mine: Kept) -> tuple[Kept | None, bool]:
+        answer = ask(partial(_read, self.store, self.namespace, mine), self.seconds, "lookup", self.reads)
+        if answer.value is None:
+            raise ComputePlainly(f"the store could not be asked: {answer.trouble}")
+        return answer.value
+
+
+def computes_otherwise(model: torch.nn.Module, content: str, seen: Kept, shelf: Shelf | None) -> bool:
+    """Whether a model computes something else, by more than rounding, than the one whose KV is stored.
+
+    Args:
+        model: any.
+        content: digest of its config, weights and code: with others it is another model.
+        seen: what it computes at present.
+        shelf: with the reference; None for none. Without one the model is compared with itself, as this process first saw it.
+
+    Raises:
+        ComputePlainly: the store does not say what it has.
+    """
+    mine = _some_numbers(seen)
+    with _lock:
+        first = _first.setdefault(model, {}).setdefault(content, mine)
+    reference = None if shelf is None or not _is_sound(first) else shelf.reference(first)
+    reference = first if reference is None else reference
+    tolerance = max(TOLERANCES.get(tensor.dtype, TOLERANCE) for tensor in mine.values()) if mine else 0.0
+    return reference.keys() != mine.keys() or any(
+        reference[name].shape != mine[name].shape or differ(reference[name], mine[name], tolerance) for name in mine
+    )
+
+
+def _some_numbers(seen: Kept) -> Kept:
+    """At most `MOST_NUMBERS` of each tensor, flat."""
+    flat = {name: tensor.detach().flatten() for name, tensor in seen.items() if tensor.numel()}
+    return {name: tensor[:: -(-tensor.numel() // MOST_NUMBERS)].clone() for name, tensor in flat.items()}
+
+
+def _is_sound(numbers: Kept) -> bool:
+    return bool(numbers) and all(bool(torch.isfinite(tensor.float()).all()) for tensor in numbers.values())
+
+
+def _layout(numbers: Kept) -> ChunkLayout:
+    pieces = [Piece(name, 1, tensor.numel(), tensor.dtype) for name, tensor in numbers.items()]
+    # The widest dtypes first, so that each piece is aligned to its own.
+    return ChunkLayout(1, tuple(sorted(pieces, key=lambda piece: -piece.dtype.itemsize)))
+
+
+def _read(store: Store, namespace: str, like: Kept) -> tuple[Kept | None, bool]:
+    """What is stored, and whether it is unusable. Raises what the store raises."""
+    layout, key = _layout(like), behaviour_key(namespace)
+    try:
+        found = None if store.size(key) is None else read_state(store, key, layout)
+    except CorruptChunk:
+        return None, True
+    if found is None:
+        return None, False
+    numbers = {piece.name: part for piece, part in zip(layout.pieces, found, strict=True)}
+    return (numbers, False) if _is_sound(numbers) else (None, True)
+
+
+def _write(store: Store, namespace: str, model: str, numbers: Kept, *, replace: bool) -> bool:
+    """False if another one was there already."""
+    layout, key = _layout(numbers), behaviour_key(namespace)
+    payload = b"".join(host_bytes(numbers[piece.name]) for piece in layout.pieces)
+    facts = ChunkFacts(key, namespace, 0, namespace, model, checksums(payload, layout))
+    return store.write(key, [encode_header(layout, facts), payload], replace=replace)

@@ -1,0 +1,77 @@
+"""Forwards of our own that belong to no prompt: to find out what a model makes. They leave no trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
+from cake_hf.model.compiled import as_it_is
+from cake_hf.model.foreign_code import unobserved
+from cake_hf.model.look import look_again
+from cake_hf.model.modules import modules_of
+from cake_hf.model.offload import home_device
+from cake_hf.model.presses import Presses
+from cake_hf.util.forks import Lock
+
+_GONE = object()
+_lock = Lock()
+
+
+def run_aside(
+    model: torch.nn.Module, pieces: Sequence[torch.Tensor], *, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[Any]]:
+    """Run a model on the pieces of a prompt with a plain cache.
+
+    Args:
+        model: of transformers.
+        pieces: `[1, tokens]` each.
+        positions: `[1, tokens]` of a single piece. Models that take no positions number the tokens themselves.
+
+    Returns:
+        The last token's logits `[1, vocabulary]`, and the layers of the cache.
+    """
+    cache = plain_cache(model)
+    Presses.on(model)
+    cache.presses_rest = True
+    accepted = parameters_of(forward_of(model))
+    arguments: dict[str, Any] = {"use_cache": True, **named_for(model, cache)}
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    if positions is not None and "position_ids" in accepted:
+        arguments["position_ids"] = positions
+    with _lock, torch.no_grad(), unobserved(), _unchanged(model), as_it_is(model):
+        look_again()
+        for piece in pieces:
+            output = model(input_ids=piece, **arguments)
+            logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
+    return logits, list(cache.layers)
+
+
+def some_tokens(model: Any, tokens: int, step: int) -> torch.Tensor:
+    """`[1, tokens]` ids from all over the vocabulary, the same for each model."""
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(1, tokens + 1, device=home_device(model)) * step % vocabulary).unsqueeze(0)
+
+
+def differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors of one shape differ by more than that part of the first one's norm, or have a NaN."""
+    one, other = one.float(), other.float()
+    return not bool((one - other).norm() <= tolerance * one.norm())
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """What modules note about a forward in attributes of their own (positions, lengths) is afterwards as it was before."""
+    before = [(module, dict(vars(module))) for _, module in modules_of(model)]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update({name: value for name, value in attributes.items() if now.get(name, _GONE) is not value})

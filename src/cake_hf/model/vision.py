@@ -1,0 +1,318 @@
+"""What the prompt of a vision-language model has beside its token ids: images behind placeholder tokens, and what follows.
+
+The KV of a chunk then depends on more than its tokens: on the pixels of its images, on where the model puts tokens (Qwen
+numbers an image's tokens in three dimensions, and all that comes after it accordingly), on which of them see each other in both
+directions. All of that goes into a mark, and the mark into the chunk's key. What comes before an image has plain text's keys.
+
+Each image goes through the model's vision part by itself, and only if one of its tokens is to be computed. By itself, since
+several at once round differently: what is kept of an image must not depend on which others were there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from cake_hf.blocks import Block
+from cake_hf.errors import UnfitImages
+from cake_hf.model.images import Features, UnreadImages, digest_of
+from cake_hf.util.lazy import cached_property
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """How the models of one type take images.
+
+    Attributes:
+        by_grid: all images' patches are rows of one tensor, and a grid says which are whose; else they are equal in size, and
+            an image is an entry.
+        numbers: the positions of tokens follow from the images, and from `mm_token_type_ids`, which serve nothing else.
+        types: the argument that says which tokens are an image's, if these see each other in both directions where it is given.
+            Then an image must not be cut.
+    """
+
+    by_grid: bool = False
+    numbers: bool = False
+    types: str = ""
+
+
+_QWEN = VisionFamily(by_grid=True, numbers=True)
+
+FAMILIES = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "gemma3": VisionFamily(types="token_type_ids"),
+    "llava": VisionFamily(),
+    "internvl": VisionFamily(),
+}
+"""By `config.model_type`. Of others, prompts with images are computed plainly."""
+
+
+def family_of(model: torch.nn.Module) -> VisionFamily | None:
+    """How that model takes images; None if we do not know, or it takes none."""
+    return FAMILIES.get(str(getattr(model.config, "model_type", "")))
+
+
+def look_at(model: torch.nn.Module, arguments: dict[str, Any], past: int, accepts: frozenset[str]) -> Vision | None:
+    """What a call brings beside its ids; None where the model is of no family that we know, or there are no ids.
+
+    Args:
+        model: whose forward is called.
+        arguments: of the forward, by name.
+        past: tokens in the cache before the call.
+        accepts: names of the forward's arguments.
+    """
+    family, ids = family_of(model), arguments.get("input_ids")
+    if family is None or not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return None
+    return Vision(model, family, arguments, past, sliceable="mm_encoder_outputs" in accepts)
+
+
+def numbering_reason(model: torch.nn.Module, arguments: dict[str, Any]) -> str:
+    """Why a call cannot be cut if its tokens' positions would hang on the prompt that this model had before; else empty."""
+    # Such models keep on themselves what images have shifted; without positions they add it from a prompt's second piece on.
+    kept = getattr(getattr(model, "base_model", model), "rope_deltas", None)
+    stale = kept is not None and arguments.get("position_ids") is None
+    return "the model would number the tokens by the prompt it had before; call generate, or give position_ids" * stale
+
+
+def forget_numbering(model: torch.nn.Module) -> None:
+    """A prompt begins that `generate` does not know of yet: what the model keeps of the last one's positions is not for it."""
+    base = getattr(model, "base_model", model)
+    if getattr(base, "rope_deltas", None) is not None:
+        base.rope_deltas = None
+
+
+class Vision:
+    """What one call of a vision-language model brings beside its token ids; nothing is looked at before it is asked for.
+
+    Args:
+        model: whose forward is called.
+        family: of the model.
+        arguments: of the forward, by name, with `input_ids`.
+        past: tokens in the cache before the call.
+        sliceable: whether the forward takes what the vision part makes of images, so that a piece can have a part of one.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, family: VisionFamily, arguments: dict[str, Any], past: int, *, sliceable: bool
+    ) -> None:
+        self._model = model
+        self._config: Any = model.config
+        self._family = family
+        self._arguments = arguments
+        self._past = past
+        self._sliceable = sliceable
+        self._tokens = int(arguments["input_ids"].shape[1])
+        self._read: dict[int, Features] = {}
+
+    @property
+    def understood(self) -> frozenset[str]:
+        """Names of the arguments that are covered by marks, or looked at by `refusal`."""
+        names = {"mm_encoder_outputs", "pixel_values", self._family.types}
+        names |= {"image_grid_thw"} if self._family.by_grid else set()
+        names |= {"mm_token_type_ids"} if self._family.numbers else set()
+        return frozenset(names) - {""}
+
+    @cached_property
+    def numbered(self) -> bool:
+        """Whether the call brings positions in several dimensions, which are covered by the marks."""
+        positions = self._arguments.get("position_ids")
+        if not self._family.numbers or not isinstance(positions, torch.Tensor) or positions.ndim != 3:
+            return False
+        if positions.shape[0] not in (1, 3, 4) or tuple(positions.shape[1:]) != (1, self._tokens):
+            return False
+        # The first of four is for masks, and counts tokens.
+        return positions.shape[0] < 4 or torch.equal(positions[0, 0].cpu().long(), self._plain)
+
+    def refusal(self, *, is_batch: bool) -> str:
+        """Why the call must be left as it is, as far as images are concerned; empty if it can be cut.
+
+        Args:
+            is_batch: it brings several rows, or padding.
+        """
+        types = self._types
+        if is_batch:
+            beside = self._images is not None or self._features_given or types is not None
+            return "a batch with images, or with types of tokens, is computed as it comes" * beside
+        if self._features_given:
+            return "images, or videos, are given as features, not as pixels"
+        if types is not None and tuple(types.shape) != (1, self._past + self._tokens):
+            return (
+                f"the argument {self._family.types!r} does not have a number for each token from the prompt's start on"
+            )
+        if self._is_cut(0):
+            return "the prompt goes on within an image, whose tokens see each other in both directions"
+        return self._images_refusal()
+
+    def uncut(self, ends: Sequence[int]) -> int:
+        """The number (from 1) of the first of these places that lies within an image that must not be cut; 0 for none."""
+        return next((number for number, end in enumerate(ends, 1) if self._is_cut(end)), 0)
+
+    def marks(self, named: Sequence[Block]) -> list[bytes]:
+        """For each block of the call a digest of all that shapes its KV beside tokens; empty where there is nothing."""
+        return [self._mark(block.start, block.end) for block in named]
+
+    def piece(self, piece: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+        """The arguments of a piece of the call, with the images that it needs, embedded, and no others.
+
+        Args:
+            piece: the arguments of the new tokens `start` to `end`, but for images and types of tokens.
+            start: see there.
+            end: see there.
+
+        Raises:
+            UnfitImages: the vision part gives another number of tokens than the prompt has places for.
+        """
+        piece = {name: value for name, value in piece.items() if name not in self.understood}
+        if self._types is not None:  # masks are made of all types from the start of the prompt on
+            piece[self._family.types] = self._types[:, : self._past + end]
+        if embedded := self._embedded(start, end):
+            piece["mm_encoder_outputs"] = {"image": Features.join(embedded).output()}
+        return piece
+
+    # Which tokens are whose.
+
+    @cached_property
+    def _images(self) -> UnreadImages | None:
+        """The call's images, of which the vision part has seen none yet; None where there are none."""
+        given = self._given_outputs.get("image")
+        if isinstance(given, UnreadImages):
+            return given
+        has_pixels = isinstance(self._arguments.get("pixel_values"), torch.Tensor)
+        return UnreadImages.of(self._model, self._arguments) if has_pixels else None
+
+    @property
+    def _given_outputs(self) -> dict[str, Any]:
+        outputs = self._arguments.get("mm_encoder_outputs") or {}
+        return {name: output for name, output in outputs.items() if output is not None}
+
+    @property
+    def _features_given(self) -> bool:
+        return any(name != "image" or not isinstance(one, UnreadImages) for name, one in self._given_outputs.items())
+
+    @property
+    def _types(self) -> torch.Tensor | None:
+        types = self._arguments.get(self._family.types) if self._family.types else None
+        return types if isinstance(types, torch.Tensor) else None
+
+    @cached_property
+    def _plain(self) -> torch.Tensor:
+        return torch.arange(self._past, self._past + self._tokens)
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """The new tokens that stand for images, in order."""
+        ids = self._arguments["input_ids"][0]
+        places: list[int] = (ids == self._config.image_token_id).nonzero()[:, 0].tolist()
+        return places
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        """Where in `_places` each image begins, and the last one ends."""
+        counts = [] if self._images is None else self._images.token_counts(self._merged_patches, len(self._places))
+        return list(accumulate(counts, initial=0))
+
+    @property
+    def _merged_patches(self) -> int:
+        """How many patches make a token, where a grid says of how many patches an image is; otherwise 0."""
+        return int(self._config.vision_config.spatial_merge_size) ** 2 if self._family.by_grid else 0
+
+    def _images_refusal(self) -> str:
+        if self._images is None:
+            return "the prompt has places for images, but no images come with it" * bool(self._places)
+        if not self._sliceable:
+            return "this version of transformers cannot be given a part of an image"
+        if not self._images.well_formed(by_grid=self._family.by_grid):
+            return "the images have a form that is not understood"
+        if self._bounds[-1] != len(self._places) or len(set(self._bounds)) < len(self._bounds):
+            return "the prompt's places for images are not as many as its images have tokens"
+        if self._family.numbers and self._arguments.get("position_ids") is None:
+            return "the positions of tokens follow from the images; call generate, or give position_ids"
+        return ""
+
+    def _is_cut(self, place: int) -> bool:
+        """Whether an image that must not be cut lies across the border before that new token."""
+        at = self._past + place
+        return 0 < at < len(self._tied) and self._tied[at - 1] and self._tied[at]
+
+    @cached_property
+    def _tied(self) -> list[bool]:
+        """For each token of the prompt whether it is of an image that must not be cut; empty where there are no such images."""
+        if self._types is None:
+            return []
+        tied: list[bool] = (self._types[0] == 1).tolist()
+        return tied
+
+    # Marks.
+
+    @cached_property
+    def _planes(self) -> torch.Tensor:
+        """`[3, tokens]`: the positions in each dimension."""
+        if not self.numbered:
+            return self._plain.expand(3, -1)
+        positions: torch.Tensor = self._arguments["position_ids"][:, 0].cpu().long()
+        return positions[-3:] if positions.shape[0] > 1 else positions.expand(3, -1)
+
+    def _mark(self, start: int, end: int) -> bytes:
+        facts: list[bytes] = []
+        planes = self._planes[:, start:end]
+        if not bool((planes == self._plain[start:end]).all()):
+            facts += [b"positions", planes.contiguous().numpy().tobytes()]
+        if self._types is not None:
+            facts += [b"types", self._types[0, self._past + start : self._past + end].cpu().long().numpy().tobytes()]
+        for number in self._begun_in(start, end):
+            where = self._places[self._bounds[number]] - start
+            count = self._bounds[number + 1] - self._bounds[number]
+            facts += [b"image", f"{where} {count}".encode(), self._image_digest(number)]
+        return _digest(facts)
+
+    def _begun_in(self, start: int, end: int) -> list[int]:
+        """Images whose first token is one of those. What is known of an image that began before is in the key before."""
+        firsts = [self._places[bound] for bound in self._bounds[:-1]]
+        return [number for number, first in enumerate(firsts) if start <= first < end]
+
+    def _image_digest(self, number: int) -> bytes:
+        assert self._images is not None
+        return digest_of(self._images.one(number, by_grid=self._family.by_grid))
+
+    # Embedding.
+
+    def _embedded(self, start: int, end: int) -> list[Features]:
+        """For each image that has tokens there the features of these."""
+        found = []
+        for number, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+            begin, stop = (bisect_left(self._places, border, first, last) for border in (start, end))
+            if begin < stop:
+                found.append(self._features(number).rows(begin - first, stop - first))
+        return found
+
+    def _features(self, number: int) -> Features:
+        if number not in self._read:
+            assert self._images is not None
+            features = self._images.embed(number, by_grid=self._family.by_grid)
+            places = self._bounds[number + 1] - self._bounds[number]
+            if features.tokens != places:
+                raise UnfitImages(
+                    f"Image {number} of the prompt is {features.tokens} tokens for the model, but the prompt has {places} "
+                    "places for it; make ids and images with the model's own processor."
+                )
+            self._read[number] = features
+        return self._read[number]
+
+
+def _digest(facts: Sequence[bytes]) -> bytes:
+    if not facts:
+        return b""
+    digest = hashlib.blake2b(digest_size=20, person=b"cake-mark")
+    for fact in facts:
+        digest.update(len(fact).to_bytes(8, "little"))
+        digest.update(fact)
+    return digest.digest()

@@ -1,1 +1,0 @@
-"""Floor 3: the background threads that read chunks into place and write new chunks behind."""

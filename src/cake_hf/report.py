@@ -1,0 +1,223 @@
+"""What happened to one prompt, as plain data that prints itself."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field, fields
+
+from cake_hf.util.redaction import shown
+
+LANE_WIDTH = 60
+
+_COLOURS = {
+    **dict.fromkeys(("computed", "gated"), "#e07b39"),
+    "loaded": "#3a7ca5",
+    "shared": "#5b9a68",
+    **dict.fromkeys(("left", "overtaken"), "#8a8f98"),
+}
+_FILLS = {**dict.fromkeys(("computed", "gated", "loaded", "shared"), "="), **dict.fromkeys(("left", "overtaken"), "~")}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One chunk's work by one actor.
+
+    Attributes:
+        actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
+        chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
+        start, end: seconds since the restore began.
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
+            chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
+            "shared" where the chunk came from another prompt that was being restored at the same time; "overtaken" where a load
+            was no longer needed when it came.
+    """
+
+    actor: str
+    chunk: int
+    start: float
+    end: float
+    outcome: str
+
+
+@dataclass
+class Report:
+    """Counts, bytes, seconds and the timeline of the last prompt of a cache.
+
+    `chunks_computed + chunks_loaded + chunks_shared` is the number of full chunks before the prompt's last piece, which is
+    always computed.
+    `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
+
+    Attributes:
+        tokens: length of the prompt; of a batch, all rows together, without padding.
+        chunk_size: tokens per chunk.
+        batch: number of prompts; everything here is for all of them together.
+        chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
+        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
+            another row of the batch.
+        tails_computed, tails_loaded, tails_saved: pieces between full chunks and declared cuts (see `CakeCache.prefill`),
+            and decoded tokens of earlier turns.
+        tail_tokens_loaded: tokens of the tails that were loaded.
+        chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
+        chunks_unsaved: new chunks, and tails, that were not saved: the queue was full or the store refused them.
+        states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
+        bytes_loaded, bytes_saved: payload bytes, of chunks and states.
+        store: the store's name without secrets, for a directory the last part of its path; empty if it was not asked.
+        bytes_stored: bytes that this prompt's chunks and states take in the store, headers included: those found when the
+            prompt came, and those saved since.
+        seconds_saved: the time that computing everything would have taken, by the costs measured so far, minus the time taken;
+            None if nothing was loaded or shared, or if the cost of computing is not known yet. Negative if computing would
+            have been faster.
+        prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
+        timeline: who did which chunk, from when to when.
+        reason: empty, or why the prompt, or a part of it, was not restored.
+    """
+
+    tokens: int = 0
+    chunk_size: int = 0
+    batch: int = 1
+    chunks_computed: int = 0
+    chunks_loaded: int = 0
+    chunks_missed: int = 0
+    chunks_failed: int = 0
+    chunks_shared: int = 0
+    tails_computed: int = 0
+    tails_loaded: int = 0
+    tail_tokens_loaded: int = 0
+    tails_saved: int = 0
+    chunks_saved: int = 0
+    chunks_unsaved: int = 0
+    states_loaded: int = 0
+    states_saved: int = 0
+    bytes_loaded: int = 0
+    bytes_saved: int = 0
+    store: str = ""
+    bytes_stored: int = 0
+    seconds_saved: float | None = None
+    prefill_seconds: float = 0.0
+    timeline: list[Span] = field(default_factory=list, repr=False)
+    reason: str = ""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # A reason quotes stores and models, which quote whom they like.
+        super().__setattr__(name, shown(value) if name in ("reason", "store") else value)
+
+    @property
+    def restored(self) -> int:
+        """Full chunks before the prompt's last piece that were computed, loaded or shared so far."""
+        return self.chunks_computed + self.chunks_loaded + self.chunks_shared
+
+    def repeat(self, batch: int) -> None:
+        """It is for so many equal prompts, of which one was restored, and copied for the others."""
+        self.chunks_shared += (batch - 1) * self.restored
+        self.tokens *= batch
+        self.batch = batch
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value of each line of the table."""
+        rows = [
+            ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}{self._prompts()}"),
+            ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed{self._shared()}"),
+            ("not loaded", f"{self.chunks_missed} missed, {self.chunks_failed} failed"),
+            ("saved", f"{self.chunks_saved} chunks, {_bytes(self.bytes_saved)}"),
+            ("loaded", _bytes(self.bytes_loaded)),
+            ("prefill", f"{self.prefill_seconds:.3f} s{self._saved_time()}"),
+        ]
+        if self.store:
+            rows.append(("store", f"{self.store}: {_bytes(self.bytes_stored)} of this prompt"))
+        if self.tails_loaded or self.tails_computed or self.tails_saved:
+            done = f"{self.tails_loaded} loaded, {self.tails_computed} computed, {self.tails_saved} saved"
+            rows.append(("tails", done))
+        if self.states_loaded or self.states_saved:
+            rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
+        if self.chunks_unsaved:
+            rows.append(("not saved", f"{self.chunks_unsaved} chunks"))
+        if self.reason:
+            rows.append(("note", self.reason))
+        return rows
+
+    def _prompts(self) -> str:
+        return f", {self.batch} prompts" if self.batch > 1 else ""
+
+    def _shared(self) -> str:
+        return f", {self.chunks_shared} shared" if self.chunks_shared else ""
+
+    def _saved_time(self) -> str:
+        if self.seconds_saved is not None:
+            less = "less" if self.seconds_saved >= 0 else "more"
+            return f", {abs(self.seconds_saved):.3f} s {less} than computing all"
+        brought = self.chunks_loaded + self.chunks_shared
+        return "; what was saved is not known, since nothing was computed here before" * bool(brought)
+
+    def lanes(self) -> dict[str, list[Span]]:
+        """The timeline by actor, the computing thread first."""
+        actors = sorted({span.actor for span in self.timeline})
+        return {actor: [span for span in self.timeline if span.actor == actor] for actor in actors}
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self.rows())
+        table = [f"{label:<{width}}  {value}" for label, value in self.rows()]
+        return "\n".join(["cake_hf report", *table, *self._text_lanes()])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
+            for label, value in self.rows()
+        )
+        return f"<table><caption>cake_hf report</caption>{rows}</table>{self._html_lanes()}"
+
+    def as_dict(self) -> dict[str, object]:
+        """All fields as JSON-ready values, the timeline as lists."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "timeline"}
+        spans = [[s.actor, s.chunk, round(s.start, 6), round(s.end, 6), s.outcome] for s in self.timeline]
+        return {**plain, "timeline": spans}
+
+    def _text_lanes(self) -> list[str]:
+        lanes = self.lanes()
+        total = max((span.end for span in self.timeline), default=0.0)
+        if not total:
+            return []
+        width = max(len(actor) for actor in lanes)
+        return [f"{actor:<{width}} |{_text_lane(spans, total)}|" for actor, spans in lanes.items()]
+
+    def _html_lanes(self) -> str:
+        total = max((span.end for span in self.timeline), default=0.0)
+        if not total:
+            return ""
+        lanes = "".join(
+            f"<div style='display:flex;align-items:center'><code style='width:6em'>{html.escape(actor)}</code>"
+            f"<div style='position:relative;height:1.4em;flex:1;background:#8882'>"
+            f"{''.join(_html_span(span, total) for span in spans)}</div></div>"
+            for actor, spans in self.lanes().items()
+        )
+        return f"<div style='max-width:60em'>{lanes}</div>"
+
+
+def _text_lane(spans: list[Span], total: float) -> str:
+    """One actor's lane: each span is its chunk's number, then '=' ('~': it was left or overtaken, '!': it was not usable)."""
+    cells = [" "] * LANE_WIDTH
+    for span in spans:
+        start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
+        end = max(start + 1, round(span.end / total * LANE_WIDTH))
+        fill = _FILLS.get(span.outcome, "!")
+        label = "t" if span.chunk < 0 else str(span.chunk)
+        cells[start:end] = list((label + fill * (end - start))[: end - start])
+    return "".join(cells)
+
+
+def _html_span(span: Span, total: float) -> str:
+    colour = _COLOURS.get(span.outcome, "#b00020")
+    label = "tail" if span.chunk < 0 else str(span.chunk)
+    return (
+        f"<div title='{html.escape(span.actor)}: {label}, {(span.end - span.start) * 1e3:.1f} ms, {span.outcome}' "
+        f"style='position:absolute;left:{span.start / total:.4%};width:{(span.end - span.start) / total:.4%};"
+        f"height:100%;background:{colour};outline:1px solid #fff8;overflow:hidden;font-size:.7em'>{label}</div>"
+    )
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

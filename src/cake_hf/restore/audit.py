@@ -1,0 +1,112 @@
+"""Compares chunks that a restore computes although they are stored: other bits mean that the store holds another model's KV.
+
+The front of a prompt is computed while the rest is loaded, so comparing its checksum with the stored one costs next to nothing.
+A few chunks are compared: the 1st, 2nd, 4th, 8th, ... of those that are computed although they are stored.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from cake_hf.chunks.codec import ChunkFacts, checksums
+from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.ranks import ranks_of
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.session import Session
+from cake_hf.transfer.landing import byte_view
+from cake_hf.transfer.single_reads import ReadBeside, read_facts
+from cake_hf.transfer.writer import pack
+from cake_hf.util.forks import Lock
+
+_refused: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+class _Comparison(NamedTuple):
+    chunk: int
+    computed: tuple[str, ...]
+    read: ReadBeside[ChunkFacts]
+    due: float
+
+
+class Audit:
+    """Of one restore.
+
+    Args:
+        session: of the cache. Without `exact` equal bits are not to be expected, and nothing is compared.
+        prompt: from `look_up`.
+    """
+
+    def __init__(self, session: Session, prompt: Prompt) -> None:
+        self._session = session
+        self._prompt = prompt
+        # Ranks of a parallel model may not go separate ways.
+        self._on = session.exact and bool(prompt.keys) and ranks_of(session.model) is None
+        self._computed = 0
+        self._under_way: list[_Comparison] = []
+
+    def computed(self, index: int, pieces: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """A chunk was computed.
+
+        Args:
+            index: of the chunk.
+            pieces: gives its tensors `[1, tokens, heads, head_dim]` in payload order.
+        """
+        if not self._on or not self._prompt.stored[index]:
+            return
+        self._computed += 1
+        if self._computed & (self._computed - 1):  # no power of two
+            return
+        session, layout = self._session, self._prompt.layout_of(index)
+        packed = pack(pieces(), layout)
+        packed.await_copy()
+        slot = session.bound_store.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
+        read = ReadBeside(
+            partial(read_facts, session.bound_store.store, self._prompt.keys[index], layout), "header", slot
+        )
+        due = time.monotonic() + session.limits.read_timeout
+        self._under_way.append(_Comparison(index, checksums(byte_view(packed.memory), layout), read, due))
+
+    def settle(self) -> None:
+        """Wait for the comparisons that are under way. What cannot be read in time is not compared.
+
+        Raises:
+            ComputePlainly: a chunk is stored otherwise than it was computed.
+        """
+        while self._under_way:
+            index, computed, read, due = self._under_way.pop(0)
+            facts = read.wait(max(0.0, due - time.monotonic()))
+            if facts is None:
+                read.leave()
+            elif facts.checksums != computed:
+                raise ComputePlainly(self._refuse(index))
+
+    def end(self) -> None:
+        """The restore is over, or what comes of it is not to be compared any more."""
+        self._on = False
+        for comparison in self._under_way:
+            comparison.read.leave()
+        self._under_way.clear()
+
+    def _refuse(self, index: int) -> str:
+        """Remember that the model, as it is with that namespace, does not compute what is stored under it."""
+        reason = (
+            f"this model does not compute what the store holds (chunk {self._prompt.number + index} is stored with other "
+            "values), so something changed it, now or when that was saved. Nothing is loaded or saved for it in this "
+            "process; cake-hf verify --recompute finds what is wrong in the store"
+        )
+        with _lock:
+            _refused.setdefault(self._session.model, {})[self._prompt.namespace] = reason
+        return reason
+
+
+def refused_reason(model: torch.nn.Module, namespace: str) -> str:
+    """Why nothing is loaded or saved for that model under that namespace; empty if it can be."""
+    with _lock:
+        return _refused.get(model, {}).get(namespace, "")

@@ -1,0 +1,169 @@
+"""A batch of prompts: each row is restored as if it were alone, then the last pieces of all rows run together.
+
+A row is restored on its own canonical schedule, from its own first token, in its own place in the batch's buffers:
+
+    column     0         pad                 start               end
+    row 0      |         | chunk 0 | chunk 1 | chunk | last piece|
+    row 1      | zeros                | chunk 0     *| last piece|
+
+All rows end at the same column, so their last pieces begin at different ones. The forward of the last pieces starts at the
+first of these columns (`start`). Where a row's chunks go beyond it (*), the forward runs these tokens once more, as it runs
+padding, but what it makes of them is not kept: the row's chunks stay as they are, and that is what its last piece attends to.
+So a row's KV is that of the row alone, and nothing but the lengths of the prompts decides what the forward looks like.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cake_hf.keys import chunk_keys
+from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
+from cake_hf.model.kv_layout import kv_like
+from cake_hf.report import Report, Span
+from cake_hf.restore.forwards import wait_for_devices
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.session import Session
+
+
+class RestoreRow(Protocol):
+    """Restores one prompt into layers that may hold its first chunks, with the known keys."""
+
+    def __call__(
+        self,
+        layers: list[TokenMajorLayer],
+        known: list[str],
+        ids: torch.Tensor,
+        *,
+        namespace: str,
+        report: Report,
+        started: float,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch.
+
+    Attributes:
+        number: in the batch.
+        pad: columns of padding before its first token.
+        chunks: how many full chunks are restored.
+        keys: of these chunks.
+    """
+
+    number: int
+    pad: int
+    chunks: int
+    keys: list[str]
+
+
+class BatchRestore:
+    """The batch's counterpart of `Restore`. Use: `run`; the last pieces, with `keep` in each layer; `close`, or `abandon`.
+
+    Args:
+        session: of the cache.
+        layers: of the cache, without content.
+        call: the forward that brought the batch, some of whose rows have a chunk to be restored.
+        namespace: of the session.
+        started: when it came.
+
+    Attributes:
+        report: of all rows together.
+        start: the column at which the forward of the last pieces begins.
+    """
+
+    def __init__(
+        self, session: Session, layers: list[TokenMajorLayer], call: ForwardCall, namespace: str, started: float
+    ) -> None:
+        self._session = session
+        self._layers = layers
+        self._call = call
+        self._started = self._tail_begin = started
+        lengths = call.lengths
+        self.report = Report(tokens=sum(lengths), chunk_size=session.chunk_size, batch=len(lengths))
+        self._namespace = namespace
+        self._rows = [self._row(number, length) for number, length in enumerate(lengths)]
+        self.start = min(self._end_of(row) for row in self._rows)
+
+    def run(self, restore_row: RestoreRow) -> None:
+        """Bring the full chunks of all rows into the layers; what rows have in common at their beginning, only once."""
+        try:
+            self._run(restore_row)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def keep(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states `[batch, heads, new, head_dim]` of the last pieces, with those of restored tokens put back."""
+        beyond = [(row.number, self._end_of(row)) for row in self._rows if self._end_of(row) > self.start]
+        if not beyond:
+            return keys, values
+        states = keys.clone(), values.clone()
+        for new, buffer in zip(states, self._layers[layer].buffers, strict=True):
+            for number, end in beyond:
+                new[number, :, : end - self.start] = buffer[number, self.start : end].transpose(0, 1)
+        return states
+
+    def close(self) -> None:
+        """The last pieces are through."""
+        wait_for_devices({buffer.device for layer in self._layers for buffer in layer.buffers})
+        now = time.monotonic()
+        self.report.timeline.append(
+            Span("compute", -1, self._tail_begin - self._started, now - self._started, "computed")
+        )
+        self.report.prefill_seconds = now - self._started
+
+    def abandon(self) -> None:
+        """Something went wrong: the layers are empty, as they were before."""
+        for layer in self._layers:
+            layer.reset()
+
+    def _run(self, restore_row: RestoreRow) -> None:
+        for layer, like in zip(self._layers, kv_like(self._session.model), strict=True):
+            keys, values = (one.expand(len(self._rows), -1, -1, -1) for one in (like.keys, like.values))
+            layer.reserve(keys, values, self._call.tokens + HEADROOM_TOKENS)
+        homes: dict[str, Row] = {}  # of a chunk, the first row that has it
+        for row in self._rows:
+            self._restore(row, homes, restore_row)
+            homes = {**dict.fromkeys(row.keys, row), **homes}
+        if self.report.chunks_missed < sum(row.chunks for row in self._rows) - self.report.chunks_shared:
+            self.report.reason = ""  # what a single row has to say
+        for layer in self._layers:
+            layer.show(self.start)
+        self._tail_begin = time.monotonic()
+
+    def _row(self, number: int, length: int) -> Row:
+        size, tokens = self._session.chunk_size, self._call.tokens
+        chunks = max(0, length - self._call.wanted_logits) // size
+        prefix = self._call.ids[number, tokens - length : tokens - length + chunks * size]
+        return Row(number, tokens - length, chunks, chunk_keys(self._namespace, prefix.tolist(), size))
+
+    def _end_of(self, row: Row) -> int:
+        """The column at which the row's last piece begins."""
+        return row.pad + row.chunks * self._session.chunk_size
+
+    def _restore(self, row: Row, homes: dict[str, Row], restore_row: RestoreRow) -> None:
+        size = self._session.chunk_size
+        common = sum(key in homes for key in row.keys)  # keys are chained: what is in common is at the beginning
+        places = [layer.row(row.number, row.pad) for layer in self._layers]
+        if common:
+            home = homes[row.keys[common - 1]]
+            for layer, place in zip(self._layers, places, strict=True):
+                layer.copy_row(home.number, home.pad, place, common * size)
+            self.report.chunks_shared += common
+        if common < row.chunks:
+            ids = self._call.ids[row.number : row.number + 1, row.pad : self._end_of(row)]
+            restore_row(
+                places,
+                row.keys[:common],
+                ids,
+                namespace=self._namespace,
+                report=self.report,
+                started=self._started,
+            )
+        for layer, place in zip(self._layers, places, strict=True):
+            layer.take_row(row.number, row.pad, place)

@@ -1,0 +1,168 @@
+"""A store as a session uses it: the way to it, what is saved to it, and what is counted beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from cake_hf.chunks.codec import ChunkFacts, stored_bytes
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.limits import Limits
+from cake_hf.model.reference import Shelf
+from cake_hf.report import Report
+from cake_hf.restore.namespace_record import recorder
+from cake_hf.stores.base import Store
+from cake_hf.stores.display_name import store_name
+from cake_hf.stores.opening import StoreSpec
+from cake_hf.transfer.copy_streams import let_copies_out_end
+from cake_hf.transfer.cost_notes import CostMemory, flush_costs, note_seconds, recall_costs
+from cake_hf.transfer.hits import count_hits, flush_hits
+from cake_hf.transfer.single_flight import Sharing, sharing_of
+from cake_hf.transfer.store_access import Access
+from cake_hf.transfer.telemetry import observe, observe_save
+from cake_hf.transfer.writer import SaveJob, pack
+from cake_hf.util.forks import Lock
+from cake_hf.util.interrupts import is_the_users
+
+
+class BoundStore:
+    """One store, opened with the limits of a session.
+
+    Args:
+        store: what the user named.
+        limits: of the session.
+        save: whether new chunks are to be brought to it.
+
+    Attributes:
+        name: of the store, for people.
+        access: the way to it.
+        limits: as given.
+
+    Raises:
+        StoreError: the store never was usable, and is not now.
+        Exception: whatever else the user's own store raises then.
+    """
+
+    def __init__(self, store: StoreSpec | None, limits: Limits, *, save: bool) -> None:
+        self.limits = limits
+        self.access = Access(store, limits, save=save, share=sharing_of)
+        self.name = store_name(store)
+        self._count_lock = Lock()
+
+    @property
+    def store(self) -> Store:
+        """Where chunks are kept; a store that has nothing while it cannot be used."""
+        return self.access.store
+
+    @property
+    def saves(self) -> bool:
+        """Whether new chunks are brought to the store."""
+        return self.access.saves
+
+    @property
+    def sharing(self) -> Sharing:
+        """What all users of the store share."""
+        return self.access.sharing
+
+    def close(self, seconds: float) -> bool:
+        """Save what is queued, and close the store if it is ours, all within that time; False if saving took longer."""
+        end = time.monotonic() + seconds
+        flushed = self.access.writer.close()
+        flush_costs(self.store, max(0.0, end - time.monotonic()))
+        flush_hits(self.store, end - time.monotonic())
+        self.access.close_store(end - time.monotonic())
+        return flushed
+
+    def shelf(self, namespace: str, model: str) -> Shelf:
+        """Where the store keeps what the model of a namespace computes.
+
+        Args:
+            namespace: of that model, but for its behaviour.
+            model: its name.
+        """
+        sharing, seconds = self.sharing, self.limits.lookup_timeout
+        return Shelf(self.store, namespace, model, self.saves, seconds, sharing.lookups, sharing.claims)
+
+    def cost_memory(self, namespace: str, where: str) -> CostMemory:
+        """What computing on these devices, and loading from here, cost with the model of that namespace."""
+        return recall_costs(self.store, namespace, where, self.limits, self.sharing.notes)
+
+    def count(self, report: Report) -> None:
+        """A prompt is through: tell who watches, and count it beside the store."""
+        observe(report)
+        count_hits(self.store, report, self.limits, self.sharing.notes)
+
+    def save_chunk(
+        self,
+        facts: ChunkFacts,
+        layout: ChunkLayout,
+        pieces: Callable[[], Sequence[torch.Tensor]],
+        report: Report,
+        *,
+        overwrite: bool,
+        made_with: dict[str, Any] | None,
+        what: Literal["chunk", "tail", "state"] = "chunk",
+    ) -> None:
+        """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
+
+        Before a chunk's tensors are written to again, `let_copies_out_end` has to be called.
+
+        Args:
+            facts: of the chunk, without its checksums.
+            layout: of the chunk.
+            pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
+            report: where the outcome is counted.
+            overwrite: replace a stored chunk that turned out to be unusable.
+            made_with: the facts of the chunk's namespace, kept in the store once the chunk is there; None for not.
+            what: it is; a state is that at the end of a chunk or a tail.
+        """
+        record = self._recorder(facts, made_with)
+
+        def done(saved: bool) -> None:
+            if saved:
+                record()
+            with self._count_lock:
+                if what == "state":
+                    report.states_saved += saved
+                elif what == "tail":
+                    report.tails_saved += saved
+                    report.chunks_unsaved += not saved
+                else:
+                    report.chunks_saved += saved
+                    report.chunks_unsaved += not saved
+                report.bytes_saved += layout.nbytes * saved
+                report.bytes_stored += stored_bytes(layout) * (saved and not overwrite)
+            observe_save(saved, layout.nbytes)
+
+        writer = self.access.writer
+        if not writer.has_room(layout.nbytes):
+            done(False)
+            return
+        try:
+            payload = pack(pieces(), layout)
+        except (MemoryError, RuntimeError) as error:  # there is no memory for it
+            if is_the_users(error):
+                raise
+            writer.tell(error)
+            done(False)
+            return
+        finally:
+            if what == "state":
+                # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
+                let_copies_out_end()
+        if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
+            done(False)
+
+    def _recorder(self, chunk: ChunkFacts, made_with: dict[str, Any] | None) -> Callable[[], None]:
+        """Keeps what the chunk was made with in the store, once it is there."""
+        if made_with is None:
+            return _keep_nothing
+        seconds = note_seconds(self.limits)
+        return recorder(self.store, made_with, chunk.namespace, chunk.model, seconds, self.sharing.notes)
+
+
+def _keep_nothing() -> None:
+    """Of a namespace whose facts are not known any more."""

@@ -1,0 +1,177 @@
+"""What a model carries from one chunk to the next beside the KV of each token: windows, and recurrent states.
+
+The KV of a full-attention layer can be put into place in any order. What is carried cannot: it is that of one place in the
+prompt, and the model can only go on there. So it has a *standing*: the number of the chunk that can be run next. Computing from
+the front moves it on chunk by chunk; where loads have brought what lies between, it is put to where they end: windows from
+the last chunks' own KV, recurrent states from a snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cake_hf.blocks import Block
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.layers.recurrent import RecurrentLayer, states_of
+from cake_hf.layers.sliding_window import WindowedLayer
+from cake_hf.restore.plan import window_begin
+
+Windows = Sequence[torch.Tensor]
+"""The windowed pieces of one chunk, `[1, tokens, heads, head_dim]`, in payload order."""
+
+ReadState = Callable[[int], "list[torch.Tensor] | None"]
+
+
+class Carried:
+    """The carrying layers of one cache, during one restore.
+
+    Args:
+        layers: of the cache, all kinds.
+        like: the same layers with one token in them.
+        blocks: of the prompt, counted from chunk 0 on.
+        past: tokens in the layers now; chunk 0 comes after them.
+        state_layout: of a snapshot.
+        loaded_block: gives a chunk's block where a load has brought it.
+        read_state: gives the snapshot of chunk `i`'s end, `[anything]` per piece, where there is a usable one.
+
+    Attributes:
+        standing: the chunk that can be run next; None where a forward was left half way.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        like: Sequence[Any],
+        blocks: Sequence[Block],
+        past: int,
+        state_layout: ChunkLayout,
+        loaded_block: Callable[[int], Windows | None],
+        read_state: ReadState,
+    ) -> None:
+        self.standing: int | None = 0
+        self._windowed = [layer for layer in layers if isinstance(layer, WindowedLayer)]
+        self._recurrent = {n: layer for n, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
+        self._like = like
+        self._blocks = blocks
+        self._past = past
+        self._state_layout = state_layout
+        self._loaded_block = loaded_block
+        self._read_state = read_state
+        self._computed: dict[int, Windows] = {}
+        self._brought: list[Windows] = []  # by the forwards of the chunk that is being run
+        self._base_windows = [layer.content for layer in self._windowed]
+        self._base_states = {
+            n: {name: state.clone() for name, state in states_of(layer).items()} for n, layer in self._recurrent.items()
+        }
+
+    def __bool__(self) -> bool:
+        """Whether there is anything that is carried."""
+        return bool(self._windowed or self._recurrent)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the longest window reaches back."""
+        return max((layer.reach for layer in self._windowed), default=0)
+
+    def start(self) -> None:
+        """The restore begins: from now on the layers keep what `passed` asks for."""
+        for layer in self._windowed:
+            layer.watch(on=True)
+
+    def begin(self) -> None:
+        """A chunk is about to be run; if a forward is left, or fails, what is carried is of no place."""
+        self.standing = None
+        self._brought = []
+
+    def ran(self) -> None:
+        """One of the forwards that make the chunk is through."""
+        if self._windowed:
+            self._brought.append([kept.transpose(1, 2) for layer in self._windowed for kept in layer.recent or ()])
+
+    def passed(self, chunk: int) -> None:
+        """That chunk has been run."""
+        self.standing = chunk + 1
+        if len(self._brought) > 1:
+            self._computed[chunk] = [torch.cat(parts, dim=1) for parts in zip(*self._brought, strict=True)]
+        elif self._brought:
+            self._computed[chunk] = self._brought[0]
+        begin = window_begin(self._blocks, chunk + 1, self.reach)
+        for index in [index for index in self._computed if index < min(begin, chunk)]:
+            del self._computed[index]
+
+    def block(self, chunk: int) -> Windows | None:
+        """The windowed pieces of a chunk, if they are at hand."""
+        computed = self._computed.get(chunk)
+        return computed if computed is not None else self._loaded_block(chunk)
+
+    def states(self) -> list[torch.Tensor]:
+        """The recurrent states as they stand, in the order of a snapshot."""
+        named = {
+            f"layers.{n}.{name}": state
+            for n, layer in self._recurrent.items()
+            for name, state in states_of(layer).items()
+        }
+        return [named[piece.name] for piece in self._state_layout.pieces]
+
+    def come_near(self, chunk: int) -> int:
+        """Stand at that chunk, or else at the last one before it at which that is possible; returns where."""
+        while not self._stand(chunk):
+            chunk -= 1
+        return chunk
+
+    def go_back(self) -> None:
+        """Stand where the restore began."""
+        for layer, content in zip(self._windowed, self._base_windows, strict=True):
+            layer.put(content)
+        for n, layer in self._recurrent.items():
+            layer.put_states(self._base_states[n], self._like[n])
+        self.standing = 0
+
+    def end(self) -> None:
+        """The restore is over: the layers are left alone, and what was kept is let go.
+
+        So is the restore itself, which holds this: in a circle, KV would wait for the collector.
+        """
+        self._loaded_block = lambda chunk: None
+        for layer in self._windowed:
+            layer.watch(on=False)
+        self._computed.clear()
+
+    def _stand(self, chunk: int) -> bool:
+        if self.standing == chunk:
+            return True
+        if chunk == 0:
+            self.go_back()
+            return True
+        blocks = [self.block(index) for index in range(window_begin(self._blocks, chunk, self.reach), chunk)]
+        at_hand = [block for block in blocks if block is not None]
+        if len(at_hand) < len(blocks):
+            return False
+        if self._recurrent:
+            states = self._read_state(chunk - 1)
+            if states is None:
+                return False
+            self._put_states(states)
+        self._put_windows(chunk, at_hand)
+        self.standing = chunk
+        return True
+
+    def _put_windows(self, chunk: int, blocks: Sequence[Windows]) -> None:
+        end = self._blocks[chunk - 1].end
+        for number, (layer, (keys, values, _)) in enumerate(zip(self._windowed, self._base_windows, strict=True)):
+            before: list[tuple[torch.Tensor, torch.Tensor]] = []
+            if keys is not None and values is not None and end < self.reach:
+                before = [(keys, values)]
+            after = [(block[2 * number].transpose(1, 2), block[2 * number + 1].transpose(1, 2)) for block in blocks]
+            joined = [torch.cat([pair[which] for pair in [*before, *after]], dim=2) for which in (0, 1)]
+            layer.put((joined[0], joined[1], self._past + end))
+
+    def _put_states(self, snapshot: Sequence[torch.Tensor]) -> None:
+        pieces = {piece.name: state for piece, state in zip(self._state_layout.pieces, snapshot, strict=True)}
+        for n, layer in self._recurrent.items():
+            like = states_of(self._like[n])
+            states = {name: pieces[f"layers.{n}.{name}"].view(state.shape) for name, state in like.items()}
+            layer.put_states(states, self._like[n])

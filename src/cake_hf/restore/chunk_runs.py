@@ -1,0 +1,154 @@
+"""The main thread's side of a restore: the model is run on one chunk after the other, each where it can go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.errors import CakeError
+from cake_hf.layers import TokenMajorLayer, WindowedLayer
+from cake_hf.restore.audit import Audit
+from cake_hf.restore.carried import Carried
+from cake_hf.restore.forwards import GATED, Forward, ForwardLeft, Layers, never, wait_for_devices
+from cake_hf.restore.pacing import RestorePace
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.saving import Saver
+from cake_hf.restore.steps import Steps
+from cake_hf.scheduling.frontier import Frontier, Outcome
+
+
+class ChunkRuns:
+    """Of one restore.
+
+    Args:
+        prompt: from `look_up`.
+        layers: of the cache, all kinds.
+        kept: those of them that keep each token.
+        forward: runs the model on one chunk.
+        carried: what the model carries from chunk to chunk.
+        frontier: the ledger.
+        steps: which chunk comes next, and that one is made.
+        pace: is told what forwards take.
+        saver: is given each new chunk.
+        audit: is shown those that are stored.
+        devices: that the model computes on.
+
+    Attributes:
+        waited: the piece that was in the model last has awaited loads in its layers.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        layers: Sequence[Any],
+        kept: Sequence[TokenMajorLayer],
+        forward: Forward,
+        carried: Carried,
+        frontier: Frontier,
+        steps: Steps,
+        pace: RestorePace,
+        saver: Saver,
+        audit: Audit,
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.waited = False
+        self._prompt = prompt
+        self._kept = kept
+        self._watched: list[Any] = [*kept, *(layer for layer in layers if isinstance(layer, WindowedLayer))]
+        self._count = len(layers)
+        self._forward = forward
+        self._carried = carried
+        self._frontier = frontier
+        self._steps = steps
+        self._pace = pace
+        self._saver = saver
+        self._audit = audit
+        self._devices = devices
+
+    def compute(self, index: int) -> bool:
+        """Run the model on one chunk, and have it saved; False if it was left, since the chunk has come from the store."""
+        self.stand(index)
+        begin = time.monotonic()
+        self.waited = False
+        layers = Layers(self._count)
+        worked = time.thread_time()
+        try:
+            self._run(index, partial(self._is_left, index, layers))
+        except ForwardLeft:
+            wait_for_devices(self._devices)
+            end = time.monotonic()
+            self._saw(index, end - layers.began, layers.share, time.thread_time() - layers.worked)
+            self._frontier.give_back(index)
+            self._prompt.record("compute", index, begin, end, "left")
+            return False
+        end = time.monotonic()
+        if not self.waited:
+            self._saw(index, end - begin, 1.0, time.thread_time() - worked)
+        load = self._frontier.outcomes().get(index)
+        self._steps.computed(index)
+        self._prompt.record("compute", index, begin, end, GATED if self.waited else "computed")
+        if load not in (Outcome.CORRUPT, Outcome.MISSED):
+            self._audit.computed(index, partial(self._saver.pieces, index))
+        self._saver.chunk(index, load)
+        self._saver.state(index)
+        return True
+
+    def stand(self, index: int) -> None:
+        """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
+        near = self._steps.stand(self._carried.come_near, index) if self._carried else index
+        for chunk in range(near, index):
+            begin = time.monotonic()
+            self._run(chunk, never)
+            self._prompt.record("compute", chunk, begin, time.monotonic(), "computed")
+            self._saver.state(chunk)
+
+    def show(self, chunks: int) -> None:
+        """Make so many chunks the content of the layers that keep each token."""
+        self._show_tokens(self._prompt.blocks[chunks - 1].end if chunks else 0)
+
+    def _run(self, index: int, lost: Callable[[], bool]) -> None:
+        self._carried.begin()
+        for start, end in self._prompt.blocks[index].forwards:
+            self._show_tokens(start)
+            self._forward(lost, self._prompt.call.chunk(start, end))
+            self._check_content(end)
+            self._carried.ran()
+        self._carried.passed(index)
+        wait_for_devices(self._devices)
+
+    def _is_left(self, index: int, layers: Layers) -> bool:
+        """Whether a forward ends before its next layer: its chunk has arrived, or was begun on trial and is not worth it."""
+        layers.next()
+        if self._steps.lost(index):
+            return True
+        if not layers.share or not self._frontier.is_trial(index):
+            return False
+        wait_for_devices(self._devices)
+        worked = time.thread_time() - layers.worked
+        self._saw(index, time.monotonic() - layers.began, layers.share, worked)
+        return not self._frontier.goes_on(index)
+
+    def _show_tokens(self, tokens: int) -> None:
+        for layer in self._kept:
+            layer.show(self._prompt.call.past + tokens)
+
+    def _check_content(self, tokens: int) -> None:
+        length = self._prompt.call.past + tokens
+        dtypes = [buffer.dtype for layer in self._kept for buffer in layer.buffers]
+        as_foreseen = dtypes == [piece.dtype for piece in self._prompt.layout.pieces if not piece.windowed]
+        if not as_foreseen or any(not layer.is_own or layer.get_seq_length() != length for layer in self._watched):
+            raise CakeError(
+                "Something other than the model changed the cache during the prefill (a hook that edits the KV?); "
+                "use a DynamicCache together with it."
+            )
+
+    def _saw(self, index: int, seconds: float, share: float, worked: float) -> None:
+        """Costs are those of full chunks, by where they lie. While a GPU computes, the thread's own time tells nothing."""
+        if index in self._prompt.full:
+            number = self._prompt.blocks[index].start // self._prompt.layout.chunk_size
+            told = worked if all(device.type == "cpu" for device in self._devices) else None
+            self._pace.saw_forward(number, seconds, share, worked=told)

@@ -1,0 +1,76 @@
+"""The question to the store: which of these keys does it have?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.frontier import Strategy
+from cake_hf.stores.base import Store
+from cake_hf.transfer.deadline import ask
+from cake_hf.transfer.single_flight import Sharing
+from cake_hf.transfer.telemetry import observe_lookup
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """What a store has of a prompt.
+
+    Attributes:
+        stored: for each block, whether it is there.
+        states: for each block, whether the snapshot of the model's recurrent state at its end is.
+        reason: why the store was not asked, or did not answer: then nothing is there. Empty where it did.
+    """
+
+    stored: tuple[bool, ...] = ()
+    states: tuple[bool, ...] = ()
+    reason: str = ""
+
+    @classmethod
+    def none(cls, blocks: int) -> PrefixMatch:
+        """Nothing is stored of so many blocks."""
+        return cls((False,) * blocks, (False,) * blocks)
+
+
+def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -> PrefixMatch:
+    """Ask for blocks and for snapshots, in one question; all missing where the store fails or does not answer.
+
+    Args:
+        session: of the cache.
+        keys: of blocks.
+        states: of the snapshot at the end of each; none where the model has no such state.
+    """
+    found, reason = stored_mask(session, [*keys, *states])
+    stored = tuple(found[: len(keys)])
+    return PrefixMatch(stored, tuple(found[len(keys) :]) or (False,) * len(keys), reason)
+
+
+def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], str]:
+    """The store's mask, and why there is none, if so; all missing then."""
+    none = [False] * len(keys)
+    bound = session.bound_store
+    if keys and (absence := bound.access.reach()):
+        return none, absence
+    if not keys or not is_asked(session):
+        return none, ""
+    begin, sharing = time.monotonic(), bound.sharing
+    answer = ask(partial(_mask, bound.store, keys, sharing), session.limits.lookup_timeout, "lookup", sharing.lookups)
+    observe_lookup(time.monotonic() - begin)
+    if answer.value is not None:
+        sharing.forget_faults()
+        return answer.value, ""
+    sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
+    return none, f"the store could not be asked: {answer.trouble}"
+
+
+def is_asked(session: Session) -> bool:
+    """Whether it matters what the store has."""
+    return session.strategy is not Strategy.COMPUTE or session.bound_store.saves
+
+
+def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
+    """Where this hangs it keeps alive what is known about that (`sharing`), and nothing of the session."""
+    return [bool(has) for _, has in zip(keys, store.contains(keys), strict=True)]

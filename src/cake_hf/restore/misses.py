@@ -1,0 +1,199 @@
+"""Why nothing of a prompt was found: whether the store has it from another namespace, and what would have to be alike.
+
+The store is asked while the prompt is computed, in a thread of its own, and only after a miss: a hit costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.blocks import Block, blocks
+from cake_hf.keys import block_keys
+from cake_hf.report import Report
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import tell_once
+from cake_hf.stores.base import Store
+from cake_hf.stores.differences import Difference, between, in_a_sentence, severity
+from cake_hf.stores.records import Record, records
+from cake_hf.transfer.deadline import Question
+from cake_hf.util.canonical import canonical
+
+logger = logging.getLogger("cake_hf")
+
+NONE_YET = "the store has none of the prompt's chunks yet"
+OTHER_SALT = (
+    "the store has none of the prompt's chunks yet; what it has of this model under another salt, or under none, is not "
+    "looked into: pass the salt that it was saved with"
+)
+
+FEW_KEYS = 32
+"""So many keys of a namespace are asked for at once; a bucket takes a request for each."""
+
+Marks = Callable[[Sequence[Block]], Sequence[bytes]]
+
+
+@dataclass(frozen=True)
+class Sought:
+    """A prompt that was not found, and who looked for it.
+
+    Attributes:
+        namespace: digest, of the session.
+        facts: that it is a digest of, but for the salt.
+        salt: of the session.
+        model: its name.
+        tokens: of the prompt, 64-bit integers.
+        marks: gives what the keys of blocks cover beside their tokens, see `ForwardCall.marks`.
+        cuts: that are declared.
+    """
+
+    namespace: str
+    facts: dict[str, Any]
+    salt: str
+    model: str
+    tokens: memoryview
+    marks: Marks
+    cuts: Sequence[int] = ()
+
+    def keys(self, record: Record) -> list[str]:
+        """Of the prompt's chunks and the tails between them, under another namespace; of a tail alone if that is declared."""
+        named = blocks(0, len(self.tokens), self.cuts, record.chunk_size)
+        last = named[-1] if named else None
+        if last and not last.fills(record.chunk_size) and (len(named) > 1 or last.end not in self.cuts):
+            named.pop()
+        return block_keys(record.namespace, self.tokens, named, record.chunk_size, marks=self.marks(named))
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Chunks of a prompt that are stored under another namespace.
+
+    Attributes:
+        record: of the namespace.
+        differences: between it and that of who looked.
+        keys: of the prompt's chunks there, see `Sought.keys`.
+        stored: how many of these are stored.
+    """
+
+    record: Record
+    differences: list[Difference]
+    keys: list[str]
+    stored: int
+
+    def __str__(self) -> str:
+        told = in_a_sentence(self.differences)
+        if self.stored == 1:
+            return f"1 chunk of this prompt is stored, {told}"
+        return f"{self.stored} chunks of this prompt are stored, {told}"
+
+
+class Inquiry:
+    """Why a prompt of a session was not found, being asked.
+
+    Args:
+        session: of the cache.
+        call: the forward with the whole prompt.
+        namespace: of the session.
+        seconds: that the answer may take from now on.
+        cuts: that are declared.
+    """
+
+    def __init__(
+        self, session: Session, call: ForwardCall, namespace: str, seconds: float, cuts: Sequence[int] = ()
+    ) -> None:
+        self._end = time.monotonic() + seconds
+        tokens = call.ids[0].to("cpu", torch.int64, copy=True).contiguous().numpy().data
+        facts, model = session.bound_model.latest_facts(), session.bound_model.name
+        # Without the session: the thread that asks may hang.
+        sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call), cuts)
+        self._question = Question(
+            partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
+        )
+
+    def settle(self, report: Report) -> None:
+        """Put the answer into a report, and tell it once per kind."""
+        answer = self._question.answer(max(0.0, self._end - time.monotonic()))
+        if answer.error is not None:
+            logger.debug("Why a prompt was not found is not known: %s", answer.trouble)
+        if answer.value and report.reason == NONE_YET:
+            report.reason = answer.value
+            kind = "".join(letter for letter in answer.value if not letter.isdigit())
+            tell_once(kind, f"A prompt is not found: {answer.value}", logging.INFO)
+
+    def give_up(self) -> None:
+        """The prompt was left."""
+        self._question.give_up()
+
+
+def marks_of(call: ForwardCall) -> Marks:
+    """A prompt's marks for any blocks, without the cache that its call goes to."""
+    vision = call.vision
+    return (lambda named: []) if vision is None else vision.marks
+
+
+def explanation(store: Store, sought: Sought) -> str:
+    """Why a prompt was not found, as a clause; empty where the store has nothing of it. May hang, as the store may.
+
+    Raises:
+        Exception: whatever the store raises, or what absurd records lead to.
+    """
+    known = records(store)
+    likely = found_elsewhere(store, sought, known, all_chunks=False)
+    if likely:
+        return str(_counted(store, likely[0]))
+    others = (one for one in known if not one.is_of(sought.salt))
+    return OTHER_SALT if any(_weights(one.facts) == _weights(sought.facts) for one in others) else ""
+
+
+def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, all_chunks: bool) -> list[Elsewhere]:
+    """Other namespaces that a prompt is stored under, the nearest first. Those of another salt are passed over.
+
+    Args:
+        store: to be asked.
+        sought: the prompt.
+        known: records of the store.
+        all_chunks: ask for each chunk; else only for some, which costs less, and `stored` is no count.
+    """
+    ours = json.loads(canonical(sought.facts))
+    others = [one for one in known if one.namespace != sought.namespace and one.is_of(sought.salt)]
+    asked = {one.namespace: keys if all_chunks else _sample(keys) for one in others if (keys := sought.keys(one))}
+    wanted = [key for keys in asked.values() for key in keys]
+    has = dict(zip(wanted, store.contains(wanted), strict=True)) if wanted else {}
+    found = [
+        Elsewhere(
+            one,
+            between(one.facts, ours, one.model, sought.model),
+            sought.keys(one),
+            sum(bool(has[key]) for key in asked.get(one.namespace, ())),
+        )
+        for one in others
+        if any(has[key] for key in asked.get(one.namespace, ()))
+    ]
+    return sorted(found, key=lambda one: (severity(one.differences), -one.stored))
+
+
+def _weights(facts: Mapping[str, Any]) -> Any:
+    model = facts.get("model")
+    return model.get("weights") if isinstance(model, Mapping) else None
+
+
+def _counted(store: Store, one: Elsewhere) -> Elsewhere:
+    """The same with all its chunks asked for."""
+    stored = sum(map(bool, store.contains(one.keys)))
+    return Elsewhere(one.record, one.differences, one.keys, max(1, stored))
+
+
+def _sample(keys: list[str]) -> list[str]:
+    """Of many the first, the last, and some between them: eviction may have begun at either end."""
+    if len(keys) <= FEW_KEYS:
+        return keys
+    places = {0, len(keys) - 1} | {2**n - 1 for n in range(1, len(keys).bit_length())}
+    return [keys[place] for place in sorted(places) if place < len(keys)]

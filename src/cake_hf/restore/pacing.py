@@ -1,0 +1,187 @@
+"""What a restore believes about costs, the frontier that it makes of that, and what is learnt from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import dropwhile
+from typing import Any
+
+from cake_hf.blocks import Block
+from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.restore.plan import RestorePlan
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.frontier import Frontier
+from cake_hf.scheduling.pace import Pace
+from cake_hf.scheduling.planner import overtakes_in_place
+from cake_hf.transfer.cost_notes import CostMemory
+
+
+class RestorePace(Pace):
+    """That of one restore of a cache.
+
+    Attributes:
+        blocks: of the prompt.
+        can_run: whether a block could be computed right now; if not, nothing is gained by not waiting for its load.
+        can_leave: whether a forward on it can be left although it has not arrived.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        *,
+        blocks: Sequence[Block],
+        can_run: Callable[[int], bool],
+        can_leave: Callable[[int], bool],
+        **beliefs: Any,
+    ) -> None:
+        super().__init__(costs, **beliefs)
+        self.blocks, self.can_run, self.can_leave = blocks, can_run, can_leave
+
+    def end(self, now: float) -> None:
+        """The restore is over, and is let go: it holds KV."""
+        super().end(now)
+        self.can_run = self.can_leave = _never
+
+    def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
+        if not self.can_run(chunk):
+            return False
+        if self.blocks[chunk].singly:  # it takes a forward for each token: only if the loads are very late
+            wait = self._wait(loads_left, now)
+            return wait is None or self._compute is None or self.blocks[chunk].tokens * self._seconds(chunk) < wait
+        return super().worth(chunk, loads_left, now, whole=whole)
+
+    def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
+        return self.can_run(chunk) and super().overdue(chunk, loads_left, now)
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        return self.can_leave(chunk) and super().tries(chunk, loads_left, now)
+
+
+def _never(chunk: int) -> bool:
+    return False
+
+
+def new_pace(
+    session: Session,
+    prompt: Prompt,
+    plan: RestorePlan,
+    memory: CostMemory,
+    costs: Costs,
+    *,
+    layers: int,
+    can_run: Callable[[int], bool],
+    can_leave: Callable[[int], bool],
+) -> RestorePace:
+    """What is believed when a restore begins.
+
+    Args:
+        session: of the cache.
+        prompt: from `look_up`.
+        plan: of the restore.
+        memory: of what earlier prompts have cost.
+        costs: of chunks, from that memory.
+        layers: of the model.
+        can_run, can_leave: see `RestorePace`.
+    """
+    return RestorePace(
+        costs,
+        blocks=prompt.blocks,
+        can_run=can_run,
+        can_leave=can_leave,
+        first=prompt.first,
+        chunks=prompt.chunks,
+        layers=layers,
+        threads=session.limits.loader_threads,
+        following_seconds=_following_seconds(prompt, plan.usable, costs),
+        ranges=plan.ranges,
+        credit=memory.credit,
+        quiet=memory.quiet,
+    )
+
+
+def new_frontier(
+    session: Session,
+    prompt: Prompt,
+    plan: RestorePlan,
+    pace: RestorePace,
+    *,
+    turn_aside: Callable[[int], None] | None,
+) -> Frontier:
+    """The ledger of one restore.
+
+    Args:
+        session: of the cache.
+        prompt: from `look_up`.
+        plan: of the restore.
+        pace: of the restore.
+        turn_aside: see `Frontier`.
+    """
+    threads = session.limits.loader_threads
+    return Frontier(
+        plan.usable,
+        strategy=session.strategy,
+        read_timeout=session.limits.read_timeout,
+        most_aside=ASIDE_PER_THREAD * threads,
+        nearest=threads,
+        turn_aside=turn_aside,
+        last=threads,
+        judge=pace,
+        overtakes_in_place=turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)),
+    )
+
+
+def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
+    """Remember what the restore measured, for the next prompt's decisions."""
+    if not prompt.keys:
+        return
+    timeline = prompt.report.timeline[prompt.first_span :]
+    part = None
+    size = prompt.layout.chunk_size
+    if prompt.call.tokens <= prompt.rest + size:  # the last piece is a part of a chunk
+        spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
+        part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
+    chunks = [span for span in timeline if span.chunk in prompt.full]
+    memory.learn(pace, chunks, prompt.layout.nbytes, part)
+
+
+def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
+    """Count in a prompt's report what was saved, where its cost is known.
+
+    Args:
+        memory: of costs, the prompt's own included.
+        prompt: of which something was brought.
+        seconds: that the restore took, with the prompt's last piece if that is over.
+    """
+    compute = memory.costs(prompt.layout.nbytes).compute
+    if compute is None:
+        return
+    report, size = prompt.report, prompt.layout.chunk_size
+    past = prompt.call.past
+    computed = sum(
+        compute.seconds((past + start) // size) * (end - start) / size
+        for start, end, _ in prompt.blocks[: prompt.chunks]
+    )
+    if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
+        computed += compute.seconds((past + prompt.rest) // size) * (prompt.call.tokens - prompt.rest) / size
+    report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds
+
+
+def _chunks_in_memory(prompt: Prompt) -> int:
+    """How many chunks' room the cache takes with the prompt in it, of all rows."""
+    tokens = prompt.call.past + prompt.call.tokens
+    return -(-tokens // prompt.layout.chunk_size) * prompt.report.batch
+
+
+def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:
+    """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
+    if costs.compute is None:
+        return 0.0
+    behind_loads = dropwhile(lambda index: not stored[index], range(len(stored)))
+    hole = next((index for index in behind_loads if not stored[index]), None)
+    if hole is not None:
+        return costs.compute.seconds(prompt.first + hole)
+    size = prompt.layout.chunk_size
+    suffix_tokens = prompt.call.tokens - prompt.rest
+    return costs.compute.seconds((prompt.call.past + prompt.rest) // size) * suffix_tokens / size

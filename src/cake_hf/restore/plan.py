@@ -1,0 +1,104 @@
+"""The plan of a restore: what is loaded of a prompt's stored chunks, and how, before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cake_hf.blocks import Block
+from cake_hf.model.modules import any_has
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.frontier import Strategy
+from cake_hf.scheduling.planner import ranges_of
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """What the loaders are to bring.
+
+    Attributes:
+        usable: for each chunk, whether loading it helps.
+        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
+        state: at the end of which chunk the snapshot of the recurrent state is wanted; None for none.
+        loads: whether anything is loaded.
+        ranges: in how many ranges of layers the last chunks are read. With more than one the main thread may go beyond loads.
+        reason: why chunks are computed although they are stored; empty where none is.
+    """
+
+    usable: tuple[bool, ...]
+    windows: dict[int, int]
+    state: int | None
+    loads: bool
+    ranges: int
+    reason: str
+
+
+def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, by_layers: bool) -> RestorePlan:
+    """Decide for one prompt.
+
+    Args:
+        session: of the cache.
+        prompt: from `look_up`.
+        costs: as they are believed to be.
+        reach: how many tokens the model's longest window reaches back.
+        by_layers: whether what follows loads can wait for them layer by layer.
+    """
+    stored = usable = prompt.match.stored[: prompt.chunks]
+    state = None
+    if prompt.state_layout.pieces:
+        begin, state = _between_states(stored, prompt.match.states)
+        usable = tuple(state is not None and begin <= index <= state for index in range(prompt.chunks))
+    reason = "stored chunks are computed where no snapshot of the model's state is stored behind them"
+    return RestorePlan(
+        usable,
+        _windows(usable, prompt.blocks, reach),
+        state,
+        loads=session.strategy is not Strategy.COMPUTE and any(usable),
+        ranges=_ranges(session, prompt, costs) if by_layers else 1,
+        reason="" if usable == stored else reason,
+    )
+
+
+def window_begin(named: Sequence[Block], stop: int, reach: int) -> int:
+    """The first block of those before block `stop` that a window of that reach, at the begin of block `stop`, reaches to."""
+    begin = stop
+    while begin and named[begin - 1].end > named[stop - 1].end - reach:
+        begin -= 1
+    return begin
+
+
+def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
+    store = session.bound_store.store
+    if not store.reads_ranges:
+        return 1
+    ranges = ranges_of(costs, prompt.layout.layers, store.range_seconds)
+    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
+    return 1 if ranges > 1 and any_has(session.model, "_hf_hook") else ranges
+
+
+def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int, int | None]:
+    """The run of stored chunks, up to one with a snapshot at its end, that leaves the fewest chunks to compute.
+
+    What is before the run is computed from the front, what is after it from the snapshot on.
+    """
+    best: tuple[int, int | None] = (0, None)
+    fewest, begin = len(stored), 0
+    for index, has in enumerate(stored):
+        if not has:
+            begin = index + 1
+        elif states[index] and begin + len(stored) - index - 1 < fewest:
+            best, fewest = (begin, index), begin + len(stored) - index - 1
+    return best
+
+
+def _windows(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
+    """The model goes on at the end and behind each run of loaded chunks: there it needs the windows before it."""
+    wanted: set[int] = set()
+    for stop in range(1, len(usable) + 1):
+        if usable[stop - 1] and (stop == len(usable) or not usable[stop]):
+            wanted.update(index for index in range(window_begin(named, stop, reach), stop) if usable[index])
+    ends = accumulate(named[index].tokens for index in sorted(wanted))
+    return {index: end - named[index].tokens for index, end in zip(sorted(wanted), ends, strict=True)}

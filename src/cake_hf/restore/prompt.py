@@ -1,0 +1,265 @@
+"""One prompt on its way into a cache: its chunks' names, which of them are stored, and where all is counted."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.blocks import Block, blocks, last_piece, tail_ends
+from cake_hf.chunks.codec import ChunkFacts, stored_bytes
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.keys import block_keys, state_key
+from cake_hf.report import Report, Span
+from cake_hf.restore.held import Held
+from cake_hf.restore.lookup import PrefixMatch, is_asked, match_prefix
+from cake_hf.restore.misses import NONE_YET, Inquiry
+from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import cut_image_reason, tell_once
+from cake_hf.stores.base import Store
+from cake_hf.transfer.cost_notes import note_seconds
+from cake_hf.transfer.deadline import ask
+from cake_hf.util.lazy import cached_property
+
+logger = logging.getLogger("cake_hf")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt on its way into a cache.
+
+    Attributes:
+        call: the forward that brought it.
+        number: of the call's first block in the prompt; blocks before it are in the cache already.
+        blocks: of the call, counted from its first token on: those to restore (one more than `chunks` where the last piece can
+            be stored, too). Each is a chunk, unless cuts are declared.
+        chunks: how many of them to restore.
+        namespace: digest.
+        keys: of the blocks; empty where the call is not on the canonical schedule, so that nothing of it may be loaded or
+            saved.
+        parent: key of the block before the first one; the namespace for the first of a prompt.
+        match: which of these the store has.
+        layout: of a full chunk.
+        ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
+        state_layout: of a snapshot; without pieces where the model has no such state.
+        report: where all is counted.
+        started: when the call came.
+        first_span: the prompt's first place on the report's timeline; rows of a batch follow each other there.
+        began: when this row of it was looked up; `started` where it is alone.
+        inquiry: why nothing of it is stored, being asked.
+    """
+
+    call: ForwardCall
+    number: int
+    blocks: list[Block]
+    chunks: int
+    namespace: str
+    keys: list[str]
+    parent: str
+    match: PrefixMatch
+    ends_document: bool
+    layout: ChunkLayout
+    state_layout: ChunkLayout
+    report: Report
+    started: float
+    first_span: int = 0
+    began: float = 0.0
+    inquiry: Inquiry | None = None
+
+    @property
+    def stored(self) -> Sequence[bool]:
+        """Which of `keys` the store has."""
+        return self.match.stored
+
+    @cached_property
+    def rest(self) -> int:
+        """The first token of the call that is not restored, where its last piece begins."""
+        return self.blocks[self.chunks - 1].end if self.chunks else 0
+
+    @property
+    def first(self) -> int:
+        """About how many full chunks are before the call's first token, for what computing costs there."""
+        return self.call.past // self.layout.chunk_size
+
+    @cached_property
+    def full(self) -> frozenset[int]:
+        """The blocks that are full chunks, each run in one forward."""
+        size = self.layout.chunk_size
+        return frozenset(index for index, block in enumerate(self.blocks) if block.fills(size))
+
+    @cached_property
+    def counted(self) -> frozenset[int]:
+        """The blocks that the report counts as chunks, not as tails."""
+        return self.full - {self.chunks - 1} if self.ends_document else self.full
+
+    def layout_of(self, index: int) -> ChunkLayout:
+        """The layout of that block."""
+        return self.layout.of(self.blocks[index].tokens)
+
+    def facts(self, session: Session, index: int) -> ChunkFacts:
+        """What block `index` of the call says about itself (its checksums are not known yet)."""
+        parent = self.keys[index - 1] if index else self.parent
+        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
+
+    def state_facts(self, session: Session, index: int) -> ChunkFacts:
+        """What the snapshot at the end of chunk `index` says about itself."""
+        key = self.keys[index]
+        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
+
+    def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
+        """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
+        _record(self.report, self.started, actor, index, begin, end, outcome)
+
+    def recorder(self) -> Callable[[str, int, float, float, str], None]:
+        """As `record`, for threads that may hang: it does not hold the call, which has the cache among its arguments."""
+        return partial(_record, self.report, self.started)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a call is cut.
+
+    Attributes:
+        blocks: counted from the call's first token on; the last piece of the call is among them where it can be stored.
+        chunks: how many of them are to be restored.
+        reason: why it is not cut as far as it could be, or empty.
+        ends_document: see `Prompt`.
+    """
+
+    blocks: list[Block]
+    chunks: int
+    reason: str = ""
+    ends_document: bool = False
+
+    @classmethod
+    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> Wanted:
+        """On the canonical schedule.
+
+        Args:
+            call: the forward with the prompt, or what is new of it.
+            cuts: that are declared, counted from the prompt's first token on, in ascending order.
+            size: tokens of a full chunk.
+            leave: tokens that the last piece must have; None to leave the last block.
+        """
+        inner = [cut - call.past for cut in cuts if cut > call.past]
+        every = blocks(0, call.tokens, inner, size)
+        last = every[-1].start if every else 0
+        begin = last if leave is None else last_piece(0, call.tokens, inner, size, leave)
+        wanted = blocks(0, begin, inner, size)
+        if number := call.uncut([block.end for block in wanted]):
+            return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
+        ends_at_cut = call.tokens in inner or (bool(every) and every[-1].tokens == size)
+        one_more = len(every) == len(wanted) + 1 and every[: len(wanted)] == wanted and ends_at_cut
+        return cls(every if one_more else wanted, len(wanted), ends_document=begin == call.tokens and begin in inner)
+
+
+def look_up(
+    session: Session, call: ForwardCall, wanted: Wanted, held: Held, report: Report, started: float, namespace: str
+) -> Prompt:
+    """Name the prompt's blocks and ask the store which of them it has.
+
+    Args:
+        session: of the cache.
+        call: the forward with the prompt, or what is new of it.
+        wanted: how it is cut.
+        held: what the cache holds already, all from the canonical schedule.
+        report: where all is counted.
+        started: when the call came.
+        namespace: of the session.
+    """
+    began = time.monotonic()
+    tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
+    parent = held.keys[-1] if held.keys else namespace
+    keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
+    state_layout = session.bound_model.state_layout()
+    state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
+    asked = is_asked(session)
+    match = match_prefix(session, keys, state_keys)
+    report.reason = match.reason or report.reason
+    first_span = len(report.timeline)
+    prompt = Prompt(
+        call,
+        len(held.keys),
+        wanted.blocks,
+        wanted.chunks,
+        namespace,
+        keys,
+        parent,
+        match,
+        wanted.ends_document,
+        session.bound_model.layout(),
+        state_layout,
+        report,
+        started,
+        first_span,
+        began if first_span else started,
+    )
+    absent = [index for index in range(wanted.chunks) if not match.stored[index]]
+    report.chunks_missed += len(prompt.counted.intersection(absent))
+    report.store = session.bound_store.name
+    report.bytes_stored += _bytes_stored(prompt)
+    if wanted.chunks and not any(match.stored) and not report.reason:
+        report.reason = _objection(session, namespace) or _why_none(session)
+        if report.reason == NONE_YET and not held.keys and asked:
+            cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
+            return replace(prompt, inquiry=Inquiry(session, call, namespace, seconds, cuts))
+    return prompt
+
+
+def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
+    """A call that goes on from a cache whose content is not known: cut as `generate` would, never stored."""
+    report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
+    none = PrefixMatch.none(len(wanted.blocks))
+    layouts = session.bound_model.layout(), session.bound_model.state_layout()
+    return Prompt(
+        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, wanted.ends_document, *layouts, report, started
+    )
+
+
+def _bytes_stored(prompt: Prompt) -> int:
+    """What is stored of a prompt takes, headers included."""
+    sizes = Counter(
+        end - start for (start, end, _), has in zip(prompt.blocks, prompt.match.stored, strict=False) if has
+    )
+    chunks = sum(count * stored_bytes(prompt.layout.of(tokens)) for tokens, count in sizes.items())
+    return chunks + sum(prompt.match.states) * stored_bytes(prompt.state_layout)
+
+
+def _objection(session: Session, namespace: str) -> str:
+    store, sharing = session.bound_store.store, session.bound_store.sharing
+    if type(store).objection is Store.objection:
+        return ""
+    facts = session.bound_model.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
+    answer = ask(
+        partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
+    )
+    if answer.error is not None:
+        return f"the store could not be asked: {answer.trouble}"
+    return answer.value or ""
+
+
+def _why_none(session: Session) -> str:
+    if session.exact or "behaviour" not in session.bound_model.latest_facts():
+        return NONE_YET
+    reason = (
+        "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
+        "own, and the store has none of the prompt's chunks under these yet"
+    )
+    tell_once(f"{type(session.model).__name__} apart", reason[0].upper() + reason[1:])
+    return reason
+
+
+def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
+    objection = store.objection(namespace, lambda: facts)
+    return objection if isinstance(objection, str) else ""
+
+
+def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
+    report.timeline.append(Span(actor, index, begin - started, end - started, outcome))

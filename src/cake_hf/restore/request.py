@@ -1,0 +1,264 @@
+"""One call of a model's forward, seen as a prompt: what is in it, whether it can be cut into chunks, and the cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cake_hf.blocks import Block
+from cake_hf.layers.compat import CACHE_NAMES, forward_of, named_for, parameters_of
+from cake_hf.model.vision import Vision, look_at
+from cake_hf.util.lazy import cached_property
+
+_UNDERSTOOD = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
+"""Arguments whose meaning for a chunk is known. Any other one that is set might change the KV."""
+
+_OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
+"""Arguments that ask for something beside the logits, which would be that of the last piece alone."""
+
+
+def understands(arguments: Mapping[str, Any]) -> bool:
+    """Whether the meaning of all named arguments but the cache is known."""
+    return all(value is None or name in _UNDERSTOOD or name in CACHE_NAMES for name, value in arguments.items())
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """The arguments of a forward by name.
+
+    Attributes:
+        arguments: as given by the caller, positional ones named, without the cache.
+        past: tokens in the cache before the call.
+        cache: the cache, under the name by which the forward takes it.
+        accepts: names of the forward's parameters.
+        for_kv: nobody looks at the logits of the call.
+        wants_inner: the caller wants hidden states, or attentions, by an argument or by the model's config.
+        vision: what the call of a vision-language model brings beside its ids; None of other models.
+    """
+
+    arguments: dict[str, Any]
+    past: int
+    cache: Mapping[str, Any] = field(repr=False)
+    accepts: frozenset[str] = field(repr=False)
+    for_kv: bool = False
+    wants_inner: bool = False
+    vision: Vision | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(
+        cls,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: Any,
+        past: int,
+        *,
+        for_kv: bool = False,
+    ) -> ForwardCall:
+        """Name the positional arguments, and tell the cache from the others.
+
+        Args:
+            model: whose forward is called.
+            args: positional arguments of the call.
+            kwargs: named ones.
+            cache: which of all these is the cache.
+            past: tokens in it.
+            for_kv: see the attribute.
+        """
+        forward = forward_of(model)
+        named = _named(forward, args, kwargs)
+        given_as = next((name for name, value in named.items() if value is cache), "")
+        named = {name: value for name, value in named.items() if value is not cache}
+        if named.get("mm_encoder_outputs") == {}:
+            del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
+        accepts = frozenset(parameters_of(forward))
+        taken = named_for(model, cache, given_as)
+        wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _OF_ALL_TOKENS)
+        return cls(named, past, taken, accepts, for_kv, wants_inner, look_at(model, named, past, accepts))
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """`[batch, tokens]`."""
+        ids: torch.Tensor = self.arguments["input_ids"]
+        return ids
+
+    @cached_property
+    def tokens(self) -> int:
+        """New tokens in this call; 0 where they are not given as ids."""
+        ids = self.arguments.get("input_ids")
+        return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
+
+    @cached_property
+    def is_batch(self) -> bool:
+        """Whether it brings several rows, or a single one with padding."""
+        ids = self.arguments.get("input_ids")
+        return isinstance(ids, torch.Tensor) and ids.ndim == 2 and (ids.shape[0] > 1 or self.is_padded)
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether some of its tokens, or of those before them, are masked."""
+        mask = self.arguments.get("attention_mask")
+        return isinstance(mask, torch.Tensor) and not bool((mask == 1).all())
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether a call that is not refused brings equal rows without padding."""
+        return self.ids.shape[0] > 1 and bool(self._mask.all()) and bool((self.ids == self.ids[:1]).all())
+
+    @property
+    def lengths(self) -> list[int]:
+        """For each row of a call that is not refused the number of tokens that are not padding."""
+        lengths: list[int] = self._mask.sum(dim=1).tolist()
+        return lengths
+
+    @property
+    def wanted_logits(self) -> int:
+        """Logits of how many last tokens the caller wants, at least one; what else it may want is for `refusal` to see."""
+        keep = self.arguments.get("logits_to_keep")
+        return max(1, keep) if isinstance(keep, int) else 1
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Whether the caller asks by number for the logits of every new token."""
+        ids = self.arguments.get("input_ids")
+        return isinstance(ids, torch.Tensor) and self.wanted_logits >= ids.shape[1]
+
+    def refusal(self) -> str:
+        """Why this call must be left as it is; empty if it can be cut into chunks with the same result."""
+        a = self.arguments
+        ids, keep = a.get("input_ids"), a.get("logits_to_keep")
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            return "the prompt is given as embeddings, not as token ids"
+        if not self.for_kv and (not isinstance(keep, int) or keep < 1):
+            return "the caller wants the logits of all tokens; call cache.prefill(ids) before, or pass logits_to_keep=1"
+        if self.wants_inner:
+            return (
+                "the caller wants hidden states, or attentions, of all tokens; prefill the cache for those of the last"
+            )
+        understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
+        if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
+            return f"the argument {unknown[0]!r} is not understood"
+        if reason := self._mask_refusal():
+            return reason
+        if self.vision is not None and (reason := self.vision.refusal(is_batch=self.is_batch)):
+            return reason
+        numbered = self.vision is not None and not self.is_batch and self.vision.numbered
+        if not numbered and not self._positions_are_plain():
+            return "the positions are not those of a plain prompt"
+        if torch.is_grad_enabled():
+            return "gradients are being recorded; call generate, or use torch.no_grad()"
+        return ""
+
+    @property
+    def begins_at_start(self) -> bool:
+        """Whether the new tokens are numbered from 0, although others are in the cache."""
+        ids, positions = self.arguments.get("input_ids"), self.arguments.get("position_ids")
+        return (
+            isinstance(positions, torch.Tensor)
+            and positions.shape[-1:] == ids.shape[-1:]  # type: ignore[union-attr]  # positions come beside ids
+            and positions.numel() > 0
+            and int(positions.min()) == 0
+        )
+
+    def without_past(self) -> ForwardCall:
+        """A call that brings a whole prompt, of which the beginning is in the cache: what is new of it."""
+        named = dict(self.arguments)
+        for name in ("input_ids", "position_ids", "cache_position"):
+            if isinstance(named.get(name), torch.Tensor):
+                named[name] = named[name][..., self.past :].clone(memory_format=torch.contiguous_format)
+        return replace(self, arguments=named)
+
+    def after(self, tokens: int) -> ForwardCall:
+        """What comes after the first `tokens` of the new tokens, which are in the cache now."""
+        return replace(replace(self, past=tokens).without_past(), past=self.past + tokens)
+
+    def piece(self, start: int, end: int) -> dict[str, Any]:
+        """Arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would give them."""
+        piece = dict(self.arguments)
+        piece["input_ids"] = self.ids[:, start:end].clone(memory_format=torch.contiguous_format)
+        for name in ("position_ids", "cache_position"):
+            if piece.get(name) is not None:
+                piece[name] = piece[name][..., start:end]
+        if piece.get("attention_mask") is not None:
+            piece["attention_mask"] = piece["attention_mask"][:, : self.past + end]
+        if self.vision is not None:
+            piece = self.vision.piece(piece, start, end)
+        if "use_cache" in self.accepts or "use_cache" in piece:  # without it a model may leave alone what it is given
+            piece["use_cache"] = True
+        return {**piece, **self.cache}
+
+    def chunk(self, start: int, end: int) -> dict[str, Any]:
+        """Arguments of a forward that is run for its KV alone."""
+        piece = self.piece(start, end)
+        if "logits_to_keep" in self.accepts or "logits_to_keep" in piece:
+            piece["logits_to_keep"] = 1
+        return {**piece, "use_cache": True}
+
+    def marks(self, named: Sequence[Block]) -> list[bytes]:
+        """For each block of it what its key must cover beside tokens; empty where that is so for none."""
+        return [] if self.vision is None else self.vision.marks(named)
+
+    def uncut(self, ends: Sequence[int]) -> int:
+        """The number (from 1) of the first of these places at which it must not be cut; 0 if it can be cut at all of them."""
+        return 0 if self.vision is None else self.vision.uncut(ends)
+
+    def _mask_refusal(self) -> str:
+        mask = self.arguments.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            return "the attention mask has a form of its own"
+        if not self.is_batch:
+            return ""
+        if self.past:
+            return "a batch, or a prompt with padding, goes on from what is in the cache"
+        if mask is None:
+            return ""
+        if mask.shape != self.ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            return "the attention mask has a form of its own"
+        if bool((mask[:, :-1] > mask[:, 1:]).any()):
+            return "the attention mask has padding behind tokens, not only before them; pad on the left"
+        return ""
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        """`[batch, tokens]`, on the device of the ids: which of the new tokens are not padding."""
+        mask: torch.Tensor | None = self.arguments.get("attention_mask")
+        if mask is None or not self.is_batch:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return mask.to(self.ids.device).bool()
+
+    def _positions_are_plain(self) -> bool:
+        """Whether each row's tokens are numbered from 0, without the padding."""
+        positions, mask = self.arguments.get("position_ids"), self._mask
+        if positions is None:
+            return bool(mask.all())
+        if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != self.tokens:
+            return False
+        mask = mask.to(positions.device)
+        plain = self.past + mask.cumsum(dim=1) - 1
+        return bool(((positions == plain) | ~mask).all())
+
+
+def _is_wanted(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) -> bool:
+    asked = arguments.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
+def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name; those that it takes by `*args` get numbers, which nothing understands."""
+    parameters = parameters_of(forward).values()
+    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    names += [f"*{number}" for number in range(len(names), len(args))]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

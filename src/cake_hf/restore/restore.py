@@ -1,0 +1,344 @@
+"""The restore of one prompt: the main thread computes from the front, loaders read from the back, until they meet.
+
+To read it from top to bottom, in the order in which it happens:
+
+1. `prompt_cache.PromptCache._handle`: what of a call is a prompt, and is it to be restored?
+2. `prompt.look_up`: its blocks get keys, and `lookup.match_prefix` asks the store which of them it has (a `PrefixMatch`).
+3. `plan.plan_restore`: what of that is loaded, and how (a `RestorePlan`).
+4. `Restore`, here: the layers get room, loaders claim from the back (`transfer.loader`), and the walk goes up from the front.
+   What comes next is the frontier's to say (`scheduling.frontier`); `chunk_runs` runs the model on it, and has it saved.
+5. The sides meet: the length is set to all chunks. The prompt's last piece is then run by whoever called the model. It may
+   begin while the last loads still arrive: each of its layers waits for that layer of them (`await_layer`).
+6. `close`: the loaders are through, and `counting` puts what happened into the report. Or `abandon`: all is as it was before.
+
+Where the model carries something from chunk to chunk (windows, recurrent states; see `carried`), all that is the same, but it
+can go on only where it stands: a chunk behind loaded ones is run once the windows and the state before it are put in.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+
+from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
+from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.model.kv_layout import keeps_tokens, kv_like
+from cake_hf.model.offload import devices_of
+from cake_hf.model.ranks import ranks_of
+from cake_hf.restore.audit import Audit
+from cake_hf.restore.carried import Carried, Windows
+from cake_hf.restore.chunk_runs import ChunkRuns
+from cake_hf.restore.counting import count_restore
+from cake_hf.restore.flights import Flights
+from cake_hf.restore.forwards import Forward, Progress
+from cake_hf.restore.pacing import new_frontier, new_pace
+from cake_hf.restore.plan import plan_restore
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.saving import Saver
+from cake_hf.restore.session import Session
+from cake_hf.restore.snapshots import StoredStates
+from cake_hf.restore.steps import steps_for
+from cake_hf.restore.windows import WindowBuffers
+from cake_hf.scheduling.frontier import Outcome
+from cake_hf.transfer.copy_streams import let_copies_out_end
+from cake_hf.transfer.landing import is_host_place, place_for
+from cake_hf.transfer.loader import LoadJob, start_loaders
+
+
+class Restore:
+    """Brings the KV of the prompt's full chunks into the layers. Once closed, these hold exactly those tokens more.
+
+    Use: `start`; `run`; then the prompt's last piece, with `await_layer` in each layer; then `close`. Where anything fails,
+    `abandon`.
+
+    Args:
+        session: of the cache.
+        layers: of the cache, all at the call's past length.
+        prompt: from `look_up`.
+        forward: runs the model on one chunk with the cache, see `forwards.Forward`.
+        progress: called with (chunks that are there, all chunks) now and then.
+        beyond_loads: whether what follows loads may begin before these are all there.
+
+    Attributes:
+        prompt: as given.
+        cost_memory: of what is decided by, and what is measured.
+        pace: of this restore.
+        brought: chunks that were not computed, once it is closed.
+        pending: loads may be under way that layers have to wait for.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        layers: list[Any],
+        prompt: Prompt,
+        forward: Forward,
+        progress: Progress,
+        *,
+        beyond_loads: bool,
+    ) -> None:
+        self.prompt = prompt
+        self.brought = 0
+        self.pending = True
+        self._session = session
+        self._progress = progress
+        self._end = prompt.call.past + prompt.call.tokens
+        self._threads: list[threading.Thread] = []
+        self._made = 0  # all chunks before this one were made by the main thread, or what the devices compute sees them
+        like = kv_like(session.model)
+        kept = [
+            (layer, one)
+            for layer, one in zip(layers, like, strict=True)
+            if isinstance(layer, TokenMajorLayer) and keeps_tokens(one)
+        ]
+        self._layers = [layer for layer, _ in kept]  # those that keep each token
+        self._states = StoredStates(session, prompt)
+        self._carried = Carried(
+            layers,
+            like,
+            prompt.blocks,
+            prompt.call.past,
+            prompt.state_layout,
+            self._loaded_block,
+            self._states.get,
+        )
+        self._audit = Audit(session, prompt)
+        self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
+        self._ranks = ranks_of(session.model)
+        self.cost_memory = session.cost_memory(prompt.namespace)
+        costs = self.cost_memory.costs(prompt.layout.nbytes)
+        by_layers = beyond_loads and not self._carried and self._ranks is None
+        self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
+        prompt.report.reason = prompt.report.reason or plan.reason
+        self._windows = WindowBuffers(prompt, plan.windows, like)
+        self._reserve(kept)  # last of all that takes memory: whoever fails before has nothing to give back
+        past = prompt.call.past
+        # Where loads land: one per piece of the layout, each on the device of its layer.
+        buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
+        if not plan.loads:
+            buffers = []  # they may lie by head, as no chunk does
+        turn_aside = None if is_host_place(buffers) else self._turn_aside
+        self.pace = new_pace(
+            session,
+            prompt,
+            plan,
+            self.cost_memory,
+            costs,
+            layers=len(layers),
+            can_run=self._can_run,
+            can_leave=self._can_leave,
+        )
+        self._frontier = new_frontier(session, prompt, plan, self.pace, turn_aside=turn_aside)
+        self._steps = steps_for(self._frontier, self._ranks)
+        self._job = self._load_job(buffers)
+        # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
+        alone = bool(self._carried) or self._ranks is not None
+        self._flights = Flights(session, prompt, self._job, self._frontier, self._saver, alone=alone)
+        self._runs = ChunkRuns(
+            prompt,
+            layers,
+            self._layers,
+            forward,
+            self._carried,
+            self._frontier,
+            self._steps,
+            self.pace,
+            self._saver,
+            self._audit,
+            devices_of(session.model),
+        )
+
+    def start(self) -> None:
+        """Let the loads begin."""
+        self._carried.start()
+        if self._plan.loads:
+            if self._plan.state is not None:
+                self._states.begin(self._plan.state)
+            self._threads = start_loaders(self._job, self._session.limits.loader_threads)
+
+    def run(self) -> None:
+        """Compute until the two sides have met, or nothing is left but loads whose layers can be awaited.
+
+        Raises:
+            ComputePlainly: the model does not compute what the store holds.
+        """
+        prompt = self.prompt
+        self._walk(prompt.chunks, beyond_loads=self._plan.ranges > 1)
+        self.pending = self._frontier.beyond() > 0
+        self._audit.settle()
+        self._audit.end()  # the last piece is in the model from now on
+        self._progress(prompt.chunks, prompt.chunks)
+
+    def await_layer(self, layer: int) -> None:
+        """Return when that layer of all chunks before the piece that is in the model is in the layers' buffers."""
+        self._job.adopt_landed()  # what has landed aside meanwhile makes room for others
+        if not self._frontier.beyond():
+            return
+        self._runs.waited = True
+        if self._frontier.await_layer(layer):
+            self._job.adopt_layer(layer)
+        else:
+            # A load has failed or is late. All chunks before the piece are made here and now; then the piece goes on.
+            lengths = [held.lengths for held in self._layers]
+            self._walk(self._frontier.beyond(), beyond_loads=False)
+            self._runs.waited = True
+            for held, length in zip(self._layers, lengths, strict=True):
+                held.show_lengths(length)
+        self._job.place.catch_up()
+
+    def close(self, *, save_tail: bool = False) -> None:
+        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
+
+        Args:
+            save_tail: the last piece is a block of the canonical schedule, to be saved like the others.
+        """
+        self.pace.end(time.monotonic())
+        try:
+            self._settle_in()
+            self._job.place.catch_up()
+            # Loaders that wait for other prompts' reads to end are not needed any more.
+            self._session.bound_store.sharing.wake()
+            if not self._frontier.left_behind():
+                for thread in self._threads:
+                    thread.join()
+            self._job.let_go()
+            self._states.let_go()
+            self.brought = self._count()
+            if save_tail:
+                self._carried.begin()
+                self._carried.ran()
+                self._carried.passed(self.prompt.chunks)
+                self._saver.chunk(self.prompt.chunks)
+                self._saver.state(self.prompt.chunks)
+        finally:
+            let_copies_out_end()
+            self._carried.end()
+
+    def abandon(self) -> None:
+        """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
+        self._audit.end()
+        self.pace.end(time.monotonic())
+        if self.prompt.inquiry is not None:
+            self.prompt.inquiry.give_up()
+        self._frontier.stop()
+        detached = not self._plan.loads or self._job.detach()
+        self._job.place.catch_up()
+        self._job.let_go()
+        self._states.let_go()
+        let_copies_out_end()
+        try:
+            self._go_back(detached=detached)
+            self._carried.go_back()
+        finally:
+            self._carried.end()
+
+    @property
+    def waited(self) -> bool:
+        """Whether the piece that was in the model last has awaited loads in its layers."""
+        return self._runs.waited
+
+    # What the main thread does.
+
+    def _reserve(self, kept: list[tuple[TokenMajorLayer, Any]]) -> None:
+        """Make room for the prompt in the layers that keep each token, or, if the device has not as much, for nothing."""
+        try:
+            for layer, one in kept:
+                layer.make_room(one, self._end + HEADROOM_TOKENS, by_head=not self._plan.loads)
+        except BaseException:
+            for layer in self._layers:
+                if not self.prompt.call.past:
+                    layer.reset()
+            raise
+
+    def _go_back(self, *, detached: bool) -> None:
+        past = self.prompt.call.past
+        for layer in self._layers:
+            if not past:
+                layer.reset()
+            elif detached:
+                layer.show(past)
+            else:
+                # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
+                layer.move_out(past, capacity=past)
+
+    def _walk(self, until: int, *, beyond_loads: bool) -> None:
+        """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
+        while (index := self._steps.advance(until=until, beyond_loads=beyond_loads)) is not None:
+            self._settle_in()
+            self._see(index)
+            with self._flights.flight(index) as plan:
+                if plan.followed is not None and self._flights.take_over(index, plan.followed):
+                    self._made = index + 1
+                    continue
+                if self._runs.compute(index):
+                    self._made = index + 1
+                    self._flights.hand_out(index, plan)
+            self._progress(index + 1, self.prompt.chunks)
+        self._settle_in()
+        self._job.place.catch_up()
+        self._runs.waited = False
+        self._runs.stand(until)
+        self._runs.show(until)
+
+    def _loaded_block(self, index: int) -> Windows | None:
+        loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
+        return self._windows.block(index) if loaded else None
+
+    def _settle_in(self) -> None:
+        """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
+
+        After that nothing lands any more: giving up one load, or overtaking it in place, ends all loading.
+        """
+        self._job.adopt_landed()
+        if self._frontier.take_orphans() and not self._job.detach():
+            for layer in self._layers:
+                layer.move_out(self._end)
+
+    def _see(self, index: int) -> None:
+        """Have the devices, before they compute that chunk, wait for the copies to where it looks and where it goes.
+
+        As a rule there are none: what is copied meanwhile belongs to the back of the prompt.
+        """
+        if index != self._made or self._carried or not self._frontier.is_untouched(index):
+            self._job.place.catch_up()
+
+    def _can_run(self, index: int) -> bool:
+        """Chunks that are loaded already would have to be run again for what they carry."""
+        return not self._carried or self._carried.standing == index
+
+    def _can_leave(self, index: int) -> bool:
+        """Not where the model carries something, which would be half done, nor where other ranks are in the forward."""
+        return index in self.prompt.full and not self._carried and self._ranks is None
+
+    def _turn_aside(self, index: int) -> None:
+        self._job.turn_aside(index)
+
+    def _load_job(self, buffers: list[torch.Tensor]) -> LoadJob:
+        limits = self._session.limits
+        return LoadJob(
+            store=self._session.bound_store.store,
+            keys=self.prompt.keys,
+            layout=self.prompt.layout,
+            place=place_for(
+                buffers,
+                self.prompt.layout,
+                ASIDE_PER_THREAD * limits.loader_threads,
+                self._plan.windows,
+                [(block.start, block.end) for block in self.prompt.blocks],
+            ),
+            frontier=self._frontier,
+            record=self.prompt.recorder(),
+            clock=time.monotonic,
+            sharing=self._session.bound_store.sharing,
+            most_reads=limits.loader_threads,
+            patience=limits.read_timeout,
+            ranges=self._plan.ranges,
+        )
+
+    def _count(self) -> int:
+        outcomes, patience = self._frontier.outcomes(), self._session.limits.read_timeout
+        flown, states = self._flights.shared, len(self._states.loaded)
+        return count_restore(self.prompt, outcomes, self._steps.overruled, self._job, flown, states, patience)

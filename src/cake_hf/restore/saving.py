@@ -1,0 +1,122 @@
+"""What a restore brings to the store: chunks that were computed, and snapshots of the model's recurrent state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from cake_hf.layers import TokenMajorLayer
+from cake_hf.restore.audit import Audit
+from cake_hf.restore.carried import Carried
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.session import Session
+from cake_hf.restore.snapshots import StoredStates
+from cake_hf.scheduling.frontier import Outcome
+
+
+class Saver:
+    """Of one prompt.
+
+    Args:
+        session: of the cache.
+        layers: of the cache that keep each token.
+        prompt: from `look_up`.
+        carried: of the restore.
+        stored: of the restore.
+        audit: of the restore. Nothing is saved before what it compares has turned out to be equal.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        layers: Sequence[TokenMajorLayer],
+        prompt: Prompt,
+        carried: Carried,
+        stored: StoredStates,
+        audit: Audit,
+    ) -> None:
+        self._session = session
+        self._layers = layers
+        self._prompt = prompt
+        self._carried = carried
+        self._stored = stored
+        self._audit = audit
+
+    def chunk(self, index: int, load: Outcome | None = None) -> None:
+        """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order.
+
+        Args:
+            index: of the chunk.
+            load: how the attempt to load it ended, if there was one.
+
+        Raises:
+            ComputePlainly: the model does not compute what the store holds.
+        """
+        session, prompt = self._session, self._prompt
+        corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or (prompt.match.stored[index] and not corrupt and not gone)
+        ):
+            return
+        self._audit.settle()
+        pieces = partial(self.pieces, index)
+        session.bound_store.save_chunk(
+            prompt.facts(session, index),
+            prompt.layout_of(index),
+            pieces,
+            prompt.report,
+            overwrite=corrupt,
+            made_with=session.bound_model.facts_of(prompt.namespace),
+            what="chunk" if index in prompt.counted else "tail",
+        )
+
+    def state(self, index: int) -> None:
+        """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
+        session, prompt = self._session, self._prompt
+        if (
+            not session.bound_store.saves
+            or not prompt.keys
+            or not prompt.state_layout.pieces
+            or not self._is_due(index)
+        ):
+            return
+        unusable = index in self._stored.unusable
+        if prompt.match.states[index] and not unusable:
+            return
+        states = self._carried.states()
+        if any(
+            state.dtype != p.dtype or state.numel() != p.heads * p.head_dim for state, p in self._with_pieces(states)
+        ):
+            return  # of another shape than in the probe: no layout of ours
+        self._audit.settle()
+        session.bound_store.save_chunk(
+            prompt.state_facts(session, index),
+            prompt.state_layout,
+            lambda: states,
+            prompt.report,
+            overwrite=unusable,
+            made_with=session.bound_model.facts_of(prompt.namespace),
+            what="state",
+        )
+
+    def pieces(self, index: int) -> list[torch.Tensor]:
+        """A block's pieces `[1, tokens, heads, head_dim]` as they lie in the layers; it must have just been computed."""
+        start, end, _ = self._prompt.blocks[index].shifted(self._prompt.call.past)
+        kept = [buffer[:, start:end] for layer in self._layers for buffer in layer.buffers]
+        return [*kept, *(self._carried.block(index) or ())]
+
+    def _is_due(self, index: int) -> bool:
+        """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
+        prompt, every = self._prompt, self._session.snapshot_every
+        shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
+        due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)
+        due = due or not all(near in prompt.full for near in (index, index + 1) if near < len(prompt.blocks))
+        return due or (every > 0 and (prompt.number + index + 1) % every == 0)
+
+    def _with_pieces(self, states: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:
+        return list(zip(states, self._prompt.state_layout.pieces, strict=True))

@@ -1,0 +1,128 @@
+"""What a cache, and its copies, share: a bound model, a bound store, and how the two are used together."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.limits import Limits
+from cake_hf.restore.at_work import AtWork
+from cake_hf.restore.bound_model import BoundModel, chosen_chunk_size
+from cake_hf.restore.bound_store import BoundStore
+from cake_hf.restore.hook import ModelHook
+from cake_hf.scheduling.frontier import Strategy
+from cake_hf.stores.base import Store
+from cake_hf.stores.opening import StoreSpec
+from cake_hf.transfer.cost_notes import CostMemory
+from cake_hf.transfer.store_access import Access
+
+__all__ = ["Session", "chosen_chunk_size"]
+
+
+class Session:
+    """The long-lived half of a `CakeCache`; see there for the arguments.
+
+    Attributes:
+        bound_model: the model, with the hook on it.
+        bound_store: the store, with the queue in front of it.
+        model, chunk_size, exact, salt, strategy, limits, snapshot_every: as for `CakeCache`.
+        at_work: the prompts that run at this moment.
+        is_closed: as `closed`; a plain attribute, which torch.compile can trace.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        store: StoreSpec | None,
+        *,
+        chunk_size: int | str,
+        salt: str,
+        save: bool,
+        exact: bool,
+        strategy: Strategy,
+        limits: Limits,
+        snapshot_every: int = 0,
+        compiled: Any = None,
+    ) -> None:
+        chunk_size = chosen_chunk_size(model, chunk_size)
+        self.model = model
+        self.chunk_size = chunk_size
+        self.salt = salt
+        self.exact = exact
+        self.strategy = strategy
+        self.limits = limits
+        self.snapshot_every = snapshot_every
+        self.is_closed = False
+        self.at_work = AtWork()
+        self.bound_store = BoundStore(store, limits, save=save)
+        self.bound_model = BoundModel(
+            model, chunk_size=chunk_size, salt=salt, exact=exact, shelf=self.bound_store.shelf, compiled=compiled
+        )
+        # When the last cache of this session is gone, and nobody has closed it.
+        self._release = weakref.finalize(self, _forsake, self.bound_model.hook, self.bound_store.access)
+        self._release.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._release.alive
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until all that is to be saved is durable; False on time-out."""
+        return self.bound_store.access.flush(timeout)
+
+    def close(self) -> bool:
+        """Remove the hook, save what is queued (with one bound), close the store if it is ours; False on time-out."""
+        self.is_closed = True
+        if not self._release.detach():
+            return True
+        self.bound_model.hook.detach()
+        return self.bound_store.close(self.limits.exit_flush_seconds)
+
+    # What is asked of a session outside of a restore, which takes it from the model or the store themselves.
+
+    @property
+    def store(self) -> Store:
+        """Where chunks are kept; see `BoundStore`."""
+        return self.bound_store.store
+
+    @property
+    def model_name(self) -> str:
+        """See `BoundModel`."""
+        return self.bound_model.name
+
+    def namespace(self, ids: torch.Tensor | None = None) -> str:
+        """See `BoundModel`."""
+        return self.bound_model.namespace(ids)
+
+    def namespace_facts(self) -> dict[str, Any]:
+        """See `BoundModel.facts`."""
+        return self.bound_model.facts()
+
+    def latest_facts(self) -> dict[str, Any]:
+        """See `BoundModel`."""
+        return self.bound_model.latest_facts()
+
+    def layout(self) -> ChunkLayout:
+        """See `BoundModel`."""
+        return self.bound_model.layout()
+
+    def state_layout(self) -> ChunkLayout:
+        """See `BoundModel`."""
+        return self.bound_model.state_layout()
+
+    def cost_memory(self, namespace: str) -> CostMemory:
+        """What computing and loading cost with this model, device and store."""
+        return self.bound_store.cost_memory(namespace, self.bound_model.where_computed())
+
+
+def _forsake(hook: ModelHook, access: Access) -> None:
+    """What is left to do when nobody holds the session any more; knows nothing of the session itself.
+
+    The collector calls it, in whatever thread it runs: nothing in here waits. To close tiers may take long.
+    """
+    hook.detach()
+    access.forsake()

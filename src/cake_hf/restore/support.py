@@ -1,0 +1,289 @@
+"""What can be restored, and if not, why: the one place where the library says so.
+
+A model that no cache of ours can serve is refused with an error. Everything else that is not (yet) restored is computed
+plainly, and the sentence from here goes to `report.reason`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+import weakref
+import zlib
+from types import FrameType
+from typing import Any
+
+import torch
+
+from cake_hf.errors import CakeError, UnsupportedModel
+from cake_hf.layers import RecurrentLayer, TokenMajorLayer, ours_for
+from cake_hf.layers.compat import (
+    CACHE_NAMES,
+    LinearAttentionLayer,
+    cache_name,
+    forward_of,
+    indexer_reason,
+    installed_version,
+    is_old,
+    keeps_attention,
+    plain_cache,
+    takes_any,
+    takes_dynamic_cache,
+)
+from cake_hf.layers.kinds import check_stand_in, is_ours
+from cake_hf.model.code import is_users_code
+from cake_hf.model.foreign_code import LIBRARIES
+from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_like
+from cake_hf.model.modules import parameters_of
+from cake_hf.model.offload import offloaded_weights
+from cake_hf.model.ranks import parallel_reason, ranks_of
+from cake_hf.model.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead
+from cake_hf.model.weights import unknown_weights
+from cake_hf.restore.request import ForwardCall
+from cake_hf.util.interrupts import faults_suppressed, is_the_users
+
+logger = logging.getLogger("cake_hf")
+
+_FAILED_THEMSELVES = re.compile("out of memory|DefaultCPUAllocator|CUDA error")
+
+_misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+_told: set[str] = set()
+
+
+BYPASSED = "generate ran the model without the cache that it was given; leave out the option that has it do so"
+NO_CUTS_IN_BATCH = "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out"
+
+CLOSED = "this CakeCache is closed; make a new one to have prompts restored"
+NOT_USED_YET = "no prompt has come with this cache yet; pass it to the model's generate as the cache"
+KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot tell how long it is"
+
+
+def refuse_unusable(model: torch.nn.Module) -> None:
+    """Raise for a model that cannot be given a cache of ours.
+
+    Raises:
+        UnsupportedModel: on the meta device, encoder-decoder, with a cache class of its own, or a forward that takes no cache.
+    """
+    name = type(model).__name__
+    empty = {path for path, weight in parameters_of(model) if weight.device.type == "meta"}
+    if empty and not empty <= offloaded_weights(model).keys():
+        raise UnsupportedModel(f"{name} has weights on the meta device; load the weights before making a CakeCache.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; CakeCache serves decoder-only models.")
+    if not takes_dynamic_cache(model):
+        raise UnsupportedModel(
+            f"{name} has a cache class of its own in transformers {installed_version()}; a newer version may have none."
+        )
+    if not _takes_cache(model):
+        raise UnsupportedModel(f"{name}.forward takes no cache; CakeCache cannot be handed to it.")
+
+
+def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
+    """Layers for a cache, ours where we know their kind, and why the model's prompts are computed plainly, if so.
+
+    No layers if the model is not understood at all.
+    """
+    try:
+        layers = layers_for(model)
+        return layers, model_reason(model, layers)
+    except Exception as error:  # whatever it is that has changed
+        if is_the_users(error):
+            raise
+        return [], not_understood(model, error)
+
+
+def layers_for(model: torch.nn.Module) -> list[Any]:
+    """The layers `DynamicCache` would have, with those whose kind we know replaced by ours.
+
+    Raises:
+        Exception: ours would not behave as those.
+    """
+    sample_cache, layers = plain_cache(model), plain_cache(model).layers
+    if not isinstance(layers, list):
+        raise TypeError(f"a cache keeps its layers as {type(layers).__name__}")
+    if keeps_attention(layers) and sample_cache.get_seq_length():
+        raise TypeError("a new cache is not empty")
+    for sample in {type(layer): layer for layer in sample_cache.layers}.values():
+        check_stand_in(sample, ours_for(sample))
+    return [ours_for(layer) for layer in layers]
+
+
+def plain_layers(model: torch.nn.Module) -> list[Any]:
+    """The layers of such a cache; an empty list where it makes them as they are needed."""
+    with faults_suppressed(Exception):  # they were told already
+        return list(plain_cache(model).layers)
+    return []
+
+
+def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
+    """Why this model's prompts are computed plainly; empty if they can be restored."""
+    other = sorted({type(layer).__name__ for layer in layers if not is_ours(layer)})
+    if other or not layers:
+        return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
+    if not keeps_attention(layers):
+        return KEEPS_NO_ATTENTION
+    if reason := indexer_reason(model.config):
+        return reason
+    if lengthy := _rope_types(model.config) & {"dynamic", "longrope"}:
+        return f"this model's rope scaling ({min(lengthy)}) depends on the length of the whole input"
+    if kind := unknown_weights(model):
+        return f"this model keeps weights as {kind}, whose content cannot be told"
+    return parallel_reason(model)
+
+
+def not_understood(model: torch.nn.Module, error: Exception) -> str:
+    """Log, once per kind, that a model is not understood, and remember it; returns the reason for computing plainly.
+
+    A `RuntimeError` says little about the model, and may be gone next time: it is not remembered.
+    """
+    reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
+    if type(error) is not RuntimeError:
+        _misunderstood[model] = reason
+    tell_once(f"{type(model).__name__} {type(error).__name__}", f"{reason}. Prompts are computed plainly")
+    return reason
+
+
+def misunderstood_reason(model: torch.nn.Module) -> str:
+    """Why a model is computed plainly after it was not understood before; empty if it was, or was not tried."""
+    return _misunderstood.get(model, "")
+
+
+def unseen_reason(model: torch.nn.Module) -> str:
+    """The reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
+    reason = (
+        f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
+        "have prompts restored"
+    )
+    tell_once(f"{type(model).__name__} unseen", f"{reason}. Prompts are computed plainly")
+    return reason
+
+
+def tell_once(kind: str, sentence: str, level: int = logging.WARNING) -> None:
+    """Log a sentence if it is the first of its kind in this process, as a warning or as said; else for debugging."""
+    logger.log(logging.DEBUG if kind in _told else level, "%s.", sentence)
+    _told.add(kind)
+
+
+def tell_plain(reason: str) -> None:
+    """Log, once per kind of reason, that a prompt is left as it is."""
+    tell_once(re.sub(r"\d+", "", reason), f"A prompt is computed plainly: {reason}", logging.INFO)
+
+
+def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
+    """Whether an error during a restore may come from how we call the model, so that a plain call could succeed.
+
+    Errors that pass through the user's code (hooks, signal handlers, stopping criteria) are the user's. Errors that we raise on
+    purpose pass, too, and failures of the machine. Ranks of a parallel model may not go separate ways.
+    """
+    if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)) or ranks_of(model) is not None:
+        return False
+    if is_the_users(error):
+        return False
+    if isinstance(error, RuntimeError) and _FAILED_THEMSELVES.search(str(error)):
+        return False
+    return not any(_is_the_users(frame, model) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _is_the_users(frame: FrameType, model: torch.nn.Module) -> bool:
+    """Whether code is neither ours nor the model's, and was not installed as a library."""
+    own = (*LIBRARIES, type(model).__module__.split(".")[0])
+    return is_users_code(str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename, own)
+
+
+def _may_keep_attention(layers: list[Any]) -> bool:
+    return not layers or keeps_attention(layers)
+
+
+def _takes_cache(model: torch.nn.Module) -> bool:
+    """Whether the model's forward can be given a cache.
+
+    A name that we do not know counts if the cache is for attention (a Mamba of older versions has one for its states alone).
+    Unnamed arguments count in a model that generates and is not transformers' own, since those name what they take.
+    """
+    forward = forward_of(model)
+    if name := cache_name(forward):
+        return name in CACHE_NAMES or _may_keep_attention(plain_layers(model))
+    from_elsewhere = not type(model).__module__.startswith("transformers.")
+    return takes_any(forward) and from_elsewhere and hasattr(model, "prepare_inputs_for_generation")
+
+
+def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, reason: str) -> str:
+    """Why the ranks of a tensor-parallel model cannot restore a prompt together; empty for a model alone.
+
+    Args:
+        model: of a kind that can be restored. If it is tensor-parallel, all ranks have to come here.
+        call: with the prompt.
+        chunk_size: tokens.
+        reason: why this rank by itself would not restore it.
+    """
+    ranks = ranks_of(model)
+    if ranks is None:
+        return ""
+    content = zlib.crc32(call.ids.cpu().contiguous().numpy().tobytes()) if call.tokens else 0
+    alike = ranks.all_alike([call.past, call.tokens, chunk_size, content, bool(reason)])
+    return "" if alike else "the ranks of the tensor-parallel model were not called alike"
+
+
+def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
+    """Why what a model turns out to keep, when it is run, cannot be restored now; empty if it can.
+
+    Args:
+        model: of a kind whose layers we know.
+        layers: of the cache.
+        tokens: of the prompt, with those in the cache.
+    """
+    like = kv_like(model)
+    if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
+        return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
+    if any(hasattr(getattr(layer, "keys", None), "device_mesh") for layer in like):
+        return "this model keeps KV as distributed tensors, which cannot be restored yet"
+    if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
+        return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
+    if not all(keeps_each_token_once(layer) for layer in like):
+        return "this model keeps another number of tokens than it is given"
+    if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):
+        return (
+            "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
+        )
+    if not any(keeps_tokens(layer) for layer in like):
+        return KEEPS_NO_ATTENTION
+    if looks_ahead(model):
+        return (
+            "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece"
+        )
+    if differs_beyond_window(model, tokens):
+        return "this model gives other results for a prompt longer than its window in pieces than in one"
+    is_unknown = is_old() or not type(model).__module__.startswith("transformers.")
+    if is_unknown and differs_in_pieces(model):
+        return "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece"
+    return ""
+
+
+def cut_image_reason(chunk: int) -> str:
+    """Why all from that chunk on is the last piece."""
+    return (
+        f"from chunk {chunk} on the prompt is computed in one piece, since an image lies across that chunk's end, and its "
+        "tokens see each other in both directions; another chunk_size may cut elsewhere"
+    )
+
+
+def batch_reason(layers: list[Any]) -> str:
+    """Why batches on these layers are computed plainly; empty if they can be restored."""
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not TokenMajorLayer})
+    return f"batches cannot be restored where a model keeps {', '.join(other)}" if other else ""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """All rope types in a config's rope parameters, nested per layer type or not."""
+    found: set[str] = set()
+
+    def search(value: Any) -> None:
+        if isinstance(value, dict):
+            found.update(str(value[name]) for name in ("rope_type", "type") if isinstance(value.get(name), str))
+            for inner in value.values():
+                search(inner)
+
+    search(getattr(config, "rope_parameters", None))
+    search(getattr(config, "rope_scaling", None))
+    return found

@@ -1,0 +1,1 @@
+"""Background threads between a store and memory: loaders, staging, the writer, deadlines."""

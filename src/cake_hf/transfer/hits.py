@@ -1,0 +1,176 @@
+"""How much of the prompts a store has saved computing, day by day: lines in a small file among the store's notes.
+
+Each prompt appends one line, in the background. Lines of a day are added up when the file has become large, which is also when
+days that are long over go. Counts that two processes write in the very moment of that may get lost; nothing depends on them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from cake_hf.limits import Limits
+from cake_hf.report import Report
+from cake_hf.stores.base import Store
+from cake_hf.stores.safe_paths import directory, make_directory, open_file, opened, replace_file
+from cake_hf.transfer.cost_notes import NOTE_SECONDS, Note, note_of, permission
+from cake_hf.transfer.deadline import Late, ask
+from cake_hf.util.forks import Lock
+
+logger = logging.getLogger("cake_hf")
+
+FILE = "hits.log"
+MAX_FILE_BYTES = 2**18
+DAYS_KEPT = 400
+
+_LINE = re.compile(r"(\d{4}-\d\d-\d\d)((?: \d{1,18}){6})")
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What prompts came to, together.
+
+    Attributes:
+        prompts: that were restored, or computed and saved, in chunks.
+        with_hits: those of them of which something was loaded.
+        tokens: of them.
+        tokens_loaded: those of them that came from the store.
+        chunks_loaded, bytes_loaded: the same in chunks, and in bytes.
+    """
+
+    prompts: int = 0
+    with_hits: int = 0
+    tokens: int = 0
+    tokens_loaded: int = 0
+    chunks_loaded: int = 0
+    bytes_loaded: int = 0
+
+    @classmethod
+    def of(cls, report: Report) -> Hits:
+        """One prompt's, or those of a batch."""
+        loaded = report.chunks_loaded
+        hits = min(report.batch, loaded + report.tails_loaded)
+        tokens = min(report.tokens, loaded * report.chunk_size + report.tail_tokens_loaded)
+        return cls(report.batch, hits, report.tokens, tokens, loaded, report.bytes_loaded)
+
+    def __add__(self, other: Hits) -> Hits:
+        return Hits(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
+
+def parsed(text: str) -> dict[str, Hits]:
+    """Day -> what its prompts came to, from the file's text, by date. Lines that make no sense are passed over."""
+    found: dict[str, Hits] = {}
+    for line in text.splitlines():
+        if match := _LINE.fullmatch(line):
+            found[match[1]] = found.get(match[1], Hits()) + Hits(*map(int, match[2].split()))
+    return dict(sorted(found.items()))
+
+
+def read_hits(folder: Path) -> dict[str, Hits]:
+    """What a store's notes say; nothing where there are none.
+
+    Args:
+        folder: of the notes.
+
+    Raises:
+        OSError: as it comes.
+    """
+    try:
+        return parsed(_text(folder / FILE))
+    except FileNotFoundError:
+        return {}
+
+
+class HitNote(Note):
+    """The file, to which is added what prompts came to."""
+
+    def _join(self, waiting: str | None, text: str) -> str:
+        return (waiting or "") + text
+
+    def _put(self, text: str) -> None:
+        try:
+            _append(self._file, text)
+        except OSError as error:
+            logger.debug("Hits are not counted in %s: %s", self._file, error)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a store's hits are counted, and whether they may be now."""
+
+    note: Note
+    may_write: Callable[[], bool]
+
+
+_places: weakref.WeakKeyDictionary[Store, _Place | None] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+def count_hits(store: Store, report: Report, limits: Limits, late: Late | None = None) -> None:
+    """Count a finished prompt beside its store, soon, if that has room for notes on this machine.
+
+    Args:
+        store: of the prompt's cache.
+        report: of the prompt.
+        limits: how long the store may take to say where its notes are (`lookup_timeout`).
+        late: questions to the place of the store that were not answered in time; while there are any, nothing is asked.
+    """
+    with _lock:
+        known, place = store in _places, _places.get(store)
+    if not known:
+        place = ask(partial(_place_of, store), min(NOTE_SECONDS, limits.lookup_timeout), "notes", late).value
+        with _lock:
+            place = _places.setdefault(store, place)
+    if place is not None and place.may_write():
+        place.note.exit_seconds = max(place.note.exit_seconds, limits.exit_flush_seconds)
+        place.note.write(_line(datetime.now(UTC).date().isoformat(), Hits.of(report)))
+
+
+def flush_hits(store: Store, seconds: float) -> bool:
+    """Wait until what was counted beside a store is written; False if it took longer."""
+    with _lock:
+        place = _places.get(store)
+    return place is None or place.note.flush(max(0.0, min(seconds, NOTE_SECONDS)))
+
+
+def _place_of(store: Store) -> _Place | None:
+    folder = store.notes_folder() if store.counts_hits else None
+    if not isinstance(folder, Path) or not folder.is_absolute():
+        return None
+    return _Place(note_of(folder / FILE, HitNote), permission(store))
+
+
+def _line(day: str, hits: Hits) -> str:
+    return f"{day} {' '.join(map(str, astuple(hits)))}\n"
+
+
+def _append(file: Path, text: str) -> None:
+    with directory(file.parent.parent) as root:
+        make_directory(file.parent.name, root)
+        with directory(file.parent.name, root) as folder:
+            descriptor, status = open_file(file.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, folder)
+            try:
+                if status.st_size + len(text) <= MAX_FILE_BYTES:
+                    os.write(descriptor, text.encode())
+                    return
+            finally:
+                os.close(descriptor)
+            days = parsed(_text(file) + text)
+            kept = list(days.items())[-DAYS_KEPT:]
+            replace_file(file.name, "".join(_line(day, hits) for day, hits in kept).encode(), folder)
+
+
+def _text(file: Path) -> str:
+    with (
+        directory(file.parent.parent) as root,
+        directory(file.parent.name, root) as folder,
+        opened(file.name, os.O_RDONLY, folder) as (descriptor, _),
+    ):
+        return os.pread(descriptor, 2 * MAX_FILE_BYTES, 0).decode(errors="replace")

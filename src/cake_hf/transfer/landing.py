@@ -1,0 +1,280 @@
+"""Where a loaded chunk lands: straight in the cache's buffers, or in host memory and from there in them.
+
+It lands piece by piece, in the layout's order. A chunk that may be contested lands *aside*: the main thread, which knows when
+it does not write there itself, brings it into the buffers. On a GPU, or on several devices, every chunk comes through host
+memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.transfer.copy_streams import CopyStreams
+from cake_hf.transfer.staging import SlotRing
+from cake_hf.util.forks import Lock
+
+
+class Landing(ABC):
+    """One chunk on its way.
+
+    Attributes:
+        parts: writable byte buffers, one for each piece that is wanted of the chunk: the first ones of the layout.
+        aside: whether the chunk waits in memory of its own until the main thread adopts it.
+    """
+
+    parts: list[memoryview]
+    aside: bool
+    _places: Sequence[Any]
+    _brought = 0
+
+    @abstractmethod
+    def commit(self, end: int) -> None:
+        """The first `end` parts hold checked pieces: unless aside, bring them into the buffers. For who filled them."""
+
+    def turn_aside(self) -> None:
+        """What was brought into the buffers will be overwritten there: from now on all of the chunk waits aside.
+
+        Only where nobody reads into the buffers. Main thread only, or who fills the parts.
+        """
+        raise NotImplementedError  # of a landing that reads right into the buffers: nothing can be done about it any more
+
+    def release(self) -> None:
+        """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
+
+    def adopt(self, end: int) -> None:
+        """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
+        places = self._places[self._brought : end]
+        if places:
+            self._bring(self._brought, places)
+        self._brought = max(self._brought, end)
+
+    def let_go(self) -> None:
+        """Nothing of it is wanted any more: what was not brought stays where it is, and the buffers are not held."""
+        self._places = ()
+
+    @abstractmethod
+    def _bring(self, first: int, places: Sequence[Any]) -> None:
+        """Bring the pieces from that number on into their places in the buffers."""
+
+
+class Place(ABC):
+    """Destination of the chunks of one restore.
+
+    Attributes:
+        is_read_into: reads that are not aside write to the buffers themselves, so that nothing can be done about one under way.
+
+    Args:
+        buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
+        layout: of a chunk.
+        slots: chunks that may be in host memory beside the KV.
+        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
+        extents: for each chunk the first of its tokens and the one behind its last; by default all are of the layout's size.
+    """
+
+    is_read_into: bool
+
+    def __init__(
+        self,
+        buffers: Sequence[torch.Tensor],
+        layout: ChunkLayout,
+        slots: int = 1,
+        windows: Mapping[int, int] | None = None,
+        extents: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self._layout = layout
+        self._windows = windows or {}
+        self._extents = extents
+        self._token_bytes = [size // layout.chunk_size for size in layout.sizes]
+        self._buffers = [buffer.view(torch.uint8).view(-1) for buffer in buffers]
+        pinned = any(buffer.device.type == "cuda" for buffer in buffers)
+        self._ring = SlotRing(layout.nbytes, slots, pinned=pinned)
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What a kind of place has to make once, from its buffers."""
+
+    def layout_of(self, index: int) -> ChunkLayout:
+        """The layout of chunk `index`, which may be a tail."""
+        start, end = self._extent(index)
+        tokens, layout = end - start, self._layout
+        return layout if tokens == layout.chunk_size else layout.of(tokens)
+
+    def _extent(self, index: int) -> tuple[int, int]:
+        size = self._layout.chunk_size
+        return (index * size, (index + 1) * size) if self._extents is None else self._extents[index]
+
+    def wanted(self, index: int) -> int:
+        """How many pieces of chunk `index` are wanted."""
+        return len(self._layout.pieces) if index in self._windows else self._layout.everywhere
+
+    def wanted_bytes(self, chunks: Iterable[int]) -> int:
+        """Bytes of the pieces of these chunks that are wanted."""
+        return sum(sum(self.layout_of(index).sizes[: self.wanted(index)]) for index in chunks)
+
+    def _spans(self, index: int) -> list[slice]:
+        """Where in their buffers, in bytes, the wanted pieces of chunk `index` go."""
+        start, end = self._extent(index)
+        starts = [start] * self._layout.everywhere
+        if index in self._windows:
+            starts += [self._windows[index]] * (len(self._layout.pieces) - self._layout.everywhere)
+        tokens = end - start
+        return [slice(at * size, (at + tokens) * size) for at, size in zip(starts, self._token_bytes, strict=False)]
+
+    @abstractmethod
+    def landing(self, index: int, *, aside: bool) -> Landing:
+        """Memory for chunk `index` to be read into. Called by the thread that reads."""
+
+    def let_go(self) -> None:
+        """Nobody wants anything here any more. The buffers are not held, also by who comes now: it lands nowhere."""
+        self._buffers = []
+        self._ring.let_go()
+
+    def catch_up(self) -> None:
+        """What the model's devices compute from now on sees all that was brought so far."""
+
+
+class HostPlace(Place):
+    """The layers' own buffers: reading a chunk is putting it into place, unless it must wait aside."""
+
+    is_read_into = True
+
+    def _prepare(self) -> None:
+        self._views = [byte_view(buffer) for buffer in self._buffers]
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._views = []
+
+    def landing(self, index: int, *, aside: bool) -> Landing:
+        places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
+        return HostLanding(places, self.layout_of(index), self._ring if aside else None)
+
+
+class HostLanding(Landing):
+    def __init__(self, places: list[memoryview], layout: ChunkLayout, ring: SlotRing | None) -> None:
+        self._places = places
+        self._ring = ring
+        self._slot = None if ring is None else ring.take()
+        self.aside = self._slot is not None
+        self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
+
+    def commit(self, end: int) -> None:
+        """Who filled the parts filled the buffers, or memory aside."""
+
+    def release(self) -> None:
+        if self._ring is not None and self._slot is not None:
+            self._ring.give_back(self._slot)
+
+    def _bring(self, first: int, places: Sequence[memoryview]) -> None:
+        for number, place in enumerate(places, first):
+            _copy_on_host(place, self.parts[number])
+
+
+class DevicePlace(Place):
+    """Through page-locked host memory, and from there on a copy stream of its own for each GPU, while these compute.
+
+    Events order copies and computing (see `CopyStreams`), and a slot is not filled again before the copies from it are done. A
+    read that comes back when its landing was let go has written to host memory only, which no one looks at any more. Where some
+    layers are in host memory, their pieces are copied by whoever brings the chunk.
+    """
+
+    is_read_into = False
+
+    def _prepare(self) -> None:
+        self._streams = CopyStreams(self._buffers)
+
+    def landing(self, index: int, *, aside: bool) -> Landing:
+        places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
+        return _DeviceLanding(places, self.layout_of(index), self._ring, self._streams, aside=aside)
+
+    def catch_up(self) -> None:
+        self._streams.catch_up()
+
+
+class _DeviceLanding(Landing):
+    def __init__(
+        self,
+        places: list[torch.Tensor],
+        layout: ChunkLayout,
+        ring: SlotRing,
+        streams: CopyStreams,
+        *,
+        aside: bool,
+    ) -> None:
+        self._places = places
+        self._ring = ring
+        self._streams = streams
+        self._slot = ring.take()
+        self._pieces = self._slot.memory[: layout.nbytes].split(layout.sizes)
+        self._copied_to: set[torch.device] = set()
+        self._bringing = Lock()  # so that nothing is being brought once it was let go
+        self.aside = aside
+        self.parts = split_payload(self._slot.memory, layout)[: len(places)]
+
+    def commit(self, end: int) -> None:
+        with self._bringing:
+            if not self.aside:
+                self.adopt(end)
+
+    def turn_aside(self) -> None:
+        with self._bringing:
+            if not self.aside:
+                self.aside, self._brought = True, 0
+
+    def let_go(self) -> None:
+        with self._bringing:
+            super().let_go()
+
+    def release(self) -> None:
+        self._slot.copied_by(self._streams.marks(self._copied_to))
+        self._ring.give_back(self._slot)
+
+    def _bring(self, first: int, places: Sequence[torch.Tensor]) -> None:
+        for device, numbered in groupby(enumerate(places, first), lambda one: one[1].device):
+            there = list(numbered)
+            if device.type == "cpu":
+                for number, place in there:
+                    _copy_on_host(byte_view(place), self.parts[number])
+            else:
+                self._copied_to.add(device)
+                self._streams.copy([place for _, place in there], [self._pieces[number] for number, _ in there])
+
+
+def _copy_on_host(target: memoryview, source: memoryview) -> None:
+    """By numpy: torch would call its whole thread team together for each of these small copies."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview]:
+    """The pieces of a flat host payload, which may be longer, as writable byte buffers."""
+    view, ends = byte_view(payload), np.cumsum(layout.sizes).tolist()
+    return [view[end - size : end] for end, size in zip(ends, layout.sizes, strict=True)]
+
+
+def place_for(
+    buffers: Sequence[torch.Tensor],
+    layout: ChunkLayout,
+    slots: int = 1,
+    windows: Mapping[int, int] | None = None,
+    extents: Sequence[tuple[int, int]] | None = None,
+) -> Place:
+    """The place that fits where the buffers are."""
+    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows, extents)
+
+
+def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:
+    """Whether a place for these buffers is all in host memory, so that chunks need not come through other memory."""
+    return all(buffer.device.type == "cpu" for buffer in buffers)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared and writable."""
+    return tensor.detach().view(torch.uint8).view(-1).numpy().data

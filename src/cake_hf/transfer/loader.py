@@ -1,0 +1,286 @@
+"""Loader threads: claim a chunk from the back, read it, check it, put it into place, again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cake_hf.chunks.aligned_memory import empty_aligned
+from cake_hf.chunks.codec import header_size
+from cake_hf.chunks.layout import ChunkLayout, LayerRange
+from cake_hf.errors import CorruptChunk
+from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.stores.base import Store, total_bytes
+from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.landing import Landing, Place, byte_view
+from cake_hf.transfer.single_flight import Flight, ReadSlot, Sharing
+from cake_hf.transfer.verification import Check
+from cake_hf.util.threads import refusal
+
+logger = logging.getLogger("cake_hf")
+
+Record = Callable[[str, int, float, float, str], None]
+
+SHARED = "shared"
+"""What a timeline calls a chunk that came from a prompt beside this one."""
+
+OVERTAKEN = "overtaken"
+"""What it calls a load that came when nobody waited for it any more. It still tells what loads take."""
+
+COMMIT_STEP = 2**23
+"""Bytes of a chunk that are brought on together. To a GPU each time is some Python, which the model's launches wait for."""
+
+
+@dataclass
+class LoadJob:
+    """What all loader threads of one restore share.
+
+    Attributes:
+        store: to read from.
+        keys: of the prompt's chunks, in order.
+        layout: of a chunk.
+        place: where chunks land.
+        frontier: the ledger.
+        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted, or was overtaken.
+        clock: monotonic seconds.
+        sharing: with the other restores of this process.
+        most_reads: how many reads may be under way, those of the other restores included.
+        patience: seconds to wait for a chunk that another restore loads or computes.
+        ranges: in how many ranges of layers a chunk is read whose layers are waited for.
+        aside: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
+        shared: chunks that came from another restore.
+        faults: of all loads.
+    """
+
+    store: Store
+    keys: Sequence[str]
+    layout: ChunkLayout
+    place: Place
+    frontier: Frontier
+    record: Record
+    clock: Callable[[], float]
+    sharing: Sharing = field(default_factory=Sharing)
+    most_reads: int = 2**31
+    patience: float = 10.0
+    ranges: int = 1
+    aside: dict[int, Landing] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
+    faults: FaultLog = field(default_factory=FaultLog)
+    _slots: dict[str, ReadSlot] = field(default_factory=dict)
+    _landings: dict[int, Landing] = field(default_factory=dict)
+    _over: bool = False
+    _detached: bool = False
+
+    def adopt_landed(self) -> None:
+        """Put the chunks into place that have arrived aside. Main thread only."""
+        for index in self.frontier.take_landed():
+            landing = self.aside.pop(index)
+            landing.adopt(len(landing.parts))
+            landing.release()
+
+    def adopt_layer(self, layer: int) -> None:
+        """Put that layer, and those before it, of all chunks into place that the main thread went beyond. Main thread only.
+
+        Where a load ends badly meanwhile, what it brought of this layer was good; its memory is not used again (see `_bring`).
+        """
+        for index in self.frontier.arriving(layer):
+            landing = self.aside.get(index)
+            if landing is not None:
+                landing.adopt(self.layout.ends[layer])
+        self.adopt_landed()
+
+    def turn_aside(self, index: int) -> None:
+        """What a load under way brings goes aside from now on, with what it brought before: see `Frontier`."""
+        landing = self._landings.get(index)
+        if landing is not None:  # else it has not begun, and asks when it does
+            landing.turn_aside()
+            self.aside[index] = landing
+
+    def detach(self) -> bool:
+        """Loads under way, which nobody waits for any more, bring nothing into the buffers from now on; False where they read
+        right into them. Main thread only, when all that has landed aside is in place."""
+        if self.place.is_read_into:
+            return False
+        self._detached = True
+        for landing in list(self._landings.values()):
+            landing.let_go()
+        return True
+
+    def let_go(self) -> None:
+        """The restore is over: loaders that wait end, and reads that hang do not count as under way any more.
+
+        Such a read keeps this job alive. So the job lets go of the cache, and of all memory but where that read lands.
+        """
+        self.frontier.end()
+        self.sharing.abandon(self)
+        self.sharing.wake()
+        for slot in list(self._slots.values()):
+            slot.leave()
+        self._over = True
+        for landing in list(self._landings.values()):
+            landing.let_go()
+        self.aside.clear()
+        self.place.let_go()
+
+    def lands(self, index: int) -> Landing:
+        """Where a loader brings a chunk. If the restore ends meanwhile, nowhere."""
+        landing = self._landings[index] = self.place.landing(index, aside=self.frontier.lands_aside(index))
+        if not self.place.is_read_into and self.frontier.lands_aside(index):
+            landing.turn_aside()
+        if landing.aside:
+            self.aside[index] = landing
+        if self._over or self._detached:
+            landing.let_go()
+            self.aside.clear()
+        return landing
+
+
+def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
+    """Start that many loader threads; they end by themselves when there is nothing more to claim.
+
+    A system that gives no more threads is no reason to fail: fewer of them, or none, only leave more to compute.
+    """
+    threads: list[threading.Thread] = []
+    for n in range(count):
+        thread = threading.Thread(target=run_loader, args=(job, f"load-{n}"), name=f"cake-load-{n}", daemon=True)
+        if (error := refusal(thread)) is not None:
+            logger.warning("Only %d of %d loader threads can be started. %s", len(threads), count, error)
+            break
+        threads.append(thread)
+    return threads
+
+
+def run_loader(job: LoadJob, actor: str) -> None:
+    """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
+    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))  # a tail's is not longer
+
+    def has_no_claims() -> bool:
+        return not job.frontier.has_claims()
+
+    while (slot := job.sharing.begin_read(job.most_reads, has_no_claims, job.patience)) is not None:
+        job._slots[actor] = slot
+        try:
+            index = job.frontier.claim()
+            if index is not None:
+                _bring(job, actor, index, header, slot)
+        finally:
+            slot.release()
+    hanging = job.sharing.hanging()
+    if hanging >= job.most_reads and job.frontier.has_claims():
+        job.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
+        job.frontier.close()
+
+
+def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadSlot) -> None:
+    start = job.clock()
+    landing: Landing | None = None
+    try:
+        landing = job.lands(index)
+        outcome = _load(job, index, landing, header, slot)
+    except CorruptChunk as error:
+        job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
+        outcome = Outcome.CORRUPT
+    except BaseException as error:
+        # Whatever a store's client raises, an interrupt or a panic of its own included: the prompt must not suffer from it.
+        job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
+        outcome = Outcome.ERROR
+    counts = job.frontier.settle(index, outcome)
+    job._landings.pop(index, None)
+    if counts:
+        job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
+    elif outcome is Outcome.LOADED and index not in job.shared and not job._over:
+        job.record(actor, index, start, job.clock(), OVERTAKEN)
+    if landing is None or (counts and landing.aside and outcome is Outcome.LOADED):
+        return
+    job.aside.pop(index, None)
+    if not landing.aside:
+        landing.release()
+    # Memory aside is left to the collector: the main thread may be taking a layer from it just now.
+
+
+def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
+    # Who brings only a part of a chunk flies by itself: those who follow a chunk's own flight may want all of it.
+    whole = len(landing.parts) == len(job.layout.pieces)
+    flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
+    with job.sharing.flight(flight, job, computes=False) as plan:
+        if plan.followed is not None:
+            slot.release()  # it is another one's read
+            return _copy(job, index, landing, plan.followed)
+        ranges = job.layout.ranges(job.ranges if job.frontier.comes_last(index) else 1)
+        if not _read(job, index, landing, header, ranges):
+            return Outcome.MISSED
+        plan.payload = lambda: _joined(landing.parts)
+        return Outcome.LOADED
+
+
+def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
+    """Read, check and commit a chunk, whole or range by range; False for a miss."""
+    layout = job.place.layout_of(index)
+    header = header[: header_size(layout)]
+    key, check = job.keys[index], Check(job.keys[index], layout, header, landing.parts)
+
+    def commit(end: int) -> None:
+        check.up_to(end)
+        landing.commit(end)
+
+    if len(landing.parts) < len(job.layout.pieces):
+        found = job.store.read_range(key, [header, *landing.parts], 0)
+        if found:
+            commit(len(landing.parts))
+        return found
+    if len(ranges) == 1:
+        brought = 0
+
+        def arrived(count: int) -> None:
+            nonlocal brought
+            count -= 1  # the header is the first of the parts
+            if not brought <= count <= len(landing.parts):
+                return  # no store says that; what is there is checked at the end
+            check.up_to(count)  # as soon as they are there
+            if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
+                landing.commit(count)
+                brought = count
+
+        found = job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
+        if found and brought < len(landing.parts):
+            arrived(1 + len(landing.parts))  # the store has not said so, or made nothing of what it was told
+        return found
+    offset = 0
+    for part in ranges:
+        pieces = landing.parts[part.start : part.end]
+        buffers = [header, *pieces] if offset == 0 else pieces
+        if not job.store.read_range(key, buffers, offset):
+            return False
+        commit(part.end)
+        job.frontier.landed(index, part.layers)
+        offset += sum(buffer.nbytes for buffer in buffers)
+    return True
+
+
+def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:
+    """Take over a chunk that another restore makes."""
+    if not flight.wait(job.patience):
+        return Outcome.LATE
+    if flight.payload is None:
+        return Outcome.ERROR
+    _fill(landing, flight.payload)
+    job.shared.add(index)
+    return Outcome.LOADED
+
+
+def _fill(landing: Landing, payload: torch.Tensor) -> None:
+    """Put a whole chunk, `[nbytes]` uint8 on the host, into a landing, and commit it."""
+    offset, source = 0, payload.numpy()
+    for part in landing.parts:
+        np.copyto(np.frombuffer(part, np.uint8), source[offset : offset + part.nbytes])
+        offset += part.nbytes
+    landing.commit(len(landing.parts))
+
+
+def _joined(parts: Sequence[memoryview]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.frombuffer(part, np.uint8) for part in parts]))

@@ -1,0 +1,97 @@
+"""Reads of single values beside the loaders: states at the end of a chunk, and what a chunk says about itself."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+from cake_hf.chunks.codec import ChunkFacts, check_header, header_size
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.stores.base import Store
+from cake_hf.transfer.landing import split_payload
+from cake_hf.transfer.single_flight import ReadSlot
+from cake_hf.transfer.verification import Check
+from cake_hf.util.threads import refusal
+
+logger = logging.getLogger("cake_hf")
+
+T = TypeVar("T")
+
+
+class ReadBeside(Generic[T]):
+    """A read in a thread of its own, which begins at once, if at all. Its faults are logged, and nothing is raised.
+
+    Args:
+        read: gives what was read, or None.
+        what: is read, for messages.
+        slot: beside the budget of reads; None where no read may begin.
+    """
+
+    def __init__(self, read: Callable[[], T | None], what: str, slot: ReadSlot | None) -> None:
+        self._read = read
+        self._what = what
+        self._slot = slot
+        self._result: T | None = None
+        self._told = False
+        self._thread = threading.Thread(target=self._run, name=f"cake-load-{what}", daemon=True)
+        if slot is None:
+            return
+        if (error := refusal(self._thread)) is not None:  # no reason to fail
+            slot.release()
+            logger.warning("A stored %s cannot be read: no more threads. %s", what, error)
+
+    def wait(self, seconds: float) -> T | None:
+        """What was read; None if it is missing, unusable, or not there within that time."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive() and not self._told:
+                self._told = True
+                logger.warning(
+                    "A stored %s did not come in time: given up after %g s (Limits.read_timeout).", self._what, seconds
+                )
+        return self._result
+
+    def leave(self) -> None:
+        """The result is not waited for any more."""
+        if self._slot is not None:
+            self._slot.leave()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._read()
+        except BaseException as error:  # whatever a store's client raises: the prompt must not suffer from it
+            logger.warning("A stored %s cannot be used. %s", self._what, error)
+        finally:
+            if self._slot is not None:
+                self._slot.release()
+
+
+def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor] | None:
+    """A stored state's pieces, flat and in their dtypes; None for a miss.
+
+    Raises:
+        Exception: it cannot be read, or is not as it was written.
+    """
+    payload = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
+    header = memoryview(bytearray(header_size(layout)))
+    parts = split_payload(payload, layout)
+    if store.read_into(key, [header, *parts]) is None:
+        return None
+    Check(key, layout, header, parts).up_to(len(parts))
+    return [
+        part.view(piece.dtype) for part, piece in zip(payload.split(list(layout.sizes)), layout.pieces, strict=True)
+    ]
+
+
+def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkFacts | None:
+    """What a stored chunk says about itself; None for a miss.
+
+    Raises:
+        Exception: it cannot be read, or is not as it was written.
+    """
+    header = store.head(key, header_size(layout))
+    return None if header is None else check_header(header, key, layout)

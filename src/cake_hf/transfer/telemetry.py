@@ -1,0 +1,175 @@
+"""Counters and histograms through the OpenTelemetry API, for who watches many processes.
+
+    cake_hf.chunks            counter, {chunk}   by cake_hf.outcome: loaded, computed, shared, missed, failed, saved, unsaved
+    cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
+    cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
+    cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
+
+Where `opentelemetry-api` is not installed nothing happens; where it is and nobody has set up an SDK, its instruments do
+nothing. Whatever goes wrong in here, no prompt suffers from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from cake_hf.report import Report
+from cake_hf.util.forks import Lock
+from cake_hf.util.interrupts import is_the_users
+
+logger = logging.getLogger("cake_hf")
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+"""Bounds of the histograms' buckets. The SDK's own are for milliseconds: all of ours would be in the first one."""
+
+
+class Counter(Protocol):
+    """What is used of an OpenTelemetry counter."""
+
+    def add(self, amount: int, attributes: Mapping[str, str]) -> None: ...
+
+
+class Histogram(Protocol):
+    """What is used of an OpenTelemetry histogram."""
+
+    def record(self, amount: float) -> None: ...
+
+
+class Meter(Protocol):
+    """What is used of an OpenTelemetry meter."""
+
+    def create_counter(self, name: str, unit: str = "", description: str = "") -> Counter: ...
+
+    def create_histogram(
+        self,
+        name: str,
+        unit: str = "",
+        description: str = "",
+        *,
+        explicit_bucket_boundaries_advisory: Sequence[float] | None = None,
+    ) -> Histogram: ...
+
+
+class Instruments:
+    """The four instruments, made by a meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._chunks = meter.create_counter("cake_hf.chunks", "{chunk}", "Chunks of prompts, by what became of them.")
+        self._bytes = meter.create_counter("cake_hf.bytes", "By", "KV that was loaded from and saved to stores.")
+        self._prefill = meter.create_histogram(
+            "cake_hf.prefill.duration",
+            "s",
+            "From a prompt's arrival to the logits of its last token.",
+            explicit_bucket_boundaries_advisory=SECONDS,
+        )
+        self._lookup = meter.create_histogram(
+            "cake_hf.lookup.duration",
+            "s",
+            "Asking a store which of a prompt's chunks it has.",
+            explicit_bucket_boundaries_advisory=SECONDS,
+        )
+
+    def prompt(self, report: Report) -> None:
+        """See `observe`."""
+        outcomes = {
+            "loaded": report.chunks_loaded,
+            "computed": report.chunks_computed,
+            "missed": report.chunks_missed,
+            "failed": report.chunks_failed,
+            "shared": report.chunks_shared,
+        }
+        for outcome, count in outcomes.items():
+            if count:
+                self._chunks.add(count, {"cake_hf.outcome": outcome})
+        if report.bytes_loaded:
+            self._bytes.add(report.bytes_loaded, {"cake_hf.direction": "loaded"})
+        self._prefill.record(report.prefill_seconds)
+
+    def lookup(self, seconds: float) -> None:
+        """See `observe_lookup`."""
+        self._lookup.record(seconds)
+
+    def save(self, durable: bool, nbytes: int) -> None:
+        """See `observe_save`."""
+        self._chunks.add(1, {"cake_hf.outcome": "saved" if durable else "unsaved"})
+        if durable:
+            self._bytes.add(nbytes, {"cake_hf.direction": "saved"})
+
+
+class _Watch:
+    """The instruments of this process, made when they are first needed."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._made = False
+        self._instruments: Instruments | None = None
+
+    def use(self, make_meter: Callable[[], Meter | None], *, again: bool) -> None:
+        """Make instruments by a meter (None: by none), for the first time or again."""
+        with self._lock:
+            if self._made and not again:
+                return
+            self._instruments = None
+            try:
+                meter = make_meter()
+                self._instruments = Instruments(meter) if meter is not None else None
+            except Exception as error:
+                if is_the_users(error):
+                    raise
+                logger.warning("Nothing is reported to OpenTelemetry (1.30 or newer is needed). %s", error)
+            self._made = True
+
+    def tell(self, what: Callable[[Instruments], None]) -> None:
+        """Record something, if anybody is watching."""
+        if not self._made:
+            self.use(_installed_meter, again=False)
+        instruments = self._instruments
+        if instruments is None:
+            return
+        try:
+            what(instruments)
+        except Exception as error:
+            if is_the_users(error):
+                raise
+            logger.debug("OpenTelemetry could not be told. %s", error)
+
+
+_watch = _Watch()
+
+
+def observe(report: Report) -> None:
+    """Count a finished prompt. What is saved of it comes later, by `observe_save`."""
+    _watch.tell(lambda instruments: instruments.prompt(report))
+
+
+def observe_lookup(seconds: float) -> None:
+    """Count one question to a store, whatever its answer was."""
+    _watch.tell(lambda instruments: instruments.lookup(seconds))
+
+
+def observe_save(durable: bool, nbytes: int) -> None:
+    """Count a chunk that was to be saved.
+
+    Args:
+        durable: whether it is in the store now.
+        nbytes: of its payload.
+    """
+    _watch.tell(lambda instruments: instruments.save(durable, nbytes))
+
+
+def use_meter(meter: Meter | None) -> None:
+    """Report to this meter instead of the global one; None reports nothing. For tests, and for who has several providers."""
+    _watch.use(lambda: meter, again=True)
+
+
+def _installed_meter() -> Meter | None:
+    """The global meter, or None where the package is not installed. By name, since types of it may or may not be there."""
+    try:
+        metrics = importlib.import_module("opentelemetry.metrics")
+    except ImportError:
+        return None
+    meter: Meter = metrics.get_meter("cake_hf")
+    return meter

@@ -1,0 +1,38 @@
+"""Checking a value from the store while it comes: is it the one asked for, and is it as it was written?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cake_hf.chunks.codec import ChunkFacts, check_header, check_pieces
+from cake_hf.chunks.layout import ChunkLayout
+
+
+class Check:
+    """Of one value: its header once, and each of its pieces once.
+
+    Args:
+        key: that was asked for.
+        layout: of the value.
+        header: where its header lands.
+        pieces: where its pieces land, in order; fewer than all if no more are wanted.
+    """
+
+    def __init__(self, key: str, layout: ChunkLayout, header: memoryview, pieces: Sequence[memoryview]) -> None:
+        self._key = key
+        self._layout = layout
+        self._header = header
+        self._pieces = pieces
+        self._facts: ChunkFacts | None = None
+        self._checked = 0
+
+    def up_to(self, end: int) -> None:
+        """The header and the first `end` pieces are there; to be called whenever there are more.
+
+        Raises:
+            CorruptChunk: they are not what was asked for, or not as they were written.
+        """
+        if self._facts is None:
+            self._facts = check_header(self._header, self._key, self._layout)
+        check_pieces(self._pieces[self._checked : end], self._facts, self._checked)
+        self._checked = end

@@ -1,0 +1,124 @@
+"""Write-behind: chunks wait in a queue bounded in bytes, and one background thread per place makes them durable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.errors import StoreError
+from cake_hf.stores.background_queue import WRITER, Share, Work, line_of
+from cake_hf.stores.base import Store, place_of
+from cake_hf.transfer.copy_streams import copy_out
+from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.landing import byte_view
+from cake_hf.transfer.staging import Slot
+
+logger = logging.getLogger("cake_hf")
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """One chunk on its way to the store.
+
+    Attributes:
+        facts: what the chunk says about itself; the checksums are filled in by the writer.
+        layout: of the chunk.
+        payload: its bytes, in memory that nobody else changes; from a GPU they may still be coming.
+        overwrite: the store has a chunk of this key that turned out to be unusable.
+        done: called with whether the chunk is durable now.
+    """
+
+    facts: ChunkFacts
+    layout: ChunkLayout
+    payload: Slot
+    overwrite: bool
+    done: Callable[[bool], None]
+
+
+class Writer:
+    """What one session has to save: its share of the line in front of a store.
+
+    All writers of a process for one place share a thread and a budget of bytes. An offer beyond that is refused at once;
+    nothing ever waits for room.
+
+    Args:
+        store: where chunks go.
+        capacity: bytes of payload that may be under way, those of other sessions included.
+        exit_flush_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
+        place: of the store, see `place_of`; asked of the store if it is not given.
+        faults: of all who write there; its own if it is not given.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        capacity: int,
+        exit_flush_seconds: float,
+        place: Hashable = None,
+        faults: FaultLog | None = None,
+    ) -> None:
+        self._store = store
+        line = partial(line_of, WRITER, place_of(store) if place is None else place)
+        self._share = Share(line, capacity, exit_flush_seconds)
+        self._faults = faults or FaultLog()
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a chunk of that size would be taken now; asked before the chunk is copied out."""
+        return self._share.has_room(nbytes)
+
+    def offer(self, job: SaveJob) -> bool:
+        """Queue a chunk; False, and nothing happens, where it does not fit, the writer is closed, or can have no thread."""
+        return self._share.offer(Work(job.facts.key, job.layout.nbytes, partial(self._bring, job)))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything offered here so far, and what is offered meanwhile, is durable; False on time-out, or where
+        there is none and one chunk takes longer than `exit_flush_seconds`."""
+        return self._share.flush(timeout)
+
+    def close(self) -> bool:
+        """Take nothing more, and wait for what is queued (with a bound); False on time-out."""
+        return self._share.close()
+
+    def retire(self) -> None:
+        """Take nothing more; what is queued is still written."""
+        self._share.retire()
+
+    def _bring(self, job: SaveJob) -> None:
+        durable = self._save(job)
+        try:
+            job.done(durable)
+        except Exception:
+            logger.exception("The saving of a chunk could not be reported.")
+
+    def _save(self, job: SaveJob) -> bool:
+        try:
+            job.payload.await_copy()
+            payload = byte_view(job.payload.memory)
+            facts = replace(job.facts, checksums=checksums(payload, job.layout))
+            self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
+        except BaseException as error:  # whatever a store's client raises: only the chunk must suffer from it
+            self.tell(error)
+            return False
+        return True
+
+    def tell(self, error: BaseException) -> None:
+        """Say why a chunk is not saved: one line for the first fault; a full disk would otherwise print one per chunk."""
+        advice = error if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+        self._faults.tell("saving", "Chunks are not being saved (generation goes on). %s", advice)
+
+
+def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> Slot:
+    """Copy a chunk's pieces, wherever they are, into host memory in payload order.
+
+    From a GPU they are on their way when this returns, see `copy_out`. Whoever reads the memory calls `await_copy` before.
+    """
+    slot = Slot(layout.nbytes, pinned=any(piece.device.type == "cuda" for piece in pieces))
+    parts = zip(pieces, slot.memory.split(layout.sizes), strict=True)
+    slot.copied_by(copy_out([part.view(piece.dtype).view(piece.shape) for piece, part in parts], pieces))
+    return slot

@@ -1,0 +1,1 @@
+"""Small helpers that know nothing of KV: locks that survive a fork, redaction, sizes, environment variables."""
