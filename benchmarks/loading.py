@@ -3,7 +3,8 @@
 The files were written a moment ago, so they come from the page cache for both. What a loader does beside reading: it claims,
 checks the header and the payload's checksum, and reports. Two kinds of memory are compared: fresh one, of which the kernel has
 to clear each page first, and one that was written to before. A cache's is fresh as a rule, so there is the goal. Each side
-takes fresh memory in its own way: the loaders as a cache does (see `chunks.aligned_memory`), the bare reads as the system gives it.
+takes fresh memory in its own way: the loaders as a cache does (see `chunks.aligned_memory`), the bare reads as the system
+gives it.
 With memory that was touched all that is left is the copying from the page cache, so it shows what a checksum beside that costs.
 
 On a GPU the place is the device's memory, and what cannot be beaten is the slower of the bare reads and one copy of as many

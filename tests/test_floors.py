@@ -82,6 +82,8 @@ NOT_IN_STORES = {"transformers", "typer", "rich", "matplotlib", "pytest", "hypot
 def floor_of(module: str) -> str:
     """The floor of a dotted module name. What lies beside the floors (the package's face, tools) is above all."""
     rooms = module.split(".")[1:]
+    if rooms and rooms[0] in WORDS:
+        return "words"
     return rooms[0] if rooms and rooms[0] in (*FLOORS, "testing") else "cli"
 
 

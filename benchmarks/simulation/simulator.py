@@ -390,7 +390,7 @@ class _GivenNear(Pace):
 
 
 class _Restore:
-    """One restore: the main thread's walk is `run`, loader threads are events. As in `restore/restore.py`, `transfer/loader.py`."""
+    """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `restore.py` and `loader.py`."""
 
     def __init__(self, setting: Setting, policy: Policy, costs: Costs, credit: float = 0.0) -> None:
         self._setting = setting
