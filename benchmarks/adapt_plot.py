@@ -147,7 +147,13 @@ def _draw_measured(panel: Axes, number: int, prompt: Plain, chunks: int) -> None
     for rows, values, colour, marker, label in (
         (prompt["computed"], [row[2] for row in prompt["computed"]], COMPUTE, "o", "a chunk computed"),
         (loaded, gaps, LOAD, "o", "a chunk loaded (since the one before)"),
-        (prompt["left"], [row[2] for row in prompt["left"]], LEFT, "x", "a forward that was left, until then"),
+        (
+            prompt["preempted"],
+            [row[2] for row in prompt["preempted"]],
+            LEFT,
+            "x",
+            "a forward that was left, until then",
+        ),
     ):
         seen = [(x, value) for x, value in zip(at(rows), values, strict=True) if value > 0]
         if seen:

@@ -61,7 +61,7 @@ class Prompted:
         A forward that was `left` had not computed its chunk; seconds are those until then. Loads that run at the same time
         share the line, so that one takes longer than `load_interval`; arrivals are that far apart.
         """
-        rows: dict[str, list[list[float]]] = {"computed": [], "left": [], "loaded": []}
+        rows: dict[str, list[list[float]]] = {"computed": [], "preempted": [], "loaded": []}
         for span in self.run.report.timeline:
             if span.chunk >= 0 and span.outcome in rows:
                 rows[span.outcome].append([span.chunk, round(span.start, 6), round(span.end - span.start, 6)])

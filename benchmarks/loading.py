@@ -32,7 +32,7 @@ from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.errors import CakeError
 from cake_hf.keys import chunk_keys
-from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.scheduling.frontier import Frontier, Outcome, Strategy
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore
@@ -188,7 +188,7 @@ def load(chunks: Chunks, count: int, buffers: Tensors) -> None:
         store=chunks.store,
         keys=chunks.keys,
         layout=chunks.layout,
-        place=place_for(buffers, chunks.layout, ASIDE_PER_THREAD * count),
+        place=place_for(buffers, chunks.layout, STAGED_PER_THREAD * count),
         frontier=frontier,
         record=lambda actor, chunk, start, end, outcome: None,
         clock=time.monotonic,
@@ -210,7 +210,7 @@ def read_bare(chunks: Chunks, count: int, buffers: Tensors) -> None:
     def work() -> None:
         header = memoryview(bytearray(size))
         for index in left:
-            read_file(files.path(chunks.keys[index]), [header, *place.landing(index, aside=False).parts])
+            read_file(files.path(chunks.keys[index]), [header, *place.landing(index, staged=False).parts])
 
     threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:

@@ -25,10 +25,10 @@ from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench, remove
 from cake_hf.errors import CakeError
-from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Report
 from cake_hf.restore.held import Held
-from cake_hf.restore.prompt import Prompt, Wanted, look_up
+from cake_hf.restore.prompt import Prompt, Wanted, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
@@ -107,7 +107,7 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
     wanted = Wanted.of(call, (), session.chunk_size, 1)
-    return look_up(session, call, wanted, Held(), Report(), time.monotonic(), session.namespace())
+    return open_prompt(session, call, wanted, Held(), Report(), time.monotonic(), session.namespace())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:
@@ -145,19 +145,19 @@ def decide_seconds(chunks: int, layers: int) -> float:
     begin = time.perf_counter()
     frontier = Frontier(
         [True] * chunks,
-        most_aside=ASIDE_PER_THREAD * threads,
+        most_staged=STAGED_PER_THREAD * threads,
         nearest=threads,
         last=threads,
         judge=Pace(ALWAYS_WORTH, chunks=chunks, threads=threads, layers=layers),
     )
-    while (chunk := frontier.advance(beyond_loads=True)) is not None:
+    while (chunk := frontier.advance(past_loads=True)) is not None:
         if frontier.has_claims() and (claimed := frontier.claim()) is not None:
-            frontier.lands_aside(claimed)
+            frontier.is_staged(claimed)
             frontier.comes_last(claimed)
             frontier.settle(claimed, Outcome.LOADED)
-        lost = any(frontier.lost(chunk) for _ in range(layers))
-        if not lost:
+        preempted = any(frontier.preempted(chunk) for _ in range(layers))
+        if not preempted:
             frontier.computed(chunk)
-        frontier.take_landed()
-        frontier.take_orphans()
+        frontier.take_staged()
+        frontier.take_abandoned()
     return time.perf_counter() - begin

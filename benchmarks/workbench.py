@@ -80,11 +80,11 @@ class Run:
         tail = next(span for span in self.report.timeline if span.chunk < 0)
         first = min(span.start for span in self.report.timeline)
         computing = sum(span.end - span.start for span in self.spans())
-        left = sum(span.end - span.start for span in self.report.timeline if span.outcome == "left")
+        left = sum(span.end - span.start for span in self.report.timeline if span.outcome == "preempted")
         return {
             "before": first,
             "computing": computing,
-            "left": left,
+            "preempted": left,
             "waiting": max(0.0, tail.start - first - computing - left),
             "suffix": tail.end - tail.start,
             "outside": self.seconds - tail.end,

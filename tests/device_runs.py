@@ -19,7 +19,7 @@ import family_runs
 import models
 import test_movers
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.numerics import numerics_facts
 from cake_hf.model.offload import devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
@@ -120,7 +120,7 @@ def case_the_two_sides_meet() -> None:
         with CakeCache(
             model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
         ) as used:
-            kv_like(model)
+            kv_template(model)
             with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), used)
             assert (used.report.chunks_computed, used.report.chunks_loaded) == (meeting, CHUNKS - meeting)
@@ -192,17 +192,17 @@ def case_a_place_on_two_devices() -> None:
         buffers = [buffer.to(device) for buffer, device in zip(test_movers.make_buffers(), where, strict=True)]
         place = place_for(buffers, test_movers.LAYOUT)
         assert isinstance(place, DevicePlace)
-        for index, aside in ((3, False), (1, True), (0, True)):
-            landing = place.landing(index, aside=aside)
+        for index, staged in ((3, False), (1, True), (0, True)):
+            landing = place.landing(index, staged=staged)
             test_movers.fill_parts(landing, index)
             landing.commit(2)
-            expected = b"" if aside else test_movers.payload_of(index)[: sum(test_movers.LAYOUT.sizes[:2])]
+            expected = b"" if staged else test_movers.payload_of(index)[: sum(test_movers.LAYOUT.sizes[:2])]
             assert test_movers.chunk_in(buffers, index).rstrip(b"\0").startswith(expected.rstrip(b"\0"))
             assert not any(test_movers.chunk_in(buffers, index)[len(expected) :])
             landing.commit(3)
-            assert aside == (test_movers.chunk_in(buffers, index) != test_movers.payload_of(index))
-            if aside:
-                landing.adopt(3)
+            assert staged == (test_movers.chunk_in(buffers, index) != test_movers.payload_of(index))
+            if staged:
+                landing.commit_parts(3)
             landing.release()
             place.catch_up()
             assert test_movers.chunk_in(buffers, index) == test_movers.payload_of(index)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.errors import UnsupportedModel
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import GateStore
 from families import exists, family_model
 from forwards import meeting_at
@@ -151,7 +151,7 @@ def examine_restored(family: str) -> None:
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
     ) as cache:
-        kv_like(model)  # runs the model once, which must not count
+        kv_template(model)  # runs the model once, which must not count
         states = len(list(store.keys())) - CHUNKS
         with meeting_at(model, gate, MEETING, CHUNKS - MEETING, states):
             check(family, generate(model, cache), "both")

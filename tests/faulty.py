@@ -64,8 +64,12 @@ class Faulty(WrapperStore):
     def check_writable(self) -> Any:
         return self.fault("check_writable") if self._goes_wrong("check_writable") else super().check_writable()
 
-    def objection(self, namespace: str, facts: Any) -> Any:
-        return self.fault("objection") if self._goes_wrong("objection") else super().objection(namespace, facts)
+    def mismatch_reason(self, namespace: str, facts: Any) -> Any:
+        return (
+            self.fault("mismatch_reason")
+            if self._goes_wrong("mismatch_reason")
+            else super().mismatch_reason(namespace, facts)
+        )
 
     def notes_folder(self) -> Any:
         return self.fault("notes_folder") if self._goes_wrong("notes_folder") else super().notes_folder()
@@ -93,7 +97,7 @@ METHODS = (
     "read_gradually",
     "write",
     "check_writable",
-    "objection",
+    "mismatch_reason",
     "notes_folder",
     "notes",
     "put_note",

@@ -241,7 +241,7 @@ def make_chunks(folder: Path) -> list[int]:
     """Whole chunk files, in chains of ten; gives their sizes."""
     import torch
 
-    from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+    from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
     from cake_hf.chunks.layout import ChunkLayout, Piece
 
     folder.mkdir()
@@ -252,7 +252,7 @@ def make_chunks(folder: Path) -> list[int]:
         draw = random.Random(number)
         parent, key = (key if number % 10 else "0" * 40), draw.randbytes(20).hex()
         payload = draw.randbytes(layout.nbytes)
-        facts = ChunkFacts(key, parent, number % 10, "0" * 40, "soak", checksums(payload, layout))
+        facts = ChunkMetadata(key, parent, number % 10, "0" * 40, "soak", checksums(payload, layout))
         value = encode_header(layout, facts) + payload
         (folder / key).write_bytes(value)
         sizes.append(len(value))

@@ -215,9 +215,9 @@ def test_rows_are_filled_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None
     copied: list[torch.Size] = []
     real = layers._room_for
 
-    def room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) -> torch.Tensor:
-        copied.extend([content.shape] * bool(content.numel() and not by_head))  # by head: for decoding, later
-        return real(content, capacity, by_head=by_head)
+    def room_for(content: torch.Tensor, capacity: int, *, head_major: bool = False) -> torch.Tensor:
+        copied.extend([content.shape] * bool(content.numel() and not head_major))  # by head: for decoding, later
+        return real(content, capacity, head_major=head_major)
 
     model, (store, cold) = shared_model("llama"), cold_run()
     monkeypatch.setattr(layers, "_room_for", room_for)

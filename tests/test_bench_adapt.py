@@ -94,7 +94,7 @@ def test_the_trace_has_every_prompt_and_every_chunk_of_it(outcome: dict[str, Any
     for prompt in [*trace, *changes]:
         done = {row[0] for rows in (prompt["computed"], prompt["loaded"]) for row in rows}
         assert done == set(range(CHUNKS)), prompt  # a chunk may be there twice: it was computed while it came
-        assert all(row[2] >= 0 for rows in ("computed", "left", "loaded") for row in prompt[rows])
+        assert all(row[2] >= 0 for rows in ("computed", "preempted", "loaded") for row in prompt[rows])
 
 
 def test_a_cache_begins_without_beliefs_or_with_those_of_the_note(outcome: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def group(shape: str, tokens: int, share: float, *, peers: bool = True) -> dict[
     ]
     spans = [
         ["compute", 0, 0.1, 0.5, "computed"],
-        ["compute", 1, 0.5, 0.6, "left"],
+        ["compute", 1, 0.5, 0.6, "preempted"],
         ["load-0", 2, 0.1, 0.3, "loaded"],
         ["load-0", 1, 0.3, 0.6, "corrupt"],
         ["compute", -1, 0.6, 0.9, "computed"],

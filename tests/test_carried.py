@@ -17,7 +17,7 @@ from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.chunks.codec import header_size, parse_header
 from cake_hf.keys import state_key
 from cake_hf.layers import IndexedLayer
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
 from cake_hf.restore import plan
 from cake_hf.scheduling.frontier import Frontier, Outcome
@@ -76,7 +76,7 @@ def test_every_meeting_point(family: str, meeting: int) -> None:
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
     ) as cache:
-        kv_like(model)  # runs the model once, which must not count
+        kv_template(model)  # runs the model once, which must not count
         states = len(keys_by_index(store, states=True))
         assert states == (family in RECURRENT)
         with meeting_at(model, gate, meeting, CHUNKS - meeting, states):
@@ -132,7 +132,9 @@ def test_a_forward_whose_chunk_arrives_is_left(family: str, chunk: int, monkeypa
         with arriving(model, gate, 1 + (family in RECURRENT), chunk, monkeypatch):
             check(family, generate(model, cache), f"left at {chunk}")
         report = cache.report
-    assert [span.outcome for span in report.timeline if span.chunk == chunk and span.actor == "compute"] == ["left"]
+    assert [span.outcome for span in report.timeline if span.chunk == chunk and span.actor == "compute"] == [
+        "preempted"
+    ]
     assert (report.chunks_computed, report.chunks_loaded) == (chunk, CHUNKS - chunk)
 
 
@@ -149,7 +151,7 @@ def test_a_load_fails_behind_a_forward_that_was_left(family: str, monkeypatch: p
         report = cache.report
         stalled.release()
         join_loaders()
-    assert next(span.outcome for span in report.timeline if span.chunk == 3 and span.actor == "compute") == "left"
+    assert next(span.outcome for span in report.timeline if span.chunk == 3 and span.actor == "compute") == "preempted"
     assert report.chunks_failed == 1
 
 

@@ -23,7 +23,7 @@ from cake_hf.chunks.codec import (
     FORMAT_VERSION,
     MAX_HEADER_BYTES,
     MAX_MODEL_NAME,
-    ChunkFacts,
+    ChunkMetadata,
     check_file,
     check_header,
     check_pieces,
@@ -54,8 +54,8 @@ def layouts(draw: st.DrawFn) -> ChunkLayout:
 
 
 @st.composite
-def all_facts(draw: st.DrawFn) -> ChunkFacts:
-    return ChunkFacts(
+def all_facts(draw: st.DrawFn) -> ChunkMetadata:
+    return ChunkMetadata(
         key=draw(hex_keys),
         parent=draw(hex_keys),
         index=draw(st.integers(0, 2**40)),
@@ -73,8 +73,8 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def facts_of(payload: bytes, model: str = "a model", layout: ChunkLayout | None = None) -> ChunkFacts:
-    return ChunkFacts(KEY, PARENT, 3, SPACE, model, checksums(payload, layout or LAYOUT))
+def facts_of(payload: bytes, model: str = "a model", layout: ChunkLayout | None = None) -> ChunkMetadata:
+    return ChunkMetadata(KEY, PARENT, 3, SPACE, model, checksums(payload, layout or LAYOUT))
 
 
 def take(raw: bytes, pieces: list[bytes], key: str, layout: ChunkLayout) -> None:
@@ -102,15 +102,15 @@ def file_with_header(header: object, payload: bytes = b"") -> bytes:
 
 
 @given(layouts(), all_facts())
-def test_a_header_comes_back_as_it_was(layout: ChunkLayout, facts: ChunkFacts) -> None:
+def test_a_header_comes_back_as_it_was(layout: ChunkLayout, facts: ChunkMetadata) -> None:
     read, table = parse_header(encode_header(layout, facts))
     assert table == layout.tensor_table
     assert read.model == facts.model[-MAX_MODEL_NAME:]
-    assert read == ChunkFacts(facts.key, facts.parent, facts.index, facts.namespace, read.model, facts.checksums)
+    assert read == ChunkMetadata(facts.key, facts.parent, facts.index, facts.namespace, read.model, facts.checksums)
 
 
 @given(layouts(), all_facts())
-def test_the_size_of_a_header_depends_on_the_layout_alone(layout: ChunkLayout, facts: ChunkFacts) -> None:
+def test_the_size_of_a_header_depends_on_the_layout_alone(layout: ChunkLayout, facts: ChunkMetadata) -> None:
     header = encode_header(layout, facts)
     assert len(header) == header_size(layout)
     assert len(header) % ALIGNMENT == 0
@@ -122,7 +122,7 @@ def test_no_model_name_bursts_the_header(name: str) -> None:
     for layers in range(1, 200, 7):
         layout = ChunkLayout(16, tuple(Piece(f"layers.{n}.keys", 1, 1, torch.float32) for n in range(layers)))
         payload = bytes(layout.nbytes)
-        header = encode_header(layout, ChunkFacts(KEY, PARENT, 2**40, SPACE, name, checksums(payload, layout)))
+        header = encode_header(layout, ChunkMetadata(KEY, PARENT, 2**40, SPACE, name, checksums(payload, layout)))
         assert len(header) == header_size(layout)
         check_file(header + payload, KEY)
         assert len(load(header + payload)) == layers
@@ -492,7 +492,7 @@ NAMES = st.text(string.printable, max_size=MAX_MODEL_NAME) | st.text(max_size=MA
 
 @given(layouts(), all_facts(), NAMES)
 def test_what_is_recognised_at_sight_is_what_would_be_parsed(
-    layout: ChunkLayout, facts: ChunkFacts, model: str
+    layout: ChunkLayout, facts: ChunkMetadata, model: str
 ) -> None:
     header = encode_header(layout, replace(facts, model=model))
     parsed, usual = parse_header(header), codec._usual_header(header, layout)

@@ -13,7 +13,7 @@ import pytest
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.restore import hook
 from cake_hf.stores.base import Part
-from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.finalizer_lock import FinalizerLock
 from families import family_model, here
 from family_runs import generate
 from models import CHUNK, CHUNKS, build, prompt, run, shared_model
@@ -47,7 +47,7 @@ def test_a_cache_that_is_dropped_is_gone_at_once(family: str, strategy: str, no_
 
 
 def test_a_call_from_within_is_made_when_the_lock_is_given_back() -> None:
-    turns, made = Turns(), []
+    turns, made = FinalizerLock(), []
     with turns:
         turns.soon(lambda: made.append("later"))
         made.append("first")
@@ -57,7 +57,7 @@ def test_a_call_from_within_is_made_when_the_lock_is_given_back() -> None:
 
 
 def test_a_call_from_another_thread_does_not_wait_and_is_not_lost() -> None:
-    turns, made = Turns(), []
+    turns, made = FinalizerLock(), []
     with turns:
         await_answer(lambda: turns.soon(lambda: made.append("left")))
         assert made == []
@@ -65,7 +65,7 @@ def test_a_call_from_another_thread_does_not_wait_and_is_not_lost() -> None:
 
 
 def test_a_call_that_fails_gives_the_lock_back() -> None:
-    turns = Turns()
+    turns = FinalizerLock()
     with pytest.raises(ZeroDivisionError):
         turns.soon(lambda: 1 / 0)
     with turns:

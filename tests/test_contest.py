@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore.pacing import RestorePace
 from cake_hf.scheduling import planner
 from cake_hf.scheduling.frontier import Frontier, Outcome, State
@@ -34,19 +34,19 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
     ) as cache:
-        kv_like(model)
+        kv_template(model)
 
         def arrive(forward: int) -> None:
             if forward == contested + 1:
                 gate.open()
-                await_true(cache._work.lost)
+                await_true(cache._work.preempted)
 
         with before_forward(attentions(model)[layer], arrive):
             outcome = run(model, prompt(), cache)
         report = cache.report
     assert difference(outcome, expected(family, dtype)) == ""
     assert (report.chunks_computed, report.chunks_loaded) == (contested, CHUNKS - contested)
-    assert [span.chunk for span in report.timeline if span.outcome == "left"] == [contested]
+    assert [span.chunk for span in report.timeline if span.outcome == "preempted"] == [contested]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -113,16 +113,16 @@ def test_conservation_under_any_interleaving(
     """
     waits = late = tries = left_the_place = False
 
-    def turn_aside(index: int) -> None:
+    def restage(index: int) -> None:
         assert index in loading
         in_place.remove(index)
 
     frontier = Frontier(
         present,
         judge=Told(near, lambda _: not waits, lambda _: late, lambda _: tries),
-        overtakes_in_place=not turns,
+        supersedes_in_place=not turns,
         clock=standing_clock,
-        turn_aside=turn_aside if turns else None,
+        restage=restage if turns else None,
     )
     loading: list[int] = []
     computing: int | None = None
@@ -147,7 +147,7 @@ def test_conservation_under_any_interleaving(
                 assert present[index]
                 assert index not in loading
                 assert index not in done
-                if not frontier.lands_aside(index):
+                if not frontier.is_staged(index):
                     in_place.add(index)
                     assert index != computing
                 assert not turns or (index in in_place) == (index != computing)
@@ -162,14 +162,14 @@ def test_conservation_under_any_interleaving(
         elif move == "advance" and computing is None and not met and _will_not_block():
             computing = frontier.advance()
             met = computing is None
-            if frontier.take_orphans():
+            if frontier.take_abandoned():
                 assert not turns
                 assert computing in in_place
                 assert late
                 left_the_place = True
             assert computing is None or left_the_place or not (computing in in_place and computing in loading)
         elif move == "computed" and computing is not None:
-            if frontier.lost(computing):
+            if frontier.preempted(computing):
                 assert done[computing] == "loaded"
             else:
                 frontier.computed(computing)
@@ -197,20 +197,20 @@ def test_conservation_under_any_interleaving(
     counts = frontier.counts()
     assert counts[State.COMPUTED] + counts[State.LOADED] == len(present)
     assert counts[State.LOADED] == sum(outcome is Outcome.LOADED for outcome in frontier.outcomes().values())
-    landed = frontier.take_landed()
+    landed = frontier.take_staged()
     assert all(done[index] == "loaded" and index not in in_place for index in landed)
     assert set(landed) == {index for index, how in done.items() if how == "loaded"} - in_place
     assert frontier.left_behind() or not left_the_place
-    assert frontier.take_landed() == []
+    assert frontier.take_staged() == []
 
 
 def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
     frontier = Frontier([True], judge=Told(1))
     assert frontier.advance() == 0
     assert frontier.claim() == 0
-    assert frontier.lands_aside(0)
+    assert frontier.is_staged(0)
     assert frontier.settle(0, Outcome.CORRUPT)
-    assert not frontier.lost(0)
+    assert not frontier.preempted(0)
     assert frontier.claim() is None  # once is enough
     frontier.computed(0)
     assert frontier.advance() is None
@@ -219,20 +219,20 @@ def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
 def test_loads_go_into_place_while_the_main_thread_would_rather_wait() -> None:
     """They are not copied once more then. Whether they can be overtaken there is decided by whoever knows the memory."""
     for overtakes in (True, False):
-        frontier = Frontier([True] * 3, judge=Told(3, no), overtakes_in_place=overtakes)
+        frontier = Frontier([True] * 3, judge=Told(3, no), supersedes_in_place=overtakes)
         assert frontier.claim() == 2
-        assert frontier.lands_aside(2) == (not overtakes)
+        assert frontier.is_staged(2) == (not overtakes)
 
 
 def test_between_two_steps_loads_near_the_front_go_aside() -> None:
     """The main thread is not done with computing; it is only not at it."""
     told = Told(4)
-    frontier = Frontier([True] * 4, judge=told, overtakes_in_place=True)
+    frontier = Frontier([True] * 4, judge=told, supersedes_in_place=True)
     assert frontier.advance() == 0
     frontier.computed(0)
     told.is_worth = no  # of chunk 0, which is there
     assert frontier.claim() == 3
-    assert frontier.lands_aside(3)
+    assert frontier.is_staged(3)
 
 
 @pytest.mark.parametrize("few", [CHUNKS, CHUNKS + 1])
@@ -241,22 +241,22 @@ def test_only_what_is_short_is_loaded_in_place_to_be_overtaken_there(few: int, m
     model = shared_model("llama")
     monkeypatch.setattr(planner, "FEW_CHUNKS", few)
     tell(monkeypatch, worth=no)
-    lands_aside, aside = Frontier.lands_aside, []
-    monkeypatch.setattr(Frontier, "lands_aside", lambda *args: (aside.append(lands_aside(*args)), aside[-1])[1])
+    is_staged, staged = Frontier.is_staged, []
+    monkeypatch.setattr(Frontier, "is_staged", lambda *args: (staged.append(is_staged(*args)), staged[-1])[1])
     with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
         assert difference(run(model, prompt(), cache), expected()) == ""
         assert cache.report.chunks_loaded == CHUNKS
-    assert any(aside) == (few == CHUNKS)
+    assert any(staged) == (few == CHUNKS)
 
 
 def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
     late = False
-    frontier = Frontier([True] * 4, judge=Told(4, no, lambda _: late), overtakes_in_place=True, clock=standing_clock)
+    frontier = Frontier([True] * 4, judge=Told(4, no, lambda _: late), supersedes_in_place=True, clock=standing_clock)
     assert [frontier.claim() for _ in range(4)] == [3, 2, 1, 0]
     assert frontier.settle(3, Outcome.LOADED)
     late = True
     assert frontier.advance() == 0
-    assert frontier.take_orphans()
+    assert frontier.take_abandoned()
     assert frontier.claim() is None
     assert not frontier.settle(2, Outcome.LOADED)  # it came to where the layers were before
     for expected_next in (1, 2):
@@ -269,25 +269,25 @@ def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
 
 def test_a_late_load_in_place_is_turned_aside_and_may_still_win() -> None:
     late, turned = False, list[int]()
-    frontier = Frontier([True] * 4, judge=Told(4, lambda _: late), turn_aside=turned.append, clock=standing_clock)
+    frontier = Frontier([True] * 4, judge=Told(4, lambda _: late), restage=turned.append, clock=standing_clock)
     assert [frontier.claim() for _ in range(3)] == [3, 2, 1]
     assert frontier.claim() == 0
-    assert not any(frontier.lands_aside(index) for index in range(4))
+    assert not any(frontier.is_staged(index) for index in range(4))
     late = True
     assert frontier.advance() == 0
     assert turned == [0]
-    assert frontier.lands_aside(0)
-    assert not frontier.take_orphans()
+    assert frontier.is_staged(0)
+    assert not frontier.take_abandoned()
     assert frontier.settle(0, Outcome.LOADED)
-    assert frontier.lost(0)
-    assert frontier.take_landed() == []  # the forward on it has not been left yet
+    assert frontier.preempted(0)
+    assert frontier.take_staged() == []  # the forward on it has not been left yet
     assert frontier.advance() == 1
-    assert frontier.take_landed() == [0]
+    assert frontier.take_staged() == [0]
     frontier.computed(1)
     assert not frontier.settle(1, Outcome.LOADED)  # it was overtaken
     assert frontier.settle(2, Outcome.LOADED)  # as if nothing had been late
     assert frontier.settle(3, Outcome.LOADED)
-    assert frontier.take_landed() == []
+    assert frontier.take_staged() == []
     assert frontier.advance() is None
 
 
@@ -354,7 +354,9 @@ def test_a_trial_is_left_after_a_layer_or_goes_on(
     assert tried[0] == 0
     assert shares == ([1 / LAYERS, 1.0] if turns_out else [1 / LAYERS, 1 / LAYERS])
     assert (report.chunks_computed, report.chunks_loaded) == (int(turns_out), CHUNKS - turns_out)
-    assert next(span.outcome for span in report.timeline if span.chunk == 0) == ("computed" if turns_out else "left")
+    assert next(span.outcome for span in report.timeline if span.chunk == 0) == (
+        "computed" if turns_out else "preempted"
+    )
 
 
 def test_what_a_trial_gives_back_is_loaded_or_computed_as_before() -> None:

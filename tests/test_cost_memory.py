@@ -79,7 +79,7 @@ def test_a_store_without_a_folder_remembers_as_long_as_it_lives() -> None:
 
 
 def test_overtaken_loads_are_learnt_from_where_there_are_no_others() -> None:
-    overtaken = Span("load-1", 0, 0.0, 90.0, "overtaken")
+    overtaken = Span("load-1", 0, 0.0, 90.0, "superseded")
     memory = CostMemory(None)
     memory.learn(saw(), [*LOADED, overtaken], 100)
     load = memory.costs(100).load

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, check_file, checksums, encode_header
+from cake_hf.chunks.codec import ChunkMetadata, check_file, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
@@ -94,7 +94,7 @@ def make_chunks(folder: Path, count: int, tokens: int) -> list[str]:
     folder.mkdir()
     for number, key in enumerate(keys):
         payload = random.Random(number).randbytes(layout.nbytes)
-        facts = ChunkFacts(key, "0" * 40, number, "0" * 40, "a model", checksums(payload, layout))
+        facts = ChunkMetadata(key, "0" * 40, number, "0" * 40, "a model", checksums(payload, layout))
         (folder / key).write_bytes(encode_header(layout, facts) + payload)
     return keys
 

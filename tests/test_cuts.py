@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import cake_hf
 import models
 from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
-from cake_hf.blocks import blocks, last_piece
+from cake_hf.blocks import blocks, suffix_start
 from cake_hf.chunks.codec import check_file, parse_header
 from cake_hf.keys import block_keys, chunk_keys, namespace_digest
 from cake_hf.testing import FaultStore
@@ -197,7 +197,7 @@ def test_blocks_follow_each_other(start: int, tokens: int, cuts: list[int], size
     assert all(block.tokens <= size for block in found)
     ends = {end for block in found for _, end in block.forwards}
     assert {cut for cut in cuts if start < cut < start + tokens} <= ends
-    assert last_piece(start, start + tokens, cuts, size, 0) in ends | {start}
+    assert suffix_start(start, start + tokens, cuts, size, 0) in ends | {start}
 
 
 @drawn(cuts=CUTS, tokens=st.integers(32, 70))

@@ -15,7 +15,7 @@ import pytest
 from cake_hf import CakeCache, LocalStore, StoreError, open_store
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.model.kv_layout import chunk_layout, kv_like
+from cake_hf.model.kv_layout import chunk_layout, kv_template
 from cake_hf.stores.default_budget import USUAL, FreeShare
 from cake_hf.testing.contract import key_of, value_of
 from commands import flat, run_command
@@ -195,7 +195,7 @@ def test_a_directory_that_is_opened_in_code_keeps_to_it_too(
 
 
 def session_layout() -> ChunkLayout:
-    return chunk_layout(kv_like(shared_model("llama")), CHUNK)
+    return chunk_layout(kv_template(shared_model("llama")), CHUNK)
 
 
 @pytest.mark.fault(

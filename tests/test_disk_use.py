@@ -14,8 +14,8 @@ import transformers as hf
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.chunks.codec import header_size, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.limits import ASIDE_PER_THREAD, Limits
-from cake_hf.model.kv_layout import kv_like, state_layout
+from cake_hf.limits import STAGED_PER_THREAD, Limits
+from cake_hf.model.kv_layout import kv_template, state_layout
 from families import family_model, here
 from models import CHUNK, CHUNKS, prompt
 from old_versions import OLD
@@ -129,7 +129,7 @@ def test_a_snapshot_is_as_large_as_the_page_says() -> None:
         return layers * (state + columns * config.linear_conv_kernel_dim * number_bytes)
 
     tiny: Any = family_model("qwen3_next")
-    assert state_layout(kv_like(tiny)).nbytes == snapshot_bytes(tiny.config, 2, 4)
+    assert state_layout(kv_template(tiny)).nbytes == snapshot_bytes(tiny.config, 2, 4)
     config: Any = hf.Qwen3NextConfig()
     size = snapshot_bytes(config, config.layer_types.count("linear_attention"), 2)
     assert f"states takes {size / MIB:.1f} MiB more" in PAGE
@@ -147,7 +147,7 @@ def test_other_pages_agree() -> None:
     assert f"{chunk / MIB:.0f} MiB" == "64 MiB"
     gpu, help_page = ((DOCS / name).read_text() for name in ("gpu.md", "does-it-help.md"))
     threads = Limits().loader_threads
-    assert f"{ASIDE_PER_THREAD} {TIMES} `Limits.loader_threads` {TIMES} the bytes of a chunk" in gpu
+    assert f"{STAGED_PER_THREAD} {TIMES} `Limits.loader_threads` {TIMES} the bytes of a chunk" in gpu
     assert f"of 512 tokens has {chunk / MIB:.0f} MiB" in gpu
-    assert f"take up to {ASIDE_PER_THREAD * threads * chunk / MIB:.0f} MiB" in gpu
+    assert f"take up to {STAGED_PER_THREAD * threads * chunk / MIB:.0f} MiB" in gpu
     assert f"{1e3 * chunk / (10**9 / 8):.0f} ms" in re.sub(r"\s+", " ", help_page)

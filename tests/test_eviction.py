@@ -22,13 +22,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
 from cake_hf.stores import byte_budget as room
 from cake_hf.stores.byte_count import Account
-from cake_hf.stores.eviction import EVICTIONS, Entry, FrontFirst, Place, front_first, least_recently_used, order_named
+from cake_hf.stores.eviction import (
+    EVICTIONS,
+    ChunkPosition,
+    Entry,
+    FrontFirst,
+    front_first,
+    least_recently_used,
+    order_named,
+)
 from cake_hf.stores.folder import ShardListing
 from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing import StoreContract, check_against_dict
@@ -65,16 +73,16 @@ def test_a_store_with_room_behaves_like_a_dict(tmp_path: Path, eviction: str) ->
 # Who goes first.
 
 
-def chain(name: str, uses: Sequence[float], first: int = 0, parent: str = "") -> dict[Entry, Place]:
+def chain(name: str, uses: Sequence[float], first: int = 0, parent: str = "") -> dict[Entry, ChunkPosition]:
     """A prompt's chunks "a0", "a1", ... with when each was used."""
     chunks = {}
     for index, used in enumerate(uses, start=first):
-        chunks[Entry(f"{name}{index}", 1, used)] = Place(index, parent)
+        chunks[Entry(f"{name}{index}", 1, used)] = ChunkPosition(index, parent)
         parent = f"{name}{index}"
     return chunks
 
 
-def in_order(chunks: dict[Entry, Place], seed: int = 0) -> list[str]:
+def in_order(chunks: dict[Entry, ChunkPosition], seed: int = 0) -> list[str]:
     entries = random.Random(seed).sample(sorted(chunks, key=str), len(chunks))
     return [entry.key for entry in front_first(entries, {entry.key: place for entry, place in chunks.items()})]
 
@@ -120,7 +128,7 @@ def test_chunks_without_a_place_go_by_their_use() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), max_size=6), st.integers(0, 99))
 def test_front_first_on_prompts_that_share_nothing(prompts: list[list[int]], seed: int) -> None:
-    chunks: dict[Entry, Place] = {}
+    chunks: dict[Entry, ChunkPosition] = {}
     for number, uses in enumerate(prompts):
         chunks |= chain(f"{number}-", uses)
     order = in_order(chunks, seed)
@@ -131,10 +139,14 @@ def test_front_first_on_prompts_that_share_nothing(prompts: list[list[int]], see
 @given(
     st.dictionaries(
         st.sampled_from("abcdefgh"),
-        st.tuples(st.integers(0, 9), st.none() | st.builds(Place, st.integers(0, 4), st.sampled_from("abcdefghz"))),
+        st.tuples(
+            st.integers(0, 9), st.none() | st.builds(ChunkPosition, st.integers(0, 4), st.sampled_from("abcdefghz"))
+        ),
     )
 )
-def test_front_first_leaves_nobody_out_whatever_headers_say(chunks: dict[str, tuple[int, Place | None]]) -> None:
+def test_front_first_leaves_nobody_out_whatever_headers_say(
+    chunks: dict[str, tuple[int, ChunkPosition | None]],
+) -> None:
     entries = [Entry(key, 1, used) for key, (used, _) in chunks.items()]
     places = {key: place for key, (_, place) in chunks.items() if place}
     order = front_first(entries, places)
@@ -142,16 +154,16 @@ def test_front_first_leaves_nobody_out_whatever_headers_say(chunks: dict[str, tu
     position = {entry.key: number for number, entry in enumerate(order)}
     for one, other in pairwise(order):
         place = places.get(other.key)
-        if place and place.parent == one.key and places.get(one.key, Place(-2, "")).index == place.index - 1:
+        if place and place.parent == one.key and places.get(one.key, ChunkPosition(-2, "")).index == place.index - 1:
             assert position[one.key] < position[other.key]
 
 
 def test_the_place_of_a_chunk_is_asked_for_once() -> None:
     asked: list[str] = []
 
-    def place_of(key: str) -> Place:
+    def place_of(key: str) -> ChunkPosition:
         asked.append(key)
-        return Place(0, "")
+        return ChunkPosition(0, "")
 
     order = FrontFirst(place_of)
     entries = [Entry("a", 1, 1), Entry("b", 1, 2)]
@@ -177,7 +189,7 @@ def chunk(number: int, index: int, parent: str, model: str = "a model") -> bytes
     """A whole chunk, as the library writes it."""
     payload = value_of(number, LAYOUT.nbytes)
     return (
-        encode_header(LAYOUT, ChunkFacts(key_of(number), parent, index, "0" * 40, model, checksums(payload, LAYOUT)))
+        encode_header(LAYOUT, ChunkMetadata(key_of(number), parent, index, "0" * 40, model, checksums(payload, LAYOUT)))
         + payload
     )
 
@@ -188,7 +200,7 @@ CHUNK_BYTES = len(chunk(0, 0, ""))
 @pytest.mark.parametrize("model", ["", '"index":"7"', '","index":"7","parent":"', "模型" * 64])
 def test_a_place_is_what_the_codec_wrote(model: str) -> None:
     """The two know of each other only here."""
-    assert place_in(chunk(1, 23, "ab" * 20, model)[:START_BYTES]) == Place(23, "ab" * 20)
+    assert place_in(chunk(1, 23, "ab" * 20, model)[:START_BYTES]) == ChunkPosition(23, "ab" * 20)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError, reads_only
 from cake_hf.layers import TokenMajorLayer
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import FaultStore, WrapperStore
 from hanging import no_waiting_for, no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
@@ -216,7 +216,7 @@ class OddStore(MemoryStore):
     def contains(self, keys: Sequence[str]) -> Any:
         return self.answer(super().contains(keys))
 
-    def objection(self, namespace: str, facts: object) -> str:
+    def mismatch_reason(self, namespace: str, facts: object) -> str:
         raise KeyError(namespace)
 
 
@@ -252,7 +252,7 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
             raise MemoryError("simulated")
 
     with CakeCache(model, store, chunk_size=CHUNK, strategy="compute") as cache:
-        kv_like(model)
+        kv_template(model)
         handle = model.register_forward_pre_hook(reads_only(fail), with_kwargs=True)
         with pytest.raises(MemoryError):
             run(model, prompt(), cache)

@@ -18,11 +18,11 @@ from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.pace import Pace
 from cake_hf.stores import LocalStore
 from cake_hf.stores.background_queue import Line, Share, Work
-from cake_hf.stores.health import Standing
+from cake_hf.stores.health import TierHealth
 from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.single_flight import Sharing, sharing_of
-from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.finalizer_lock import FinalizerLock
 from cake_hf.util.forks import Lock, renewed_in_child
 from cake_hf.util.lazy import cached_property
 from faulty import Faulty, hanging
@@ -120,12 +120,12 @@ def held(lock: Any) -> Callable[[Callable[[], int]], int]:
 
 def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     """By name: a lock that another thread holds, and what needs it in the child."""
-    memory, turns, standing = MemoryStore(), Turns(), Standing("store", lambda: 0.0)
+    memory, turns, standing = MemoryStore(), FinalizerLock(), TierHealth("store", lambda: 0.0)
     sharing, line, note = Sharing(), Line("cake-writer"), note_of(path / "note")
     share = Share(lambda: line, 10, PATIENCE)
     costs = recall_costs(LocalStore(path), "ns", "cpu")
 
-    def take(turns: Turns) -> None:
+    def take(turns: FinalizerLock) -> None:
         with turns:
             pass
 

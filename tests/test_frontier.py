@@ -60,7 +60,7 @@ class FrontierMachine(RuleBasedStateMachine):
         self.claimed_at: dict[int, float] = {}
         self.progress = 0.0
         self.open = True
-        self.orphans = False
+        self.abandoned = False
         self.given_up: set[int] = set()
 
     def indices(self, *wanted: State) -> list[int]:
@@ -88,7 +88,7 @@ class FrontierMachine(RuleBasedStateMachine):
         for index in self.indices(State.LOADING):
             self.states[index], self.outcomes[index] = State.FAILED, Outcome.LATE
             self.given_up.add(index)
-            self.orphans = True
+            self.abandoned = True
 
     @rule()
     def claim(self) -> None:
@@ -149,9 +149,9 @@ class FrontierMachine(RuleBasedStateMachine):
         self.clock.now += seconds
 
     @rule()
-    def take_orphans(self) -> None:
-        assert self.frontier.take_orphans() is self.orphans
-        self.orphans = False
+    def take_abandoned(self) -> None:
+        assert self.frontier.take_abandoned() is self.abandoned
+        self.abandoned = False
 
     @precondition(lambda self: self.clock.now > 3 * TIMEOUT)
     @rule()
@@ -253,7 +253,7 @@ def test_no_chunks_is_a_restore_that_has_ended() -> None:
     assert frontier.claim() is None
     assert frontier.advance() is None
     assert not frontier.counts()
-    assert frontier.take_orphans() is False
+    assert frontier.take_abandoned() is False
 
 
 def test_advance_gives_the_same_chunk_until_it_is_computed() -> None:
@@ -282,7 +282,7 @@ def test_all_loads_in_flight_are_given_up_together() -> None:
     clock.now = TIMEOUT
     assert frontier.advance() == 0
     assert frontier.outcomes() == {0: Outcome.LATE, 1: Outcome.LATE, 2: Outcome.LOADED, 3: Outcome.LATE}
-    assert [frontier.take_orphans(), frontier.take_orphans()] == [True, False]
+    assert [frontier.take_abandoned(), frontier.take_abandoned()] == [True, False]
     assert not any(frontier.settle(index, Outcome.LOADED) for index in (0, 1, 3))
     assert frontier.claim() is None
 
@@ -352,7 +352,7 @@ def test_stop_wakes_a_waiting_main_thread() -> None:
     frontier, advancing = blocked_frontier()
     frontier.stop()
     assert advancing.returned() == 0
-    assert frontier.take_orphans() is True
+    assert frontier.take_abandoned() is True
     assert frontier.claim() is None
 
 
@@ -391,7 +391,7 @@ def test_a_load_that_never_ends_holds_nobody_for_ever(strategy: Strategy) -> Non
 def test_load_alone_without_any_loader_ends_too() -> None:
     frontier = Frontier([True], strategy=Strategy.LOAD, read_timeout=0.01)
     assert frontier.advance() == 0
-    assert frontier.take_orphans() is False
+    assert frontier.take_abandoned() is False
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))
@@ -506,7 +506,7 @@ def test_nothing_is_used_before_it_is_there(
         strategy=strategy,
         last=2,
         judge=Told(near, no, lambda _: patience is not None and next(asked) > patience),
-        overtakes_in_place=patience is not None,
+        supersedes_in_place=patience is not None,
         clock=Clock(),
     )
     made: set[int] = set()
@@ -535,7 +535,7 @@ def test_nothing_is_used_before_it_is_there(
                 return
             load(move, number)
 
-    class Turns:
+    class FinalizerLock:
         """Stands in for the condition: where the main thread would wait, the loaders act."""
 
         def __enter__(self) -> None: ...
@@ -547,24 +547,24 @@ def test_nothing_is_used_before_it_is_there(
 
         def notify_all(self) -> None: ...
 
-    frontier._changed = Turns()
+    frontier._changed = FinalizerLock()
 
     def use_all_layers(before: int) -> None:
         for layer in range(LAYERS):
             let_loaders_act()
             if not frontier.await_layer(layer):
-                walk(frontier.beyond(), beyond_loads=False)
+                walk(frontier.beyond(), past_loads=False)
                 assert all(there[index] == LAYERS for index in range(before))
             assert all(there[index] > layer for index in range(before))
 
-    def walk(until: int, *, beyond_loads: bool) -> None:
-        while (index := frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
+    def walk(until: int, *, past_loads: bool) -> None:
+        while (index := frontier.advance(until=until, past_loads=past_loads)) is not None:
             assert index < until
-            if frontier.take_orphans():  # the layers move out, and what is under way lands where they were
+            if frontier.take_abandoned():  # the layers move out, and what is under way lands where they were
                 for left in loading:
                     there[left] = LAYERS if left in made else 0
                 loading.clear()
-            if beyond_loads:
+            if past_loads:
                 use_all_layers(index)
             assert all(there[before] == LAYERS for before in range(index))
             frontier.computed(index)
@@ -573,7 +573,7 @@ def test_nothing_is_used_before_it_is_there(
             made.add(index)
 
     let_loaders_act()
-    walk(len(present), beyond_loads=True)
+    walk(len(present), past_loads=True)
     use_all_layers(len(present))
     for move in [("settle", 0)] * len(present):
         load(*move)

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from cake_hf.chunks.codec import (
     MAX_HEADER_BYTES,
-    ChunkFacts,
+    ChunkMetadata,
     check_file,
     check_header,
     check_pieces,
@@ -93,7 +93,7 @@ def sample(number: int, layers: int, dtype: torch.dtype, model: str) -> Sample:
     pieces = [Piece(f"layers.{n}.{kind}", 2, 4, dtype) for n in range(layers) for kind in ("keys", "values")]
     layout = ChunkLayout(16, tuple(pieces))
     payload = value_of(number, layout.nbytes)
-    facts = ChunkFacts(key_of(number), key_of(number + 1), number, key_of(99), model, checksums(payload, layout))
+    facts = ChunkMetadata(key_of(number), key_of(number + 1), number, key_of(99), model, checksums(payload, layout))
     return Sample(facts.key, layout, encode_header(layout, facts) + payload)
 
 

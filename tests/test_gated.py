@@ -13,7 +13,7 @@ import torch
 
 from cake_hf import CakeCache, Limits
 from cake_hf.errors import StoreError
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore import plan, restore
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.stores.base import Store
@@ -46,7 +46,7 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def cache_of(model: torch.nn.Module, store: Store, strategy: str, **limits: float) -> CakeCache:
-    kv_like(model)  # runs the model once, which must not count
+    kv_template(model)  # runs the model once, which must not count
     found = Limits.from_environment(**{"loader_threads": 1, **limits})
     return CakeCache(model, store, chunk_size=CHUNK, save=False, strategy=strategy, limits=found)
 

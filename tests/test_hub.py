@@ -23,7 +23,7 @@ import family_runs
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store, reads_only
 from cake_hf.cli.app import app
 from cake_hf.errors import CorruptChunk, StoreError
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.packs import Pushed, import_pack, push_pack
 from cake_hf.stores.hub import HubSource, open_hub_pack, parse_hub_name
 from cake_hf.stores.manifest import BLOCK_BYTES, CARD, MANIFEST, MAX_MANIFEST_BYTES, chunk_path
@@ -151,7 +151,7 @@ def test_the_first_use_computes_while_it_downloads(hub: Hub, pushed: Pushed, mod
         assert third_is_asked_for.wait(60)
 
     opened, limits = open_hub_pack(pushed.url), Limits(loader_threads=1, read_timeout=0.1)
-    kv_like(model)  # runs the model once, which must not count
+    kv_template(model)  # runs the model once, which must not count
     hub.before_content = hold_the_third
     with CakeCache(model, opened, chunk_size=CHUNK, limits=limits) as cache:
         handle = model.register_forward_pre_hook(reads_only(in_the_first_forward))

@@ -142,7 +142,7 @@ def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int
             continue
         if name == "lay by head":
             if isinstance(ours, TokenMajorLayer):
-                ours.lay_by_head()
+                ours.make_head_major()
             continue
         if name in ("repeat", "select") and (isinstance(theirs, LinearAttentionLayer) or not theirs.get_seq_length()):
             continue  # transformers changes the batch of attention layers only
@@ -177,16 +177,16 @@ def test_each_kind_has_the_operations_compared_here() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in ("recurrent", "two states", "hybrid") if kind in KINDS])
 def test_states_that_are_taken_out_can_be_put_in(kind: str) -> None:
-    one, like = (ours_for(KINDS[kind]()) for _ in range(2))  # type: ignore[operator]
-    run_model(like, 1, 1, 0)
+    one, template = (ours_for(KINDS[kind]()) for _ in range(2))  # type: ignore[operator]
+    run_model(template, 1, 1, 0)
     run_model(one, 1, 7, 1)
     taken = {name: state.clone() for name, state in states_of(one).items()}
     with torch.inference_mode():
         run_model(one, 1, 7, 2)
-    one.put_states(taken, like)
+    one.put_states(taken, template)
     assert states_of(one).keys() == taken.keys()
     assert all(torch.equal(state, taken[name]) for name, state in states_of(one).items())
-    one.put_states({}, like)
+    one.put_states({}, template)
     assert states_of(one) == {}
 
 

@@ -98,10 +98,10 @@ def test_same_content_after_any_operations(steps: list[tuple[str, int]]) -> None
             ours.reserve(*states(1, 1, 0), number)
             assert all(buffer[:1].is_contiguous() for buffer in ours.buffers)
         elif name == "reserve by head" and length:
-            ours.reserve(*states(1, 1, 0), number, by_head=True)
+            ours.reserve(*states(1, 1, 0), number, head_major=True)
             assert all(buffer.shape[1] >= number for buffer in ours.buffers)
         elif name == "lay by head":
-            ours.lay_by_head()
+            ours.make_head_major()
         assert_equal(ours, theirs)
 
 
@@ -160,11 +160,11 @@ def test_attention_gives_the_same_bits_however_kv_lies(
     query = torch.randn(1, 8, queries, 64).to(device, dtype)
     plain = [torch.randn(1, 2, tokens, 64).to(device, dtype) for _ in range(2)]
     outcomes = []
-    for by_head in (None, True, False):
+    for head_major in (None, True, False):
         keys, values = plain
-        if by_head is not None:
+        if head_major is not None:
             layer = TokenMajorLayer()
-            layer.reserve(keys[:, :, :0], values[:, :, :0], tokens + 100, by_head=by_head)
+            layer.reserve(keys[:, :, :0], values[:, :, :0], tokens + 100, head_major=head_major)
             keys, values = layer.update(keys, values)
         attended = scaled_dot_product_attention(query, keys, values, is_causal=queries > 1, enable_gqa=True)
         outcomes.append(attended.cpu())
@@ -174,14 +174,14 @@ def test_attention_gives_the_same_bits_however_kv_lies(
 
 def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
     layer = TokenMajorLayer()
-    layer.lay_by_head()
+    layer.make_head_major()
     assert not layer.is_initialized
     layer.update(*states(1, 64, 0))
-    layer.lay_by_head()
+    layer.make_head_major()
     before = layer.buffers[0].data_ptr()
     for seed in range(HEADROOM_TOKENS):
         layer.update(*states(1, 1, seed))
-        layer.lay_by_head()
+        layer.make_head_major()
     assert layer.buffers[0].data_ptr() == before
     for seed in range(2 * HEADROOM_TOKENS):  # beyond the room that there was
         layer.update(*states(1, 1, seed))
@@ -192,19 +192,19 @@ def test_while_decoding_the_tokens_of_a_head_are_one_piece_of_memory() -> None:
 
 def test_room_for_what_is_only_computed_lies_by_head() -> None:
     layer = TokenMajorLayer()
-    layer.reserve(*states(1, 1, 0), 100, by_head=True)
+    layer.reserve(*states(1, 1, 0), 100, head_major=True)
     before = [buffer.data_ptr() for buffer in layer.buffers]
     layer.update(*states(1, 64, 0))
     assert all(kept[0, head].is_contiguous() for kept in (layer.keys, layer.values) for head in range(HEADS))
-    layer.lay_by_head()
-    layer.reserve(*states(1, 1, 0), 90, by_head=True)
+    layer.make_head_major()
+    layer.reserve(*states(1, 1, 0), 90, head_major=True)
     assert [buffer.data_ptr() for buffer in layer.buffers] == before
 
 
 def test_one_head_lies_by_token_in_any_case() -> None:
     """Both orders are the same then; loads want to hear that it is theirs."""
     layer = TokenMajorLayer()
-    layer.reserve(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 6), 100, by_head=True)
+    layer.reserve(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 6), 100, head_major=True)
     assert all(buffer.is_contiguous() for buffer in layer.buffers)
 
 
@@ -212,7 +212,7 @@ def test_memory_that_lies_by_head_stays_so_when_rows_change() -> None:
     """Beams are reordered with each token; to lay them anew each time would take a second copy of all KV."""
     layer = TokenMajorLayer()
     layer.update(*states(2, 64, 0))
-    layer.lay_by_head()
+    layer.make_head_major()
     for change in (
         lambda: layer.reorder_cache(torch.tensor([1, 1])),
         lambda: layer.batch_repeat_interleave(2),
@@ -220,7 +220,7 @@ def test_memory_that_lies_by_head_stays_so_when_rows_change() -> None:
     ):
         change()
         before = layer.buffers[0].data_ptr()
-        layer.lay_by_head()
+        layer.make_head_major()
         layer.update(*states(layer.keys.shape[0], 1, 1))
         assert layer.buffers[0].data_ptr() == before
         assert layer.keys[0, 0].is_contiguous()
@@ -230,7 +230,7 @@ def test_laying_by_head_leaves_room_for_tokens() -> None:
     layer = TokenMajorLayer()
     layer.update(*states(1, 64, 0))
     layer = copy.deepcopy(layer)  # as small as can be
-    layer.lay_by_head()
+    layer.make_head_major()
     before = layer.buffers[0].data_ptr()
     layer.update(*states(1, 1, 0))
     assert layer.buffers[0].data_ptr() == before

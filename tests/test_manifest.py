@@ -231,7 +231,7 @@ def test_mutated_manifests_give_typed_errors_only() -> None:
                 continue
             assert pack.contains([*pack.keys(), "?"]) == [True] * len(files(pack.manifest)) + [False]
             assert all(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{40}\.safetensors", chunk_path(key)) for key in pack.keys())  # noqa: SIM118
-            assert pack.objection("0" * 40, lambda: FACTS).isprintable()
+            assert pack.mismatch_reason("0" * 40, lambda: FACTS).isprintable()
             for file in files(pack.manifest):
                 with pytest.raises(StoreError):  # its digest is not that of the zeros which are read
                     pack.read_into(file.key, [memoryview(bytearray(1000))])

@@ -21,7 +21,7 @@ import torch
 
 from cake_hf import CakeCache
 from cake_hf.chunks import codec
-from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header, parse_header
+from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header, parse_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.tensor_table import LONGEST_KNOWN, MOST_KNOWN, known_table
 from cake_hf.cli import many
@@ -57,7 +57,7 @@ def made(number: int, layout: ChunkLayout = LAYOUT, model: str = "a model") -> b
     """A whole chunk of a prompt that has no other."""
     payload = number.to_bytes(8, "little") * (layout.nbytes // 8 + 1)
     payload = payload[: layout.nbytes]
-    facts = ChunkFacts(key_of(number), "0" * 40, 0, "0" * 40, model, checksums(payload, layout))
+    facts = ChunkMetadata(key_of(number), "0" * 40, 0, "0" * 40, model, checksums(payload, layout))
     return encode_header(layout, facts) + payload
 
 

@@ -15,7 +15,7 @@ from benchmarks.servers.own_network import NAMESPACES, obstacle
 from cake_hf.errors import StoreError
 from cake_hf.stores import mooncake, mooncake_client
 from cake_hf.stores.mooncake import MooncakeStore
-from cake_hf.stores.mooncake_client import Address, Member
+from cake_hf.stores.mooncake_client import Member, MooncakeAddress
 
 HERE = Path(__file__).parent
 SUITE_SECONDS = 580
@@ -58,7 +58,7 @@ def test_a_url_is_taken_apart() -> None:
     url = (
         "mooncake://master.example:1234/team/a?lend=4GB&replicas=2&protocol=rdma&devices=mlx5_0&host=10.0.0.7&admin=99"
     )
-    address = Address.parse(url)
+    address = MooncakeAddress.parse(url)
     assert address.place == "mooncake://master.example:1234/team/a"
     assert (address.prefix, address.replicas) == ("team/a", 2)
     assert address.listing == "http://master.example:99/get_all_keys"
@@ -68,9 +68,9 @@ def test_a_url_is_taken_apart() -> None:
 
 
 def test_a_url_may_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = Address.parse("mooncake://master")
+    address = MooncakeAddress.parse("mooncake://master")
     assert address.place == "mooncake://master:50051/cake_hf"
-    assert Address.parse("mooncake://[::1]/x").listing == "http://[::1]:9003/get_all_keys"
+    assert MooncakeAddress.parse("mooncake://[::1]/x").listing == "http://[::1]:9003/get_all_keys"
     assert (address.settings.lend_bytes, address.replicas, address.listing) == (0, 1, "http://master:9003/get_all_keys")
     monkeypatch.setattr(mooncake, "native_client", lambda: None)
     assert repr(MooncakeStore("mooncake://master")) == "MooncakeStore('mooncake://master:50051/cake_hf')"
@@ -141,7 +141,7 @@ def test_stores_with_equal_settings_share_a_client_that_ends_with_the_last(clien
 
 def test_a_client_lives_as_long_as_a_call_is_at_work(clients: list[FakeClient]) -> None:
     """A load that was given up may still be in the client when the store is closed; to end it then would end the process."""
-    member = Member(Address.parse("mooncake://host").settings)
+    member = Member(MooncakeAddress.parse("mooncake://host").settings)
     with member.client():
         member.retire(seconds=0.01)
         assert clients[0].closed == 0

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, check_file, checksums, encode_header, header_size
+from cake_hf.chunks.codec import ChunkMetadata, check_file, checksums, encode_header, header_size
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import DeadlineExceeded, StoreError
 from cake_hf.scheduling.frontier import Frontier, Outcome, State
@@ -66,8 +66,8 @@ def payload_of(index: int) -> bytes:
     return random.Random(index).randbytes(LAYOUT.nbytes)
 
 
-def facts_of(index: int, payload: bytes = b"") -> ChunkFacts:
-    return ChunkFacts(key_of(index), SPACE, index, SPACE, "a model", checksums(payload, LAYOUT) if payload else ())
+def facts_of(index: int, payload: bytes = b"") -> ChunkMetadata:
+    return ChunkMetadata(key_of(index), SPACE, index, SPACE, "a model", checksums(payload, LAYOUT) if payload else ())
 
 
 def filled_store() -> MemoryStore:
@@ -111,7 +111,7 @@ def test_the_parts_of_a_host_place_are_the_memory_of_the_buffers() -> None:
     buffers = make_buffers()
     place = HostPlace(buffers, LAYOUT)
     for index in range(CHUNKS):
-        landing = place.landing(index, aside=False)
+        landing = place.landing(index, staged=False)
         fill_parts(landing, index)
         landing.release()
     assert [chunk_in(buffers, index) for index in range(CHUNKS)] == [payload_of(index) for index in range(CHUNKS)]
@@ -123,7 +123,7 @@ def test_a_device_place_changes_the_buffers_on_commit_only(device: str) -> None:
     buffers = make_buffers(device)
     place = DevicePlace(buffers, LAYOUT)
     for index in (3, 1):
-        landing = place.landing(index, aside=False)
+        landing = place.landing(index, staged=False)
         fill_parts(landing, index)
         place.catch_up()
         assert untouched(buffers, index)
@@ -141,16 +141,16 @@ def test_what_is_aside_waits_for_the_main_thread_piece_by_piece(
 ) -> None:
     buffers = make_buffers(device)
     place = kind(buffers, LAYOUT)
-    landing = place.landing(2, aside=True)
+    landing = place.landing(2, staged=True)
     fill_parts(landing, 2)
     landing.commit(len(LAYOUT.pieces))
     place.catch_up()
     assert untouched(buffers, 2)
     first = LAYOUT.sizes[0]
-    landing.adopt(1)
+    landing.commit_parts(1)
     place.catch_up()
     assert chunk_in(buffers, 2) == payload_of(2)[:first] + bytes(LAYOUT.nbytes - first)
-    landing.adopt(len(LAYOUT.pieces))
+    landing.commit_parts(len(LAYOUT.pieces))
     landing.release()
     place.catch_up()
     assert chunk_in(buffers, 2) == payload_of(2)
@@ -163,7 +163,7 @@ def test_threads_of_a_device_place_do_not_share_host_memory(device: str) -> None
     filled = threading.Barrier(CHUNKS)
 
     def load(index: int) -> None:
-        landing = place.landing(index, aside=False)
+        landing = place.landing(index, staged=False)
         fill_parts(landing, index)
         filled.wait(PATIENCE)
         landing.commit(len(LAYOUT.pieces))
@@ -179,17 +179,17 @@ def test_what_is_on_its_way_to_a_device_can_be_turned_aside(device: str) -> None
     """Part of it was there already; then the main thread writes to the place. Should it be wanted after all, all is brought."""
     buffers = make_buffers(device)
     place = DevicePlace(buffers, LAYOUT)
-    landing = place.landing(2, aside=False)
+    landing = place.landing(2, staged=False)
     fill_parts(landing, 2)
     landing.commit(1)
-    landing.turn_aside()
+    landing.restage()
     place.catch_up()
     for buffer in buffers:
         buffer.zero_()
     landing.commit(len(LAYOUT.pieces))
     place.catch_up()
     assert untouched(buffers, 2)
-    landing.adopt(len(LAYOUT.pieces))
+    landing.commit_parts(len(LAYOUT.pieces))
     landing.release()
     place.catch_up()
     assert chunk_in(buffers, 2) == payload_of(2)
@@ -199,7 +199,7 @@ def test_what_is_on_its_way_to_a_device_can_be_turned_aside(device: str) -> None
 def test_what_was_let_go_comes_to_no_device(device: str) -> None:
     buffers = make_buffers(device)
     place = DevicePlace(buffers, LAYOUT)
-    landing = place.landing(2, aside=False)
+    landing = place.landing(2, staged=False)
     fill_parts(landing, 2)
     landing.let_go()
     landing.commit(len(LAYOUT.pieces))
@@ -210,20 +210,20 @@ def test_what_was_let_go_comes_to_no_device(device: str) -> None:
 
 def test_a_load_that_begins_when_it_was_turned_or_given_up_lands_there() -> None:
     """The main thread decides between a loader's claim and its first read."""
-    for decide, aside in (("turned", True), ("given up", False)):
+    for decide, staged in (("turned", True), ("given up", False)):
         buffers = make_buffers()
         restore = Restore(filled_store(), DevicePlace(buffers, LAYOUT))
         index = restore.frontier.claim()
         assert index is not None
         if decide == "turned":
-            restore.job.turn_aside(index)
-            restore.frontier.lands_aside = lambda index: True  # type: ignore[method-assign]
+            restore.job.restage(index)
+            restore.frontier.is_staged = lambda index: True  # type: ignore[method-assign]
         else:
             assert restore.job.detach()
         landing = restore.job.lands(index)
         fill_parts(landing, index)
         landing.commit(len(LAYOUT.pieces))
-        assert (restore.job.aside.get(index) is landing) == aside
+        assert (restore.job.staged.get(index) is landing) == staged
         assert untouched(buffers, index)
 
 
@@ -381,7 +381,7 @@ class Raising(WrapperStore):
 def other_header(index: int, **changes: object) -> MemoryStore:
     """A store in which one chunk's header is a good one, but another's."""
     store, payload = filled_store(), payload_of(index)
-    facts = ChunkFacts(**{**vars(facts_of(index, payload)), **changes})  # type: ignore[arg-type]
+    facts = ChunkMetadata(**{**vars(facts_of(index, payload)), **changes})  # type: ignore[arg-type]
     store.write(key_of(index), [encode_header(LAYOUT, facts), payload], replace=True)
     return store
 
@@ -495,19 +495,19 @@ def test_a_load_that_comes_too_late_is_told_apart(*, over: bool) -> None:
     store.open()
     run_all(threads)
     assert restore.frontier.outcomes() == {4: Outcome.LATE}
-    assert restore.frontier.take_orphans() is True
-    assert [outcome for *_, outcome in restore.records] == ["overtaken"] * (not over)
+    assert restore.frontier.take_abandoned() is True
+    assert [outcome for *_, outcome in restore.records] == ["superseded"] * (not over)
 
 
 class Hanging:
     """A loader at a read that hangs, until `end`."""
 
-    def __init__(self, place: Place, *, aside: bool) -> None:
+    def __init__(self, place: Place, *, staged: bool) -> None:
         self.store = FaultStore(filled_store(), {key_of(4): "stall"})
         restore = Restore(self.store, place)
         self.job, self.frontier = restore.job, restore.frontier
-        if aside:
-            self.frontier.lands_aside = lambda index: True  # type: ignore[method-assign]
+        if staged:
+            self.frontier.is_staged = lambda index: True  # type: ignore[method-assign]
         self.threads = start_loaders(self.job, 1)
         await_true(lambda: bool(self.store.injected))
 
@@ -516,14 +516,14 @@ class Hanging:
         run_all(self.threads)
 
 
-@pytest.mark.parametrize(("place", "aside"), [(HostPlace, True), (DevicePlace, False), (DevicePlace, True)])
-def test_a_read_that_hangs_holds_no_memory_but_its_own(place: type[Place], *, aside: bool) -> None:
+@pytest.mark.parametrize(("place", "staged"), [(HostPlace, True), (DevicePlace, False), (DevicePlace, True)])
+def test_a_read_that_hangs_holds_no_memory_but_its_own(place: type[Place], *, staged: bool) -> None:
     arrays = [np.zeros(buffer.nbytes, np.uint8) for buffer in make_buffers()]
     buffers = [
         torch.from_numpy(array).view(buffer.dtype).view(buffer.shape)
         for array, buffer in zip(arrays, make_buffers(), strict=True)
     ]
-    hanging = Hanging(place(buffers, LAYOUT, 2), aside=aside)
+    hanging = Hanging(place(buffers, LAYOUT, 2), staged=staged)
     held = [weakref.ref(array) for array in arrays]
     ring = weakref.ref(hanging.job.place._ring.take())
     hanging.frontier.stop()
@@ -544,7 +544,7 @@ def test_a_restore_that_ends_while_a_loader_begins_holds_no_memory() -> None:
     restore.job.let_go()
     assert index is not None
     assert restore.job.lands(index).parts == []
-    assert not restore.job.aside
+    assert not restore.job.staged
 
 
 def test_loaders_that_may_not_read_leave_all_to_the_main_thread(caplog: pytest.LogCaptureFixture) -> None:

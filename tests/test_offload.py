@@ -20,7 +20,7 @@ import family_runs
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.errors import UnsupportedModel
 from cake_hf.model.fingerprint import weights_digest
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.numerics import numerics_facts
 from cake_hf.model.offload import Offloaded, devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
@@ -208,20 +208,20 @@ def test_a_forward_is_left_under_hooks(tmp_path: Path) -> None:
     with CakeCache(
         moved, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
     ) as cache:
-        kv_like(moved)
+        kv_template(moved)
 
         def arrive(*_: object) -> None:
             nonlocal forwards
             forwards += 1
             if forwards == contested + 1:
                 gate.open()
-                while not cache._work.lost():
+                while not cache._work.preempted():
                     threading.Event().wait(0.001)
 
         handle = moved.model.layers[1].self_attn.register_forward_pre_hook(reads_only(arrive))
         outcome = run(moved, prompt(), cache)
         handle.remove()
-        assert [span.chunk for span in cache.report.timeline if span.outcome == "left"] == [contested]
+        assert [span.chunk for span in cache.report.timeline if span.outcome == "preempted"] == [contested]
     assert difference(outcome, oracle(shared_model("llama"), prompt())) == ""
     outcome, report = restored(moved, gate)
     assert report.chunks_loaded == CHUNKS

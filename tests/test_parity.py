@@ -16,7 +16,7 @@ import cake_hf
 import models
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.chunks.codec import checksums, encode_header, parse_header
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import GateStore
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, DTYPES, FAMILIES, Outcome, difference, prompt, shared_model
@@ -56,7 +56,7 @@ def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
         with CakeCache(
             model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
         ) as warm:
-            kv_like(model)  # runs the model once, which must not count
+            kv_template(model)  # runs the model once, which must not count
             with meeting_at(model, gate, meeting, CHUNKS - meeting):
                 outcome = run(model, prompt(), warm)
             assert (warm.report.chunks_computed, warm.report.chunks_loaded) == (meeting, CHUNKS - meeting)

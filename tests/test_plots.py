@@ -13,12 +13,12 @@ from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 
 TIMELINE = [
     Span("compute", 0, 0.0, 0.4, "computed"),
-    Span("compute", 1, 0.4, 0.5, "left"),
+    Span("compute", 1, 0.4, 0.5, "preempted"),
     Span("load-0", 3, 0.0, 0.3, "loaded"),
     Span("load-1", 2, 0.0, 0.5, "corrupt"),
     Span("load-1", 1, 0.5, 0.6, "shared"),
     Span("compute", -1, 0.6, 0.8, "gated"),
-    Span("load-0", 0, 0.3, 0.7, "overtaken"),
+    Span("load-0", 0, 0.3, 0.7, "superseded"),
 ]
 REPORT = Report(tokens=2100, chunks_loaded=1, chunks_computed=2, timeline=TIMELINE)
 COSTS = Costs(ComputeCost(1.0), LoadCost(0.0, 10.0, 10.0))
@@ -35,7 +35,7 @@ def test_a_lane_for_each_thread_and_a_bar_for_each_span() -> None:
     assert [label.get_text() for label in panel.get_yticklabels()] == ["loader 1", "loader 0", "main thread"]
     drawn = sorted((round(bar.get_x(), 6), round(bar.get_width(), 6)) for bar in panel.patches)
     assert drawn == sorted((span.start, round(span.end - span.start, 6)) for span in TIMELINE)
-    assert shown(figure) == ["computed", "loaded", "shared", "left", "overtaken", "not usable"]
+    assert shown(figure) == ["computed", "loaded", "shared", "preempted", "superseded", "not usable"]
     assert figure.get_suptitle() == "2,100 tokens: 1 chunks loaded, 2 computed"
 
 

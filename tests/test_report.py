@@ -12,7 +12,7 @@ from cake_hf.report import LANE_WIDTH, Report, Span
 
 fewer = settings(max_examples=50)
 
-OUTCOMES = ["computed", "loaded", "missed", "corrupt", "error", "late", "left", "gated", "shared", "overtaken"]
+OUTCOMES = ["computed", "loaded", "missed", "corrupt", "error", "late", "preempted", "gated", "shared", "superseded"]
 seconds = st.floats(0, 1e6)
 
 

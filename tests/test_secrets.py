@@ -143,7 +143,7 @@ def use(spec: object, seen: Seen) -> None:
     """Open a store and do with it what is shown to people, by itself and as a tier."""
     try:
         with open_store(spec) as store, open_store(["memory:", store]) as tiers:  # type: ignore[arg-type,list-item]
-            seen.texts += [repr(store), str(store), repr(tiers), store.objection("0" * 40, dict)]
+            seen.texts += [repr(store), str(store), repr(tiers), store.mismatch_reason("0" * 40, dict)]
             assert isinstance(tiers, TierStore)
             for one in (store, tiers):
                 for call in (one.check_writable, partial(one.contains, [KEY]), partial(one.read, KEY)):

@@ -15,7 +15,7 @@ import torch
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
 from cake_hf.chunks.codec import parse_header
 from cake_hf.layers import TokenMajorLayer
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore import bound_store
 from cake_hf.stores.base import Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
@@ -262,7 +262,7 @@ class Watched(WrapperStore):
 def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
     """The first prompt's read of the last chunk is held up; the second prompt's loader waits for it and does not read, too."""
     model = shared_model("llama")
-    kv_like(model)
+    kv_template(model)
     watched = Watched(filled_store(model))
     gate = GateStore(watched)
     outcomes: dict[str, Outcome] = {}
@@ -294,7 +294,7 @@ def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
 
 def test_a_chunk_that_another_prompt_computes_is_copied() -> None:
     model, store = shared_model("llama"), MemoryStore()
-    kv_like(model)
+    kv_template(model)
     board = sharing_of(store)
     inside, go_on = threading.Event(), threading.Event()
     first_thread = []
@@ -461,7 +461,7 @@ def test_reads_that_hang_cost_no_more_threads_with_each_prompt(
 def test_prompts_in_quick_succession_leave_a_bounded_number_of_reads(hung: FaultStore, clock: Clock) -> None:
     """Each is done long before its reads are known to hang."""
     model, limit = shared_model("llama"), IMPATIENT.loader_threads
-    kv_like(model)
+    kv_template(model)
     most = LEFT_PER_READ * limit
     for number in range(LEFT_PER_READ + 3):
         alive = min(number * limit, most) + limit

@@ -67,7 +67,7 @@ def test_every_chunk_is_computed_or_loaded_once(where: Setting, policy: Policy) 
     assert computed == list(range(outcome.computed)) or where.read_timeout < float("inf")
     assert sorted({*computed, *loaded}) == list(range(where.chunks))
     assert len(computed) == len(set(computed))
-    assert sum(span.outcome == "left" for span in outcome.spans) == outcome.left
+    assert sum(span.outcome == "preempted" for span in outcome.spans) == outcome.left
     assert all(0 <= span.start <= span.end <= outcome.seconds + TINY for span in outcome.spans)
 
 

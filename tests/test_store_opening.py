@@ -213,7 +213,7 @@ class Watchdog(TimeoutError):
 @pytest.mark.parametrize(
     ("method", "error"),
     [
-        *((method, Watchdog) for method in ("objection", "notes_folder", "check_writable", "flush", "identity")),
+        *((method, Watchdog) for method in ("mismatch_reason", "notes_folder", "check_writable", "flush", "identity")),
         *(("contains", error) for error in (Watchdog, RuntimeError, KeyboardInterrupt)),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, check_header, check_pieces, checksums, encode_header
+from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
@@ -574,7 +574,9 @@ def test_a_lie_passes_every_check() -> None:
         16, (Piece("layers.0.keys", 2, 4, torch.float32), Piece("layers.0.values", 2, 4, torch.float32))
     )
     payload = value_of(1, layout.nbytes)
-    header = encode_header(layout, ChunkFacts(key_of(1), "0" * 40, 0, "0" * 40, "a model", checksums(payload, layout)))
+    header = encode_header(
+        layout, ChunkMetadata(key_of(1), "0" * 40, 0, "0" * 40, "a model", checksums(payload, layout))
+    )
     store = FaultStore(MemoryStore(), {key_of(1): "lie"})
     store.write(key_of(1), [header, payload])
     for read in (

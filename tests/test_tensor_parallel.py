@@ -121,7 +121,7 @@ class Together(Ranks):
         object.__setattr__(self, "board", board)
         object.__setattr__(self, "meet", meet)
 
-    def least(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_min(self, numbers: Sequence[int]) -> list[int]:
         board: list[list[int]] = self.__dict__["board"]
         meet: threading.Barrier = self.__dict__["meet"]
         board[self.rank] = list(numbers)
@@ -139,7 +139,7 @@ def steps_of(outcomes: Sequence[Outcome | None], ranks: Ranks | None) -> tuple[l
         assert outcome is not None
         frontier.settle(claimed, outcome)
     steps, made = steps_for(frontier, ranks), []
-    while (index := steps.advance(until=len(outcomes), beyond_loads=False)) is not None:
+    while (index := steps.advance(until=len(outcomes), past_loads=False)) is not None:
         made.append(index)
         steps.computed(index)
     return made, steps

@@ -216,10 +216,10 @@ class TellsNothing(LlamaForCausalLM):
 
 def from_elsewhere(kind: type[LlamaForCausalLM]) -> Any:
     """The shared model's weights in a model of that class."""
-    like: Any = shared_model("llama")
+    template: Any = shared_model("llama")
     torch.manual_seed(0)
-    model = kind(like.config).eval()
-    model.load_state_dict(like.state_dict())
+    model = kind(template.config).eval()
+    model.load_state_dict(template.state_dict())
     model.set_attn_implementation("sdpa")
     return model
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore, reads_only
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.stores.base import Store
 from cake_hf.testing import GateStore
 from family_runs import Run, Verdict, difference, generate, meeting_at, without
@@ -164,7 +164,7 @@ def _examine_warm(family: str, store: MemoryStore, check: Any) -> None:
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits.from_environment(loader_threads=1)
     ) as cache:
-        kv_like(model)  # runs the model once, which must not count
+        kv_template(model)  # runs the model once, which must not count
         with meeting_at(model, gate, MEETING, CHUNKS - MEETING), counting_images(model) as seen:
             check(ask(family, cache, inputs), "both")
         assert (cache.report.chunks_computed, cache.report.chunks_loaded) == (MEETING, CHUNKS - MEETING), cache.report

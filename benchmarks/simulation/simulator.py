@@ -24,14 +24,14 @@ from types import TracebackType
 from typing import Literal
 
 from benchmarks.simulation.speeds import CONSTANT, Speed
-from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Span
 from cake_hf.scheduling.costs import MAX_SECONDS, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
 from cake_hf.scheduling.frontier import Outcome as LoadOutcome
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import overtakes_in_place, ranges_of
+from cake_hf.scheduling.planner import ranges_of, supersedes_in_place
 
 Policy = Literal["both", "compute", "load", "cake", "fixed"]
 """What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in
@@ -237,7 +237,7 @@ def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
         outcome: of it.
         when: seconds from its start.
     """
-    there = {span.chunk for span in outcome.spans if span.end <= when and span.outcome != "left"}
+    there = {span.chunk for span in outcome.spans if span.end <= when and span.outcome != "preempted"}
     compute, load = list(setting.step_seconds), [setting.chunk_bytes / setting.bandwidth] * setting.chunks
     for chunk in there:
         compute[chunk] = load[chunk] = 0.0
@@ -418,12 +418,12 @@ class _Restore:
             [True] * setting.chunks,
             strategy=Strategy.BOTH if policy in ("cake", "fixed") else Strategy(policy),
             read_timeout=setting.read_timeout,
-            most_aside=setting.chunks if aside_all else ASIDE_PER_THREAD * setting.threads,
+            most_staged=setting.chunks if aside_all else STAGED_PER_THREAD * setting.threads,
             nearest=setting.threads,
             last=setting.threads,
             judge=_CakesOwn(setting.chunks) if policy == "cake" else self.pace,
-            overtakes_in_place=policy != "cake" and overtakes_in_place(setting.chunks),
-            turn_aside=None if setting.on_host else lambda index: None,
+            supersedes_in_place=policy != "cake" and supersedes_in_place(setting.chunks),
+            restage=None if setting.on_host else lambda index: None,
             clock=self._clock,
             changed=_Changed(self._clock),
         )
@@ -431,17 +431,17 @@ class _Restore:
     def run(self) -> Outcome:
         for number in range(self._setting.threads if self._policy != "compute" else 0):
             self._load_next(f"load-{number}")
-        self._walk(self._setting.chunks, beyond_loads=self._ranges > 1)
+        self._walk(self._setting.chunks, past_loads=self._ranges > 1)
         self._last_piece()
         self.pace.end(self._clock.now)
         loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
         computed = self._setting.chunks - loaded
         return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans), tuple(self._reads))
 
-    def _walk(self, until: int, *, beyond_loads: bool) -> None:
+    def _walk(self, until: int, *, past_loads: bool) -> None:
         seconds = self._setting.step_seconds
-        while (index := self._frontier.advance(until=until, beyond_loads=beyond_loads)) is not None:
-            self._frontier.take_landed()  # putting chunks into place takes no time here
+        while (index := self._frontier.advance(until=until, past_loads=past_loads)) is not None:
+            self._frontier.take_staged()  # putting chunks into place takes no time here
             begin = self._clock.now
             if self._forward(index, seconds[index]):
                 self._frontier.computed(index)
@@ -449,24 +449,24 @@ class _Restore:
             else:
                 self._frontier.give_back(index)
                 self._left += 1
-                self._record("compute", index, begin, "left")
+                self._record("compute", index, begin, "preempted")
 
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
         begin, layers = self._clock.now, self._setting.layers
         for layer in range(1, layers + 1):
             self._clock.go_to(self._setting.compute_speed.end(begin, seconds * layer / layers))
-            self._frontier.take_landed()  # as in each layer
+            self._frontier.take_staged()  # as in each layer
             if self._policy != "cake" and layer < layers and self._is_left(index, begin, layer / layers):
                 return False
         self.pace.saw_forward(index, self._clock.now - begin)
         return True
 
     def _is_left(self, index: int, begin: float, share: float) -> bool:
-        lost = self._frontier.lost(index)
-        if lost or self._frontier.is_trial(index):
+        preempted = self._frontier.preempted(index)
+        if preempted or self._frontier.is_trial(index):
             self.pace.saw_forward(index, self._clock.now - begin, share)
-        return lost or (self._frontier.is_trial(index) and not self._frontier.goes_on(index))
+        return preempted or (self._frontier.is_trial(index) and not self._frontier.goes_on(index))
 
     def _last_piece(self) -> None:
         """Each layer of it waits for that layer of the loads that are under way."""
@@ -475,7 +475,7 @@ class _Restore:
             return
         for layer in range(self._setting.layers):
             if not self._frontier.await_layer(layer):
-                self._walk(self._setting.chunks, beyond_loads=False)
+                self._walk(self._setting.chunks, past_loads=False)
             seconds = self._setting.suffix_seconds / self._setting.layers
             self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
 

@@ -53,7 +53,7 @@ def redis(values: Values, settings: StoreSettings, folder: Path, url: str = "") 
         import redis as client_library
 
         from cake_hf.stores.redis import RedisStore
-        from cake_hf.stores.redis_client import Address
+        from cake_hf.stores.redis_client import RedisAddress
     except ModuleNotFoundError as error:
         raise Unavailable('the Redis client is not installed: pip install "cake-hf[redis]"') from error
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def redis(values: Values, settings: StoreSettings, folder: Path, url: str = "") 
             url = f"redis://127.0.0.1:{stack.enter_context(start_redis_server(folder)).port}/0"
         store = RedisStore(url, slice_bytes=SLICE_BYTES)
         stack.enter_context(filled(store, values))
-        address = Address.parse(url)
+        address = RedisAddress.parse(url)
         pool = address.pool(SECONDS)
         stack.callback(pool.disconnect)
         client: Any = client_library.Redis(connection_pool=pool)
@@ -146,9 +146,9 @@ def mooncake(values: Values, settings: StoreSettings, folder: Path, url: str) ->
         Unavailable: the client is not installed.
     """
     from cake_hf.stores.mooncake import MooncakeStore
-    from cake_hf.stores.mooncake_client import Address, join, leave
+    from cake_hf.stores.mooncake_client import MooncakeAddress, join, leave
 
-    address = Address.parse(url)
+    address = MooncakeAddress.parse(url)
     with ExitStack() as stack:
         store = MooncakeStore(url)
         stack.enter_context(filled(store, values))

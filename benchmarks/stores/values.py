@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header, header_size
+from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header, header_size
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import CakeError
 from cake_hf.keys import namespace_digest
@@ -107,7 +107,9 @@ class Values:
     def _file(self, index: int) -> bytes:
         payload = secrets.token_bytes(self.layout.nbytes)
         parent = self.keys[index - 1] if index else self.namespace
-        facts = ChunkFacts(self.keys[index], parent, index, self.namespace, "random", checksums(payload, self.layout))
+        facts = ChunkMetadata(
+            self.keys[index], parent, index, self.namespace, "random", checksums(payload, self.layout)
+        )
         return encode_header(self.layout, facts) + payload
 
 

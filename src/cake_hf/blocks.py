@@ -106,7 +106,7 @@ def tail_ends(named: Iterable[Block], size: int) -> list[int]:
     return [end for block in named if not block.fills(size) for _, end in block.forwards]
 
 
-def last_piece(start: int, end: int, cuts: Sequence[int], size: int, leave: int) -> int:
+def suffix_start(start: int, end: int, cuts: Sequence[int], size: int, leave: int) -> int:
     """Where the last piece of a prompt begins: as far behind as it can and still have `leave` tokens.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from cake_hf.util.environment import a_count, limit_variable, some_seconds, value_from
 from cake_hf.util.sizes import parse_bytes
 
-ASIDE_PER_THREAD = 3
+STAGED_PER_THREAD = 3
 """Chunks per loader thread that may be in memory of their own, beside the KV, at any time; what is left to late reads is
 not counted."""
 

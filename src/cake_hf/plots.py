@@ -28,8 +28,8 @@ SHADES = {
     "computed": (COMPUTE, "#eb9a66"),
     "loaded": (LOAD, "#639bc0"),
     "shared": ("#5b9a68", "#84b58e"),
-    "left": ("#9aa0a6", "#b3b8bd"),
-    "overtaken": ("#9aa0a6", "#b3b8bd"),
+    "preempted": ("#9aa0a6", "#b3b8bd"),
+    "superseded": ("#9aa0a6", "#b3b8bd"),
     "not usable": ("#b00020", "#c43a52"),
 }
 """Two for each outcome, so that neighbouring chunks can be told apart."""
@@ -170,7 +170,7 @@ def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None =
 
 def prefix_seconds(report: Report) -> float:
     """When the last full chunk was there; the prompt's last piece comes after it."""
-    counted = (span for span in report.timeline if span.chunk >= 0 and span.outcome != "overtaken")
+    counted = (span for span in report.timeline if span.chunk >= 0 and span.outcome != "superseded")
     return max((span.end for span in counted), default=0.0)
 
 

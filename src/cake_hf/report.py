@@ -13,9 +13,12 @@ _COLOURS = {
     **dict.fromkeys(("computed", "gated"), "#e07b39"),
     "loaded": "#3a7ca5",
     "shared": "#5b9a68",
-    **dict.fromkeys(("left", "overtaken"), "#8a8f98"),
+    **dict.fromkeys(("preempted", "superseded"), "#8a8f98"),
 }
-_FILLS = {**dict.fromkeys(("computed", "gated", "loaded", "shared"), "="), **dict.fromkeys(("left", "overtaken"), "~")}
+_FILLS = {
+    **dict.fromkeys(("computed", "gated", "loaded", "shared"), "="),
+    **dict.fromkeys(("preempted", "superseded"), "~"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,10 @@ class Span:
         actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
         chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
         start, end: seconds since the restore began.
-        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "left" where a forward was left because its
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "preempted" where a forward was left because its
             chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
-            "shared" where the chunk came from another prompt that was being restored at the same time; "overtaken" where a load
-            was no longer needed when it came.
+            "shared" where the chunk came from another prompt that was being restored at the same time; "superseded" where a
+            load was no longer needed when it came.
     """
 
     actor: str

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.sliding_window import Content
 from cake_hf.restore.held import Held
 
@@ -45,7 +45,7 @@ class Checkpoint:
     @classmethod
     def take(cls, layers: Sequence[Any], past: int, held: Held, *, traced: bool = False) -> Checkpoint:
         """To be called by the hook in front of the forward."""
-        windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
+        windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         replaced = {
             n: (layer.keys, layer.values)
             for n, layer in enumerate(layers)
@@ -69,7 +69,7 @@ class Checkpoint:
         if any(isinstance(layer, RecurrentLayer) or not self._holds(n, layer) for n, layer in enumerate(layers)):
             return False
         for number, layer in enumerate(layers):
-            if isinstance(layer, WindowedLayer):
+            if isinstance(layer, SlidingWindowLayer):
                 layer.put(self.windows[number])
             elif number in self.replaced:
                 layer.keys, layer.values = self.replaced[number]
@@ -79,7 +79,7 @@ class Checkpoint:
 
     def _holds(self, number: int, layer: Any) -> bool:
         """Whether a layer can be cut to what it held."""
-        if isinstance(layer, WindowedLayer) or number in self.replaced:
+        if isinstance(layer, SlidingWindowLayer) or number in self.replaced:
             return True
         if not isinstance(layer, TokenMajorLayer):
             return not getattr(layer, "is_initialized", False)

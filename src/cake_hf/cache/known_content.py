@@ -14,7 +14,7 @@ from cake_hf.errors import CakeError
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import keeps_attention
 from cake_hf.model.fingerprint import look_at_weights
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.report import Report
 from cake_hf.restore.guarded import GuardedCache
 from cake_hf.restore.held import Held
@@ -65,10 +65,10 @@ class RememberingCache(GuardedCache):
         """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
         self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
 
-    def _lay_by_head(self) -> None:
+    def _make_head_major(self) -> None:
         for layer in self.layers:
             if isinstance(layer, TokenMajorLayer):
-                layer.lay_by_head()
+                layer.make_head_major()
 
     def _forget_content(self) -> None:
         """Forget which prompt the content belongs to."""
@@ -112,7 +112,7 @@ class RememberingCache(GuardedCache):
 
     def _show_ahead(self, ahead: Ahead) -> None:
         begin = ahead.end.tokens - ahead.tokens
-        ahead.end.put(self.layers, kv_like(self._session.model))
+        ahead.end.put(self.layers, kv_template(self._session.model))
         self._held = ahead.end.held.copy()
         self._seen.note(begin, ahead.ids)
 

@@ -38,7 +38,7 @@ class Work:
         prompt: that was prefilled, or whose last piece is in the model.
         restore: of the chunks before that piece, whose loads may be under way; None where nothing was begun, or `prefill` has
             brought them.
-        lost: whether the chunk that is being computed has come from the store.
+        preempted: whether the chunk that is being computed has come from the store.
         batch: whose last pieces are in the model.
         begin: when the model got the last piece.
         saved: the last piece is a block of the canonical schedule, and becomes known like the others.
@@ -48,7 +48,7 @@ class Work:
     phase: Phase
     prompt: Prompt | None = None
     restore: Restore | None = None
-    lost: Callable[[], bool] = never
+    preempted: Callable[[], bool] = never
     batch: BatchRestore | None = None
     begin: float = 0.0
     saved: bool = False

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.layers.sliding_window import Content
 from cake_hf.restore.held import Held
 
 
 @dataclass(frozen=True)
-class Standing:
+class Position:
     """The content of a cache's layers at one place.
 
     Attributes:
@@ -32,9 +32,9 @@ class Standing:
     states: dict[int, dict[str, torch.Tensor]]
 
     @classmethod
-    def take(cls, layers: Sequence[Any], tokens: int, held: Held) -> Standing:
+    def take(cls, layers: Sequence[Any], tokens: int, held: Held) -> Position:
         """Where the layers stand now."""
-        windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, WindowedLayer)}
+        windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         states = {
             n: {name: state.clone() for name, state in states_of(layer).items()}
             for n, layer in enumerate(layers)
@@ -42,18 +42,18 @@ class Standing:
         }
         return cls(tokens, held.copy(), windows, states)
 
-    def put(self, layers: Sequence[Any], like: Sequence[Any]) -> None:
+    def put(self, layers: Sequence[Any], template: Sequence[Any]) -> None:
         """Have the layers stand there; what they keep of each token up to that place is in their buffers.
 
         Args:
             layers: of the cache.
-            like: the same layers with one token in them.
+            template: the same layers with one token in them.
         """
         for number, layer in enumerate(layers):
-            if isinstance(layer, WindowedLayer):
+            if isinstance(layer, SlidingWindowLayer):
                 layer.put(self.windows[number])
             if isinstance(layer, RecurrentLayer):
-                layer.put_states(self.states[number], like[number])
+                layer.put_states(self.states[number], template[number])
         show_tokens(layers, self.tokens)
 
 
@@ -67,7 +67,7 @@ class Ahead:
     """
 
     ids: torch.Tensor
-    end: Standing
+    end: Position
 
     @property
     def tokens(self) -> int:

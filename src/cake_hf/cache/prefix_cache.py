@@ -11,11 +11,11 @@ import torch
 
 from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
-from cake_hf.cache.positions import Ahead, Standing
+from cake_hf.cache.positions import Ahead, Position
 from cake_hf.model.compiled import as_it_is
 from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import stranger_reason
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.look import look_again, one_look
 from cake_hf.model.offload import devices_of, home_device
 from cake_hf.model.plainly import ComputePlainly
@@ -25,9 +25,9 @@ from cake_hf.model.trials import forget_trials
 from cake_hf.model.vision import numbering_reason
 from cake_hf.report import Report
 from cake_hf.restore.audit import refused_reason
-from cake_hf.restore.forwards import Progress, record_tail
+from cake_hf.restore.forwards import Progress, record_suffix
 from cake_hf.restore.pacing import learn_costs, note_savings
-from cake_hf.restore.prompt import Prompt, Wanted, look_up, off_schedule
+from cake_hf.restore.prompt import Prompt, Wanted, off_schedule, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.restore import Restore
 from cake_hf.restore.support import kept_reason, misunderstood_reason, tell_plain, unlike_reason
@@ -75,7 +75,7 @@ class PrefixCache(RememberingCache):
         leave: int | None,
         progress: Progress,
         *,
-        beyond_loads: bool,
+        past_loads: bool,
         report: Report | None = None,
         started: float | None = None,
         namespace: str | None = None,
@@ -86,7 +86,7 @@ class PrefixCache(RememberingCache):
             call: one prompt, or what is new of it.
             leave: tokens; None for the last block.
             progress: see `prefill`.
-            beyond_loads: see `Restore`.
+            past_loads: see `Restore`.
             report: where all is counted, if not in a new one.
             started: when the call came, if not now.
             namespace: of the session, where that was just made.
@@ -103,7 +103,7 @@ class PrefixCache(RememberingCache):
         if reason := reason or kept_reason(session.model, self.layers, call.past + call.tokens):
             self.report = self._plain_report(call, reason)
             return None
-        return self._restore_under(namespace, call, leave, progress, beyond_loads, report, started)
+        return self._restore_under(namespace, call, leave, progress, past_loads, report, started)
 
     def _restore_under(
         self,
@@ -111,7 +111,7 @@ class PrefixCache(RememberingCache):
         call: ForwardCall,
         leave: int | None,
         progress: Progress,
-        beyond_loads: bool,
+        past_loads: bool,
         report: Report | None,
         started: float,
     ) -> Restore:
@@ -125,7 +125,7 @@ class PrefixCache(RememberingCache):
         # Ranks of a parallel model look at it all at the same time, that is, at once.
         assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
         prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
-        restore = self._start(prompt, progress, beyond_loads=beyond_loads)
+        restore = self._start(prompt, progress, past_loads=past_loads)
         try:
             found = (
                 session.bound_model.namespace(call.ids)
@@ -146,7 +146,7 @@ class PrefixCache(RememberingCache):
         forget_trials(session.model)
         if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
             raise ComputePlainly(reason)
-        return self._restore_under(found, call, leave, progress, beyond_loads, None, started)
+        return self._restore_under(found, call, leave, progress, past_loads, None, started)
 
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
@@ -157,7 +157,7 @@ class PrefixCache(RememberingCache):
         wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
         report.reason = wanted.reason or report.reason
         if call.past == self._held.end:
-            prompt = look_up(session, call, wanted, self._held, report, started, namespace)
+            prompt = open_prompt(session, call, wanted, self._held, report, started, namespace)
         else:
             prompt = off_schedule(session, call, wanted, report, started)
             tell_plain(report.reason)
@@ -166,8 +166,8 @@ class PrefixCache(RememberingCache):
             report.reason = "the prompt has no full chunk before its last piece, which is always computed"
         return prompt
 
-    def _start(self, prompt: Prompt, progress: Progress, *, beyond_loads: bool) -> Restore:
-        restore = Restore(self._session, self.layers, prompt, self._compute_chunk, progress, beyond_loads=beyond_loads)
+    def _start(self, prompt: Prompt, progress: Progress, *, past_loads: bool) -> Restore:
+        restore = Restore(self._session, self.layers, prompt, self._compute_chunk, progress, past_loads=past_loads)
         self._work = Work(Phase.RESTORING, restore=restore)
         try:
             restore.start()
@@ -176,10 +176,10 @@ class PrefixCache(RememberingCache):
             raise
         return restore
 
-    def _compute_chunk(self, lost: Callable[[], bool], arguments: dict[str, Any]) -> None:
+    def _compute_chunk(self, preempted: Callable[[], bool], arguments: dict[str, Any]) -> None:
         # Also in the middle of the last piece, where a load that it waited for has failed.
         outside = self._work, self.presses_rest
-        self._work, self.presses_rest = replace(self._work, phase=Phase.RESTORING, lost=lost), True
+        self._work, self.presses_rest = replace(self._work, phase=Phase.RESTORING, preempted=preempted), True
         try:
             with as_it_is(self._session.model):
                 look_again()
@@ -187,12 +187,12 @@ class PrefixCache(RememberingCache):
         finally:
             self._work, self.presses_rest = outside
 
-    def _close(self, restore: Restore, *, save_tail: bool = False) -> None:
-        restore.close(save_tail=save_tail)
+    def _close(self, restore: Restore, *, save_suffix: bool = False) -> None:
+        restore.close(save_suffix=save_suffix)
         self._work = IDLE
         prompt = restore.prompt
         if prompt.keys:
-            count = prompt.chunks + save_tail
+            count = prompt.chunks + save_suffix
             past, blocks = prompt.call.past, prompt.blocks[:count]
             self._held.append([block.shifted(past) for block in blocks] if past else blocks, prompt.keys[:count])
         learn_costs(restore.cost_memory, restore.prompt, restore.pace)
@@ -215,9 +215,9 @@ class PrefixCache(RememberingCache):
             self._session.bound_store.count(work.batch.report)
         if work.prompt is not None:
             restore, devices = work.restore, devices_of(self._session.model)
-            record_tail(work.prompt, devices, work.begin, gated=restore is not None and restore.waited)
+            record_suffix(work.prompt, devices, work.begin, gated=restore is not None and restore.waited)
             if restore is not None:
-                self._close(restore, save_tail=work.saved)
+                self._close(restore, save_suffix=work.saved)
             if restore is not None or work.rows > 1:
                 self._session.bound_store.count(work.prompt.report)
         self._work = IDLE
@@ -263,7 +263,7 @@ class PrefixCache(RememberingCache):
             return None
         try:
             with torch.no_grad(), one_look():
-                restore = self._restore(call, leave, progress, beyond_loads=False, **counted)
+                restore = self._restore(call, leave, progress, past_loads=False, **counted)
             if restore is None:
                 return None
             self._close(restore)
@@ -286,7 +286,7 @@ class PrefixCache(RememberingCache):
             namespace: of the session, if what comes before the last piece was just brought under it.
         """
         past = self.get_seq_length()
-        begin = Standing.take(self.layers, past, self._held)
+        begin = Position.take(self.layers, past, self._held)
         ids = input_ids[:, past:]
         report, reason = self.report, self.report.reason
         if not report.restored:
@@ -297,8 +297,8 @@ class PrefixCache(RememberingCache):
         if prompt is None or self.get_seq_length() != input_ids.shape[1]:
             self.report, report.reason = report, reason
             return None
-        self._ahead = Ahead(ids.cpu().clone(), Standing.take(self.layers, past + ids.shape[1], self._held))
-        begin.put(self.layers, kv_like(self._session.model))
+        self._ahead = Ahead(ids.cpu().clone(), Position.take(self.layers, past + ids.shape[1], self._held))
+        begin.put(self.layers, kv_template(self._session.model))
         self._held = begin.held
         self._seen.crop(past)
         return prompt

@@ -56,7 +56,7 @@ class PromptCache(PrefixCache):
                 self._turn = None
             if ids.shape[0] > 1:
                 self._spread(ids)
-            self._lay_by_head()
+            self._make_head_major()
             return None  # decoding: the hot path
         if not self._counts():
             if not is_one_token:
@@ -113,7 +113,7 @@ class PromptCache(PrefixCache):
         if call.past and call.wants_all_logits:
             self._turn = None
             self._spread(call.ids)
-            self._lay_by_head()
+            self._make_head_major()
             return None  # candidates of assisted decoding, not a prompt
         if not self._session.at_work.begin(self):
             self.report = self._plain_report(call, CLOSED)
@@ -140,7 +140,7 @@ class PromptCache(PrefixCache):
             report.tokens = call.past + call.tokens
         # What is compiled cannot wait in its layers.
         beyond = not self._runs_compiled()
-        restore = self._restore(call, call.wanted_logits, no_progress, beyond_loads=beyond, report=report)
+        restore = self._restore(call, call.wanted_logits, no_progress, past_loads=beyond, report=report)
         if restore is None:
             if call.tokens < self._session.chunk_size and not self._refusal(call):
                 self._begin_turn(call, 0, "")

@@ -28,7 +28,7 @@ from cake_hf.model.compiled import is_compiled
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Report
-from cake_hf.restore.forwards import ForwardLeft
+from cake_hf.restore.forwards import ForwardPreempted
 from cake_hf.restore.guarded import is_within
 from cake_hf.restore.hooked import Rewritten
 from cake_hf.restore.session import Session
@@ -171,8 +171,8 @@ class RestoringCache(PromptCache):
         if not self._depth:
             self._arrived_outside()
         work = self._work
-        if work.lost():
-            raise ForwardLeft
+        if work.preempted():
+            raise ForwardPreempted
         if reads and work.restore is not None and work.restore.pending:
             work.restore.await_layer(layer)
 

@@ -14,7 +14,7 @@ import torch
 
 from cake_hf.blocks import Block
 from cake_hf.chunks.codec import checksum
-from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 
 STRIDE = 4
@@ -80,7 +80,7 @@ def _tensors(layers: Sequence[Any]) -> list[torch.Tensor]:
             found += states_of(layer).values()
         if isinstance(layer, TokenMajorLayer) and layer.is_initialized:
             found += layer.buffers
-        elif isinstance(layer, WindowedLayer) and layer.keys is not None:
+        elif isinstance(layer, SlidingWindowLayer) and layer.keys is not None:
             found += [layer.keys, layer.values]
     return found
 

@@ -10,9 +10,9 @@ import torch
 
 from cake_hf.blocks import Block
 from cake_hf.cache.turn import Turn
-from cake_hf.chunks.codec import ChunkFacts
+from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.keys import block_keys, state_key
-from cake_hf.layers import RecurrentLayer, TokenMajorLayer, WindowedLayer
+from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.model.fingerprint import adapters_vary, look_at_weights
 from cake_hf.model.foreign_code import stranger_reason
@@ -78,13 +78,13 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
         pieces = _pieces(layers, block, turn.end)
         if stored[number] or not pieces:
             continue
-        facts = ChunkFacts(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
+        facts = ChunkMetadata(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
         what = _CHUNK if block.fills(session.chunk_size) else _TAIL
         layout = session.bound_model.layout().of(block.tokens)
         save(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
     if states and not stored[-1]:
         key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
-        facts = ChunkFacts(state_key(key), key, number, namespace, session.bound_model.name)
+        facts = ChunkMetadata(state_key(key), key, number, namespace, session.bound_model.name)
         layout = session.bound_model.state_layout()
         save(facts, layout, partial(list, states), report, overwrite=False, what="state")
 
@@ -111,7 +111,7 @@ def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor]
         for buffer in layer.buffers
     ]
     for layer in layers:
-        if isinstance(layer, WindowedLayer) and layer.keys is not None:
+        if isinstance(layer, SlidingWindowLayer) and layer.keys is not None:
             first = end - layer.keys.shape[-2]
             if block.start < first:
                 return None

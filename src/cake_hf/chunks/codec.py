@@ -78,7 +78,7 @@ _USUAL = re.compile(
 
 
 @dataclass(frozen=True)
-class ChunkFacts:
+class ChunkMetadata:
     """What a chunk says about itself, beside its tensors.
 
     Attributes:
@@ -120,7 +120,7 @@ def checksums(payload: Buffer, layout: ChunkLayout) -> tuple[str, ...]:
     return tuple(checksum(view[end - size : end]) for end, size in zip(ends, layout.sizes, strict=True))
 
 
-def encode_header(layout: ChunkLayout, facts: ChunkFacts) -> bytes:
+def encode_header(layout: ChunkLayout, facts: ChunkMetadata) -> bytes:
     """The bytes that stand before the payload: `header_size(layout)` of them."""
     metadata = {
         "format": "cake_hf",
@@ -159,7 +159,7 @@ def stored_bytes(layout: ChunkLayout) -> int:
     return header_size(layout) + layout.nbytes
 
 
-def parse_header(raw: Buffer) -> tuple[ChunkFacts, TensorTable]:
+def parse_header(raw: Buffer) -> tuple[ChunkMetadata, TensorTable]:
     """Facts and tensor table from the start of a file; trusts nothing in it.
 
     Args:
@@ -180,7 +180,7 @@ def parse_header(raw: Buffer) -> tuple[ChunkFacts, TensorTable]:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
 
 
-def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
+def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkMetadata:
     """Refuse a chunk that is not exactly the one asked for, in the layout the model needs.
 
     Raises:
@@ -194,7 +194,7 @@ def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkFacts:
     return facts
 
 
-def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) -> None:
+def check_pieces(pieces: Sequence[Buffer], facts: ChunkMetadata, first: int = 0) -> None:
     """Refuse pieces that are not as they were written.
 
     Args:
@@ -210,7 +210,7 @@ def check_pieces(pieces: Sequence[Buffer], facts: ChunkFacts, first: int = 0) ->
             raise CorruptChunk(f"Chunk {facts.key} does not match its checksum.")
 
 
-def check_file(raw: Buffer, key: str) -> ChunkFacts:
+def check_file(raw: Buffer, key: str) -> ChunkMetadata:
     """Verify a whole chunk file without a model at hand.
 
     Raises:
@@ -229,7 +229,7 @@ def check_file(raw: Buffer, key: str) -> ChunkFacts:
     return facts
 
 
-def spans_of(facts: ChunkFacts, table: TensorTable) -> list[tuple[int, int]]:
+def spans_of(facts: ChunkMetadata, table: TensorTable) -> list[tuple[int, int]]:
     """Begin and end of each piece in the payload, in bytes, in the order of the checksums.
 
     Raises:
@@ -240,7 +240,7 @@ def spans_of(facts: ChunkFacts, table: TensorTable) -> list[tuple[int, int]]:
     return table.spans
 
 
-def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Mapping[str, object]] | None:
+def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkMetadata, Mapping[str, object]] | None:
     """What `parse_header` gives, of a header that is word for word as `encode_header` writes it; None of any other.
 
     All good chunks have such headers, unless their model's name has odd characters. Nothing of them has to be parsed, which
@@ -256,7 +256,7 @@ def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkFacts, Mapping
     return None if facts is None else (facts, layout.tensor_table)
 
 
-def _recognised(raw: bytes) -> tuple[ChunkFacts, TensorTable] | None:
+def _recognised(raw: bytes) -> tuple[ChunkMetadata, TensorTable] | None:
     """What `_parsed` gives, in a tenth of the time where other chunks have the same table; None unless the metadata stand as
     `encode_header` writes them and all makes sense."""
     text = raw.decode("latin-1")
@@ -274,7 +274,7 @@ def _recognised(raw: bytes) -> tuple[ChunkFacts, TensorTable] | None:
     return None if facts is None else (facts, table)
 
 
-def _parsed(raw: bytes) -> tuple[ChunkFacts, TensorTable]:
+def _parsed(raw: bytes) -> tuple[ChunkMetadata, TensorTable]:
     """Facts and tensor table of a header; one of `_UNREADABLE` where it makes no sense.
 
     Raises:
@@ -285,7 +285,7 @@ def _parsed(raw: bytes) -> tuple[ChunkFacts, TensorTable]:
     return facts, checked_table(table)
 
 
-def _usual_facts(written: re.Match[str], table: str) -> ChunkFacts | None:
+def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
     """Facts from metadata that `_USUAL` found; None if they are not as they were written.
 
     Args:
@@ -299,7 +299,7 @@ def _usual_facts(written: re.Match[str], table: str) -> ChunkFacts | None:
     return _facts(metadata) if seal == checksum(f"[{{{words}}},{table}]".encode()) else None
 
 
-def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
+def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkMetadata:
     """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
 
     Args:
@@ -322,10 +322,10 @@ def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkFacts:
     return _facts(words)
 
 
-def _facts(words: Mapping[str, str]) -> ChunkFacts:
+def _facts(words: Mapping[str, str]) -> ChunkMetadata:
     """What metadata of the right form says."""
     digits = words["checksums"]
-    return ChunkFacts(
+    return ChunkMetadata(
         key=words["key"],
         parent=words["parent"],
         index=int(words["index"]),

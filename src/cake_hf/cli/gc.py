@@ -18,7 +18,7 @@ from cake_hf.cli.many import each_answer
 from cake_hf.cli.options import StoreArgument
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore
-from cake_hf.stores.eviction import FRONT_FIRST, LRU, Entry, Order, Place, order_named
+from cake_hf.stores.eviction import FRONT_FIRST, LRU, ChunkPosition, Entry, Order, order_named
 from cake_hf.util.redaction import shown, shown_url
 from cake_hf.util.sizes import bytes_text, count_text, parse_bytes, parse_seconds
 
@@ -196,7 +196,7 @@ def total_bytes(entries: Sequence[Entry]) -> int:
 
 def _order(store: LocalStore, eviction: str, entries: Sequence[Entry], progress: Progress) -> Order:
     """Who goes first; for one order the places of all chunks are read."""
-    places: dict[str, Place | None] = {}
+    places: dict[str, ChunkPosition | None] = {}
     if eviction == FRONT_FIRST:
         with closing(each_answer([entry.key for entry in entries], store.place)) as answers:
             for key, place in answers:

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
-from cake_hf.chunks.codec import MAX_HEADER_BYTES, ChunkFacts, parse_header
+from cake_hf.chunks.codec import MAX_HEADER_BYTES, ChunkMetadata, parse_header
 from cake_hf.chunks.tensor_table import TensorTable
 from cake_hf.cli.many import each_answer
 from cake_hf.errors import CorruptChunk, StoreError
@@ -37,7 +37,7 @@ class StoredChunk:
         file_bytes: header and payload.
     """
 
-    facts: ChunkFacts
+    facts: ChunkMetadata
     table: TensorTable
     file_bytes: int
 
@@ -250,7 +250,7 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
-def _part_for(facts: ChunkFacts, inventory: Inventory) -> dict[str, StoredChunk]:
+def _part_for(facts: ChunkMetadata, inventory: Inventory) -> dict[str, StoredChunk]:
     """A state has its chunk for its parent; it and what a model computes have keys that follow from other keys."""
     with suppress(ValueError):  # no key at all
         if facts.key == state_key(facts.parent):

@@ -204,14 +204,14 @@ def _all_saved(report: Report) -> bool:
 
 
 def _last_chunk_seconds(
-    model: Any, like: Sequence[tuple[torch.Tensor, torch.Tensor]], chunk_size: int, chunks: int
+    model: Any, template: Sequence[tuple[torch.Tensor, torch.Tensor]], chunk_size: int, chunks: int
 ) -> float:
     """The prompt's last chunk behind as long a context as it will have; the second of two tries."""
     seconds = 0.0
     context, device = (chunks - 1) * chunk_size, next(model.parameters()).device
     ids = torch.zeros((1, chunk_size), dtype=torch.long, device=device)
     for _ in range(2):
-        pairs = [tuple(t.new_zeros((1, t.shape[1], context, t.shape[3])) for t in pair) for pair in like]
+        pairs = [tuple(t.new_zeros((1, t.shape[1], context, t.shape[3])) for t in pair) for pair in template]
         cache = DynamicCache(pairs, config=model.config)
         _synchronize(device)
         begin = time.monotonic()

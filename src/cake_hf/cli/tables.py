@@ -19,7 +19,14 @@ FAILED = ("white on red3", "white on dark_red")
 """Two shades each, so that neighbouring chunks can be told apart."""
 
 
-STYLES = {"computed": COMPUTED, "gated": COMPUTED, "loaded": LOADED, "shared": LOADED, "left": LEFT, "overtaken": LEFT}
+STYLES = {
+    "computed": COMPUTED,
+    "gated": COMPUTED,
+    "loaded": LOADED,
+    "shared": LOADED,
+    "preempted": LEFT,
+    "superseded": LEFT,
+}
 
 
 def report_table(report: Report) -> Table:

@@ -25,7 +25,7 @@ from cake_hf.cli.tables import Lanes, legend, report_table
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.limits import Limits
-from cake_hf.model.kv_layout import chunk_layout, kv_like
+from cake_hf.model.kv_layout import chunk_layout, kv_template
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Report
 from cake_hf.restore.session import chosen_chunk_size
@@ -223,7 +223,7 @@ def _refuse_over_budget(cache: CakeCache, model: Any, tokens: int) -> None:
     """Raise where the store could not take a block of so many tokens."""
     with suppress(ComputePlainly):
         if not cache.passive:
-            refuse_over_budget(cache.store, stored_bytes(chunk_layout(kv_like(model), tokens)))
+            refuse_over_budget(cache.store, stored_bytes(chunk_layout(kv_template(model), tokens)))
 
 
 def _refuse_unsaved(report: Report) -> None:

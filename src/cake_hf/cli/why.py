@@ -202,7 +202,7 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
     last = max((number for number, key in enumerate(keys) if has[key]), default=-1)
     otherwise = ""
     if keys and not any(has.values()) and not elsewhere and not agreed.tokens:
-        otherwise = store.objection(namespace, partial(dict, facts)) or explanation(store, sought)
+        otherwise = store.mismatch_reason(namespace, partial(dict, facts)) or explanation(store, sought)
     restored = _last_state(store, known) if has_states else None
     return Found(
         chunks=len(chunks),

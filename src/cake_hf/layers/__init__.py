@@ -3,7 +3,7 @@
 from cake_hf.layers.indexed import IndexedLayer
 from cake_hf.layers.kinds import ours_for
 from cake_hf.layers.recurrent import HybridLayer, RecurrentLayer
-from cake_hf.layers.sliding_window import WindowedLayer
+from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.layers.token_major import HEADROOM_TOKENS, TokenMajorLayer
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "HybridLayer",
     "IndexedLayer",
     "RecurrentLayer",
+    "SlidingWindowLayer",
     "TokenMajorLayer",
-    "WindowedLayer",
     "ours_for",
 ]

@@ -70,10 +70,10 @@ class IndexedLayer(TokenMajorLayer):
         copied._indexer = self._indexer.copied(memo, tokens)
         return copied
 
-    def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
-        super().make_room(like, capacity, by_head=by_head)
-        if like.is_indexer_initialized:
-            keys = like.indexer_keys.unsqueeze(1)
+    def make_room(self, template: Any, capacity: int, *, head_major: bool) -> None:
+        super().make_room(template, capacity, head_major=head_major)
+        if template.is_indexer_initialized:
+            keys = template.indexer_keys.unsqueeze(1)
             self._indexer.reserve(keys, keys[..., :0], capacity)
 
     def show(self, length: int) -> None:

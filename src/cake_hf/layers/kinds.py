@@ -17,10 +17,10 @@ from cake_hf.layers.compat import (
 )
 from cake_hf.layers.indexed import IndexedLayer
 from cake_hf.layers.recurrent import OF_STATES, HybridLayer, RecurrentLayer
-from cake_hf.layers.sliding_window import WindowedLayer
+from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.layers.token_major import TokenMajorLayer
 
-OURS = (TokenMajorLayer, WindowedLayer, RecurrentLayer, DummyLayer)
+OURS = (TokenMajorLayer, SlidingWindowLayer, RecurrentLayer, DummyLayer)
 """What can be restored; a dummy keeps nothing."""
 
 
@@ -32,7 +32,7 @@ def ours_for(layer: Any) -> Any:
     if type(layer) is DynamicIndexedLayer:
         return IndexedLayer()
     if type(layer) is DynamicSlidingWindowLayer:
-        return WindowedLayer(layer.sliding_window)
+        return SlidingWindowLayer(layer.sliding_window)
     if type(layer) is LinearAttentionLayer and has_numbered_states(layer):
         return RecurrentLayer(layer.number_of_states)
     if type(layer) is LinearAttentionAndFullAttentionLayer and has_numbered_states(layer):
@@ -42,7 +42,7 @@ def ours_for(layer: Any) -> Any:
 
 def is_windowed(layer: Any) -> bool:
     """Whether ours for one of transformers' layers, or of ours, keeps a window."""
-    return type(layer) is DynamicSlidingWindowLayer or isinstance(layer, WindowedLayer)
+    return type(layer) is DynamicSlidingWindowLayer or isinstance(layer, SlidingWindowLayer)
 
 
 def check_stand_in(theirs: Any, ours: Any) -> None:
@@ -60,7 +60,7 @@ def check_stand_in(theirs: Any, ours: Any) -> None:
     if isinstance(ours, RecurrentLayer):
         for name in OF_STATES:
             getattr(theirs, name)
-    if ours is theirs or not isinstance(ours, (TokenMajorLayer, WindowedLayer)):
+    if ours is theirs or not isinstance(ours, (TokenMajorLayer, SlidingWindowLayer)):
         return
     with torch.inference_mode(False), torch.no_grad():
         for tokens in (3, 1):

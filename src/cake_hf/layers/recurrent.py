@@ -20,17 +20,17 @@ OF_STATES = (
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not typed for us
     """A `LinearAttentionLayer` whose states can be taken out and put in."""
 
-    def put_states(self, states: dict[str, torch.Tensor], like: LinearAttentionLayer) -> None:
+    def put_states(self, states: dict[str, torch.Tensor], template: LinearAttentionLayer) -> None:
         """Hold copies of these states.
 
         Args:
             states: by the names of `states_of`, on any device; empty for the state before a prompt's first token.
-            like: a layer of the same kind that has states, for their shapes and devices.
+            template: a layer of the same kind that has states, for their shapes and devices.
         """
         LinearAttentionLayer.reset(self)
         if not states:
             return
-        for name, index, state in _states(like):
+        for name, index, state in _states(template):
             which = name.split("_")[0]  # conv or recurrent
             with torch.inference_mode(False), torch.no_grad():
                 if not getattr(self, f"is_{name}_initialized")[index]:

@@ -11,7 +11,7 @@ from cake_hf.layers.compat import DynamicSlidingWindowLayer, drop_content
 Content = tuple[torch.Tensor | None, torch.Tensor | None, int]
 
 
-class WindowedLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is not typed for us
+class SlidingWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers is not typed for us
     """A `DynamicSlidingWindowLayer` that can be put to the end of any chunk, and shows what a forward has brought.
 
     Attributes:

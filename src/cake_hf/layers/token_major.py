@@ -96,47 +96,47 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             length = self._take_over() if tokens is None else tokens
             copied.__dict__.update(self.__dict__)
             # As it will lie when tokens are decoded, and with room for a question: so it is copied only once.
-            by_head, room = _pays_by_head(_given(self._key_buffer)), length + HEADROOM_TOKENS
-            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], room, by_head=by_head)
-            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, by_head=by_head)
+            head_major, room = _prefers_head_major(_given(self._key_buffer)), length + HEADROOM_TOKENS
+            copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], room, head_major=head_major)
+            copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, head_major=head_major)
             copied._show(length)
         return copied
 
     def reserve(
-        self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, by_head: bool = False
+        self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, head_major: bool = False
     ) -> None:
         """Make room for `capacity` tokens, so that buffers stay where they are until it is used up.
 
         Args:
             key_like, value_like: `[1, heads, any, head_dim]` tensors of the right dtype and device.
             capacity: tokens.
-            by_head: nothing will be loaded: what lies by head may stay so, and new memory is laid so where that pays.
+            head_major: nothing will be loaded: what lies by head may stay so, and new memory is laid so where that pays.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
         length = self._take_over()
         buffer = _given(self._key_buffer)
-        by_head = by_head and _pays_by_head(buffer)
-        if buffer.shape[1] < capacity or (_lies_by_head(buffer) and not by_head):
-            self._move(length, capacity, by_head=by_head)
+        head_major = head_major and _prefers_head_major(buffer)
+        if buffer.shape[1] < capacity or (_is_head_major(buffer) and not head_major):
+            self._move(length, capacity, head_major=head_major)
             self._show(length)
 
-    def lay_by_head(self) -> None:
+    def make_head_major(self) -> None:
         """Tokens are going to be decoded: where it pays, have each head's tokens lie next to each other. Changes nothing else.
 
         Takes one copy of the content, as `DynamicLayer` makes with each token. No loads may be under way.
         """
         buffer = self._key_buffer
         # Content that was replaced from outside is taken over by the next update.
-        if buffer is None or not _pays_by_head(buffer) or _lies_by_head(buffer) or not self.is_own:
+        if buffer is None or not _prefers_head_major(buffer) or _is_head_major(buffer) or not self.is_own:
             return
         length = self._take_over()
-        self._move(length, max(buffer.shape[1], length + HEADROOM_TOKENS), by_head=True)
+        self._move(length, max(buffer.shape[1], length + HEADROOM_TOKENS), head_major=True)
         self._show(length)
 
-    def make_room(self, like: Any, capacity: int, *, by_head: bool) -> None:
+    def make_room(self, template: Any, capacity: int, *, head_major: bool) -> None:
         """`reserve` as for a layer of the same kind that holds a token."""
-        self.reserve(like.keys, like.values, capacity, by_head=by_head)
+        self.reserve(template.keys, template.values, capacity, head_major=head_major)
 
     def has_room(self, tokens: int) -> bool:
         """Whether the buffers, whatever the content is, have room for so many tokens."""
@@ -213,10 +213,10 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             self._show(_given(self.keys).shape[-2])
         return int(_given(self.keys).shape[-2])
 
-    def _move(self, length: int, capacity: int, *, by_head: bool = False) -> None:
+    def _move(self, length: int, capacity: int, *, head_major: bool = False) -> None:
         """Go on in new buffers; `_show` comes after it."""
-        self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity, by_head=by_head)
-        self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, by_head=by_head)
+        self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity, head_major=head_major)
+        self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, head_major=head_major)
 
     def _show(self, length: int) -> None:
         self.keys = _first(_given(self._key_buffer), length)
@@ -273,22 +273,22 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
     end = length + states.shape[1]
     if end > buffer.shape[1] or buffer.requires_grad:  # what a graph has saved stays as it is
         capacity = end + max(HEADROOM_TOKENS, end // GROWTH)
-        buffer = _room_for(buffer[:, :length], capacity, by_head=_lies_by_head(buffer))
+        buffer = _room_for(buffer[:, :length], capacity, head_major=_is_head_major(buffer))
     buffer[:, length:end].copy_(states)
     return buffer
 
 
 def _changed(buffer: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """What a change of the rows makes of a buffer, lying as that does: beams are changed with each token."""
-    if _lies_by_head(buffer):
+    if _is_head_major(buffer):
         return change(buffer.transpose(1, 2)).transpose(1, 2)
     return change(buffer)
 
 
-def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) -> torch.Tensor:
+def _room_for(content: torch.Tensor, capacity: int, *, head_major: bool = False) -> torch.Tensor:
     """A new buffer that starts with the content `[batch, length, heads, head_dim]` and has `capacity` tokens or more.
 
-    Its shape is the content's in any case; `by_head` says in which order it lies in memory.
+    Its shape is the content's in any case; `head_major` says in which order it lies in memory.
 
     Made outside inference mode, so that it can be written to from any mode and any thread later.
     """
@@ -297,19 +297,19 @@ def _room_for(content: torch.Tensor, capacity: int, *, by_head: bool = False) ->
         return content
     with torch.inference_mode(False), torch.no_grad():
         tokens = max(length, capacity)
-        shape = (batch, heads, tokens, head_dim) if by_head else (batch, tokens, heads, head_dim)
+        shape = (batch, heads, tokens, head_dim) if head_major else (batch, tokens, heads, head_dim)
         buffer = empty_aligned(shape, content.dtype, content.device)
-        buffer = buffer.transpose(1, 2) if by_head else buffer
+        buffer = buffer.transpose(1, 2) if head_major else buffer
         buffer[:, :length].copy_(content)
     return buffer
 
 
-def _pays_by_head(buffer: torch.Tensor) -> bool:
+def _prefers_head_major(buffer: torch.Tensor) -> bool:
     """GPUs' kernels take either order; with one head both are the same."""
     return buffer.device.type == "cpu" and buffer.shape[2] > 1
 
 
-def _lies_by_head(buffer: torch.Tensor) -> bool:
+def _is_head_major(buffer: torch.Tensor) -> bool:
     return buffer.stride(2) > buffer.stride(1)
 
 

@@ -69,7 +69,7 @@ def made_by(model: torch.nn.Module) -> Made:
         return known[mode]
 
 
-def kv_like(model: torch.nn.Module) -> list[Any]:
+def kv_template(model: torch.nn.Module) -> list[Any]:
     """The layers of a `DynamicCache` that holds one token, as the model makes them at present; see `made_by`."""
     return made_by(model).layers
 
@@ -87,7 +87,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
     """The layout of a chunk of these layers' KV.
 
     Args:
-        layers: from `kv_like`.
+        layers: from `kv_template`.
         chunk_size: tokens.
     """
     pieces = [
@@ -109,7 +109,7 @@ def state_layout(layers: list[Any]) -> ChunkLayout:
     """The layout of a snapshot of these layers' recurrent states: each as one "token" of it; no pieces where there are none.
 
     Args:
-        layers: from `kv_like`.
+        layers: from `kv_template`.
     """
     pieces = [
         Piece(f"layers.{number}.{what}", state.numel() // state.shape[-1], state.shape[-1], state.dtype, number)
@@ -122,12 +122,12 @@ def state_layout(layers: list[Any]) -> ChunkLayout:
 
 
 def keeps_tokens(layer: Any) -> bool:
-    """Whether a layer from `kv_like` keeps something of each token, be it only of the last ones."""
+    """Whether a layer from `kv_template` keeps something of each token, be it only of the last ones."""
     return bool(_kept_per_token(layer))
 
 
 def keeps_each_token_once(layer: Any) -> bool:
-    """Whether a layer from `kv_like`, after one token, holds one token, or keeps none."""
+    """Whether a layer from `kv_template`, after one token, holds one token, or keeps none."""
     return all(tensor.shape[2] == 1 for tensor in _kept_per_token(layer).values())
 
 

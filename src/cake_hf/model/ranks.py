@@ -30,7 +30,7 @@ class Ranks:
     size: int
     device: torch.device
 
-    def least(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_min(self, numbers: Sequence[int]) -> list[int]:
         """Of each number the least that any rank brings. All ranks call it together, each with as many numbers.
 
         Blocks until all have: as long as the slowest has loads to wait for, each with its deadline, and at most as long as
@@ -45,13 +45,13 @@ class Ranks:
         return found
 
     def span(self, number: int) -> tuple[int, int]:
-        """The least and the greatest number that any rank brings. As `least`."""
-        least, negative = self.least([number, -number])
+        """The least and the greatest number that any rank brings. As `all_reduce_min`."""
+        least, negative = self.all_reduce_min([number, -number])
         return least, -negative
 
     def all_alike(self, numbers: Sequence[int]) -> bool:
-        """Whether all ranks bring the same numbers. As `least`."""
-        found = self.least([*numbers, *(-number for number in numbers)])
+        """Whether all ranks bring the same numbers. As `all_reduce_min`."""
+        found = self.all_reduce_min([*numbers, *(-number for number in numbers)])
         return found[: len(numbers)] == [-number for number in found[len(numbers) :]]
 
 

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.tensor_bytes import host_bytes
 from cake_hf.errors import CorruptChunk
@@ -149,9 +149,9 @@ def _layout(numbers: Kept) -> ChunkLayout:
     return ChunkLayout(1, tuple(sorted(pieces, key=lambda piece: -piece.dtype.itemsize)))
 
 
-def _read(store: Store, namespace: str, like: Kept) -> tuple[Kept | None, bool]:
+def _read(store: Store, namespace: str, template: Kept) -> tuple[Kept | None, bool]:
     """What is stored, and whether it is unusable. Raises what the store raises."""
-    layout, key = _layout(like), behaviour_key(namespace)
+    layout, key = _layout(template), behaviour_key(namespace)
     try:
         found = None if store.size(key) is None else read_state(store, key, layout)
     except CorruptChunk:
@@ -166,5 +166,5 @@ def _write(store: Store, namespace: str, model: str, numbers: Kept, *, replace: 
     """False if another one was there already."""
     layout, key = _layout(numbers), behaviour_key(namespace)
     payload = b"".join(host_bytes(numbers[piece.name]) for piece in layout.pieces)
-    facts = ChunkFacts(key, namespace, 0, namespace, model, checksums(payload, layout))
+    facts = ChunkMetadata(key, namespace, 0, namespace, model, checksums(payload, layout))
     return store.write(key, [encode_header(layout, facts), payload], replace=replace)

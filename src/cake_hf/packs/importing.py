@@ -112,8 +112,8 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
     manifest = pack.manifest
     exact = "numerics" in manifest.facts
     with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact) as session:
-        if objection := pack.objection(session.namespace(), session.namespace_facts):
-            raise StoreError(f"{objection[0].upper()}{objection[1:]}.")
+        if mismatch_reason := pack.mismatch_reason(session.namespace(), session.namespace_facts):
+            raise StoreError(f"{mismatch_reason[0].upper()}{mismatch_reason[1:]}.")
 
 
 def _copy(pack: PackStore, target: Store, key: str) -> None:

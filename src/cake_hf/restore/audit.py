@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, checksums
+from cake_hf.chunks.codec import ChunkMetadata, checksums
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import ranks_of
 from cake_hf.restore.prompt import Prompt
@@ -31,7 +31,7 @@ _lock = Lock()
 class _Comparison(NamedTuple):
     chunk: int
     computed: tuple[str, ...]
-    read: ReadBeside[ChunkFacts]
+    read: ReadBeside[ChunkMetadata]
     due: float
 
 
@@ -40,7 +40,7 @@ class Audit:
 
     Args:
         session: of the cache. Without `exact` equal bits are not to be expected, and nothing is compared.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
     """
 
     def __init__(self, session: Session, prompt: Prompt) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from cake_hf.keys import chunk_keys
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
-from cake_hf.model.kv_layout import kv_like
+from cake_hf.model.kv_layout import kv_template
 from cake_hf.report import Report, Span
 from cake_hf.restore.forwards import wait_for_devices
 from cake_hf.restore.request import ForwardCall
@@ -123,8 +123,8 @@ class BatchRestore:
             layer.reset()
 
     def _run(self, restore_row: RestoreRow) -> None:
-        for layer, like in zip(self._layers, kv_like(self._session.model), strict=True):
-            keys, values = (one.expand(len(self._rows), -1, -1, -1) for one in (like.keys, like.values))
+        for layer, template in zip(self._layers, kv_template(self._session.model), strict=True):
+            keys, values = (one.expand(len(self._rows), -1, -1, -1) for one in (template.keys, template.values))
             layer.reserve(keys, values, self._call.tokens + HEADROOM_TOKENS)
         homes: dict[str, Row] = {}  # of a chunk, the first row that has it
         for row in self._rows:

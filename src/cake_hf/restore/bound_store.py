@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, stored_bytes
+from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.limits import Limits
 from cake_hf.model.reference import Shelf
@@ -97,7 +97,7 @@ class BoundStore:
 
     def save_chunk(
         self,
-        facts: ChunkFacts,
+        facts: ChunkMetadata,
         layout: ChunkLayout,
         pieces: Callable[[], Sequence[torch.Tensor]],
         report: Report,
@@ -156,7 +156,7 @@ class BoundStore:
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
 
-    def _recorder(self, chunk: ChunkFacts, made_with: dict[str, Any] | None) -> Callable[[], None]:
+    def _recorder(self, chunk: ChunkMetadata, made_with: dict[str, Any] | None) -> Callable[[], None]:
         """Keeps what the chunk was made with in the store, once it is there."""
         if made_with is None:
             return _keep_nothing

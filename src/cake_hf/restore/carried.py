@@ -16,7 +16,7 @@ import torch
 from cake_hf.blocks import Block
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.layers.recurrent import RecurrentLayer, states_of
-from cake_hf.layers.sliding_window import WindowedLayer
+from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.restore.plan import window_begin
 
 Windows = Sequence[torch.Tensor]
@@ -30,7 +30,7 @@ class Carried:
 
     Args:
         layers: of the cache, all kinds.
-        like: the same layers with one token in them.
+        template: the same layers with one token in them.
         blocks: of the prompt, counted from chunk 0 on.
         past: tokens in the layers now; chunk 0 comes after them.
         state_layout: of a snapshot.
@@ -44,7 +44,7 @@ class Carried:
     def __init__(
         self,
         layers: Sequence[Any],
-        like: Sequence[Any],
+        template: Sequence[Any],
         blocks: Sequence[Block],
         past: int,
         state_layout: ChunkLayout,
@@ -52,9 +52,9 @@ class Carried:
         read_state: ReadState,
     ) -> None:
         self.standing: int | None = 0
-        self._windowed = [layer for layer in layers if isinstance(layer, WindowedLayer)]
+        self._windowed = [layer for layer in layers if isinstance(layer, SlidingWindowLayer)]
         self._recurrent = {n: layer for n, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
-        self._like = like
+        self._template = template
         self._blocks = blocks
         self._past = past
         self._state_layout = state_layout
@@ -127,7 +127,7 @@ class Carried:
         for layer, content in zip(self._windowed, self._base_windows, strict=True):
             layer.put(content)
         for n, layer in self._recurrent.items():
-            layer.put_states(self._base_states[n], self._like[n])
+            layer.put_states(self._base_states[n], self._template[n])
         self.standing = 0
 
     def end(self) -> None:
@@ -172,6 +172,6 @@ class Carried:
     def _put_states(self, snapshot: Sequence[torch.Tensor]) -> None:
         pieces = {piece.name: state for piece, state in zip(self._state_layout.pieces, snapshot, strict=True)}
         for n, layer in self._recurrent.items():
-            like = states_of(self._like[n])
-            states = {name: pieces[f"layers.{n}.{name}"].view(state.shape) for name, state in like.items()}
-            layer.put_states(states, self._like[n])
+            template = states_of(self._template[n])
+            states = {name: pieces[f"layers.{n}.{name}"].view(state.shape) for name, state in template.items()}
+            layer.put_states(states, self._template[n])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from cake_hf.errors import CakeError
-from cake_hf.layers import TokenMajorLayer, WindowedLayer
+from cake_hf.layers import SlidingWindowLayer, TokenMajorLayer
 from cake_hf.restore.audit import Audit
 from cake_hf.restore.carried import Carried
-from cake_hf.restore.forwards import GATED, Forward, ForwardLeft, Layers, never, wait_for_devices
+from cake_hf.restore.forwards import GATED, Forward, ForwardPreempted, Layers, never, wait_for_devices
 from cake_hf.restore.pacing import RestorePace
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.saving import Saver
@@ -25,7 +25,7 @@ class ChunkRuns:
     """Of one restore.
 
     Args:
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         layers: of the cache, all kinds.
         kept: those of them that keep each token.
         forward: runs the model on one chunk.
@@ -58,7 +58,7 @@ class ChunkRuns:
         self.waited = False
         self._prompt = prompt
         self._kept = kept
-        self._watched: list[Any] = [*kept, *(layer for layer in layers if isinstance(layer, WindowedLayer))]
+        self._watched: list[Any] = [*kept, *(layer for layer in layers if isinstance(layer, SlidingWindowLayer))]
         self._count = len(layers)
         self._forward = forward
         self._carried = carried
@@ -78,12 +78,12 @@ class ChunkRuns:
         worked = time.thread_time()
         try:
             self._run(index, partial(self._is_left, index, layers))
-        except ForwardLeft:
+        except ForwardPreempted:
             wait_for_devices(self._devices)
             end = time.monotonic()
             self._saw(index, end - layers.began, layers.share, time.thread_time() - layers.worked)
             self._frontier.give_back(index)
-            self._prompt.record("compute", index, begin, end, "left")
+            self._prompt.record("compute", index, begin, end, "preempted")
             return False
         end = time.monotonic()
         if not self.waited:
@@ -110,11 +110,11 @@ class ChunkRuns:
         """Make so many chunks the content of the layers that keep each token."""
         self._show_tokens(self._prompt.blocks[chunks - 1].end if chunks else 0)
 
-    def _run(self, index: int, lost: Callable[[], bool]) -> None:
+    def _run(self, index: int, preempted: Callable[[], bool]) -> None:
         self._carried.begin()
         for start, end in self._prompt.blocks[index].forwards:
             self._show_tokens(start)
-            self._forward(lost, self._prompt.call.chunk(start, end))
+            self._forward(preempted, self._prompt.call.chunk(start, end))
             self._check_content(end)
             self._carried.ran()
         self._carried.passed(index)
@@ -123,7 +123,7 @@ class ChunkRuns:
     def _is_left(self, index: int, layers: Layers) -> bool:
         """Whether a forward ends before its next layer: its chunk has arrived, or was begun on trial and is not worth it."""
         layers.next()
-        if self._steps.lost(index):
+        if self._steps.preempted(index):
             return True
         if not layers.share or not self._frontier.is_trial(index):
             return False

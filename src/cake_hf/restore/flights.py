@@ -22,7 +22,7 @@ class Flights:
 
     Args:
         session: of the cache.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         restore: whose flights these are: any object of its own.
         frontier: the ledger.
         saver: knows where chunks lie in the layers.

@@ -14,14 +14,14 @@ Progress = Callable[[int, int], None]
 """Called with (chunks that are there, all chunks) now and then."""
 
 Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
-"""Runs the model on one chunk with the cache: `forward(lost, arguments)`. It raises `ForwardLeft` at the next layer once
-`lost()` says that the chunk has come from the store meanwhile."""
+"""Runs the model on one chunk with the cache: `forward(preempted, arguments)`. It raises `ForwardPreempted` at the next layer
+once `preempted()` says that the chunk has come from the store meanwhile."""
 
 GATED = "gated"
 """What a timeline calls a computed piece that waited, within its layers, for loads."""
 
 
-class ForwardLeft(Exception):
+class ForwardPreempted(Exception):
     """Not an error: the chunk that a forward computes has come from the store, so the forward is left where it is."""
 
 
@@ -52,7 +52,7 @@ class Layers:
         return min(1.0, max(0, self._begun - 1) / self._count)
 
 
-def record_tail(prompt: Prompt, devices: Sequence[torch.device], begin: float, *, gated: bool) -> None:
+def record_suffix(prompt: Prompt, devices: Sequence[torch.device], begin: float, *, gated: bool) -> None:
     """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
     wait_for_devices(devices)
     end = time.monotonic()

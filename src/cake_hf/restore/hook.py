@@ -18,10 +18,10 @@ from cake_hf.model.compiled import is_compiled, outside_graphs
 from cake_hf.model.images import ImageDeferral
 from cake_hf.model.vision import family_of
 from cake_hf.restore.hooked import HookedCache, Rewritten
-from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.finalizer_lock import FinalizerLock
 
 _hooks: weakref.WeakKeyDictionary[torch.nn.Module, ModelHook] = weakref.WeakKeyDictionary()
-_turns = Turns()
+_turns = FinalizerLock()
 
 
 class ModelHook:

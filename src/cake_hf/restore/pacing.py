@@ -7,14 +7,14 @@ from itertools import dropwhile
 from typing import Any
 
 from cake_hf.blocks import Block
-from cake_hf.limits import ASIDE_PER_THREAD
+from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.restore.plan import RestorePlan
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import overtakes_in_place
+from cake_hf.scheduling.planner import supersedes_in_place
 from cake_hf.transfer.cost_notes import CostMemory
 
 
@@ -78,7 +78,7 @@ def new_pace(
 
     Args:
         session: of the cache.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         plan: of the restore.
         memory: of what earlier prompts have cost.
         costs: of chunks, from that memory.
@@ -107,28 +107,28 @@ def new_frontier(
     plan: RestorePlan,
     pace: RestorePace,
     *,
-    turn_aside: Callable[[int], None] | None,
+    restage: Callable[[int], None] | None,
 ) -> Frontier:
     """The ledger of one restore.
 
     Args:
         session: of the cache.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         plan: of the restore.
         pace: of the restore.
-        turn_aside: see `Frontier`.
+        restage: see `Frontier`.
     """
     threads = session.limits.loader_threads
     return Frontier(
         plan.usable,
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
-        most_aside=ASIDE_PER_THREAD * threads,
+        most_staged=STAGED_PER_THREAD * threads,
         nearest=threads,
-        turn_aside=turn_aside,
+        restage=restage,
         last=threads,
         judge=pace,
-        overtakes_in_place=turn_aside is None and overtakes_in_place(_chunks_in_memory(prompt)),
+        supersedes_in_place=restage is None and supersedes_in_place(_chunks_in_memory(prompt)),
     )
 
 

@@ -41,7 +41,7 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
 
     Args:
         session: of the cache.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         costs: as they are believed to be.
         reach: how many tokens the model's longest window reaches back.
         by_layers: whether what follows loads can wait for them layer by layer.

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from cake_hf.blocks import Block, blocks, last_piece, tail_ends
-from cake_hf.chunks.codec import ChunkFacts, stored_bytes
+from cake_hf.blocks import Block, blocks, suffix_start, tail_ends
+from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import block_keys, state_key
 from cake_hf.report import Report, Span
@@ -103,15 +103,15 @@ class Prompt:
         """The layout of that block."""
         return self.layout.of(self.blocks[index].tokens)
 
-    def facts(self, session: Session, index: int) -> ChunkFacts:
+    def facts(self, session: Session, index: int) -> ChunkMetadata:
         """What block `index` of the call says about itself (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
-        return ChunkFacts(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
+        return ChunkMetadata(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
 
-    def state_facts(self, session: Session, index: int) -> ChunkFacts:
+    def state_facts(self, session: Session, index: int) -> ChunkMetadata:
         """What the snapshot at the end of chunk `index` says about itself."""
         key = self.keys[index]
-        return ChunkFacts(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
+        return ChunkMetadata(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
         """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
@@ -151,7 +151,7 @@ class Wanted:
         inner = [cut - call.past for cut in cuts if cut > call.past]
         every = blocks(0, call.tokens, inner, size)
         last = every[-1].start if every else 0
-        begin = last if leave is None else last_piece(0, call.tokens, inner, size, leave)
+        begin = last if leave is None else suffix_start(0, call.tokens, inner, size, leave)
         wanted = blocks(0, begin, inner, size)
         if number := call.uncut([block.end for block in wanted]):
             return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
@@ -160,7 +160,7 @@ class Wanted:
         return cls(every if one_more else wanted, len(wanted), ends_document=begin == call.tokens and begin in inner)
 
 
-def look_up(
+def open_prompt(
     session: Session, call: ForwardCall, wanted: Wanted, held: Held, report: Report, started: float, namespace: str
 ) -> Prompt:
     """Name the prompt's blocks and ask the store which of them it has.
@@ -234,11 +234,14 @@ def _bytes_stored(prompt: Prompt) -> int:
 
 def _objection(session: Session, namespace: str) -> str:
     store, sharing = session.bound_store.store, session.bound_store.sharing
-    if type(store).objection is Store.objection:
+    if type(store).mismatch_reason is Store.mismatch_reason:
         return ""
     facts = session.bound_model.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
     answer = ask(
-        partial(_objected, store, namespace, facts), session.limits.lookup_timeout, "objection", sharing.lookups
+        partial(_mismatch_reason_of, store, namespace, facts),
+        session.limits.lookup_timeout,
+        "mismatch_reason",
+        sharing.lookups,
     )
     if answer.error is not None:
         return f"the store could not be asked: {answer.trouble}"
@@ -256,9 +259,9 @@ def _why_none(session: Session) -> str:
     return reason
 
 
-def _objected(store: Store, namespace: str, facts: dict[str, Any]) -> str:
-    objection = store.objection(namespace, lambda: facts)
-    return objection if isinstance(objection, str) else ""
+def _mismatch_reason_of(store: Store, namespace: str, facts: dict[str, Any]) -> str:
+    mismatch_reason = store.mismatch_reason(namespace, lambda: facts)
+    return mismatch_reason if isinstance(mismatch_reason, str) else ""
 
 
 def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:

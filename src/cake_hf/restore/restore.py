@@ -3,7 +3,7 @@
 To read it from top to bottom, in the order in which it happens:
 
 1. `prompt_cache.PromptCache._handle`: what of a call is a prompt, and is it to be restored?
-2. `prompt.look_up`: its blocks get keys, and `lookup.match_prefix` asks the store which of them it has (a `PrefixMatch`).
+2. `prompt.open_prompt`: its blocks get keys, and `lookup.match_prefix` asks the store which of them it has (a `PrefixMatch`).
 3. `plan.plan_restore`: what of that is loaded, and how (a `RestorePlan`).
 4. `Restore`, here: the layers get room, loaders claim from the back (`transfer.loader`), and the walk goes up from the front.
    What comes next is the frontier's to say (`scheduling.frontier`); `chunk_runs` runs the model on it, and has it saved.
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
-from cake_hf.limits import ASIDE_PER_THREAD
-from cake_hf.model.kv_layout import keeps_tokens, kv_like
+from cake_hf.limits import STAGED_PER_THREAD
+from cake_hf.model.kv_layout import keeps_tokens, kv_template
 from cake_hf.model.offload import devices_of
 from cake_hf.model.ranks import ranks_of
 from cake_hf.restore.audit import Audit
@@ -57,10 +57,10 @@ class Restore:
     Args:
         session: of the cache.
         layers: of the cache, all at the call's past length.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         forward: runs the model on one chunk with the cache, see `forwards.Forward`.
         progress: called with (chunks that are there, all chunks) now and then.
-        beyond_loads: whether what follows loads may begin before these are all there.
+        past_loads: whether what follows loads may begin before these are all there.
 
     Attributes:
         prompt: as given.
@@ -78,7 +78,7 @@ class Restore:
         forward: Forward,
         progress: Progress,
         *,
-        beyond_loads: bool,
+        past_loads: bool,
     ) -> None:
         self.prompt = prompt
         self.brought = 0
@@ -88,17 +88,17 @@ class Restore:
         self._end = prompt.call.past + prompt.call.tokens
         self._threads: list[threading.Thread] = []
         self._made = 0  # all chunks before this one were made by the main thread, or what the devices compute sees them
-        like = kv_like(session.model)
+        template = kv_template(session.model)
         kept = [
             (layer, one)
-            for layer, one in zip(layers, like, strict=True)
+            for layer, one in zip(layers, template, strict=True)
             if isinstance(layer, TokenMajorLayer) and keeps_tokens(one)
         ]
         self._layers = [layer for layer, _ in kept]  # those that keep each token
         self._states = StoredStates(session, prompt)
         self._carried = Carried(
             layers,
-            like,
+            template,
             prompt.blocks,
             prompt.call.past,
             prompt.state_layout,
@@ -110,17 +110,17 @@ class Restore:
         self._ranks = ranks_of(session.model)
         self.cost_memory = session.cost_memory(prompt.namespace)
         costs = self.cost_memory.costs(prompt.layout.nbytes)
-        by_layers = beyond_loads and not self._carried and self._ranks is None
+        by_layers = past_loads and not self._carried and self._ranks is None
         self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
         prompt.report.reason = prompt.report.reason or plan.reason
-        self._windows = WindowBuffers(prompt, plan.windows, like)
+        self._windows = WindowBuffers(prompt, plan.windows, template)
         self._reserve(kept)  # last of all that takes memory: whoever fails before has nothing to give back
         past = prompt.call.past
         # Where loads land: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         if not plan.loads:
             buffers = []  # they may lie by head, as no chunk does
-        turn_aside = None if is_host_place(buffers) else self._turn_aside
+        restage = None if is_host_place(buffers) else self._restage
         self.pace = new_pace(
             session,
             prompt,
@@ -131,7 +131,7 @@ class Restore:
             can_run=self._can_run,
             can_leave=self._can_leave,
         )
-        self._frontier = new_frontier(session, prompt, plan, self.pace, turn_aside=turn_aside)
+        self._frontier = new_frontier(session, prompt, plan, self.pace, restage=restage)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers)
         # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
@@ -166,7 +166,7 @@ class Restore:
             ComputePlainly: the model does not compute what the store holds.
         """
         prompt = self.prompt
-        self._walk(prompt.chunks, beyond_loads=self._plan.ranges > 1)
+        self._walk(prompt.chunks, past_loads=self._plan.ranges > 1)
         self.pending = self._frontier.beyond() > 0
         self._audit.settle()
         self._audit.end()  # the last piece is in the model from now on
@@ -174,26 +174,26 @@ class Restore:
 
     def await_layer(self, layer: int) -> None:
         """Return when that layer of all chunks before the piece that is in the model is in the layers' buffers."""
-        self._job.adopt_landed()  # what has landed aside meanwhile makes room for others
+        self._job.commit_staged()  # what has landed aside meanwhile makes room for others
         if not self._frontier.beyond():
             return
         self._runs.waited = True
         if self._frontier.await_layer(layer):
-            self._job.adopt_layer(layer)
+            self._job.commit_layer(layer)
         else:
             # A load has failed or is late. All chunks before the piece are made here and now; then the piece goes on.
             lengths = [held.lengths for held in self._layers]
-            self._walk(self._frontier.beyond(), beyond_loads=False)
+            self._walk(self._frontier.beyond(), past_loads=False)
             self._runs.waited = True
             for held, length in zip(self._layers, lengths, strict=True):
                 held.show_lengths(length)
         self._job.place.catch_up()
 
-    def close(self, *, save_tail: bool = False) -> None:
+    def close(self, *, save_suffix: bool = False) -> None:
         """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
 
         Args:
-            save_tail: the last piece is a block of the canonical schedule, to be saved like the others.
+            save_suffix: the last piece is a block of the canonical schedule, to be saved like the others.
         """
         self.pace.end(time.monotonic())
         try:
@@ -207,7 +207,7 @@ class Restore:
             self._job.let_go()
             self._states.let_go()
             self.brought = self._count()
-            if save_tail:
+            if save_suffix:
                 self._carried.begin()
                 self._carried.ran()
                 self._carried.passed(self.prompt.chunks)
@@ -246,7 +246,7 @@ class Restore:
         """Make room for the prompt in the layers that keep each token, or, if the device has not as much, for nothing."""
         try:
             for layer, one in kept:
-                layer.make_room(one, self._end + HEADROOM_TOKENS, by_head=not self._plan.loads)
+                layer.make_room(one, self._end + HEADROOM_TOKENS, head_major=not self._plan.loads)
         except BaseException:
             for layer in self._layers:
                 if not self.prompt.call.past:
@@ -264,9 +264,9 @@ class Restore:
                 # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
                 layer.move_out(past, capacity=past)
 
-    def _walk(self, until: int, *, beyond_loads: bool) -> None:
+    def _walk(self, until: int, *, past_loads: bool) -> None:
         """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
-        while (index := self._steps.advance(until=until, beyond_loads=beyond_loads)) is not None:
+        while (index := self._steps.advance(until=until, past_loads=past_loads)) is not None:
             self._settle_in()
             self._see(index)
             with self._flights.flight(index) as plan:
@@ -292,8 +292,8 @@ class Restore:
 
         After that nothing lands any more: giving up one load, or overtaking it in place, ends all loading.
         """
-        self._job.adopt_landed()
-        if self._frontier.take_orphans() and not self._job.detach():
+        self._job.commit_staged()
+        if self._frontier.take_abandoned() and not self._job.detach():
             for layer in self._layers:
                 layer.move_out(self._end)
 
@@ -313,8 +313,8 @@ class Restore:
         """Not where the model carries something, which would be half done, nor where other ranks are in the forward."""
         return index in self.prompt.full and not self._carried and self._ranks is None
 
-    def _turn_aside(self, index: int) -> None:
-        self._job.turn_aside(index)
+    def _restage(self, index: int) -> None:
+        self._job.restage(index)
 
     def _load_job(self, buffers: list[torch.Tensor]) -> LoadJob:
         limits = self._session.limits
@@ -325,7 +325,7 @@ class Restore:
             place=place_for(
                 buffers,
                 self.prompt.layout,
-                ASIDE_PER_THREAD * limits.loader_threads,
+                STAGED_PER_THREAD * limits.loader_threads,
                 self._plan.windows,
                 [(block.start, block.end) for block in self.prompt.blocks],
             ),

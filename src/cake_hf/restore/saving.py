@@ -23,7 +23,7 @@ class Saver:
     Args:
         session: of the cache.
         layers: of the cache that keep each token.
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         carried: of the restore.
         stored: of the restore.
         audit: of the restore. Nothing is saved before what it compares has turned out to be equal.

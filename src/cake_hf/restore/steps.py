@@ -27,13 +27,13 @@ class Steps:
         self._frontier = frontier
         self.overruled: set[int] = set()
 
-    def advance(self, *, until: int, beyond_loads: bool) -> int | None:
+    def advance(self, *, until: int, past_loads: bool) -> int | None:
         """As `Frontier.advance`."""
-        return self._frontier.advance(until=until, beyond_loads=beyond_loads)
+        return self._frontier.advance(until=until, past_loads=past_loads)
 
-    def lost(self, index: int) -> bool:
-        """As `Frontier.lost`."""
-        return self._frontier.lost(index)
+    def preempted(self, index: int) -> bool:
+        """As `Frontier.preempted`."""
+        return self._frontier.preempted(index)
 
     def computed(self, index: int) -> None:
         """As `Frontier.computed`."""
@@ -53,18 +53,18 @@ class AgreedSteps(Steps):
         self._own: int | None = None  # what this rank would make next; None for nothing
         self._asks = True  # the frontier has not said so yet, or it is made
 
-    def advance(self, *, until: int, beyond_loads: bool) -> int | None:
+    def advance(self, *, until: int, past_loads: bool) -> int | None:
         """As `Frontier.advance`, but for all ranks. Nobody goes beyond loads: the others may have to make what these bring."""
-        if self._asks or (self._own is not None and self._frontier.lost(self._own)):
+        if self._asks or (self._own is not None and self._frontier.preempted(self._own)):
             self._own, self._asks = self._frontier.advance(until=until), False
-        (agreed,) = self._ranks.least([until if self._own is None else self._own])
+        (agreed,) = self._ranks.all_reduce_min([until if self._own is None else self._own])
         if agreed == until:
             return None
         if agreed != self._own:
             self.overruled.add(agreed)
         return agreed
 
-    def lost(self, index: int) -> bool:
+    def preempted(self, index: int) -> bool:
         """Never: the other ranks are in that forward."""
         return False
 

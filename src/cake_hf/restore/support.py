@@ -34,7 +34,7 @@ from cake_hf.layers.compat import (
 from cake_hf.layers.kinds import check_stand_in, is_ours
 from cake_hf.model.code import is_users_code
 from cake_hf.model.foreign_code import LIBRARIES
-from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_like
+from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_template
 from cake_hf.model.modules import parameters_of
 from cake_hf.model.offload import offloaded_weights
 from cake_hf.model.ranks import parallel_reason, ranks_of
@@ -233,20 +233,20 @@ def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
         layers: of the cache.
         tokens: of the prompt, with those in the cache.
     """
-    like = kv_like(model)
+    template = kv_template(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
         return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
-    if any(hasattr(getattr(layer, "keys", None), "device_mesh") for layer in like):
+    if any(hasattr(getattr(layer, "keys", None), "device_mesh") for layer in template):
         return "this model keeps KV as distributed tensors, which cannot be restored yet"
-    if any(getattr(layer, "indexer_position_ids", None) is not None for layer in like):
+    if any(getattr(layer, "indexer_position_ids", None) is not None for layer in template):
         return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
-    if not all(keeps_each_token_once(layer) for layer in like):
+    if not all(keeps_each_token_once(layer) for layer in template):
         return "this model keeps another number of tokens than it is given"
-    if any(isinstance(layer, LinearAttentionLayer) for layer in like) and forgets(model):
+    if any(isinstance(layer, LinearAttentionLayer) for layer in template) and forgets(model):
         return (
             "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
         )
-    if not any(keeps_tokens(layer) for layer in like):
+    if not any(keeps_tokens(layer) for layer in template):
         return KEEPS_NO_ATTENTION
     if looks_ahead(model):
         return (

@@ -14,12 +14,12 @@ class WindowBuffers:
     """Room for those that are wanted only.
 
     Args:
-        prompt: from `look_up`.
+        prompt: from `open_prompt`.
         windows: see `RestorePlan`.
-        like: the model's layers with one token in them; each has its buffers on its own device.
+        template: the model's layers with one token in them; each has its buffers on its own device.
     """
 
-    def __init__(self, prompt: Prompt, windows: dict[int, int], like: Sequence[Any]) -> None:
+    def __init__(self, prompt: Prompt, windows: dict[int, int], template: Sequence[Any]) -> None:
         self._blocks = prompt.blocks
         self._windows = windows
         layout, tokens = prompt.layout, sum(prompt.blocks[index].tokens for index in windows)
@@ -28,7 +28,7 @@ class WindowBuffers:
                 torch.empty(
                     (1, tokens, piece.heads, piece.head_dim),
                     dtype=piece.dtype,
-                    device=like[piece.layer].keys.device,
+                    device=template[piece.layer].keys.device,
                 )
                 for piece in layout.pieces[layout.everywhere :]
             ]

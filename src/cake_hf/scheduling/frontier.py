@@ -17,7 +17,7 @@ given up, and the rest is computed. Now and then it computes a chunk although wa
 still so (`is_trial`); such a chunk may be given back (`give_back`).
 
 What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
-go beyond them (`advance(beyond_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
+go beyond them (`advance(past_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
 
 Conservation law: every chunk is in exactly one `State`, so at any moment
 `computed + computing + loaded + loading + failed + absent + waiting = all`, and a chunk is claimed by one side at a time.
@@ -132,15 +132,15 @@ class Frontier:
         present: for each chunk, whether the store has it.
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
-        most_aside: how many chunks may be on their way aside, or wait there to be put into place.
+        most_staged: how many chunks may be on their way aside, or wait there to be put into place.
         nearest: how many of these are for the chunks nearest to the front, which go aside wherever they may be contested. Of
             the others, those go into place for which nothing is left.
-        turn_aside: called, with the lock held, with a chunk on its way into place that the main thread is given to compute:
+        restage: called, with the lock held, with a chunk on its way into place that the main thread is given to compute:
             what comes of it lands aside from now on, and in full. So no load need go aside before. None: what is on its way
             into place cannot be turned.
         last: how many chunks are the last ones to be loaded, whose layers are waited for.
         judge: asked before a chunk is computed that could be loaded, and while a load is waited for.
-        overtakes_in_place: whether loads that go into place may be overtaken (see `take_orphans`). If not, such loads are
+        supersedes_in_place: whether loads that go into place may be overtaken (see `take_abandoned`). If not, such loads are
             waited for until the deadline, and the loads near the front always go aside.
         clock: monotonic seconds; replaceable for tests.
         changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
@@ -153,12 +153,12 @@ class Frontier:
         *,
         strategy: Strategy = Strategy.BOTH,
         read_timeout: float = 10.0,
-        most_aside: int = 2**31,
+        most_staged: int = 2**31,
         nearest: int = 1,
-        turn_aside: Callable[[int], None] | None = None,
+        restage: Callable[[int], None] | None = None,
         last: int = 0,
         judge: Judge | None = None,
-        overtakes_in_place: bool = False,
+        supersedes_in_place: bool = False,
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
     ) -> None:
@@ -168,12 +168,12 @@ class Frontier:
         self._outcomes: dict[int, Outcome] = {}
         self._strategy = strategy
         self._read_timeout = read_timeout
-        self._most_aside = most_aside
+        self._most_staged = most_staged
         self._nearest = nearest
-        self._turn_aside = turn_aside
+        self._restage = restage
         self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
         self._judge = judge or Judge()
-        self._overtakes_in_place = overtakes_in_place
+        self._supersedes_in_place = supersedes_in_place
         self._clock = clock
         self._changed: Changed = threading.Condition() if changed is None else changed
         if changed is None:
@@ -189,10 +189,10 @@ class Frontier:
         self._back = len(self._states) - 1
         self._last_progress = clock()
         self._claimed_at: dict[int, float] = {}
-        self._aside: dict[int, bool] = {}  # loads in flight; whether they land aside
-        self._landed: list[int] = []  # loaded aside, not yet put into place
+        self._staged: dict[int, bool] = {}  # loads in flight; whether they land aside
+        self._arrived_staged: list[int] = []  # loaded aside, not yet put into place
         self._open = True
-        self._orphans = False
+        self._abandoned = False
         self._left_behind = False
 
     # Loader side.
@@ -206,11 +206,11 @@ class Frontier:
                 self._back -= 1
             if self._back >= 0:
                 index = self._back
-                self._aside[index] = self._goes_aside(index)
+                self._staged[index] = self._is_to_be_staged(index)
                 self._turn(index, State.LOADING)
             elif self._can_be_contested(self._front):
                 index = self._front
-                self._aside[index] = True
+                self._staged[index] = True
             else:
                 return None
             self._claimed_at[index] = self._last_progress = now = self._clock()
@@ -228,10 +228,10 @@ class Frontier:
         with self._changed:
             return self._open and (self._waiting > 0 or self._can_be_contested(self._front))
 
-    def lands_aside(self, index: int) -> bool:
+    def is_staged(self, index: int) -> bool:
         """Whether a claimed chunk must be loaded into memory of its own; the main thread then puts it into place."""
         with self._changed:
-            return self._aside.get(index, True)
+            return self._staged.get(index, True)
 
     def comes_last(self, index: int) -> bool:
         """Whether a claimed chunk is among the last ones to be loaded, so that its layers are best brought one after the other.
@@ -246,14 +246,14 @@ class Frontier:
             nothing_left = front == len(self._states)
             waits = self._strategy is not Strategy.BOTH or nothing_left or not self._is_worth(front, whole=False)
             last = waits and index < front + self._last
-            if last and index in self._aside:
+            if last and index in self._staged:
                 self._layers_there[index] = 0
             return last
 
     def landed(self, index: int, layers: int) -> None:
         """Report that the first so many layers of a claimed chunk are there."""
         with self._changed:
-            if index in self._aside:
+            if index in self._staged:
                 self._layers_there[index] = layers
                 self._changed.notify_all()
 
@@ -266,10 +266,10 @@ class Frontier:
         with self._changed:
             if outcome is Outcome.LOADED and self._open:
                 self._judge.loaded(self._clock())
-            if index not in self._aside:
+            if index not in self._staged:
                 return False
-            if self._aside[index] and outcome is Outcome.LOADED:
-                self._landed.append(index)
+            if self._staged[index] and outcome is Outcome.LOADED:
+                self._arrived_staged.append(index)
             self._finish(index, outcome)
             self._last_progress = self._clock()
             self._changed.notify_all()
@@ -277,16 +277,16 @@ class Frontier:
 
     # Main thread.
 
-    def advance(self, *, until: int | None = None, beyond_loads: bool = False) -> int | None:
+    def advance(self, *, until: int | None = None, past_loads: bool = False) -> int | None:
         """Walk over what is already there and claim the next chunk to compute; None when the two sides have met.
 
         Blocks only while a load is the faster way (see `worth` and `overdue`) or the only safe one, and at most until that
-        read's deadline; then all loads in flight are given up (see `take_orphans`). The chunk that it returns may be lost
-        again (see `lost`).
+        read's deadline; then all loads in flight are given up (see `take_abandoned`). The chunk that it returns may be lost
+        again (see `preempted`).
 
         Args:
             until: the walk ends before this chunk; by default after the last one.
-            beyond_loads: rather than to wait for loads that are all under way, return what comes after them: a chunk that
+            past_loads: rather than to wait for loads that are all under way, return what comes after them: a chunk that
                 nobody loads, or None at the end. Whoever goes on there must `await_layer` before it uses a layer of them.
         """
         with self._changed:
@@ -301,7 +301,7 @@ class Frontier:
                     if self._is_in_place(self._front):
                         self._clear_place(self._front)
                     return self._give_out(self._front)
-                elif beyond_loads and (after := self._after_loads()) is not None:
+                elif past_loads and (after := self._after_loads()) is not None:
                     self._beyond = after
                     return self._give_out(after) if after < end else None
                 elif self._tries(self._front, state):
@@ -354,7 +354,7 @@ class Frontier:
             self._trial = None
             if self._states[index] is not State.COMPUTING:
                 return
-            if index in self._aside:
+            if index in self._staged:
                 self._turn(index, State.LOADING)
             else:
                 self._turn(index, State.FAILED if index in self._outcomes or not self._stored[index] else State.WAITING)
@@ -369,7 +369,7 @@ class Frontier:
             self._trial = None
             return True
 
-    def lost(self, index: int) -> bool:
+    def preempted(self, index: int) -> bool:
         """Whether a chunk that `advance` gave out to be computed has arrived from the store meanwhile."""
         with self._changed:
             return self._states[index] is State.LOADED
@@ -381,21 +381,21 @@ class Frontier:
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
             self._given_out.remove(index)
             self._turn(index, State.COMPUTED)
-            self._left_behind |= self._aside.pop(index, None) is not None
+            self._left_behind |= self._staged.pop(index, None) is not None
             self._layers_there.pop(index, None)
-            if index in self._landed:
-                self._landed.remove(index)
+            if index in self._arrived_staged:
+                self._arrived_staged.remove(index)
             if self._outcomes.get(index) is Outcome.LOADED:
                 del self._outcomes[index]
 
-    def take_landed(self) -> list[int]:
+    def take_staged(self) -> list[int]:
         """Chunks that were loaded aside since the last call and are for the main thread to put into place.
 
         Not one that it is computing: a forward that writes to that place is left, or done, before.
         """
         with self._changed:
-            landed = [index for index in self._landed if index not in self._given_out]
-            self._landed = [index for index in self._landed if index in self._given_out]
+            landed = [index for index in self._arrived_staged if index not in self._given_out]
+            self._arrived_staged = [index for index in self._arrived_staged if index in self._given_out]
             return landed
 
     def left_behind(self) -> bool:
@@ -403,14 +403,14 @@ class Frontier:
         with self._changed:
             return self._left_behind
 
-    def take_orphans(self) -> bool:
+    def take_abandoned(self) -> bool:
         """Whether loads were given up, or overtaken in place, since the last call.
 
         Their threads may still write to where they were told to.
         """
         with self._changed:
-            orphans, self._orphans = self._orphans, False
-            return orphans
+            abandoned, self._abandoned = self._abandoned, False
+            return abandoned
 
     def close(self) -> None:
         """Nothing more is claimed. What is in flight may still come."""
@@ -422,7 +422,7 @@ class Frontier:
         """The restore is over. The callables, which hold it, are let go: KV waits for no collector and no load that hangs."""
         with self._changed:
             self._open = False
-            self._judge, self._overtakes_in_place, self._turn_aside = Judge(), False, None
+            self._judge, self._supersedes_in_place, self._restage = Judge(), False, None
 
     def stop(self) -> None:
         """End the restore early: nothing more is claimed and loads in flight are given up."""
@@ -448,8 +448,8 @@ class Frontier:
             return False
         if self._strategy is Strategy.LOAD:
             return True
-        if self._is_in_place(index) and self._turn_aside is None:
-            return not self._overtakes_in_place or not self._judge.overdue(index, self._loads_left, self._clock())
+        if self._is_in_place(index) and self._restage is None:
+            return not self._supersedes_in_place or not self._judge.overdue(index, self._loads_left, self._clock())
         if self._near() == 0:
             return state is State.LOADING
         return not self._is_worth(index)
@@ -470,15 +470,15 @@ class Frontier:
 
     def _is_in_place(self, index: int) -> bool:
         """Whether a load goes into place, so that nobody else may write there."""
-        return not self._aside.get(index, True)
+        return not self._staged.get(index, True)
 
     def _clear_place(self, index: int) -> None:
         """The main thread is going to write where a load is on its way to."""
-        if self._turn_aside is None:
+        if self._restage is None:
             self._give_up(None)
         else:
-            self._turn_aside(index)
-            self._aside[index] = True
+            self._restage(index)
+            self._staged[index] = True
 
     def _give_out(self, index: int) -> int:
         self._turn(index, State.COMPUTING)
@@ -506,19 +506,19 @@ class Frontier:
             None,
         )
 
-    def _goes_aside(self, index: int) -> bool:
+    def _is_to_be_staged(self, index: int) -> bool:
         near = self._near()
-        if near == 0 or index > self._front + near or self._turn_aside is not None:
+        if near == 0 or index > self._front + near or self._restage is not None:
             return False
-        undecided = self._overtakes_in_place and self._states[self._front] in (State.WAITING, State.LOADING)
+        undecided = self._supersedes_in_place and self._states[self._front] in (State.WAITING, State.LOADING)
         if undecided and not self._judge.may_be_worth(self._front, self._loads_left, self._clock()):
             return False  # there is no contest: what went aside would be copied for nothing
         if index < self._front + self._nearest:  # the front itself among them: as many at a time
             return True
-        return sum(self._aside.values()) + len(self._landed) < self._most_aside - self._nearest
+        return sum(self._staged.values()) + len(self._arrived_staged) < self._most_staged - self._nearest
 
     def _can_be_contested(self, index: int) -> bool:
-        if self._near() == 0 or index >= len(self._states) or index in self._aside or index in self._outcomes:
+        if self._near() == 0 or index >= len(self._states) or index in self._staged or index in self._outcomes:
             return False
         if self._layers_there:  # a load in parts would share the path with this one
             return False
@@ -536,15 +536,15 @@ class Frontier:
     def _give_up(self, outcome: Outcome | None) -> None:
         """Nobody waits any more for what is under way, wherever it lands; with no outcome it is as if it had not been begun."""
         self._open = False
-        for index, aside in list(self._aside.items()):
-            self._orphans |= not aside
+        for index, staged in list(self._staged.items()):
+            self._abandoned |= not staged
             self._left_behind = True
             self._finish(index, outcome)
         self._changed.notify_all()
 
     def _finish(self, index: int, outcome: Outcome | None) -> None:
         """A load has ended. A chunk that is also being computed stays with the main thread unless the load brought it."""
-        del self._aside[index]
+        del self._staged[index]
         self._layers_there.pop(index, None)
         if outcome is not None:
             self._outcomes[index] = outcome

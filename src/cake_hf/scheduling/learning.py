@@ -123,7 +123,7 @@ class CostLearner:
         """
         self.saw_steps(pace.steps)
         # Where each load was overtaken, nothing else would tell that loads take longer than was believed.
-        if loads := _spans(timeline, "loaded") or _spans(timeline, "overtaken"):
+        if loads := _spans(timeline, "loaded") or _spans(timeline, "superseded"):
             self.saw_loads(chunk_bytes, loads)
         elif self._batches and pace.lateness > 1:
             last = self._batches[-1]

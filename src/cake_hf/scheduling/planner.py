@@ -19,7 +19,7 @@ MAX_RANGES = 16
 """Finer steps would hide next to nothing more, and each costs a read."""
 
 FEW_CHUNKS = 32
-"""See `overtakes_in_place`."""
+"""See `supersedes_in_place`."""
 
 RANGES_COST = 0.05
 """Of a chunk's time, what may be spent on reading it in ranges; it is spent on the last few chunks only."""
@@ -119,7 +119,7 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
     return max(1, int(min(layers, MAX_RANGES, affordable)))
 
 
-def overtakes_in_place(chunks: int) -> bool:
+def supersedes_in_place(chunks: int) -> bool:
     """Whether loads of a prompt in host memory that are waited for go into place, to be overtaken there if they are late.
 
     In a longer one, the few chunks that are copied once more for having gone aside are next to nothing; and its KV, which would

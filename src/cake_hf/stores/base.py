@@ -139,7 +139,7 @@ class Store(ABC):
         """Whether notes may be written to `notes_folder`."""
         return True
 
-    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         """A clause for people that says why nothing in this store can serve a namespace; empty if something may.
 
         Called when nothing of a prompt was found; never raises and never waits. By default a store does not know how its

@@ -31,7 +31,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkPosition:
     """Where a chunk stands in its prompt.
 
     Attributes:
@@ -62,7 +62,7 @@ Order = Callable[[Sequence[Entry]], list[Entry]]
 """Sorts values by who goes first."""
 
 
-def order_named(name: str, place_of: Callable[[str], Place | None]) -> Order:
+def order_named(name: str, place_of: Callable[[str], ChunkPosition | None]) -> Order:
     """The order of that name.
 
     Args:
@@ -85,9 +85,9 @@ def least_recently_used(entries: Sequence[Entry]) -> list[Entry]:
 class FrontFirst:
     """`front_first` that remembers the places of the chunks it has seen; they never change, since keys are digests."""
 
-    def __init__(self, place_of: Callable[[str], Place | None]) -> None:
+    def __init__(self, place_of: Callable[[str], ChunkPosition | None]) -> None:
         self._place_of = place_of
-        self._places: dict[str, Place | None] = {}
+        self._places: dict[str, ChunkPosition | None] = {}
 
     def __call__(self, entries: Sequence[Entry]) -> list[Entry]:
         known = self._places
@@ -97,7 +97,7 @@ class FrontFirst:
         return front_first(entries, {key: place for key, place in self._places.items() if place is not None})
 
 
-def front_first(entries: Sequence[Entry], places: dict[str, Place]) -> list[Entry]:
+def front_first(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> list[Entry]:
     """The prompt that was used longest ago goes first, from its front.
 
     Prompts share prefixes, so chunks form trees. Each tree is taken apart into prompts: from a chunk on, the prompt follows the
@@ -129,7 +129,7 @@ def front_first(entries: Sequence[Entry], places: dict[str, Place]) -> list[Entr
     return sorted(by_index, key=lambda entry: (used_below[heads[entry.key]], heads[entry.key]))
 
 
-def _parents(entries: Sequence[Entry], places: dict[str, Place]) -> dict[str, str]:
+def _parents(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> dict[str, str]:
     """Key of a chunk -> key of the stored chunk before it. Indices must fall by one, so no places make a ring."""
     parents = {}
     for entry in entries:

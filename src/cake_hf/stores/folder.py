@@ -27,7 +27,7 @@ from cake_hf.stores.eviction import Entry, date_of_use
 from cake_hf.stores.marker import BYTES, LEFTOVER, NOTES, PARTIAL, SHARD, SUFFIX, claim, is_store, key_in
 from cake_hf.stores.partial import Partial, being_written, link, new_file, remove_if_left
 from cake_hf.stores.safe_paths import (
-    Found,
+    FoundFile,
     advice,
     directory,
     entries_of,
@@ -124,7 +124,7 @@ class Folder:
             StoreError: a directory cannot be listed.
         """
         for shard in self.shards():
-            found: list[Found] = []
+            found: list[FoundFile] = []
             with (
                 suppress(FileNotFoundError),
                 self._listed(shard),

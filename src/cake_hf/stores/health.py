@@ -91,7 +91,7 @@ class Health:
         return now < self._rests_until or now - min(self._under_way.values(), default=now) > STUCK_SECONDS
 
 
-class Standing:
+class TierHealth:
     """The record of one store. All methods may be called from any thread.
 
     Reading and writing are in trouble apart: a full disk reads well.
@@ -186,7 +186,7 @@ class Standing:
 
     # Values that are known to be wrong and cannot be replaced.
 
-    def shun(self, key: str) -> None:
+    def quarantine(self, key: str) -> None:
         """From now on the store counts as not having this key."""
         with self._lock:
             self._shunned[key] = None

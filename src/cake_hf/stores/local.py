@@ -18,7 +18,7 @@ from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
 from cake_hf.stores.byte_budget import Room
 from cake_hf.stores.default_budget import USUAL, FreeShare
-from cake_hf.stores.eviction import LRU, Entry, Place, order_named
+from cake_hf.stores.eviction import LRU, ChunkPosition, Entry, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
 from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
@@ -213,7 +213,7 @@ class LocalStore(Store):
         with self._told(f"The chunks in {self.root} cannot be looked at: "):
             return list(self._folder.entries())
 
-    def place(self, key: str) -> Place | None:
+    def place(self, key: str) -> ChunkPosition | None:
         """Where a chunk stands in its prompt, by its header; None where that cannot be told. Does not count as a use."""
         try:
             with self._folder.chunk(key) as (descriptor, _):

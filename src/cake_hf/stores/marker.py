@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cake_hf.errors import StoreError
-from cake_hf.stores.safe_paths import Found, directory, entries_of, opened, status_of
+from cake_hf.stores.safe_paths import FoundFile, directory, entries_of, opened, status_of
 
 MARKER = "cake-hf-store"
 MARKER_TEXT = (
@@ -75,13 +75,13 @@ def claim(root: int, path: Path) -> None:
         os.write(descriptor, MARKER_TEXT)
 
 
-def _has_chunk(root: int, entry: Found) -> bool:
+def _has_chunk(root: int, entry: FoundFile) -> bool:
     if not entry.is_directory or not SHARD.fullmatch(entry.name):
         return False
     return _any_of(root, entry.name, lambda inner: _is_chunk(entry.name, inner))
 
 
-def _is_ours(root: int, entry: Found) -> bool:
+def _is_ours(root: int, entry: FoundFile) -> bool:
     name = entry.name
     if name in (MARKER, LOCK):  # the marker may have come just now
         return entry.is_file
@@ -97,7 +97,7 @@ def _is_ours(root: int, entry: Found) -> bool:
     )
 
 
-def _is_chunk(shard: str, entry: Found) -> bool:
+def _is_chunk(shard: str, entry: FoundFile) -> bool:
     return entry.is_file and key_in(shard, entry.name) is not None
 
 
@@ -106,6 +106,6 @@ def _begins_as(name: str, form: re.Pattern[bytes], root: int) -> bool:
         return form.fullmatch(os.read(descriptor, 99)) is not None
 
 
-def _any_of(root: int, name: str, wanted: Callable[[Found], bool]) -> bool:
+def _any_of(root: int, name: str, wanted: Callable[[FoundFile], bool]) -> bool:
     with directory(name, root) as folder:
         return any(map(wanted, entries_of(folder)))

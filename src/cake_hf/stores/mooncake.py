@@ -27,7 +27,7 @@ from cake_hf.stores.mooncake_client import (
     NOT_FOUND,
     NOT_READY,
     REFUSED,
-    Address,
+    MooncakeAddress,
     check,
     join,
     leave,
@@ -93,7 +93,7 @@ class MooncakeStore(Store):
     range_seconds = 1e-3  # two answers from machines nearby
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS, register: bool | None = None) -> None:
-        address = Address.parse(url)
+        address = MooncakeAddress.parse(url)
         native_client()  # without it nothing could ever be done
         self._address = address
         self._lease_seconds = lease_seconds

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from cake_hf.errors import StoreError
-from cake_hf.util.finalizer_lock import Turns
+from cake_hf.util.finalizer_lock import FinalizerLock
 from cake_hf.util.forks import renewed_in_child
 from cake_hf.util.redaction import shown, shown_url
 from cake_hf.util.sizes import parse_bytes
@@ -52,7 +52,7 @@ _REASONS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class MooncakeSettings:
     """What a membership is made with; see `MooncakeStore` for the meaning."""
 
     master: str
@@ -64,7 +64,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Address:
+class MooncakeAddress:
     """What a `mooncake://` URL says.
 
     Attributes:
@@ -79,10 +79,10 @@ class Address:
     prefix: str
     replicas: int
     listing: str
-    settings: Settings
+    settings: MooncakeSettings
 
     @classmethod
-    def parse(cls, url: str) -> Address:
+    def parse(cls, url: str) -> MooncakeAddress:
         """Take a URL apart.
 
         Raises:
@@ -125,7 +125,7 @@ class Address:
             prefix=prefix,
             replicas=replicas,
             listing=f"http://{host}:{admin}/get_all_keys",
-            settings=Settings(
+            settings=MooncakeSettings(
                 master, options["host"], lend, options["protocol"], options["devices"], options["metadata"]
             ),
         )
@@ -138,7 +138,7 @@ class Member:
         settings: of the client, which is made at the first call.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: MooncakeSettings) -> None:
         self.settings = settings
         self._client: Any = None
         self._left = False
@@ -184,11 +184,11 @@ class Member:
             client.close()
 
 
-_members: dict[Settings, Member] = {}
-_turns = Turns()
+_members: dict[MooncakeSettings, Member] = {}
+_turns = FinalizerLock()
 
 
-def join(settings: Settings) -> Member:
+def join(settings: MooncakeSettings) -> Member:
     """The process's membership with these settings; asks nothing of the cluster yet."""
     with _turns:
         member = _members.setdefault(settings, Member(settings))
@@ -245,7 +245,7 @@ def native_client() -> Any:
         ) from error
 
 
-def _new_client(settings: Settings) -> Any:
+def _new_client(settings: MooncakeSettings) -> Any:
     """Join the cluster.
 
     Raises:

@@ -144,7 +144,7 @@ class PackStore(Store):
     def check_writable(self) -> None:
         raise self._read_only()
 
-    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         if namespace == self.manifest.namespace:
             return ""
         ours = json.loads(canonical(facts()))

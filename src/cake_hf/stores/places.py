@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 
-from cake_hf.stores.eviction import Place
+from cake_hf.stores.eviction import ChunkPosition
 
 START_BYTES = 2**16
 """So many bytes of a value are enough to find its place; the metadata comes first in a header of ours."""
@@ -21,7 +21,7 @@ MAX_INDEX = 2**40
 _METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 
 
-def place_in(start: bytes) -> Place | None:
+def place_in(start: bytes) -> ChunkPosition | None:
     """The place of a chunk in its prompt, or None where it cannot be told.
 
     Args:
@@ -37,4 +37,4 @@ def place_in(start: bytes) -> Place | None:
         index, parent = int(metadata["index"]), metadata["parent"]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return Place(index, parent) if isinstance(parent, str) and 0 <= index < MAX_INDEX else None
+    return ChunkPosition(index, parent) if isinstance(parent, str) and 0 <= index < MAX_INDEX else None

@@ -24,7 +24,7 @@ import redis
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
 from cake_hf.stores.pieces import cut
-from cake_hf.stores.redis_client import Address, advice, socket_of
+from cake_hf.stores.redis_client import RedisAddress, advice, socket_of
 from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
 from cake_hf.stores.redis_wire import Refused, Unfit, Wire
 from cake_hf.util.interrupts import faults_suppressed, is_the_users
@@ -69,7 +69,7 @@ class RedisStore(Store):
     def __init__(self, url: str, *, slice_bytes: int = 4 * 2**20, timeout: float = 10.0) -> None:
         if slice_bytes <= 0 or timeout <= 0:
             raise ValueError("slice_bytes and timeout must be positive.")
-        self._address = Address.parse(url)
+        self._address = RedisAddress.parse(url)
         self._slice_bytes = slice_bytes
         self._timeout = timeout
         self._notes = f"{self._address.prefix}:notes"

@@ -35,7 +35,7 @@ _SECRET_OPTIONS = ("password", "ssl_password", "ssl_ca_data", "username")
 
 
 @dataclass(frozen=True)
-class Address:
+class RedisAddress:
     """A Redis store's URL, taken apart.
 
     Attributes:
@@ -53,7 +53,7 @@ class Address:
     secrets: tuple[str, ...] = field(repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> Address:
+    def parse(cls, url: str) -> RedisAddress:
         """Split our options from those of redis-py.
 
         Raises:

@@ -101,7 +101,7 @@ def what_is(name: str, at: int) -> os.stat_result | None:
         return None
 
 
-class Found(NamedTuple):
+class FoundFile(NamedTuple):
     """What a name in a directory stands for."""
 
     name: str
@@ -109,13 +109,13 @@ class Found(NamedTuple):
     is_directory: bool
 
 
-def entries_of(at: int) -> list[Found]:
+def entries_of(at: int) -> list[FoundFile]:
     """What is in a directory; a link is neither a file nor a directory."""
     descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     try:
         with os.scandir(descriptor) as entries:
             return [
-                Found(entry.name, entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False))
+                FoundFile(entry.name, entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False))
                 for entry in entries
             ]
     finally:

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 
 from cake_hf.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.stores.base import Part, Store
-from cake_hf.stores.health import Standing
+from cake_hf.stores.health import TierHealth
 from cake_hf.util.redaction import shown
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Tier:
         return self.write is False and not self.takes_copies
 
 
-class Place:
+class TierPlace:
     """A tier where it stands among the others.
 
     Args:
@@ -66,7 +66,7 @@ class Place:
         self.tier = replace(tier, write=False, promote=False) if tier.store.read_only else tier
         self.store = tier.store
         self.level = level
-        self.standing = Standing(_name(tier.store), clock)
+        self.health = TierHealth(_name(tier.store), clock)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         """The store's mask.
@@ -78,23 +78,23 @@ class Place:
         def ask() -> list[bool]:
             return [has for _, has in zip(keys, self.store.contains(keys), strict=True)]
 
-        return self.standing.look("looked up", ask)
+        return self.health.look("looked up", ask)
 
     def listing(self) -> list[str]:
         """All keys; raises whatever the store raises."""
-        return self.standing.look("listed", lambda: list(self.store.keys()))
+        return self.health.look("listed", lambda: list(self.store.keys()))
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
         """Write a value; raises whatever the store raises."""
-        written = self.standing.change("written", lambda: self.store.write(key, parts, replace=replace))
+        written = self.health.change("written", lambda: self.store.write(key, parts, replace=replace))
         if written:
-            self.standing.welcome(key)
+            self.health.welcome(key)
         return written
 
     def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
         """Write a value if the store is well; what goes wrong is counted and goes no further."""
-        if self.standing.writes_badly():
-            self.standing.count(skipped=1)
+        if self.health.writes_badly():
+            self.health.count(skipped=1)
             return False
         try:
             return self.write(key, [value], replace=replace)
@@ -111,24 +111,24 @@ class Place:
             Exception: whatever the store raises.
         """
         if not self.tier.read_only:
-            deleted = self.standing.change("deleted", lambda: self.store.delete(key))
-            self.standing.welcome(key)
+            deleted = self.health.change("deleted", lambda: self.store.delete(key))
+            self.health.welcome(key)
             return deleted
-        if not self.standing.shuns(key) and self.contains([key])[0]:
-            raise StoreError(f"{self.standing.name} is only read here: delete it there, or give the tier write=True.")
+        if not self.health.shuns(key) and self.contains([key])[0]:
+            raise StoreError(f"{self.health.name} is only read here: delete it there, or give the tier write=True.")
         return False
 
     def disown(self, key: str) -> None:
         """What is here under this key is wrong, if anything is: remove it, or else do not look at it any more."""
-        if not self.tier.read_only and not self.standing.writes_badly():
+        if not self.tier.read_only and not self.health.writes_badly():
             try:
                 self.delete(key)
             except BaseException as error:
-                self.standing.shun(key)
+                self.health.quarantine(key)
                 if not is_a_fault(error):
                     raise
         else:
-            self.standing.shun(key)
+            self.health.quarantine(key)
 
 
 class Faults:
@@ -165,7 +165,7 @@ class Faults:
 
 
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class TierAnswer(Generic[T]):
     """What came of asking one tier after the other for a value.
 
     Attributes:
@@ -175,10 +175,10 @@ class Answer(Generic[T]):
     """
 
     value: T | None = None
-    place: Place | None = None
-    lacking: Sequence[tuple[Place, bool]] = field(default=())
+    place: TierPlace | None = None
+    lacking: Sequence[tuple[TierPlace, bool]] = field(default=())
 
-    def targets(self) -> list[tuple[Place, bool]]:
+    def targets(self) -> list[tuple[TierPlace, bool]]:
         """Those of the lacking to which the value should be copied."""
         return [
             (place, wrong)
@@ -186,18 +186,18 @@ class Answer(Generic[T]):
             if self.place is not None
             and place.level < self.place.level
             and place.tier.takes_copies
-            and not place.standing.writes_badly()
+            and not place.health.writes_badly()
         ]
 
 
-class Row:
+class TierRow:
     """The places, nearest first, as one to ask.
 
     Args:
         places: in order.
     """
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[TierPlace]) -> None:
         self._places = list(places)
 
     def look_up(self, keys: Sequence[str]) -> tuple[list[bool], Faults]:
@@ -207,9 +207,9 @@ class Row:
             The mask; and the faults, if nothing but faults came back.
         """
         found, answers, faults = [False] * len(keys), 0, Faults()
-        for place in sorted(self._places, key=lambda place: place.standing.reads_badly()):
-            missing = [n for n, key in enumerate(keys) if not found[n] and not place.standing.shuns(key)]
-            if answers and (not missing or place.standing.reads_badly()):
+        for place in sorted(self._places, key=lambda place: place.health.reads_badly()):
+            missing = [n for n, key in enumerate(keys) if not found[n] and not place.health.shuns(key)]
+            if answers and (not missing or place.health.reads_badly()):
                 continue
             with faults.caught():
                 for n, has in zip(missing, place.contains([keys[n] for n in missing]), strict=True):
@@ -217,7 +217,7 @@ class Row:
                 answers += 1
         return found, Faults() if answers else faults
 
-    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> Answer[T]:
+    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> TierAnswer[T]:
         """Ask one place after the other until one has the value.
 
         Args:
@@ -229,33 +229,31 @@ class Row:
             CorruptChunk: some have it, but not of the right size, and nobody has a better one.
             StoreError: nobody has it, and somebody failed.
         """
-        lacking: list[tuple[Place, bool]] = []
+        lacking: list[tuple[TierPlace, bool]] = []
         faults = Faults()
         for place in self._route(key, nbytes or 0):
             question = partial(ask, place.store)
             with faults.caught():
                 try:
                     value = (
-                        place.standing.look("read", question)
-                        if nbytes is None
-                        else place.standing.read(nbytes, question)
+                        place.health.look("read", question) if nbytes is None else place.health.read(nbytes, question)
                     )
                 except CorruptChunk:
                     lacking.append((place, True))
                     raise
                 if value is not None:
-                    return Answer(value, place, lacking)
+                    return TierAnswer(value, place, lacking)
                 lacking.append((place, False))
         faults.tell(f"Chunk {key} cannot be read from any tier.")
-        return Answer()
+        return TierAnswer()
 
-    def _route(self, key: str, nbytes: int) -> list[Place]:
+    def _route(self, key: str, nbytes: int) -> list[TierPlace]:
         """The places in the order in which they are asked for a value."""
-        places = [place for place in self._places if not place.standing.shuns(key)]
-        places.sort(key=lambda p: (p.standing.reads_badly(), p.level, p.standing.seconds_until_read(nbytes)))
+        places = [place for place in self._places if not place.health.shuns(key)]
+        places.sort(key=lambda p: (p.health.reads_badly(), p.level, p.health.seconds_until_read(nbytes)))
         for place in places[1:]:
             if nbytes and place.level == places[0].level:
-                place.standing.passed_over()
+                place.health.passed_over()
         return places
 
 

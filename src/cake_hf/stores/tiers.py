@@ -25,7 +25,7 @@ from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.stores.health import TierCounts
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pieces import joined
-from cake_hf.stores.tier import Answer, Faults, Place, Row, Tier
+from cake_hf.stores.tier import Faults, Tier, TierAnswer, TierPlace, TierRow
 
 Check = Callable[[bytearray, str], object]
 """Called with a value and its key; raises `CorruptChunk` where the value is not what the key says."""
@@ -73,7 +73,7 @@ class TierStore(Store):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._places = [
-            Place(tier if isinstance(tier, Tier) else Tier(tier), number, clock)
+            TierPlace(tier if isinstance(tier, Tier) else Tier(tier), number, clock)
             for number, level in enumerate(levels)
             for tier in ([level] if isinstance(level, (Tier, Store)) else level)
         ]
@@ -82,7 +82,7 @@ class TierStore(Store):
             raise ValueError("A tier store needs at least one tier.")
         if "behind" in policies and True not in policies:
             raise ValueError('Where a tier is written "behind", another must be written at once (write=True).')
-        self._row = Row(self._places)
+        self._row = TierRow(self._places)
         self.reads_ranges = all(place.store.reads_ranges for place in self._places)
         self.range_seconds = max(place.store.range_seconds for place in self._places)
         self.read_only = all(place.tier.read_only for place in self._places)
@@ -91,11 +91,11 @@ class TierStore(Store):
         weakref.finalize(self, self._behind.retire).atexit = False
 
     def __repr__(self) -> str:
-        return f"TierStore([{', '.join(place.standing.name for place in self._places)}])"
+        return f"TierStore([{', '.join(place.health.name for place in self._places)}])"
 
     def counts(self) -> list[TierCounts]:
         """What came of each tier so far, nearest first."""
-        return [place.standing.counts() for place in self._places]
+        return [place.health.counts() for place in self._places]
 
     def identity(self) -> Hashable:
         """Tiers are at one place if all of them are that last; each of them may have a memory of its own."""
@@ -103,9 +103,9 @@ class TierStore(Store):
 
     # Asking.
 
-    def objection(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         """The first that a tier has."""
-        return next(filter(None, (place.store.objection(namespace, facts) for place in self._places)), "")
+        return next(filter(None, (place.store.mismatch_reason(namespace, facts) for place in self._places)), "")
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         """One question to each tier, about what the tiers before it do not have. One that fails counts as having nothing.
@@ -135,7 +135,7 @@ class TierStore(Store):
         """The value from the first tier that has it. It is copied nowhere: who asks so goes through all there is."""
         answer = self._row.first(key, lambda store: store.read(key))
         if answer.place is not None and answer.value is not None:
-            answer.place.standing.count(reads=1, bytes_read=len(answer.value))
+            answer.place.health.count(reads=1, bytes_read=len(answer.value))
         return answer.value
 
     def size(self, key: str) -> int | None:
@@ -194,7 +194,7 @@ class TierStore(Store):
         eager, faults = self._eager(), Faults()
         for place in eager:
             with faults.caught():
-                place.standing.change("written", place.store.check_writable)
+                place.health.change("written", place.store.check_writable)
         if faults.count == len(eager):
             faults.tell("Nothing can be written to any tier.")
 
@@ -242,7 +242,7 @@ class TierStore(Store):
 
     # Behind and beneath.
 
-    def _carry_on(self, key: str, parts: Sequence[memoryview], stamp: int, answer: Answer[int]) -> None:
+    def _carry_on(self, key: str, parts: Sequence[memoryview], stamp: int, answer: TierAnswer[int]) -> None:
         """Have a value that was read copied to the nearer tiers that lack it, if there is room. Waits for nothing."""
         targets, nbytes = answer.targets(), total_bytes(parts)
         if targets and self._behind.has_room(nbytes):
@@ -250,18 +250,18 @@ class TierStore(Store):
             if self._behind.offer(errand, stamp):
                 return
         for place, _ in targets:
-            place.standing.count(skipped=1)
+            place.health.count(skipped=1)
 
-    def _promote(self, key: str, value: bytearray, targets: Sequence[tuple[Place, bool]]) -> None:
+    def _promote(self, key: str, value: bytearray, targets: Sequence[tuple[TierPlace, bool]]) -> None:
         try:
             if self._check is not None:
                 self._check(value, key)
         except CorruptChunk:  # Whoever asked for it finds that out as well, and says so.
             return
         for place, wrong in targets:
-            place.standing.count(promoted=place.put(key, value, replace=wrong))
+            place.health.count(promoted=place.put(key, value, replace=wrong))
 
-    def _eager(self) -> list[Place]:
+    def _eager(self) -> list[TierPlace]:
         places = [place for place in self._places if place.tier.write is True]
         if not places:
             raise StoreError("No tier takes new values; give one of them write=True, or only read (save=False).")
@@ -269,18 +269,18 @@ class TierStore(Store):
 
     def _write_now(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
         """Write to the tiers that are written at once; those in trouble only if no other takes the value."""
-        written: dict[Place, bool] = {}
+        written: dict[TierPlace, bool] = {}
         faults = Faults()
-        for place in sorted(self._eager(), key=lambda place: place.standing.writes_badly()):
-            if written and place.standing.writes_badly():
-                place.standing.count(skipped=1)
+        for place in sorted(self._eager(), key=lambda place: place.health.writes_badly()):
+            if written and place.health.writes_badly():
+                place.health.count(skipped=1)
                 continue
             with faults.caught():
                 written[place] = place.write(key, parts, replace=replace)
         if not written:
             faults.tell(f"Chunk {key} cannot be written to any tier.")
         for place in self._places:
-            place.standing.count(written=written.get(place, False))
+            place.health.count(written=written.get(place, False))
             if replace and place not in written:
                 place.disown(key)
         return any(written.values())
@@ -292,7 +292,7 @@ class TierStore(Store):
 
         def run() -> None:
             for place in places:
-                place.standing.count(written=place.put(key, value, replace=replace))
+                place.health.count(written=place.put(key, value, replace=replace))
 
         nbytes = total_bytes(parts)
         if self._behind.has_room(nbytes):
@@ -300,10 +300,10 @@ class TierStore(Store):
             if self._behind.offer(Errand(key, nbytes, run)):
                 return
         for place in places:
-            place.standing.count(skipped=1)
+            place.health.count(skipped=1)
 
 
-def _lasting_place(places: Sequence[Place]) -> Hashable:
+def _lasting_place(places: Sequence[TierPlace]) -> Hashable:
     stores = [place.store for place in places]
     lasting = [store for store in stores if not isinstance(store, MemoryStore)]
     return (TierStore.__name__, tuple(map(place_of, lasting or stores)))

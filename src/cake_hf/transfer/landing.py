@@ -26,11 +26,11 @@ class Landing(ABC):
 
     Attributes:
         parts: writable byte buffers, one for each piece that is wanted of the chunk: the first ones of the layout.
-        aside: whether the chunk waits in memory of its own until the main thread adopts it.
+        staged: whether the chunk waits in memory of its own until the main thread adopts it.
     """
 
     parts: list[memoryview]
-    aside: bool
+    staged: bool
     _places: Sequence[Any]
     _brought = 0
 
@@ -38,7 +38,7 @@ class Landing(ABC):
     def commit(self, end: int) -> None:
         """The first `end` parts hold checked pieces: unless aside, bring them into the buffers. For who filled them."""
 
-    def turn_aside(self) -> None:
+    def restage(self) -> None:
         """What was brought into the buffers will be overwritten there: from now on all of the chunk waits aside.
 
         Only where nobody reads into the buffers. Main thread only, or who fills the parts.
@@ -48,7 +48,7 @@ class Landing(ABC):
     def release(self) -> None:
         """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
 
-    def adopt(self, end: int) -> None:
+    def commit_parts(self, end: int) -> None:
         """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
         places = self._places[self._brought : end]
         if places:
@@ -129,7 +129,7 @@ class Place(ABC):
         return [slice(at * size, (at + tokens) * size) for at, size in zip(starts, self._token_bytes, strict=False)]
 
     @abstractmethod
-    def landing(self, index: int, *, aside: bool) -> Landing:
+    def landing(self, index: int, *, staged: bool) -> Landing:
         """Memory for chunk `index` to be read into. Called by the thread that reads."""
 
     def let_go(self) -> None:
@@ -153,9 +153,9 @@ class HostPlace(Place):
         super().let_go()
         self._views = []
 
-    def landing(self, index: int, *, aside: bool) -> Landing:
+    def landing(self, index: int, *, staged: bool) -> Landing:
         places = [view[span] for view, span in zip(self._views, self._spans(index), strict=False)]
-        return HostLanding(places, self.layout_of(index), self._ring if aside else None)
+        return HostLanding(places, self.layout_of(index), self._ring if staged else None)
 
 
 class HostLanding(Landing):
@@ -163,7 +163,7 @@ class HostLanding(Landing):
         self._places = places
         self._ring = ring
         self._slot = None if ring is None else ring.take()
-        self.aside = self._slot is not None
+        self.staged = self._slot is not None
         self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
@@ -191,9 +191,9 @@ class DevicePlace(Place):
     def _prepare(self) -> None:
         self._streams = CopyStreams(self._buffers)
 
-    def landing(self, index: int, *, aside: bool) -> Landing:
+    def landing(self, index: int, *, staged: bool) -> Landing:
         places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
-        return _DeviceLanding(places, self.layout_of(index), self._ring, self._streams, aside=aside)
+        return _DeviceLanding(places, self.layout_of(index), self._ring, self._streams, staged=staged)
 
     def catch_up(self) -> None:
         self._streams.catch_up()
@@ -207,7 +207,7 @@ class _DeviceLanding(Landing):
         ring: SlotRing,
         streams: CopyStreams,
         *,
-        aside: bool,
+        staged: bool,
     ) -> None:
         self._places = places
         self._ring = ring
@@ -216,18 +216,18 @@ class _DeviceLanding(Landing):
         self._pieces = self._slot.memory[: layout.nbytes].split(layout.sizes)
         self._copied_to: set[torch.device] = set()
         self._bringing = Lock()  # so that nothing is being brought once it was let go
-        self.aside = aside
+        self.staged = staged
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
         with self._bringing:
-            if not self.aside:
-                self.adopt(end)
+            if not self.staged:
+                self.commit_parts(end)
 
-    def turn_aside(self) -> None:
+    def restage(self) -> None:
         with self._bringing:
-            if not self.aside:
-                self.aside, self._brought = True, 0
+            if not self.staged:
+                self.staged, self._brought = True, 0
 
     def let_go(self) -> None:
         with self._bringing:

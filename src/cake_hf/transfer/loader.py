@@ -29,7 +29,7 @@ Record = Callable[[str, int, float, float, str], None]
 SHARED = "shared"
 """What a timeline calls a chunk that came from a prompt beside this one."""
 
-OVERTAKEN = "overtaken"
+SUPERSEDED = "superseded"
 """What it calls a load that came when nobody waited for it any more. It still tells what loads take."""
 
 COMMIT_STEP = 2**23
@@ -52,7 +52,7 @@ class LoadJob:
         most_reads: how many reads may be under way, those of the other restores included.
         patience: seconds to wait for a chunk that another restore loads or computes.
         ranges: in how many ranges of layers a chunk is read whose layers are waited for.
-        aside: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
+        staged: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
         shared: chunks that came from another restore.
         faults: of all loads.
     """
@@ -68,7 +68,7 @@ class LoadJob:
     most_reads: int = 2**31
     patience: float = 10.0
     ranges: int = 1
-    aside: dict[int, Landing] = field(default_factory=dict)
+    staged: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
@@ -76,30 +76,30 @@ class LoadJob:
     _over: bool = False
     _detached: bool = False
 
-    def adopt_landed(self) -> None:
+    def commit_staged(self) -> None:
         """Put the chunks into place that have arrived aside. Main thread only."""
-        for index in self.frontier.take_landed():
-            landing = self.aside.pop(index)
-            landing.adopt(len(landing.parts))
+        for index in self.frontier.take_staged():
+            landing = self.staged.pop(index)
+            landing.commit_parts(len(landing.parts))
             landing.release()
 
-    def adopt_layer(self, layer: int) -> None:
+    def commit_layer(self, layer: int) -> None:
         """Put that layer, and those before it, of all chunks into place that the main thread went beyond. Main thread only.
 
         Where a load ends badly meanwhile, what it brought of this layer was good; its memory is not used again (see `_bring`).
         """
         for index in self.frontier.arriving(layer):
-            landing = self.aside.get(index)
+            landing = self.staged.get(index)
             if landing is not None:
-                landing.adopt(self.layout.ends[layer])
-        self.adopt_landed()
+                landing.commit_parts(self.layout.ends[layer])
+        self.commit_staged()
 
-    def turn_aside(self, index: int) -> None:
+    def restage(self, index: int) -> None:
         """What a load under way brings goes aside from now on, with what it brought before: see `Frontier`."""
         landing = self._landings.get(index)
         if landing is not None:  # else it has not begun, and asks when it does
-            landing.turn_aside()
-            self.aside[index] = landing
+            landing.restage()
+            self.staged[index] = landing
 
     def detach(self) -> bool:
         """Loads under way, which nobody waits for any more, bring nothing into the buffers from now on; False where they read
@@ -124,19 +124,19 @@ class LoadJob:
         self._over = True
         for landing in list(self._landings.values()):
             landing.let_go()
-        self.aside.clear()
+        self.staged.clear()
         self.place.let_go()
 
     def lands(self, index: int) -> Landing:
         """Where a loader brings a chunk. If the restore ends meanwhile, nowhere."""
-        landing = self._landings[index] = self.place.landing(index, aside=self.frontier.lands_aside(index))
-        if not self.place.is_read_into and self.frontier.lands_aside(index):
-            landing.turn_aside()
-        if landing.aside:
-            self.aside[index] = landing
+        landing = self._landings[index] = self.place.landing(index, staged=self.frontier.is_staged(index))
+        if not self.place.is_read_into and self.frontier.is_staged(index):
+            landing.restage()
+        if landing.staged:
+            self.staged[index] = landing
         if self._over or self._detached:
             landing.let_go()
-            self.aside.clear()
+            self.staged.clear()
         return landing
 
 
@@ -194,11 +194,11 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     if counts:
         job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
     elif outcome is Outcome.LOADED and index not in job.shared and not job._over:
-        job.record(actor, index, start, job.clock(), OVERTAKEN)
-    if landing is None or (counts and landing.aside and outcome is Outcome.LOADED):
+        job.record(actor, index, start, job.clock(), SUPERSEDED)
+    if landing is None or (counts and landing.staged and outcome is Outcome.LOADED):
         return
-    job.aside.pop(index, None)
-    if not landing.aside:
+    job.staged.pop(index, None)
+    if not landing.staged:
         landing.release()
     # Memory aside is left to the collector: the main thread may be taking a layer from it just now.
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, check_header, header_size
+from cake_hf.chunks.codec import ChunkMetadata, check_header, header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.stores.base import Store
 from cake_hf.transfer.landing import split_payload
@@ -87,7 +87,7 @@ def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor
     ]
 
 
-def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkFacts | None:
+def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkMetadata | None:
     """What a stored chunk says about itself; None for a miss.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cake_hf.chunks.codec import ChunkFacts, check_header, check_pieces
+from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces
 from cake_hf.chunks.layout import ChunkLayout
 
 
@@ -23,7 +23,7 @@ class Check:
         self._layout = layout
         self._header = header
         self._pieces = pieces
-        self._facts: ChunkFacts | None = None
+        self._facts: ChunkMetadata | None = None
         self._checked = 0
 
     def up_to(self, end: int) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from cake_hf.chunks.codec import ChunkFacts, checksums, encode_header
+from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.errors import StoreError
 from cake_hf.stores.background_queue import WRITER, Share, Work, line_of
@@ -34,7 +34,7 @@ class SaveJob:
         done: called with whether the chunk is durable now.
     """
 
-    facts: ChunkFacts
+    facts: ChunkMetadata
     layout: ChunkLayout
     payload: Slot
     overwrite: bool

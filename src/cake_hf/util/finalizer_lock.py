@@ -9,7 +9,7 @@ from contextlib import suppress
 from cake_hf.util.forks import Lock
 
 
-class Turns:
+class FinalizerLock:
     """`with turns:` is a lock that is not re-entered; `turns.soon(call)` makes a call under it, and never waits.
 
     The collector may run a finalizer in any thread at nearly any time, also while that thread holds the lock: to wait for it
