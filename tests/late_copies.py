@@ -118,7 +118,7 @@ def late_copies() -> Iterator[LateCopiesOut]:
         out = LateCopiesOut()
         patch.setattr("cake_hf.transfer.writer.copy_out", out.copy_out)
         for user in ("bound_store", "restore"):
-            patch.setattr(f"cake_hf.cache.{user}.let_copies_out_end", out.end)
+            patch.setattr(f"cake_hf.restore.{user}.let_copies_out_end", out.end)
         yield out
 
 

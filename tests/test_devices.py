@@ -11,6 +11,7 @@ import accelerate
 import pytest
 import torch
 
+from benchmarks.children import environment
 from cake_hf import CakeCache, MemoryStore
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run
 from old_versions import OLD
@@ -22,7 +23,8 @@ CASES = [line[4:].split("(")[0] for line in RUNS.read_text().splitlines() if lin
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, str]:
     """All cases in one process of its own: torch cannot be made to forget a device."""
-    done = subprocess.run([sys.executable, str(RUNS)], capture_output=True, text=True, timeout=280)
+    command = [sys.executable, str(RUNS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found

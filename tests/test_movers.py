@@ -847,7 +847,7 @@ import torch
 from cake_hf.transfer.staging import Slot
 from cake_hf.transfer.writer import SaveJob, Writer
 from cake_hf.stores import LocalStore
-from cake_hf.chunks.codec import ChunkFacts
+from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.chunks.layout import ChunkLayout, Piece
 leaving = threading.Event()
 class Slow(LocalStore):
@@ -858,7 +858,7 @@ layout = ChunkLayout(16, (Piece("layers.0.keys", 2, 4, torch.float32),))
 writers = [Writer(Slow(f"{sys.argv[1]}{'/many' * n}"), 2**20, float(sys.argv[2])) for n in range(int(sys.argv[4]))]
 for n in range(3 * len(writers)):
     writer = writers[n % len(writers)]
-    facts = ChunkFacts(f"{n:040x}", "0" * 40, n, "0" * 40, "m", "")
+    facts = ChunkMetadata(f"{n:040x}", "0" * 40, n, "0" * 40, "m", "")
     payload = Slot(layout.nbytes, pinned=False)
     payload.memory.fill_(n)
     assert writer.offer(SaveJob(facts, layout, payload, False, print))

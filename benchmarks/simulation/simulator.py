@@ -56,7 +56,7 @@ class Setting:
         gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
         costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
         near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
-            restore does (`Pace.near`, and at most ASIDE_PER_THREAD chunks aside per thread).
+            restore does (`Pace.near`, and at most STAGED_PER_THREAD chunks staged per thread).
         on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
         compute_speed: how it changes while the restore runs, beside the share.

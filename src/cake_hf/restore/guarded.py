@@ -40,7 +40,7 @@ class GuardedCache(HookedCache):
 
         Raises:
             ForeignModel: another model than the cache's own brings KV.
-            ForwardLeft: within a restore, where the computed chunk has come from the store; never reaches the caller.
+            ForwardPreempted: within a restore, where the computed chunk has come from the store; never reaches the caller.
         """
         if self.passive:
             return self._update_in_graph(*args, **kwargs)
