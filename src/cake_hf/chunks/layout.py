@@ -121,7 +121,7 @@ class ChunkLayout:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """For each layer, the number of pieces up to its last one. Only without sliding-window pieces, which come out of
+        """For each layer, the number of pieces up to its last one. Valid without sliding-window pieces, which come out of
         order."""
         layers = [piece.layer for piece in self.pieces]
         return tuple(sum(other <= layer for other in layers) for layer in range(self.layers))
