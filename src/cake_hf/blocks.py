@@ -102,8 +102,7 @@ def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:
 
 
 def tail_ends(named: Iterable[Block], size: int) -> list[int]:
-    """Returns the cuts that produce these blocks with chunks of `size` tokens: the ends of all forwards that are not full
-    chunks."""
+    """Returns the cuts that produce these blocks: the ends of all forwards except those of full chunks of `size` tokens."""
     return [end for block in named if not block.fills(size) for _, end in block.forwards]
 
 

@@ -61,8 +61,8 @@ class Limits:
 
     @classmethod
     def from_environment(cls, **chosen: Any) -> Limits:
-        """Returns limits in which every field not given here comes from its `CAKE_HF_*` variable (see docs/environment.md) or
-        its default.
+        """Returns limits; those not given here come from their `CAKE_HF_*` variables (see docs/environment.md) or are the
+        defaults.
 
         A `CakeCache` made without `limits` uses `Limits.from_environment()`.
 

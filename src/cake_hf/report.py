@@ -100,7 +100,7 @@ class Report:
     reason: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
-        # A reason quotes stores and models, which quote whom they like.
+        # A reason quotes stores and models, whose messages may contain anything.
         super().__setattr__(name, shown(value) if name in ("reason", "store") else value)
 
     @property
@@ -195,8 +195,7 @@ class Report:
 
 
 def _text_lane(spans: list[Span], total: float) -> str:
-    """One actor's lane: each span is its chunk's number, then '=' ('~' if preempted or superseded, '!' if it was not
-    usable)."""
+    """Returns an actor's lane: each span is its chunk's number, then '=' ('~': preempted or superseded, '!': unusable)."""
     cells = [" "] * LANE_WIDTH
     for span in spans:
         start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)

@@ -74,7 +74,7 @@ _USUAL = re.compile(
     )
     + r"\}"
 )
-"""The metadata as `encode_header` writes them."""
+"""The metadata as `encode_header` writes it."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], n
 
 
 def header_size(layout: ChunkLayout) -> int:
-    """Returns the number of bytes before the payload. It depends on the layout alone, so that a reader knows it before
-    reading."""
+    """Returns the bytes before the payload. They depend on the layout alone, so a reader knows them before reading."""
     table = len(layout.table_json) + CHECKSUM_DIGITS * len(layout.pieces)
     return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
 
@@ -260,7 +259,7 @@ def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkMetadata, Mapp
 def _recognised(raw: bytes) -> tuple[ChunkMetadata, TensorTable] | None:
     """Returns what `_parsed` returns, in a tenth of the time if other chunks have the same table.
 
-    None unless the metadata are written as `encode_header` writes them and everything is valid.
+    None unless the metadata is written as `encode_header` writes it and everything is valid.
     """
     text = raw.decode("latin-1")
     written = _USUAL.match(text)
@@ -289,7 +288,7 @@ def _parsed(raw: bytes) -> tuple[ChunkMetadata, TensorTable]:
 
 
 def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
-    """Returns metadata from text that `_USUAL` matched; None if they are not as they were written.
+    """Returns the metadata from text that `_USUAL` matched; None if it is not as it was written.
 
     Args:
         written: the match.
@@ -303,7 +302,7 @@ def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
 
 
 def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkMetadata:
-    """Returns the metadata of a header; raises one of `_UNREADABLE` if they are incomplete or malformed.
+    """Returns the metadata of a header; raises one of `_UNREADABLE` if it is incomplete or malformed.
 
     Args:
         metadata: with the seal, which is removed.

@@ -121,13 +121,12 @@ class ChunkLayout:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """For each layer, the number of pieces up to its last one. Valid without sliding-window pieces, which come out of
-        order."""
+        """For each layer, the number of pieces up to its last. Valid without sliding-window pieces, which come out of order."""
         layers = [piece.layer for piece in self.pieces]
         return tuple(sum(other <= layer for other in layers) for layer in range(self.layers))
 
     def ranges(self, count: int) -> list[LayerRange]:
-        """Cuts a chunk between layers into `count` ranges with about equally many layers (fewer if there are not that many
+        """Cuts a chunk between layers into `count` ranges of about equally many layers (fewer ranges if it has fewer
         layers)."""
         if count == 1:
             return [LayerRange(0, len(self.pieces), self.layers)]

@@ -11,7 +11,9 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def odd_factors(count: int) -> torch.Tensor:
-    """Returns `[count]` int64 factors on the host, always the same. An odd factor is invertible modulo 2**64, so no change of a
-    word goes unnoticed."""
+    """Returns `[count]` int64 factors on the host, always the same.
+
+    An odd factor is invertible modulo 2**64, so no change of a word is lost.
+    """
     generator = torch.Generator("cpu").manual_seed(0xCA4E)
     return torch.randint(-(2**62), 2**62, (count,), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1

@@ -25,8 +25,7 @@ METADATA = "__metadata__"
 MOST_KNOWN = 8
 """Number of tables that are kept."""
 LONGEST_KNOWN = 2**17
-"""Maximum length in characters of a table that is kept: some 1,500 tensors. As Python objects it takes 20 times as many
-bytes."""
+"""Maximum characters of a table that is kept: some 1,500 tensors. As Python objects it takes 20 times as many bytes."""
 
 Entry = Mapping[str, object]
 
@@ -91,7 +90,7 @@ def known_table(text: str) -> TensorTable:
         text: in ASCII, not longer than `LONGEST_KNOWN`.
 
     Raises:
-        Exception: as raised by `checked_table` and `json.loads`, or there are other metadata among the members.
+        Exception: as raised by `checked_table` and `json.loads`, or the members contain metadata, too.
     """
     table = json.loads(f"{{{text}")
     if METADATA in table:

@@ -124,8 +124,7 @@ def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Returns whether a value is a number in that range. NaN is in no range, a bool is not a number, and integers may have any
-    length."""
+    """Returns whether a value is a number in that range. NaN never is, nor is a bool; integers may have any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 

@@ -19,8 +19,9 @@ whether it still is (`is_trial`); such a chunk may be given back (`give_back`).
 What comes after the last loads need not wait for all of them: once every remaining load is under way, the main thread may go
 beyond them (`advance(past_loads=True)`), and then waits in each layer only for that layer of the loads (`await_layer`).
 
-Conservation law: every chunk is in exactly one `State`, so `computed + computing + loaded + loading + failed + absent + waiting
-= all` at any moment, and a chunk is claimed by one side at a time.
+Conservation law: every chunk is in exactly one `State`, so
+`computed + computing + loaded + loading + failed + absent + waiting = all` at any moment, and a chunk is claimed by one side at
+a time.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class Strategy(StrEnum):
 
 
 class Judge:
-    """Decides between computing and waiting, and is notified of what happens. This base class always computes and contests
-    nothing.
+    """Decides between computing and waiting, and is notified of events. This base class always computes and contests nothing.
 
     All methods are called with the frontier's lock held; `now` is a time of the frontier's clock.
     """
@@ -83,8 +83,7 @@ class Judge:
         """Notes that a load has arrived."""
 
     def near(self, now: float) -> int:
-        """Returns how many chunks beyond the front may be contested, and are staged for that reason; 0 for no contest at
-        all."""
+        """Returns how many chunks beyond the front may be contested, and are staged for that; 0 for no contest at all."""
         return 0
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
@@ -110,8 +109,7 @@ class Judge:
         return False
 
     def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Returns whether to supersede loads that go in place. All loads under way are then left where they are, and none
-        starts."""
+        """Returns whether to supersede loads that go in place. All loads under way are then given up, and none starts."""
         return False
 
 
@@ -238,8 +236,7 @@ class Frontier:
             return self._staged.get(index, True)
 
     def comes_last(self, index: int) -> bool:
-        """Returns whether a claimed chunk is among the last to be loaded, so that its layers are best delivered one after the
-        other.
+        """Returns whether a claimed chunk is among the last to be loaded, so that it is best delivered layer by layer.
 
         No chunk is while the main thread may start another one: reads in parts share the path with concurrent reads, which may
         be of chunks that the main thread reaches first.
@@ -345,8 +342,8 @@ class Frontier:
             ]
 
     def beyond(self) -> int:
-        """Returns the chunk at which the main thread continued beyond the loads (the number of chunks if at the end); 0 if it
-        did not."""
+        """Returns the chunk at which the main thread went beyond the loads (the number of chunks if at the end); 0 if it did
+        not."""
         with self._changed:
             return self._beyond
 
@@ -428,8 +425,10 @@ class Frontier:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Ends the restore and drops the callables, which keep it alive, so that freeing the KV waits neither for the garbage
-        collector nor for a load that hangs."""
+        """Ends the restore and drops the callables, which keep it alive.
+
+        Freeing the KV then waits neither for the garbage collector nor for a load that hangs.
+        """
         with self._changed:
             self._open = False
             self._judge, self._supersedes_in_place, self._restage = Judge(), False, None

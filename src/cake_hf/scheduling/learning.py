@@ -147,8 +147,7 @@ class CostLearner:
         self._stale = True
 
     def saw_part(self, index: int, seconds: float) -> None:
-        """Records the time of a part of a chunk: about the minimum for a whole chunk, and the estimate until one has been
-        computed.
+        """Records the time of a part of a chunk: about the minimum for a whole chunk, and the estimate until one is computed.
 
         If loads are so fast that no chunk is ever computed, nothing else would show that none should be started.
 
@@ -337,8 +336,10 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _fit_load(batches: Sequence[_Batch], chunk_bytes: int | None) -> LoadCost | None:
-    """Returns the cost of the last batch; if it has too few loads to separate latency from bandwidth, the cost of the median
-    batch, scaled to the last batch's level."""
+    """Returns the cost of the last batch.
+
+    If it has too few loads to separate latency from bandwidth: the cost of the median batch, scaled to the last batch's level.
+    """
     if not batches:
         return None
     last = batches[-1]

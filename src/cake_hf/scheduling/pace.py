@@ -18,8 +18,8 @@ TRIAL_SHARE = 0.02
 """Fraction of the restores' time that may be spent on trials of the unused side."""
 
 BESIDE_LOADS = 0.2
-"""Seconds of loading that a second of computing is assumed to cost. Loads from a network or a disk lose next to nothing; if
-both sides compete for the same cores or memory it may be half, and trials then cost up to 5 % instead of 2 %."""
+"""Seconds that a second of computing is assumed to take from the loads. Loads from a network or a disk lose next to nothing; if
+both sides compete for the same cores or memory, it may be half, and trials then cost up to 5 % instead of 2 %."""
 
 LATE = 8.0
 """A load that is late by x is expected to take this many times x more. Computing in vain is cheap: the forward is preempted
@@ -134,20 +134,20 @@ class Pace(Judge):
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         """Returns whether to compute the chunk now, rather than to wait for the loads. True if a cost is not known.
 
-        False if all remaining loads would arrive no later than the compute step ends, and if the sides would meet no sooner
-        than the loads arrive, less the hidden part of their time.
+        False in two cases: if all remaining loads would arrive no later than the compute step ends, or if the sides would meet
+        no sooner than the loads arrive, less the hidden part of their time.
 
         Proof that the first condition is optimal when the costs hold. Let chunk i be stored, F(i) the time to compute all
         chunks before it, L(i) the time at which all loads of chunks i.. would have arrived, H(i) the time of the holes in i..,
         and `T(m) = max(F(m), L(m)) + H(m)` as in `planner.plan`. The rule continues while `F(i + 1) < L(i)` and stops at the
-        first stored i with `F(i + 1) >= L(i)`: it takes T(i). (1) m > i: all of F(i + 1) and the holes are computed, so `T(m)
-        >= F(m) + H(m) >= F(i + 1) + H(i + 1) >= T(i)`. (2) m < i: `T(m) >= L(m) + H(m) >= L(i) + H(i)`; and with j the last
-        stored chunk before i, whose step was started, `F(i) + H(i) = F(j + 1) + H(j) < L(j) + H(j) <= T(m)`. Hence `T(i) = min
-        T`: as fast as the best split, and never slower than computing all, T(n), or loading all, T(0).
+        first stored i with `F(i + 1) >= L(i)`: it takes T(i). (1) m > i: all of F(i + 1) and the holes are computed, so
+        `T(m) >= F(m) + H(m) >= F(i + 1) + H(i + 1) >= T(i)`. (2) m < i: `T(m) >= L(m) + H(m) >= L(i) + H(i)`; and with j the
+        last stored chunk before i, whose step was started, `F(i) + H(i) = F(j + 1) + H(j) < L(j) + H(j) <= T(m)`. Hence
+        `T(i) = min T`: as fast as the best split, and never slower than computing all, T(n), or loading all, T(0).
 
         This holds if a chunk may be computed although a loader holds it. If such a chunk has to be waited for instead, at most
-        one interval is lost: its load was under way, so `L(i) <= F(i) + interval`, while every split takes at least F(i) +
-        H(i), see (1) and (2).
+        one interval is lost: its load was under way, so `L(i) <= F(i) + interval`, while every split takes at least
+        F(i) + H(i), see (1) and (2).
 
         If the compute costs g that the rule believes in are not the true f, the result is still within one step of the optimum
         (true loads, no holes): `T <= T* + max(f_0.., g_0..)`. Let the rule stop at i, so `T = max(F(i), L(i))`. It waits only
@@ -171,8 +171,7 @@ class Pace(Judge):
         return wait is None or self._compute is None or self._seconds(chunk) < MARGIN * wait
 
     def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Returns whether loads in place are so late that computing all of them is better. All loads under way are then
-        lost."""
+        """Returns whether loads in place are so late that computing them all is better. All loads under way are then lost."""
         wait = self._wait(loads_left, now)
         return wait is not None and self._compute is not None and IN_PLACE * loads_left * self._seconds(chunk) < wait
 
@@ -193,9 +192,9 @@ class Pace(Judge):
     def near(self, now: float) -> int:
         """Returns how many chunks beyond the front should be staged, so that the main thread need not wait for their loads.
 
-        While `threads` loads are under way, which takes `threads * interval` seconds, the main thread computes `threads *
-        interval / f` chunks, and may reach that many chunks nearest to the front before their loads end. The result is twice
-        that number, plus one chunk per thread, or all chunks if a cost is not known.
+        While `threads` loads are under way, which takes `threads * interval` seconds, the main thread computes
+        `threads * interval / f` chunks, and may reach that many chunks nearest to the front before their loads end. The result
+        is twice that number, plus one chunk per thread, or all chunks if a cost is not known.
         """
         if self._compute is None or self._load is None:
             return self._chunks
@@ -261,8 +260,7 @@ class Pace(Judge):
         return max(self._lateness(now) * (load.finish(done + left) - load.finish(done)) - idle, LATE * late, 0.0)
 
     def _lateness(self, now: float) -> float:
-        """Returns the factor by which loads currently take longer than believed. A load that is waited for counts as soon as it
-        is late."""
+        """Returns the factor by which loads now take longer than believed. An awaited load counts as soon as it is late."""
         load, done = self._load, len(self._arrivals) - 1
         if load is None or done < 0:
             return 1.0
@@ -271,8 +269,7 @@ class Pace(Judge):
         return max(self._past(load), (now - self._arrivals[start]) / due if due > 0 else 0.0)
 
     def _past(self, load: LoadCost) -> float:
-        """Returns the lateness by the last arrivals only: one per thread, as these may arrive together or one after the
-        other."""
+        """Returns the lateness by the last arrivals only: one per thread, as these may arrive together or in sequence."""
         done = len(self._arrivals) - 1
         start = max(0, done - self._threads)
         took = self._arrivals[done] - self._arrivals[start]

@@ -59,9 +59,10 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
     the time to compute chunk i, L(k) the time to load k chunks (`k * l` with one thread), and S the time of the suffix.
 
     Holes, chunks that are not stored, are computed whatever the split. Computing a hole needs all chunks before it, and loads
-    arrive back to front, so a hole behind a loaded chunk waits for the last load. If chunk m is stored, `T(m) = max(F(m),
-    L(stored chunks in m..n-1)) + H(m) + S`, where F(m) is the time to compute chunks 0..m-1 and H(m) the time to compute the
-    holes in m..n-1. If chunk m is a hole, computing simply continues: `T(m) = T(m + 1)`. Finally, `T(n) = F(n) + S`.
+    arrive back to front, so a hole behind a loaded chunk waits for the last load. If chunk m is stored,
+    `T(m) = max(F(m), L(stored chunks in m..n-1)) + H(m) + S`, where F(m) is the time to compute chunks 0..m-1 and H(m) the time
+    to compute the holes in m..n-1. If chunk m is a hole, computing simply continues: `T(m) = T(m + 1)`. Finally,
+    `T(n) = F(n) + S`.
 
     Both single methods are on that curve, as T(0) and T(n), so the prediction is never worse than the better of them.
 
@@ -90,8 +91,9 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
 def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_seconds: float = 0.0) -> float:
     """Returns T*: the least time to first token when chunks are computed from the front and loaded from the back concurrently.
 
-    If the first m of n chunks are computed and the others loaded, both sides are done after `max(f_0 + ... + f_(m-1), (n - m) *
-    l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025). The suffix follows.
+    If the first m of n chunks are computed and the others loaded, both sides are done after
+    `max(f_0 + ... + f_(m-1), (n - m) * l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025).
+    The suffix follows.
 
     Args:
         compute_seconds: f_i, seconds to compute chunk i.

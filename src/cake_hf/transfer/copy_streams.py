@@ -86,8 +86,7 @@ def copy_out(places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> 
 
 
 def let_copies_out_end() -> None:
-    """Makes everything computed from now on, on any GPU, wait for the copies that `copy_out` started, so that it may change
-    their sources."""
+    """Makes later computing, on any GPU, wait for the copies that `copy_out` started; it may then change their sources."""
     for device, stream in list(_out.items()):
         torch.cuda.current_stream(device).wait_stream(stream)
 
@@ -100,8 +99,10 @@ def _stream_out(device: torch.device) -> torch.cuda.Stream:
 
 
 def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Records an event behind the current work of the stream. A thread that waits for it sleeps; with other events it would
-    busy-wait."""
+    """Records an event behind the stream's current work.
+
+    A thread that waits for it sleeps; waiting for an ordinary event would keep a processor busy.
+    """
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event

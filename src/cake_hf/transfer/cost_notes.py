@@ -36,8 +36,7 @@ logger = logging.getLogger("cake_hf")
 MAX_FILE_BYTES = 2**20
 
 NOTE_SECONDS = 5.0
-"""Maximum seconds to wait for a note, when it is read and when the interpreter exits; without the note, costs are learnt
-anew."""
+"""Maximum seconds to wait for a note, when it is read and when the interpreter exits; without it, costs are learnt anew."""
 
 _learners: weakref.WeakKeyDictionary[Store, dict[str, CostMemory]] = weakref.WeakKeyDictionary()
 _notes: weakref.WeakValueDictionary[Path, Note] = weakref.WeakValueDictionary()
@@ -61,7 +60,7 @@ class Note:
         """Resets the state, also in a forked child: what the parent is about to write is left to the parent."""
         self._changed = threading.Condition()
         self._waiting: str | None = None
-        self._written: str | None = None  # just now
+        self._written: str | None = None  # being written now
         self._busy = False
 
     def read(self, seconds: float = NOTE_SECONDS) -> str | None:

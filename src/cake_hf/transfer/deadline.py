@@ -119,8 +119,10 @@ class Question(Generic[T]):
             self._call.begin()
 
     def answer(self, seconds: float) -> Answer[T]:
-        """Returns the answer, if it arrives within that time; then the question is given up. Raises nothing but what the user's
-        signal handlers raise."""
+        """Waits that long for the answer, then gives the question up.
+
+        Raises nothing but what the user's signal handlers raise.
+        """
         if self._call is None:
             return Answer(
                 error=DeadlineExceeded(
@@ -139,8 +141,9 @@ class Question(Generic[T]):
 
 
 def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> Answer[T]:
-    """Runs a call in a thread of its own and waits for it within a bound. Raises nothing but what the user's signal handlers
-    raise.
+    """Runs a call in a thread of its own and waits for it, but not for ever.
+
+    Raises nothing but what the user's signal handlers raise.
 
     Args:
         call: to run.

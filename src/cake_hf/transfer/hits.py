@@ -66,7 +66,7 @@ class Hits:
 
 
 def parsed(text: str) -> dict[str, Hits]:
-    """Returns day -> totals of its prompts from the file's text, by date. Invalid lines are skipped."""
+    """Returns day -> totals of the day's prompts, by date, from the file's text. Invalid lines are skipped."""
     found: dict[str, Hits] = {}
     for line in text.splitlines():
         if match := _LINE.fullmatch(line):

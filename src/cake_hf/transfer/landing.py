@@ -36,8 +36,7 @@ class Landing(ABC):
 
     @abstractmethod
     def commit(self, end: int) -> None:
-        """Commits the first `end` parts, which hold checked pieces, to the buffers, unless staged. For the thread that filled
-        them."""
+        """Commits the first `end` parts, which hold checked pieces, unless staged. For the thread that filled them."""
 
     def restage(self) -> None:
         """Stages the whole chunk from now on, because what was committed to the buffers will be overwritten there.
@@ -169,7 +168,7 @@ class HostLanding(Landing):
         self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
-        """Does nothing: the thread that filled the parts filled the buffers, or staged memory."""
+        """Does nothing: filling the parts filled the buffers, or the staged memory."""
 
     def release(self) -> None:
         if self._ring is not None and self._slot is not None:

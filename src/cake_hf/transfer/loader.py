@@ -33,8 +33,7 @@ SUPERSEDED = "superseded"
 """Outcome in the timeline for a load that arrived when it was no longer waited for. It still measures how long loads take."""
 
 COMMIT_STEP = 2**23
-"""Bytes of a chunk that are committed together. Each commit to a GPU runs some Python, which delays the model's kernel
-launches."""
+"""Bytes of a chunk that are committed together. Each commit to a GPU runs some Python, which delays the model's launches."""
 
 
 @dataclass
@@ -103,7 +102,7 @@ class LoadJob:
             self.staged[index] = landing
 
     def detach(self) -> bool:
-        """Keeps loads under way, which are no longer waited for, from writing to the buffers; False if they read directly into
+        """Keeps loads under way, which are no longer waited for, from writing to the buffers; False if they read right into
         them.
 
         Main thread only, after everything that was staged has been committed.

@@ -2,13 +2,13 @@
 
 Prompts that run at the same time often start with the same tokens. A chunk that one of them loads or computes is not loaded or
 computed a second time concurrently: the others wait for it and copy it (single flight). Equal keys mean equal KV, so no bit
-depends on this. All waits are bounded, and a restore that waits in vain does the work itself. Waits cannot form a cycle: a
-restore that computes a chunk waits only for chunks before it, and one that loads a chunk waits for no other.
+depends on this. All waits are bounded, and a restore that waits in vain does the work itself. Waits cannot form a cycle: the
+leader that computes a chunk waits only for chunks before it, and the leader that loads a chunk waits for none.
 
 A read cannot be ended from outside. When its restore is over, it becomes an abandoned read: it is left to its thread, and
 nothing waits for it. But a store that hangs would cost two threads, and what they hold, for each prompt. Abandoned reads are
 therefore counted beside the budget, and one that has not returned when its reader's patience is over *hangs*: while as many
-hang as may be under way, no read starts. A read that was merely superseded keeps no restore from loading.
+hang as may be under way, no read starts. A read that was merely superseded does not keep any restore from loading.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ class Flight:
         return self._payload
 
     def end(self, payload: Callable[[], Payload] | None) -> None:
-        """Ends the flight; `payload` copies the chunk out and is called only if there are followers. Only the first end
-        counts."""
+        """Ends the flight; `payload` copies the chunk out, and is called only if there are followers. The first end counts."""
         with self._lock:
             if self._ended.is_set():
                 return
@@ -143,7 +142,7 @@ class Sharing:
         self._board: dict[str, Flight] = {}
 
     def forget_faults(self) -> None:
-        """Forgets the faults because all is well again: the next fault is logged as a warning."""
+        """Forgets the faults, because all is well again: the next fault is logged as a warning."""
         self.faults = FaultLog()
 
     def reads(self) -> int:
@@ -279,8 +278,10 @@ _lock = Lock()
 
 
 def sharing_of(store: Store) -> Sharing:
-    """Returns what all users of a place of chunks share in this process, also through several store objects. Keep it while in
-    use."""
+    """Returns what all users of a place of chunks share in this process, also through several store objects.
+
+    Keep it while it is in use.
+    """
     place = place_of(store)
     with _lock:
         sharing = _known.get(place)

@@ -91,7 +91,7 @@ def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkMetadata | N
     """Returns a stored chunk's metadata; None for a miss.
 
     Raises:
-        Exception: the metadata cannot be read, or are not as they were written.
+        Exception: the metadata cannot be read, or is not as it was written.
     """
     header = store.head(key, header_size(layout))
     return None if header is None else check_header(header, key, layout)

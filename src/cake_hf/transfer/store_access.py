@@ -58,8 +58,9 @@ class Found:
 
 
 class Access:
-    """Access to the store, what its users share, and the writer. Read these here each time: they change when a store comes
-    back.
+    """Access to the store, what its users share, and the writer.
+
+    Read these from here each time: they change when a store comes back.
 
     Args:
         spec: what the user named.

@@ -80,7 +80,7 @@ class Door:
         return late is not None and late[0].thread.is_alive()
 
     def take(self, kind: Hashable) -> Call[Any] | None:
-        """Returns a left attempt of this kind that has ended since, and hands it over to the caller."""
+        """Returns an attempt of this kind that was left and has ended since; it then belongs to the caller."""
         with self._lock:
             late = self._late
             if late is None or late[0].thread.is_alive():

@@ -23,8 +23,7 @@ from cake_hf.util.interrupts import is_the_users
 logger = logging.getLogger("cake_hf")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-"""Bucket bounds of the histograms. The SDK's defaults are for milliseconds: all of our values would fall into the first
-bucket."""
+"""Bucket bounds of the histograms. The SDK's defaults are for milliseconds: all our values would be in the first bucket."""
 
 
 class Counter(Protocol):
@@ -162,14 +161,15 @@ def observe_save(durable: bool, nbytes: int) -> None:
 
 
 def use_meter(meter: Meter | None) -> None:
-    """Reports to this meter instead of the global one; None reports nothing. For tests, and for programs with several
-    providers."""
+    """Reports to this meter instead of the global one; None reports nothing. For tests and for several providers."""
     _watch.use(lambda: meter, again=True)
 
 
 def _installed_meter() -> Meter | None:
-    """Returns the global meter, or None if the package is not installed. Imported by name, since its type information may be
-    missing."""
+    """Returns the global meter, or None if the package is not installed.
+
+    The package is imported by name, since its types may be missing.
+    """
     try:
         metrics = importlib.import_module("opentelemetry.metrics")
     except ImportError:
