@@ -130,7 +130,7 @@ class Changed(Protocol):
 
 
 class Frontier:
-    """Ledger of one restore. All methods may be called from any thread, except `advance`: main thread only.
+    """Ledger of one restore. All methods may be called from any thread; `advance` only from the main thread.
 
     Args:
         present: for each chunk, whether the store has it.
@@ -342,8 +342,7 @@ class Frontier:
             ]
 
     def beyond(self) -> int:
-        """Returns the chunk at which the main thread went beyond the loads (the number of chunks if at the end); 0 if it did
-        not."""
+        """Returns the chunk at which the main thread went beyond the loads (the chunk count if at the end), or 0."""
         with self._changed:
             return self._beyond
 

@@ -305,7 +305,7 @@ def _line(steps: Steps) -> ComputeCost:
 
 
 def _levels(prompts: Iterable[Steps], line: ComputeCost) -> list[float]:
-    """Returns, for each prompt, the factor by which its chunks took longer than the line predicts."""
+    """Returns, for each prompt, the ratio of its chunks' measured times to those on the line."""
     return [
         _level([seconds / line.seconds(index) for index, seconds in steps if line.seconds(index) > 0])
         for steps in prompts
