@@ -1,8 +1,8 @@
-"""The canonical schedule: in which pieces a prompt is run, given its cuts.
+"""The canonical schedule: the pieces in which a prompt is run, given its cuts.
 
-From each cut the grid starts anew: full chunks, then what is left up to the next cut, the *tail*, in one forward. Tokens
-between cuts that are one token apart are run one by one, as decoding runs them. So the schedule is a function of the cuts
-alone, and with it every bit of the KV.
+The grid starts anew at each cut: full chunks, then the remaining tokens up to the next cut, the *tail*, in one forward. Tokens
+between cuts that are one token apart are run one by one, as in decoding. The schedule is therefore a function of the cuts
+alone, and so is every bit of the KV.
 
     cuts           |                          20         25 26 27 28
     chunks of 8    | 0..8 | 8..16 |  16..20   |  20..25  |25|26|27|28
@@ -24,8 +24,8 @@ class Block(NamedTuple):
     """Consecutive tokens of a prompt that are stored under one key.
 
     Attributes:
-        start, end: tokens `start` to `end - 1`.
-        singly: they are run one by one, not in one forward.
+        start, end: the block has tokens `start` to `end - 1`.
+        singly: whether the tokens are run one by one instead of in one forward.
     """
 
     start: int
@@ -34,35 +34,35 @@ class Block(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many they are."""
+        """Number of tokens in the block."""
         return self.end - self.start
 
     @property
     def forwards(self) -> list[tuple[int, int]]:
-        """The forwards that make it, each with its first token and the one behind its last."""
+        """The forwards that produce the block, each as a pair (first token, last token + 1)."""
         if not self.singly:
             return [(self.start, self.end)]
         return [(at, at + 1) for at in range(self.start, self.end)]
 
     def fills(self, size: int) -> bool:
-        """Whether it is a full chunk of that many tokens, run in one forward."""
+        """Returns whether the block is a full chunk of `size` tokens, run in one forward."""
         return self.tokens == size and not self.singly
 
     def shifted(self, by: int) -> Block:
-        """The same block, counted from another token on."""
+        """Returns the same block, its positions shifted by `by` tokens."""
         return Block(self.start + by, self.end + by, self.singly)
 
 
 def checked_cuts(boundaries: Iterable[int], tokens: int) -> list[int]:
-    """Declared cuts in ascending order, each once.
+    """Returns the declared cuts in ascending order, without duplicates.
 
     Args:
-        boundaries: numbers of tokens from a prompt's start.
-        tokens: of that prompt.
+        boundaries: numbers of tokens from the prompt's start.
+        tokens: number of tokens in the prompt.
 
     Raises:
-        TypeError: they are no whole numbers.
-        ValueError: one of them is outside the prompt.
+        TypeError: the boundaries are not whole numbers.
+        ValueError: a boundary is outside the prompt.
     """
     try:
         cuts = sorted({index(one) for one in boundaries})
@@ -78,12 +78,12 @@ def checked_cuts(boundaries: Iterable[int], tokens: int) -> list[int]:
 
 
 def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:
-    """The blocks of tokens `start` to `end - 1`, both of which are ends of pieces.
+    """Returns the blocks of tokens `start` to `end - 1`; both positions must be edges of blocks.
 
     Args:
-        start: a place where the grid starts.
-        end: of the last piece.
-        cuts: in ascending order; those that are not between start and end do not count.
+        start: a position at which the grid starts.
+        end: end of the last block.
+        cuts: in ascending order; those not strictly between start and end are ignored.
         size: tokens of a full chunk.
     """
     found: list[Block] = []
@@ -102,19 +102,19 @@ def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:
 
 
 def tail_ends(named: Iterable[Block], size: int) -> list[int]:
-    """The cuts that make these blocks, where chunks have that size: the ends of all other forwards."""
+    """Returns the cuts that produce these blocks: the ends of all forwards except those of full chunks of `size` tokens."""
     return [end for block in named if not block.fills(size) for _, end in block.forwards]
 
 
 def suffix_start(start: int, end: int, cuts: Sequence[int], size: int, leave: int) -> int:
-    """Where the last piece of a prompt begins: as far behind as it can and still have `leave` tokens.
+    """Returns where the suffix of a prompt starts: as far back as possible with at least `leave` tokens remaining.
 
     Args:
         start: first new token, where the grid starts.
-        end: number of the prompt's tokens.
+        end: number of tokens in the prompt.
         cuts: in ascending order.
         size: tokens of a full chunk.
-        leave: tokens; 0 if nothing need be left.
+        leave: minimum number of tokens in the suffix; may be 0.
     """
     reach = max(start, end - leave)
     before = bisect_right(cuts, reach)

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message says what to do about it."""
+"""The error types. Every message says what to do about the error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cake_hf.util.interrupts import is_the_users
 
 
 class CakeError(Exception):
-    """Base of all errors that cake_hf raises on purpose."""
+    """Base class of all errors that cake_hf raises on purpose."""
 
 
 class StoreError(CakeError):
@@ -17,7 +17,7 @@ class StoreError(CakeError):
 
 
 class CorruptChunk(StoreError):
-    """The value from a store is not the chunk that was asked for: its size, header or checksum is wrong."""
+    """A value from a store is not the requested chunk: its size, header or checksum is wrong."""
 
 
 class DeadlineExceeded(StoreError):
@@ -29,17 +29,18 @@ class UnsupportedModel(CakeError):
 
 
 class UnfitImages(CakeError, ValueError):
-    """A prompt has places for more or fewer image tokens than its images have."""
+    """A prompt has placeholders for more or fewer image tokens than its images have."""
 
 
 class ForeignModel(CakeError):
-    """A cache was handed to another model than the one it was made for."""
+    """A cache was passed to a different model than the one it was made for."""
 
 
 def is_a_fault(error: BaseException) -> bool:
-    """Whether an error that a store raised is its fault, as any `Exception` is.
+    """Returns whether an error raised by a store counts as the store's fault, as any `Exception` does.
 
-    A client library may raise others, too (a panic in native code, a cancelled task). In the main thread these may be the
-    user's Ctrl-C, or come from a signal handler; in all other threads only the store can have raised them.
+    A client library may also raise errors that are not an `Exception` (a panic in native code, a cancelled task). In the main
+    thread these may be the user's Ctrl-C or come from a signal handler; in every other thread only the store can have raised
+    them.
     """
     return not is_the_users(error)

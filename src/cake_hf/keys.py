@@ -1,7 +1,7 @@
-"""Names for chunks: a digest chained over (namespace, parent key, token ids).
+"""Names of chunks: digests chained over (namespace, parent key, token ids).
 
-Chunk `i`'s key fixes every token from the start of the prompt to the chunk's end. So equal keys mean equal prefixes,
-and a chunk can be used even where the chunks before it are not stored.
+The key of chunk `i` fixes every token from the start of the prompt to the end of the chunk. Equal keys therefore mean equal
+prefixes, and a chunk can be used even if the chunks before it are not stored.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ KEY_BYTES = 20
 
 
 def namespace_digest(facts: str) -> str:
-    """Digest of everything but the tokens that must be equal for KV to be interchangeable.
+    """Returns the digest of everything, beside the tokens, that must be equal for KV to be interchangeable.
 
     Args:
-        facts: canonical text of those facts (the caller serialises them in one fixed way).
+        facts: canonical text of this metadata (the caller serialises it in one fixed way).
 
     Returns:
         40 hexadecimal digits.
@@ -36,15 +36,16 @@ def chunk_keys(
     parent: str = "",
     marks: Sequence[bytes] = (),
 ) -> list[str]:
-    """Keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
+    """Returns the keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
 
     Args:
         namespace: 40 hexadecimal digits from `namespace_digest`.
-        token_ids: the prompt, or what follows the chunk named by `parent`. As a memoryview of signed 64-bit integers it is
-            not copied, which takes a tenth of the time.
+        token_ids: the prompt, or what follows the chunk named by `parent`. A memoryview of signed 64-bit integers is not
+            copied, which takes a tenth of the time.
         chunk_size: tokens per chunk.
         parent: key of the chunk just before `token_ids`; empty at the start of a prompt.
-        marks: for each full chunk a digest of what else shapes its KV, such as an image behind its tokens; empty for nothing.
+        marks: one extra hash per full chunk, a digest of what else shapes its KV, such as an image behind its tokens; empty if
+            nothing does.
 
     Returns:
         `len(token_ids) // chunk_size` keys of 40 hexadecimal digits.
@@ -61,17 +62,17 @@ def block_keys(
     parent: str = "",
     marks: Sequence[bytes] = (),
 ) -> list[str]:
-    """Keys of blocks that follow each other; see `chunk_keys`.
+    """Returns the keys of consecutive blocks; see `chunk_keys`.
 
-    How a block's tokens are run is part of its key: a chunk, a tail and single tokens are digests of their own kinds.
+    How a block's tokens are run is part of its key: chunks, tails and single tokens have digests of different kinds.
 
     Args:
         namespace: 40 hexadecimal digits from `namespace_digest`.
-        token_ids: the prompt, or what is new of it.
-        named: the blocks, counted from the first of these tokens on.
+        token_ids: the prompt, or its new part.
+        named: the blocks, with positions relative to the first of these tokens.
         chunk_size: tokens of a full chunk.
-        parent: key of what is just before the first block; empty at the start of a prompt.
-        marks: for each block a digest of what else shapes its KV; empty for nothing.
+        parent: key of the block just before the first one; empty at the start of a prompt.
+        marks: one extra hash per block, a digest of what else shapes its KV; empty if nothing does.
     """
     root = bytes.fromhex(namespace)
     previous = bytes.fromhex(parent or namespace)
@@ -88,12 +89,12 @@ def block_keys(
 
 
 def state_key(chunk_key: str) -> str:
-    """Name of what a model carries over the end of a chunk, beside the KV of its tokens."""
+    """Returns the key of the state that a model carries past the end of a chunk, beside the KV of the chunk's tokens."""
     return hashlib.blake2b(bytes.fromhex(chunk_key), digest_size=KEY_BYTES, person=b"cake-state").hexdigest()
 
 
 def behaviour_key(namespace: str) -> str:
-    """Name of what the model computed whose KV lies under a namespace, see `model.reference`."""
+    """Returns the key of the recorded behaviour of the model whose KV is stored under a namespace, see `model.reference`."""
     return hashlib.blake2b(bytes.fromhex(namespace), digest_size=KEY_BYTES, person=b"cake-behaviour").hexdigest()
 
 
@@ -104,7 +105,7 @@ def _kind(block: Block, chunk_size: int) -> bytes:
 
 
 def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:
-    """64-bit little-endian, whatever the machine."""
+    """Returns the token ids as 64-bit little-endian bytes, whatever the machine's byte order."""
     if isinstance(token_ids, memoryview):
         whole = token_ids.format in ("l", "q") and token_ids.itemsize == TOKEN_BYTES
         if whole and sys.byteorder == "little":

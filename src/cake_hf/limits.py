@@ -12,38 +12,37 @@ from cake_hf.util.environment import a_count, limit_variable, some_seconds, valu
 from cake_hf.util.sizes import parse_bytes
 
 STAGED_PER_THREAD = 3
-"""Chunks per loader thread that may be in memory of their own, beside the KV, at any time; what is left to late reads is
-not counted."""
+"""Maximum number of staged chunks per loader thread, in memory beside the KV; memory left to late reads is not counted."""
 
 MIN_CHUNK_SIZE = 16
-"""Below this a chunk's fixed costs (one file, one forward) dwarf its tokens."""
+"""Below this, a chunk's fixed costs (one file, one forward) dwarf the cost of its tokens."""
 
 
 MOST_SECONDS = 10.0**9
-"""More than the system's clocks and waits take everywhere is no time at all."""
+"""The longest time accepted: some systems' clocks and waits cannot represent more."""
 
 MOST = {"loader_threads": 4096}
 MOST_BYTES = 2**62
 
 MOST_SHOWN = 40
-"""Letters of a value in a message."""
+"""Characters of a value that a message quotes."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many threads, bytes and seconds a cache may take.
+    """The threads, bytes and seconds that a cache may use.
 
     Attributes:
         loader_threads: threads that read chunks while a prompt is being restored (they end with the restore).
-        read_timeout: seconds one chunk's read may take before the chunk is computed instead.
-        lookup_timeout: seconds the lookup of which chunks are stored may take before all of them count as missing; also the
-            seconds that opening the store may take before the cache continues without it.
+        read_timeout: seconds that reading one chunk may take before the chunk is computed instead.
+        lookup_timeout: seconds that matching the prefix may take before all chunks count as missing; also the seconds that
+            opening the store may take before the cache continues without it.
         save_queue_bytes: bytes of chunks that may wait to be written; beyond that, saving is skipped and counted. For a model
             on a GPU this is page-locked memory, which torch allocates in powers of two and keeps for the next prompt.
         tier_queue_bytes: bytes of chunks that tiers may hold for copies and delayed writes; beyond that, these are skipped and
-            counted. For tiers that the cache opens itself.
-        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. This time
-            is for everything there is to wait for; when the interpreter ends, all caches of the process share it.
+            counted. Applies to tiers that the cache opens itself.
+        exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. The time
+            covers everything there is to wait for; when the interpreter exits, all caches of the process share it.
 
     Raises:
         ValueError: a value is not a number, not positive, or too large; the message names the field and the right form.
@@ -62,9 +61,10 @@ class Limits:
 
     @classmethod
     def from_environment(cls, **chosen: Any) -> Limits:
-        """Limits that are not given here come from their `CAKE_HF_*` variables (see docs/environment.md), or are the defaults.
+        """Returns limits; those not given here come from their `CAKE_HF_*` variables (see docs/environment.md) or are the
+        defaults.
 
-        A `CakeCache` that is made without `limits` uses `Limits.from_environment()`.
+        A `CakeCache` made without `limits` uses `Limits.from_environment()`.
 
         Raises:
             ValueError: a variable cannot be used, or a number is not positive.
@@ -87,10 +87,10 @@ _PARSERS: dict[str, Callable[[str], float]] = {
 
 
 def _checked(name: str, value: Any) -> float:
-    """The value of a field, as a plain number.
+    """Returns the value of a field as a plain number.
 
     Raises:
-        ValueError: it is no budget; the sentence names the field and the right form.
+        ValueError: the value is not a valid budget; the message names the field and the right form.
     """
     is_time = _PARSERS[name] is some_seconds
     most = MOST_SECONDS if is_time else MOST.get(name, MOST_BYTES)

@@ -23,16 +23,16 @@ _FILLS = {
 
 @dataclass(frozen=True)
 class Span:
-    """One chunk's work by one actor.
+    """One actor's work on one chunk.
 
     Attributes:
         actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
         chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
-        start, end: seconds since the restore began.
-        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "preempted" where a forward was left because its
-            chunk had come from the store; "gated" where it waited, layer by layer, for loads that were still under way;
-            "shared" where the chunk came from another prompt that was being restored at the same time; "superseded" where a
-            load was no longer needed when it came.
+        start, end: seconds since the start of the restore.
+        outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "preempted" if a forward ended early because its
+            chunk had arrived from the store; "gated" if the forward waited, layer by layer, for loads that were still under
+            way; "shared" if the chunk came from another prompt that was being restored at the same time; "superseded" if a load
+            was no longer needed when it arrived.
     """
 
     actor: str
@@ -46,32 +46,31 @@ class Span:
 class Report:
     """Counts, bytes, seconds and the timeline of the last prompt of a cache.
 
-    `chunks_computed + chunks_loaded + chunks_shared` is the number of full chunks before the prompt's last piece, which is
-    always computed.
-    `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it and unusable.
+    `chunks_computed + chunks_loaded + chunks_shared` is the number of full chunks before the prompt's suffix, which is always
+    computed. `chunks_missed` and `chunks_failed` say why chunks were computed: not in the store, or in it but unusable.
 
     Attributes:
-        tokens: length of the prompt; of a batch, all rows together, without padding.
+        tokens: length of the prompt; for a batch, of all rows together, without padding.
         chunk_size: tokens per chunk.
-        batch: number of prompts; everything here is for all of them together.
+        batch: number of prompts; all other fields are totals over all of them.
         chunks_computed, chunks_loaded, chunks_missed, chunks_failed: chunks of the restored prefix.
-        chunks_shared: chunks of it that were copied from another prompt that was being restored at the same time, or from
-            another row of the batch.
-        tails_computed, tails_loaded, tails_saved: pieces between full chunks and declared cuts (see `CakeCache.prefill`),
-            and decoded tokens of earlier turns.
-        tail_tokens_loaded: tokens of the tails that were loaded.
+        chunks_shared: chunks of the prefix that were copied from another prompt that was being restored at the same time, or
+            from another row of the batch.
+        tails_computed, tails_loaded, tails_saved: blocks between full chunks and declared cuts (see `CakeCache.prefill`), and
+            decoded tokens of earlier turns.
+        tail_tokens_loaded: tokens of the loaded tails.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
-        chunks_unsaved: new chunks, and tails, that were not saved: the queue was full or the store refused them.
+        chunks_unsaved: new chunks and tails that were not saved because the queue was full or the store refused them.
         states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
-        bytes_loaded, bytes_saved: payload bytes, of chunks and states.
-        store: the store's name without secrets, for a directory the last part of its path; empty if it was not asked.
+        bytes_loaded, bytes_saved: payload bytes of chunks and states.
+        store: the store's name without secrets; for a directory, the last part of its path; empty if the store was not asked.
         bytes_stored: bytes that this prompt's chunks and states take in the store, headers included: those found when the
-            prompt came, and those saved since.
+            prompt arrived, and those saved since.
         seconds_saved: the time that computing everything would have taken, by the costs measured so far, minus the time taken;
-            None if nothing was loaded or shared, or if the cost of computing is not known yet. Negative if computing would
-            have been faster.
-        prefill_seconds: from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
-        timeline: who did which chunk, from when to when.
+            None if nothing was loaded or shared, or if the cost of computing is not known yet. Negative if computing would have
+            been faster.
+        prefill_seconds: seconds from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
+        timeline: which actor worked on which chunk, and when.
         reason: empty, or why the prompt, or a part of it, was not restored.
     """
 
@@ -101,22 +100,22 @@ class Report:
     reason: str = ""
 
     def __setattr__(self, name: str, value: object) -> None:
-        # A reason quotes stores and models, which quote whom they like.
+        # A reason quotes stores and models, whose messages may contain anything.
         super().__setattr__(name, shown(value) if name in ("reason", "store") else value)
 
     @property
     def restored(self) -> int:
-        """Full chunks before the prompt's last piece that were computed, loaded or shared so far."""
+        """Number of full chunks before the prompt's suffix that have been computed, loaded or shared so far."""
         return self.chunks_computed + self.chunks_loaded + self.chunks_shared
 
     def repeat(self, batch: int) -> None:
-        """It is for so many equal prompts, of which one was restored, and copied for the others."""
+        """Extends the report to a batch of that many equal prompts: one was restored and then copied for the others."""
         self.chunks_shared += (batch - 1) * self.restored
         self.tokens *= batch
         self.batch = batch
 
     def rows(self) -> list[tuple[str, str]]:
-        """Label and value of each line of the table."""
+        """Returns the label and value of each line of the table."""
         rows = [
             ("tokens", f"{self.tokens:,} in chunks of {self.chunk_size}{self._prompts()}"),
             ("chunks", f"{self.chunks_loaded} loaded, {self.chunks_computed} computed{self._shared()}"),
@@ -152,7 +151,7 @@ class Report:
         return "; what was saved is not known, since nothing was computed here before" * bool(brought)
 
     def lanes(self) -> dict[str, list[Span]]:
-        """The timeline by actor, the computing thread first."""
+        """Returns the timeline by actor, the computing thread first."""
         actors = sorted({span.actor for span in self.timeline})
         return {actor: [span for span in self.timeline if span.actor == actor] for actor in actors}
 
@@ -169,7 +168,7 @@ class Report:
         return f"<table><caption>cake_hf report</caption>{rows}</table>{self._html_lanes()}"
 
     def as_dict(self) -> dict[str, object]:
-        """All fields as JSON-ready values, the timeline as lists."""
+        """Returns all fields as JSON-ready values, the timeline as lists."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "timeline"}
         spans = [[s.actor, s.chunk, round(s.start, 6), round(s.end, 6), s.outcome] for s in self.timeline]
         return {**plain, "timeline": spans}
@@ -196,7 +195,7 @@ class Report:
 
 
 def _text_lane(spans: list[Span], total: float) -> str:
-    """One actor's lane: each span is its chunk's number, then '=' ('~': it was left or overtaken, '!': it was not usable)."""
+    """Returns an actor's lane: each span is its chunk's number, then '=' ('~': preempted or superseded, '!': unusable)."""
     cells = [" "] * LANE_WIDTH
     for span in spans:
         start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)

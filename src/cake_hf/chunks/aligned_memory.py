@@ -1,7 +1,7 @@
-"""Host memory for KV: it begins on a page, so that a disk can write to it directly (see `stores.direct`), and has huge pages.
+"""Host memory for KV: page-aligned, so that a disk can write to it directly (see `stores.direct`), and backed by huge pages.
 
-The kernel clears memory at its first touch, page by page. For pages of 4 KiB that takes longer than to copy a cached file
-there; for pages of 2 MiB a fraction of it. `python -m benchmarks --only loading` shows both.
+The kernel clears memory page by page at first touch. With pages of 4 KiB that takes longer than copying a cached file there;
+with pages of 2 MiB, a fraction of that time. `python -m benchmarks --only loading` measures both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 PAGE = 4096
 HUGE_PAGE = 2**21
 _LEAST_HUGE = 2 * HUGE_PAGE
-"""In smaller tensors the edges, which stay in small pages, would be most of it."""
+"""In smaller tensors, the edges, which stay in small pages, would make up most of the memory."""
 
 
 def empty_aligned(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """As `torch.empty`; on the host, large tensors begin on a page, and very large ones on a huge page."""
+    """Works like `torch.empty`, but on the host, large tensors start on a page and very large ones on a huge page."""
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < PAGE:
         return torch.empty(*shape, dtype=dtype, device=device)
@@ -35,10 +35,10 @@ def empty_aligned(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def advise(memory: torch.Tensor, advice: int) -> bool:
-    """Tell the kernel something about host memory (`madvise`); False where it does not want to know, and all is as it was.
+    """Gives the kernel advice about host memory (`madvise`); False if the kernel declines it, and nothing has changed.
 
     Args:
-        memory: contiguous; begins on a page.
+        memory: contiguous; starts on a page.
         advice: one of mmap.MADV_*.
     """
     madvise = _libc().madvise

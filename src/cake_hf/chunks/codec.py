@@ -1,14 +1,14 @@
-"""A chunk at rest: a safetensors file, checked before a byte of it is used.
+"""The stored form of a chunk: a safetensors file, checked before any byte of it is used.
 
     8 bytes          header length, little endian
     header           JSON, padded with spaces so that the payload starts on a page: tensor table + metadata
     payload          the layout's pieces, back to back
 
-The metadata has a checksum of each piece, so that a part of a chunk can be read and checked by itself, and one of all else in
-the header.
+The metadata has a checksum of each piece, so that a part of a chunk can be read and checked by itself, and one checksum of
+everything else in the header.
 
-All chunks of one layout have headers of one length. So a reader knows the whole file's shape beforehand and brings
-header and payload, scattered to their places, in one pass.
+All chunks of one layout have headers of the same length. A reader therefore knows the shape of the whole file beforehand and
+reads header and payload, scattered to their destinations, in one pass.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from cake_hf.errors import CorruptChunk
 FORMAT_VERSION = "2"
 ALIGNMENT = 4096
 MAX_HEADER_BYTES = 2**20
-"""No header of ours comes near this; a larger one is refused before memory is taken for it."""
+"""No header of this library comes near this size; a larger one is refused before memory is allocated for it."""
 
 MAX_MODEL_NAME = 128
 METADATA_ROOM = 2048
-"""Enough for all metadata but the pieces' checksums: 350 bytes, an index, and a model name of characters that JSON escapes to
-12 bytes each."""
+"""Enough for all metadata except the pieces' checksums: 350 bytes, an index, and a model name of characters that JSON escapes
+to 12 bytes each."""
 
 CHECKSUM_DIGITS = 32
 
 LITTLE_BYTES = 2**18
-"""A checksum of so many bytes that were just read takes some 10 microseconds."""
+"""A checksum of this many bytes that were just read takes about 10 microseconds."""
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -53,12 +53,12 @@ _FORMS = {
     "model": rf"(?s:.){{0,{MAX_MODEL_NAME}}}",
     "checksums": rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*",
 }
-"""The forms of the metadata, in the order of writing: a namespace is a digest as a key is. An index fits 64 bits."""
+"""The forms of the metadata values, in writing order. A namespace is a digest, like a key. An index fits 64 bits."""
 
 _PATTERNS = {name: re.compile(form) for name, form in _FORMS.items()}
 
 _UNESCAPED = rf"[ !#-\[\]-~]{{0,{MAX_MODEL_NAME}}}"
-"""A name whose characters stand in JSON as they are."""
+"""A name whose characters JSON does not escape."""
 
 _USUAL = re.compile(
     r'\{"__metadata__":\{'
@@ -74,7 +74,7 @@ _USUAL = re.compile(
     )
     + r"\}"
 )
-"""How the metadata stand in a file."""
+"""The metadata as `encode_header` writes it."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class ChunkMetadata:
     """What a chunk says about itself, beside its tensors.
 
     Attributes:
-        key: its name in the store.
+        key: its key in the store.
         parent: key of the chunk before it; the namespace for chunk 0.
-        index: its place on the absolute grid.
+        index: its position on the absolute grid.
         namespace: digest of what makes KV interchangeable.
-        model: the model's name, for people only.
+        model: the model's name, for human readers only.
         checksums: xxh3-128 of each piece of the payload, 32 hexadecimal digits.
     """
 
@@ -99,29 +99,29 @@ class ChunkMetadata:
 
 
 Checksum = xxhash.xxh3_128
-"""What `checksum` is of, for data that comes in steps."""
+"""The incremental form of `checksum`, for data that arrives in steps."""
 
 
 def checksum(data: Buffer) -> str:
-    """xxh3-128; guards against accidents, not against an adversary.
+    """Returns the xxh3-128 digest; guards against accidents, not against an adversary.
 
-    While it looks at much, other threads run; to let them for a little costs more than it takes.
+    Large data is hashed while other threads run; for small data, letting them run costs more than the hashing.
     """
     if len(data) <= LITTLE_BYTES:
         return xxhash.xxh3_128_hexdigest(data)
     digest = xxhash.xxh3_128()
-    digest.update(data)  # this call lets other threads run meanwhile
+    digest.update(data)  # this call releases the GIL
     return digest.hexdigest()
 
 
 def checksums(payload: Buffer, layout: ChunkLayout) -> tuple[str, ...]:
-    """Of each piece of a whole payload."""
+    """Returns the checksum of each piece of a whole payload."""
     view, ends = memoryview(payload), accumulate(layout.sizes)
     return tuple(checksum(view[end - size : end]) for end, size in zip(ends, layout.sizes, strict=True))
 
 
 def encode_header(layout: ChunkLayout, facts: ChunkMetadata) -> bytes:
-    """The bytes that stand before the payload: `header_size(layout)` of them."""
+    """Returns the bytes that precede the payload: `header_size(layout)` of them."""
     metadata = {
         "format": "cake_hf",
         "version": FORMAT_VERSION,
@@ -129,7 +129,7 @@ def encode_header(layout: ChunkLayout, facts: ChunkMetadata) -> bytes:
         "parent": facts.parent,
         "index": str(facts.index),
         "namespace": facts.namespace,
-        # A path may hold bytes that are no text (lone surrogates here); safetensors refuses a header with such.
+        # A path may hold bytes that are not text (lone surrogates here); safetensors refuses a header with those.
         "model": facts.model[-MAX_MODEL_NAME:].encode(errors="replace").decode(),
         "checksums": "".join(facts.checksums),
     }
@@ -137,30 +137,30 @@ def encode_header(layout: ChunkLayout, facts: ChunkMetadata) -> bytes:
 
 
 def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], nbytes: int) -> bytes:
-    """A header of that many bytes with a checksum of all that it says.
+    """Returns a header of `nbytes` bytes with a checksum of everything in it.
 
     Args:
         metadata: without that checksum.
         table: of the tensors.
-        nbytes: with the 8 bytes of its length; at least as many as it needs.
+        nbytes: including the 8 bytes of the length; at least as many as the header needs.
     """
     whole = {METADATA: {**metadata, "header": _seal(metadata, sorted_json(table))}, **table}
     return struct.pack("<Q", nbytes - 8) + plain_json(whole).encode().ljust(nbytes - 8)
 
 
 def header_size(layout: ChunkLayout) -> int:
-    """Bytes before the payload. Depends on the layout alone, so that a reader knows it before it reads."""
+    """Returns the bytes before the payload. They depend on the layout alone, so a reader knows them before reading."""
     table = len(layout.table_json) + CHECKSUM_DIGITS * len(layout.pieces)
     return -(-(8 + table + METADATA_ROOM) // ALIGNMENT) * ALIGNMENT
 
 
 def stored_bytes(layout: ChunkLayout) -> int:
-    """Bytes of a whole file: header and payload."""
+    """Returns the size of a whole file in bytes: header and payload."""
     return header_size(layout) + layout.nbytes
 
 
 def parse_header(raw: Buffer) -> tuple[ChunkMetadata, TensorTable]:
-    """Facts and tensor table from the start of a file; trusts nothing in it.
+    """Returns metadata and tensor table from the start of a file; trusts nothing in it.
 
     Args:
         raw: at least the 8 length bytes and the header; what follows is ignored.
@@ -181,7 +181,7 @@ def parse_header(raw: Buffer) -> tuple[ChunkMetadata, TensorTable]:
 
 
 def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkMetadata:
-    """Refuse a chunk that is not exactly the one asked for, in the layout the model needs.
+    """Refuses a chunk that is not exactly the requested one, in the layout that the model needs. Returns its metadata.
 
     Raises:
         CorruptChunk: another key, other tensors, or not a header that can be trusted.
@@ -195,15 +195,15 @@ def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkMetadata:
 
 
 def check_pieces(pieces: Sequence[Buffer], facts: ChunkMetadata, first: int = 0) -> None:
-    """Refuse pieces that are not as they were written.
+    """Refuses pieces that are not as they were written.
 
     Args:
-        pieces: some of the chunk's, in order.
-        facts: of the chunk.
+        pieces: consecutive pieces of the chunk, in order.
+        facts: the chunk's metadata.
         first: number of the first of these pieces in the chunk.
 
     Raises:
-        CorruptChunk: one of them does not match its checksum.
+        CorruptChunk: a piece does not match its checksum.
     """
     for piece, expected in zip(pieces, facts.checksums[first : first + len(pieces)], strict=True):
         if checksum(piece) != expected:
@@ -211,10 +211,10 @@ def check_pieces(pieces: Sequence[Buffer], facts: ChunkMetadata, first: int = 0)
 
 
 def check_file(raw: Buffer, key: str) -> ChunkMetadata:
-    """Verify a whole chunk file without a model at hand.
+    """Verifies a whole chunk file without a model at hand. Returns its metadata.
 
     Raises:
-        CorruptChunk: the header, the payload's length or its checksum is wrong, or the key is another.
+        CorruptChunk: the header, the payload's length or its checksum is wrong, or the key differs.
     """
     facts, table = parse_header(raw)
     view = memoryview(raw)
@@ -230,10 +230,10 @@ def check_file(raw: Buffer, key: str) -> ChunkMetadata:
 
 
 def spans_of(facts: ChunkMetadata, table: TensorTable) -> list[tuple[int, int]]:
-    """Begin and end of each piece in the payload, in bytes, in the order of the checksums.
+    """Returns start and end of each piece in the payload, in bytes, in the order of the checksums.
 
     Raises:
-        CorruptChunk: there are not as many pieces as checksums.
+        CorruptChunk: the number of pieces differs from the number of checksums.
     """
     if len(facts.checksums) != len(table.spans):
         raise CorruptChunk(f"Chunk {facts.key} has {len(table.spans)} tensors and {len(facts.checksums)} checksums.")
@@ -241,10 +241,10 @@ def spans_of(facts: ChunkMetadata, table: TensorTable) -> list[tuple[int, int]]:
 
 
 def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkMetadata, Mapping[str, object]] | None:
-    """What `parse_header` gives, of a header that is word for word as `encode_header` writes it; None of any other.
+    """Returns what `parse_header` returns, for a header that is word for word as `encode_header` writes it; None for any other.
 
-    All good chunks have such headers, unless their model's name has odd characters. Nothing of them has to be parsed, which
-    counts where chunks are small.
+    All good chunks have such headers, unless their model's name has unusual characters. Nothing in them has to be parsed, which
+    matters if chunks are small.
     """
     text = bytes(raw[8:]).decode("latin-1")
     written = _USUAL.match(text)
@@ -257,8 +257,10 @@ def _usual_header(raw: Buffer, layout: ChunkLayout) -> tuple[ChunkMetadata, Mapp
 
 
 def _recognised(raw: bytes) -> tuple[ChunkMetadata, TensorTable] | None:
-    """What `_parsed` gives, in a tenth of the time where other chunks have the same table; None unless the metadata stand as
-    `encode_header` writes them and all makes sense."""
+    """Returns what `_parsed` returns, in a tenth of the time if other chunks have the same table.
+
+    None unless the metadata is written as `encode_header` writes it and everything is valid.
+    """
     text = raw.decode("latin-1")
     written = _USUAL.match(text)
     if written is None or not raw.isascii():
@@ -275,7 +277,7 @@ def _recognised(raw: bytes) -> tuple[ChunkMetadata, TensorTable] | None:
 
 
 def _parsed(raw: bytes) -> tuple[ChunkMetadata, TensorTable]:
-    """Facts and tensor table of a header; one of `_UNREADABLE` where it makes no sense.
+    """Returns metadata and tensor table of a header; raises one of `_UNREADABLE` if it is invalid.
 
     Raises:
         CorruptChunk: another format or version, or not as it was written.
@@ -286,24 +288,24 @@ def _parsed(raw: bytes) -> tuple[ChunkMetadata, TensorTable]:
 
 
 def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
-    """Facts from metadata that `_USUAL` found; None if they are not as they were written.
+    """Returns the metadata from text that `_USUAL` matched; None if it is not as it was written.
 
     Args:
-        written: the metadata.
+        written: the match.
         table: of the tensors, as sorted JSON.
     """
     metadata = written.groupdict()
     seal = metadata.pop("header")
-    # As sorted JSON, without its help: none of these words has anything that JSON would write otherwise.
+    # Sorted JSON without the encoder: none of these values has a character that JSON would escape.
     words = ",".join([f'"{name}":"{metadata[name]}"' for name in sorted(metadata)])
     return _facts(metadata) if seal == checksum(f"[{{{words}}},{table}]".encode()) else None
 
 
 def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkMetadata:
-    """Facts from a header's metadata; one of `_UNREADABLE` if they are not there.
+    """Returns the metadata of a header; raises one of `_UNREADABLE` if it is incomplete or malformed.
 
     Args:
-        metadata: with the seal, which is taken out.
+        metadata: with the seal, which is removed.
         table: of the tensors, as sorted JSON.
 
     Raises:
@@ -323,7 +325,7 @@ def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkMetadata:
 
 
 def _facts(words: Mapping[str, str]) -> ChunkMetadata:
-    """What metadata of the right form says."""
+    """Builds the metadata from values of the right form."""
     digits = words["checksums"]
     return ChunkMetadata(
         key=words["key"],
@@ -336,5 +338,5 @@ def _facts(words: Mapping[str, str]) -> ChunkMetadata:
 
 
 def _seal(metadata: Mapping[str, object], table: str) -> str:
-    """Checksum of all that a header says, whatever the order and the blanks; the table as sorted JSON."""
+    """Returns the checksum of everything in a header, regardless of order and whitespace; the table is given as sorted JSON."""
     return checksum(f"[{sorted_json(metadata)},{table}]".encode())

@@ -1,4 +1,4 @@
-"""The layout of one chunk: which tensors, in which order, how large. The same in memory pieces and at rest."""
+"""The layout of a chunk: its tensors, their order and sizes. The same in memory and in the stored file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SORTED = json.JSONEncoder(separators=(",", ":"), sort_keys=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype.
+    """Returns safetensors' name of a dtype.
 
     Raises:
         ValueError: safetensors has no such dtype, or KV is never kept in it.
@@ -36,10 +36,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def item_bytes(name: object) -> int:
-    """Bytes of one number of a dtype, by safetensors' name of it.
+    """Returns the bytes per number of a dtype, given safetensors' name of it.
 
     Raises:
-        ValueError: KV is never kept in it.
+        ValueError: KV is never kept in that dtype.
     """
     if not isinstance(name, str) or name not in _ITEM_BYTES:
         raise ValueError(f"KV is not kept in {str(name)[:40]!a}.")
@@ -54,8 +54,8 @@ class Piece:
         name: e.g. "layers.0.keys".
         heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
         dtype: of the KV.
-        layer: whose it is.
-        windowed: it is needed only where a window reaches back to the chunk.
+        layer: index of its layer.
+        windowed: whether it belongs to a sliding-window layer and is needed only if a window reaches back to the chunk.
     """
 
     name: str
@@ -76,8 +76,8 @@ class LayerRange:
     """A part of a chunk that can be read by itself.
 
     Attributes:
-        start, end: it has the pieces `start` to `end - 1`.
-        layers: so many layers are whole once it and all ranges before it are there.
+        start, end: the range has the pieces `start` to `end - 1`.
+        layers: number of layers that are complete once this range and all ranges before it have been read.
     """
 
     start: int
@@ -89,14 +89,14 @@ class LayerRange:
 class ChunkLayout:
     """All pieces of a chunk, in payload order: keys and values of layer 0, then of layer 1, and so on.
 
-    Windowed pieces come after all others. So what is needed of a chunk is always the first part of it.
+    Sliding-window pieces come after all others, so the needed part of a chunk is always a prefix of its payload.
     """
 
     chunk_size: int
     pieces: tuple[Piece, ...]
 
     def of(self, tokens: int) -> ChunkLayout:
-        """The same pieces for another number of tokens."""
+        """Returns a layout of the same pieces for another number of tokens."""
         return self if tokens == self.chunk_size else ChunkLayout(tokens, self.pieces)
 
     @cached_property
@@ -111,22 +111,23 @@ class ChunkLayout:
 
     @cached_property
     def everywhere(self) -> int:
-        """How many pieces are needed of every chunk; all after them are windowed."""
+        """Number of pieces that are needed from every chunk; all later pieces are sliding-window pieces."""
         return sum(not piece.windowed for piece in self.pieces)
 
     @cached_property
     def layers(self) -> int:
-        """How many layers a chunk may have pieces of; they are numbered from 0, and those that keep nothing have none."""
+        """Number of layers a chunk may have pieces of; they are numbered from 0, and layers that keep nothing have none."""
         return max((piece.layer for piece in self.pieces), default=-1) + 1
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """For each layer the number of pieces up to its last one. Without windowed pieces, which come out of turn."""
+        """For each layer, the number of pieces up to its last. Valid without sliding-window pieces, which come out of order."""
         layers = [piece.layer for piece in self.pieces]
         return tuple(sum(other <= layer for other in layers) for layer in range(self.layers))
 
     def ranges(self, count: int) -> list[LayerRange]:
-        """A chunk cut between layers into that many ranges of about as many layers each (fewer, if it has not as many)."""
+        """Cuts a chunk between layers into `count` ranges of about equally many layers (fewer ranges if it has fewer
+        layers)."""
         if count == 1:
             return [LayerRange(0, len(self.pieces), self.layers)]
         cuts = sorted({self.layers * n // count for n in range(count + 1)})
@@ -151,20 +152,20 @@ class ChunkLayout:
 
     @cached_property
     def table_json(self) -> str:
-        """The tensor table as it stands in a header."""
+        """The tensor table as written in a header."""
         return plain_json(self.tensor_table)
 
     @cached_property
     def sorted_table_json(self) -> str:
-        """The tensor table as a header's seal covers it."""
+        """The tensor table as covered by a header's seal."""
         return sorted_json(self.tensor_table)
 
 
 def plain_json(value: object) -> str:
-    """JSON without blanks, in ASCII."""
+    """Returns JSON without whitespace, in ASCII."""
     return _PLAIN.encode(value)
 
 
 def sorted_json(value: object) -> str:
-    """The same, whatever order the keys had."""
+    """Returns JSON as `plain_json` does, with sorted keys."""
     return _SORTED.encode(value)

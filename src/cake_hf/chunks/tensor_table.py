@@ -1,7 +1,7 @@
-"""The tensors of a chunk, as its header lists them: safetensors' dtype, shape and place of each, checked.
+"""The tensor table in a chunk's header: safetensors' dtype, shape and offsets of each tensor, checked.
 
-All chunks of one layout list them in the same words. So a table that was read a moment ago is known by its text: reading it
-again would take most of the time, and keeping it again most of the memory, of who looks at many chunks.
+All chunks of one layout have the same table text, so a recently read table is recognised by its text. When many chunks are
+inspected, parsing each table again would take most of the time, and keeping each one most of the memory.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ from cake_hf.util.lazy import cached_property
 MAX_PAYLOAD_BYTES = 2**40
 MAX_EXTENT = 2**31
 MAX_DIMENSIONS = 8
-"""Of one tensor. Numbers beyond these are refused before anybody computes with them."""
+"""Per tensor. Numbers beyond these limits are refused before they are used in any calculation."""
 
 METADATA = "__metadata__"
 
 MOST_KNOWN = 8
-"""Tables that are kept."""
+"""Number of tables that are kept."""
 LONGEST_KNOWN = 2**17
-"""Characters of a table that is kept: some 1,500 tensors. As Python objects it takes 20 times as many bytes."""
+"""Maximum characters of a table that is kept: some 1,500 tensors. As Python objects it takes 20 times as many bytes."""
 
 Entry = Mapping[str, object]
 
 
 class TensorTable(dict[str, dict[str, object]]):
-    """Name -> dtype, shape and data offsets, of a header that was read. It may be shared: do not change it."""
+    """Name -> dtype, shape and data offsets, from a parsed header. It may be shared: do not change it."""
 
     @cached_property
     def payload_bytes(self) -> int:
-        """As `payload_size` has it, with what it raises."""
+        """The result of `payload_size`, including what that raises."""
         return payload_size(self)
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Begin and end of each tensor in the payload, in bytes, in this order."""
+        """Start and end of each tensor in the payload, in bytes, in payload order."""
         return sorted(offsets_of(entry) for entry in self.values())
 
     @cached_property
     def sorted_json(self) -> str:
-        """As a header's seal covers it."""
+        """The table as covered by a header's seal."""
         return sorted_json(self)
 
     @cached_property
     def shapes(self) -> list[list[int]]:
-        """The different shapes of its tensors, `[tokens, heads, head_dim]` in the chunks of ours."""
+        """The distinct shapes of its tensors; `[tokens, heads, head_dim]` in chunks of this library."""
         return [list(shape) for shape in sorted(set(map(_shape, self.values())))]
 
     @cached_property
     def dtypes(self) -> str:
-        """The different dtypes of its tensors, as safetensors names them."""
+        """The distinct dtypes of its tensors, as safetensors names them."""
         return ", ".join(sorted({str(entry["dtype"]) for entry in self.values()}))
 
     @cached_property
     def chunk_size(self) -> int:
-        """Tokens of the chunk: the first dimension of each of its tensors, of which it has at least one."""
+        """Tokens of the chunk: the first dimension of each of its tensors, of which there is at least one."""
         return _shape(next(iter(self.values())))[0]
 
 
 def checked_table(table: Mapping[str, dict[str, object]]) -> TensorTable:
-    """The same, if each tensor is what its dtype and shape make it.
+    """Returns the table if the size of each tensor matches its dtype and shape.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not.
+        ValueError, KeyError, TypeError, AttributeError: it does not.
     """
     for entry in table.values():
         start, stop = offsets_of(entry)
@@ -84,13 +84,13 @@ def checked_table(table: Mapping[str, dict[str, object]]) -> TensorTable:
 
 @lru_cache(MOST_KNOWN)
 def known_table(text: str) -> TensorTable:
-    """A table by its text, as it stands behind the metadata of a header: members of a JSON object, and the brace that ends it.
+    """Returns a table by its text, as it follows the metadata of a header: members of a JSON object, and the closing brace.
 
     Args:
         text: in ASCII, not longer than `LONGEST_KNOWN`.
 
     Raises:
-        Exception: as `checked_table` and `json.loads` have it, or there are other metadata among the members.
+        Exception: as raised by `checked_table` and `json.loads`, or the members contain metadata, too.
     """
     table = json.loads(f"{{{text}")
     if METADATA in table:
@@ -99,7 +99,7 @@ def known_table(text: str) -> TensorTable:
 
 
 def payload_size(table: Mapping[str, Entry]) -> int:
-    """Bytes of payload that a tensor table describes.
+    """Returns the bytes of payload that a tensor table describes.
 
     Raises:
         CorruptChunk: the table's offsets are not back to back from zero.
@@ -116,10 +116,10 @@ def payload_size(table: Mapping[str, Entry]) -> int:
 
 
 def offsets_of(entry: Entry) -> tuple[int, int]:
-    """Where in the payload a tensor of the table begins and ends, in bytes.
+    """Returns where in the payload a tensor of the table starts and ends, in bytes.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry does not say it; never of a table that `parse_header` gave.
+        KeyError, TypeError, ValueError: the entry does not say; never for a table returned by `parse_header`.
     """
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or any(type(offset) is not int for offset in offsets):

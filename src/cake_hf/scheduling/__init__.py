@@ -1,1 +1,1 @@
-"""Who computes and who loads which chunk: the frontier, the costs it decides by, and how these are learnt. No torch."""
+"""Which chunks to compute and which to load: the frontier, the costs it decides by, and how costs are learnt. No torch."""

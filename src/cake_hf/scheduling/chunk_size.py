@@ -1,8 +1,8 @@
-"""The number of tokens in a chunk by default: by the kind of device, and deterministic, since it is part of the key.
+"""The default chunk size: it depends on the kind of device and is deterministic, since it is part of the key.
 
-What is not stored of a prompt is less than a chunk, and is computed each time. A CPU takes time for each token, so small chunks
-pay there; a GPU runs 512 tokens in hardly more time than 32, and small chunks leave it waiting for the next launch. The smaller
-they are, the more files, forwards and roundings there are.
+The unstored rest of a prompt is shorter than a chunk and is computed each time. A CPU takes time for each token, so small
+chunks pay off there; a GPU runs 512 tokens in hardly more time than 32, and small chunks leave it waiting for the next launch.
+Smaller chunks also mean more files, forwards and rounding.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ ON_OTHERS = 512
 
 
 def auto_chunk_size(device_kind: str, *, ties_images: bool = False) -> int:
-    """Tokens of a chunk.
+    """Returns the default number of tokens per chunk.
 
     Args:
-        device_kind: that computes, as torch names it: "cpu", "cuda", ...
-        ties_images: tokens of an image see each other in both directions, so that it must not be cut, and a chunk has to be
-            longer than one.
+        device_kind: the kind of device that computes, as torch names it: "cpu", "cuda", ...
+        ties_images: whether the tokens of an image attend to each other in both directions, so that an image must not be cut
+            and a chunk must be longer than an image.
     """
     return ON_CPU if device_kind == "cpu" and not ties_images else ON_OTHERS
 
 
 def why(device_kind: str) -> str:
-    """The rule in words, for that kind of device."""
+    """Returns the rule for that kind of device, in words."""
     if device_kind == "cpu":
         return f"{ON_CPU} tokens on a CPU, where what does not fill a chunk, and is computed each time, takes time per token"
     return f"{ON_OTHERS} tokens on {device_kind}, which runs as many in hardly more time than a few"

@@ -1,7 +1,7 @@
-"""What computing and loading a chunk cost.
+"""The cost model: seconds to compute and to load a chunk.
 
-The model is Cake's (Jin et al., ICML 2025): chunk i costs `a + b * i` seconds to compute, since later chunks attend to more,
-and loading costs the same for every chunk. How costs are learnt from what was measured is in `learning`.
+It is Cake's model (Jin et al., ICML 2025): chunk i costs `a + b * i` seconds to compute, since later chunks attend to more
+tokens, and loading costs the same for every chunk. `learning` estimates these costs from measurements.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MAX_SECONDS = 1e6
 MAX_BYTES = 2**50
 MAX_INDEX = 2**40
-"""Beyond these a number is no measurement. They also keep every prediction finite."""
+"""Numbers beyond these limits are not valid measurements. The limits also keep every prediction finite."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class ComputeCost:
 
     Attributes:
         base: a, seconds for the first chunk of a prompt.
-        slope: b, seconds that each further chunk costs more than the one before it.
+        slope: b, seconds that each chunk costs more than the one before it.
 
     Raises:
-        ValueError: a number is negative, not a number or absurdly large.
+        ValueError: a number is negative, NaN or absurdly large.
     """
 
     base: float
@@ -35,26 +35,27 @@ class ComputeCost:
         check("compute slope", self.slope, 0.0, MAX_SECONDS, "seconds")
 
     def seconds(self, index: int) -> float:
-        """Of chunk `index` on the absolute grid."""
+        """Returns the seconds to compute chunk `index` on the absolute grid."""
         return self.base + self.slope * index
 
 
 @dataclass(frozen=True)
 class LoadCost:
-    """Seconds to load chunks of one size: `latency + chunk_bytes / bandwidth` for one alone.
+    """Seconds to load chunks of one size: `latency + chunk_bytes / bandwidth` for a single load.
 
-    With k threads each waits `latency` on its own, then takes its turn at the one path of `bandwidth`. In a steady flow a
-    chunk then arrives every `max(D, (latency + D) / k)` seconds, with `D = chunk_bytes / bandwidth`: the asymptotic bound
-    of a closed queueing network (Denning and Buzen, ACM Computing Surveys 10(3), 1978), reached as nothing is random here.
+    With k threads, each load waits `latency` independently and then takes its turn on the shared path of `bandwidth`. In steady
+    flow a chunk arrives every `max(D, (latency + D) / k)` seconds, with `D = chunk_bytes / bandwidth`: the asymptotic bound of
+    a closed queueing network (Denning and Buzen, ACM Computing Surveys 10(3), 1978), which is attained because nothing here is
+    random.
 
     Attributes:
-        latency: seconds of a load in which the path is free for others.
+        latency: seconds of a load during which the path is free for other loads.
         bandwidth: bytes per second of the path, shared by all loads.
-        chunk_bytes: of one chunk.
-        threads: k, loads at a time.
+        chunk_bytes: bytes of one chunk.
+        threads: k, concurrent loads.
 
     Raises:
-        ValueError: a number is out of range, not a number or absurdly large.
+        ValueError: a number is out of range, NaN or absurdly large.
     """
 
     latency: float
@@ -70,7 +71,7 @@ class LoadCost:
 
     @property
     def seconds(self) -> float:
-        """Of one load that has the path to itself."""
+        """Seconds of one load that has the path to itself."""
         return self.latency + self._transfer
 
     @property
@@ -79,9 +80,9 @@ class LoadCost:
         return max(self._transfer, self.seconds / self.threads)
 
     def finish(self, count: int) -> float:
-        """Seconds until `count` chunks are there, all threads starting at 0.
+        """Returns the seconds until `count` chunks have arrived, if all threads start at 0.
 
-        Each thread's loads take `max(k * D, latency + D)` seconds one after the other; the p-th thread's first is there at
+        Successive loads of one thread take `max(k * D, latency + D)` seconds each; the first load of the p-th thread arrives at
         `latency + p * D`.
         """
         if count <= 0:
@@ -96,14 +97,14 @@ class LoadCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Both halves of the cost model; None for what is not known (yet)."""
+    """Both halves of the cost model; a half is None while it is not known."""
 
     compute: ComputeCost | None = None
     load: LoadCost | None = None
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which at least one span (start, end) was under way: the length of their union."""
+    """Returns the seconds during which at least one span (start, end) was under way: the length of their union."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -112,7 +113,7 @@ def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
-    """How many of the spans (start, end) overlap at most; one that begins where another ends does not overlap it."""
+    """Returns the maximum number of spans (start, end) that overlap; a span does not overlap one that starts where it ends."""
     under_way = most = 0
     for _, change in sorted(
         [(at, change) for start, end in spans if end > start for at, change in ((start, 1), (end, -1))]
@@ -123,7 +124,7 @@ def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
 
 
 def is_number(value: object, low: float, high: float) -> bool:
-    """Whether a value is a number in that range. NaN is in none; a bool is no number; integers may have any length."""
+    """Returns whether a value is a number in that range. NaN never is, nor is a bool; integers may have any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 

@@ -1,26 +1,27 @@
-"""The two-ended ledger: who computes which chunk, who loads which, and where they meet.
+"""The two-ended ledger: which chunks are computed, which are loaded, and where both sides meet.
 
-The main thread walks up from chunk 0, loader threads claim chunks from the back. Both sides share this one locked
-object and nothing else.
+The main thread walks up from chunk 0, and loader threads claim chunks from the back. Both sides share this one locked object
+and nothing else.
 
     chunk      0      1      2      3      4      5      6      7
             computed   |   computing       loading   loaded ...
             main thread ->                            <- loader threads
 
-Where they meet, both may work on one chunk: a loader that finds nothing else left loads the chunk that is being computed,
-and the main thread may compute one that is being loaded. Whoever is done first wins. A chunk that may become contested
-so is loaded *aside*, into memory of its own, since the place itself may be written to by the main thread.
+Where they meet, both may work on one chunk: a loader that finds nothing else to load loads the chunk that is being computed,
+and the main thread may compute a chunk that is being loaded. The side that finishes first wins. A chunk that may become
+contested is therefore *staged*, loaded into memory of its own, since the main thread may write to its place.
 
-Where the main thread would rather wait than compute, nothing is contested, and loads may go into place (where they may be
-overtaken there). Should they be late, the main thread leaves them the place: it goes on in other memory, loads under way are
-given up, and the rest is computed. Now and then it computes a chunk although waiting seems better, to find out whether that is
-still so (`is_trial`); such a chunk may be given back (`give_back`).
+If the main thread would rather wait than compute, nothing is contested, and loads may go in place (if they may be superseded
+there). If such loads are late, the main thread leaves the place to them: it continues in other memory, the loads under way are
+given up, and the rest is computed. Now and then the main thread computes a chunk although waiting seems better, to find out
+whether it still is (`is_trial`); such a chunk may be given back (`give_back`).
 
-What comes after the last loads need not wait for all of them: once every load that is left is under way, the main thread may
-go beyond them (`advance(past_loads=True)`), and waits in each layer only for that layer of them (`await_layer`).
+What comes after the last loads need not wait for all of them: once every remaining load is under way, the main thread may go
+beyond them (`advance(past_loads=True)`), and then waits in each layer only for that layer of the loads (`await_layer`).
 
-Conservation law: every chunk is in exactly one `State`, so at any moment
-`computed + computing + loaded + loading + failed + absent + waiting = all`, and a chunk is claimed by one side at a time.
+Conservation law: every chunk is in exactly one `State`, so
+`computed + computing + loaded + loading + failed + absent + waiting = all` at any moment, and a chunk is claimed by one side at
+a time.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from typing import Protocol
 from cake_hf.util.forks import renewed_in_child
 
 SECOND_THOUGHTS = 0.005
-"""Seconds after which a waiting main thread asks again whether waiting is still the faster way."""
+"""Seconds after which a waiting main thread checks again whether waiting is still faster."""
 
 
 class State(Enum):
-    """Where one chunk stands."""
+    """State of one chunk."""
 
-    ABSENT = "absent"  # the store does not have it: only the main thread can make it
-    WAITING = "waiting"  # in the store, claimed by nobody
+    ABSENT = "absent"  # not in the store: only the main thread can make it
+    WAITING = "waiting"  # in the store, unclaimed
     LOADING = "loading"  # claimed by a loader
     LOADED = "loaded"
-    FAILED = "failed"  # given up, or left in its place: only the main thread can make it
+    FAILED = "failed"  # the load failed or was given up: only the main thread can make it
     COMPUTING = "computing"  # claimed by the main thread
     COMPUTED = "computed"
 
@@ -55,14 +56,14 @@ class Outcome(Enum):
     """How a load ended."""
 
     LOADED = "loaded"
-    MISSED = "missed"  # listed a moment ago, gone now
+    MISSED = "missed"  # listed by the prefix match, gone now
     CORRUPT = "corrupt"
     ERROR = "error"
     LATE = "late"
 
 
 class Strategy(StrEnum):
-    """Which sides take part. BOTH is Cake; the other two are the single methods it is measured against."""
+    """Which sides take part. BOTH is Cake; the other two are the single methods that it is compared with."""
 
     BOTH = "both"
     COMPUTE = "compute"
@@ -70,42 +71,45 @@ class Strategy(StrEnum):
 
 
 class Judge:
-    """What decides between computing and waiting, and is told what happens. This one always computes, and contests nothing.
+    """Decides between computing and waiting, and is notified of events. This base class always computes and contests nothing.
 
-    All methods are called with the frontier's lock held; `now` is of the frontier's clock.
+    All methods are called with the frontier's lock held; `now` is a time of the frontier's clock.
     """
 
     def loading(self, now: float) -> None:
-        """A load was begun."""
+        """Notes that a load has started."""
 
     def loaded(self, now: float) -> None:
-        """A load has arrived."""
+        """Notes that a load has arrived."""
 
     def near(self, now: float) -> int:
-        """How many chunks beyond the front may be contested, and are loaded aside for that; 0 for no contest at all."""
+        """Returns how many chunks beyond the front may be contested, and are staged for that; 0 for no contest at all."""
         return 0
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
-        """Whether to compute that chunk, which could be loaded, rather than to wait for the loads that are left.
+        """Returns whether to compute a chunk that could be loaded, rather than to wait for the remaining loads.
 
         Args:
-            chunk: at the front.
-            loads_left: it among them.
+            chunk: the chunk at the front.
+            loads_left: number of remaining loads, including this chunk.
             now: by the clock.
-            whole: its load is under way, and does not bring one layer after the other.
+            whole: whether the chunk's load is under way and does not deliver it layer by layer.
         """
         return True
 
     def may_be_worth(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Whether it may become so before they are there. If not, they go into place, where it must not write."""
+        """Returns whether computing the chunk may become worth it before the loads arrive.
+
+        If not, the loads go in place, where the main thread must not write.
+        """
         return True
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Whether to compute it although that is not worth it: see `Frontier.is_trial`."""
+        """Returns whether to compute the chunk although that is not worth it: see `Frontier.is_trial`."""
         return False
 
     def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Whether to overtake loads that go into place. All that are under way are then left where they are, and none begun."""
+        """Returns whether to supersede loads that go in place. All loads under way are then given up, and none starts."""
         return False
 
 
@@ -119,32 +123,32 @@ class Changed(Protocol):
     ) -> object: ...
 
     def wait(self, timeout: float | None = None) -> object:
-        """Until notified, or for that many seconds of the frontier's clock."""
+        """Waits until notified, or for that many seconds of the frontier's clock."""
 
     def notify_all(self) -> None:
-        """Wake up whoever waits."""
+        """Wakes up all waiting threads."""
 
 
 class Frontier:
-    """Ledger of one restore. All methods may be called from any thread; `advance` only from the main one.
+    """Ledger of one restore. All methods may be called from any thread; `advance` only from the main thread.
 
     Args:
         present: for each chunk, whether the store has it.
         strategy: BOTH; COMPUTE (loaders get nothing); LOAD (the main thread computes only what cannot be loaded).
         read_timeout: seconds after which a load that the main thread waits for is given up.
-        most_staged: how many chunks may be on their way aside, or wait there to be put into place.
-        nearest: how many of these are for the chunks nearest to the front, which go aside wherever they may be contested. Of
-            the others, those go into place for which nothing is left.
-        restage: called, with the lock held, with a chunk on its way into place that the main thread is given to compute:
-            what comes of it lands aside from now on, and in full. So no load need go aside before. None: what is on its way
-            into place cannot be turned.
-        last: how many chunks are the last ones to be loaded, whose layers are waited for.
+        most_staged: maximum number of staged chunks, including those still being loaded, that are not committed yet.
+        nearest: how many of these are reserved for the chunks nearest to the front, which are staged whenever they may be
+            contested. Other chunks go in place if no room for staging remains.
+        restage: called with the lock held if the main thread is given a chunk to compute whose load is on its way into place:
+            from then on the load is staged, in full. No load then needs to be staged beforehand. None if a load on its way into
+            place cannot be redirected.
+        last: number of chunks that count as the last to be loaded, whose layers are waited for.
         judge: asked before a chunk is computed that could be loaded, and while a load is waited for.
-        supersedes_in_place: whether loads that go into place may be overtaken (see `take_abandoned`). If not, such loads are
-            waited for until the deadline, and the loads near the front always go aside.
+        supersedes_in_place: whether loads that go in place may be superseded (see `take_abandoned`). If not, such loads are
+            waited for until the deadline, and loads near the front are always staged.
         clock: monotonic seconds; replaceable for tests.
-        changed: the lock, and what the main thread waits on; replaceable together with the clock. By default a new
-            `threading.Condition`.
+        changed: the lock, and the condition that the main thread waits on; replaceable together with the clock. By default a
+            new `threading.Condition`.
     """
 
     def __init__(
@@ -179,18 +183,16 @@ class Frontier:
         if changed is None:
             renewed_in_child(self._renew)
         self._front = 0
-        self._given_out: set[int] = set()  # what the main thread computes, even once a load has brought it
+        self._given_out: set[int] = set()  # computed by the main thread, even after a load has delivered it
         self._trial: int | None = None
         self._last = last
-        self._beyond = (
-            0  # the main thread is beyond the loads, at this chunk; those before it may still be on their way
-        )
-        self._layers_there: dict[int, int] = {}  # of loads in flight
+        self._beyond = 0  # the chunk at which the main thread is beyond the loads; earlier ones may still be loading
+        self._layers_there: dict[int, int] = {}  # delivered by loads in flight
         self._back = len(self._states) - 1
         self._last_progress = clock()
         self._claimed_at: dict[int, float] = {}
-        self._staged: dict[int, bool] = {}  # loads in flight; whether they land aside
-        self._arrived_staged: list[int] = []  # loaded aside, not yet put into place
+        self._staged: dict[int, bool] = {}  # loads in flight -> whether they are staged
+        self._arrived_staged: list[int] = []  # staged, not yet committed
         self._open = True
         self._abandoned = False
         self._left_behind = False
@@ -198,7 +200,7 @@ class Frontier:
     # Loader side.
 
     def claim(self) -> int | None:
-        """Give the caller the last chunk that nobody has taken, or None when there is nothing more to load."""
+        """Claims the last unclaimed chunk for the caller; None if there is nothing more to load."""
         with self._changed:
             if not self._open:
                 return None
@@ -219,25 +221,25 @@ class Frontier:
             return index
 
     def is_untouched(self, index: int) -> bool:
-        """Whether no load of that chunk was ever begun."""
+        """Returns whether no load of that chunk ever started."""
         with self._changed:
             return index not in self._claimed_at
 
     def has_claims(self) -> bool:
-        """Whether `claim` would give something now."""
+        """Returns whether `claim` would return a chunk now."""
         with self._changed:
             return self._open and (self._waiting > 0 or self._can_be_contested(self._front))
 
     def is_staged(self, index: int) -> bool:
-        """Whether a claimed chunk must be loaded into memory of its own; the main thread then puts it into place."""
+        """Returns whether a claimed chunk must be loaded into memory of its own, for the main thread to commit."""
         with self._changed:
             return self._staged.get(index, True)
 
     def comes_last(self, index: int) -> bool:
-        """Whether a claimed chunk is among the last ones to be loaded, so that its layers are best brought one after the other.
+        """Returns whether a claimed chunk is among the last to be loaded, so that it is best delivered layer by layer.
 
-        As long as the main thread may begin another chunk, none is: reads in parts share the path with those beside them, which
-        may be of chunks that it comes to first.
+        No chunk is while the main thread may start another one: reads in parts share the path with concurrent reads, which may
+        be of chunks that the main thread reaches first.
         """
         with self._changed:
             front = self._front
@@ -251,17 +253,17 @@ class Frontier:
             return last
 
     def landed(self, index: int, layers: int) -> None:
-        """Report that the first so many layers of a claimed chunk are there."""
+        """Reports that the first `layers` layers of a claimed chunk have arrived."""
         with self._changed:
             if index in self._staged:
                 self._layers_there[index] = layers
                 self._changed.notify_all()
 
     def settle(self, index: int, outcome: Outcome) -> bool:
-        """Report how the load of a claimed chunk ended.
+        """Reports how the load of a claimed chunk ended.
 
         Returns:
-            False where the load was given up or overtaken meanwhile: then the loaded bytes are nobody's.
+            False if the load was given up or superseded meanwhile: the loaded bytes are then dropped.
         """
         with self._changed:
             if outcome is Outcome.LOADED and self._open:
@@ -278,16 +280,17 @@ class Frontier:
     # Main thread.
 
     def advance(self, *, until: int | None = None, past_loads: bool = False) -> int | None:
-        """Walk over what is already there and claim the next chunk to compute; None when the two sides have met.
+        """Walks over the chunks that are already there and claims the next chunk to compute; None when the two sides have met.
 
-        Blocks only while a load is the faster way (see `worth` and `overdue`) or the only safe one, and at most until that
-        read's deadline; then all loads in flight are given up (see `take_abandoned`). The chunk that it returns may be lost
-        again (see `preempted`).
+        Blocks only while a load is faster (see `worth` and `overdue`) or is the only safe way, and at most until that read's
+        deadline; then all loads in flight are given up (see `take_abandoned`). The returned chunk may be preempted later (see
+        `preempted`).
 
         Args:
             until: the walk ends before this chunk; by default after the last one.
-            past_loads: rather than to wait for loads that are all under way, return what comes after them: a chunk that
-                nobody loads, or None at the end. Whoever goes on there must `await_layer` before it uses a layer of them.
+            past_loads: instead of waiting for loads that are all under way, return what comes after them: a chunk that no
+                loader will load, or None at the end. A caller that continues there must call `await_layer` before it uses a
+                layer of these chunks.
         """
         with self._changed:
             end = len(self._states) if until is None else until
@@ -312,11 +315,11 @@ class Frontier:
             return None
 
     def await_layer(self, layer: int) -> bool:
-        """Block until this layer of all chunks is there that the main thread went beyond.
+        """Blocks until this layer has arrived for all chunks that the main thread went beyond.
 
         Returns:
-            False where one of them has failed, or is better computed now: then the walk to where the main thread is has to be
-            done again, `advance(until=...)`, before anything else.
+            False if the load of one of them failed, or if the chunk is now better computed: the caller must then repeat the
+                walk up to where it is, `advance(until=...)`, before anything else.
         """
         with self._changed:
             while (index := self._first_without(layer)) is not None:
@@ -326,9 +329,10 @@ class Frontier:
             return True
 
     def arriving(self, layer: int) -> list[int]:
-        """Of the chunks that the main thread went beyond, those whose loads are under way and have brought this layer.
+        """Returns those chunks that the main thread went beyond whose loads are under way and have delivered this layer.
 
-        Not those that it has computed meanwhile, although their loads may still be under way: these are nobody's.
+        Chunks that it has computed meanwhile are excluded, although their loads may still be under way: those loads are
+        superseded.
         """
         with self._changed:
             return [
@@ -338,17 +342,17 @@ class Frontier:
             ]
 
     def beyond(self) -> int:
-        """The chunk that the main thread went to beyond the loads (all chunks, if to the end); 0 if it did not."""
+        """Returns the chunk at which the main thread went beyond the loads (the chunk count if at the end), or 0."""
         with self._changed:
             return self._beyond
 
     def is_trial(self, index: int) -> bool:
-        """Whether a chunk was given out only to find out what computing costs, and may be given back (`give_back`)."""
+        """Returns whether a chunk was given out only to measure the cost of computing, and may be given back (`give_back`)."""
         with self._changed:
             return index == self._trial
 
     def give_back(self, index: int) -> None:
-        """The main thread has left a forward on a chunk that has not arrived: it can be loaded as before."""
+        """Takes back a chunk whose forward the main thread ended before the chunk arrived: it can be loaded as before."""
         with self._changed:
             self._given_out.discard(index)
             self._trial = None
@@ -362,7 +366,7 @@ class Frontier:
             self._changed.notify_all()
 
     def goes_on(self, index: int) -> bool:
-        """Whether a chunk that was given out on trial turns out to be worth computing."""
+        """Returns whether a chunk that was given out on trial turns out to be worth computing."""
         with self._changed:
             if self._states[index] is State.COMPUTING and not self._is_worth(index):
                 return False
@@ -370,12 +374,12 @@ class Frontier:
             return True
 
     def preempted(self, index: int) -> bool:
-        """Whether a chunk that `advance` gave out to be computed has arrived from the store meanwhile."""
+        """Returns whether a chunk that `advance` gave out for computing has arrived from the store meanwhile."""
         with self._changed:
             return self._states[index] is State.LOADED
 
     def computed(self, index: int) -> None:
-        """Report that the main thread has made a chunk that `advance` gave it. That overtakes a load of the same chunk."""
+        """Reports that the main thread has computed a chunk that `advance` gave out. Supersedes a load of the same chunk."""
         with self._changed:
             if index not in self._given_out:
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
@@ -389,9 +393,10 @@ class Frontier:
                 del self._outcomes[index]
 
     def take_staged(self) -> list[int]:
-        """Chunks that were loaded aside since the last call and are for the main thread to put into place.
+        """Returns the chunks that were staged since the last call and are ready for the main thread to commit.
 
-        Not one that it is computing: a forward that writes to that place is left, or done, before.
+        Excludes a chunk that the main thread is computing: the forward that writes to its place must be preempted or finished
+        first.
         """
         with self._changed:
             landed = [index for index in self._arrived_staged if index not in self._given_out]
@@ -399,45 +404,48 @@ class Frontier:
             return landed
 
     def left_behind(self) -> bool:
-        """Whether a load was overtaken or given up, so that its thread may still be at it when all else is done."""
+        """Returns whether a load was superseded or given up, so that its thread may still be busy when all else is done."""
         with self._changed:
             return self._left_behind
 
     def take_abandoned(self) -> bool:
-        """Whether loads were given up, or overtaken in place, since the last call.
+        """Returns whether loads were given up, or superseded in place, since the last call.
 
-        Their threads may still write to where they were told to.
+        Their threads may still write to their destinations.
         """
         with self._changed:
             abandoned, self._abandoned = self._abandoned, False
             return abandoned
 
     def close(self) -> None:
-        """Nothing more is claimed. What is in flight may still come."""
+        """Allows no more claims. Loads in flight may still arrive."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
 
     def end(self) -> None:
-        """The restore is over. The callables, which hold it, are let go: KV waits for no collector and no load that hangs."""
+        """Ends the restore and drops the callables, which keep it alive.
+
+        Freeing the KV then waits neither for the garbage collector nor for a load that hangs.
+        """
         with self._changed:
             self._open = False
             self._judge, self._supersedes_in_place, self._restage = Judge(), False, None
 
     def stop(self) -> None:
-        """End the restore early: nothing more is claimed and loads in flight are given up."""
+        """Ends the restore early: allows no more claims and gives up loads in flight."""
         with self._changed:
             self._give_up(Outcome.LATE)
 
     # Both.
 
     def counts(self) -> Counter[State]:
-        """How many chunks are in each state."""
+        """Returns how many chunks are in each state."""
         with self._changed:
             return Counter(self._states)
 
     def outcomes(self) -> dict[int, Outcome]:
-        """How each load that has ended did end, by chunk."""
+        """Returns the outcome of each load that has ended, by chunk."""
         with self._changed:
             return dict(self._outcomes)
 
@@ -458,7 +466,7 @@ class Frontier:
         return self._judge.near(self._clock()) if self._strategy is Strategy.BOTH else 0
 
     def _is_worth(self, index: int, *, whole: bool | None = None) -> bool:
-        """Of the chunk itself it does not matter whether it is being computed already."""
+        """Asks the judge. Whether the chunk itself is already being computed does not affect the answer."""
         left = self._loads_left + (self._states[index] is State.COMPUTING and self._stored[index])
         if whole is None:
             whole = self._states[index] is State.LOADING and index not in self._layers_there
@@ -469,11 +477,11 @@ class Frontier:
         return can_be_given_back and self._judge.tries(index, self._loads_left, self._clock())
 
     def _is_in_place(self, index: int) -> bool:
-        """Whether a load goes into place, so that nobody else may write there."""
+        """Returns whether a load goes in place, so that no other thread may write there."""
         return not self._staged.get(index, True)
 
     def _clear_place(self, index: int) -> None:
-        """The main thread is going to write where a load is on its way to."""
+        """Prepares for the main thread to write to the destination of a load that is under way."""
         if self._restage is None:
             self._give_up(None)
         else:
@@ -486,7 +494,7 @@ class Frontier:
         return index
 
     def _after_loads(self) -> int | None:
-        """What comes after loads that are all under way; None if there are some that nobody has claimed."""
+        """Returns the chunk after the loads if all of them are under way; None if some are still unclaimed."""
         there = (State.LOADED, State.COMPUTED, State.LOADING)
         after = next(
             (i for i in range(self._front, len(self._states)) if self._states[i] not in there), len(self._states)
@@ -495,7 +503,7 @@ class Frontier:
         return None if waiting or not self._open else after
 
     def _first_without(self, layer: int) -> int | None:
-        """The first chunk, of those that the main thread went beyond, of which this layer is not there."""
+        """Returns the first chunk, of those that the main thread went beyond, for which this layer has not arrived."""
         there = (State.LOADED, State.COMPUTED)
         return next(
             (
@@ -512,15 +520,15 @@ class Frontier:
             return False
         undecided = self._supersedes_in_place and self._states[self._front] in (State.WAITING, State.LOADING)
         if undecided and not self._judge.may_be_worth(self._front, self._loads_left, self._clock()):
-            return False  # there is no contest: what went aside would be copied for nothing
-        if index < self._front + self._nearest:  # the front itself among them: as many at a time
+            return False  # no contest: a staged chunk would be copied for nothing
+        if index < self._front + self._nearest:  # including the front itself: that many at a time
             return True
         return sum(self._staged.values()) + len(self._arrived_staged) < self._most_staged - self._nearest
 
     def _can_be_contested(self, index: int) -> bool:
         if self._near() == 0 or index >= len(self._states) or index in self._staged or index in self._outcomes:
             return False
-        if self._layers_there:  # a load in parts would share the path with this one
+        if self._layers_there:  # this load would share the path with one in parts
             return False
         return self._states[index] is State.COMPUTING and self._stored[index]
 
@@ -530,11 +538,11 @@ class Frontier:
         if remaining <= 0:
             self._give_up(Outcome.LATE)
         else:
-            # Where the main thread could also compute the chunk, it looks again now and then.
+            # The main thread reconsiders now and then if it could also compute the chunk.
             self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._near() else remaining)
 
     def _give_up(self, outcome: Outcome | None) -> None:
-        """Nobody waits any more for what is under way, wherever it lands; with no outcome it is as if it had not been begun."""
+        """Gives up all loads under way, wherever they land; without an outcome, they count as never started."""
         self._open = False
         for index, staged in list(self._staged.items()):
             self._abandoned |= not staged
@@ -543,7 +551,7 @@ class Frontier:
         self._changed.notify_all()
 
     def _finish(self, index: int, outcome: Outcome | None) -> None:
-        """A load has ended. A chunk that is also being computed stays with the main thread unless the load brought it."""
+        """Ends a load. A chunk that is also being computed stays with the main thread unless the load delivered it."""
         del self._staged[index]
         self._layers_there.pop(index, None)
         if outcome is not None:
@@ -554,12 +562,13 @@ class Frontier:
             self._turn(index, State.FAILED)
 
     def _turn(self, index: int, state: State) -> None:
-        """Every change of a chunk's state, so that the loads that are left need not be counted each time."""
+        """Changes a chunk's state. All changes go through here, so that the remaining loads need not be counted each time."""
         self._waiting += (state is State.WAITING) - (self._states[index] is State.WAITING)
         to_load = (State.WAITING, State.LOADING)
         self._loads_left += (state in to_load) - (self._states[index] in to_load)
         self._states[index] = state
 
     def _renew(self) -> None:
-        """In a child the loaders are not there: what they had claimed does not come, and is not waited for."""
+        """Replaces the lock in a forked child. The loaders do not exist there: what they had claimed never arrives and is not
+        waited for."""
         self._changed, self._read_timeout = threading.Condition(), 0.0

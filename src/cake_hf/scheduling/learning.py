@@ -1,8 +1,8 @@
-"""How costs are learnt from prompt to prompt. Pure arithmetic: no clock, no files, no threads.
+"""Learning of costs from prompt to prompt. Pure arithmetic: no clock, no files, no threads.
 
-Costs are those of now. What earlier prompts tell is the *shape*: how much more later chunks cost to compute, how much of a load
-is latency. How dear all that is at present is told by the last prompt that measured anything, and a restore corrects it as it
-goes (see `pace`). So a prompt under a passing load is forgotten with the next one that measures.
+Costs describe the present. Earlier prompts determine their *shape*: how much more later chunks cost to compute, and how much of
+a load is latency. The present *level* comes from the last prompt that measured anything, and a restore corrects it as it runs
+(see `pace`). A prompt that ran under a passing load is therefore forgotten with the next one that measures.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ FORMAT = "cake_hf costs"
 VERSION = 3
 
 PROMPTS = 8
-"""Of so many prompts measurements are remembered. The oldest go first."""
+"""Number of prompts whose measurements are remembered. The oldest are dropped first."""
 
 STEPS = 64
-"""Of each prompt, so many chunks."""
+"""Number of chunks remembered per prompt."""
 
 FIT_POINTS = 48
-"""A line is fitted through at most so many points (it looks at all pairs)."""
+"""Maximum number of points that a line is fitted through (the fit looks at all pairs)."""
 
 OLD_SECONDS = 24 * 3600.0
-"""A note of more than that is a guess: computing is tried again at once (see `CostLearner.credit`)."""
+"""A note older than this is a guess: computing is tried again at once (see `CostLearner.credit`)."""
 
 FUTURE_SECONDS = 3600.0
-"""So much may the clocks of those who write notes differ. A note from later than that is ignored."""
+"""Tolerated difference between the clocks of machines that write notes. A note from further in the future is ignored."""
 
 DOUBTFUL = 2.0
-"""So is a note whose last measurements differ by more than that from the median of all."""
+"""A note is also a guess if its last measurements differ from the median of all by more than this factor."""
 
 Steps = Sequence[tuple[int, float]]
-"""(index on the absolute grid, seconds) of chunks that were computed."""
+"""(index on the absolute grid, seconds) of computed chunks."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class _Batch:
     """Loads that were measured together.
 
     Attributes:
-        chunk_bytes: of each.
-        count: of the loads.
-        busy: seconds in which anything was being loaded.
-        shortest: seconds of the quickest load.
-        threads: that loaded at the same time.
+        chunk_bytes: bytes of each chunk.
+        count: number of loads.
+        busy: seconds during which anything was being loaded.
+        shortest: seconds of the fastest load.
+        threads: number of loads that ran concurrently.
     """
 
     chunk_bytes: int
@@ -75,11 +75,11 @@ class _Batch:
     threads: int
 
     def cost(self, chunk_bytes: int) -> LoadCost:
-        """The model that gives these numbers: `finish(count) = busy` and, in a steady flow, `seconds = shortest`.
+        """Returns the model that reproduces these numbers: `finish(count) = busy` and, in steady flow, `seconds = shortest`.
 
-        If the path is the limit, n loads take `m + (n - 1) * D` seconds, with m the time of one alone. Otherwise each round of
-        k loads takes m, and the last one `m + p * D` with p the loads beyond the first in it; p = 0 says nothing of D but that
-        it is at most m / k. What m has beyond D is latency.
+        If the path is the bottleneck, n loads take `m + (n - 1) * D` seconds, where m is the time of a single load. Otherwise
+        each round of k loads takes m, and the last round `m + p * D`, where p is the number of its loads after the first; p = 0
+        says nothing about D except that it is at most m / k. The part of m beyond D is latency.
         """
         alone, transfer = self.shortest, self.shortest
         if self.count > 1:
@@ -92,15 +92,15 @@ class _Batch:
 
 
 class CostLearner:
-    """Estimates costs from what is measured as prompts go by. Memory is bounded; one thread at a time.
+    """Estimates costs from measurements of successive prompts. Memory is bounded; one thread at a time.
 
-    What a process measures first is cold (kernels are chosen, connections opened, files not cached): it counts only as long
-    as there is nothing else. Outliers within a prompt are met with medians. Measurements that can be none are ignored.
+    A process's first measurement is cold (kernels are selected, connections opened, files not cached) and counts only while
+    there is no other. Medians suppress outliers within a prompt. Impossible measurements are ignored.
 
     Attributes:
-        credit: seconds of restores in which nothing was tried that is not believed to be worth it (see `pace.Pace`).
-        quiet: of the time that the last prompt's chunks took, the part that others on the machine left to them; 1 where it is
-            not known.
+        credit: seconds of restores during which nothing was tried that is believed not to be worth it (see `pace.Pace`).
+        quiet: fraction of the time of the last prompt's chunks that other processes on the machine left to them; 1 if it is not
+            known.
     """
 
     def __init__(self) -> None:
@@ -114,15 +114,15 @@ class CostLearner:
         self._stale = False
 
     def saw_restore(self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int) -> None:
-        """A prompt was restored.
+        """Records what one restore measured.
 
         Args:
             pace: of the restore, which has ended.
             timeline: of its report.
-            chunk_bytes: of one chunk.
+            chunk_bytes: bytes of one chunk.
         """
         self.saw_steps(pace.steps)
-        # Where each load was overtaken, nothing else would tell that loads take longer than was believed.
+        # If every load was superseded, nothing else would show that loads take longer than believed.
         if loads := _spans(timeline, "loaded") or _spans(timeline, "superseded"):
             self.saw_loads(chunk_bytes, loads)
         elif self._batches and pace.lateness > 1:
@@ -134,10 +134,10 @@ class CostLearner:
             self.quiet = median(pace.shares) if pace.shares else 1.0
 
     def saw_steps(self, steps: Steps) -> None:
-        """Chunks were computed, by one prompt.
+        """Records the chunks that one prompt computed.
 
         Args:
-            steps: where a forward was left, with the seconds that all of it would have taken.
+            steps: the measured chunks; for a forward that ended early, the seconds that the whole forward would have taken.
         """
         good = [(index, seconds) for index, seconds in steps if _is_step(index, seconds)]
         if good and not self._step_seen:
@@ -147,23 +147,23 @@ class CostLearner:
         self._stale = True
 
     def saw_part(self, index: int, seconds: float) -> None:
-        """A part of a chunk was computed: about the least that a whole one costs, and a guess as long as none was computed.
+        """Records the time of a part of a chunk: about the minimum for a whole chunk, and the estimate until one is computed.
 
-        Where loads are so fast that no chunk is ever computed, nothing else would tell that none should be begun.
+        If loads are so fast that no chunk is ever computed, nothing else would show that none should be started.
 
         Args:
-            index: of the chunk on the absolute grid.
-            seconds: it took.
+            index: index of the chunk on the absolute grid.
+            seconds: time that the part took.
         """
         if _is_step(index, seconds) and not self._prompts and not self._step_seen:
             self._cold_step, self._stale = (index, seconds), True
 
     def saw_loads(self, chunk_bytes: int, spans: Iterable[tuple[float, float]]) -> None:
-        """Chunks were loaded, by any number of threads: best all of one restore at once, those that failed left out.
+        """Records loads by any number of threads: ideally all loads of one restore at once, without those that failed.
 
         Args:
-            chunk_bytes: of each.
-            spans: start and end of each, in seconds of one clock. How they overlap tells latency from bandwidth.
+            chunk_bytes: bytes of each chunk.
+            spans: start and end of each load, in seconds of one clock. How they overlap separates latency from bandwidth.
         """
         batch = _batch_of(chunk_bytes, list(spans))
         if batch is None:
@@ -174,16 +174,16 @@ class CostLearner:
             self._batch_seen, self._cold_batch = True, batch
 
     def costs(self, chunk_bytes: int | None = None) -> Costs:
-        """The present estimate.
+        """Returns the present estimate.
 
         Args:
-            chunk_bytes: of the chunks that will be loaded; by default as last seen.
+            chunk_bytes: size of the chunks that will be loaded; by default the size last seen.
         """
         batches = list(self._batches) or ([self._cold_batch] if self._cold_batch else [])
         return Costs(self._compute_cost(), _fit_load(batches, chunk_bytes))
 
     def to_json(self, now: float) -> str:
-        """All that is remembered, as one line of JSON.
+        """Returns all that is remembered, as one line of JSON.
 
         Args:
             now: seconds since the epoch.
@@ -205,13 +205,13 @@ class CostLearner:
 
     @classmethod
     def from_json(cls, text: str, now: float) -> CostLearner | None:
-        """The learner that `to_json` described; None where the text is damaged, foreign, from the future or absurd.
+        """Returns the learner that `to_json` described; None if the text is damaged, foreign, from the future or absurd.
 
-        The next measurements are again taken as cold, for they come from a new process. Of a note that is old, or whose
-        measurements differ much, the costs are only a start: the first restore may try what they speak against.
+        Its next measurements count as cold again, since they come from a new process. If a note is old or its measurements
+        differ much, its costs are only a start: the first restore may try what they advise against.
 
         Args:
-            text: of the note.
+            text: content of the note.
             now: seconds since the epoch.
         """
         try:
@@ -220,7 +220,7 @@ class CostLearner:
             return None
 
     def spread(self) -> float:
-        """How far the last prompt's costs are from the median of all: a factor, at least 1."""
+        """Returns how far the last prompt's costs are from the median of all prompts: a factor, at least 1."""
         levels = _levels(self._prompts, self._fit_shape()) if self._prompts else []
         return max(
             _spread(levels),
@@ -234,14 +234,14 @@ class CostLearner:
         return self._compute
 
     def _fit_compute(self) -> ComputeCost | None:
-        """The line of all prompts, at the level of the last one."""
+        """Returns the line through all prompts, scaled to the level of the last one."""
         if not self._prompts:
             return None if self._cold_step is None else _line([self._cold_step])
         line = self._fit_shape()
         return _scaled(line, _levels([self._prompts[-1]], line)[0])
 
     def _fit_shape(self) -> ComputeCost:
-        """A line through the steps of all prompts, after each prompt was brought to one level."""
+        """Returns a line through the steps of all prompts after bringing the prompts to one level."""
         line = _line([step for steps in self._prompts for step in steps])
         levels = _levels(self._prompts, line)
         return _line(
@@ -279,10 +279,10 @@ def _spans(timeline: Sequence[Span], outcome: str) -> list[tuple[float, float]]:
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope by Theil-Sen: the median slope of all pairs, then the median of `y - slope * x`.
+    """Returns intercept and slope by Theil-Sen: the median slope of all pairs, then the median of `y - slope * x`.
 
-    Up to 29 % of the points may be anything (Sen, J. Am. Stat. Assoc. 63, 1968). Neither number is ever negative: a slope below
-    0 becomes 0; where the intercept would be below 0 the line goes through the origin.
+    Up to 29 % of the points may be arbitrary (Sen, J. Am. Stat. Assoc. 63, 1968). Neither number is ever negative: a slope
+    below 0 becomes 0, and if the intercept would be below 0, the line goes through the origin.
 
     Args:
         points: x and y, both at least 0; at least one point.
@@ -305,7 +305,7 @@ def _line(steps: Steps) -> ComputeCost:
 
 
 def _levels(prompts: Iterable[Steps], line: ComputeCost) -> list[float]:
-    """How many times as long as by that line the chunks of each prompt took."""
+    """Returns, for each prompt, the ratio of its chunks' measured times to those on the line."""
     return [
         _level([seconds / line.seconds(index) for index, seconds in steps if line.seconds(index) > 0])
         for steps in prompts
@@ -327,7 +327,7 @@ def _spread(levels: Sequence[float]) -> float:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """At most FIT_POINTS points: each the medians of its neighbourhood."""
+    """Returns at most FIT_POINTS points, each the medians of a group of neighbours."""
     if len(points) <= FIT_POINTS:
         return points
     edges = [len(points) * n // FIT_POINTS for n in range(FIT_POINTS + 1)]
@@ -336,7 +336,10 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _fit_load(batches: Sequence[_Batch], chunk_bytes: int | None) -> LoadCost | None:
-    """That of the last batch; where it has too few loads to tell latency from bandwidth, the median one's, at its level."""
+    """Returns the cost of the last batch.
+
+    If it has too few loads to separate latency from bandwidth: the cost of the median batch, scaled to the last batch's level.
+    """
     if not batches:
         return None
     last = batches[-1]

@@ -1,7 +1,7 @@
-"""Where the two ends should meet, what that will take, and whether one more compute step is worth it.
+"""Planning: where the two ends should meet, and how long the restore will take.
 
-The formulas are those of Cake (Jin et al., "Compute Or Load KV Cache? Why Not Both?", ICML 2025, arXiv 2410.03065); what is
-ours is how holes count, and the rule that a step is not begun if the loads will be there first. Pure arithmetic.
+The formulas are those of Cake (Jin et al., "Compute Or Load KV Cache? Why Not Both?", ICML 2025, arXiv 2410.03065); what this
+library adds is how holes count, and the rule not to start a compute step if the loads will arrive first. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from cake_hf.scheduling.costs import MAX_INDEX, MAX_SECONDS, Costs
 Decision = Literal["compute", "load", "both"]
 
 MAX_RANGES = 16
-"""Finer steps would hide next to nothing more, and each costs a read."""
+"""Finer ranges would hide hardly any more time, and each costs a read."""
 
 FEW_CHUNKS = 32
 """See `supersedes_in_place`."""
 
 RANGES_COST = 0.05
-"""Of a chunk's time, what may be spent on reading it in ranges; it is spent on the last few chunks only."""
+"""Fraction of a chunk's load time that reading it in ranges may add; only the last few chunks pay it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a prefix is best restored.
+    """The best way to restore a prefix.
 
     Attributes:
-        decision: "compute" (nothing is loaded), "load" (all that is stored is) or "both". Where a cost is not known it is
-            "both" as soon as anything is stored: meeting in the middle needs no costs.
-        split: m, the first m chunks are computed, from the others what is stored is loaded; None where a cost is not known.
-        predicted_seconds: to the first token with that split; None where a cost is not known.
-        curve: predicted seconds for each split 0..n; empty where a cost is not known.
+        decision: "compute" (nothing is loaded), "load" (everything stored is loaded) or "both". If a cost is not known, "both"
+            as soon as anything is stored: meeting in the middle needs no costs.
+        split: m; the first m chunks are computed, and those of the others that are stored are loaded. None if a cost is not
+            known.
+        predicted_seconds: time to the first token with that split; None if a cost is not known.
+        curve: predicted seconds for each split 0..n; empty if a cost is not known.
     """
 
     decision: Decision
@@ -44,7 +45,7 @@ class Plan:
 
     @property
     def gain(self) -> float | None:
-        """How many times faster than the better of the two methods alone; at least 1."""
+        """Speedup over the faster of the two single methods; at least 1."""
         if not self.curve or self.predicted_seconds is None:
             return None
         better = min(self.curve[0], self.curve[-1])
@@ -52,26 +53,27 @@ class Plan:
 
 
 def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: float = 0.0) -> Plan:
-    """The split with the least predicted time to first token. O(n).
+    """Returns the split with the least predicted time to first token. O(n).
 
-    With all n chunks stored, a split m takes `max(f_0 + ... + f_(m-1), L(n - m)) + S` seconds (Cake's formula), where f_i is
-    the time to compute chunk i, L(k) that to load k chunks (`k * l` with one thread), S the suffix.
+    If all n chunks are stored, a split m takes `max(f_0 + ... + f_(m-1), L(n - m)) + S` seconds (Cake's formula), where f_i is
+    the time to compute chunk i, L(k) the time to load k chunks (`k * l` with one thread), and S the time of the suffix.
 
-    Holes, chunks that are not stored, are computed whatever the split. Computing one needs all chunks before it, and loads
-    arrive back to front; so a hole behind a loaded chunk waits for the last load. If chunk m is stored,
-    `T(m) = max(F(m), L(stored chunks in m..n-1)) + H(m) + S`, with F(m) the time to compute chunks 0..m-1 and H(m) that of the
-    holes in m..n-1. If chunk m is a hole, computing just goes on: `T(m) = T(m + 1)`. And `T(n) = F(n) + S`.
+    Holes, chunks that are not stored, are computed whatever the split. Computing a hole needs all chunks before it, and loads
+    arrive back to front, so a hole behind a loaded chunk waits for the last load. If chunk m is stored,
+    `T(m) = max(F(m), L(stored chunks in m..n-1)) + H(m) + S`, where F(m) is the time to compute chunks 0..m-1 and H(m) the time
+    to compute the holes in m..n-1. If chunk m is a hole, computing simply continues: `T(m) = T(m + 1)`. Finally,
+    `T(n) = F(n) + S`.
 
-    Both single methods are on that curve, as T(0) and T(n); so the prediction is never worse than the better of them.
+    Both single methods are on that curve, as T(0) and T(n), so the prediction is never worse than the better of them.
 
     Args:
         costs: of this machine, model and store.
         stored: for each chunk, whether the store has it.
-        first: index on the absolute grid of the first chunk (those before it are in the cache already).
-        suffix_seconds: S, seconds to run the prompt's last piece once its prefix is there.
+        first: index of the first chunk on the absolute grid (earlier chunks are in the cache already).
+        suffix_seconds: S, seconds to run the prompt's suffix once its prefix is in the cache.
 
     Raises:
-        ValueError: `first` or `suffix_seconds` is negative, not a number or absurdly large.
+        ValueError: `first` or `suffix_seconds` is negative, NaN or absurdly large.
     """
     if not (0 <= first <= MAX_INDEX and 0 <= suffix_seconds <= MAX_SECONDS):
         raise ValueError(
@@ -87,31 +89,31 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
 
 
 def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_seconds: float = 0.0) -> float:
-    """T*: the least time to first token when chunks are computed from the front and loaded from the back at once.
+    """Returns T*: the least time to first token when chunks are computed from the front and loaded from the back concurrently.
 
-    With the first m of n chunks computed and the others loaded, both sides are done after
+    If the first m of n chunks are computed and the others loaded, both sides are done after
     `max(f_0 + ... + f_(m-1), (n - m) * l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025).
-    The suffix comes after it.
+    The suffix follows.
 
     Args:
         compute_seconds: f_i, seconds to compute chunk i.
-        load_seconds: l, seconds to load any one chunk (bytes over bandwidth).
-        suffix_seconds: S, seconds to run the prompt's last piece once its prefix is there.
+        load_seconds: l, seconds to load one chunk (bytes over bandwidth).
+        suffix_seconds: S, seconds to run the prompt's suffix once its prefix is in the cache.
     """
     all_stored = [True] * len(compute_seconds)
     return min(_curve(compute_seconds, lambda count: count * load_seconds, all_stored, suffix_seconds))
 
 
 def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
-    """In how many ranges of layers a chunk is best read whose layers are waited for; 1 where a cost is not known.
+    """Returns the number of layer ranges in which to read a chunk whose layers are waited for; 1 if a cost is not known.
 
-    As many as there are layers, as long as a chunk's ranges together cost at most RANGES_COST of its time on the path more than
-    the chunk in one.
+    One range per layer (at most MAX_RANGES), or fewer, so that reading in ranges costs at most RANGES_COST of the chunk's time
+    on the path more than reading the chunk at once.
 
     Args:
-        costs: as believed.
-        layers: of a chunk.
-        range_seconds: what reading a range costs beyond its share of the chunk.
+        costs: the believed costs.
+        layers: layers of a chunk.
+        range_seconds: seconds that reading a range costs beyond its share of the chunk.
     """
     if costs.load is None or not range_seconds < costs.load.interval:
         return 1
@@ -120,13 +122,13 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
 
 
 def supersedes_in_place(chunks: int) -> bool:
-    """Whether loads of a prompt in host memory that are waited for go into place, to be overtaken there if they are late.
+    """Returns whether loads that the main thread waits for go in place, to be superseded there if they are late.
 
-    In a longer one, the few chunks that are copied once more for having gone aside are next to nothing; and its KV, which would
-    be in memory twice from the overtaking to the end of the late loads, is much.
+    Applies to a prompt in host memory. In a longer prompt, the extra copy of the few staged chunks costs next to nothing,
+    whereas the KV, which would be in memory twice from the superseding until the late loads end, is large.
 
     Args:
-        chunks: in memory with that prompt.
+        chunks: number of chunks in memory with that prompt.
     """
     return chunks <= FEW_CHUNKS
 
@@ -134,7 +136,7 @@ def supersedes_in_place(chunks: int) -> bool:
 def _curve(
     compute: Sequence[float], finish: Callable[[int], float], stored: Sequence[bool], suffix: float
 ) -> list[float]:
-    """T(m) for each split m in 0..n; see `plan`."""
+    """Returns T(m) for each split m in 0..n; see `plan`."""
     fronts = list(accumulate(compute, initial=0.0))
     curve = [fronts[-1] + suffix]
     loads, holes = 0, 0.0

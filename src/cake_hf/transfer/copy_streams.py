@@ -1,4 +1,4 @@
-"""Copy streams, beside the one that the model computes on: for what a restore brings to a GPU, for what is saved from it."""
+"""Copy streams beside the model's compute stream: for restoring to a GPU, and for saving from it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from cake_hf.util.forks import Lock
 
 _out: dict[torch.device, torch.cuda.Stream] = {}
-"""What all caches save goes by these; only `copy_out` adds to them."""
+"""The streams that all caches save through; only `copy_out` adds to them."""
 _out_lock = Lock()
 
 
 class CopyStreams:
-    """Events order copies and computing both ways: copies wait for what made the buffers, computing waits in `catch_up`.
+    """Streams that copy to GPUs, ordered with computing by events.
+
+    Copies wait for whatever made the buffers, and computing waits for the copies in `catch_up`.
 
     Args:
-        buffers: that are copied to, on any devices. Host memory, and devices other than GPUs, have no stream.
+        buffers: destinations of the copies, on any devices. Host memory and devices other than GPUs have no stream.
     """
 
     def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -30,40 +32,40 @@ class CopyStreams:
                 buffer.record_stream(self._streams[buffer.device])
 
     def copy(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
-        """Begin to copy each piece, in host memory, to its place; all of these are on one device.
+        """Starts copying each piece, in host memory, to its place; all places are on one device.
 
-        On a GPU it goes on behind what was begun before, and the pieces are not to be written to until it is done: see `marks`.
+        On a GPU the copy runs behind the earlier ones, and the pieces must not be written to until it is done: see `marks`.
         Elsewhere it is done on return.
         """
         stream = self._streams.get(places[0].device)
-        # The places may have been made in inference mode by the main thread; whoever copies has to be in it, too.
+        # The main thread may have made the places in inference mode; the copying thread must be in it, too.
         with torch.inference_mode():
             if stream is None:
                 for place, piece in zip(places, pieces, strict=True):
                     place.copy_(piece)
                 return
-            # The device first: a stream's context, at its end, goes back to whatever device this thread was on.
+            # The device first: on exit, a stream's context restores the device that this thread was on.
             with torch.cuda.device(stream.device), torch.cuda.stream(stream):
                 torch._foreach_copy_(list(places), list(pieces), non_blocking=True)
 
     def marks(self, devices: Iterable[torch.device]) -> list[torch.cuda.Event]:
-        """After all copies to these devices that were begun so far."""
+        """Returns events that follow all copies to these devices started so far."""
         return [mark(self._streams[device]) for device in devices if device in self._streams]
 
     def catch_up(self) -> None:
-        """What the model computes from now on, on whichever device, sees all copies that were begun so far."""
+        """Makes everything the model computes from now on, on any device, see all copies started so far."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def copy_out(places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> list[torch.cuda.Event]:
-    """Begin to copy each piece, wherever it is, to its place in host memory.
+    """Starts copying each piece, on any device, to its place in host memory.
 
-    From a GPU that goes on beside what is computed there from now on. The pieces may be freed at once, but nobody may write to
-    them before `let_copies_out_end` was called.
+    From a GPU the copy runs concurrently with later computing. The pieces may be freed at once, but must not be written to
+    before `let_copies_out_end` is called.
 
     Returns:
-        When these have come, all is in its place.
+        Events; once they have occurred, everything is in its place.
     """
     marks = []
     for device in dict.fromkeys(piece.device for piece in pieces):
@@ -84,7 +86,7 @@ def copy_out(places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> 
 
 
 def let_copies_out_end() -> None:
-    """What is computed from now on, on whichever GPU, waits for what `copy_out` has begun, and may change it."""
+    """Makes later computing, on any GPU, wait for the copies that `copy_out` started; it may then change their sources."""
     for device, stream in list(_out.items()):
         torch.cuda.current_stream(device).wait_stream(stream)
 
@@ -97,7 +99,10 @@ def _stream_out(device: torch.device) -> torch.cuda.Stream:
 
 
 def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """What is on the stream now. Who waits for it sleeps meanwhile; others would keep a processor busy with asking."""
+    """Records an event behind the stream's current work.
+
+    A thread that waits for it sleeps; waiting for an ordinary event would keep a processor busy.
+    """
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event

@@ -1,8 +1,8 @@
-"""What computing and loading cost here, remembered from prompt to prompt and from process to process.
+"""Costs of computing and loading, remembered from prompt to prompt and from process to process.
 
-One learner per (store, namespace, device). Within a process it lives as long as the store object; a store that has room for
-notes on this machine also keeps it in a small file there. Nothing depends on it but speed: whatever is wrong with the file,
-it is ignored and written anew. Nobody waits long for it: its directory may be on a mount that is gone.
+There is one learner per (store, namespace, device). Within a process it lives as long as the store object; if a store has room
+for notes on this machine, the learner is also kept in a small file there. Only speed depends on it: a file with any defect is
+ignored and rewritten. Waits for it are short, because its directory may be on a mount that is gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger("cake_hf")
 MAX_FILE_BYTES = 2**20
 
 NOTE_SECONDS = 5.0
-"""How long a note is waited for at most, when it is read and at the interpreter's end; without it costs are learnt anew."""
+"""Maximum seconds to wait for a note, when it is read and when the interpreter exits; without it, costs are learnt anew."""
 
 _learners: weakref.WeakKeyDictionary[Store, dict[str, CostMemory]] = weakref.WeakKeyDictionary()
 _notes: weakref.WeakValueDictionary[Path, Note] = weakref.WeakValueDictionary()
@@ -44,9 +44,9 @@ _lock = Lock()
 
 
 class Note:
-    """A small file, of which at most one read and one write hang. Get it from `note_of`.
+    """A small file with at most one hanging read and one hanging write. Get it from `note_of`.
 
-    It is written in the background: what comes later replaces what waits.
+    It is written in the background; a newer text replaces one that is still waiting.
     """
 
     def __init__(self, file: Path) -> None:
@@ -57,14 +57,14 @@ class Note:
         renewed_in_child(self._begin_anew)
 
     def _begin_anew(self) -> None:
-        """In a child, too: what the parent is about to write is the parent's to write."""
+        """Resets the state, also in a forked child: what the parent is about to write is left to the parent."""
         self._changed = threading.Condition()
         self._waiting: str | None = None
-        self._written: str | None = None  # just now
+        self._written: str | None = None  # being written now
         self._busy = False
 
     def read(self, seconds: float = NOTE_SECONDS) -> str | None:
-        """What was written last, or is about to be; None if there is nothing, or it does not come in time."""
+        """Returns the text written last, or about to be written; None if there is none or it does not arrive in time."""
         with self._changed:
             text = self._waiting if self._waiting is not None else self._written
         if text is not None:
@@ -75,7 +75,7 @@ class Note:
         return answer.value
 
     def write(self, text: str) -> None:
-        """Replace the file, soon."""
+        """Replaces the file soon, in the background."""
         with self._changed:
             self._waiting = self._join(self._waiting, text)
             if self._busy:
@@ -88,12 +88,12 @@ class Note:
                 self._busy = False
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing waits to be written; False if it took longer."""
+        """Waits until nothing is left to be written; False if it took longer."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy, seconds)
 
     def _load(self) -> str:
-        """Where this hangs it keeps the note alive, which knows that."""
+        """Reads the file. A hanging read keeps the note object alive, which therefore knows that the read hangs."""
         name, folder = self._file.name, self._file.parent
         with (
             directory(folder.parent) as root,
@@ -106,11 +106,11 @@ class Note:
         while (text := self._take()) is not None:
             try:
                 self._put(text)
-            except BaseException as error:  # nobody is to wait for this thread for ever
+            except BaseException as error:  # otherwise waits for this thread would never end
                 logger.debug("Costs are not remembered in %s: %s", self._file, in_words(error))
 
     def _join(self, waiting: str | None, text: str) -> str:
-        """What is to be written where something waits to be: here only what came last."""
+        """Combines a text that is still waiting to be written with a newer one: here the newer one wins."""
         return text
 
     def _put(self, text: str) -> None:
@@ -129,8 +129,8 @@ class CostMemory:
 
     Args:
         file: of the note; None for no note.
-        seconds: to wait for it.
-        may_write: whether the note may be written now.
+        seconds: to wait for the note.
+        may_write: returns whether the note may be written now.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class CostMemory:
         self._learner = (None if text is None else CostLearner.from_json(text, time.time())) or CostLearner()
 
     def costs(self, chunk_bytes: int) -> Costs:
-        """The present estimate for chunks of that size; its halves are None until something was measured."""
+        """Returns the present estimate for chunks of that size; a half is None until something was measured."""
         with self._lock:
             return self._learner.costs(chunk_bytes)
 
@@ -162,46 +162,46 @@ class CostMemory:
     def learn(
         self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, part: tuple[int, float] | None = None
     ) -> None:
-        """Take in what one restore measured.
+        """Records what one restore measured.
 
         Args:
             pace: of the restore.
             timeline: of its report.
-            chunk_bytes: of one chunk.
-            part: index on the absolute grid, and seconds, of the prompt's last piece, if it is a part of a chunk.
+            chunk_bytes: bytes of one chunk.
+            part: index on the absolute grid and seconds of the prompt's suffix, if it is a part of a chunk.
         """
         with self._lock:
             self._learner.saw_restore(pace, timeline, chunk_bytes)
             if part is not None:
                 self._learner.saw_part(*part)
-            self._learner.costs(chunk_bytes)  # the fit is made now, not while the next prompt waits for it
+            self._learner.costs(chunk_bytes)  # fit now, not while the next prompt waits for the result
             if self._note is not None and self._may_write():
                 self._note.write(self._learner.to_json(time.time()))
 
     def let_exit_wait(self, seconds: float) -> None:
-        """Leaving the interpreter waits at least that long for the note to be written."""
+        """Makes the interpreter's exit wait at least `seconds` for the note to be written."""
         if self._note is not None:
             self._note.exit_seconds = max(self._note.exit_seconds, seconds)
 
     def flush(self, seconds: float) -> bool:
-        """Wait until what was learnt is written; False if it took longer."""
+        """Waits until what was learnt is written; False if it took longer."""
         return self._note is None or self._note.flush(seconds)
 
 
 def recall_costs(
     store: Store, namespace: str, device: str, limits: Limits | None = None, late: Late | None = None
 ) -> CostMemory:
-    """The memory for a store, a namespace and a device, from this process, from its file, or new.
+    """Returns the memory for a store, a namespace and a device: the one of this process, from its file, or a new one.
 
     Args:
         store: where chunks are read from.
         namespace: digest.
-        device: that computes, e.g. "cuda:0".
-        limits: how long its file is waited for (`lookup_timeout`), also when the interpreter ends (`exit_flush_seconds`).
-        late: questions to the place of the store that were not answered in time; while there are any, nothing is asked.
+        device: the device that computes, e.g. "cuda:0".
+        limits: how long the file is waited for (`lookup_timeout`), also when the interpreter exits (`exit_flush_seconds`).
+        late: questions to the store's place that were not answered in time; while there are any, nothing is asked.
     """
     limits = limits or Limits()
-    machine = f"{sorted(processor().items())} {os.cpu_count()}"  # a store may be shared with unlike ones
+    machine = f"{sorted(processor().items())} {os.cpu_count()}"  # different machines may share a store
     name = hashlib.blake2b(f"{namespace} {device} {machine}".encode(), digest_size=8).hexdigest()
     with _lock:
         known = _learners.setdefault(store, {}).get(name)
@@ -216,7 +216,7 @@ def recall_costs(
 
 
 def note_seconds(limits: Limits) -> float:
-    """How long a note is waited for within some limits."""
+    """Returns how long to wait for a note within these limits."""
     return min(NOTE_SECONDS, limits.lookup_timeout)
 
 
@@ -225,7 +225,10 @@ def _always() -> bool:
 
 
 def permission(store: Store) -> Callable[[], bool]:
-    """Whether notes may be written, as the store said last. (A learner that kept its store alive would never go.)"""
+    """Returns a function that says whether notes may be written, by the store's last word.
+
+    It holds no strong reference to the store: a learner that kept its store alive would never be freed.
+    """
     alive, allowed = weakref.ref(store), store.leaves_traces()
 
     def may_write() -> bool:
@@ -238,7 +241,7 @@ def permission(store: Store) -> Callable[[], bool]:
 
 
 def _file_for(store: Store, name: str) -> tuple[Path, Callable[[], bool]] | None:
-    """Where the note is, and whether it may be written; None for no note. The store is asked, so this may hang."""
+    """Returns where the note is and whether it may be written; None for no note. This asks the store, so it may hang."""
     folder = store.notes_folder()
     if not isinstance(folder, Path) or not folder.is_absolute():
         return None
@@ -246,11 +249,11 @@ def _file_for(store: Store, name: str) -> tuple[Path, Callable[[], bool]] | None
 
 
 def note_of(file: Path, kind: type[Note] = Note) -> Note:
-    """The one object of this process for a file, as long as somebody uses it, or it is being read or written.
+    """Returns the one object of this process for a file; it lives as long as it is used, read or written.
 
     Args:
         file: of the note.
-        kind: of the object, where it has to be made.
+        kind: class of the object, if it has to be made.
     """
     with _lock:
         note = _notes.get(file)
@@ -260,14 +263,14 @@ def note_of(file: Path, kind: type[Note] = Note) -> Note:
 
 
 def flush_costs(store: Store, seconds: float) -> bool:
-    """Wait until what was learnt about a store is written, so that its directory may be removed; False if it took longer."""
+    """Waits until what was learnt about a store is written, so that its directory may be removed; False if it took longer."""
     with _lock:
         known = list(_learners.get(store, {}).values())
     return _flush_all(known, min(seconds, NOTE_SECONDS))
 
 
 def flush_notes(seconds: float) -> bool:
-    """Wait until all notes are written; False if it took longer."""
+    """Waits until all notes are written; False if it took longer."""
     with _lock:
         notes = list(_notes.values())
     return _flush_all(notes, seconds)
@@ -275,7 +278,7 @@ def flush_notes(seconds: float) -> bool:
 
 @atexit.register
 def _leave() -> None:
-    """A daemon thread that is in the middle of a write would leave half a file behind."""
+    """Waits for notes at exit, because a daemon thread stopped in the middle of a write would leave a partial file behind."""
     seconds = min(NOTE_SECONDS, max((note.exit_seconds for note in list(_notes.values())), default=0.0))
     flush_notes(leaving_since() + seconds - time.monotonic())
 
@@ -286,7 +289,7 @@ def _flush_all(what: Sequence[CostMemory | Note], seconds: float) -> bool:
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace the file as a whole. Where that is not possible (a read-only store), nothing is remembered."""
+    """Replaces the file as a whole. If that is not possible (a read-only store), nothing is remembered."""
     try:
         with directory(file.parent.parent) as root:
             make_directory(file.parent.name, root)

@@ -1,4 +1,4 @@
-"""Questions to a store: calls that may hang or raise anything, bounded in time, whose errors are answers."""
+"""Questions to a store: calls that may hang or raise anything. They are bounded in time, and their errors are answers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 
 class Late:
-    """Calls of one kind that were given up. As long as one of them hangs another one would, too, and cost one thread more.
+    """Given-up calls of one kind. While one of them hangs, another would hang too and cost one more thread.
 
-    Finalizers ask, too, which may run at any moment in any thread: so there is no lock, and each step is one of the set.
+    Finalizers also ask, and may run at any moment in any thread, so there is no lock, and each step is a single operation on
+    the set.
     """
 
     def __init__(self) -> None:
@@ -27,17 +28,17 @@ class Late:
         return bool(self._threads)
 
     def add(self, thread: threading.Thread) -> None:
-        """A call was given up that this thread is at."""
+        """Records the thread of a call that was given up."""
         self._threads.add(thread)
 
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What came of a call.
+    """The result of a call.
 
     Attributes:
-        value: that it returned; None where it failed.
-        error: that it raised, or that there was no answer; None where all went well.
+        value: the returned value; None if the call failed.
+        error: the raised error, or the error for a missing answer; None if all went well.
     """
 
     value: T | None = None
@@ -45,24 +46,24 @@ class Answer(Generic[T]):
 
     @property
     def trouble(self) -> str:
-        """The error as a sentence; empty where there was none."""
+        """The error as a sentence; empty if there was none."""
         return "" if self.error is None else in_words(self.error)
 
     def get(self) -> T:
-        """The value; raises the error where there is one."""
+        """Returns the value, or raises the error if there is one."""
         if self.error is not None:
             raise self.error
         return cast(T, self.value)
 
 
 class Call(Generic[T]):
-    """A call in a thread of its own. Nothing that it raises goes further, whatever it is derived from.
+    """A call in a thread of its own. Nothing that it raises propagates, whatever its base class.
 
-    A call that hangs cannot be ended from outside; its (daemon) thread is left to it.
+    A call that hangs cannot be ended from outside; its (daemon) thread is left running.
 
     Args:
         call: to run.
-        what: it is about, in a word.
+        what: what it is about, in a word.
     """
 
     def __init__(self, call: Callable[[], T], what: str) -> None:
@@ -72,7 +73,7 @@ class Call(Generic[T]):
         self.thread = threading.Thread(target=self._run, name=f"cake-{what}", daemon=True)
 
     def begin(self) -> None:
-        """Start the thread, unless that was done; where the system gives none, that is the answer."""
+        """Starts the thread, unless it was started; if the system provides no thread, that error is the answer."""
         if self.thread.ident is not None:
             return
         error = refusal(self.thread)
@@ -80,9 +81,9 @@ class Call(Generic[T]):
             self._answer = Answer(error=error)
 
     def wait(self, seconds: float) -> Answer[T]:
-        """The answer; `DeadlineExceeded` where there is none within that time.
+        """Returns the answer; `DeadlineExceeded` if there is none within that time.
 
-        What is raised in here comes from a signal handler of the user's, never from the call.
+        Anything raised in here comes from one of the user's signal handlers, never from the call.
         """
         if self._answer is None:
             self.thread.join(seconds)
@@ -101,12 +102,12 @@ class Call(Generic[T]):
 
 
 class Question(Generic[T]):
-    """A call that has begun, in a thread of its own, and whose answer is wanted later.
+    """A call that has been started in a thread of its own and whose answer is wanted later.
 
     Args:
         call: to run.
-        what: it is about, in a word.
-        late: calls that were given up earlier: while there are any, this one is not begun.
+        what: what it is about, in a word.
+        late: calls that were given up earlier: while there are any, this one is not started.
     """
 
     def __init__(self, call: Callable[[], T], what: str, late: Late | None = None) -> None:
@@ -118,7 +119,10 @@ class Question(Generic[T]):
             self._call.begin()
 
     def answer(self, seconds: float) -> Answer[T]:
-        """What came of it within that time; then it is given up. Nothing is raised but by the user's signal handlers."""
+        """Waits that long for the answer, then gives the question up.
+
+        Raises nothing but what the user's signal handlers raise.
+        """
         if self._call is None:
             return Answer(
                 error=DeadlineExceeded(
@@ -131,25 +135,27 @@ class Question(Generic[T]):
             self.give_up()
 
     def give_up(self) -> None:
-        """The answer is not wanted any more."""
+        """Declares that the answer is no longer wanted."""
         if self._call is not None and self._late is not None and self._call.thread.is_alive():
             self._late.add(self._call.thread)
 
 
 def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> Answer[T]:
-    """Run a call in a thread of its own and wait for it, but not for ever. Nothing is raised but by the user's signal handlers.
+    """Runs a call in a thread of its own and waits for it, but not for ever.
+
+    Raises nothing but what the user's signal handlers raise.
 
     Args:
         call: to run.
         seconds: to wait.
-        what: it is about, in a word.
-        late: calls that were given up earlier: while there are any, this one is not begun.
+        what: what it is about, in a word.
+        late: calls that were given up earlier: while there are any, this one is not started.
     """
     return Question(call, what, late).answer(seconds)
 
 
 def call_with_deadline(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> T:
-    """As `ask`, for who wants the value, or the error raised.
+    """Works like `ask`, but returns the value or raises the error.
 
     Raises:
         DeadlineExceeded: no answer in time.
@@ -159,6 +165,6 @@ def call_with_deadline(call: Callable[[], T], seconds: float, what: str, late: L
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, for the middle of a sentence; one that says nothing, or is no usual error, with its type."""
+    """Returns an error's text for the middle of a sentence, with its type if it has no text or is not an `Exception`."""
     text = str(error)
     return text if text and isinstance(error, Exception) else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""One line per kind of fault: a dead disk has one thing to say, not one per chunk."""
+"""One log line per kind of fault: a dead disk is reported once, not once per chunk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ logger = logging.getLogger("cake_hf")
 
 
 class FaultLog:
-    """The faults of one restore (or of one writer). All threads of it share one."""
+    """The faults of one restore (or of one writer), shared by all its threads."""
 
     def __init__(self) -> None:
         self._told: dict[str, object] = {}
 
     def tell(self, kind: str, message: str, error: object) -> None:
-        """Log a fault as a warning if it is the first of its kind, for who debugs otherwise.
+        """Logs a fault as a warning if it is the first of its kind, otherwise at debug level.
 
         Args:
             kind: e.g. an outcome's name.
@@ -22,5 +22,5 @@ class FaultLog:
             error: what was raised.
         """
         mark = object()
-        first = self._told.setdefault(kind, mark) is mark  # in one step, so that no lock is needed
+        first = self._told.setdefault(kind, mark) is mark  # atomic, so no lock is needed
         logger.log(logging.WARNING if first else logging.DEBUG, message, error)

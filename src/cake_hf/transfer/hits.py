@@ -1,7 +1,8 @@
-"""How much of the prompts a store has saved computing, day by day: lines in a small file among the store's notes.
+"""How much computing a store has saved its prompts, day by day: lines in a small file among the store's notes.
 
-Each prompt appends one line, in the background. Lines of a day are added up when the file has become large, which is also when
-days that are long over go. Counts that two processes write in the very moment of that may get lost; nothing depends on them.
+Each prompt appends one line, in the background. When the file has become large, the lines of each day are added up and days
+beyond the retention period are dropped. Counts that two processes write at the very moment of that may get lost; nothing
+depends on them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _LINE = re.compile(r"(\d{4}-\d\d-\d\d)((?: \d{1,18}){6})")
 
 @dataclass(frozen=True)
 class Hits:
-    """What prompts came to, together.
+    """Totals over prompts.
 
     Attributes:
-        prompts: that were restored, or computed and saved, in chunks.
-        with_hits: those of them of which something was loaded.
-        tokens: of them.
-        tokens_loaded: those of them that came from the store.
-        chunks_loaded, bytes_loaded: the same in chunks, and in bytes.
+        prompts: number of prompts that were restored, or computed and saved, in chunks.
+        with_hits: those of them for which something was loaded.
+        tokens: tokens of these prompts.
+        tokens_loaded: those tokens that came from the store.
+        chunks_loaded, bytes_loaded: the same in chunks and in bytes.
     """
 
     prompts: int = 0
@@ -54,7 +55,7 @@ class Hits:
 
     @classmethod
     def of(cls, report: Report) -> Hits:
-        """One prompt's, or those of a batch."""
+        """Returns the totals of one prompt, or of the prompts of a batch."""
         loaded = report.chunks_loaded
         hits = min(report.batch, loaded + report.tails_loaded)
         tokens = min(report.tokens, loaded * report.chunk_size + report.tail_tokens_loaded)
@@ -65,7 +66,7 @@ class Hits:
 
 
 def parsed(text: str) -> dict[str, Hits]:
-    """Day -> what its prompts came to, from the file's text, by date. Lines that make no sense are passed over."""
+    """Returns day -> totals of the day's prompts, by date, from the file's text. Invalid lines are skipped."""
     found: dict[str, Hits] = {}
     for line in text.splitlines():
         if match := _LINE.fullmatch(line):
@@ -74,13 +75,13 @@ def parsed(text: str) -> dict[str, Hits]:
 
 
 def read_hits(folder: Path) -> dict[str, Hits]:
-    """What a store's notes say; nothing where there are none.
+    """Returns the totals in a store's notes; empty if there are none.
 
     Args:
         folder: of the notes.
 
     Raises:
-        OSError: as it comes.
+        OSError: the notes cannot be read.
     """
     try:
         return parsed(_text(folder / FILE))
@@ -89,7 +90,7 @@ def read_hits(folder: Path) -> dict[str, Hits]:
 
 
 class HitNote(Note):
-    """The file, to which is added what prompts came to."""
+    """The file to which the totals of prompts are appended."""
 
     def _join(self, waiting: str | None, text: str) -> str:
         return (waiting or "") + text
@@ -103,7 +104,7 @@ class HitNote(Note):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a store's hits are counted, and whether they may be now."""
+    """Where a store's hits are counted, and whether they may be counted now."""
 
     note: Note
     may_write: Callable[[], bool]
@@ -114,13 +115,13 @@ _lock = Lock()
 
 
 def count_hits(store: Store, report: Report, limits: Limits, late: Late | None = None) -> None:
-    """Count a finished prompt beside its store, soon, if that has room for notes on this machine.
+    """Counts a finished prompt beside its store, soon, if the store has room for notes on this machine.
 
     Args:
         store: of the prompt's cache.
         report: of the prompt.
         limits: how long the store may take to say where its notes are (`lookup_timeout`).
-        late: questions to the place of the store that were not answered in time; while there are any, nothing is asked.
+        late: questions to the store's place that were not answered in time; while there are any, nothing is asked.
     """
     with _lock:
         known, place = store in _places, _places.get(store)
@@ -134,7 +135,7 @@ def count_hits(store: Store, report: Report, limits: Limits, late: Late | None =
 
 
 def flush_hits(store: Store, seconds: float) -> bool:
-    """Wait until what was counted beside a store is written; False if it took longer."""
+    """Waits until what was counted beside a store is written; False if it took longer."""
     with _lock:
         place = _places.get(store)
     return place is None or place.note.flush(max(0.0, min(seconds, NOTE_SECONDS)))

@@ -1,8 +1,8 @@
-"""Where a loaded chunk lands: straight in the cache's buffers, or in host memory and from there in them.
+"""Landings of loaded chunks: directly in the cache's buffers, or in host memory and from there in the buffers.
 
-It lands piece by piece, in the layout's order. A chunk that may be contested lands *aside*: the main thread, which knows when
-it does not write there itself, brings it into the buffers. On a GPU, or on several devices, every chunk comes through host
-memory.
+A chunk lands piece by piece, in the layout's order. A chunk that may be contested is *staged*: the main thread, which knows
+when it does not write to the chunk's place itself, commits it to the buffers. On a GPU, or on several devices, every chunk
+passes through host memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cake_hf.util.forks import Lock
 
 
 class Landing(ABC):
-    """One chunk on its way.
+    """One chunk that is being loaded.
 
     Attributes:
-        parts: writable byte buffers, one for each piece that is wanted of the chunk: the first ones of the layout.
-        staged: whether the chunk waits in memory of its own until the main thread adopts it.
+        parts: writable byte buffers, one for each wanted piece of the chunk: the first pieces of the layout.
+        staged: whether the chunk waits in memory of its own until the main thread commits it.
     """
 
     parts: list[memoryview]
@@ -36,46 +36,47 @@ class Landing(ABC):
 
     @abstractmethod
     def commit(self, end: int) -> None:
-        """The first `end` parts hold checked pieces: unless aside, bring them into the buffers. For who filled them."""
+        """Commits the first `end` parts, which hold checked pieces, unless staged. For the thread that filled them."""
 
     def restage(self) -> None:
-        """What was brought into the buffers will be overwritten there: from now on all of the chunk waits aside.
+        """Stages the whole chunk from now on, because what was committed to the buffers will be overwritten there.
 
-        Only where nobody reads into the buffers. Main thread only, or who fills the parts.
+        Only if no read goes directly into the buffers. For the main thread, or for the thread that fills the parts.
         """
-        raise NotImplementedError  # of a landing that reads right into the buffers: nothing can be done about it any more
+        raise NotImplementedError  # a read that goes directly into the buffers cannot be redirected
 
     def release(self) -> None:
-        """Nobody writes to the parts any more, and what was not brought into the buffers is not wanted."""
+        """Declares that the parts are no longer written to, and that what was not committed is not wanted."""
 
     def commit_parts(self, end: int) -> None:
-        """Bring the first `end` pieces of a chunk that waits aside into the buffers. Main thread only."""
+        """Commits the first `end` pieces of a staged chunk to the buffers. Main thread only."""
         places = self._places[self._brought : end]
         if places:
             self._bring(self._brought, places)
         self._brought = max(self._brought, end)
 
     def let_go(self) -> None:
-        """Nothing of it is wanted any more: what was not brought stays where it is, and the buffers are not held."""
+        """Drops the references to the buffers: nothing more is wanted, and what was not committed stays where it is."""
         self._places = ()
 
     @abstractmethod
     def _bring(self, first: int, places: Sequence[Any]) -> None:
-        """Bring the pieces from that number on into their places in the buffers."""
+        """Copies the pieces, from number `first` on, to their places in the buffers."""
 
 
 class Place(ABC):
     """Destination of the chunks of one restore.
 
     Attributes:
-        is_read_into: reads that are not aside write to the buffers themselves, so that nothing can be done about one under way.
+        is_read_into: whether reads that are not staged write directly to the buffers, so that a read under way cannot be
+            redirected.
 
     Args:
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
         layout: of a chunk.
-        slots: chunks that may be in host memory beside the KV.
-        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
-        extents: for each chunk the first of its tokens and the one behind its last; by default all are of the layout's size.
+        slots: number of chunks that may be in host memory beside the KV.
+        windows: the chunks whose sliding-window pieces are wanted -> where these lie in their buffers, in tokens.
+        extents: for each chunk (first token, last token + 1); by default all have the layout's size.
     """
 
     is_read_into: bool
@@ -99,10 +100,10 @@ class Place(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """What a kind of place has to make once, from its buffers."""
+        """Makes once, from the buffers, what this kind of place needs."""
 
     def layout_of(self, index: int) -> ChunkLayout:
-        """The layout of chunk `index`, which may be a tail."""
+        """Returns the layout of chunk `index`, which may be a tail."""
         start, end = self._extent(index)
         tokens, layout = end - start, self._layout
         return layout if tokens == layout.chunk_size else layout.of(tokens)
@@ -112,15 +113,15 @@ class Place(ABC):
         return (index * size, (index + 1) * size) if self._extents is None else self._extents[index]
 
     def wanted(self, index: int) -> int:
-        """How many pieces of chunk `index` are wanted."""
+        """Returns how many pieces of chunk `index` are wanted."""
         return len(self._layout.pieces) if index in self._windows else self._layout.everywhere
 
     def wanted_bytes(self, chunks: Iterable[int]) -> int:
-        """Bytes of the pieces of these chunks that are wanted."""
+        """Returns the bytes of the wanted pieces of these chunks."""
         return sum(sum(self.layout_of(index).sizes[: self.wanted(index)]) for index in chunks)
 
     def _spans(self, index: int) -> list[slice]:
-        """Where in their buffers, in bytes, the wanted pieces of chunk `index` go."""
+        """Returns where in their buffers, in bytes, the wanted pieces of chunk `index` go."""
         start, end = self._extent(index)
         starts = [start] * self._layout.everywhere
         if index in self._windows:
@@ -130,19 +131,19 @@ class Place(ABC):
 
     @abstractmethod
     def landing(self, index: int, *, staged: bool) -> Landing:
-        """Memory for chunk `index` to be read into. Called by the thread that reads."""
+        """Returns memory for chunk `index` to be read into. Called by the thread that reads."""
 
     def let_go(self) -> None:
-        """Nobody wants anything here any more. The buffers are not held, also by who comes now: it lands nowhere."""
+        """Drops the buffers when nothing here is wanted any more. A landing requested later lands nowhere."""
         self._buffers = []
         self._ring.let_go()
 
     def catch_up(self) -> None:
-        """What the model's devices compute from now on sees all that was brought so far."""
+        """Makes everything the model's devices compute from now on see all that was committed so far."""
 
 
 class HostPlace(Place):
-    """The layers' own buffers: reading a chunk is putting it into place, unless it must wait aside."""
+    """The layers' own buffers: reading a chunk commits it, unless it must be staged."""
 
     is_read_into = True
 
@@ -167,7 +168,7 @@ class HostLanding(Landing):
         self.parts = places if self._slot is None else split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
-        """Who filled the parts filled the buffers, or memory aside."""
+        """Does nothing: filling the parts filled the buffers, or the staged memory."""
 
     def release(self) -> None:
         if self._ring is not None and self._slot is not None:
@@ -179,11 +180,11 @@ class HostLanding(Landing):
 
 
 class DevicePlace(Place):
-    """Through page-locked host memory, and from there on a copy stream of its own for each GPU, while these compute.
+    """A place on GPUs: chunks pass through page-locked host memory and a copy stream per GPU, while the GPUs compute.
 
     Events order copies and computing (see `CopyStreams`), and a slot is not filled again before the copies from it are done. A
-    read that comes back when its landing was let go has written to host memory only, which no one looks at any more. Where some
-    layers are in host memory, their pieces are copied by whoever brings the chunk.
+    read that returns after its landing was let go has written to unused host memory only. If some layers are in host memory,
+    their pieces are copied by the thread that commits the chunk.
     """
 
     is_read_into = False
@@ -215,7 +216,7 @@ class _DeviceLanding(Landing):
         self._slot = ring.take()
         self._pieces = self._slot.memory[: layout.nbytes].split(layout.sizes)
         self._copied_to: set[torch.device] = set()
-        self._bringing = Lock()  # so that nothing is being brought once it was let go
+        self._bringing = Lock()  # so that no copy is under way once it was let go
         self.staged = staged
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 
@@ -249,12 +250,12 @@ class _DeviceLanding(Landing):
 
 
 def _copy_on_host(target: memoryview, source: memoryview) -> None:
-    """By numpy: torch would call its whole thread team together for each of these small copies."""
+    """Copies with numpy: torch would wake its whole thread pool for each of these small copies."""
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def split_payload(payload: torch.Tensor, layout: ChunkLayout) -> list[memoryview]:
-    """The pieces of a flat host payload, which may be longer, as writable byte buffers."""
+    """Returns the pieces of a flat host payload, which may be longer, as writable byte buffers."""
     view, ends = byte_view(payload), np.cumsum(layout.sizes).tolist()
     return [view[end - size : end] for end, size in zip(ends, layout.sizes, strict=True)]
 
@@ -266,15 +267,15 @@ def place_for(
     windows: Mapping[int, int] | None = None,
     extents: Sequence[tuple[int, int]] | None = None,
 ) -> Place:
-    """The place that fits where the buffers are."""
+    """Returns the kind of place that fits the buffers' devices."""
     return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows, extents)
 
 
 def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:
-    """Whether a place for these buffers is all in host memory, so that chunks need not come through other memory."""
+    """Returns whether all these buffers are in host memory, so that chunks need not pass through other memory."""
     return all(buffer.device.type == "cpu" for buffer in buffers)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared and writable."""
+    """Returns the bytes of a contiguous CPU tensor, shared and writable."""
     return tensor.detach().view(torch.uint8).view(-1).numpy().data

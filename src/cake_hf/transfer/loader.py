@@ -1,4 +1,4 @@
-"""Loader threads: claim a chunk from the back, read it, check it, put it into place, again."""
+"""Loader threads: each repeatedly claims a chunk from the back, reads it, checks it and commits or stages it."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ logger = logging.getLogger("cake_hf")
 Record = Callable[[str, int, float, float, str], None]
 
 SHARED = "shared"
-"""What a timeline calls a chunk that came from a prompt beside this one."""
+"""Outcome in the timeline for a chunk that came from a concurrent prompt."""
 
 SUPERSEDED = "superseded"
-"""What it calls a load that came when nobody waited for it any more. It still tells what loads take."""
+"""Outcome in the timeline for a load that arrived when it was no longer waited for. It still measures how long loads take."""
 
 COMMIT_STEP = 2**23
-"""Bytes of a chunk that are brought on together. To a GPU each time is some Python, which the model's launches wait for."""
+"""Bytes of a chunk that are committed together. Each commit to a GPU runs some Python, which delays the model's launches."""
 
 
 @dataclass
 class LoadJob:
-    """What all loader threads of one restore share.
+    """State shared by all loader threads of one restore.
 
     Attributes:
         store: to read from.
@@ -46,13 +46,13 @@ class LoadJob:
         layout: of a chunk.
         place: where chunks land.
         frontier: the ledger.
-        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted, or was overtaken.
+        record: called as `record(actor, chunk, start, end, outcome)` after each load that counted or was superseded.
         clock: monotonic seconds.
         sharing: with the other restores of this process.
-        most_reads: how many reads may be under way, those of the other restores included.
+        most_reads: maximum number of reads under way, including those of other restores.
         patience: seconds to wait for a chunk that another restore loads or computes.
-        ranges: in how many ranges of layers a chunk is read whose layers are waited for.
-        staged: chunks that are, or are being, loaded aside, by index, until the main thread puts them into place.
+        ranges: number of layer ranges in which a chunk is read whose layers are waited for.
+        staged: staged chunks, including those still being loaded, by index, until the main thread commits them.
         shared: chunks that came from another restore.
         faults: of all loads.
     """
@@ -77,16 +77,16 @@ class LoadJob:
     _detached: bool = False
 
     def commit_staged(self) -> None:
-        """Put the chunks into place that have arrived aside. Main thread only."""
+        """Commits the staged chunks that have arrived. Main thread only."""
         for index in self.frontier.take_staged():
             landing = self.staged.pop(index)
             landing.commit_parts(len(landing.parts))
             landing.release()
 
     def commit_layer(self, layer: int) -> None:
-        """Put that layer, and those before it, of all chunks into place that the main thread went beyond. Main thread only.
+        """Commits this layer, and those before it, of all chunks that the main thread went beyond. Main thread only.
 
-        Where a load ends badly meanwhile, what it brought of this layer was good; its memory is not used again (see `_bring`).
+        If a load fails meanwhile, the part of this layer that it delivered was good; its memory is not reused (see `_bring`).
         """
         for index in self.frontier.arriving(layer):
             landing = self.staged.get(index)
@@ -95,15 +95,18 @@ class LoadJob:
         self.commit_staged()
 
     def restage(self, index: int) -> None:
-        """What a load under way brings goes aside from now on, with what it brought before: see `Frontier`."""
+        """Stages a load under way from now on, including what it has delivered already: see `Frontier`."""
         landing = self._landings.get(index)
-        if landing is not None:  # else it has not begun, and asks when it does
+        if landing is not None:  # else the load has not started, and will ask when it does
             landing.restage()
             self.staged[index] = landing
 
     def detach(self) -> bool:
-        """Loads under way, which nobody waits for any more, bring nothing into the buffers from now on; False where they read
-        right into them. Main thread only, when all that has landed aside is in place."""
+        """Keeps loads under way, which are no longer waited for, from writing to the buffers; False if they read right into
+        them.
+
+        Main thread only, after everything that was staged has been committed.
+        """
         if self.place.is_read_into:
             return False
         self._detached = True
@@ -112,9 +115,9 @@ class LoadJob:
         return True
 
     def let_go(self) -> None:
-        """The restore is over: loaders that wait end, and reads that hang do not count as under way any more.
+        """Ends the restore: waiting loaders end, and hanging reads no longer count as under way.
 
-        Such a read keeps this job alive. So the job lets go of the cache, and of all memory but where that read lands.
+        A hanging read keeps this job alive. The job therefore drops the cache, and all memory except where that read lands.
         """
         self.frontier.end()
         self.sharing.abandon(self)
@@ -128,7 +131,7 @@ class LoadJob:
         self.place.let_go()
 
     def lands(self, index: int) -> Landing:
-        """Where a loader brings a chunk. If the restore ends meanwhile, nowhere."""
+        """Returns the landing for a loader's chunk. If the restore ends meanwhile, it lands nowhere."""
         landing = self._landings[index] = self.place.landing(index, staged=self.frontier.is_staged(index))
         if not self.place.is_read_into and self.frontier.is_staged(index):
             landing.restage()
@@ -141,9 +144,9 @@ class LoadJob:
 
 
 def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
-    """Start that many loader threads; they end by themselves when there is nothing more to claim.
+    """Starts `count` loader threads; they end by themselves when there is nothing more to claim.
 
-    A system that gives no more threads is no reason to fail: fewer of them, or none, only leave more to compute.
+    If the system provides no more threads, that is no failure: with fewer threads, or none, more is computed.
     """
     threads: list[threading.Thread] = []
     for n in range(count):
@@ -156,8 +159,8 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 
 def run_loader(job: LoadJob, actor: str) -> None:
-    """One loader's life. Its errors are outcomes in the frontier; nothing is raised."""
-    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))  # a tail's is not longer
+    """Runs one loader. Its errors become outcomes in the frontier; nothing is raised."""
+    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))  # a tail's header is not longer
 
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()
@@ -186,7 +189,7 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
         outcome = Outcome.CORRUPT
     except BaseException as error:
-        # Whatever a store's client raises, an interrupt or a panic of its own included: the prompt must not suffer from it.
+        # Whatever a store's client raises, even its own interrupt or panic, must not affect the prompt.
         job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
         outcome = Outcome.ERROR
     counts = job.frontier.settle(index, outcome)
@@ -200,16 +203,16 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     job.staged.pop(index, None)
     if not landing.staged:
         landing.release()
-    # Memory aside is left to the collector: the main thread may be taking a layer from it just now.
+    # Staged memory is left to the garbage collector: the main thread may be committing a layer from it just now.
 
 
 def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
-    # Who brings only a part of a chunk flies by itself: those who follow a chunk's own flight may want all of it.
+    # A partial load gets a flight of its own: the followers of the chunk's flight may want all pieces.
     whole = len(landing.parts) == len(job.layout.pieces)
     flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
     with job.sharing.flight(flight, job, computes=False) as plan:
         if plan.followed is not None:
-            slot.release()  # it is another one's read
+            slot.release()  # another restore does the read
             return _copy(job, index, landing, plan.followed)
         ranges = job.layout.ranges(job.ranges if job.frontier.comes_last(index) else 1)
         if not _read(job, index, landing, header, ranges):
@@ -219,7 +222,7 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
 
 
 def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
-    """Read, check and commit a chunk, whole or range by range; False for a miss."""
+    """Reads, checks and commits a chunk, whole or range by range; False for a miss."""
     layout = job.place.layout_of(index)
     header = header[: header_size(layout)]
     key, check = job.keys[index], Check(job.keys[index], layout, header, landing.parts)
@@ -238,17 +241,17 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
 
         def arrived(count: int) -> None:
             nonlocal brought
-            count -= 1  # the header is the first of the parts
+            count -= 1  # the header is the first buffer
             if not brought <= count <= len(landing.parts):
-                return  # no store says that; what is there is checked at the end
-            check.up_to(count)  # as soon as they are there
+                return  # no correct store reports that; the data is checked at the end
+            check.up_to(count)  # as soon as they have arrived
             if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
                 landing.commit(count)
                 brought = count
 
         found = job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
         if found and brought < len(landing.parts):
-            arrived(1 + len(landing.parts))  # the store has not said so, or made nothing of what it was told
+            arrived(1 + len(landing.parts))  # the store has not reported it, or ignored the callback
         return found
     offset = 0
     for part in ranges:
@@ -263,7 +266,7 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
 
 
 def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:
-    """Take over a chunk that another restore makes."""
+    """Copies a chunk that another restore makes."""
     if not flight.wait(job.patience):
         return Outcome.LATE
     if flight.payload is None:
@@ -274,7 +277,7 @@ def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome
 
 
 def _fill(landing: Landing, payload: torch.Tensor) -> None:
-    """Put a whole chunk, `[nbytes]` uint8 on the host, into a landing, and commit it."""
+    """Copies a whole chunk, `[nbytes]` uint8 on the host, into a landing and commits it."""
     offset, source = 0, payload.numpy()
     for part in landing.parts:
         np.copyto(np.frombuffer(part, np.uint8), source[offset : offset + part.nbytes])

@@ -1,14 +1,14 @@
-"""What the restores of one process share that use one place of chunks: a budget of reads, and the chunks they make.
+"""State shared by the restores of one process that use the same place of chunks: a read budget, and the chunks they make.
 
-Prompts that run at the same time often begin alike. A chunk that one of them loads or computes is not loaded or computed a
-second time beside it: the others wait for it and copy it (single flight). Equal keys mean equal KV, so no bit depends on it.
-Nobody waits for ever: waits have bounds, and whoever waits in vain does the work itself. Nor in a circle: who computes a chunk
-waits only for chunks before it, who loads one for nobody.
+Prompts that run at the same time often start with the same tokens. A chunk that one of them loads or computes is not loaded or
+computed a second time concurrently: the others wait for it and copy it (single flight). Equal keys mean equal KV, so no bit
+depends on this. All waits are bounded, and a restore that waits in vain does the work itself. Waits cannot form a cycle: the
+leader that computes a chunk waits only for chunks before it, and the leader that loads a chunk waits for none.
 
-A read cannot be ended from outside. One whose restore is over is left to its thread, and nobody waits for it; but a store that
-hangs would cost two threads, and what they hold, for each prompt. So those that were left are counted beside the budget, and
-what still has not come back when its reader's patience is over *hangs*: as long as as many hang as may be under way, none
-begins. A read that was only overtaken keeps nobody from loading.
+A read cannot be ended from outside. When its restore is over, it becomes an abandoned read: it is left to its thread, and
+nothing waits for it. But a store that hangs would cost two threads, and what they hold, for each prompt. Abandoned reads are
+therefore counted beside the budget, and one that has not returned when its reader's patience is over *hangs*: while as many
+hang as may be under way, no read starts. A read that was merely superseded does not keep any restore from loading.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from cake_hf.util.forks import Lock, renewed_in_child
 from cake_hf.util.interrupts import faults_suppressed
 
 LEFT_PER_READ = 3
-"""Reads that were left, hanging or not, for each that may be under way; beyond that nothing begins before some come back."""
+"""Abandoned reads, hanging or not, per read that may be under way; beyond that, no read starts until some return."""
 
 Payload = torch.Tensor
 """`[nbytes]` uint8 on the host: a chunk's pieces, back to back."""
 
 
 class Flight:
-    """One chunk that somebody loads or computes.
+    """One chunk that a restore is loading or computing.
 
     Attributes:
-        owner: the restore that does.
-        computes: it is computed, not loaded.
-        saves: the owner will bring it to the store, if it is not there.
+        owner: that restore.
+        computes: whether the chunk is computed, not loaded.
+        saves: whether the owner will save the chunk to the store if it is not there.
     """
 
     def __init__(self, owner: object, *, computes: bool, saves: bool) -> None:
@@ -54,33 +54,33 @@ class Flight:
         self._payload: Payload | None = None
 
     def follow(self) -> None:
-        """Ask for a copy of the chunk when it is there."""
+        """Requests a copy of the chunk once it is there."""
         with self._lock:
             self._followers += 1
 
     def wait(self, seconds: float) -> bool:
-        """Until the flight has ended, one way or another; False if it has not within that time."""
+        """Waits until the flight has ended, successfully or not; False if it has not within that time."""
         return self._ended.wait(seconds)
 
     @property
     def followed_by(self) -> int:
-        """How many wait for the chunk."""
+        """Number of followers waiting for the chunk."""
         with self._lock:
             return self._followers
 
     @property
     def payload(self) -> Payload | None:
-        """The chunk, once the flight has ended; None if it failed, or nobody followed in time."""
+        """The chunk, once the flight has ended; None if the flight failed or had no follower in time."""
         return self._payload
 
     def end(self, payload: Callable[[], Payload] | None) -> None:
-        """The owner is done; `payload` copies the chunk out, and is called only if somebody follows. The first end counts."""
+        """Ends the flight; `payload` copies the chunk out, and is called only if there are followers. The first end counts."""
         with self._lock:
             if self._ended.is_set():
                 return
             try:
                 if payload is not None and self._followers:
-                    # Where there is no memory for a copy, the others, for whom it is, make the chunk themselves.
+                    # Without memory for a copy, the followers make the chunk themselves.
                     with faults_suppressed(MemoryError, RuntimeError):
                         self._payload = payload()
             finally:
@@ -88,10 +88,10 @@ class Flight:
 
 
 class ReadSlot:
-    """A read that may begin, and then is under way. Get it from `Sharing`, which is kept alive by it.
+    """Permission for a read, which then counts as under way. Get it from `Sharing`, which it keeps alive.
 
     Attributes:
-        due: when it counts as one that hangs, if it is left.
+        due: when the read counts as hanging, if it is abandoned.
     """
 
     def __init__(self, sharing: Sharing, due: float) -> None:
@@ -99,27 +99,29 @@ class ReadSlot:
         self.due = due
 
     def leave(self) -> None:
-        """Nobody waits for the read any more, though its thread may still be at it. Does nothing once it has ended."""
+        """Abandons the read, though its thread may still be busy with it. Does nothing once the read has ended."""
         self._sharing._leave(self)
 
     def release(self) -> None:
-        """The read has ended. May be called more than once."""
+        """Reports that the read has ended. May be called more than once."""
         self._sharing._release(self)
 
 
 class Sharing:
-    """Get it from `sharing_of`. Invariants: at most as many reads are under way as the least generous reader allows at its
-    beginning; of each key there is at most one flight on the board.
+    """The shared state of one place of chunks. Get it from `sharing_of`.
+
+    Invariants: a read starts only while fewer reads than its reader's limit are under way; each key has at most one flight on
+    the board.
 
     Args:
         clock: monotonic seconds.
 
     Attributes:
-        lookups: the questions to the place of chunks that were not answered in time.
-        notes: the same, of where notes about it are.
-        endings: the same, of flushing and closing its stores.
-        claims: the same, of writing what a model computes (`model.reference`).
-        faults: of lookups; forgotten when one succeeds.
+        lookups: questions to the place of chunks that were not answered in time.
+        notes: the same for questions where notes about the place are.
+        endings: the same for flushing and closing its stores.
+        claims: the same for writing what a model computes (`model.reference`).
+        faults: of prefix matches; forgotten when one succeeds.
         unsaved: faults of writing.
     """
 
@@ -131,30 +133,30 @@ class Sharing:
         renewed_in_child(self._renew)
 
     def _renew(self) -> None:
-        """As new. In a child too: what other threads had begun ends in the parent only."""
-        self._lock = threading.RLock()  # a cache that is collected while its thread holds it abandons its flights
+        """Resets the state. Also in a forked child: what other threads had started ends in the parent only."""
+        self._lock = threading.RLock()  # reentrant: a cache collected meanwhile abandons its flights
         self._changed = threading.Condition(self._lock)
-        self._reads: set[ReadSlot] = set()  # of the budget
+        self._reads: set[ReadSlot] = set()  # within the budget
         self._beside: set[ReadSlot] = set()
         self._left: set[ReadSlot] = set()
         self._board: dict[str, Flight] = {}
 
     def forget_faults(self) -> None:
-        """All is well again: the next fault is told."""
+        """Forgets the faults, because all is well again: the next fault is logged as a warning."""
         self.faults = FaultLog()
 
     def reads(self) -> int:
-        """How many reads are under way."""
+        """Returns how many reads are under way."""
         with self._lock:
             return len(self._reads)
 
     def begin_read(self, limit: int, until: Callable[[], bool], patience: float = math.inf) -> ReadSlot | None:
-        """Wait for a place among at most `limit` reads; None if the store hangs, or the place is not needed any more.
+        """Waits for a slot among at most `limit` reads; None if the store hangs or the slot is not needed any more.
 
         Args:
-            limit: of reads that are under way.
-            until: says that it is not needed; asked whenever a read ends, and after `wake`.
-            patience: seconds after which the read hangs, if it was left.
+            limit: maximum number of reads under way.
+            until: returns whether the slot is no longer needed; called whenever a read ends, and after `wake`.
+            patience: seconds after which the read hangs if it is abandoned.
         """
         with self._lock:
             while not until() and self.hanging() < limit:
@@ -164,39 +166,39 @@ class Sharing:
             return None
 
     def begin_beside(self, limit: int, patience: float) -> ReadSlot | None:
-        """As `begin_read`, for a read beside the budget: it never waits."""
+        """Works like `begin_read`, for a read beside the budget: it never waits."""
         with self._lock:
             refused = self.hanging() >= limit or self._too_many_left(limit)
             return None if refused else self._begin(self._beside, patience)
 
     def hanging(self) -> int:
-        """How many reads were left and have not come back within their reader's patience."""
+        """Returns how many abandoned reads have not returned within their reader's patience."""
         with self._lock:
             now = self._clock()
             return sum(slot.due <= now for slot in self._left)
 
     def flights(self) -> list[Flight]:
-        """What is on the board."""
+        """Returns the flights on the board."""
         with self._lock:
             return list(self._board.values())
 
     def wake(self) -> None:
-        """Let those who wait for a place ask again whether they need one."""
+        """Makes threads that wait for a slot check again whether they need one."""
         with self._lock:
             self._changed.notify_all()
 
     @contextmanager
     def flight(self, key: str, owner: object, *, computes: bool, saves: bool = False) -> Iterator[FlightPlan]:
-        """Lead the flight of a chunk, or follow whoever leads it. A flight that the caller leads ends with the body.
+        """Leads the flight of a chunk, or follows its leader. A flight that the caller leads ends with the `with` body.
 
-        Two sides do not wait for each other, but work on the chunk side by side: those of one restore (see `Frontier`), and who
-        computes does not wait for a load, which may be late.
+        In two cases the caller does not wait but works on the chunk concurrently with the leader: if both belong to one restore
+        (see `Frontier`), and if the caller computes and the leader loads, since the load may be late.
 
         Args:
             key: of the chunk.
             owner: the restore.
-            computes: it is about to compute the chunk, not to load it.
-            saves: it will bring the chunk to the store.
+            computes: whether it is about to compute the chunk, not to load it.
+            saves: whether it will save the chunk to the store.
         """
         with self._lock:
             found = self._board.get(key)
@@ -220,7 +222,7 @@ class Sharing:
             led.end(plan.payload)
 
     def abandon(self, owner: object) -> None:
-        """The owner's restore is over; what it has on the board is not coming, or not in time."""
+        """Ends the owner's flights because its restore is over: their chunks will not arrive, or not in time."""
         with self._lock:
             left = [(key, flight) for key, flight in self._board.items() if flight.owner is owner]
             for key, _ in left:
@@ -259,11 +261,11 @@ class Sharing:
 
 
 class FlightPlan:
-    """What to do about a chunk.
+    """How the caller gets a chunk.
 
     Attributes:
         followed: the flight to wait for; None if the caller does the work itself.
-        payload: set by a caller who has done it, to how the chunk can be copied out.
+        payload: set by a caller that has done the work, to a function that copies the chunk out.
     """
 
     def __init__(self, followed: Flight | None) -> None:
@@ -276,7 +278,10 @@ _lock = Lock()
 
 
 def sharing_of(store: Store) -> Sharing:
-    """What all users of a place of chunks share in this process, also through several store objects. Keep it while in use."""
+    """Returns what all users of a place of chunks share in this process, also through several store objects.
+
+    Keep it while it is in use.
+    """
     place = place_of(store)
     with _lock:
         sharing = _known.get(place)

@@ -1,4 +1,4 @@
-"""Reads of single values beside the loaders: states at the end of a chunk, and what a chunk says about itself."""
+"""Reads of single values beside the loaders: states at the end of a chunk, and a chunk's metadata."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 class ReadBeside(Generic[T]):
-    """A read in a thread of its own, which begins at once, if at all. Its faults are logged, and nothing is raised.
+    """A read in a thread of its own that starts at once or never. Its faults are logged, and nothing is raised.
 
     Args:
-        read: gives what was read, or None.
-        what: is read, for messages.
-        slot: beside the budget of reads; None where no read may begin.
+        read: returns the value read, or None.
+        what: what is read, for messages.
+        slot: beside the budget of reads; None if no read may start.
     """
 
     def __init__(self, read: Callable[[], T | None], what: str, slot: ReadSlot | None) -> None:
@@ -40,12 +40,12 @@ class ReadBeside(Generic[T]):
         self._thread = threading.Thread(target=self._run, name=f"cake-load-{what}", daemon=True)
         if slot is None:
             return
-        if (error := refusal(self._thread)) is not None:  # no reason to fail
+        if (error := refusal(self._thread)) is not None:  # not a reason to fail
             slot.release()
             logger.warning("A stored %s cannot be read: no more threads. %s", what, error)
 
     def wait(self, seconds: float) -> T | None:
-        """What was read; None if it is missing, unusable, or not there within that time."""
+        """Returns the value read; None if it is missing, unusable, or not there within that time."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
             if self._thread.is_alive() and not self._told:
@@ -56,14 +56,14 @@ class ReadBeside(Generic[T]):
         return self._result
 
     def leave(self) -> None:
-        """The result is not waited for any more."""
+        """Abandons the read: its result is no longer waited for."""
         if self._slot is not None:
             self._slot.leave()
 
     def _run(self) -> None:
         try:
             self._result = self._read()
-        except BaseException as error:  # whatever a store's client raises: the prompt must not suffer from it
+        except BaseException as error:  # whatever a store's client raises must not affect the prompt
             logger.warning("A stored %s cannot be used. %s", self._what, error)
         finally:
             if self._slot is not None:
@@ -71,10 +71,10 @@ class ReadBeside(Generic[T]):
 
 
 def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor] | None:
-    """A stored state's pieces, flat and in their dtypes; None for a miss.
+    """Returns a stored state's pieces, flat and in their dtypes; None for a miss.
 
     Raises:
-        Exception: it cannot be read, or is not as it was written.
+        Exception: the state cannot be read, or is not as it was written.
     """
     payload = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
     header = memoryview(bytearray(header_size(layout)))
@@ -88,10 +88,10 @@ def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor
 
 
 def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkMetadata | None:
-    """What a stored chunk says about itself; None for a miss.
+    """Returns a stored chunk's metadata; None for a miss.
 
     Raises:
-        Exception: it cannot be read, or is not as it was written.
+        Exception: the metadata cannot be read, or is not as it was written.
     """
     header = store.head(key, header_size(layout))
     return None if header is None else check_header(header, key, layout)

@@ -1,4 +1,4 @@
-"""Host memory that chunks pass through: a few slots that go round, so that nothing is allocated per chunk."""
+"""Host memory that chunks pass through: a few slots that are reused in turn, so that nothing is allocated per chunk."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class Slot:
     """Memory for one chunk.
 
     Args:
-        nbytes: of it.
-        pinned: page-locked; if the system locks no more pages it is not, and copies take longer.
+        nbytes: size of the memory.
+        pinned: whether it is page-locked; if the system locks no more pages, it is not, and copies take longer.
 
     Attributes:
         memory: `[nbytes]` uint8 on the host.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        # Not an inference tensor: it is written to by threads that are not in inference mode.
+        # Not an inference tensor: threads outside inference mode write to it.
         with torch.inference_mode(False):
             locked = _locked(nbytes) if pinned else None
             self.memory = empty_aligned([nbytes], torch.uint8) if locked is None else locked
         self._copied: list[torch.cuda.Event] = []
 
     def copied_by(self, marks: Sequence[torch.cuda.Event]) -> None:
-        """Copies from the memory, or to it, which have to be done before others use it, are when these events have come."""
+        """Sets the events of the copies from or to the memory that must be done before it is used again."""
         self._copied = list(marks)
 
     def await_copy(self) -> None:
-        """Block until the memory may be used."""
+        """Blocks until the memory may be used."""
         for copied in self._copied:
             copied.synchronize()
 
@@ -43,14 +43,14 @@ class Slot:
 class SlotRing:
     """Slots that are taken, filled, copied from on the device, and given back before that copy is done.
 
-    The one that was given back first is taken first. New ones are made only while there are fewer than `slots`, or all
-    are taken: who takes them has a bound of its own. Pinned memory comes from torch's caching allocator, so that the next
-    restore's ring costs nothing.
+    The slot that was given back first is taken first. New slots are made only while there are fewer than `slots`, or if all are
+    taken: their users have a bound of their own. Pinned memory comes from torch's caching allocator, so the next restore's ring
+    costs nothing.
 
     Args:
         nbytes: of a chunk.
-        slots: that go round.
-        pinned: page-locked, so that a device can copy from it at full speed, beside other work.
+        slots: number of slots that are reused in turn.
+        pinned: whether they are page-locked, so that a device can copy from them at full speed, concurrently with other work.
     """
 
     def __init__(self, nbytes: int, slots: int, *, pinned: bool) -> None:
@@ -63,7 +63,7 @@ class SlotRing:
         self._over = False
 
     def take(self) -> Slot:
-        """A slot that nobody uses; may wait for the copy from it."""
+        """Returns a slot that is not in use; may wait for the copy from it."""
         with self._lock:
             slot = self._free.popleft() if self._free and self._made >= self._slots else None
             self._made += slot is None
@@ -73,13 +73,13 @@ class SlotRing:
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """The caller writes to the slot no more."""
+        """Takes back a slot that the caller no longer writes to."""
         with self._lock:
             if not self._over:
                 self._free.append(slot)
 
     def let_go(self) -> None:
-        """Nothing goes round any more: slots end with whoever still has one."""
+        """Ends the reuse: a slot still in use is freed by its last user."""
         with self._lock:
             self._over = True
             self._free.clear()

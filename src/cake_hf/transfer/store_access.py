@@ -1,8 +1,8 @@
-"""A session's way to its store: opened within a time, gone without where that fails, and tried again after a while.
+"""A session's access to its store: opened within a time limit, replaced by none if that fails, and retried after a while.
 
-A store is *known* where it was usable earlier in this process, or is a directory with a store in it. A known one that cannot
-be used just now, or any that does not answer in time, is no error: the session goes on without it. One that never was usable
-is the user's mistake, and raises.
+A store is *known* if it was usable earlier in this process, or is a directory with a store in it. If a known store cannot be
+used just now, or any store does not answer in time, that is not an error: the session continues without it. A store that never
+was usable is the user's mistake, and raises.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from cake_hf.util import environment
 from cake_hf.util.forks import Lock
 
 FLUSH_GRACE = 0.5
-"""Seconds that a store may take beyond those it was given to flush, before it counts as one that hangs."""
+"""Seconds that a store may take beyond the time it was given to flush before it counts as hanging."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of an attempt to open a store.
+    """The result of an attempt to open a store.
 
     Attributes:
-        existed: it is a directory that had a store in it before.
-        store: open; None where that failed.
+        existed: whether the store is a directory that already had a store in it.
+        store: the open store; None if opening failed.
         place: of the store.
         sharing: of that place.
-        saves: new chunks may be brought.
-        error: why it cannot be opened, or not be written to.
-        silent: there was no answer at all.
+        saves: whether new chunks may be saved.
+        error: why the store cannot be opened, or cannot be written to.
+        silent: whether there was no answer at all.
     """
 
     existed: bool = False
@@ -58,19 +58,21 @@ class Found:
 
 
 class Access:
-    """Take the store, what its users share, and the writer from here each time: they change when a store comes back.
+    """Access to the store, what its users share, and the writer.
+
+    Read these from here each time: they change when a store comes back.
 
     Args:
         spec: what the user named.
         limits: of the session.
-        save: whether new chunks are to be brought to the store.
-        share: gives what all users of a store's place share.
+        save: whether new chunks are to be saved to the store.
+        share: returns what all users of a store's place share.
 
     Attributes:
-        store: that is used; one that has nothing while there is none.
+        store: the store in use; an empty one while there is none.
         sharing: of the store's place.
         writer: to the store.
-        saves: new chunks may be brought.
+        saves: whether new chunks may be saved.
 
     Raises:
         StoreError: the store never was usable, and is not now.
@@ -109,7 +111,7 @@ class Access:
         return self.store is not self._spec
 
     def reach(self) -> str:
-        """Try again what failed, if it is time; why there is no store, or nothing where there is one."""
+        """Retries what failed, if it is time. Returns why there is no store, or an empty string if there is one."""
         failed, door = self._found.error is not None, self._door
         if failed and not door.rests() and not door.hangs() and self._trying.acquire(blocking=False):
             try:
@@ -128,9 +130,10 @@ class Access:
         return f"the store cannot be used for now: {in_words(found.error)}"
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until all that is to be saved is durable; False on time-out, or where the store fails.
+        """Waits until everything to be saved is durable; False on time-out, or if the store fails.
 
-        Without a timeout as long as chunks are written: one of them, and the store itself, may take `exit_flush_seconds`.
+        Without a timeout it waits as long as chunks are being written: each chunk, and the store itself, may take
+        `exit_flush_seconds`.
         """
         begin, most = time.monotonic(), self._limits.exit_flush_seconds
         if not self.writer.flush(timeout):
@@ -152,21 +155,21 @@ class Access:
         self._door.faults.tell("flush", "The store cannot be flushed. %s", why)
 
     def close_store(self, seconds: float) -> None:
-        """Close the store if it was opened here and nothing is being written to it, and wait for that so long."""
+        """Closes the store if it was opened here and nothing is being written to it, and waits at most `seconds` for that."""
         if self.is_owned and self.writer.flush(0):
             answer = ask(self.store.close, max(0.0, seconds), "close", self.sharing.endings)
             if answer.error is not None:
                 self._door.faults.tell("close", "The store cannot be closed. %s", answer.trouble)
 
     def forsake(self) -> None:
-        """As `close_store`, and let go of the writer. For finalizers: nothing in here waits, or fails."""
+        """Works like `close_store`, and drops the writer. For finalizers: nothing in here waits or fails."""
         self.writer.retire()
         if self.is_owned and self.writer.flush(0) and not self.sharing.endings:
-            with suppress(RuntimeError):  # the interpreter ends: then it ends without
+            with suppress(RuntimeError):  # the interpreter is exiting: the store is then not closed
                 Call(self.store.close, "close").begin()
 
     def _open(self) -> Found:
-        """Open the store, unless it is known that nothing would come of it just now."""
+        """Opens the store, unless it is known that the attempt would be futile just now."""
         door, kind = self._door, (self._limits, self._save)
         if door.hangs():
             return Found(
@@ -182,7 +185,7 @@ class Access:
         return self._await(call, kind)
 
     def _look_again(self) -> Found:
-        """The store can be read; can it be written to by now?"""
+        """Checks whether the store, which can be read, can be written to by now."""
         return self._await(Call(partial(_with_refusal, self._found), "open"), None)
 
     def _await(self, call: Call[Found], kind: Hashable) -> Found:
@@ -199,7 +202,7 @@ class Access:
         return found
 
     def _is_excused(self, found: Found) -> bool:
-        """Whether a failure is no reason to raise: there was no answer, or it is that of a known store."""
+        """Returns whether a failure is no reason to raise: there was no answer, or the store is known."""
         return self._door.known or found.silent or (found.existed and _is_the_systems(found.error))
 
     def _take(self, found: Found) -> None:
@@ -219,7 +222,7 @@ class Access:
 
 
 def _find(spec: StoreSpec | None, limits: Limits, share: Callable[[Store], Sharing], *, save: bool) -> Found:
-    """Open a store; in a thread of its own, for any of this may hang."""
+    """Opens a store; called in a thread of its own, because any of this may hang."""
     existed = False
     try:
         root = _directory(spec)
@@ -235,7 +238,7 @@ def _find(spec: StoreSpec | None, limits: Limits, share: Callable[[Store], Shari
 
 
 def _with_refusal(found: Found) -> Found:
-    """The store with what it says to being written to."""
+    """Returns the attempt's result, updated with the store's answer to whether it can be written to."""
     assert found.store is not None
     try:
         found.store.check_writable()
@@ -252,18 +255,18 @@ def _directory(spec: StoreSpec | None) -> Path | None:
     if isinstance(spec, LocalStore):
         return spec.root
     text = environment.text_from(environment.STORE) if spec is None else spec
-    with suppress(StoreError):  # it names no store: to open it will say so
+    with suppress(StoreError):  # it names no store: opening it will say so
         return directory_of(os.fspath(text)) if isinstance(text, (str, os.PathLike)) else None
     return None
 
 
 def _has_traces(root: Path) -> bool:
-    """Whether a directory has been used as a store. No descriptors are needed for that, in case there are no more."""
+    """Returns whether a directory has been used as a store. This needs no file descriptors, in case none are left."""
     return any(os.path.exists(root / name) for name in (MARKER, PARTIAL, NOTES, BYTES))
 
 
 def _is_the_systems(error: BaseException | None) -> bool:
-    """Whether an error comes from the system, and not from what the user wrote."""
+    """Returns whether an error comes from the system, and not from what the user wrote."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
     return error is not None

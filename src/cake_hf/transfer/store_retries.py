@@ -22,21 +22,22 @@ from cake_hf.util import environment
 from cake_hf.util.forks import Lock, renewed_in_child
 
 REST_FACTOR, LEAST_REST, MOST_REST = 10.0, 1.0, 60.0
-"""A store that failed is left alone for so many times as long as the failure took: one that keeps everybody waiting is seldom
-tried again, though never after more seconds than the last number; and one that fails at once with the next prompt."""
+"""After a failure, a store is left alone for this many times as long as the failure took. A store that keeps prompts waiting is
+thus rarely retried, but no later than after the last number of seconds; a store that fails at once is retried with the next
+prompt."""
 
 MOST_DOORS = 1024
-"""Names of stores that are remembered."""
+"""Maximum number of store names that are remembered."""
 
 
 class Door:
-    """What is known of one name of a store. Get it from `door_of`.
+    """What is known about one name of a store. Get it from `door_of`.
 
     Attributes:
-        known: the store was usable earlier in this process.
-        faults: that were told; forgotten when all is well again.
-        sharing: what its users share, kept between them: who comes next knows what hangs.
-        failure: what the last attempt failed by.
+        known: whether the store was usable earlier in this process.
+        faults: already logged; forgotten when all is well again.
+        sharing: what the store's users share, kept between them: the next user knows what hangs.
+        failure: the error of the last failed attempt.
     """
 
     def __init__(self) -> None:
@@ -53,33 +54,33 @@ class Door:
         self._late: tuple[Call[Any], Hashable] | None = None
 
     def rests(self) -> bool:
-        """Whether it is too early to try again."""
+        """Returns whether it is too early to try again."""
         return time.monotonic() < self._rests_until
 
     def failed(self, failure: BaseException, seconds: float) -> None:
-        """An attempt has failed after so long."""
+        """Records that an attempt failed after that many seconds."""
         rest = min(MOST_REST, REST_FACTOR * seconds)
-        self.failure = StoreError(in_words(failure))  # itself it would keep all that it was raised through
+        self.failure = StoreError(in_words(failure))  # the exception itself would keep its traceback's frames alive
         self._rests_until = time.monotonic() + (rest if rest >= LEAST_REST else 0.0)
 
     def works(self, sharing: Sharing, *, well: bool) -> None:
-        """The store can be read; and, if all is well, nothing else is wrong with it."""
+        """Records that the store can be read and, if all is well, that nothing else is wrong with it."""
         self.known, self.sharing = True, sharing
         if well:
             self.faults, self._rests_until = FaultLog(), float("-inf")
 
     def leave(self, call: Call[Any], kind: Hashable) -> None:
-        """An attempt of a kind was not waited for any longer."""
+        """Records that an attempt of that kind is no longer waited for."""
         with self._lock:
             self._late = (call, kind)
 
     def hangs(self) -> bool:
-        """Whether an attempt that was left is still under way."""
+        """Returns whether an attempt that is no longer waited for is still under way."""
         late = self._late
         return late is not None and late[0].thread.is_alive()
 
     def take(self, kind: Hashable) -> Call[Any] | None:
-        """An attempt of this kind that was left and has come to its end since; it is the caller's then."""
+        """Returns an attempt of this kind that was left and has ended since; it then belongs to the caller."""
         with self._lock:
             late = self._late
             if late is None or late[0].thread.is_alive():
@@ -94,7 +95,7 @@ _lock = Lock()
 
 
 def door_of(spec: StoreSpec | None) -> Door:
-    """The door that everybody in this process uses who names a store so. Nothing is asked."""
+    """Returns the door shared by everything in this process that names a store this way. Asks the store nothing."""
     try:
         with _lock:
             if isinstance(spec, Store):
@@ -104,7 +105,7 @@ def door_of(spec: StoreSpec | None) -> Door:
             while len(_doors) > MOST_DOORS:
                 _doors.popitem(last=False)
             return door
-    except (TypeError, OSError, StoreError):  # it is no name of a store, or relative to a directory that is gone
+    except (TypeError, OSError, StoreError):  # not a name of a store, or relative to a directory that is gone
         return Door()
 
 
@@ -120,5 +121,5 @@ def _name(spec: Any) -> Hashable:
     text = os.fspath(spec)
     directory = directory_of(text)
     where = str(directory.absolute()) if directory is not None else ""
-    # There may be a password in it, which is secret.
+    # Hashed, because the text may contain a password.
     return hashlib.blake2b(f"{where}\n{'' if where and '?' not in text else text}".encode(), digest_size=16).digest()

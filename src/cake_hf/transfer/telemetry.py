@@ -1,12 +1,12 @@
-"""Counters and histograms through the OpenTelemetry API, for who watches many processes.
+"""Counters and histograms through the OpenTelemetry API, for monitoring many processes.
 
     cake_hf.chunks            counter, {chunk}   by cake_hf.outcome: loaded, computed, shared, missed, failed, saved, unsaved
     cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
 
-Where `opentelemetry-api` is not installed nothing happens; where it is and nobody has set up an SDK, its instruments do
-nothing. Whatever goes wrong in here, no prompt suffers from it.
+If `opentelemetry-api` is not installed, nothing happens; if it is installed but no SDK is set up, its instruments do nothing.
+No error in this module ever affects a prompt.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from cake_hf.util.interrupts import is_the_users
 logger = logging.getLogger("cake_hf")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-"""Bounds of the histograms' buckets. The SDK's own are for milliseconds: all of ours would be in the first one."""
+"""Bucket bounds of the histograms. The SDK's defaults are for milliseconds: all our values would be in the first bucket."""
 
 
 class Counter(Protocol):
-    """What is used of an OpenTelemetry counter."""
+    """The used part of an OpenTelemetry counter."""
 
     def add(self, amount: int, attributes: Mapping[str, str]) -> None: ...
 
 
 class Histogram(Protocol):
-    """What is used of an OpenTelemetry histogram."""
+    """The used part of an OpenTelemetry histogram."""
 
     def record(self, amount: float) -> None: ...
 
 
 class Meter(Protocol):
-    """What is used of an OpenTelemetry meter."""
+    """The used part of an OpenTelemetry meter."""
 
     def create_counter(self, name: str, unit: str = "", description: str = "") -> Counter: ...
 
@@ -108,7 +108,7 @@ class _Watch:
         self._instruments: Instruments | None = None
 
     def use(self, make_meter: Callable[[], Meter | None], *, again: bool) -> None:
-        """Make instruments by a meter (None: by none), for the first time or again."""
+        """Makes instruments with a meter (without one: none), for the first time or again."""
         with self._lock:
             if self._made and not again:
                 return
@@ -123,7 +123,7 @@ class _Watch:
             self._made = True
 
     def tell(self, what: Callable[[Instruments], None]) -> None:
-        """Record something, if anybody is watching."""
+        """Records something, if there are instruments."""
         if not self._made:
             self.use(_installed_meter, again=False)
         instruments = self._instruments
@@ -141,17 +141,17 @@ _watch = _Watch()
 
 
 def observe(report: Report) -> None:
-    """Count a finished prompt. What is saved of it comes later, by `observe_save`."""
+    """Counts a finished prompt. Its saved chunks are counted later, by `observe_save`."""
     _watch.tell(lambda instruments: instruments.prompt(report))
 
 
 def observe_lookup(seconds: float) -> None:
-    """Count one question to a store, whatever its answer was."""
+    """Counts one question to a store, whatever its answer was."""
     _watch.tell(lambda instruments: instruments.lookup(seconds))
 
 
 def observe_save(durable: bool, nbytes: int) -> None:
-    """Count a chunk that was to be saved.
+    """Counts a chunk that was to be saved.
 
     Args:
         durable: whether it is in the store now.
@@ -161,12 +161,15 @@ def observe_save(durable: bool, nbytes: int) -> None:
 
 
 def use_meter(meter: Meter | None) -> None:
-    """Report to this meter instead of the global one; None reports nothing. For tests, and for who has several providers."""
+    """Reports to this meter instead of the global one; None reports nothing. For tests and for several providers."""
     _watch.use(lambda: meter, again=True)
 
 
 def _installed_meter() -> Meter | None:
-    """The global meter, or None where the package is not installed. By name, since types of it may or may not be there."""
+    """Returns the global meter, or None if the package is not installed.
+
+    The package is imported by name, since its types may be missing.
+    """
     try:
         metrics = importlib.import_module("opentelemetry.metrics")
     except ImportError:

@@ -1,4 +1,4 @@
-"""Checking a value from the store while it comes: is it the one asked for, and is it as it was written?"""
+"""Checks of a value from the store while it arrives: is it the requested one, and is it as it was written?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cake_hf.chunks.layout import ChunkLayout
 
 
 class Check:
-    """Of one value: its header once, and each of its pieces once.
+    """The check of one value: its header once, and each of its pieces once.
 
     Args:
-        key: that was asked for.
+        key: the requested key.
         layout: of the value.
         header: where its header lands.
         pieces: where its pieces land, in order; fewer than all if no more are wanted.
@@ -27,10 +27,10 @@ class Check:
         self._checked = 0
 
     def up_to(self, end: int) -> None:
-        """The header and the first `end` pieces are there; to be called whenever there are more.
+        """Checks the header and the first `end` pieces, which have arrived; call it whenever more have.
 
         Raises:
-            CorruptChunk: they are not what was asked for, or not as they were written.
+            CorruptChunk: they are not what was requested, or not as they were written.
         """
         if self._facts is None:
             self._facts = check_header(self._header, self._key, self._layout)

@@ -27,10 +27,10 @@ class SaveJob:
     """One chunk on its way to the store.
 
     Attributes:
-        facts: what the chunk says about itself; the checksums are filled in by the writer.
+        facts: the chunk's metadata; the checksums are filled in by the writer.
         layout: of the chunk.
-        payload: its bytes, in memory that nobody else changes; from a GPU they may still be coming.
-        overwrite: the store has a chunk of this key that turned out to be unusable.
+        payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way.
+        overwrite: whether the store has a chunk of this key that turned out to be unusable.
         done: called with whether the chunk is durable now.
     """
 
@@ -42,17 +42,17 @@ class SaveJob:
 
 
 class Writer:
-    """What one session has to save: its share of the line in front of a store.
+    """What one session has to save: its share of the background queue in front of a store.
 
-    All writers of a process for one place share a thread and a budget of bytes. An offer beyond that is refused at once;
+    All writers of a process for one place share a thread and a byte budget. An offer beyond that budget is refused at once;
     nothing ever waits for room.
 
     Args:
         store: where chunks go.
-        capacity: bytes of payload that may be under way, those of other sessions included.
+        capacity: bytes of payload that may be under way, including those of other sessions.
         exit_flush_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
-        place: of the store, see `place_of`; asked of the store if it is not given.
-        faults: of all who write there; its own if it is not given.
+        place: of the store, see `place_of`; the store is asked if it is not given.
+        faults: of all writers to that place; a new log if it is not given.
     """
 
     def __init__(
@@ -69,24 +69,26 @@ class Writer:
         self._faults = faults or FaultLog()
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether a chunk of that size would be taken now; asked before the chunk is copied out."""
+        """Returns whether a chunk of that size would be accepted now; asked before the chunk is copied out."""
         return self._share.has_room(nbytes)
 
     def offer(self, job: SaveJob) -> bool:
-        """Queue a chunk; False, and nothing happens, where it does not fit, the writer is closed, or can have no thread."""
+        """Queues a chunk; False, without any effect, if it does not fit, the writer is closed, or no thread is available."""
         return self._share.offer(Work(job.facts.key, job.layout.nbytes, partial(self._bring, job)))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything offered here so far, and what is offered meanwhile, is durable; False on time-out, or where
-        there is none and one chunk takes longer than `exit_flush_seconds`."""
+        """Waits until everything offered to this writer, so far and meanwhile, is durable.
+
+        Returns False on time-out, or, without a timeout, if one chunk takes longer than `exit_flush_seconds`.
+        """
         return self._share.flush(timeout)
 
     def close(self) -> bool:
-        """Take nothing more, and wait for what is queued (with a bound); False on time-out."""
+        """Accepts nothing more and waits, within a bound, for what is queued; False on time-out."""
         return self._share.close()
 
     def retire(self) -> None:
-        """Take nothing more; what is queued is still written."""
+        """Accepts nothing more; what is queued is still written."""
         self._share.retire()
 
     def _bring(self, job: SaveJob) -> None:
@@ -102,21 +104,21 @@ class Writer:
             payload = byte_view(job.payload.memory)
             facts = replace(job.facts, checksums=checksums(payload, job.layout))
             self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
-        except BaseException as error:  # whatever a store's client raises: only the chunk must suffer from it
+        except BaseException as error:  # whatever a store's client raises must affect this chunk only
             self.tell(error)
             return False
         return True
 
     def tell(self, error: BaseException) -> None:
-        """Say why a chunk is not saved: one line for the first fault; a full disk would otherwise print one per chunk."""
+        """Logs why a chunk is not saved: one line for the first fault; a full disk would otherwise log one per chunk."""
         advice = error if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
         self._faults.tell("saving", "Chunks are not being saved (generation goes on). %s", advice)
 
 
 def pack(pieces: Sequence[torch.Tensor], layout: ChunkLayout) -> Slot:
-    """Copy a chunk's pieces, wherever they are, into host memory in payload order.
+    """Copies a chunk's pieces, on any device, into host memory in payload order.
 
-    From a GPU they are on their way when this returns, see `copy_out`. Whoever reads the memory calls `await_copy` before.
+    From a GPU the copies are still under way when this returns, see `copy_out`. Call `await_copy` before reading the memory.
     """
     slot = Slot(layout.nbytes, pinned=any(piece.device.type == "cuda" for piece in pieces))
     parts = zip(pieces, slot.memory.split(layout.sizes), strict=True)
