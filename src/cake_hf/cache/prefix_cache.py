@@ -153,7 +153,7 @@ class PrefixCache(RememberingCache):
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
     ) -> Prompt:
-        """Returns the call's full chunks, except for its last `leave` tokens, as a prompt that was matched against the store."""
+        """Matches the call's full chunks, except for its last `leave` tokens, against the store; returns the prompt."""
         session = self._session
         report = report or self._plain_report(call, "")
         wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
@@ -208,7 +208,7 @@ class PrefixCache(RememberingCache):
         restore.abandon()
 
     def _finish(self) -> None:
-        """Ends the forward that ran a suffix. A suffix that was a full chunk on the schedule is treated like the other chunks."""
+        """Ends the forward that ran a suffix; a suffix that was a full chunk on the schedule is treated like the others."""
         work = self._work
         if work.phase not in (Phase.SUFFIX, Phase.BATCH):
             return

@@ -172,7 +172,7 @@ class PromptCache(PrefixCache):
         return True
 
     def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
-        """Checks that the prompt given to `generate` starts with the content: `generate` cuts off that many tokens unchecked."""
+        """Checks that the prompt given to `generate` starts with the content, since `generate` skips these tokens unchecked."""
         given = given_prompt(model)
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
@@ -210,7 +210,7 @@ class PromptCache(PrefixCache):
         return (), call.piece(batch.start, call.tokens)
 
     def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
-        """Does the work of `_handle` for equal rows, as for beams: restores one row, with any kind of layers, and repeats it."""
+        """Does the work of `_handle` for equal rows, as for beams: restores one, with any kind of layers, and repeats it."""
         prompt = self._prefill(call.ids[:1], call.wanted_logits, no_progress)
         if prompt is None:
             return None
