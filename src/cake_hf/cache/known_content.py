@@ -1,4 +1,4 @@
-"""A cache that knows its content: the blocks of a prompt, the tokens decoded after them, and what it holds but does not show."""
+"""A cache that knows its content: the blocks of a prompt, tokens decoded after them, and what it holds but does not show."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RememberingCache(GuardedCache):
             self._repeat(ids)
 
     def _repeat(self, ids: torch.Tensor) -> None:
-        """Repeats the single row in this cache, to as many rows as the ids have; recurrent layers offer no other way to do it."""
+        """Repeats the single row in this cache for each row of the ids; recurrent layers offer no other way to do it."""
         self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
 
     def _make_head_major(self) -> None:

@@ -42,7 +42,7 @@ class Seals:
         self._versions = [tensor._version for tensor in self._watched]
 
     def look(self) -> None:
-        """Checks, before a forward of the model, whether anything was written since the last one. Holds no tensors afterwards."""
+        """Checks, before a forward of the model, for writes since the last one. Holds no tensors afterwards."""
         self._broken |= self._versions != [tensor._version for tensor in self._watched]
         self._watched, self._versions = [], []
 

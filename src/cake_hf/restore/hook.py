@@ -151,7 +151,7 @@ class InFront:
 def _enter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
     if not torch.compiler.is_dynamo_compiling():
         return _entered(model, args, kwargs, traced=False)
-    # torch.compile traces the call: the forward will be compiled code, and what is done here is not.
+    # torch.compile traces the call: the forward will be compiled code, but the work done here must stay out of the graph.
     cache = _cake_cache(args, kwargs)
     if cache is None or cache.in_front:
         return None
