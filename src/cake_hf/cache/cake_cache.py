@@ -215,7 +215,7 @@ class CakeCache(RestoringCache):
     def _bring(
         self, ids: torch.Tensor, cuts: list[int], *, whole: bool, ends: bool, progress: Progress = no_progress
     ) -> Report:
-        """Does the work of `prefill`.
+        """Implements `prefill`.
 
         Args:
             ids: token ids of the prompt.
@@ -285,7 +285,7 @@ class CakeCache(RestoringCache):
 
         Returns:
             The boundaries. They end where the content is no longer known to be canonical: at decoding other than token by
-                token, a batch, or a crop.
+            token, a batch, or a crop.
 
         Raises:
             CakeError: another thread is using the cache.

@@ -74,8 +74,9 @@ def chat_document(
 def chat_prompt(
     tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True, **options: Any
 ) -> ChatPrompt:
-    """Returns a whole conversation, for `cake_hf.generate(model, ids, boundaries=...)`: each turn finds what earlier turns
-    stored.
+    """Returns a whole conversation, for `cake_hf.generate(model, ids, boundaries=...)`.
+
+    Each turn then finds what earlier turns have stored.
 
     Args:
         tokenizer: of a chat model.

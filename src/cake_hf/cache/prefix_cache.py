@@ -115,7 +115,7 @@ class PrefixCache(RememberingCache):
         report: Report | None,
         started: float,
     ) -> Restore:
-        """Does the work of `_restore` for a call that is not refused.
+        """Restores a call that is not refused; see `_restore`.
 
         Without a namespace, the latest one is assumed and checked while loads are under way, since making it takes
         milliseconds.
@@ -225,7 +225,7 @@ class PrefixCache(RememberingCache):
         self._work = IDLE
 
     def _give_up(self) -> None:
-        """Abandons the restore, or the suffix in the model, that did not succeed."""
+        """Abandons the restore, or the suffix, that failed."""
         self.presses_rest = False
         work = self._work
         if work.phase is Phase.PREFILLED:
@@ -244,7 +244,7 @@ class PrefixCache(RememberingCache):
         return work.phase is Phase.SUFFIX and work.prompt is not None and not work.prompt.call.past
 
     def _press(self) -> None:
-        """Applies the presses on the model, which have not seen the prompt, now that all of it has run."""
+        """Applies the model's presses once the whole prompt has run, since they have not seen it."""
         self.presses_rest = False
         if (presses := Presses.on(self._session.model)).pressed:
             self._forget_content()
@@ -255,8 +255,8 @@ class PrefixCache(RememberingCache):
             self._work = IDLE
 
     def _prefill(self, input_ids: torch.Tensor, leave: int | None, progress: Progress, **counted: Any) -> Prompt | None:
-        """Restores the new part of a prompt, except for its last `leave` tokens (None: its last block); returns None if it
-        cannot.
+        """Restores the new part of a prompt, except for its last `leave` tokens (None: its last block); returns None if
+        refused.
         """
         model, past = self._session.model, self.get_seq_length()
         self._seen.require(input_ids, None, past)

@@ -38,7 +38,7 @@ class PromptCache(PrefixCache):
     def _handle(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
-        """Restores the prompt that a forward brings and shortens the call to the suffix; returns None to leave the call
+        """Restores the prompt that a forward brings and returns the call for the suffix; returns None to leave the call
         unchanged.
 
         Args:
@@ -77,7 +77,7 @@ class PromptCache(PrefixCache):
         return self._handle_call(call)
 
     def _handle_rest(self, rest: ForwardCall) -> Rewritten:
-        """Does the work of `_handle` for the new tokens of a call that also brings tokens already held."""
+        """Handles the new tokens of a call that also brings tokens already held; see `_handle`."""
         if rest.tokens > 1:
             rewritten = self._handle_call(rest)
         else:  # decoding without `use_cache`
@@ -86,16 +86,14 @@ class PromptCache(PrefixCache):
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
-        """Does the work of `_handle`, after the end of a document if the call continues from it."""
+        """Handles a call, from the end of a document on if the call continues from it; see `_handle`."""
         behind = self._behind_document(call)
         if behind is not None:
             return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
         return self._handle_new(call)
 
     def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
-        """If a call starts with the end of the document that the cache holds, shows that end and returns the call for what
-        follows.
-        """
+        """If a call starts with the end of the document that the cache holds, shows that end; returns the call for the rest."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return None
@@ -112,7 +110,7 @@ class PromptCache(PrefixCache):
         return None
 
     def _handle_new(self, call: ForwardCall) -> Rewritten | None:
-        """Does the work of `_handle` for a call that brings only new tokens."""
+        """Handles a call that brings only new tokens; see `_handle`."""
         if call.past and call.wants_all_logits:
             self._turn = None
             self._spread(call.ids)
@@ -179,8 +177,9 @@ class PromptCache(PrefixCache):
             self._forget_retold(given.ids)
 
     def _is_rest(self, call: ForwardCall) -> bool:
-        """Whether what comes after `prefill` is only a suffix. A full chunk counts as one if it cannot be saved like the
-        others.
+        """Whether what comes after `prefill` is only a suffix.
+
+        A full chunk counts as a suffix if it cannot be saved like the others.
         """
         size = self._session.chunk_size
         if self._is_cut_in(call):
@@ -188,7 +187,7 @@ class PromptCache(PrefixCache):
         return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
-        """Does the work of `_handle` for several prompts, or a padded one."""
+        """Handles several prompts, or a padded one; see `_handle`."""
         session, started = self._session, time.monotonic()
         reason = self._refusal(call)
         if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
@@ -210,7 +209,7 @@ class PromptCache(PrefixCache):
         return (), call.piece(batch.start, call.tokens)
 
     def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
-        """Does the work of `_handle` for equal rows, as for beams: restores one, with any kind of layers, and repeats it."""
+        """Handles equal rows, as for beams: restores one, with any kind of layers, and repeats it; see `_handle`."""
         prompt = self._prefill(call.ids[:1], call.wanted_logits, no_progress)
         if prompt is None:
             return None

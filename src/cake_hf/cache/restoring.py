@@ -287,9 +287,7 @@ class RestoringCache(PromptCache):
     def _handle_if_understood(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
-        """Does the work of `_handle`. If that fails because something about the model is not understood, the forward is left
-        unchanged.
-        """
+        """Calls `_handle`; leaves the forward unchanged if that fails because the model is not understood in some respect."""
         held = self._held.copy()
         try:
             return self._handle(model, args, kwargs, past)
@@ -310,8 +308,7 @@ class RestoringCache(PromptCache):
         return None
 
     def _arrived_outside(self) -> None:
-        """Handles KV that arrives while no forward of our model is known to run: it is another model's, or the hook was not
-        called.
+        """Handles KV that arrives outside of our model's forward: it is another model's, or the hook was not called.
 
         The hook is not called if a model's `forward` method is called directly. The cache then works as a plain one.
 
@@ -333,8 +330,9 @@ class RestoringCache(PromptCache):
             self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
 
     def _note_bypassed(self, ids: torch.Tensor) -> None:
-        """Reports that `generate` runs the model without this cache, although it was given it, unless we are trying the model
-        out.
+        """Reports that `generate`, although it was given this cache, runs the model without it.
+
+        Does nothing while a prompt of this cache is being handled: we may then be trying the model out.
         """
         if not self._session.at_work.has(self):
             self.report = Report(tokens=ids.numel(), chunk_size=self._session.chunk_size, reason=BYPASSED)

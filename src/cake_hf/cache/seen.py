@@ -1,4 +1,4 @@
-"""The tokens of the prompts that a cache holds, where they were seen: the cache itself knows only how many tokens there are."""
+"""The prompt tokens that a cache has seen and still holds: the cache itself knows only how many tokens there are."""
 
 from __future__ import annotations
 

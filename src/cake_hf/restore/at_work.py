@@ -42,7 +42,7 @@ class AtWork:
             self._caches.pop(id(cache), None)
             then, self._then = (None, self._then) if self._caches else (self._then, None)
         if then is not None:
-            # In a thread of its own: closing waits for saves, while the caller of this thread waits for tokens.
+            # In a thread of its own: closing waits for saves, while the caller here waits for tokens.
             threading.Thread(target=then, name="cake-close", daemon=True).start()
 
     def close(self, model: torch.nn.Module, close: Callable[[], object]) -> None:

@@ -95,8 +95,9 @@ class BoundModel:
         return made_by(self.model).states
 
     def namespace(self, ids: torch.Tensor | None = None) -> str:
-        """Returns the digest of all that must be equal, beside the tokens, for KV to be interchangeable. Inspects all of it
-        again.
+        """Returns the digest of all that must be equal, beside the tokens, for KV to be interchangeable.
+
+        Inspects all of it again.
 
         Args:
             ids: of the prompt. The weights that only these tokens use are inspected more closely.
@@ -134,7 +135,7 @@ class BoundModel:
         return latest.facts if latest is not None and latest.namespace == namespace else None
 
     def where_computed(self) -> str:
-        """Returns the devices that the model computes on, in words; computing costs are kept per such text."""
+        """Returns the devices that the model computes on, in words; the costs of computing are those of these devices."""
         return where_computed(self.model)
 
     def _facts(self) -> dict[str, Any]:

@@ -82,9 +82,7 @@ class Carried:
             layer.watch(on=True)
 
     def begin(self) -> None:
-        """Prepares to run a chunk; until `passed`, what is carried belongs to no place, in case a forward is preempted or
-        fails.
-        """
+        """Prepares to run a chunk. Until `passed`, what is carried belongs to no place: the forward may be preempted or fail."""
         self.standing = None
         self._brought = []
 
@@ -135,7 +133,7 @@ class Carried:
     def end(self) -> None:
         """Ends the restore: releases the layers and what was kept.
 
-        The restore itself, which holds this object, is released too: in a reference cycle, KV would wait for the garbage
+        The reference to the restore, which holds this object, is dropped too: in a cycle, KV would wait for the garbage
         collector.
         """
         self._loaded_block = lambda chunk: None

@@ -70,8 +70,9 @@ class ChunkRuns:
         self._devices = devices
 
     def compute(self, index: int) -> bool:
-        """Runs the model on one chunk and has it saved; returns False if the forward was preempted by the arrival of the chunk,
-        or was a trial that is not worth finishing.
+        """Runs the model on one chunk and has it saved; returns False if the forward ended early.
+
+        It ends early if the chunk has come from the store, or if it was a trial that is not worth finishing.
         """
         self.stand(index)
         begin = time.monotonic()

@@ -19,7 +19,7 @@ def count_restore(
     states: int,
     patience: float,
 ) -> int:
-    """Adds to the report who made which chunks, what came from the store, and how loads ended; logs late loads.
+    """Adds to the report which side made each chunk, what came from the store, and how loads ended; logs late loads.
 
     The numbers are added, not set, since the rows of a batch share a report.
 

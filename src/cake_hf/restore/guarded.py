@@ -36,7 +36,7 @@ class GuardedCache(HookedCache):
         return keys, values
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Works as `DynamicCache.update`.
+        """Same as `DynamicCache.update`.
 
         Raises:
             ForeignModel: another model than the cache's own brings KV.
@@ -75,14 +75,14 @@ class GuardedCache(HookedCache):
     def update_indexer(
         self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Works as `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
+        """Same as `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=True)
         keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return keys
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Works as `DynamicCache.update_conv_state`; raises as `update`."""
+        """Same as `DynamicCache.update_conv_state`; raises as `update`."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
@@ -91,7 +91,7 @@ class GuardedCache(HookedCache):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Works as `DynamicCache.update_recurrent_state`; raises as `update`."""
+        """Same as `DynamicCache.update_recurrent_state`; raises as `update`."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)

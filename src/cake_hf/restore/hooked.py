@@ -17,7 +17,7 @@ class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not ty
     The attributes are plain ones, since torch.compile traces the code that reads them.
 
     Attributes:
-        passive: it works only as the cache that it is derived from.
+        passive: the cache is no more than its base class, `DynamicCache`.
         in_front: compiled code is running, called by `hook.InFront`.
     """
 

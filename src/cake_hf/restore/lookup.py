@@ -31,7 +31,7 @@ class PrefixMatch:
 
     @classmethod
     def none(cls, blocks: int) -> PrefixMatch:
-        """Returns the match of which none of `blocks` blocks is stored."""
+        """Returns a match in which none of the `blocks` blocks is stored."""
         return cls((False,) * blocks, (False,) * blocks)
 
 

@@ -81,7 +81,7 @@ class Elsewhere:
 
     Attributes:
         record: of the namespace.
-        differences: between that namespace and the one that was looked under.
+        differences: between that namespace and the session's own.
         keys: of the prompt's chunks there, see `Sought.keys`.
         stored: how many of these are stored.
     """

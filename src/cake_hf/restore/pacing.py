@@ -40,7 +40,7 @@ class RestorePace(Pace):
         self.blocks, self.can_run, self.can_leave = blocks, can_run, can_leave
 
     def end(self, now: float) -> None:
-        """Ends the restore, and releases it, since it holds KV."""
+        """Ends the restore, and drops the references to it, since it holds KV."""
         super().end(now)
         self.can_run = self.can_leave = _never
 

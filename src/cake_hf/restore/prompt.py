@@ -235,9 +235,7 @@ def _objection(session: Session, namespace: str) -> str:
     store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).mismatch_reason is Store.mismatch_reason:
         return ""
-    facts = (
-        session.bound_model.latest_facts()
-    )  # read here: the thread that asks may hang, and must not hold the session
+    facts = session.bound_model.latest_facts()  # read here: the asking thread may hang, and must not hold the session
     answer = ask(
         partial(_mismatch_reason_of, store, namespace, facts),
         session.limits.lookup_timeout,

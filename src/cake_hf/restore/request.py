@@ -212,9 +212,7 @@ class ForwardCall:
         return [] if self.vision is None else self.vision.marks(named)
 
     def uncut(self, ends: Sequence[int]) -> int:
-        """Returns the number (from 1) of the first of these places where the call must not be cut; 0 if all of them are
-        allowed.
-        """
+        """Returns the number (from 1) of the first of these places where the call must not be cut; 0 if there is none."""
         return 0 if self.vision is None else self.vision.uncut(ends)
 
     def _mask_refusal(self) -> str:

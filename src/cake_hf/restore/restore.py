@@ -4,13 +4,13 @@ The steps, in the order in which they happen:
 
 1. `prompt_cache.PromptCache._handle` finds which part of a call is a prompt, and whether it is to be restored.
 2. `prompt.open_prompt` gives keys to the prompt's blocks, and `lookup.match_prefix` asks the store which of them it has (a
-`PrefixMatch`).
+   `PrefixMatch`).
 3. `plan.plan_restore` decides which of the stored chunks are loaded, and how (a `RestorePlan`).
 4. `Restore`, in this file: the layers reserve room, loaders claim chunks from the back (`transfer.loader`), and the walk goes
-up from the front. The frontier decides what comes next (`scheduling.frontier`); `chunk_runs` runs the model on it, and has it
-saved.
+   up from the front. The frontier decides what comes next (`scheduling.frontier`); `chunk_runs` runs the model on it, and has
+   it saved.
 5. The sides meet: the length is set to all chunks. The caller of the model then runs the prompt's suffix. The suffix may start
-while the last loads still arrive: each of its layers waits for that layer of the loads (`await_layer`).
+   while the last loads still arrive: each of its layers waits for that layer of the loads (`await_layer`).
 6. `close` waits for the loaders, and `counting` adds to the report what happened. Or `abandon` restores the previous state.
 
 If the model carries something from chunk to chunk (sliding windows, recurrent states; see `carried`), the steps are the same,
@@ -52,8 +52,7 @@ from cake_hf.transfer.loader import LoadJob, start_loaders
 
 
 class Restore:
-    """Brings the KV of the prompt's full chunks into the layers. After `close`, the layers hold exactly those tokens in
-    addition.
+    """Brings the KV of the prompt's full chunks into the layers; after `close`, these hold exactly that many tokens more.
 
     Use: `start`; `run`; then the prompt's suffix, with `await_layer` in each layer; then `close`. If anything fails, `abandon`.
 
@@ -90,9 +89,7 @@ class Restore:
         self._progress = progress
         self._end = prompt.call.past + prompt.call.tokens
         self._threads: list[threading.Thread] = []
-        self._made = (
-            0  # the chunks before this one were made by the main thread, so the devices' work already sees them
-        )
+        self._made = 0  # the devices' next work sees all chunks before this one
         template = kv_template(session.model)
         kept = [
             (layer, one)
@@ -195,8 +192,9 @@ class Restore:
         self._job.place.catch_up()
 
     def close(self, *, save_suffix: bool = False) -> None:
-        """Ends the restore after the prompt's suffix has run, or if it will not. Waits for the loaders, unless it left a load
-        behind.
+        """Ends the restore after the prompt's suffix has run, or if it will not run.
+
+        Waits for the loaders, unless a load was left behind.
 
         Args:
             save_suffix: the suffix is a block of the canonical schedule, to be saved like the others.
@@ -306,13 +304,13 @@ class Restore:
     def _see(self, index: int) -> None:
         """Has the devices wait, before they compute a chunk, for copies to the memory that this chunk reads or writes.
 
-        Usually there are none: the copies under way then belong to the back of the prompt.
+        Usually there are none: the copies under way go to the back of the prompt.
         """
         if index != self._made or self._carried or not self._frontier.is_untouched(index):
             self._job.place.catch_up()
 
     def _can_run(self, index: int) -> bool:
-        """False if the model is past the chunk: to get back, loaded chunks would have to run again for the carried states."""
+        """False if the model stands elsewhere: chunks that are already loaded would have to run again for what they carry."""
         return not self._carried or self._carried.standing == index
 
     def _can_leave(self, index: int) -> bool:

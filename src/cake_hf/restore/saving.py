@@ -111,7 +111,9 @@ class Saver:
         return [*kept, *(self._carried.block(index) or ())]
 
     def _is_due(self, index: int) -> bool:
-        """True around tails, at the end of the prompt and of its stored or shared part, and every `snapshot_every` chunks."""
+        """True around tails, at the end of what is stored of the prompt or shared with others, and every `snapshot_every`
+        chunks.
+        """
         prompt, every = self._prompt, self._session.snapshot_every
         shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
         due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)

@@ -75,8 +75,9 @@ class Session:
         return self.bound_store.access.flush(timeout)
 
     def close(self) -> bool:
-        """Removes the hook, saves what is queued (with one time limit), closes the store if it is ours; returns False on
-        time-out.
+        """Removes the hook, saves what is queued, and closes the store if it is ours; returns False on time-out.
+
+        One time limit covers all of it.
         """
         self.is_closed = True
         if not self._release.detach():

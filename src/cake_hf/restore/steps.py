@@ -29,15 +29,15 @@ class Steps:
         self.overruled: set[int] = set()
 
     def advance(self, *, until: int, past_loads: bool) -> int | None:
-        """Works as `Frontier.advance`."""
+        """Same as `Frontier.advance`."""
         return self._frontier.advance(until=until, past_loads=past_loads)
 
     def preempted(self, index: int) -> bool:
-        """Works as `Frontier.preempted`."""
+        """Same as `Frontier.preempted`."""
         return self._frontier.preempted(index)
 
     def computed(self, index: int) -> None:
-        """Works as `Frontier.computed`."""
+        """Same as `Frontier.computed`."""
         self._frontier.computed(index)
 
     def stand(self, come_near: Callable[[int], int], index: int) -> int:
@@ -55,7 +55,7 @@ class AgreedSteps(Steps):
         self._asks = True  # whether to ask the frontier for the next chunk
 
     def advance(self, *, until: int, past_loads: bool) -> int | None:
-        """Works as `Frontier.advance`, for all ranks. No rank goes past loads: others may have to make these chunks."""
+        """Same as `Frontier.advance`, for all ranks. No rank goes past loads: others may have to make these chunks."""
         if self._asks or (self._own is not None and self._frontier.preempted(self._own)):
             self._own, self._asks = self._frontier.advance(until=until), False
         (agreed,) = self._ranks.all_reduce_min([until if self._own is None else self._own])
@@ -70,7 +70,7 @@ class AgreedSteps(Steps):
         return False
 
     def computed(self, index: int) -> None:
-        """Works as `Frontier.computed`, if the chunk was the one that this rank named."""
+        """Same as `Frontier.computed`, if the chunk was the one that this rank named."""
         if index == self._own:
             self._frontier.computed(index)
             self._asks = True
