@@ -72,7 +72,7 @@ class RestoringCache(PromptCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` must not compile decoding by itself, as it does for caches other than `DynamicCache`."""
+        """False: `generate` must not decide to compile decoding, as it does for caches other than `DynamicCache`."""
         return False
 
     @property

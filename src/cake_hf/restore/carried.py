@@ -82,7 +82,10 @@ class Carried:
             layer.watch(on=True)
 
     def begin(self) -> None:
-        """Prepares to run a chunk. Until `passed`, what is carried belongs to no place: the forward may be preempted or fail."""
+        """Prepares to run a chunk.
+
+        Until `passed`, what is carried belongs to no place, since the forward may be preempted or fail.
+        """
         self.standing = None
         self._brought = []
 
@@ -117,7 +120,7 @@ class Carried:
         return [named[piece.name] for piece in self._state_layout.pieces]
 
     def come_near(self, chunk: int) -> int:
-        """Moves to that chunk, or else to the last chunk before it where that is possible; returns which."""
+        """Moves to that chunk or, if that is not possible, to the nearest earlier one where it is; returns which."""
         while not self._stand(chunk):
             chunk -= 1
         return chunk

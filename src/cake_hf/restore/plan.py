@@ -95,7 +95,7 @@ def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int
 
 
 def _windows(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
-    """Chooses the windows to load: those before the end, and before each place where the model continues after loads."""
+    """Chooses the windows to load: those that the model needs at the end, and wherever it continues after loaded chunks."""
     wanted: set[int] = set()
     for stop in range(1, len(usable) + 1):
         if usable[stop - 1] and (stop == len(usable) or not usable[stop]):
