@@ -157,7 +157,7 @@ class BoundStore:
             done(False)
 
     def _recorder(self, chunk: ChunkMetadata, made_with: dict[str, Any] | None) -> Callable[[], None]:
-        """Returns what records in the store, once the chunk is there, what the chunk was made with."""
+        """Returns a function that records in the store, once the chunk is there, what the chunk was made with."""
         if made_with is None:
             return _keep_nothing
         seconds = note_seconds(self.limits)

@@ -189,7 +189,7 @@ def _weights(facts: Mapping[str, Any]) -> Any:
 
 
 def _counted(store: Store, one: Elsewhere) -> Elsewhere:
-    """Returns the same, after asking for all of its chunks."""
+    """Returns the same result, counted over all of its chunks."""
     stored = sum(map(bool, store.contains(one.keys)))
     return Elsewhere(one.record, one.differences, one.keys, max(1, stored))
 

@@ -23,7 +23,7 @@ class RestorePace(Pace):
 
     Attributes:
         blocks: of the prompt.
-        can_run: whether a block could be computed right now; if not, there is no point in not waiting for its load.
+        can_run: whether a block could be computed right now; if not, skipping the wait for its load gains nothing.
         can_leave: whether a forward on it can be ended although its load has not arrived.
     """
 
