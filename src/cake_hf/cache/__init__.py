@@ -1,4 +1,4 @@
-"""`CakeCache` and `generate`: what users call, and what a cache holds between calls."""
+"""`CakeCache`, `generate` and the chat helpers: the public API, and what a cache holds between calls."""
 
 from cake_hf.layers import compat  # noqa: F401  # isort: skip  # first: it refuses a transformers that is too old
 from cake_hf.cache.cake_cache import CakeCache

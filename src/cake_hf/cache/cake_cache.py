@@ -39,33 +39,36 @@ class CakeCache(RestoringCache):
         cache = CakeCache(model, store="~/.cache/cake_hf")
         model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 
-    When the model is called with a prompt and this cache, the prompt's full chunks are restored: computed from the front
-    while background threads load from the back, until they meet. Chunks that were computed are saved in the background.
-    Use one cache per conversation, as with `DynamicCache`; any number of caches may share a model and a store.
+    When the model is called with a prompt and this cache, the prompt's full chunks are restored: the main thread computes from
+    the front while background threads load from the back, until they meet. Computed chunks are saved in the background. Use one
+    cache per conversation, as with `DynamicCache`; any number of caches may share a model and a store.
 
     Args:
-        model: a decoder-only transformers model (PEFT-wrapped ones, too), with its weights loaded.
+        model: a decoder-only transformers model (it may be PEFT-wrapped), with its weights loaded.
         store: a directory, a URL (see `open_store`), a list of these for tiers, or a `Store`, which stays open when the cache
-            closes. By default what the environment variable `CAKE_HF_STORE` names.
-        chunk_size: tokens per chunk, at least 16; "auto" is 128 on a CPU and 512 on a GPU. Part of the key: other sizes do not
-            share chunks. Also part of what "exact" means: in bfloat16 other sizes round differently.
+            closes. Defaults to the store that the environment variable `CAKE_HF_STORE` names.
+        chunk_size: tokens per chunk, at least 16; "auto" is 128 on a CPU and 512 on a GPU. The size is part of the key, so
+            caches with different sizes share no chunks. It is also part of what "exact" means: in bfloat16, other sizes round
+            differently.
         salt: any text that separates tenants: chunks are found only under the salt they were saved with.
         save: write new chunks to the store. A read-only store, such as a pack, saves nothing.
         exact: use only KV made with the same numerics (device, processor, kernels, library versions, threads), which gives
-            bit-for-bit equal results. With False, KV of the same weights and dtype made anywhere is used.
-        strategy: "both"; or, to measure against, "compute" (load nothing) or "load" (compute only what is missing).
-        limits: budgets of threads, seconds and bytes; by default `Limits.from_environment()`.
-        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions), which can be restored
-            only up to a chunk with a stored snapshot of these: store one after every so many chunks. One is always stored at
-            the end of each prompt, and where a prompt parts from stored ones; 0 for no others.
+            bit-for-bit equal results. With False, KV of the same weights and dtype is used wherever it was made.
+        strategy: "both"; or, as a baseline for measurements, "compute" (load nothing) or "load" (compute only what is missing).
+        limits: budgets of threads, seconds and bytes; defaults to `Limits.from_environment()`.
+        snapshot_every: for models with recurrent states (linear attention, Mamba, short convolutions). Their prompts can be
+            restored only up to a chunk with a stored snapshot of the states; this stores one after every so many chunks. A
+            snapshot is always stored at the end of each prompt, and where a prompt diverges from stored ones; 0 stores no
+            others.
 
     Attributes:
         report: what happened to the last prompt.
 
     Raises:
-        UnsupportedModel: the model is on the meta device, an encoder-decoder, or its forward takes no cache.
-        StoreError: no store is named; or it cannot be opened, or cannot be written to while `save` is set, and never could be
-            in this process. (If it could be before, or does not answer in time, the cache works without it: docs/stores.md.)
+        UnsupportedModel: the model is on the meta device, is an encoder-decoder, or its forward takes no cache.
+        StoreError: no store is named; or the store cannot be opened, or cannot be written to while `save` is set, and has never
+            been usable in this process. (If it was usable before, or does not answer in time, the cache works without it:
+            docs/stores.md.)
         ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
     """
 
@@ -106,7 +109,7 @@ class CakeCache(RestoringCache):
         return f"CakeCache({state}{type(self._session.model).__name__}, {self._length()} tokens, {self.store!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CakeCache:
-        """A cache with its own KV, on the same model, store and writer. Several threads may copy one cache at a time.
+        """Returns a cache with its own KV, on the same model, store and writer. Several threads may copy the same cache.
 
         Raises:
             CakeError: another thread is running the model with this cache.
@@ -118,7 +121,7 @@ class CakeCache(RestoringCache):
         self._go_back_if_left()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        if self.passive:  # as `copy` would do it, but for what copies share
+        if self.passive:  # as `copy.deepcopy` would do it, except for what copies share
             memo[id(self._session)] = self._session
             copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
             return copied
@@ -136,13 +139,13 @@ class CakeCache(RestoringCache):
         return copied
 
     def __copy__(self) -> CakeCache:
-        """As of any cache: another object with the same layers."""
+        """Returns another object with the same layers, as for any cache."""
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
 
     def __reduce__(self) -> Any:
-        """Pickled as what it holds, a `DynamicCache`: model and store stay where they are."""
+        """Pickles the content as a `DynamicCache`, without the model and the store."""
         plain = self.to_dynamic_cache()
         return copyreg._reconstructor, (type(plain), object, None), plain.__dict__  # type: ignore[attr-defined]  # pickle's own, left out of the stubs
 
@@ -152,15 +155,15 @@ class CakeCache(RestoringCache):
         return self._session.bound_store.store
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all chunks to be saved are durable; returns False if `timeout` seconds were not enough.
+        """Waits until all chunks to be saved are durable; returns False if `timeout` seconds were not enough.
 
-        Without a timeout it waits as long as chunks are being written, and gives up if the store takes longer than
-        `limits.exit_flush_seconds` for one chunk, or for its own flushing.
+        Without a timeout, waits as long as chunks are being written, and gives up if the store takes longer than
+        `limits.exit_flush_seconds` for one chunk, or for its own flush.
         """
         return self._session.flush(timeout)
 
     def close(self) -> None:
-        """Save queued chunks (waiting at most `limits.exit_flush_seconds`) and release model and store. Idempotent.
+        """Saves queued chunks (waiting at most `limits.exit_flush_seconds`) and releases model and store. Idempotent.
 
         If another thread is running a prompt with this cache, this returns at once; the prompt is still finished and saved.
         """
@@ -182,15 +185,15 @@ class CakeCache(RestoringCache):
         whole: bool = False,
         progress: Progress | None = None,
     ) -> Report:
-        """Restore or compute a document's KV without generating; `generate` then continues from there with a question.
+        """Restores or computes a document's KV without generating; `generate` then continues from there with a question.
 
-        The end of the document becomes a cut: its last tokens, which do not fill a chunk, are held, stored and restored, too.
-        The output is then that of a `DynamicCache` through which the document was run in chunks, and then the question.
+        The end of the document becomes a cut: its last tokens, which do not fill a chunk, are also held, stored and restored.
+        The output is then that of a `DynamicCache` through which first the document was run in chunks, and then the question.
 
         Args:
             input_ids: `[1, tokens]` of the prompt from its start, as a tensor, an array, a list, or the tokenizer's output;
-                tokens that the cache already holds are skipped. (A batch, or a prompt with images, is restored when the
-                model is called with it.)
+                tokens that the cache already holds are skipped. (A batch, or a prompt with images, is restored when the model
+                is called with it.)
             boundaries: further cuts, as numbers of tokens from the prompt's start: the ends of parts that other prompts share,
                 such as a system prompt or the turns of a conversation.
             whole: restore or compute whole chunks only, without a cut at the end: for a text that prompts may continue in the
@@ -212,14 +215,14 @@ class CakeCache(RestoringCache):
     def _bring(
         self, ids: torch.Tensor, cuts: list[int], *, whole: bool, ends: bool, progress: Progress = no_progress
     ) -> Report:
-        """As `prefill`.
+        """Implements `prefill`.
 
         Args:
-            ids: of the prompt.
-            cuts: that are declared.
-            whole: also bring a chunk at the very end.
-            ends: also bring the last piece.
-            progress: see there.
+            ids: token ids of the prompt.
+            cuts: the declared cuts.
+            whole: also bring a chunk that ends where the prompt ends.
+            ends: also bring the suffix.
+            progress: as for `prefill`.
         """
         if self.closed:
             raise CakeError("This CakeCache is closed; make a new one.")
@@ -274,11 +277,11 @@ class CakeCache(RestoringCache):
         return self._held.cuts(self._session.chunk_size)
 
     def end_turn(self) -> list[int]:
-        """Store the turn of a conversation that has just ended, including the reply, like the end of a document.
+        """Stores the turn of a conversation that has just ended, including the reply, like the end of a document.
 
-        (If the conversation continues in this cache, the next turn does so by itself.) Another process resumes the conversation
-        with its tokens and these boundaries: `prefill(ids, boundaries=...)` restores all of it, bit for bit. A reply was
-        decoded token by token, so each of its tokens is a boundary.
+        (If the conversation continues in this cache, the next prompt does this automatically.) Another process resumes the
+        conversation with its tokens and these boundaries: `prefill(ids, boundaries=...)` restores all of it, bit for bit. A
+        reply was decoded token by token, so each of its tokens is a boundary.
 
         Returns:
             The boundaries. They end where the content is no longer known to be canonical: at decoding other than token by
@@ -297,16 +300,16 @@ class CakeCache(RestoringCache):
         return self.boundaries
 
     def to_dynamic_cache(self) -> DynamicCache:
-        """A `DynamicCache` with a copy of the content, for tools that change the KV, or know only that class."""
+        """Returns a `DynamicCache` with a copy of the content, for tools that change the KV, or know only that class."""
         with self._user.copying(self._session.model, self):
             self._go_back_if_left()
             return to_dynamic(self, self._session.model.config)
 
     def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
-        """A `StaticCache` with a copy of the content, for compiled decoding.
+        """Returns a `StaticCache` with a copy of the content, for compiled decoding.
 
         Args:
-            max_cache_len: the number of tokens that it has room for.
+            max_cache_len: the number of tokens that the new cache has room for.
             into: a cache to refill instead of making one. Its tensors stay where they are, so nothing is compiled again.
 
         Raises:
@@ -317,7 +320,7 @@ class CakeCache(RestoringCache):
             return to_static(self, self._session.model.config, max_cache_len, into)
 
     def to_quantized_cache(self, backend: str, **options: Any) -> QuantizedCache:
-        """A `QuantizedCache` with the content, quantized.
+        """Returns a `QuantizedCache` with a quantized copy of the content.
 
         Args:
             backend: of `QuantizedCache`: "fp8" in recent versions of transformers, "quanto" or "hqq" if installed.

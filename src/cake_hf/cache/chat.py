@@ -1,7 +1,7 @@
-"""What a chat template makes of a document and of a conversation, and where its prompts can be cut.
+"""The tokens that a chat template makes of a document or a conversation, and where its prompts can be cut.
 
-A chat model never sees a text as it is: its template puts a system prompt and marks around it. So what is warmed has to be what
-the template makes, up to where a question begins; and a conversation is cut where a message ends.
+A chat model never sees a text as it is: its template adds a system prompt and special tokens. So the tokens to warm must be
+those that the template makes, up to the start of a question; and a conversation is cut where a message ends.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cake_hf.cache.token_ids import token_ids
 from cake_hf.errors import CakeError
 
 SEPARATOR = "\n\n"
-"""Between a document and a question about it."""
+"""Stands between a document and a question about it."""
 
 _QUESTIONS = ("What is it?", "a", "7 of them", "(why)", '"Who', "Ünder", "\u4ec0\u4e48")
-"""Beginnings as unlike as can be: what comes out equal before all of them does not depend on the question."""
+"""Openings that differ as much as possible: tokens that are equal for all of them do not depend on the question."""
 
 Message = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ class ChatPrompt(NamedTuple):
 
     Attributes:
         input_ids: `[1, tokens]`.
-        boundaries: numbers of tokens up to the end of each message, where the template keeps what is before it as it is.
+        boundaries: numbers of tokens up to the end of each message, if the template leaves the text up to there unchanged.
     """
 
     input_ids: torch.Tensor
@@ -38,7 +38,7 @@ class ChatPrompt(NamedTuple):
 def chat_document(
     tokenizer: Any, document: str, *, system: str = "", separator: str = SEPARATOR, **options: Any
 ) -> torch.Tensor:
-    """The tokens that all questions about a document begin with, for a chat model.
+    """Returns the tokens that all questions about a document start with, for a chat model.
 
         ids = cake_hf.chat_document(tokenizer, document, system="Answer from the text.")
         cache.prefill(ids)
@@ -47,7 +47,7 @@ def chat_document(
 
     Args:
         tokenizer: of a chat model.
-        document: the user's first message begins with it.
+        document: the start of the user's first message.
         system: the system prompt; empty for the template's own, if it has one.
         separator: between document and question.
         **options: of `apply_chat_template`.
@@ -56,7 +56,7 @@ def chat_document(
         `[1, tokens]`.
 
     Raises:
-        CakeError: the tokenizer has no chat template, or the template does not keep a message's beginning as it is.
+        CakeError: the tokenizer has no chat template, or the template does not keep the start of a message as it is.
     """
     before = [{"role": "system", "content": system}] if system else []
     rendered = [
@@ -74,7 +74,9 @@ def chat_document(
 def chat_prompt(
     tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True, **options: Any
 ) -> ChatPrompt:
-    """A whole conversation, for `cake_hf.generate(model, ids, boundaries=...)`: each turn finds what earlier ones have stored.
+    """Returns a whole conversation, for `cake_hf.generate(model, ids, boundaries=...)`.
+
+    Each turn then finds what earlier turns have stored.
 
     Args:
         tokenizer: of a chat model.

@@ -1,8 +1,8 @@
-"""What a cache holds when a forward begins, so that it can go back there if the forward does not end.
+"""What a cache holds when a forward starts, so that the cache can return to that state if the forward does not finish.
 
-A forward that is left half way (by Ctrl-C, an alarm, an error) has brought its tokens into some layers and not into others.
-torch calls no hook behind a forward that ends by a `BaseException`. So when the cache is next asked for its length, it sees
-from the call stack that the forward is over, and goes back first.
+An interrupted forward (by Ctrl-C, an alarm, an error) has brought its tokens into some layers and not into others. torch calls
+no hook after a forward that ends with a `BaseException`. So when the cache is next asked for its length, it sees from the call
+stack that the forward is over, and goes back first.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _BETWEEN = ("cake_hf", "torch._dynamo", "contextlib")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a cache when a forward of its model began.
+    """The state of a cache at the start of a forward of its model.
 
     Attributes:
         past: tokens in the cache.
         held: what is known of its content.
-        windows: what windowed layers held, by number. These tensors are not written to.
-        replaced: K and V of layers whose content was not in their own buffers, by number. Nor are these.
-        frame: that ends when the forward does; None where torch.compile has traced the call, and frames tell nothing.
+        windows: what the sliding-window layers held, by layer number. These tensors are not written to.
+        replaced: K and V of layers whose content was not in their own buffers, by layer number. These are not written to
+            either.
+        frame: the frame that ends when the forward does; None if torch.compile has traced the call, since frames then say
+            nothing.
         thread: in which the forward runs.
     """
 
@@ -44,7 +46,7 @@ class Checkpoint:
 
     @classmethod
     def take(cls, layers: Sequence[Any], past: int, held: Held, *, traced: bool = False) -> Checkpoint:
-        """To be called by the hook in front of the forward."""
+        """Records the current state. The hook before the forward calls it."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         replaced = {
             n: (layer.keys, layer.values)
@@ -54,7 +56,7 @@ class Checkpoint:
         return cls(past, held.copy(), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
 
     def is_over(self) -> bool:
-        """Whether the forward does not run any more. Where that cannot be told, as in other threads, it counts as running."""
+        """Whether the forward has ended. If that cannot be determined, as in other threads, it counts as running."""
         if self.frame is None or threading.get_ident() != self.thread:
             return False
         frame: FrameType | None = sys._getframe(1)
@@ -65,7 +67,7 @@ class Checkpoint:
         return True
 
     def go_back(self, layers: Sequence[Any]) -> bool:
-        """Puts the content of layers back; False if some cannot go back, since each token overwrites their states."""
+        """Restores the content of the layers; False if some cannot go back, since each token overwrites their states."""
         if any(isinstance(layer, RecurrentLayer) or not self._holds(n, layer) for n, layer in enumerate(layers)):
             return False
         for number, layer in enumerate(layers):
@@ -78,7 +80,7 @@ class Checkpoint:
         return True
 
     def _holds(self, number: int, layer: Any) -> bool:
-        """Whether a layer can be cut to what it held."""
+        """Whether a layer can be cut back to what it held."""
         if isinstance(layer, SlidingWindowLayer) or number in self.replaced:
             return True
         if not isinstance(layer, TokenMajorLayer):
@@ -87,7 +89,7 @@ class Checkpoint:
 
 
 def _callers_frame() -> FrameType:
-    """The innermost frame that is not ours, nor of what torch may put around a hook."""
+    """Returns the innermost frame that is neither ours nor belongs to what torch may put around a hook."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_BETWEEN):
         frame = frame.f_back

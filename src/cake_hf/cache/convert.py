@@ -1,6 +1,6 @@
-"""Handing a restored prompt over to transformers' other caches, for those who go on with them.
+"""Converts a restored prompt to transformers' other caches.
 
-What is handed over is a copy: neither cache changes with the other.
+The result is a copy: a change to either cache does not affect the other.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cake_hf.layers.compat import DynamicLayer
 
 
 def to_dynamic(cache: Cache, config: Any) -> DynamicCache:
-    """A `DynamicCache` with the same content; see `CakeCache.to_dynamic_cache`."""
+    """Returns a `DynamicCache` with the same content; see `CakeCache.to_dynamic_cache`."""
     dynamic = DynamicCache(config=config)
     dynamic.layers = [_plain_layer(layer) for layer in cache.layers]
     return dynamic
 
 
 def to_static(cache: Cache, config: Any, max_cache_len: int, into: StaticCache | None) -> StaticCache:
-    """A `StaticCache` with the same content; see `CakeCache.to_static_cache`."""
+    """Returns a `StaticCache` with the same content; see `CakeCache.to_static_cache`."""
     _require_full_attention(cache, "a StaticCache")
     tokens = cache.get_seq_length()
     static = StaticCache(config=config, max_cache_len=max_cache_len) if into is None else into
@@ -42,7 +42,7 @@ def to_static(cache: Cache, config: Any, max_cache_len: int, into: StaticCache |
 
 
 def to_quantized(cache: Cache, config: Any, backend: str, options: dict[str, Any]) -> QuantizedCache:
-    """A `QuantizedCache` with the same content, quantized; see `CakeCache.to_quantized_cache`."""
+    """Returns a `QuantizedCache` with the same content, quantized; see `CakeCache.to_quantized_cache`."""
     _require_full_attention(cache, "a QuantizedCache")
     return _refilled(QuantizedCache(backend, config, **options), cache)
 
@@ -55,7 +55,7 @@ def _refilled(target: Any, cache: Cache) -> Any:
 
 
 def _plain_layer(layer: Any) -> Any:
-    """A copy of the layer: of the type that `DynamicCache` has for it, or one of ours that behaves the same."""
+    """Copies a layer, as the type that `DynamicCache` has for it, or as one of our own types that behaves the same."""
     if type(layer) is not TokenMajorLayer:
         return copy.deepcopy(layer)
     plain = DynamicLayer()

@@ -1,4 +1,4 @@
-"""`generate` as a function: one call instead of a cache and a call."""
+"""`generate` as a function: a single call that makes its own cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def generate(
     boundaries: Iterable[int] = (),
     **kwargs: Any,
 ) -> Any:
-    """`model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
+    """Runs `model.generate(inputs, **kwargs)` with the prompt's KV restored from, and saved to, a store.
 
     Also serves models whose forward has no `logits_to_keep` (a `CakeCache` alone cannot tell their prompts from calls that want
     all logits), and those whose config says `use_cache=False`. Returns once new chunks are durable (within
@@ -48,8 +48,8 @@ def generate(
         What `model.generate` returns.
 
     Raises:
-        ValueError: a cache, or a kind of cache, is passed; use a `CakeCache` and `model.generate` for that. Or as raised by
-            `CakeCache`. Or a boundary is outside the prompt.
+        ValueError: a cache, or a kind of cache, is passed (use a `CakeCache` and `model.generate` for that); a boundary is
+            outside the prompt; or as raised by `CakeCache`.
         CakeError: as raised by `CakeCache`.
         UnsupportedModel: the model has no `generate`.
         TypeError: the arguments are not a model and token ids, a boundary is not a whole number, or `report` is not callable.
@@ -81,19 +81,19 @@ def generate(
 
 
 def _as_tensor(numbers: Any) -> Any:
-    """Tensors, which `generate` judges by itself, and None as they are."""
+    """Converts token ids to a tensor. Tensors, which `generate` checks itself, and None are returned unchanged."""
     return numbers if numbers is None or isinstance(numbers, torch.Tensor) else token_ids(numbers)
 
 
 def _generate_of(within: torch.nn.Module, model: Any) -> Any:
-    """The `generate` to call: the wrapper's own where it has one.
+    """Returns the `generate` to call: the wrapper's own, if it has one.
 
     Raises:
         UnsupportedModel: there is none, or only that of a model whose wrapper may change what it computes.
     """
     if hasattr(model, "generate"):
         return model.generate
-    if hasattr(within, "generate") and getattr(model, "module", None) is within:  # DataParallel and its like
+    if hasattr(within, "generate") and getattr(model, "module", None) is within:  # DataParallel and similar wrappers
         return within.generate
     raise UnsupportedModel(
         f"{type(model).__name__} has no generate; pass a model that has, or use a CakeCache with its prefill."
@@ -101,17 +101,17 @@ def _generate_of(within: torch.nn.Module, model: Any) -> Any:
 
 
 def _with_use_cache(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `generate`, so that a cache that is passed is used.
+    """Returns the arguments of `generate`, changed so that a cache that is passed is used.
 
     Raises:
-        ValueError: a kind of cache is chosen, which transformers does not take together with a cache.
+        ValueError: a kind of cache is chosen, which transformers does not accept together with a cache.
     """
     config = arguments.get("generation_config") or getattr(model, "generation_config", None)
 
     def chosen(name: str) -> Any:
         return arguments[name] if name in arguments else getattr(config, name, None)
 
-    if (kind := chosen("cache_implementation")) not in (None, "hybrid"):  # transformers takes that one for the default
+    if (kind := chosen("cache_implementation")) not in (None, "hybrid"):  # transformers treats that one as the default
         raise ValueError(
             f"cake_hf.generate makes its own cache, and cache_implementation={kind!r} asks for another; set it to None, in "
             "model.generation_config if it is from there."
@@ -120,9 +120,9 @@ def _with_use_cache(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _needs_prefill(model: torch.nn.Module) -> bool:
-    """Whether the hook cannot tell a prompt by `logits_to_keep`, but `generate` can go on from what `prefill` brings.
+    """Whether the hook cannot recognize a prompt by `logits_to_keep`, but `generate` can continue from what `prefill` brings.
 
-    For that `generate` has to make an attention mask: by its length it tells how much of the prompt is new.
+    To continue, `generate` has to make an attention mask: it derives from the mask's length how much of the prompt is new.
     """
     parameters = parameters_of(forward_of(model))
     return "logits_to_keep" not in parameters and "attention_mask" in parameters

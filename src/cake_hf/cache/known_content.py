@@ -1,4 +1,4 @@
-"""A cache that knows what it holds: which blocks of which prompt, what was decoded behind them, and what is beyond its end."""
+"""A cache that knows its content: the blocks of a prompt, tokens decoded after them, and what it holds but does not show."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cake_hf.restore.session import Session
 
 
 class RememberingCache(GuardedCache):
-    """What `RestoringCache` knows of its content; see there.
+    """What `RestoringCache` knows of its content.
 
     Attributes:
         passive: it is a plain cache, of which nothing is known.
@@ -34,18 +34,18 @@ class RememberingCache(GuardedCache):
     report: Report
 
     def _remember(self, session: Session, report: Report, *, passive: bool) -> None:
-        """Begin with nothing in here."""
+        """Initializes the state, with no content."""
         self.passive, self.report = passive, report
         self._session = session
         self._held = Held()  # what is known of the content
-        self._cuts: list[int] = []  # that are declared for what comes next
-        self._ahead: Ahead | None = None  # beyond what the cache shows
-        self._turn: Turn | None = None  # what came since, if it can be known
-        self._seen = SeenTokens()  # of the prompts in here
+        self._cuts: list[int] = []  # declared for the next prompt
+        self._ahead: Ahead | None = None  # held, but not shown yet
+        self._turn: Turn | None = None  # the tokens since then, if their KV can be known
+        self._seen = SeenTokens()  # of the prompts in this cache
         self._seals = Seals()
 
     def _length(self) -> int:
-        """Tokens in this cache; 0 where it cannot tell."""
+        """Returns the number of tokens in this cache; 0 if the cache cannot tell."""
         return int(self.get_seq_length()) if not self.passive and self._counts() else 0
 
     def _counts(self) -> bool:
@@ -53,16 +53,16 @@ class RememberingCache(GuardedCache):
         return not self.layers or keeps_attention(self.layers)
 
     def _rows(self) -> int:
-        """Rows in here; 0 where no layer tells."""
+        """Returns the number of rows in this cache; 0 if no layer can tell."""
         return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
 
     def _spread(self, ids: torch.Tensor) -> None:
-        """Several prompts `[rows, tokens]` go on from the one that is in here: each gets a row."""
+        """Gives each of several prompts `[rows, tokens]` that continue from the single row in this cache a row of its own."""
         if ids.shape[0] > 1 and self._rows() == 1:
             self._repeat(ids)
 
     def _repeat(self, ids: torch.Tensor) -> None:
-        """Make as many equal rows of the one that is in here as the ids have; recurrent layers know no other way to do it."""
+        """Repeats the single row in this cache for each row of the ids; recurrent layers offer no other way to do it."""
         self.reorder_cache(ids.new_zeros(ids.shape[0], dtype=torch.long))
 
     def _make_head_major(self) -> None:
@@ -71,7 +71,7 @@ class RememberingCache(GuardedCache):
                 layer.make_head_major()
 
     def _forget_content(self) -> None:
-        """Forget which prompt the content belongs to."""
+        """Forgets which prompt the content belongs to."""
         self._held.forget()
         self._ahead = self._turn = None
         self._seen.forget()
@@ -83,17 +83,17 @@ class RememberingCache(GuardedCache):
         return self._held.blocks if first is None else [*self._held.blocks, first]
 
     def _forget_edited(self) -> None:
-        """Forget the keys of chunks whose KV was edited."""
+        """Forgets the keys of chunks whose KV was edited."""
         if self._sealed and not self._seals.hold(self.layers, self._sealed):
             self._held.forget()
             self._turn = None
 
     def _is_cut_in(self, call: ForwardCall) -> bool:
-        """Whether a cut is declared for one of its tokens."""
+        """Whether a cut is declared within, or at the end of, the tokens of a call."""
         return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
 
     def _require_same_cuts(self) -> None:
-        """What is known of the content was cut where it is declared to be.
+        """Checks that the known content was cut at the declared places.
 
         Raises:
             CakeError: it was not.
@@ -106,7 +106,7 @@ class RememberingCache(GuardedCache):
                 )
 
     def _goes_on(self, ahead: Ahead, ids: torch.Tensor, first: int = 0) -> bool:
-        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, go on from the document's end."""
+        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, continue from the document's end."""
         begin = ahead.end.tokens - ahead.tokens
         return self._held.end == self._length() == begin and ahead.begins(ids[:, begin - first :])
 
@@ -117,20 +117,20 @@ class RememberingCache(GuardedCache):
         self._seen.note(begin, ahead.ids)
 
     def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
-        """The last piece of a prompt is run behind its first `known` new tokens; what comes now may be gone on from."""
+        """Starts a turn: the model runs a suffix after the first `known` new tokens, and later prompts may continue from it."""
         if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
             look = 0 if namespace else look_at_weights(self._session.model)
             self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
 
     def _forget_retold(self, ids: torch.Tensor) -> None:
-        """A prompt comes. Where it tells a reply in other tokens, as text tokenized again may, that is no known turn."""
+        """Forgets the turn if a prompt has other tokens for the reply, as text that is tokenized again may."""
         turn = self._turn
         if turn is not None:
             told = ids[:1, turn.begin : turn.end].to(turn.device)
             self._turn = turn if ids.shape[0] == 1 and torch.equal(told, turn.ids()) else None
 
     def _end_turn(self, length: int) -> None:
-        """The turn has ended with so many tokens in the cache: what came in it is known from now on, and stored."""
+        """Ends the turn with `length` tokens in the cache: the turn's tokens become known, and are stored."""
         turn, self._turn = self._turn, None
         if turn is None or not turn.begin < turn.end == length:
             return

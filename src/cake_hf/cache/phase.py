@@ -1,10 +1,10 @@
-"""What a cache is at: the prompt that it has to do with, and how far that is.
+"""What a cache is doing: the prompt that it works on, and how far that has come.
 
     IDLE -> RESTORING -> SUFFIX -> IDLE                        a prompt that a forward brings
-    IDLE -> RESTORING -> IDLE -> PREFILLED -> SUFFIX -> IDLE   one that `prefill` brings, and `generate` then goes on from
+    IDLE -> RESTORING -> IDLE -> PREFILLED -> SUFFIX -> IDLE   a prompt that `prefill` brings and `generate` continues from
     IDLE -> BATCH -> IDLE                                      several prompts: each row is restored by a cache of its own
 
-In the midst of SUFFIX a load may fail; then it is RESTORING meanwhile, and SUFFIX again.
+If a load fails during SUFFIX, the phase is RESTORING while its chunk is computed, and then SUFFIX again.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from cake_hf.restore.restore import Restore
 
 
 class Phase(Enum):
-    """Of a cache."""
+    """The phase of a cache."""
 
-    IDLE = "idle"  # no prompt is on its way
-    PREFILLED = "prefilled"  # `prefill` has brought a prompt, whose last piece has not come yet
-    RESTORING = "restoring"  # a prompt's chunks are being brought: forwards with the cache are the restore's own
-    SUFFIX = "suffix"  # a prompt's last piece is in the model
-    BATCH = "batch"  # the last pieces of several prompts are in the model
+    IDLE = "idle"  # no prompt is being worked on
+    PREFILLED = "prefilled"  # `prefill` has brought a prompt, whose suffix has not come yet
+    RESTORING = "restoring"  # a prompt's chunks are being restored: forwards with the cache are the restore's own
+    SUFFIX = "suffix"  # a prompt's suffix is in the model
+    BATCH = "batch"  # the suffixes of several prompts are in the model
 
 
-@dataclass(eq=False)  # not frozen: torch.compile would look at all that is in here
+@dataclass(eq=False)  # not frozen: torch.compile would inspect every field
 class Work:
-    """A phase with what belongs to it. Nothing in here is changed: the next phase has a `Work` of its own.
+    """A phase and the data that belongs to it. A `Work` is not changed: the next phase has one of its own.
 
     Attributes:
         phase: of the cache.
-        prompt: that was prefilled, or whose last piece is in the model.
-        restore: of the chunks before that piece, whose loads may be under way; None where nothing was begun, or `prefill` has
+        prompt: the prompt that was prefilled, or whose suffix is in the model.
+        restore: of the chunks before the suffix, whose loads may be under way; None if no restore was started, or `prefill` has
             brought them.
         preempted: whether the chunk that is being computed has come from the store.
-        batch: whose last pieces are in the model.
-        begin: when the model got the last piece.
-        saved: the last piece is a block of the canonical schedule, and becomes known like the others.
+        batch: the batch whose suffixes are in the model.
+        begin: when the model got the suffix.
+        saved: the suffix is a block of the canonical schedule, and becomes known like the others.
         rows: how many equal prompts.
     """
 

@@ -1,4 +1,4 @@
-"""What layers hold at one place of a prompt, so that they can be put there again while later tokens are in their buffers."""
+"""What layers hold at one place of a prompt, so that this can be put back while later tokens stay in their buffers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cake_hf.restore.held import Held
 
 @dataclass(frozen=True)
 class Position:
-    """The content of a cache's layers at one place.
+    """The content of a cache's layers at one place of a prompt.
 
     Attributes:
         tokens: before that place.
-        held: what is known of them.
-        windows: what windowed layers hold there, by number. These tensors are not written to.
-        states: of recurrent layers, by number; copies.
+        held: what is known of these tokens.
+        windows: what sliding-window layers hold there, by layer number. These tensors are not written to.
+        states: copies of the recurrent layers' states, by layer number.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Position:
 
     @classmethod
     def take(cls, layers: Sequence[Any], tokens: int, held: Held) -> Position:
-        """Where the layers stand now."""
+        """Records where the layers stand now."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         states = {
             n: {name: state.clone() for name, state in states_of(layer).items()}
@@ -43,7 +43,7 @@ class Position:
         return cls(tokens, held.copy(), windows, states)
 
     def put(self, layers: Sequence[Any], template: Sequence[Any]) -> None:
-        """Have the layers stand there; what they keep of each token up to that place is in their buffers.
+        """Puts the layers back to that place; the KV of each token up to there must still be in their buffers.
 
         Args:
             layers: of the cache.
@@ -59,11 +59,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Ahead:
-    """The end of a document, which the cache has, and does not show before a prompt comes that goes on from it.
+    """The end of a document, which the cache holds but does not show until a prompt comes that continues from it.
 
     Attributes:
-        ids: `[1, tokens]`, on the host: of the document's last piece.
-        end: where the layers stand with it.
+        ids: `[1, tokens]`, on the host: the document's last tokens, which are not shown.
+        end: where the layers stand after these tokens.
     """
 
     ids: torch.Tensor
@@ -71,26 +71,26 @@ class Ahead:
 
     @property
     def tokens(self) -> int:
-        """Of the piece."""
+        """The number of tokens that are not shown."""
         return int(self.ids.shape[1])
 
     def begins(self, ids: torch.Tensor) -> bool:
-        """Whether what is new of a prompt, `[1, tokens]`, goes on from the document's end."""
+        """Whether the new part of a prompt, `[1, tokens]`, starts with these tokens and continues after them."""
         return ids.shape[0] == 1 and ids.shape[1] > self.tokens and torch.equal(ids[:, : self.tokens].cpu(), self.ids)
 
 
 def show_tokens(layers: Sequence[Any], tokens: int) -> None:
-    """Have the layers that keep each token show so many of their buffers."""
+    """Has the layers that keep each token show the first `tokens` of their buffers."""
     for layer in layers:
         if isinstance(layer, TokenMajorLayer) and layer.is_initialized:
             layer.show(tokens)
 
 
 def copied_layers(layers: Sequence[Any], ahead: Ahead | None, memo: dict[int, Any]) -> list[Any]:
-    """Copies of a cache's layers, which have the end of the document, too, and show as much as these do.
+    """Copies a cache's layers, including the end of a document, and has the copies show as much as the originals do.
 
     Args:
-        layers: of the cache. They are read only, so that several threads may each copy a document that all of them ask about.
+        layers: of the cache. They are only read, so several threads may each copy a document that all of them ask about.
         ahead: the end of the document that they do not show.
         memo: of `copy.deepcopy`.
     """

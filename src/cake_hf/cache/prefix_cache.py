@@ -1,4 +1,4 @@
-"""A cache into which the prefix of a prompt can be brought, from the store or by its model; see `restore` for how."""
+"""A cache into which the prefix of a prompt is brought, loaded from the store or computed by the model; see `restore`."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from cake_hf.restore.support import kept_reason, misunderstood_reason, tell_plai
 
 
 class PrefixCache(RememberingCache):
-    """Brings a prompt's full chunks, or says why not; then ends, or gives up, what was begun. See `RestoringCache`.
+    """Restores a prompt's full chunks, or says why not; later finishes the restore, or abandons it. See `RestoringCache`.
 
     Attributes:
-        presses_rest: in forwards with this cache, as long as a prompt is being restored; see `presses`.
+        presses_rest: presses are off in forwards with this cache while a prompt is being restored; see `presses`.
     """
 
     presses_rest: bool
 
     def _be_idle(self, reason: str) -> None:
-        """Begin with no prompt.
+        """Initializes the state, with no prompt.
 
         Args:
-            reason: why the model's prompts are computed plainly; empty where they are restored.
+            reason: why the model's prompts are computed plainly; empty if they are restored.
         """
         self._model_reason = reason
         self._work = IDLE
         self.presses_rest = False
-        self._unpressed = False  # `prefill` has brought the beginning of a prompt past them
+        self._unpressed = False  # `prefill` has brought the start of a prompt without the presses
 
     @property
     def _prefilled(self) -> Prompt | None:
-        """The prompt that `prefill` has brought, and whose last piece has not come yet."""
+        """The prompt that `prefill` has brought and whose suffix has not come yet."""
         return self._work.prompt if self._work.phase is Phase.PREFILLED else None
 
     @_prefilled.setter
@@ -80,19 +80,19 @@ class PrefixCache(RememberingCache):
         started: float | None = None,
         namespace: str | None = None,
     ) -> Restore | None:
-        """Restore the call's full chunks, but for its last `leave` tokens.
+        """Restores the call's full chunks, except for its last `leave` tokens.
 
         Args:
-            call: one prompt, or what is new of it.
+            call: one prompt, or the new part of it.
             leave: tokens; None for the last block.
             progress: see `prefill`.
             past_loads: see `Restore`.
-            report: where all is counted, if not in a new one.
-            started: when the call came, if not now.
-            namespace: of the session, where that was just made.
+            report: the report that counts this prompt; None for a new one.
+            started: when the call came; None for now.
+            namespace: of the session, if it was just made.
 
         Returns:
-            What is to be closed, or given up, later; None if the call is to be left as it is: the report says why.
+            The restore, to be closed or abandoned later; None if the call is to be left unchanged: the report says why.
         """
         session, started = self._session, time.monotonic() if started is None else started
         reason = self._refusal(call)
@@ -115,14 +115,16 @@ class PrefixCache(RememberingCache):
         report: Report | None,
         started: float,
     ) -> Restore:
-        """As `_restore`, of a call that is not refused. Without a namespace the latest one is taken, and is checked while loads
-        are under way, since making it takes milliseconds.
+        """Restores a call that is not refused; see `_restore`.
+
+        Without a namespace, the latest one is assumed and checked while loads are under way, since making it takes
+        milliseconds.
 
         Raises:
-            ComputePlainly: the model turns out not to be one whose KV can be exchanged.
+            ComputePlainly: the model turns out to be one whose KV cannot be exchanged.
         """
         session = self._session
-        # Ranks of a parallel model look at it all at the same time, that is, at once.
+        # Ranks of a tensor-parallel model must make it at the same time, so at once.
         assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
         prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
         restore = self._start(prompt, progress, past_loads=past_loads)
@@ -140,7 +142,7 @@ class PrefixCache(RememberingCache):
         except BaseException:
             self._abandon(restore)
             raise
-        self._abandon(restore)  # the model is not what it was: what is on its way belongs to another one
+        self._abandon(restore)  # the model has changed: the loads under way belong to the former one
         if session.bound_model.namespace(call.ids) != found:
             raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
         forget_trials(session.model)
@@ -151,7 +153,7 @@ class PrefixCache(RememberingCache):
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float
     ) -> Prompt:
-        """The call's full chunks, but for its last `leave` tokens, as a prompt that the store was asked about."""
+        """Matches the call's full chunks, except for its last `leave` tokens, against the store; returns the prompt."""
         session = self._session
         report = report or self._plain_report(call, "")
         wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
@@ -177,7 +179,7 @@ class PrefixCache(RememberingCache):
         return restore
 
     def _compute_chunk(self, preempted: Callable[[], bool], arguments: dict[str, Any]) -> None:
-        # Also in the middle of the last piece, where a load that it waited for has failed.
+        # Also runs in the middle of the suffix, if a load that the suffix waited for has failed.
         outside = self._work, self.presses_rest
         self._work, self.presses_rest = replace(self._work, phase=Phase.RESTORING, preempted=preempted), True
         try:
@@ -206,7 +208,7 @@ class PrefixCache(RememberingCache):
         restore.abandon()
 
     def _finish(self) -> None:
-        """What was in the model is through: if a last piece was a full chunk on the schedule, it is like the others."""
+        """Ends the forward that ran a suffix; a suffix that was a full chunk on the schedule is treated like the others."""
         work = self._work
         if work.phase not in (Phase.SUFFIX, Phase.BATCH):
             return
@@ -223,7 +225,7 @@ class PrefixCache(RememberingCache):
         self._work = IDLE
 
     def _give_up(self) -> None:
-        """What was being brought, or was in the model, did not get through."""
+        """Abandons the restore, or the suffix, that failed."""
         self.presses_rest = False
         work = self._work
         if work.phase is Phase.PREFILLED:
@@ -237,12 +239,12 @@ class PrefixCache(RememberingCache):
             self.reset()
 
     def _brings_beginning(self) -> bool:
-        """Whether the last piece of a prompt is in the model that began in this cache."""
+        """Whether the model is running the suffix of a prompt that started in this cache."""
         work = self._work
         return work.phase is Phase.SUFFIX and work.prompt is not None and not work.prompt.call.past
 
     def _press(self) -> None:
-        """The whole prompt is through, and the presses on the model have not seen it."""
+        """Applies the model's presses once the whole prompt has run, since they have not seen it."""
         self.presses_rest = False
         if (presses := Presses.on(self._session.model)).pressed:
             self._forget_content()
@@ -253,7 +255,9 @@ class PrefixCache(RememberingCache):
             self._work = IDLE
 
     def _prefill(self, input_ids: torch.Tensor, leave: int | None, progress: Progress, **counted: Any) -> Prompt | None:
-        """Restore what is new of a prompt, but for its last `leave` tokens (its last block, for None); None if it cannot be."""
+        """Restores the new part of a prompt, except for its last `leave` tokens (None: its last block); returns None if
+        refused.
+        """
         model, past = self._session.model, self.get_seq_length()
         self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
@@ -277,20 +281,20 @@ class PrefixCache(RememberingCache):
     def _prefill_end(
         self, input_ids: torch.Tensor, progress: Progress, started: float, namespace: str | None
     ) -> Prompt | None:
-        """Bring the last piece of a document, without showing it; None if that is not possible.
+        """Brings the last block of a document without showing it; returns None if that is not possible.
 
         Args:
             input_ids: `[1, tokens]`, of the whole document.
             progress: see `prefill`.
             started: when `prefill` was called.
-            namespace: of the session, if what comes before the last piece was just brought under it.
+            namespace: of the session, if the blocks before the last one were just brought under it.
         """
         past = self.get_seq_length()
         begin = Position.take(self.layers, past, self._held)
         ids = input_ids[:, past:]
         report, reason = self.report, self.report.reason
         if not report.restored:
-            report.reason = ""  # that there is no chunk says nothing any more
+            report.reason = ""  # "no full chunk" no longer applies
         unpressed = self._unpressed
         prompt = self._prefill(input_ids, 0, progress, report=report, started=started, namespace=namespace)
         self._unpressed |= unpressed

@@ -1,4 +1,4 @@
-"""What a cache does with a call of its model: which part of it is a prompt, and how that is restored."""
+"""What a cache does with a call of its model: finds which part of it is a prompt, and has that restored."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_reason
 
 
 class PromptCache(PrefixCache):
-    """Has the prompt in a call restored, and leaves the model its last piece. See `RestoringCache`."""
+    """Has the prompt in a call restored, and leaves its suffix to the model. See `RestoringCache`."""
 
     def _runs_compiled(self) -> bool:
-        """Whether compiled code will run the forward that has begun, or a part of it."""
+        """Whether compiled code will run the forward that has started, or a part of it."""
         raise NotImplementedError
 
     def _new_row(self, layers: list[TokenMajorLayer]) -> PromptCache:
-        """A cache for one row of a batch, which may be gone on from."""
+        """Returns a cache for one row of a batch, which may continue from what the layers hold."""
         raise NotImplementedError
 
     def _handle(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
-        """Restore the prompt that a forward brings and leave the forward its last piece; None leaves it untouched.
+        """Restores the prompt that a forward brings and returns the call for the suffix; returns None to leave the call
+        unchanged.
 
         Args:
             model: whose forward is called.
             args: positional arguments of the call.
-            kwargs: named ones, with this cache among them or the others.
+            kwargs: its keyword arguments; this cache is among these or the positional ones.
             past: tokens in this cache.
         """
         ids = args[0] if args else kwargs.get("input_ids")
@@ -64,19 +65,19 @@ class PromptCache(PrefixCache):
                 self.report = self._plain_report(call, self._model_reason)
             return None
         if not past and self._ahead is None:
-            super().reset()  # it may have been cropped to nothing, and had another number of rows
+            super().reset()  # the cache may have been cropped to nothing, and have had another number of rows
             self._seals.forget()
             self._seen.forget()
         call = ForwardCall.parse(model, args, kwargs, self, past)
         if self._brings_all(call):
             if call.vision is None:
                 return self._handle_rest(call.without_past())
-            self.reset()  # what it brings beside its tokens is for the whole prompt
+            self.reset()  # what the call brings beside its tokens is for the whole prompt
             return self._handle(model, args, kwargs, 0)
         return self._handle_call(call)
 
     def _handle_rest(self, rest: ForwardCall) -> Rewritten:
-        """As `_handle`, for what is new in a call that brings more."""
+        """Handles the new tokens of a call that also brings tokens already held; see `_handle`."""
         if rest.tokens > 1:
             rewritten = self._handle_call(rest)
         else:  # decoding without `use_cache`
@@ -85,14 +86,14 @@ class PromptCache(PrefixCache):
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`, behind the end of a document where the call goes on from it."""
+        """Handles a call, from the end of a document on if the call continues from it; see `_handle`."""
         behind = self._behind_document(call)
         if behind is not None:
             return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
         return self._handle_new(call)
 
     def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
-        """If a call begins with the end of the document that the cache has: show this, and return what is behind it."""
+        """If a call starts with the end of the document that the cache holds, shows that end; returns the call for the rest."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return None
@@ -100,7 +101,7 @@ class PromptCache(PrefixCache):
         if call.tokens > ahead.tokens and call.vision is None and self._goes_on(ahead, call.ids, call.past):
             within = replace(
                 call, for_kv=call.for_kv or is_first_forward(self._session.model)
-            )  # it takes the last logits
+            )  # `generate` uses only the last logits
             if call.wanted_logits <= call.tokens - ahead.tokens and not self._refusal(within):
                 self._show_ahead(ahead)
                 return call.after(ahead.tokens)
@@ -109,7 +110,7 @@ class PromptCache(PrefixCache):
         return None
 
     def _handle_new(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`."""
+        """Handles a call that brings only new tokens; see `_handle`."""
         if call.past and call.wants_all_logits:
             self._turn = None
             self._spread(call.ids)
@@ -136,9 +137,9 @@ class PromptCache(PrefixCache):
         if call.is_batch:
             return self._handle_batch(call)
         report = None if prefilled is None else prefilled.report
-        if report is not None:  # it is the same prompt, and more of it
+        if report is not None:  # more of the same prompt
             report.tokens = call.past + call.tokens
-        # What is compiled cannot wait in its layers.
+        # Compiled code cannot wait inside its layers.
         beyond = not self._runs_compiled()
         restore = self._restore(call, call.wanted_logits, no_progress, past_loads=beyond, report=report)
         if restore is None:
@@ -152,14 +153,14 @@ class PromptCache(PrefixCache):
             self._begin_turn(call, call.tokens if saved else prompt.rest, prompt.namespace)
         try:
             return (), call.piece(prompt.rest, call.tokens)
-        except BaseException:  # of the model's vision part
+        except BaseException:  # raised by the model's vision part
             self._give_up()
             raise
 
     def _brings_all(self, call: ForwardCall) -> bool:
-        """Whether a call within `generate` brings the whole prompt, although the cache holds its beginning.
+        """Whether a call within `generate` brings the whole prompt, although the cache holds its start.
 
-        So it is without `use_cache`, and in the first step of assisted decoding.
+        This happens without `use_cache`, and in the first step of assisted decoding.
         """
         if not 0 < call.past < call.tokens or not is_within_generate(self._session.model):
             return False
@@ -169,22 +170,24 @@ class PromptCache(PrefixCache):
         return True
 
     def _require_same_prompt(self, model: torch.nn.Module, past: int) -> None:
-        """`generate` will cut off what is in here from the prompt that it was given, whatever it is."""
+        """Checks that the prompt given to `generate` starts with the content, since `generate` skips these tokens unchecked."""
         given = given_prompt(model)
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
             self._forget_retold(given.ids)
 
     def _is_rest(self, call: ForwardCall) -> bool:
-        """Whether what comes after `prefill` is no more than a last piece. A full chunk is, where it cannot be saved like the
-        others."""
+        """Whether what comes after `prefill` is only a suffix.
+
+        A full chunk counts as a suffix if it cannot be saved like the others.
+        """
         size = self._session.chunk_size
         if self._is_cut_in(call):
             return False
         return call.tokens < size or (call.tokens == size and bool(self._refusal(call)))
 
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`, for several prompts, or a padded one."""
+        """Handles several prompts, or a padded one; see `_handle`."""
         session, started = self._session, time.monotonic()
         reason = self._refusal(call)
         if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
@@ -206,7 +209,7 @@ class PromptCache(PrefixCache):
         return (), call.piece(batch.start, call.tokens)
 
     def _handle_repeated(self, call: ForwardCall) -> Rewritten | None:
-        """As `_handle`, for rows that are all equal, as for beams: one is restored, of whatever layers, and repeated."""
+        """Handles equal rows, as for beams: restores one, with any kind of layers, and repeats it; see `_handle`."""
         prompt = self._prefill(call.ids[:1], call.wanted_logits, no_progress)
         if prompt is None:
             return None
@@ -218,7 +221,7 @@ class PromptCache(PrefixCache):
         return (), call.piece(prompt.rest, call.tokens)
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
-        """Bring one row of a batch, all of it full chunks, into layers of its own, by a cache of its own."""
+        """Restores one row of a batch, consisting of full chunks only, into its own layers, through a cache of its own."""
         row = self._new_row(layers)
         row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
         if row._prefill(ids, 0, no_progress, **counted) is None:

@@ -1,12 +1,12 @@
-"""A cache that handles the forwards of its model: a prompt among them is restored, but for the last piece.
+"""A cache that handles the forwards of its model: it restores a prompt that a forward brings, except for the suffix.
 
-What it does with a prompt is in the files below it, from the bottom to the top:
+Its base classes, lowest first:
 
-    guarded      asks before anything is brought into the cache
-    remembering  knows what the cache holds
-    prefix_cache brings the prefix of a prompt (`restore`)
-    prompt_cache tells what in a call is a prompt
-    restoring    sees each forward begin and end
+    guarded       runs checks before anything is added to the cache
+    known_content knows what the cache holds
+    prefix_cache  restores the prefix of a prompt (`restore`)
+    prompt_cache  recognizes which part of a call is a prompt
+    restoring     sees each forward start and end
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RestoringCache(PromptCache):
     Args:
         session: what the cache shares with its rows and copies: model, store and settings.
         layers: of the cache, empty.
-        reason: why the model's prompts are computed plainly; empty where they are restored.
+        reason: why the model's prompts are computed plainly; empty if they are restored.
         passive: the model, or the version of transformers, is not understood: be the plain cache that `DynamicCache` makes.
 
     Attributes:
@@ -66,24 +66,24 @@ class RestoringCache(PromptCache):
         self._remember(session, Report(reason=reason if passive else NOT_USED_YET), passive=passive)
         self._be_idle(reason)
         self._user = User()
-        self._depth = 0  # how deep inside a forward of our own model we are
+        self._depth = 0  # how many forwards of our own model, nested in each other, are running
         self._compiled = False  # the model was called by compiled code
-        self._checkpoint: Checkpoint | None = None  # of the forward that runs now, or was left half way
+        self._checkpoint: Checkpoint | None = None  # of the forward that is running, or was interrupted
 
     @property
     def is_compileable(self) -> bool:
-        """`generate` is not to compile the decoding by itself, as it would for other caches than `DynamicCache`."""
+        """False: `generate` must not decide to compile decoding, as it does for caches other than `DynamicCache`."""
         return False
 
     @property
     def closed(self) -> bool:
-        """After `close()` the cache goes on as a plain cache: nothing is restored or saved any more."""
+        """Whether `close()` was called. The cache then works as a plain cache: nothing more is restored or saved."""
         return self._session.is_closed or self._session.at_work.closing
 
     # What torch.compile traces: plain attributes only.
 
     def is_over(self) -> bool:
-        # A prompt that is in the model when the cache is closed is not cut off: the session is closed after it.
+        # Closing the cache does not interrupt a prompt that the model is running: the session closes after that prompt.
         return self._session.is_closed
 
     def is_inside(self) -> bool:
@@ -98,7 +98,7 @@ class RestoringCache(PromptCache):
         keys, values = self._as_kept(layer_idx, key_states, value_states)
         return super()._update_in_graph(keys, values, layer_idx, *args, **kwargs)
 
-    # What changes the content changes what is known about it.
+    # Methods that change the content also change what is known about it.
 
     def crop(self, tokens_to_remove: int) -> None:
         self._go_back_if_left()
@@ -133,7 +133,7 @@ class RestoringCache(PromptCache):
         super().batch_select_indices(indices)
         self._forget_content()
 
-    # What looks at the content sees no half of a forward.
+    # Methods that look at the content never see half a forward.
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         self._go_back_if_left()
@@ -142,8 +142,8 @@ class RestoringCache(PromptCache):
         return int(super().get_seq_length(*args, **kwargs))
 
     def _go_back_if_left(self) -> None:
-        """If the last forward was left half way, the content is again what it was before it."""
-        if torch.compiler.is_dynamo_compiling():  # a forward runs, and its frames are not to be looked at
+        """Undoes the last forward if it was interrupted: the content becomes what it was before that forward."""
+        if torch.compiler.is_dynamo_compiling():  # a forward is running, and its frames must not be inspected
             return
         if self._checkpoint is not None and self._checkpoint.is_over():
             self._go_back()
@@ -163,7 +163,7 @@ class RestoringCache(PromptCache):
             self.reset()
         self._checkpoint = None
 
-    # Called by the layers of the model, by way of `update`.
+    # Called by the layers of the model, through `update`.
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         if self.passive:
@@ -200,7 +200,7 @@ class RestoringCache(PromptCache):
         self._user.claim(model, self)
         rewritten = None
         if not self._busy:
-            self._go_back()  # if the last forward was left half way; no two run at once
+            self._go_back()  # if the last forward was interrupted; no two run at once
             self._depth = 0
             self._seals.look()
             past = self._length()
@@ -213,20 +213,20 @@ class RestoringCache(PromptCache):
                 self._session.at_work.end(self)
                 if self._work.phase is Phase.RESTORING:  # interrupted between two phases
                     self._go_back()
-                if isinstance(error, CakeError):  # ours, before anything was changed
+                if isinstance(error, CakeError):  # our own error, raised before anything was changed
                     self._checkpoint = None
                 raise
-            # Unlike what the chunks were run with; it is looked for only if something depends on it.
+            # The chunks did not run compiled, so this piece would differ; checked only if something depends on it.
             if (self._turn is not None or self._work.saved) and self._runs_compiled():
                 self._turn, self._work = None, replace(self._work, saved=False)
-            # To a later turn presses do nothing, here as on any cache.
+            # In a later turn presses do nothing, here as on any cache.
             self.presses_rest = self._unpressed or self._brings_beginning()
             self._unpressed = False
         self._depth += 1
         return rewritten
 
     def _runs_compiled(self) -> bool:
-        """Whether compiled code will run the forward that has begun, or a part of it."""
+        """Whether compiled code will run the forward that has started, or a part of it."""
         return self._compiled or is_compiled(self._session.model)
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
@@ -251,13 +251,13 @@ class RestoringCache(PromptCache):
         self._settle()
 
     def _settle(self) -> None:
-        """The forward has ended: the layers hold KV that the model made."""
+        """Ends a forward: the layers hold KV that the model made."""
         self._depth = 0
         self._seals.note(self.layers, self._sealed)
         self._checkpoint = None
 
     def _learn_from(self, error: BaseException | None) -> None:
-        """The last piece has failed. If we call the model in a way that it does not take, its next prompts are plain calls."""
+        """Handles a failed suffix: if we call the model in a way that it does not accept, its next prompts are plain calls."""
         if (
             self._work.phase is Phase.SUFFIX
             and isinstance(error, Exception)
@@ -268,7 +268,7 @@ class RestoringCache(PromptCache):
     def _enter_decoder(self) -> None:
         self._user.claim(self._session.model, self)
         self._go_back_if_left()
-        if not self._depth:  # it was called by itself, and nothing is restored then
+        if not self._depth:  # the decoder was called directly, so nothing is restored
             self._seals.look()
             self._note_unseen()
             self._checkpoint = Checkpoint.take(self.layers, self._length(), self._held)
@@ -287,7 +287,7 @@ class RestoringCache(PromptCache):
     def _handle_if_understood(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
     ) -> Rewritten | None:
-        """As `_handle`; where that fails since something about the model is not understood, the forward is left untouched."""
+        """Calls `_handle`; leaves the forward unchanged if that fails because the model is not understood in some respect."""
         held = self._held.copy()
         try:
             return self._handle(model, args, kwargs, past)
@@ -308,9 +308,9 @@ class RestoringCache(PromptCache):
         return None
 
     def _arrived_outside(self) -> None:
-        """KV arrives, and no forward of our model is known to run: it is another model's, or the hook was not called.
+        """Handles KV that arrives outside of our model's forward: it is another model's, or the hook was not called.
 
-        The hook is not called where a model's `forward` is called by itself. Then this cache is a plain one.
+        The hook is not called if a model's `forward` method is called directly. The cache then works as a plain one.
 
         Raises:
             ForeignModel: it is another model's.
@@ -324,13 +324,16 @@ class RestoringCache(PromptCache):
         self._note_unseen()
 
     def _note_unseen(self) -> None:
-        """If a prompt begins, its report says that nobody asked us about it."""
+        """Reports, if a prompt starts, that the hook did not see it."""
         if not self._length():
             reason = unseen_reason(self._session.model)
             self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
 
     def _note_bypassed(self, ids: torch.Tensor) -> None:
-        """The model is called without this cache, although `generate` has it. It may be us who try the model out."""
+        """Reports that `generate`, although it was given this cache, runs the model without it.
+
+        Does nothing while a prompt of this cache is being handled: we may then be trying the model out.
+        """
         if not self._session.at_work.has(self):
             self.report = Report(tokens=ids.numel(), chunk_size=self._session.chunk_size, reason=BYPASSED)
             tell_plain(BYPASSED)

@@ -1,7 +1,8 @@
-"""Finds out whether the KV of known chunks was edited. Edited KV is never saved, and never taken for known.
+"""Detects whether the KV of known chunks was edited. Edited KV is never saved, and never treated as known.
 
-Two looks, since neither sees all. Version counters see each write of torch that is not hidden (`.data`, numpy). A sample of
-each chunk sees hidden ones that change more than single numbers. Layers notice themselves when their tensors are replaced.
+There are two checks, since neither sees everything. Version counters catch each write by torch that is not hidden (`.data`,
+numpy). A sample of each chunk catches hidden writes that change more than single numbers. Layers themselves notice when their
+tensors are replaced.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 
 STRIDE = 4
-"""Of this many tokens one number is sampled in each layer, and one of each block's last token."""
+"""In each layer one number is sampled per this many tokens, and one of each block's last token."""
 
 
 class Seals:
-    """Of one cache."""
+    """The seals on the known blocks of one cache."""
 
     def __init__(self) -> None:
         self._samples: list[str] = []
@@ -31,7 +32,7 @@ class Seals:
         self._broken = False
 
     def note(self, layers: Sequence[Any], blocks: Sequence[Block]) -> None:
-        """A forward of the model is through: what the layers hold is what it made, and these blocks of it are known."""
+        """Seals the known blocks after a forward of the model: what the layers hold is what the model made."""
         del self._samples[len(blocks) :]
         if not blocks:
             return
@@ -41,28 +42,28 @@ class Seals:
         self._versions = [tensor._version for tensor in self._watched]
 
     def look(self) -> None:
-        """Before a forward of the model: see whether anything was written since the last one. Holds no tensors afterwards."""
+        """Checks, before a forward of the model, for writes since the last one. Holds no tensors afterwards."""
         self._broken |= self._versions != [tensor._version for tensor in self._watched]
         self._watched, self._versions = [], []
 
     def hold(self, layers: Sequence[Any], blocks: Sequence[Block]) -> bool:
-        """Whether these blocks, all of them known, are what the model made."""
+        """Whether these blocks, all of them known, are still what the model made."""
         del self._samples[len(blocks) :]
         if not all(getattr(layer, "is_own", True) for layer in layers):
             return False
         return not self._broken and self._samples == _samples(layers, blocks[: len(self._samples)])
 
     def forget(self) -> None:
-        """The cache is empty, or what it holds is not known any more."""
+        """Removes all seals: the cache is empty, or its content is no longer known."""
         self._samples, self._watched, self._versions, self._broken = [], [], [], False
 
     def copy(self, layers: Sequence[Any], copied: Sequence[Any], blocks: Sequence[Block]) -> Seals:
-        """For a copy of the cache.
+        """Returns the seals for a copy of the cache.
 
         Args:
             layers: of the cache.
             copied: of the copy, with the same content.
-            blocks: that are known.
+            blocks: the known blocks.
         """
         sealed = blocks[: len(self._samples)]
         self.look()
@@ -86,7 +87,7 @@ def _tensors(layers: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
-    """A digest per block, of the same numbers wherever they lie in memory."""
+    """Returns a digest per block, of the same numbers wherever they lie in memory."""
     buffers = [
         buffer
         for layer in layers
@@ -107,7 +108,7 @@ def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
 
 
 def _sampled(buffer: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`[sampled tokens, 1]`: of each token another head, and another number of it."""
+    """Returns `[sampled tokens, 1]`: the head, and the number within it, vary from token to token."""
     heads, head_dim = buffer.shape[2:]
     number = tokens // STRIDE
     return buffer.detach()[0, tokens, number % heads, number * 7 % head_dim].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The tokens of the prompts that a cache holds, as far as they were seen: a cache itself knows only how many there are."""
+"""The prompt tokens that a cache has seen and still holds: the cache itself knows only how many tokens there are."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from cake_hf.errors import CakeError
 
 
 class SeenTokens:
-    """Where in a cache which tokens of prompts lie; what was decoded in between is not noted."""
+    """Records which prompt tokens lie where in a cache; decoded tokens in between are not recorded."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, torch.Tensor]] = []
 
     def note(self, start: int, ids: torch.Tensor) -> None:
-        """Tokens `[rows, new]` come into the cache, which holds `start` tokens."""
+        """Records that tokens `[rows, new]` come into the cache, which holds `start` tokens."""
         end = self._pieces[-1][0] + self._pieces[-1][1].shape[1] if self._pieces else 0
-        if start == 0 or start < end:  # something else has shortened the cache: where things lie is not known any more
+        if start == 0 or start < end:  # something else has shortened the cache: the positions are no longer known
             self.forget()
         if start == 0 or end:
             self._pieces.append((start, ids.detach().clone()))
 
     def forget(self) -> None:
-        """The cache is empty, or its rows have changed."""
+        """Forgets all tokens: the cache is empty, or its rows have changed."""
         self._pieces = []
 
     def crop(self, length: int) -> None:
-        """The cache holds no more than `length` tokens."""
+        """Forgets the tokens beyond `length`, which the cache no longer holds."""
         self._pieces = [(start, ids[:, : length - start]) for start, ids in self._pieces if start < length]
 
     def require(self, prompt: torch.Tensor, mask: torch.Tensor | None, length: int, *, longer: bool = False) -> None:
-        """What is in the cache has to be the beginning of a prompt, as far as it is known.
+        """Checks that the content of the cache, where it is known, is the start of a prompt.
 
         Args:
             prompt: `[rows, tokens]`, from its start on.
-            mask: of the same shape; None where nothing is masked.
+            mask: of the same shape; None if nothing is masked.
             length: tokens in the cache.
-            longer: the prompt has to have more than these.
+            longer: the prompt must have more tokens than the cache.
 
         Raises:
             CakeError: it is not.
@@ -50,7 +50,7 @@ class SeenTokens:
             )
 
     def copy(self) -> SeenTokens:
-        """One that changes by itself."""
+        """Returns an independent copy."""
         copied = SeenTokens()
         copied._pieces = list(self._pieces)
         return copied
@@ -59,7 +59,7 @@ class SeenTokens:
     def _differs(prompt: torch.Tensor, mask: torch.Tensor | None, start: int, ids: torch.Tensor) -> bool:
         common = prompt[:, start : start + ids.shape[1]]
         if prompt.shape[0] != ids.shape[0] and 1 not in (prompt.shape[0], ids.shape[0]):
-            return False  # another number of rows is not for us to understand
+            return False  # we cannot compare different numbers of rows
         unequal = common != ids[:, : common.shape[1]]
         if mask is not None and mask.shape == prompt.shape:
             unequal = unequal & (mask[:, start : start + common.shape[1]] != 0)

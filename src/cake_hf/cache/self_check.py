@@ -1,9 +1,9 @@
-"""On a transformers that is newer than any this library was tested with: does a restored prompt still give what it should?
+"""Checks, on a transformers newer than any tested version, that a restored prompt still gives the right result.
 
-One short prompt is computed in chunks on a `DynamicCache`, computed by us, and restored by us from a store in memory. All
-three have to give the same logits, bit for bit, and so has the token after it. It is done once per model, when the first cache
-is made for it, and takes as long as some 200 tokens and the checksum of the weights. A model that fails gets transformers' own
-layers, and plain compute.
+One short prompt is computed in chunks on a `DynamicCache`, computed by us, and restored by us from a store in memory. All three
+must give the same logits, bit for bit, both for the prompt and for the token after it. The check runs once per model, when the
+first cache is made for it, and takes as long as some 200 tokens and the checksum of the weights. A model that fails gets
+transformers' own layers, and plain compute.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ FLUSH_SECONDS = 60.0
 
 @dataclass
 class _Verdict:
-    """What was found out about a model; nothing yet where `reason` is None. Its lock is held while it is being found out."""
+    """The result of the check for one model; None as `reason` means not checked yet. The lock is held during the check."""
 
     reason: str | None = None
     lock: Lock = field(default_factory=Lock)
 
 
 class _Trial(RestoringCache):
-    """A cache that does not help itself: an error in it is what is to be found out."""
+    """A cache without fallbacks: an error in it is a finding of the check."""
 
     def _handle_if_understood(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int
@@ -58,7 +58,7 @@ class _Trial(RestoringCache):
 
 
 class _Undecided(Exception):
-    """The model is computed plainly just now, for a reason that has nothing to do with the version."""
+    """The model is computed plainly at present, for a reason unrelated to the version of transformers."""
 
 
 _verdicts: weakref.WeakKeyDictionary[torch.nn.Module, _Verdict] = weakref.WeakKeyDictionary()
@@ -66,10 +66,10 @@ _lock = Lock()
 
 
 def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
-    """Layers for a cache, and why the model's prompts are computed plainly, if so.
+    """Returns the layers for a cache, and why the model's prompts are computed plainly (empty if they are not).
 
-    On an untested version of transformers that is the verdict of a restored prompt. No layers mean that the model, or the
-    version, is not understood: then the cache has to be a passive one.
+    On an untested version of transformers, the verdict of a restored prompt decides. No layers mean that the model, or the
+    version, is not understood: the cache must then be a passive one.
     """
     layers, reason = layers_and_reason(model)
     if reason or not compat.is_untested():
@@ -79,7 +79,7 @@ def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
 
 
 def _verdict(model: torch.nn.Module) -> str:
-    """Why prompts of this model are computed plainly on the installed transformers; empty if they can be restored."""
+    """Returns why prompts of this model are computed plainly on the installed transformers; empty if they can be restored."""
     if model.training:  # dropout: no two runs are alike
         return (
             "the model was in training mode when its cache was made, so this version of transformers could not be tried"
@@ -103,7 +103,7 @@ def _try_out(model: torch.nn.Module) -> str:
         wrong = _examine(model)
     except _Undecided:
         raise
-    except Exception as error:  # whatever it is that has changed
+    except Exception as error:  # any error that a change in transformers leads to
         if is_the_users(error):
             raise
         wrong = f"{type(error).__name__}: {error}"
@@ -124,11 +124,11 @@ def _try_out(model: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _examine(model: Any) -> str:
-    """What differs from chunks on a `DynamicCache`; empty if nothing does.
+    """Returns what differs from chunks on a `DynamicCache`; empty if nothing does.
 
     Raises:
         _Undecided: the model's prompts are computed plainly at present.
-        Exception: whatever comes of what has changed.
+        Exception: any error that a change in transformers leads to.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(TOKENS, device=home_device(model)) * 7 % min(vocabulary, 61)).unsqueeze(0)
@@ -146,7 +146,7 @@ def _examine(model: Any) -> str:
 
 
 def _in_pieces(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
-    """By transformers alone: forwards of so many tokens."""
+    """Computes the logits with transformers alone, in forwards of `size` tokens."""
     cache = plain_cache(model)
     Presses.on(model)
     cache.presses_rest = True
@@ -166,7 +166,7 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
             cache._prefill(ids, 1, no_progress)
             new = ids[:, cache.get_seq_length() :]
         logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
-        session.flush(FLUSH_SECONDS)  # what is not saved by then is not loaded, either
+        session.flush(FLUSH_SECONDS)  # chunks not saved by then cannot be loaded
     return logits, cache.report
 
 
@@ -178,5 +178,5 @@ def _last_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, **named_for(model, cache)}
     if "logits_to_keep" in parameters_of(forward_of(model)):
         arguments["logits_to_keep"] = 1
-    logits: torch.Tensor = model(**arguments)[0][:, -1]  # by place: fields are renamed now and then
+    logits: torch.Tensor = model(**arguments)[0][:, -1]  # by position, since fields are renamed now and then
     return logits

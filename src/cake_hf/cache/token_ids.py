@@ -1,4 +1,4 @@
-"""Token ids as people have them, as one tensor."""
+"""Converts token ids from the forms that callers have them in to one tensor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def token_ids(given: Any) -> torch.Tensor:
-    """`[rows, tokens]`, int64.
+    """Returns the token ids as a tensor `[rows, tokens]`, int64.
 
     Args:
         given: a tensor, an array or a list of numbers, of one row or several; or what a tokenizer returns.
 
     Raises:
         TypeError: it is something else.
-        ValueError: it does not have that form, or its numbers are no token ids.
+        ValueError: it does not have that form, or its numbers are not token ids.
     """
     if isinstance(given, Mapping):  # a BatchEncoding, too
         return _of_mapping(given)

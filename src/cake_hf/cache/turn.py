@@ -1,7 +1,7 @@
-"""What a cache was given since the last block that is known: the last piece of a prompt, and the tokens decoded behind it.
+"""The tokens that came into a cache since the last known block: the suffix of a prompt, and the tokens decoded after it.
 
-Each of these forwards is a piece of the schedule, so that the next turn can go on from known KV: the last piece is a tail, and
-decoded tokens are single ones. Nothing is done about them until a prompt goes on from there, or the caller asks for it.
+Each of these forwards is a piece of the schedule, so that the next turn can continue from known KV: the suffix becomes a tail,
+and decoded tokens are single ones. Nothing is done with them until a prompt continues from there, or the caller asks for it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _OTHER_KERNELS = "output_attentions"
 
 
 class Turn:
-    """Of one prompt, a single row without padding.
+    """The turn after one prompt, a single row without padding.
 
     Args:
-        begin: tokens before the last piece.
-        ids: `[1, tokens]` of that piece; none where it is known already.
-        namespace: in which the blocks before are known; empty if it was not looked at.
-        look: at the model's weights, when the piece was run.
+        begin: tokens before the suffix.
+        ids: `[1, tokens]` of the suffix; zero tokens if it is known already.
+        namespace: in which the blocks before are known; empty if it was not determined.
+        look: at the model's weights, when the suffix was run.
 
     Attributes:
         begin, namespace, look: see above.
@@ -41,17 +41,17 @@ class Turn:
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens are."""
+        """The device of the turn's tokens."""
         return self._ids[0].device
 
     @property
     def first(self) -> Block | None:
-        """The last piece of the prompt, where it is one forward of several tokens."""
+        """The suffix of the prompt, if it is one forward of several tokens."""
         tokens = self._ids[0].shape[1]
         return Block(self.begin, self.begin + tokens) if tokens > 1 else None
 
     def decoded(self, ids: torch.Tensor, arguments: dict[str, Any], past: int) -> bool:
-        """A token `[1, 1]` comes behind `past` others; False if it is not sure what its KV will be."""
+        """Adds a token `[1, 1]` that comes after `past` others; returns False if its KV cannot be predicted with certainty."""
         if past != self.end or ids.shape[0] != 1 or arguments.get(_OTHER_KERNELS) or not understands(arguments):
             return False
         numbers, mask = arguments.get("position_ids"), arguments.get("attention_mask")
@@ -69,14 +69,14 @@ class Turn:
         return True
 
     def is_plain(self) -> bool:
-        """Whether each token had its own number, and saw all before it. Waits for the device."""
+        """Whether each token had its own position number and saw all tokens before it. Waits for the device."""
         numbered = not self._numbers or not bool(torch.cat(self._numbers).any())
         return numbered and (not self._unmasked or bool(torch.cat(self._unmasked).all()))
 
     def ids(self) -> torch.Tensor:
-        """`[1, tokens]` of all."""
+        """Returns `[1, tokens]` of the whole turn."""
         return torch.cat(self._ids, dim=1)
 
     def blocks(self, size: int) -> list[Block]:
-        """As they are stored, counted from the prompt's first token on."""
+        """Returns the blocks as they are stored, counted from the prompt's first token."""
         return blocks(self.begin, self.end, self._ends, size)

@@ -1,4 +1,4 @@
-"""Brings the end of a turn to the store: KV that is in the layers already."""
+"""Saves the end of a turn to the store: KV that is already in the layers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _TAIL: Literal["tail"] = "tail"
 
 
 def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> tuple[Held, str] | None:
-    """The blocks of a turn with their keys, and the namespace of these; None where they may not be what the keys say.
+    """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say.
 
     Args:
         session: of the cache.
         layers: of the cache.
         held: what is known before the turn.
-        turn: that has ended.
+        turn: the turn that has ended.
     """
     model = session.model
     if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
@@ -56,15 +56,15 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
 
 
 def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, namespace: str, report: Report) -> None:
-    """Queue what of a turn is not stored.
+    """Queues the blocks of a turn that are not stored.
 
     Args:
         session: of the cache.
-        layers: that end with the turn.
-        held: what is known before it.
+        layers: whose content ends with the turn.
+        held: what is known before the turn.
         turn: its blocks.
         namespace: of the keys.
-        report: where it is counted.
+        report: counts what is saved.
     """
     if not session.bound_store.saves or not turn.keys:
         return
@@ -90,7 +90,7 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
 
 
 def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
-    """The recurrent states as they stand, in the order of a snapshot; none where there are none of the layout's shapes."""
+    """Returns the current recurrent states, in the order of a snapshot; none if they do not have the layout's shapes."""
     named = {
         f"layers.{n}.{name}": state
         for n, layer in enumerate(layers)
@@ -103,7 +103,7 @@ def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor] | None:
-    """A block's pieces `[1, tokens, heads, head_dim]`; None where a window has gone on beyond it."""
+    """Returns a block's pieces `[1, tokens, heads, head_dim]`; None if a sliding window has moved beyond the block."""
     kept = [
         buffer[:, block.start : block.end]
         for layer in layers

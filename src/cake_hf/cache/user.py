@@ -1,4 +1,4 @@
-"""Which thread uses a cache. One may after another; two at once would change it under each other's hands."""
+"""Which thread uses a cache. Threads may take turns; two at once would change the cache while the other relies on it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class User:
         self._copying = Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> User:
-        """A copy of a cache has not been used yet."""
+        """Returns a new `User`, since a copy of a cache has not been used yet."""
         return User()
 
     @property
     def is_here(self) -> bool:
-        """Whether it is this thread."""
+        """Whether that thread is the calling one."""
         return self._thread == get_ident()
 
     def claim(self, model: torch.nn.Module, cache: Any) -> None:
-        """Use the cache in this thread from now on.
+        """Makes the calling thread the user of the cache from now on.
 
         Args:
-            model: whose forward, or `generate`, is called with it.
+            model: whose forward, or `generate`, is called with the cache.
             cache: whose user this is.
 
         Raises:
@@ -50,7 +50,7 @@ class User:
 
     @contextmanager
     def copying(self, model: torch.nn.Module, cache: Any) -> Iterator[None]:
-        """Copy the cache's content; any number of threads may, one after another.
+        """Guards a copy of the cache's content; any number of threads may copy it, one after another.
 
         Args:
             model: of the cache.

@@ -1,4 +1,4 @@
-"""The first words of a document, kept beside its chunks for `cake-hf ls`: only on request."""
+"""The first words of a document, kept beside its chunks for `cake-hf ls`, only on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cake_hf.stores.records import Record, keep
 from cake_hf.util.canonical import canonical
 
 MOST_KEPT = 8
-"""Words."""
+"""The most words that are kept."""
 
 MAX_LETTERS = 80
 
@@ -20,14 +20,14 @@ SALTED_WORDS = (
 
 
 def keep_words(cache: RestoringCache, text: str) -> None:
-    """Keep the first words of the document that a cache holds. To be called when its chunks are durable.
+    """Keeps the first words of the document that a cache holds. Call it once the document's chunks are durable.
 
     Args:
         cache: that was prefilled with the document.
         text: of the document.
 
     Raises:
-        ValueError: there is a salt, which is to keep documents from the eyes of others.
+        ValueError: there is a salt, whose purpose is to hide documents from others.
         StoreError: they cannot be kept.
     """
     session = cache._session

@@ -1,1 +1,1 @@
-"""The restore of one prompt: hook, request, lookup, plan, the walk from both ends, saving."""
+"""The restore of one prompt: hook, request, prefix match, plan, the walk from both ends, saving."""

@@ -1,4 +1,4 @@
-"""Which prompts are in the model now: closing cuts none of them off, and waits for none."""
+"""Which prompts the model is running now: closing neither interrupts them nor waits for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cake_hf.util.forks import Lock
 
 
 class AtWork:
-    """The prompts that the caches of one session run at this moment.
+    """The prompts that the caches of one session are running.
 
     Attributes:
-        closing: no new ones are begun.
+        closing: no new ones are started.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class AtWork:
         self._then: Callable[[], object] | None = None
 
     def begin(self, cache: Any) -> bool:
-        """A cache begins with a prompt, in this thread; False if the session is being closed."""
+        """Registers a prompt of a cache, in this thread; returns False if the session is being closed."""
         with self._lock:
             if not self.closing:
                 self._caches[id(cache)] = threading.get_ident(), cache
@@ -37,20 +37,20 @@ class AtWork:
         return id(cache) in self._caches
 
     def end(self, cache: Any) -> None:
-        """Its prompt is through, or given up; any number of times. The last one closes what waits to be closed."""
+        """Removes a cache whose prompt has run, or was given up; idempotent. The last one runs a `close` that was put off."""
         with self._lock:
             self._caches.pop(id(cache), None)
             then, self._then = (None, self._then) if self._caches else (self._then, None)
         if then is not None:
-            # Its own thread, since closing waits for what is to be saved, and here somebody waits for tokens.
+            # In a thread of its own: closing waits for saves, while the caller here waits for tokens.
             threading.Thread(target=then, name="cake-close", daemon=True).start()
 
     def close(self, model: torch.nn.Module, close: Callable[[], object]) -> None:
-        """Call `close` now; or, where other threads run prompts, have the last of these call it."""
+        """Calls `close` now; or, if other threads are running prompts, has the last of these call it."""
         with self._lock:
             self.closing = True
             me = threading.get_ident()
-            # Who was interrupted (Ctrl-C) has not said so.
+            # A thread that was interrupted (Ctrl-C) has not called `end`.
             self._caches = {
                 number: (thread, cache)
                 for number, (thread, cache) in self._caches.items()

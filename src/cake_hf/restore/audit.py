@@ -1,7 +1,7 @@
-"""Compares chunks that a restore computes although they are stored: other bits mean that the store holds another model's KV.
+"""Compares computed chunks with their stored checksums: other bits mean that the store holds another model's KV.
 
 The front of a prompt is computed while the rest is loaded, so comparing its checksum with the stored one costs next to nothing.
-A few chunks are compared: the 1st, 2nd, 4th, 8th, ... of those that are computed although they are stored.
+Only a few chunks are compared: the 1st, 2nd, 4th, 8th, ... of those that are computed although they are stored.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ class _Comparison(NamedTuple):
 
 
 class Audit:
-    """Of one restore.
+    """The audit of one restore.
 
     Args:
-        session: of the cache. Without `exact` equal bits are not to be expected, and nothing is compared.
+        session: of the cache. Without `exact`, equal bits are not expected, and nothing is compared.
         prompt: from `open_prompt`.
     """
 
     def __init__(self, session: Session, prompt: Prompt) -> None:
         self._session = session
         self._prompt = prompt
-        # Ranks of a parallel model may not go separate ways.
+        # Ranks of a tensor-parallel model must all act alike.
         self._on = session.exact and bool(prompt.keys) and ranks_of(session.model) is None
         self._computed = 0
         self._under_way: list[_Comparison] = []
 
     def computed(self, index: int, pieces: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """A chunk was computed.
+        """Starts to compare a chunk that was computed, if it is stored and due for comparison.
 
         Args:
             index: of the chunk.
-            pieces: gives its tensors `[1, tokens, heads, head_dim]` in payload order.
+            pieces: returns its tensors `[1, tokens, heads, head_dim]` in payload order.
         """
         if not self._on or not self._prompt.stored[index]:
             return
         self._computed += 1
-        if self._computed & (self._computed - 1):  # no power of two
+        if self._computed & (self._computed - 1):  # not a power of two
             return
         session, layout = self._session, self._prompt.layout_of(index)
         packed = pack(pieces(), layout)
@@ -74,10 +74,10 @@ class Audit:
         self._under_way.append(_Comparison(index, checksums(byte_view(packed.memory), layout), read, due))
 
     def settle(self) -> None:
-        """Wait for the comparisons that are under way. What cannot be read in time is not compared.
+        """Waits for the comparisons that are under way. Chunks whose header cannot be read in time are not compared.
 
         Raises:
-            ComputePlainly: a chunk is stored otherwise than it was computed.
+            ComputePlainly: a chunk is stored with other values than were computed.
         """
         while self._under_way:
             index, computed, read, due = self._under_way.pop(0)
@@ -88,14 +88,14 @@ class Audit:
                 raise ComputePlainly(self._refuse(index))
 
     def end(self) -> None:
-        """The restore is over, or what comes of it is not to be compared any more."""
+        """Ends the audit: the restore is over, or its later results are not to be compared."""
         self._on = False
         for comparison in self._under_way:
             comparison.read.leave()
         self._under_way.clear()
 
     def _refuse(self, index: int) -> str:
-        """Remember that the model, as it is with that namespace, does not compute what is stored under it."""
+        """Records that the model, under this namespace, does not compute what is stored; returns the reason."""
         reason = (
             f"this model does not compute what the store holds (chunk {self._prompt.number + index} is stored with other "
             "values), so something changed it, now or when that was saved. Nothing is loaded or saved for it in this "
@@ -107,6 +107,6 @@ class Audit:
 
 
 def refused_reason(model: torch.nn.Module, namespace: str) -> str:
-    """Why nothing is loaded or saved for that model under that namespace; empty if it can be."""
+    """Returns why nothing is loaded or saved for that model under that namespace; empty if it can be."""
     with _lock:
         return _refused.get(model, {}).get(namespace, "")

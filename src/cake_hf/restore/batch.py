@@ -1,15 +1,15 @@
-"""A batch of prompts: each row is restored as if it were alone, then the last pieces of all rows run together.
+"""A batch of prompts: each row is restored as if it were alone, then the suffixes of all rows run together.
 
 A row is restored on its own canonical schedule, from its own first token, in its own place in the batch's buffers:
 
     column     0         pad                 start               end
-    row 0      |         | chunk 0 | chunk 1 | chunk | last piece|
-    row 1      | zeros                | chunk 0     *| last piece|
+    row 0      |         | chunk 0 | chunk 1 | chunk | suffix    |
+    row 1      | zeros                | chunk 0     *| suffix    |
 
-All rows end at the same column, so their last pieces begin at different ones. The forward of the last pieces starts at the
-first of these columns (`start`). Where a row's chunks go beyond it (*), the forward runs these tokens once more, as it runs
-padding, but what it makes of them is not kept: the row's chunks stay as they are, and that is what its last piece attends to.
-So a row's KV is that of the row alone, and nothing but the lengths of the prompts decides what the forward looks like.
+All rows end at the same column, so their suffixes start at different ones. The forward of the suffixes starts at the first of
+these columns (`start`). If a row's chunks extend beyond it (*), the forward runs these tokens once more, as it runs padding,
+but the result is not kept: the row's chunks stay as they are, and its suffix attends to them. So a row's KV is the same as for
+the row alone, and the shape of the forward depends only on the lengths of the prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cake_hf.restore.session import Session
 
 
 class RestoreRow(Protocol):
-    """Restores one prompt into layers that may hold its first chunks, with the known keys."""
+    """Restores one prompt into layers that may already hold its first chunks, whose keys are `known`."""
 
     def __call__(
         self,
@@ -62,18 +62,18 @@ class Row:
 
 
 class BatchRestore:
-    """The batch's counterpart of `Restore`. Use: `run`; the last pieces, with `keep` in each layer; `close`, or `abandon`.
+    """The counterpart of `Restore` for a batch. Use: `run`; the suffixes, with `keep` in each layer; `close`, or `abandon`.
 
     Args:
         session: of the cache.
         layers: of the cache, without content.
-        call: the forward that brought the batch, some of whose rows have a chunk to be restored.
+        call: the forward that brought the batch; some of its rows have a chunk to be restored.
         namespace: of the session.
-        started: when it came.
+        started: when the call came.
 
     Attributes:
         report: of all rows together.
-        start: the column at which the forward of the last pieces begins.
+        start: the column at which the forward of the suffixes starts.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class BatchRestore:
         self.start = min(self._end_of(row) for row in self._rows)
 
     def run(self, restore_row: RestoreRow) -> None:
-        """Bring the full chunks of all rows into the layers; what rows have in common at their beginning, only once."""
+        """Brings the full chunks of all rows into the layers; chunks that rows have in common at their start, only once."""
         try:
             self._run(restore_row)
         except BaseException:
@@ -98,7 +98,7 @@ class BatchRestore:
             raise
 
     def keep(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states `[batch, heads, new, head_dim]` of the last pieces, with those of restored tokens put back."""
+        """Returns the states `[batch, heads, new, head_dim]` of the suffixes, with the states of restored tokens put back."""
         beyond = [(row.number, self._end_of(row)) for row in self._rows if self._end_of(row) > self.start]
         if not beyond:
             return keys, values
@@ -109,7 +109,7 @@ class BatchRestore:
         return states
 
     def close(self) -> None:
-        """The last pieces are through."""
+        """Ends the restore after the suffixes have run."""
         wait_for_devices({buffer.device for layer in self._layers for buffer in layer.buffers})
         now = time.monotonic()
         self.report.timeline.append(
@@ -118,7 +118,7 @@ class BatchRestore:
         self.report.prefill_seconds = now - self._started
 
     def abandon(self) -> None:
-        """Something went wrong: the layers are empty, as they were before."""
+        """Empties the layers, as they were before, after a failure."""
         for layer in self._layers:
             layer.reset()
 
@@ -126,12 +126,12 @@ class BatchRestore:
         for layer, template in zip(self._layers, kv_template(self._session.model), strict=True):
             keys, values = (one.expand(len(self._rows), -1, -1, -1) for one in (template.keys, template.values))
             layer.reserve(keys, values, self._call.tokens + HEADROOM_TOKENS)
-        homes: dict[str, Row] = {}  # of a chunk, the first row that has it
+        homes: dict[str, Row] = {}  # by the key of a chunk, the first row that has it
         for row in self._rows:
             self._restore(row, homes, restore_row)
             homes = {**dict.fromkeys(row.keys, row), **homes}
         if self.report.chunks_missed < sum(row.chunks for row in self._rows) - self.report.chunks_shared:
-            self.report.reason = ""  # what a single row has to say
+            self.report.reason = ""  # drop the reason of a single row
         for layer in self._layers:
             layer.show(self.start)
         self._tail_begin = time.monotonic()
@@ -143,12 +143,12 @@ class BatchRestore:
         return Row(number, tokens - length, chunks, chunk_keys(self._namespace, prefix.tolist(), size))
 
     def _end_of(self, row: Row) -> int:
-        """The column at which the row's last piece begins."""
+        """Returns the column at which the row's suffix starts."""
         return row.pad + row.chunks * self._session.chunk_size
 
     def _restore(self, row: Row, homes: dict[str, Row], restore_row: RestoreRow) -> None:
         size = self._session.chunk_size
-        common = sum(key in homes for key in row.keys)  # keys are chained: what is in common is at the beginning
+        common = sum(key in homes for key in row.keys)  # keys are chained, so common chunks come first
         places = [layer.row(row.number, row.pad) for layer in self._layers]
         if common:
             home = homes[row.keys[common - 1]]

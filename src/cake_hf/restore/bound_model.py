@@ -1,4 +1,4 @@
-"""A model as a session uses it: the hook on it, the names of its chunks, and their layout."""
+"""A model as a session uses it: the hook on it, the namespace of its chunks, and their layout."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class _Latest(NamedTuple):
 
 
 _latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], _Latest]] = weakref.WeakKeyDictionary()
-"""By model and options: the namespace that was found last."""
+"""The namespace that was found last, by model and options."""
 
 
 class BoundModel:
-    """One model with the options that are part of its chunks' names.
+    """One model, with the options that are part of its chunks' keys.
 
     Args:
         model: any that a `CakeCache` takes.
         chunk_size, salt, exact: as for `CakeCache`; the size as it was chosen.
-        shelf: gives where a store keeps what models compute under a namespace, from that and the model's name. Asked with
-            `exact=False` only.
-        compiled: what the user gave for the model.
+        shelf: returns where a store keeps what models compute under a namespace, given that namespace and the model's name.
+            Called with `exact=False` only.
+        compiled: what the user passed as the model.
 
     Attributes:
         model, chunk_size, salt, exact: as given.
@@ -78,29 +78,32 @@ class BoundModel:
 
     @cached_property
     def name(self) -> str:
-        """The model's name for people: its Hub id, or the last part of a local path (the rest is private).
+        """The model's name for display: its Hub id, or the last part of a local path (the rest is private).
 
-        Found once, since it asks the file system, goes through the environment for secrets, and stands in each chunk.
+        Determined once, since this asks the file system and searches the environment for secrets, and each chunk contains the
+        name.
         """
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 
     def layout(self) -> ChunkLayout:
-        """The layout of this model's chunks."""
+        """Returns the layout of this model's chunks."""
         return made_by(self.model).chunk(self.chunk_size)
 
     def state_layout(self) -> ChunkLayout:
-        """The layout of a snapshot of this model's recurrent states; without pieces where it has none."""
+        """Returns the layout of a snapshot of this model's recurrent states; without pieces if it has none."""
         return made_by(self.model).states
 
     def namespace(self, ids: torch.Tensor | None = None) -> str:
-        """Digest of all that must be equal, beside the tokens, for KV to be interchangeable. Looks at all of it anew.
+        """Returns the digest of all that must be equal, beside the tokens, for KV to be interchangeable.
+
+        Inspects all of it again.
 
         Args:
-            ids: of the prompt. The weights that only these tokens meet are looked at more closely.
+            ids: of the prompt. The weights that only these tokens use are inspected more closely.
 
         Raises:
-            ComputePlainly: with `exact=False`, the store does not say which model its KV is of.
+            ComputePlainly: with `exact=False`, the store does not say which model its KV is from.
         """
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
@@ -112,27 +115,27 @@ class BoundModel:
         return namespace
 
     def facts(self) -> dict[str, Any]:
-        """The facts that the namespace is a digest of, without the salt, which is secret. Runs the model, and looks at it."""
+        """Returns the metadata that the namespace is a digest of, without the secret salt. Runs and inspects the model."""
         with one_look():
             return self._facts()
 
     def latest_namespace(self) -> str:
-        """What `namespace` gave last for this model and these options, in this process; empty if it was not called yet."""
+        """Returns the last result of `namespace` for this model and these options, in this process; empty if there is none."""
         latest = _latest.get(self.model, {}).get(self._options)
         return "" if latest is None else latest.namespace
 
     def latest_facts(self) -> dict[str, Any]:
-        """The facts behind `latest_namespace`. Runs the model only if `namespace` was not called yet."""
+        """Returns the metadata behind `latest_namespace`. Runs the model only if `namespace` was not called yet."""
         latest = _latest.get(self.model, {}).get(self._options)
         return self.facts() if latest is None else latest.facts
 
     def facts_of(self, namespace: str) -> dict[str, Any] | None:
-        """The facts of a namespace; None where they are not known any more."""
+        """Returns the metadata of a namespace; None if it is no longer known."""
         latest = _latest.get(self.model, {}).get(self._options)
         return latest.facts if latest is not None and latest.namespace == namespace else None
 
     def where_computed(self) -> str:
-        """On which devices, in words; what computing costs is that of these."""
+        """Returns the devices that the model computes on, in words; the costs of computing are those of these devices."""
         return where_computed(self.model)
 
     def _facts(self) -> dict[str, Any]:
@@ -162,18 +165,18 @@ class BoundModel:
         return namespace_digest(canonical({**facts, "salt": self.salt}))
 
     def _computes_otherwise(self, facts: dict[str, Any], seen: Kept) -> bool:
-        """Whether the model differs from the one whose KV is stored under these facts, all but that of its behaviour."""
-        alone = ranks_of(self.model) is None  # else one rank's store may answer, and another's not
+        """Whether the model differs from the one whose KV is stored under this metadata, which excludes its behaviour."""
+        alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
         shelf = self._shelf(self._digest(facts), self.name) if alone else None
         content = canonical([facts["model"], facts.get("code")])
         return computes_otherwise(self.model, content, seen, shelf)
 
 
 def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
-    """The number of tokens that is meant; "auto" is by the device (see `scheduling.chunk_size`).
+    """Returns the chunk size in tokens; "auto" depends on the device (see `scheduling.chunk_size`).
 
     Raises:
-        ValueError: it is neither a number of tokens, nor "auto"; or too small.
+        ValueError: it is neither a number of tokens nor "auto"; or it is too small.
     """
     if chunk_size == "auto":
         family = family_of(model)

@@ -1,4 +1,4 @@
-"""A store as a session uses it: the way to it, what is saved to it, and what is counted beside it."""
+"""A store as a session uses it: access to it, saves to it, and the counts and notes kept beside its chunks."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class BoundStore:
     Args:
         store: what the user named.
         limits: of the session.
-        save: whether new chunks are to be brought to it.
+        save: whether new chunks are saved to it.
 
     Attributes:
-        name: of the store, for people.
-        access: the way to it.
+        name: of the store, for display.
+        access: the access to it.
         limits: as given.
 
     Raises:
-        StoreError: the store never was usable, and is not now.
-        Exception: whatever else the user's own store raises then.
+        StoreError: the store has never been usable, and is not now.
+        Exception: any other error that the user's own store raises then.
     """
 
     def __init__(self, store: StoreSpec | None, limits: Limits, *, save: bool) -> None:
@@ -54,12 +54,12 @@ class BoundStore:
 
     @property
     def store(self) -> Store:
-        """Where chunks are kept; a store that has nothing while it cannot be used."""
+        """The store that keeps the chunks; while it cannot be used, a store that has nothing."""
         return self.access.store
 
     @property
     def saves(self) -> bool:
-        """Whether new chunks are brought to the store."""
+        """Whether new chunks are saved to the store."""
         return self.access.saves
 
     @property
@@ -68,7 +68,7 @@ class BoundStore:
         return self.access.sharing
 
     def close(self, seconds: float) -> bool:
-        """Save what is queued, and close the store if it is ours, all within that time; False if saving took longer."""
+        """Saves what is queued, and closes the store if it is ours, all within `seconds`; False if saving took longer."""
         end = time.monotonic() + seconds
         flushed = self.access.writer.close()
         flush_costs(self.store, max(0.0, end - time.monotonic()))
@@ -77,21 +77,21 @@ class BoundStore:
         return flushed
 
     def shelf(self, namespace: str, model: str) -> Shelf:
-        """Where the store keeps what the model of a namespace computes.
+        """Returns where the store keeps what the model of a namespace computes.
 
         Args:
-            namespace: of that model, but for its behaviour.
+            namespace: of that model, without its behaviour.
             model: its name.
         """
         sharing, seconds = self.sharing, self.limits.lookup_timeout
         return Shelf(self.store, namespace, model, self.saves, seconds, sharing.lookups, sharing.claims)
 
     def cost_memory(self, namespace: str, where: str) -> CostMemory:
-        """What computing on these devices, and loading from here, cost with the model of that namespace."""
+        """Returns what computing on these devices, and loading from this store, costs with the model of that namespace."""
         return recall_costs(self.store, namespace, where, self.limits, self.sharing.notes)
 
     def count(self, report: Report) -> None:
-        """A prompt is through: tell who watches, and count it beside the store."""
+        """Passes the report of a finished prompt to telemetry, and counts the prompt beside the store."""
         observe(report)
         count_hits(self.store, report, self.limits, self.sharing.notes)
 
@@ -106,18 +106,18 @@ class BoundStore:
         made_with: dict[str, Any] | None,
         what: Literal["chunk", "tail", "state"] = "chunk",
     ) -> None:
-        """Copy a chunk out and queue it, or count it as unsaved where there is no room. Never waits.
+        """Copies a chunk out and queues it, or counts it as unsaved if there is no room. Never waits.
 
         Before a chunk's tensors are written to again, `let_copies_out_end` has to be called.
 
         Args:
-            facts: of the chunk, without its checksums.
+            facts: the chunk's metadata, without its checksums.
             layout: of the chunk.
-            pieces: gives its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
-            report: where the outcome is counted.
+            pieces: returns its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
+            report: counts the outcome.
             overwrite: replace a stored chunk that turned out to be unusable.
-            made_with: the facts of the chunk's namespace, kept in the store once the chunk is there; None for not.
-            what: it is; a state is that at the end of a chunk or a tail.
+            made_with: the metadata of the chunk's namespace, kept in the store once the chunk is there; None to keep none.
+            what: the kind of value; a state is the snapshot at the end of a chunk or a tail.
         """
         record = self._recorder(facts, made_with)
 
@@ -143,7 +143,7 @@ class BoundStore:
             return
         try:
             payload = pack(pieces(), layout)
-        except (MemoryError, RuntimeError) as error:  # there is no memory for it
+        except (MemoryError, RuntimeError) as error:  # out of memory
             if is_the_users(error):
                 raise
             writer.tell(error)
@@ -151,13 +151,13 @@ class BoundStore:
             return
         finally:
             if what == "state":
-                # The next chunk changes it. A chunk's KV stays while its restore lasts: who writes there, writes the same.
+                # The next chunk changes the state. A chunk's KV stays while its restore lasts: any write there writes the same.
                 let_copies_out_end()
         if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
             done(False)
 
     def _recorder(self, chunk: ChunkMetadata, made_with: dict[str, Any] | None) -> Callable[[], None]:
-        """Keeps what the chunk was made with in the store, once it is there."""
+        """Returns a function that records in the store, once the chunk is there, what the chunk was made with."""
         if made_with is None:
             return _keep_nothing
         seconds = note_seconds(self.limits)
@@ -165,4 +165,4 @@ class BoundStore:
 
 
 def _keep_nothing() -> None:
-    """Of a namespace whose facts are not known any more."""
+    """Records nothing, since the metadata of the namespace is no longer known."""

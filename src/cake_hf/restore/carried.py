@@ -1,9 +1,9 @@
-"""What a model carries from one chunk to the next beside the KV of each token: windows, and recurrent states.
+"""What a model carries from one chunk to the next beside the KV of each token: sliding windows, and recurrent states.
 
-The KV of a full-attention layer can be put into place in any order. What is carried cannot: it is that of one place in the
-prompt, and the model can only go on there. So it has a *standing*: the number of the chunk that can be run next. Computing from
-the front moves it on chunk by chunk; where loads have brought what lies between, it is put to where they end: windows from
-the last chunks' own KV, recurrent states from a snapshot.
+The KV of a full-attention layer can be committed in any order. What is carried cannot: it belongs to one place in the prompt,
+and the model can continue only there. So it has a *standing*: the number of the chunk that can run next. Computing from the
+front advances it chunk by chunk; if loads have brought the chunks in between, it is moved to where they end: windows are
+rebuilt from the last chunks' own KV, recurrent states from a snapshot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.restore.plan import window_begin
 
 Windows = Sequence[torch.Tensor]
-"""The windowed pieces of one chunk, `[1, tokens, heads, head_dim]`, in payload order."""
+"""The sliding-window pieces of one chunk, `[1, tokens, heads, head_dim]`, in payload order."""
 
 ReadState = Callable[[int], "list[torch.Tensor] | None"]
 
@@ -31,14 +31,14 @@ class Carried:
     Args:
         layers: of the cache, all kinds.
         template: the same layers with one token in them.
-        blocks: of the prompt, counted from chunk 0 on.
+        blocks: of the prompt, counted from chunk 0.
         past: tokens in the layers now; chunk 0 comes after them.
         state_layout: of a snapshot.
-        loaded_block: gives a chunk's block where a load has brought it.
-        read_state: gives the snapshot of chunk `i`'s end, `[anything]` per piece, where there is a usable one.
+        loaded_block: returns a chunk's block if a load has brought it.
+        read_state: returns the snapshot at the end of chunk `i`, `[anything]` per piece, if there is a usable one.
 
     Attributes:
-        standing: the chunk that can be run next; None where a forward was left half way.
+        standing: the chunk that can run next; None if a forward was interrupted.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Carried:
         self._loaded_block = loaded_block
         self._read_state = read_state
         self._computed: dict[int, Windows] = {}
-        self._brought: list[Windows] = []  # by the forwards of the chunk that is being run
+        self._brought: list[Windows] = []  # by the forwards of the chunk that is running
         self._base_windows = [layer.content for layer in self._windowed]
         self._base_states = {
             n: {name: state.clone() for name, state in states_of(layer).items()} for n, layer in self._recurrent.items()
         }
 
     def __bool__(self) -> bool:
-        """Whether there is anything that is carried."""
+        """Whether the model carries anything."""
         return bool(self._windowed or self._recurrent)
 
     @property
@@ -77,22 +77,25 @@ class Carried:
         return max((layer.reach for layer in self._windowed), default=0)
 
     def start(self) -> None:
-        """The restore begins: from now on the layers keep what `passed` asks for."""
+        """Starts the restore: from now on the layers keep what `passed` asks for."""
         for layer in self._windowed:
             layer.watch(on=True)
 
     def begin(self) -> None:
-        """A chunk is about to be run; if a forward is left, or fails, what is carried is of no place."""
+        """Prepares to run a chunk.
+
+        Until `passed`, what is carried belongs to no place, since the forward may be preempted or fail.
+        """
         self.standing = None
         self._brought = []
 
     def ran(self) -> None:
-        """One of the forwards that make the chunk is through."""
+        """Collects the windows after one of the forwards that make the chunk."""
         if self._windowed:
             self._brought.append([kept.transpose(1, 2) for layer in self._windowed for kept in layer.recent or ()])
 
     def passed(self, chunk: int) -> None:
-        """That chunk has been run."""
+        """Advances the standing after a chunk has run."""
         self.standing = chunk + 1
         if len(self._brought) > 1:
             self._computed[chunk] = [torch.cat(parts, dim=1) for parts in zip(*self._brought, strict=True)]
@@ -103,12 +106,12 @@ class Carried:
             del self._computed[index]
 
     def block(self, chunk: int) -> Windows | None:
-        """The windowed pieces of a chunk, if they are at hand."""
+        """Returns the sliding-window pieces of a chunk, if they are at hand."""
         computed = self._computed.get(chunk)
         return computed if computed is not None else self._loaded_block(chunk)
 
     def states(self) -> list[torch.Tensor]:
-        """The recurrent states as they stand, in the order of a snapshot."""
+        """Returns the current recurrent states, in the order of a snapshot."""
         named = {
             f"layers.{n}.{name}": state
             for n, layer in self._recurrent.items()
@@ -117,13 +120,13 @@ class Carried:
         return [named[piece.name] for piece in self._state_layout.pieces]
 
     def come_near(self, chunk: int) -> int:
-        """Stand at that chunk, or else at the last one before it at which that is possible; returns where."""
+        """Moves to that chunk or, if that is not possible, to the nearest earlier one where it is; returns which."""
         while not self._stand(chunk):
             chunk -= 1
         return chunk
 
     def go_back(self) -> None:
-        """Stand where the restore began."""
+        """Moves to where the restore started."""
         for layer, content in zip(self._windowed, self._base_windows, strict=True):
             layer.put(content)
         for n, layer in self._recurrent.items():
@@ -131,9 +134,10 @@ class Carried:
         self.standing = 0
 
     def end(self) -> None:
-        """The restore is over: the layers are left alone, and what was kept is let go.
+        """Ends the restore: releases the layers and what was kept.
 
-        So is the restore itself, which holds this: in a circle, KV would wait for the collector.
+        The reference to the restore, which holds this object, is dropped too: in a cycle, KV would wait for the garbage
+        collector.
         """
         self._loaded_block = lambda chunk: None
         for layer in self._windowed:

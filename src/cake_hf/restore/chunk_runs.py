@@ -1,4 +1,4 @@
-"""The main thread's side of a restore: the model is run on one chunk after the other, each where it can go on."""
+"""The main thread's side of a restore: runs the model on one chunk after another, each where the model can continue."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from cake_hf.scheduling.frontier import Frontier, Outcome
 
 
 class ChunkRuns:
-    """Of one restore.
+    """The chunk runs of one restore.
 
     Args:
         prompt: from `open_prompt`.
         layers: of the cache, all kinds.
-        kept: those of them that keep each token.
+        kept: those of the layers that keep each token.
         forward: runs the model on one chunk.
         carried: what the model carries from chunk to chunk.
         frontier: the ledger.
-        steps: which chunk comes next, and that one is made.
-        pace: is told what forwards take.
-        saver: is given each new chunk.
-        audit: is shown those that are stored.
+        steps: decides which chunk comes next, and records which are made.
+        pace: records how long forwards take.
+        saver: saves each new chunk.
+        audit: compares computed chunks that are stored.
         devices: that the model computes on.
 
     Attributes:
-        waited: the piece that was in the model last has awaited loads in its layers.
+        waited: the piece that was last in the model waited for loads in its layers.
     """
 
     def __init__(
@@ -70,7 +70,10 @@ class ChunkRuns:
         self._devices = devices
 
     def compute(self, index: int) -> bool:
-        """Run the model on one chunk, and have it saved; False if it was left, since the chunk has come from the store."""
+        """Runs the model on one chunk and has it saved; returns False if the forward ended early.
+
+        It ends early if the chunk has come from the store, or if it was a trial that is not worth finishing.
+        """
         self.stand(index)
         begin = time.monotonic()
         self.waited = False
@@ -98,7 +101,7 @@ class ChunkRuns:
         return True
 
     def stand(self, index: int) -> None:
-        """Have what the model carries be that before chunk `index`, if need be by running chunks again that are there."""
+        """Moves what the model carries to the start of chunk `index`, running chunks again that are there if necessary."""
         near = self._steps.stand(self._carried.come_near, index) if self._carried else index
         for chunk in range(near, index):
             begin = time.monotonic()
@@ -107,7 +110,7 @@ class ChunkRuns:
             self._saver.state(chunk)
 
     def show(self, chunks: int) -> None:
-        """Make so many chunks the content of the layers that keep each token."""
+        """Makes the first `chunks` chunks the content of the layers that keep each token."""
         self._show_tokens(self._prompt.blocks[chunks - 1].end if chunks else 0)
 
     def _run(self, index: int, preempted: Callable[[], bool]) -> None:
@@ -121,7 +124,7 @@ class ChunkRuns:
         wait_for_devices(self._devices)
 
     def _is_left(self, index: int, layers: Layers) -> bool:
-        """Whether a forward ends before its next layer: its chunk has arrived, or was begun on trial and is not worth it."""
+        """Whether a forward ends before its next layer: its chunk has arrived, or was a trial that is not worth finishing."""
         layers.next()
         if self._steps.preempted(index):
             return True
@@ -147,7 +150,7 @@ class ChunkRuns:
             )
 
     def _saw(self, index: int, seconds: float, share: float, worked: float) -> None:
-        """Costs are those of full chunks, by where they lie. While a GPU computes, the thread's own time tells nothing."""
+        """Records the time of a forward on a full chunk, by position. With a GPU, the thread's own time says nothing."""
         if index in self._prompt.full:
             number = self._prompt.blocks[index].start // self._prompt.layout.chunk_size
             told = worked if all(device.type == "cpu" for device in self._devices) else None

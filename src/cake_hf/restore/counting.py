@@ -1,4 +1,4 @@
-"""What a restore that is over adds to its report."""
+"""Adds the results of a finished restore to its report."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def count_restore(
     states: int,
     patience: float,
 ) -> int:
-    """Add to the report who has made what, what came from the store, and how loads ended; say so of late ones.
+    """Adds to the report which side made each chunk, what came from the store, and how loads ended; logs late loads.
 
-    Added, not set: the rows of a batch have one report.
+    The numbers are added, not set, since the rows of a batch share a report.
 
     Args:
         prompt: of the restore.
         outcomes: of its loads, by chunk.
-        overruled: chunks that were loaded, and made again.
+        overruled: chunks that were loaded, and then made again.
         job: of the loaders.
-        flown: chunks that the main thread has from another restore.
-        states: so many snapshots were loaded.
+        flown: chunks that the main thread got from another restore.
+        states: the number of snapshots loaded.
         patience: seconds that a load was waited for.
 
     Returns:

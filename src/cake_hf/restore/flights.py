@@ -1,4 +1,4 @@
-"""Chunks that restores which run at once compute for each other."""
+"""Single flight between restores: chunks that concurrent restores compute for each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cake_hf.transfer.writer import pack
 
 
 class Flights:
-    """Of one restore.
+    """The flights of one restore.
 
     Args:
         session: of the cache.
@@ -26,10 +26,10 @@ class Flights:
         restore: whose flights these are: any object of its own.
         frontier: the ledger.
         saver: knows where chunks lie in the layers.
-        alone: the restore computes all by itself.
+        alone: the restore computes everything itself.
 
     Attributes:
-        shared: chunks that the main thread has from another restore.
+        shared: chunks that the main thread got from another restore.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Flights:
         self._alone = alone or not prompt.keys
 
     def flight(self, index: int) -> AbstractContextManager[FlightPlan]:
-        """Say that a chunk is going to be computed here, or find out that another restore is at it."""
-        # Other restores must not wait for a forward that may be left, and it must not wait for theirs.
+        """Announces that a chunk is going to be computed here, or finds out that another restore is computing it."""
+        # Other restores must not wait for a forward that may be preempted, and it must not wait for theirs.
         if self._alone or self._frontier.is_trial(index):
             return nullcontext(FlightPlan(None))
         key = self._prompt.keys[index]
         return self._bound.sharing.flight(key, self._restore, computes=True, saves=self._bound.saves)
 
     def take_over(self, index: int, flight: Flight) -> bool:
-        """Copy a chunk that another restore computes just now; False if it does not come."""
+        """Copies a chunk that another restore is computing; returns False if it does not come."""
         begin = time.monotonic()
         if not flight.wait(self._patience) or flight.payload is None:
             return False
@@ -66,11 +66,11 @@ class Flights:
         return True
 
     def hand_out(self, index: int, plan: FlightPlan) -> None:
-        """A chunk was computed: others can have it."""
+        """Offers a computed chunk to other restores."""
         plan.payload = partial(self._copy_out, index)
 
     def _copy_in(self, index: int, payload: torch.Tensor) -> None:
-        """Bring a chunk's payload, `[nbytes]` uint8 on the host, to where the layers are now: they may have moved out."""
+        """Copies a chunk's payload, `[nbytes]` uint8 on the host, to the layers' current buffers: they may have moved out."""
         offset = 0
         with torch.inference_mode():
             for piece in self._saver.pieces(index):

@@ -1,4 +1,4 @@
-"""Forwards of a restore: how far one has come, that it may be left, and what the devices have done of it."""
+"""Forwards of a restore: how far one has come, how it is preempted, and when the devices have finished it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from cake_hf.restore.prompt import Prompt
 
 Progress = Callable[[int, int], None]
-"""Called with (chunks that are there, all chunks) now and then."""
+"""Called from time to time with (chunks that are there, all chunks)."""
 
 Forward = Callable[[Callable[[], bool], dict[str, Any]], object]
 """Runs the model on one chunk with the cache: `forward(preempted, arguments)`. It raises `ForwardPreempted` at the next layer
-once `preempted()` says that the chunk has come from the store meanwhile."""
+once `preempted()` says that the chunk has come from the store.
+"""
 
 GATED = "gated"
-"""What a timeline calls a computed piece that waited, within its layers, for loads."""
+"""What a timeline calls a computed piece that waited for loads within its layers."""
 
 
 class ForwardPreempted(Exception):
-    """Not an error: the chunk that a forward computes has come from the store, so the forward is left where it is."""
+    """Not an error: the chunk that a forward computes has come from the store, so the forward ends at the next layer."""
 
 
 class Layers:
@@ -32,8 +33,8 @@ class Layers:
         count: of the model's layers.
 
     Attributes:
-        began: when its first layer did, in monotonic seconds.
-        worked: seconds of a processor that the thread had had by then.
+        began: when its first layer started, in monotonic seconds.
+        worked: processor seconds that the thread had used by then.
     """
 
     def __init__(self, count: int) -> None:
@@ -41,19 +42,19 @@ class Layers:
         self.began, self.worked = time.monotonic(), time.thread_time()
 
     def next(self) -> None:
-        """A layer begins."""
+        """Records that a layer starts."""
         if not self._begun:
             self.began, self.worked = time.monotonic(), time.thread_time()
         self._begun += 1
 
     @property
     def share(self) -> float:
-        """Of all layers, those that are done."""
+        """The share of the layers that is done."""
         return min(1.0, max(0, self._begun - 1) / self._count)
 
 
 def record_suffix(prompt: Prompt, devices: Sequence[torch.device], begin: float, *, gated: bool) -> None:
-    """The prompt's last piece is through the model: note its span and the seconds of the whole prefill."""
+    """Records the span of the prompt's suffix, after it has run, and the seconds of the whole prefill."""
     wait_for_devices(devices)
     end = time.monotonic()
     prompt.record("compute", -1, begin, end, GATED if gated else "computed")
@@ -61,16 +62,16 @@ def record_suffix(prompt: Prompt, devices: Sequence[torch.device], begin: float,
 
 
 def wait_for_devices(devices: Iterable[torch.device]) -> None:
-    """GPU work is queued, not done, when forward returns; the two ends can only meet if done means done."""
+    """Waits for queued GPU work, which is not done when forward returns: the two ends can meet only if done means done."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
 
 def never() -> bool:
-    """Of a forward that no load overtakes."""
+    """False: for a forward that no load preempts."""
     return False
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
+    """Ignores the progress."""

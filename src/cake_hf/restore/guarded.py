@@ -1,4 +1,4 @@
-"""A `DynamicCache` that asks before anything is brought into it, whichever way a kind of layer has for that."""
+"""A `DynamicCache` that runs a check before anything is added to it, by any of its update methods."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _PARAMETERS = ("key_states", "value_states", "layer_idx")
 
 
 class GuardedCache(HookedCache):
-    """Subclasses say in `_before_update` what must hold; by default nothing."""
+    """A cache whose subclasses check in `_before_update` what must hold; by default nothing."""
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
         """Called before a layer takes something in.
 
         Args:
             layer: its number.
-            reads: it is handed all that it has kept of each token, old and new.
+            reads: the model gets back all that the layer has kept of each token, old and new.
         """
 
     def _before_unknown_update(self) -> None:
-        """Called before something is taken in by arguments that we do not know."""
+        """Called before an update with arguments that we do not know."""
 
     def _is_in_graph(self) -> bool:
-        """Whether torch.compile traces the forward that calls, and nothing is left to do outside of the graph."""
+        """Whether torch.compile traces the calling forward, and nothing is left to do outside of the graph."""
         return False
 
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer keeps of new states `[batch, heads, new, head_dim]`: others, where some of them were restored."""
+        """Returns what a layer keeps of new states `[batch, heads, new, head_dim]`: others, if some were restored."""
         return keys, values
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """As `DynamicCache.update`.
+        """Same as `DynamicCache.update`.
 
         Raises:
             ForeignModel: another model than the cache's own brings KV.
-            ForwardPreempted: within a restore, where the computed chunk has come from the store; never reaches the caller.
+            ForwardPreempted: within a restore, if the chunk being computed has come from the store; never reaches the caller.
         """
         if self.passive:
             return self._update_in_graph(*args, **kwargs)
@@ -75,14 +75,14 @@ class GuardedCache(HookedCache):
     def update_indexer(
         self, indexer_key_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """As `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
+        """Same as `DynamicCache.update_indexer`; raises as `update`. The indexer comes before its layer's attention."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=True)
         keys: torch.Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return keys
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `DynamicCache.update_conv_state`; raises as `update`."""
+        """Same as `DynamicCache.update_conv_state`; raises as `update`."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
@@ -91,7 +91,7 @@ class GuardedCache(HookedCache):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """As `DynamicCache.update_recurrent_state`; raises as `update`."""
+        """Same as `DynamicCache.update_recurrent_state`; raises as `update`."""
         if not self._is_in_graph():
             self._before_this_update(layer_idx, reads=False)
         state: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
@@ -99,7 +99,7 @@ class GuardedCache(HookedCache):
 
 
 def is_within(model: torch.nn.Module) -> bool:
-    """Whether the code that calls this runs within that model or one of its modules, as far as the call stack tells.
+    """Whether the calling code runs within that model or one of its modules, as far as the call stack shows.
 
     Meant for the rare call that the model's hook did not announce: it takes some 20 microseconds per level of the stack.
     """

@@ -1,4 +1,4 @@
-"""What a cache holds, as far as it is known: the leading blocks of one prompt, all from the canonical schedule."""
+"""The known content of a cache: the leading blocks of one prompt, all from the canonical schedule."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cake_hf.blocks import Block, tail_ends
 
 
 class Held:
-    """Of one cache.
+    """The known blocks of one cache.
 
     Attributes:
-        blocks: in order, from the prompt's first token on.
+        blocks: in order, from the prompt's first token.
         keys: of these.
     """
 
@@ -21,37 +21,37 @@ class Held:
 
     @property
     def end(self) -> int:
-        """How many leading tokens are known."""
+        """The number of known leading tokens."""
         return self.blocks[-1].end if self.blocks else 0
 
     @property
     def ends(self) -> list[int]:
-        """Of each block the number of tokens up to its end."""
+        """For each block, the number of tokens up to its end."""
         return [block.end for block in self.blocks]
 
     def cuts(self, size: int) -> list[int]:
-        """The cuts that make these blocks, where chunks have that size."""
+        """Returns the cuts that lead to these blocks with chunks of `size` tokens."""
         return tail_ends(self.blocks, size)
 
     def is_edge(self, place: int) -> bool:
-        """Whether a forward ended at that place, which is not behind the end."""
+        """Whether a forward ended at that place, which must not be after the end."""
         return any(block.end == place or (block.singly and block.start < place < block.end) for block in self.blocks)
 
     def append(self, blocks: Sequence[Block], keys: Sequence[str]) -> None:
-        """Blocks that follow, counted from the prompt's first token on."""
+        """Adds the blocks that follow, counted from the prompt's first token."""
         self.blocks += blocks
         self.keys += keys
 
     def crop(self, length: int) -> None:
-        """No more than so many tokens are held."""
+        """Drops the blocks that extend beyond `length` tokens."""
         while self.end > length:
             self.blocks.pop()
             self.keys.pop()
 
     def forget(self) -> None:
-        """Nothing is known any more."""
+        """Drops all blocks."""
         self.blocks, self.keys = [], []
 
     def copy(self) -> Held:
-        """One that changes by itself."""
+        """Returns an independent copy."""
         return Held(self.blocks, self.keys)

@@ -1,7 +1,7 @@
 """The one hook on a model: it sees each forward, and hands those that bring a `CakeCache` to that cache.
 
-The hook is there as long as a session of the model is open. It holds no cache, and a forward with any other cache, or none,
-passes untouched.
+The hook stays as long as a session of the model is open. It holds no cache, and a forward with any other cache, or none, passes
+unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _turns = FinalizerLock()
 
 
 class ModelHook:
-    """Forward hooks on a model and on its decoder, counted: the last `detach` removes them."""
+    """Forward hooks on a model and on its decoder. Its users are counted: the last `detach` removes the hooks."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._users = 0
@@ -34,7 +34,7 @@ class ModelHook:
             model.register_forward_pre_hook(_enter, with_kwargs=True),
             model.register_forward_hook(_leave, with_kwargs=True, always_call=True),
         ]
-        # The decoder may be called by itself; the cache then is in its own model, but nothing is restored.
+        # The decoder may be called directly; the cache is then used by its own model, but nothing is restored.
         decoder = getattr(model, "base_model", model)
         if decoder is not model:
             self._handles += [
@@ -48,7 +48,7 @@ class ModelHook:
 
     @classmethod
     def attach(cls, model: torch.nn.Module) -> ModelHook:
-        """The model's hook, with one user more."""
+        """Returns the model's hook, with one more user."""
         with _turns:
             hook = _hooks.get(model)
             if hook is None:
@@ -57,10 +57,10 @@ class ModelHook:
             return hook
 
     def stay_in_front(self, given: Any = None) -> None:
-        """Have prompts restored before compiled code runs, also where that is compiled as one graph.
+        """Has prompts restored before compiled code runs, even if that is compiled as one graph.
 
         Args:
-            given: what the user gave for the model: it may be the module that torch.compile has put around it.
+            given: what the user passed as the model: it may be the module that torch.compile has put around it.
         """
         model: Any = self._model()
         if model is None:
@@ -75,7 +75,7 @@ class ModelHook:
             self._wrapped.add(given)
 
     def detach(self) -> None:
-        """One user less; the last one takes the hooks off the model. For finalizers, too."""
+        """Removes one user; the last one takes the hooks off the model. Safe to call from finalizers."""
         _turns.soon(self._detach)
 
     def _detach(self) -> None:
@@ -87,16 +87,16 @@ class ModelHook:
                 del _hooks[model]
 
     def _is_traced(self) -> bool:
-        """Whether hooks are part of graphs: these would be made anew without them, and again with the next ones.
+        """Whether the hooks are part of graphs, which would be compiled again without them, and again with the next ones.
 
-        Without a cache of ours hooks do nothing, so they may stay.
+        Such hooks may stay, since they do nothing without a cache of ours.
         """
         model = self._model()
         return model is not None and family_of(model) is None and (bool(self._wrapped) or is_compiled(model))
 
 
 def _forget_copied(model: torch.nn.Module) -> None:
-    """A deep copy of a model has its hooks, too, and nobody would take them off: each forward would be handled twice."""
+    """Removes the hooks that a deep copy of a model inherits: nothing else would, and each forward would be handled twice."""
     if _enter not in model._forward_pre_hooks.values():
         return
     for module in {model, getattr(model, "base_model", model)}:
@@ -106,7 +106,7 @@ def _forget_copied(model: torch.nn.Module) -> None:
 
 
 def _cake_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookedCache | None:
-    """The cache of ours in a call, if there is something to do for it. In simple words, which torch.compile can trace."""
+    """Returns the cache of ours in a call, if it has work to do. Written in simple terms that torch.compile can trace."""
     for value in (*kwargs.values(), *args):
         if isinstance(value, HookedCache):
             return None if value.passive or value.is_over() else value
@@ -118,7 +118,7 @@ def _is_for_us(kwargs: dict[str, Any]) -> bool:
 
 
 class InFront:
-    """Compiled code that runs a model, hooks and all, with what has to run outside of its graphs in front of and behind it.
+    """Wraps compiled code that runs a model with its hooks: what has to run outside of its graphs runs before and after it.
 
     Attributes:
         compiled: the code.
@@ -129,7 +129,7 @@ class InFront:
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # as a part of something larger
+        if torch.compiler.is_dynamo_compiling():  # as part of a larger graph
             return self.compiled(*args, **kwargs)
         cache = _cake_cache(args, kwargs)
         if cache is None or cache._busy or cache.in_front:
@@ -151,7 +151,7 @@ class InFront:
 def _enter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rewritten | None:
     if not torch.compiler.is_dynamo_compiling():
         return _entered(model, args, kwargs, traced=False)
-    # torch.compile traces the call: the forward will be compiled code, and what is done here is not.
+    # torch.compile traces the call: the forward will be compiled code, but the work done here must stay out of the graph.
     cache = _cake_cache(args, kwargs)
     if cache is None or cache.in_front:
         return None
@@ -188,7 +188,7 @@ def _handed_on(
 
 
 def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Where `generate` runs a prompt without the cache that it was given, that cache's report says so."""
+    """Tells the cache that was given to `generate`, if a prompt runs without it, so that its report says so."""
     ids = args[0] if args else kwargs.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
         cache = cache_given_to_generate(model, HookedCache)
@@ -222,7 +222,7 @@ def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _needs_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a decoder that is traced is called within its model."""
+    """Whether a traced decoder call needs no work: it has no cache of ours, or comes from within its model."""
     cache = _cake_cache(args, kwargs)
     return cache is None or cache.is_inside()
 

@@ -1,4 +1,4 @@
-"""What the hook on a model knows of a cache of ours. It imports no restore: the cache says by its class that it is one."""
+"""The interface between our caches and the hook on a model, which recognizes them by this class. Imports no restore code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from transformers import DynamicCache
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a call, positional and named, that a forward gets instead of its own."""
+"""The arguments of a call, positional and by keyword, that a forward gets instead of its own."""
 
 
 class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed for us
-    """A cache that is told before and after each forward of its model; `RestoringCache` is the one there is.
+    """A cache that is called before and after each forward of its model; `RestoringCache` is the only subclass in use.
 
-    The attributes are plain ones, since torch.compile traces what asks for them.
+    The attributes are plain ones, since torch.compile traces the code that reads them.
 
     Attributes:
-        passive: it is no more than the cache that it is derived from.
-        in_front: what runs is compiled code, which `hook.InFront` has called.
+        passive: the cache is no more than its base class, `DynamicCache`.
+        in_front: compiled code is running, called by `hook.InFront`.
     """
 
     passive = False
@@ -26,15 +26,15 @@ class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not ty
 
     @property
     def _busy(self) -> bool:
-        """Whether a restore is running: its forwards pass the hook untouched."""
+        """Whether a restore is running: its forwards pass the hook unchanged."""
         return False
 
     def is_over(self) -> bool:
-        """Whether the hooks have nothing to do with it any more."""
+        """Whether the hooks have nothing more to do for this cache."""
         return False
 
     def is_inside(self) -> bool:
-        """Whether a forward of the cache's model runs."""
+        """Whether a forward of the cache's model is running."""
         return False
 
     def _enter_model(
@@ -46,29 +46,29 @@ class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not ty
         traced: bool = False,
         compiled: bool = False,
     ) -> Rewritten | None:
-        """A forward begins; None leaves it untouched.
+        """Handles the start of a forward; returns None to leave it unchanged.
 
         Args:
             model: whose forward it is.
             args: positional arguments of the call.
-            kwargs: named ones.
+            kwargs: its keyword arguments.
             traced: torch.compile traces the call.
             compiled: compiled code will run it.
         """
         raise NotImplementedError
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:
-        """A forward has ended."""
+        """Handles the end of a forward."""
         raise NotImplementedError
 
     def _enter_decoder(self) -> None:
-        """A forward of the model's decoder begins, be it within the model's own."""
+        """Handles the start of a forward of the model's decoder, possibly within the model's own forward."""
         raise NotImplementedError
 
     def _leave_decoder(self, *, failed: bool) -> None:
-        """It has ended."""
+        """Handles the end of a forward of the model's decoder."""
         raise NotImplementedError
 
     def _note_bypassed(self, ids: torch.Tensor) -> None:
-        """The model is called with these tokens and without this cache, although `generate` was given it."""
+        """Notes that the model is called with these tokens and without this cache, although `generate` was given it."""
         raise NotImplementedError

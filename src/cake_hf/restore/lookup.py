@@ -1,4 +1,4 @@
-"""The question to the store: which of these keys does it have?"""
+"""The prefix match: asks the store which keys it has."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cake_hf.transfer.telemetry import observe_lookup
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """What a store has of a prompt.
+    """Which parts of a prompt a store has.
 
     Attributes:
-        stored: for each block, whether it is there.
-        states: for each block, whether the snapshot of the model's recurrent state at its end is.
-        reason: why the store was not asked, or did not answer: then nothing is there. Empty where it did.
+        stored: for each block, whether it is stored.
+        states: for each block, whether the snapshot of the model's recurrent state at its end is stored.
+        reason: why the store was not asked, or did not answer, in which case everything counts as missing; empty if it did.
     """
 
     stored: tuple[bool, ...] = ()
@@ -31,17 +31,17 @@ class PrefixMatch:
 
     @classmethod
     def none(cls, blocks: int) -> PrefixMatch:
-        """Nothing is stored of so many blocks."""
+        """Returns a match in which none of the `blocks` blocks is stored."""
         return cls((False,) * blocks, (False,) * blocks)
 
 
 def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -> PrefixMatch:
-    """Ask for blocks and for snapshots, in one question; all missing where the store fails or does not answer.
+    """Asks for blocks and snapshots in one question; all count as missing if the store fails or does not answer.
 
     Args:
         session: of the cache.
         keys: of blocks.
-        states: of the snapshot at the end of each; none where the model has no such state.
+        states: keys of the snapshots at the end of each block; empty if the model has no recurrent state.
     """
     found, reason = stored_mask(session, [*keys, *states])
     stored = tuple(found[: len(keys)])
@@ -49,7 +49,7 @@ def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -
 
 
 def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], str]:
-    """The store's mask, and why there is none, if so; all missing then."""
+    """Returns the store's mask and an empty reason; or, if the store cannot be asked, a mask of missing keys and the reason."""
     none = [False] * len(keys)
     bound = session.bound_store
     if keys and (absence := bound.access.reach()):
@@ -67,10 +67,10 @@ def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], str]:
 
 
 def is_asked(session: Session) -> bool:
-    """Whether it matters what the store has."""
+    """Whether the store's content matters to the session."""
     return session.strategy is not Strategy.COMPUTE or session.bound_store.saves
 
 
 def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
-    """Where this hangs it keeps alive what is known about that (`sharing`), and nothing of the session."""
+    """Asks the store. If this hangs, it keeps alive what is known about the hang (`sharing`), and nothing of the session."""
     return [bool(has) for _, has in zip(keys, store.contains(keys), strict=True)]

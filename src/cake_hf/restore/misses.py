@@ -1,4 +1,4 @@
-"""Why nothing of a prompt was found: whether the store has it from another namespace, and what would have to be alike.
+"""Explains why nothing of a prompt was found: whether the store has it under another namespace, and what would have to match.
 
 The store is asked while the prompt is computed, in a thread of its own, and only after a miss: a hit costs nothing.
 """
@@ -36,23 +36,23 @@ OTHER_SALT = (
 )
 
 FEW_KEYS = 32
-"""So many keys of a namespace are asked for at once; a bucket takes a request for each."""
+"""The most keys of a namespace that are asked for at once; a bucket takes a request for each."""
 
 Marks = Callable[[Sequence[Block]], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
 class Sought:
-    """A prompt that was not found, and who looked for it.
+    """A prompt that was not found, and the session that looked for it.
 
     Attributes:
         namespace: digest, of the session.
-        facts: that it is a digest of, but for the salt.
+        facts: the metadata that the namespace is a digest of, without the salt.
         salt: of the session.
         model: its name.
         tokens: of the prompt, 64-bit integers.
-        marks: gives what the keys of blocks cover beside their tokens, see `ForwardCall.marks`.
-        cuts: that are declared.
+        marks: returns the extra hashes of blocks, see `ForwardCall.marks`.
+        cuts: the declared ones.
     """
 
     namespace: str
@@ -64,7 +64,10 @@ class Sought:
     cuts: Sequence[int] = ()
 
     def keys(self, record: Record) -> list[str]:
-        """Of the prompt's chunks and the tails between them, under another namespace; of a tail alone if that is declared."""
+        """Returns the keys of the prompt's chunks, and of the tails between them, under another namespace.
+
+        A last block that fills no chunk is included only if it is the whole prompt and its end is a declared cut.
+        """
         named = blocks(0, len(self.tokens), self.cuts, record.chunk_size)
         last = named[-1] if named else None
         if last and not last.fills(record.chunk_size) and (len(named) > 1 or last.end not in self.cuts):
@@ -78,7 +81,7 @@ class Elsewhere:
 
     Attributes:
         record: of the namespace.
-        differences: between it and that of who looked.
+        differences: between that namespace and the session's own.
         keys: of the prompt's chunks there, see `Sought.keys`.
         stored: how many of these are stored.
     """
@@ -96,14 +99,14 @@ class Elsewhere:
 
 
 class Inquiry:
-    """Why a prompt of a session was not found, being asked.
+    """The question why a prompt of a session was not found, asked in the background.
 
     Args:
         session: of the cache.
         call: the forward with the whole prompt.
         namespace: of the session.
         seconds: that the answer may take from now on.
-        cuts: that are declared.
+        cuts: the declared ones.
     """
 
     def __init__(
@@ -112,14 +115,14 @@ class Inquiry:
         self._end = time.monotonic() + seconds
         tokens = call.ids[0].to("cpu", torch.int64, copy=True).contiguous().numpy().data
         facts, model = session.bound_model.latest_facts(), session.bound_model.name
-        # Without the session: the thread that asks may hang.
+        # Does not hold the session: the thread that asks may hang.
         sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call), cuts)
         self._question = Question(
             partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
         )
 
     def settle(self, report: Report) -> None:
-        """Put the answer into a report, and tell it once per kind."""
+        """Puts the answer into a report, and logs it once per kind."""
         answer = self._question.answer(max(0.0, self._end - time.monotonic()))
         if answer.error is not None:
             logger.debug("Why a prompt was not found is not known: %s", answer.trouble)
@@ -129,21 +132,21 @@ class Inquiry:
             tell_once(kind, f"A prompt is not found: {answer.value}", logging.INFO)
 
     def give_up(self) -> None:
-        """The prompt was left."""
+        """Drops the question, since the prompt was abandoned."""
         self._question.give_up()
 
 
 def marks_of(call: ForwardCall) -> Marks:
-    """A prompt's marks for any blocks, without the cache that its call goes to."""
+    """Returns the function that gives a prompt's extra hashes for any blocks, without holding the call's cache."""
     vision = call.vision
     return (lambda named: []) if vision is None else vision.marks
 
 
 def explanation(store: Store, sought: Sought) -> str:
-    """Why a prompt was not found, as a clause; empty where the store has nothing of it. May hang, as the store may.
+    """Returns why a prompt was not found, as a clause; empty if the store has nothing of it. May hang if the store hangs.
 
     Raises:
-        Exception: whatever the store raises, or what absurd records lead to.
+        Exception: any error that the store raises, or that absurd records lead to.
     """
     known = records(store)
     likely = found_elsewhere(store, sought, known, all_chunks=False)
@@ -154,13 +157,13 @@ def explanation(store: Store, sought: Sought) -> str:
 
 
 def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, all_chunks: bool) -> list[Elsewhere]:
-    """Other namespaces that a prompt is stored under, the nearest first. Those of another salt are passed over.
+    """Returns the other namespaces that a prompt is stored under, nearest first. Those with another salt are skipped.
 
     Args:
         store: to be asked.
         sought: the prompt.
         known: records of the store.
-        all_chunks: ask for each chunk; else only for some, which costs less, and `stored` is no count.
+        all_chunks: ask for each chunk; if False, only for some, which costs less, and `stored` is not a full count.
     """
     ours = json.loads(canonical(sought.facts))
     others = [one for one in known if one.namespace != sought.namespace and one.is_of(sought.salt)]
@@ -186,13 +189,13 @@ def _weights(facts: Mapping[str, Any]) -> Any:
 
 
 def _counted(store: Store, one: Elsewhere) -> Elsewhere:
-    """The same with all its chunks asked for."""
+    """Returns the same result, counted over all of its chunks."""
     stored = sum(map(bool, store.contains(one.keys)))
     return Elsewhere(one.record, one.differences, one.keys, max(1, stored))
 
 
 def _sample(keys: list[str]) -> list[str]:
-    """Of many the first, the last, and some between them: eviction may have begun at either end."""
+    """Returns the first key, the last, and some in between if there are many: eviction may have started at either end."""
     if len(keys) <= FEW_KEYS:
         return keys
     places = {0, len(keys) - 1} | {2**n - 1 for n in range(1, len(keys).bit_length())}

@@ -1,4 +1,4 @@
-"""The record of a namespace, written once a day and process, by the thread that has just brought a chunk of it to the store."""
+"""Writes the record of a namespace, once a day per process, in the thread that has just saved a chunk of it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ logger = logging.getLogger("cake_hf")
 DAY = 24 * 60 * 60
 
 _kept: weakref.WeakKeyDictionary[Store, dict[str, int]] = weakref.WeakKeyDictionary()
-"""By namespace the day at which its record was written in this process."""
+"""The day on which a namespace's record was written in this process, by namespace."""
 _lock = Lock()
 
 
 def recorder(
     store: Store, facts: Mapping[str, Any], namespace: str, model: str, seconds: float, late: Late
 ) -> Callable[[], None]:
-    """What is to be called, by the thread that writes to the store, whenever a chunk of a namespace has become durable.
+    """Returns a function for the thread that writes to the store, to be called whenever a chunk of a namespace became durable.
 
     Args:
         store: with the chunk.
-        facts: that the namespace is a digest of, but for the salt.
+        facts: the metadata that the namespace is a digest of, without the salt.
         namespace: of the chunk.
-        model: its name, for people.
-        seconds: that the writing may take, before it is left to itself.
+        model: its name, for display.
+        seconds: that the thread waits for the write to finish.
         late: questions about notes that were not answered in time; while there are any, nothing is written.
     """
 
@@ -47,7 +47,7 @@ def recorder(
                 return
             days[namespace] = now // DAY
         answer = ask(partial(_keep, store, facts, namespace, model, now), seconds, "notes", late)
-        if answer.error is not None:  # the chunk is there; only words for people are missing
+        if answer.error is not None:  # the chunk is there; only its description is missing
             logger.debug("What chunks were made with is not kept: %s", answer.trouble)
 
     return record

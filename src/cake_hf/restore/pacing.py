@@ -1,4 +1,4 @@
-"""What a restore believes about costs, the frontier that it makes of that, and what is learnt from it."""
+"""What a restore believes about costs, the frontier made from that, and what is learned from the restore."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cake_hf.transfer.cost_notes import CostMemory
 
 
 class RestorePace(Pace):
-    """That of one restore of a cache.
+    """The pace of one restore of a cache.
 
     Attributes:
         blocks: of the prompt.
-        can_run: whether a block could be computed right now; if not, nothing is gained by not waiting for its load.
-        can_leave: whether a forward on it can be left although it has not arrived.
+        can_run: whether a block could be computed right now; if not, skipping the wait for its load gains nothing.
+        can_leave: whether a forward on it can be ended although its load has not arrived.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class RestorePace(Pace):
         self.blocks, self.can_run, self.can_leave = blocks, can_run, can_leave
 
     def end(self, now: float) -> None:
-        """The restore is over, and is let go: it holds KV."""
+        """Ends the restore, and drops the references to it, since it holds KV."""
         super().end(now)
         self.can_run = self.can_leave = _never
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         if not self.can_run(chunk):
             return False
-        if self.blocks[chunk].singly:  # it takes a forward for each token: only if the loads are very late
+        if self.blocks[chunk].singly:  # takes one forward per token, so only if the loads are very late
             wait = self._wait(loads_left, now)
             return wait is None or self._compute is None or self.blocks[chunk].tokens * self._seconds(chunk) < wait
         return super().worth(chunk, loads_left, now, whole=whole)
@@ -74,13 +74,13 @@ def new_pace(
     can_run: Callable[[int], bool],
     can_leave: Callable[[int], bool],
 ) -> RestorePace:
-    """What is believed when a restore begins.
+    """Returns the beliefs at the start of a restore.
 
     Args:
         session: of the cache.
         prompt: from `open_prompt`.
         plan: of the restore.
-        memory: of what earlier prompts have cost.
+        memory: the costs of earlier prompts.
         costs: of chunks, from that memory.
         layers: of the model.
         can_run, can_leave: see `RestorePace`.
@@ -109,7 +109,7 @@ def new_frontier(
     *,
     restage: Callable[[int], None] | None,
 ) -> Frontier:
-    """The ledger of one restore.
+    """Returns the ledger of one restore.
 
     Args:
         session: of the cache.
@@ -133,13 +133,13 @@ def new_frontier(
 
 
 def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
-    """Remember what the restore measured, for the next prompt's decisions."""
+    """Stores what the restore measured, for decisions about the next prompt."""
     if not prompt.keys:
         return
     timeline = prompt.report.timeline[prompt.first_span :]
     part = None
     size = prompt.layout.chunk_size
-    if prompt.call.tokens <= prompt.rest + size:  # the last piece is a part of a chunk
+    if prompt.call.tokens <= prompt.rest + size:  # the suffix is at most one chunk
         spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
         part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
     chunks = [span for span in timeline if span.chunk in prompt.full]
@@ -147,12 +147,12 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
 
 
 def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
-    """Count in a prompt's report what was saved, where its cost is known.
+    """Adds the time saved to a prompt's report, if the cost of computing is known.
 
     Args:
-        memory: of costs, the prompt's own included.
-        prompt: of which something was brought.
-        seconds: that the restore took, with the prompt's last piece if that is over.
+        memory: of costs, including those of this prompt.
+        prompt: of which at least one chunk was not computed.
+        seconds: that the restore took, including the prompt's suffix if that is over.
     """
     compute = memory.costs(prompt.layout.nbytes).compute
     if compute is None:
@@ -169,13 +169,13 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
 
 
 def _chunks_in_memory(prompt: Prompt) -> int:
-    """How many chunks' room the cache takes with the prompt in it, of all rows."""
+    """Returns how many chunks' worth of memory the cache takes with the prompt in it, over all rows."""
     tokens = prompt.call.past + prompt.call.tokens
     return -(-tokens // prompt.layout.chunk_size) * prompt.report.batch
 
 
 def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:
-    """What comes after the loads: a hole behind a stored chunk, or else the prompt's last piece."""
+    """Returns the cost of what follows the loads: a hole after a stored chunk, or else the prompt's suffix."""
     if costs.compute is None:
         return 0.0
     behind_loads = dropwhile(lambda index: not stored[index], range(len(stored)))

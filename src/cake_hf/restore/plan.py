@@ -1,4 +1,4 @@
-"""The plan of a restore: what is loaded of a prompt's stored chunks, and how, before anything moves."""
+"""The plan of a restore: which stored chunks of a prompt are loaded, and how, decided before anything moves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RestorePlan:
 
     Attributes:
         usable: for each chunk, whether loading it helps.
-        windows: the chunks whose windowed pieces are wanted, and where these lie in their buffers, counted in tokens.
-        state: at the end of which chunk the snapshot of the recurrent state is wanted; None for none.
+        windows: the chunks whose sliding-window pieces are wanted, and the offset of these in their buffers, in tokens.
+        state: the chunk at whose end the snapshot of the recurrent state is wanted; None for none.
         loads: whether anything is loaded.
-        ranges: in how many ranges of layers the last chunks are read. With more than one the main thread may go beyond loads.
-        reason: why chunks are computed although they are stored; empty where none is.
+        ranges: in how many ranges of layers the last chunks are read. With more than one, the main thread may go past loads.
+        reason: why chunks are computed although they are stored; empty if none are.
     """
 
     usable: tuple[bool, ...]
@@ -37,14 +37,14 @@ class RestorePlan:
 
 
 def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, by_layers: bool) -> RestorePlan:
-    """Decide for one prompt.
+    """Plans the restore of one prompt.
 
     Args:
         session: of the cache.
         prompt: from `open_prompt`.
-        costs: as they are believed to be.
+        costs: as currently believed.
         reach: how many tokens the model's longest window reaches back.
-        by_layers: whether what follows loads can wait for them layer by layer.
+        by_layers: whether a forward that follows loads can wait for them layer by layer.
     """
     stored = usable = prompt.match.stored[: prompt.chunks]
     state = None
@@ -63,7 +63,7 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
 
 
 def window_begin(named: Sequence[Block], stop: int, reach: int) -> int:
-    """The first block of those before block `stop` that a window of that reach, at the begin of block `stop`, reaches to."""
+    """Returns the first block that a window of `reach` tokens, ending at the start of block `stop`, reaches back to."""
     begin = stop
     while begin and named[begin - 1].end > named[stop - 1].end - reach:
         begin -= 1
@@ -75,14 +75,14 @@ def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
     if not store.reads_ranges:
         return 1
     ranges = ranges_of(costs, prompt.layout.layers, store.range_seconds)
-    # Where a load fails, chunks are computed in the middle of a forward; hooks that move weights are not made for that.
+    # After a failed load, chunks are computed in the middle of a forward; hooks that move weights do not support that.
     return 1 if ranges > 1 and any_has(session.model, "_hf_hook") else ranges
 
 
 def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int, int | None]:
-    """The run of stored chunks, up to one with a snapshot at its end, that leaves the fewest chunks to compute.
+    """Finds the run of stored chunks, up to one with a snapshot at its end, that leaves the fewest chunks to compute.
 
-    What is before the run is computed from the front, what is after it from the snapshot on.
+    Chunks before the run are computed from the front, chunks after it from the snapshot.
     """
     best: tuple[int, int | None] = (0, None)
     fewest, begin = len(stored), 0
@@ -95,7 +95,7 @@ def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int
 
 
 def _windows(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
-    """The model goes on at the end and behind each run of loaded chunks: there it needs the windows before it."""
+    """Chooses the windows to load: those that the model needs at the end, and wherever it continues after loaded chunks."""
     wanted: set[int] = set()
     for stop in range(1, len(usable) + 1):
         if usable[stop - 1] and (stop == len(usable) or not usable[stop]):

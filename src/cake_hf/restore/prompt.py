@@ -1,4 +1,4 @@
-"""One prompt on its way into a cache: its chunks' names, which of them are stored, and where all is counted."""
+"""One prompt to be brought into a cache: its chunks' keys, which of them are stored, and the report that counts them."""
 
 from __future__ import annotations
 
@@ -33,27 +33,26 @@ logger = logging.getLogger("cake_hf")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt on its way into a cache.
+    """One prompt that is being brought into a cache.
 
     Attributes:
         call: the forward that brought it.
         number: of the call's first block in the prompt; blocks before it are in the cache already.
-        blocks: of the call, counted from its first token on: those to restore (one more than `chunks` where the last piece can
-            be stored, too). Each is a chunk, unless cuts are declared.
-        chunks: how many of them to restore.
+        blocks: of the call, counted from its first token: those to restore, and one more than `chunks` if the suffix can be
+            stored, too. Each is a chunk, unless cuts are declared.
+        chunks: how many of the blocks to restore.
         namespace: digest.
-        keys: of the blocks; empty where the call is not on the canonical schedule, so that nothing of it may be loaded or
-            saved.
-        parent: key of the block before the first one; the namespace for the first of a prompt.
-        match: which of these the store has.
+        keys: of the blocks; empty if the call is not on the canonical schedule, so that nothing of it may be loaded or saved.
+        parent: key of the block before the first one; for the first block of a prompt, the namespace.
+        match: which of the blocks the store has.
         layout: of a full chunk.
         ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
-        state_layout: of a snapshot; without pieces where the model has no such state.
-        report: where all is counted.
+        state_layout: of a snapshot; without pieces if the model has no recurrent state.
+        report: counts everything that happens to the prompt.
         started: when the call came.
-        first_span: the prompt's first place on the report's timeline; rows of a batch follow each other there.
-        began: when this row of it was looked up; `started` where it is alone.
-        inquiry: why nothing of it is stored, being asked.
+        first_span: the index of the prompt's first span on the report's timeline; rows of a batch follow each other there.
+        began: when this row of a batch was looked up; equals `started` for a single prompt.
+        inquiry: the question why nothing of it is stored, if one is under way.
     """
 
     call: ForwardCall
@@ -80,12 +79,12 @@ class Prompt:
 
     @cached_property
     def rest(self) -> int:
-        """The first token of the call that is not restored, where its last piece begins."""
+        """The first token of the call that is not restored, where the suffix starts."""
         return self.blocks[self.chunks - 1].end if self.chunks else 0
 
     @property
     def first(self) -> int:
-        """About how many full chunks are before the call's first token, for what computing costs there."""
+        """About how many full chunks precede the call's first token, which computing costs depend on."""
         return self.call.past // self.layout.chunk_size
 
     @cached_property
@@ -100,36 +99,36 @@ class Prompt:
         return self.full - {self.chunks - 1} if self.ends_document else self.full
 
     def layout_of(self, index: int) -> ChunkLayout:
-        """The layout of that block."""
+        """Returns the layout of block `index`."""
         return self.layout.of(self.blocks[index].tokens)
 
     def facts(self, session: Session, index: int) -> ChunkMetadata:
-        """What block `index` of the call says about itself (its checksums are not known yet)."""
+        """Returns the metadata of block `index` of the call (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
         return ChunkMetadata(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
 
     def state_facts(self, session: Session, index: int) -> ChunkMetadata:
-        """What the snapshot at the end of chunk `index` says about itself."""
+        """Returns the metadata of the snapshot at the end of chunk `index`."""
         key = self.keys[index]
         return ChunkMetadata(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
 
     def record(self, actor: str, index: int, begin: float, end: float, outcome: str) -> None:
-        """Put a chunk's work on the timeline; times are those of the clock that `started` is from."""
+        """Adds a chunk's work to the timeline; times are from the same clock as `started`."""
         _record(self.report, self.started, actor, index, begin, end, outcome)
 
     def recorder(self) -> Callable[[str, int, float, float, str], None]:
-        """As `record`, for threads that may hang: it does not hold the call, which has the cache among its arguments."""
+        """Returns `record` for threads that may hang: it does not hold the call, which has the cache among its arguments."""
         return partial(_record, self.report, self.started)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How a call is cut.
+    """How a call is cut into blocks.
 
     Attributes:
-        blocks: counted from the call's first token on; the last piece of the call is among them where it can be stored.
+        blocks: counted from the call's first token; the suffix of the call is among them if it can be stored.
         chunks: how many of them are to be restored.
-        reason: why it is not cut as far as it could be, or empty.
+        reason: why the call is not cut as far as it could be, or empty.
         ends_document: see `Prompt`.
     """
 
@@ -140,13 +139,13 @@ class Wanted:
 
     @classmethod
     def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> Wanted:
-        """On the canonical schedule.
+        """Cuts a call on the canonical schedule.
 
         Args:
-            call: the forward with the prompt, or what is new of it.
-            cuts: that are declared, counted from the prompt's first token on, in ascending order.
+            call: the forward with the prompt, or the new part of it.
+            cuts: the declared ones, counted from the prompt's first token, in ascending order.
             size: tokens of a full chunk.
-            leave: tokens that the last piece must have; None to leave the last block.
+            leave: tokens that the suffix must have; None to leave the last block.
         """
         inner = [cut - call.past for cut in cuts if cut > call.past]
         every = blocks(0, call.tokens, inner, size)
@@ -163,14 +162,14 @@ class Wanted:
 def open_prompt(
     session: Session, call: ForwardCall, wanted: Wanted, held: Held, report: Report, started: float, namespace: str
 ) -> Prompt:
-    """Name the prompt's blocks and ask the store which of them it has.
+    """Gives keys to the prompt's blocks and asks the store which of them it has.
 
     Args:
         session: of the cache.
-        call: the forward with the prompt, or what is new of it.
-        wanted: how it is cut.
-        held: what the cache holds already, all from the canonical schedule.
-        report: where all is counted.
+        call: the forward with the prompt, or the new part of it.
+        wanted: how the call is cut.
+        held: what the cache already holds, all from the canonical schedule.
+        report: counts everything that happens to the prompt.
         started: when the call came.
         namespace: of the session.
     """
@@ -214,7 +213,7 @@ def open_prompt(
 
 
 def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
-    """A call that goes on from a cache whose content is not known: cut as `generate` would, never stored."""
+    """Returns the prompt of a call that continues from a cache with unknown content: cut as by `generate`, never stored."""
     report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     none = PrefixMatch.none(len(wanted.blocks))
     layouts = session.bound_model.layout(), session.bound_model.state_layout()
@@ -224,7 +223,7 @@ def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Re
 
 
 def _bytes_stored(prompt: Prompt) -> int:
-    """What is stored of a prompt takes, headers included."""
+    """Returns how many bytes the stored part of a prompt takes, including headers."""
     sizes = Counter(
         end - start for (start, end, _), has in zip(prompt.blocks, prompt.match.stored, strict=False) if has
     )
@@ -236,7 +235,7 @@ def _objection(session: Session, namespace: str) -> str:
     store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).mismatch_reason is Store.mismatch_reason:
         return ""
-    facts = session.bound_model.latest_facts()  # here: the thread that asks may hang, and is not to hold the session
+    facts = session.bound_model.latest_facts()  # read here: the asking thread may hang, and must not hold the session
     answer = ask(
         partial(_mismatch_reason_of, store, namespace, facts),
         session.limits.lookup_timeout,

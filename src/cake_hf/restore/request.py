@@ -1,4 +1,4 @@
-"""One call of a model's forward, seen as a prompt: what is in it, whether it can be cut into chunks, and the cutting."""
+"""One call of a model's forward, seen as a prompt: its arguments, whether it can be cut into chunks, and the cutting."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNDERSTOOD = {
     "output_attentions",
     "output_hidden_states",
 }
-"""Arguments whose meaning for a chunk is known. Any other one that is set might change the KV."""
+"""Arguments whose meaning for a chunk is known. Any other argument that is set might change the KV."""
 
 _OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
-"""Arguments that ask for something beside the logits, which would be that of the last piece alone."""
+"""Arguments that ask for outputs beside the logits, which would then cover the suffix alone."""
 
 
 def understands(arguments: Mapping[str, Any]) -> bool:
-    """Whether the meaning of all named arguments but the cache is known."""
+    """Whether the meaning of all named arguments, except the cache, is known."""
     return all(value is None or name in _UNDERSTOOD or name in CACHE_NAMES for name, value in arguments.items())
 
 
@@ -40,13 +40,13 @@ class ForwardCall:
     """The arguments of a forward by name.
 
     Attributes:
-        arguments: as given by the caller, positional ones named, without the cache.
+        arguments: as given by the caller, without the cache; positional ones are named.
         past: tokens in the cache before the call.
         cache: the cache, under the name by which the forward takes it.
         accepts: names of the forward's parameters.
-        for_kv: nobody looks at the logits of the call.
+        for_kv: the logits of the call are not used.
         wants_inner: the caller wants hidden states, or attentions, by an argument or by the model's config.
-        vision: what the call of a vision-language model brings beside its ids; None of other models.
+        vision: what the call of a vision-language model brings beside its ids; None for other models.
     """
 
     arguments: dict[str, Any]
@@ -68,12 +68,12 @@ class ForwardCall:
         *,
         for_kv: bool = False,
     ) -> ForwardCall:
-        """Name the positional arguments, and tell the cache from the others.
+        """Names the positional arguments, and separates the cache from the others.
 
         Args:
             model: whose forward is called.
             args: positional arguments of the call.
-            kwargs: named ones.
+            kwargs: its keyword arguments.
             cache: which of all these is the cache.
             past: tokens in it.
             for_kv: see the attribute.
@@ -97,19 +97,19 @@ class ForwardCall:
 
     @cached_property
     def tokens(self) -> int:
-        """New tokens in this call; 0 where they are not given as ids."""
+        """The number of new tokens in this call; 0 if they are not given as ids."""
         ids = self.arguments.get("input_ids")
         return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
 
     @cached_property
     def is_batch(self) -> bool:
-        """Whether it brings several rows, or a single one with padding."""
+        """Whether the call brings several rows, or a single one with padding."""
         ids = self.arguments.get("input_ids")
         return isinstance(ids, torch.Tensor) and ids.ndim == 2 and (ids.shape[0] > 1 or self.is_padded)
 
     @cached_property
     def is_padded(self) -> bool:
-        """Whether some of its tokens, or of those before them, are masked."""
+        """Whether some of the call's tokens, or of those before them, are masked."""
         mask = self.arguments.get("attention_mask")
         return isinstance(mask, torch.Tensor) and not bool((mask == 1).all())
 
@@ -120,13 +120,13 @@ class ForwardCall:
 
     @property
     def lengths(self) -> list[int]:
-        """For each row of a call that is not refused the number of tokens that are not padding."""
+        """For each row of a call that is not refused, the number of tokens that are not padding."""
         lengths: list[int] = self._mask.sum(dim=1).tolist()
         return lengths
 
     @property
     def wanted_logits(self) -> int:
-        """Logits of how many last tokens the caller wants, at least one; what else it may want is for `refusal` to see."""
+        """The number of last tokens whose logits the caller wants, at least one; `refusal` checks what else it may want."""
         keep = self.arguments.get("logits_to_keep")
         return max(1, keep) if isinstance(keep, int) else 1
 
@@ -137,7 +137,7 @@ class ForwardCall:
         return isinstance(ids, torch.Tensor) and self.wanted_logits >= ids.shape[1]
 
     def refusal(self) -> str:
-        """Why this call must be left as it is; empty if it can be cut into chunks with the same result."""
+        """Returns why this call must be left unchanged; empty if it can be cut into chunks with the same result."""
         a = self.arguments
         ids, keep = a.get("input_ids"), a.get("logits_to_keep")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
@@ -168,13 +168,13 @@ class ForwardCall:
         ids, positions = self.arguments.get("input_ids"), self.arguments.get("position_ids")
         return (
             isinstance(positions, torch.Tensor)
-            and positions.shape[-1:] == ids.shape[-1:]  # type: ignore[union-attr]  # positions come beside ids
+            and positions.shape[-1:] == ids.shape[-1:]  # type: ignore[union-attr]  # positions come together with ids
             and positions.numel() > 0
             and int(positions.min()) == 0
         )
 
     def without_past(self) -> ForwardCall:
-        """A call that brings a whole prompt, of which the beginning is in the cache: what is new of it."""
+        """Returns the new part of a call that brings a whole prompt whose start is in the cache."""
         named = dict(self.arguments)
         for name in ("input_ids", "position_ids", "cache_position"):
             if isinstance(named.get(name), torch.Tensor):
@@ -182,11 +182,11 @@ class ForwardCall:
         return replace(self, arguments=named)
 
     def after(self, tokens: int) -> ForwardCall:
-        """What comes after the first `tokens` of the new tokens, which are in the cache now."""
+        """Returns the call for what follows the first `tokens` of the new tokens, which are in the cache now."""
         return replace(replace(self, past=tokens).without_past(), past=self.past + tokens)
 
     def piece(self, start: int, end: int) -> dict[str, Any]:
-        """Arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would give them."""
+        """Returns arguments for the new tokens `start` to `end` alone, as `generate(prefill_chunk_size=...)` would."""
         piece = dict(self.arguments)
         piece["input_ids"] = self.ids[:, start:end].clone(memory_format=torch.contiguous_format)
         for name in ("position_ids", "cache_position"):
@@ -196,23 +196,23 @@ class ForwardCall:
             piece["attention_mask"] = piece["attention_mask"][:, : self.past + end]
         if self.vision is not None:
             piece = self.vision.piece(piece, start, end)
-        if "use_cache" in self.accepts or "use_cache" in piece:  # without it a model may leave alone what it is given
+        if "use_cache" in self.accepts or "use_cache" in piece:  # without it, a model may ignore the cache
             piece["use_cache"] = True
         return {**piece, **self.cache}
 
     def chunk(self, start: int, end: int) -> dict[str, Any]:
-        """Arguments of a forward that is run for its KV alone."""
+        """Returns the arguments of a forward that is run for its KV alone."""
         piece = self.piece(start, end)
         if "logits_to_keep" in self.accepts or "logits_to_keep" in piece:
             piece["logits_to_keep"] = 1
         return {**piece, "use_cache": True}
 
     def marks(self, named: Sequence[Block]) -> list[bytes]:
-        """For each block of it what its key must cover beside tokens; empty where that is so for none."""
+        """Returns the extra hash of each block, which its key covers beside tokens; an empty list if no block has any."""
         return [] if self.vision is None else self.vision.marks(named)
 
     def uncut(self, ends: Sequence[int]) -> int:
-        """The number (from 1) of the first of these places at which it must not be cut; 0 if it can be cut at all of them."""
+        """Returns the number (from 1) of the first of these places where the call must not be cut; 0 if there is none."""
         return 0 if self.vision is None else self.vision.uncut(ends)
 
     def _mask_refusal(self) -> str:
@@ -233,14 +233,14 @@ class ForwardCall:
 
     @cached_property
     def _mask(self) -> torch.Tensor:
-        """`[batch, tokens]`, on the device of the ids: which of the new tokens are not padding."""
+        """Which of the new tokens are not padding: `[batch, tokens]`, on the device of the ids."""
         mask: torch.Tensor | None = self.arguments.get("attention_mask")
         if mask is None or not self.is_batch:
             return torch.ones_like(self.ids, dtype=torch.bool)
         return mask.to(self.ids.device).bool()
 
     def _positions_are_plain(self) -> bool:
-        """Whether each row's tokens are numbered from 0, without the padding."""
+        """Whether each row's tokens are numbered from 0, not counting the padding."""
         positions, mask = self.arguments.get("position_ids"), self._mask
         if positions is None:
             return bool(mask.all())
@@ -257,7 +257,7 @@ def _is_wanted(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) 
 
 
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward by name; those that it takes by `*args` get numbers, which nothing understands."""
+    """Returns all arguments of a forward by name; arguments that it takes as `*args` get numbers, which no code understands."""
     parameters = parameters_of(forward).values()
     names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     names += [f"*{number}" for number in range(len(names), len(args))]

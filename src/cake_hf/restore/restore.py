@@ -1,18 +1,21 @@
 """The restore of one prompt: the main thread computes from the front, loaders read from the back, until they meet.
 
-To read it from top to bottom, in the order in which it happens:
+The steps, in the order in which they happen:
 
-1. `prompt_cache.PromptCache._handle`: what of a call is a prompt, and is it to be restored?
-2. `prompt.open_prompt`: its blocks get keys, and `lookup.match_prefix` asks the store which of them it has (a `PrefixMatch`).
-3. `plan.plan_restore`: what of that is loaded, and how (a `RestorePlan`).
-4. `Restore`, here: the layers get room, loaders claim from the back (`transfer.loader`), and the walk goes up from the front.
-   What comes next is the frontier's to say (`scheduling.frontier`); `chunk_runs` runs the model on it, and has it saved.
-5. The sides meet: the length is set to all chunks. The prompt's last piece is then run by whoever called the model. It may
-   begin while the last loads still arrive: each of its layers waits for that layer of them (`await_layer`).
-6. `close`: the loaders are through, and `counting` puts what happened into the report. Or `abandon`: all is as it was before.
+1. `prompt_cache.PromptCache._handle` finds which part of a call is a prompt, and whether it is to be restored.
+2. `prompt.open_prompt` gives keys to the prompt's blocks, and `lookup.match_prefix` asks the store which of them it has (a
+   `PrefixMatch`).
+3. `plan.plan_restore` decides which of the stored chunks are loaded, and how (a `RestorePlan`).
+4. `Restore`, in this file: the layers reserve room, loaders claim chunks from the back (`transfer.loader`), and the walk goes
+   up from the front. The frontier decides what comes next (`scheduling.frontier`); `chunk_runs` runs the model on it, and has
+   it saved.
+5. The sides meet: the length is set to all chunks. The caller of the model then runs the prompt's suffix. The suffix may start
+   while the last loads still arrive: each of its layers waits for that layer of the loads (`await_layer`).
+6. `close` waits for the loaders, and `counting` adds to the report what happened. Or `abandon` restores the previous state.
 
-Where the model carries something from chunk to chunk (windows, recurrent states; see `carried`), all that is the same, but it
-can go on only where it stands: a chunk behind loaded ones is run once the windows and the state before it are put in.
+If the model carries something from chunk to chunk (sliding windows, recurrent states; see `carried`), the steps are the same,
+but the model can continue only where it stands: a chunk after loaded ones runs once the windows and the state before it are put
+in.
 """
 
 from __future__ import annotations
@@ -49,24 +52,23 @@ from cake_hf.transfer.loader import LoadJob, start_loaders
 
 
 class Restore:
-    """Brings the KV of the prompt's full chunks into the layers. Once closed, these hold exactly those tokens more.
+    """Brings the KV of the prompt's full chunks into the layers; after `close`, these hold exactly that many tokens more.
 
-    Use: `start`; `run`; then the prompt's last piece, with `await_layer` in each layer; then `close`. Where anything fails,
-    `abandon`.
+    Use: `start`; `run`; then the prompt's suffix, with `await_layer` in each layer; then `close`. If anything fails, `abandon`.
 
     Args:
         session: of the cache.
         layers: of the cache, all at the call's past length.
         prompt: from `open_prompt`.
         forward: runs the model on one chunk with the cache, see `forwards.Forward`.
-        progress: called with (chunks that are there, all chunks) now and then.
-        past_loads: whether what follows loads may begin before these are all there.
+        progress: called from time to time with (chunks that are there, all chunks).
+        past_loads: whether a forward that follows loads may start before these have all arrived.
 
     Attributes:
         prompt: as given.
-        cost_memory: of what is decided by, and what is measured.
+        cost_memory: the costs that decisions rest on, and to which the measured ones are added.
         pace: of this restore.
-        brought: chunks that were not computed, once it is closed.
+        brought: the number of chunks that were not computed; set by `close`.
         pending: loads may be under way that layers have to wait for.
     """
 
@@ -87,7 +89,7 @@ class Restore:
         self._progress = progress
         self._end = prompt.call.past + prompt.call.tokens
         self._threads: list[threading.Thread] = []
-        self._made = 0  # all chunks before this one were made by the main thread, or what the devices compute sees them
+        self._made = 0  # the devices' next work sees all chunks before this one
         template = kv_template(session.model)
         kept = [
             (layer, one)
@@ -114,12 +116,12 @@ class Restore:
         self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
         prompt.report.reason = prompt.report.reason or plan.reason
         self._windows = WindowBuffers(prompt, plan.windows, template)
-        self._reserve(kept)  # last of all that takes memory: whoever fails before has nothing to give back
+        self._reserve(kept)  # the last step that takes memory: a failure before it has nothing to release
         past = prompt.call.past
-        # Where loads land: one per piece of the layout, each on the device of its layer.
+        # The targets of loads: one per piece of the layout, each on the device of its layer.
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         if not plan.loads:
-            buffers = []  # they may lie by head, as no chunk does
+            buffers = []  # they may be head-major, which no chunk is
         restage = None if is_host_place(buffers) else self._restage
         self.pace = new_pace(
             session,
@@ -134,7 +136,7 @@ class Restore:
         self._frontier = new_frontier(session, prompt, plan, self.pace, restage=restage)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers)
-        # A chunk of another restore does not bring the state behind it; and it is not there for other ranks.
+        # A chunk taken from another restore comes without the state after it, and is missing on the other ranks.
         alone = bool(self._carried) or self._ranks is not None
         self._flights = Flights(session, prompt, self._job, self._frontier, self._saver, alone=alone)
         self._runs = ChunkRuns(
@@ -152,7 +154,7 @@ class Restore:
         )
 
     def start(self) -> None:
-        """Let the loads begin."""
+        """Starts the loads."""
         self._carried.start()
         if self._plan.loads:
             if self._plan.state is not None:
@@ -160,7 +162,7 @@ class Restore:
             self._threads = start_loaders(self._job, self._session.limits.loader_threads)
 
     def run(self) -> None:
-        """Compute until the two sides have met, or nothing is left but loads whose layers can be awaited.
+        """Computes until the two sides have met, or only loads are left that the layers can wait for.
 
         Raises:
             ComputePlainly: the model does not compute what the store holds.
@@ -169,19 +171,19 @@ class Restore:
         self._walk(prompt.chunks, past_loads=self._plan.ranges > 1)
         self.pending = self._frontier.beyond() > 0
         self._audit.settle()
-        self._audit.end()  # the last piece is in the model from now on
+        self._audit.end()  # from now on the suffix is in the model
         self._progress(prompt.chunks, prompt.chunks)
 
     def await_layer(self, layer: int) -> None:
-        """Return when that layer of all chunks before the piece that is in the model is in the layers' buffers."""
-        self._job.commit_staged()  # what has landed aside meanwhile makes room for others
+        """Returns once that layer of all chunks before the piece that is in the model is in the layers' buffers."""
+        self._job.commit_staged()  # frees the staged memory for other loads
         if not self._frontier.beyond():
             return
         self._runs.waited = True
         if self._frontier.await_layer(layer):
             self._job.commit_layer(layer)
         else:
-            # A load has failed or is late. All chunks before the piece are made here and now; then the piece goes on.
+            # A load has failed or is late. Make all chunks before the piece now; then the piece continues.
             lengths = [held.lengths for held in self._layers]
             self._walk(self._frontier.beyond(), past_loads=False)
             self._runs.waited = True
@@ -190,16 +192,18 @@ class Restore:
         self._job.place.catch_up()
 
     def close(self, *, save_suffix: bool = False) -> None:
-        """The prompt's last piece is through, or will not be run. Waits for the loaders, unless it left a load behind.
+        """Ends the restore after the prompt's suffix has run, or if it will not run.
+
+        Waits for the loaders, unless a load was left behind.
 
         Args:
-            save_suffix: the last piece is a block of the canonical schedule, to be saved like the others.
+            save_suffix: the suffix is a block of the canonical schedule, to be saved like the others.
         """
         self.pace.end(time.monotonic())
         try:
             self._settle_in()
             self._job.place.catch_up()
-            # Loaders that wait for other prompts' reads to end are not needed any more.
+            # Loaders that wait for other prompts' reads are no longer needed.
             self._session.bound_store.sharing.wake()
             if not self._frontier.left_behind():
                 for thread in self._threads:
@@ -218,7 +222,7 @@ class Restore:
             self._carried.end()
 
     def abandon(self) -> None:
-        """Something went wrong: go back to what was in the layers before the call. No loader goes on writing to them."""
+        """Returns the layers to their content before the call, after a failure. No loader writes to them any more."""
         self._audit.end()
         self.pace.end(time.monotonic())
         if self.prompt.inquiry is not None:
@@ -237,13 +241,13 @@ class Restore:
 
     @property
     def waited(self) -> bool:
-        """Whether the piece that was in the model last has awaited loads in its layers."""
+        """Whether the piece that was last in the model waited for loads in its layers."""
         return self._runs.waited
 
-    # What the main thread does.
+    # The main thread's work.
 
     def _reserve(self, kept: list[tuple[TokenMajorLayer, Any]]) -> None:
-        """Make room for the prompt in the layers that keep each token, or, if the device has not as much, for nothing."""
+        """Reserves room for the prompt in the layers that keep each token; if the device has too little, reserves nothing."""
         try:
             for layer, one in kept:
                 layer.make_room(one, self._end + HEADROOM_TOKENS, head_major=not self._plan.loads)
@@ -261,11 +265,11 @@ class Restore:
             elif detached:
                 layer.show(past)
             else:
-                # Loads under way may still land in these buffers: go on in others, as small as can be, for room may be short.
+                # Loads under way may still write to these buffers: use others, as small as possible, since memory may be short.
                 layer.move_out(past, capacity=past)
 
     def _walk(self, until: int, *, past_loads: bool) -> None:
-        """Make, or take from the loaders, all chunks before `until`; afterwards they are the layers' content."""
+        """Computes, or takes from the loaders, all chunks before `until`, and makes them the content of the layers."""
         while (index := self._steps.advance(until=until, past_loads=past_loads)) is not None:
             self._settle_in()
             self._see(index)
@@ -288,9 +292,9 @@ class Restore:
         return self._windows.block(index) if loaded else None
 
     def _settle_in(self) -> None:
-        """Put into place what has landed aside. Then, where late reads may still write to the buffers, leave these to them.
+        """Commits what is staged. If late reads may still write to the buffers, the layers then move to other ones.
 
-        After that nothing lands any more: giving up one load, or overtaking it in place, ends all loading.
+        Nothing arrives after that: giving up one load, or superseding it in place, ends all loading.
         """
         self._job.commit_staged()
         if self._frontier.take_abandoned() and not self._job.detach():
@@ -298,19 +302,19 @@ class Restore:
                 layer.move_out(self._end)
 
     def _see(self, index: int) -> None:
-        """Have the devices, before they compute that chunk, wait for the copies to where it looks and where it goes.
+        """Has the devices wait, before they compute a chunk, for copies to the memory that this chunk reads or writes.
 
-        As a rule there are none: what is copied meanwhile belongs to the back of the prompt.
+        Usually there are none: the copies under way go to the back of the prompt.
         """
         if index != self._made or self._carried or not self._frontier.is_untouched(index):
             self._job.place.catch_up()
 
     def _can_run(self, index: int) -> bool:
-        """Chunks that are loaded already would have to be run again for what they carry."""
+        """False if the model stands elsewhere: chunks that are already loaded would have to run again for what they carry."""
         return not self._carried or self._carried.standing == index
 
     def _can_leave(self, index: int) -> bool:
-        """Not where the model carries something, which would be half done, nor where other ranks are in the forward."""
+        """False if the model carries something, which would be half done, or if other ranks are in the same forward."""
         return index in self.prompt.full and not self._carried and self._ranks is None
 
     def _restage(self, index: int) -> None:

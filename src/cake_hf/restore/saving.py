@@ -1,4 +1,4 @@
-"""What a restore brings to the store: chunks that were computed, and snapshots of the model's recurrent state."""
+"""Saves what a restore computed: chunks, and snapshots of the model's recurrent state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cake_hf.scheduling.frontier import Outcome
 
 
 class Saver:
-    """Of one prompt.
+    """The saver of one prompt.
 
     Args:
         session: of the cache.
@@ -26,7 +26,7 @@ class Saver:
         prompt: from `open_prompt`.
         carried: of the restore.
         stored: of the restore.
-        audit: of the restore. Nothing is saved before what it compares has turned out to be equal.
+        audit: of the restore. Nothing is saved before the comparisons under way have found equal checksums.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Saver:
         self._audit = audit
 
     def chunk(self, index: int, load: Outcome | None = None) -> None:
-        """Queue a chunk that was just computed on the canonical schedule, unless the store has it in good order.
+        """Queues a chunk that was just computed on the canonical schedule, unless the store has it intact.
 
         Args:
             index: of the chunk.
@@ -76,7 +76,7 @@ class Saver:
         )
 
     def state(self, index: int) -> None:
-        """Queue a snapshot of the state, which stands at that chunk's end, if there is one to be kept there."""
+        """Queues a snapshot of the state, which stands at that chunk's end, if one is to be kept there."""
         session, prompt = self._session, self._prompt
         if (
             not session.bound_store.saves
@@ -92,7 +92,7 @@ class Saver:
         if any(
             state.dtype != p.dtype or state.numel() != p.heads * p.head_dim for state, p in self._with_pieces(states)
         ):
-            return  # of another shape than in the probe: no layout of ours
+            return  # another shape than in the probe, so the layout does not fit
         self._audit.settle()
         session.bound_store.save_chunk(
             prompt.state_facts(session, index),
@@ -105,13 +105,15 @@ class Saver:
         )
 
     def pieces(self, index: int) -> list[torch.Tensor]:
-        """A block's pieces `[1, tokens, heads, head_dim]` as they lie in the layers; it must have just been computed."""
+        """Returns a block's pieces `[1, tokens, heads, head_dim]` in the layers; it must have just been computed."""
         start, end, _ = self._prompt.blocks[index].shifted(self._prompt.call.past)
         kept = [buffer[:, start:end] for layer in self._layers for buffer in layer.buffers]
         return [*kept, *(self._carried.block(index) or ())]
 
     def _is_due(self, index: int) -> bool:
-        """Around tails, at the end of what is stored of the prompt, or of what others share with it, and every so often."""
+        """True around tails, at the end of what is stored of the prompt or shared with others, and every `snapshot_every`
+        chunks.
+        """
         prompt, every = self._prompt, self._session.snapshot_every
         shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
         due = index in (prompt.chunks - 1, len(prompt.keys) - 1, shared - 1)

@@ -1,4 +1,4 @@
-"""What a cache, and its copies, share: a bound model, a bound store, and how the two are used together."""
+"""What a cache and its copies share: a bound model, a bound store, and how the two are used together."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Session", "chosen_chunk_size"]
 
 
 class Session:
-    """The long-lived half of a `CakeCache`; see there for the arguments.
+    """The long-lived half of a `CakeCache`, which documents the arguments.
 
     Attributes:
         bound_model: the model, with the hook on it.
         bound_store: the store, with the queue in front of it.
         model, chunk_size, exact, salt, strategy, limits, snapshot_every: as for `CakeCache`.
-        at_work: the prompts that run at this moment.
+        at_work: the prompts that are running now.
         is_closed: as `closed`; a plain attribute, which torch.compile can trace.
     """
 
@@ -61,7 +61,7 @@ class Session:
         self.bound_model = BoundModel(
             model, chunk_size=chunk_size, salt=salt, exact=exact, shelf=self.bound_store.shelf, compiled=compiled
         )
-        # When the last cache of this session is gone, and nobody has closed it.
+        # For when the last cache of this session is gone without a call of `close`.
         self._release = weakref.finalize(self, _forsake, self.bound_model.hook, self.bound_store.access)
         self._release.atexit = False
 
@@ -71,22 +71,25 @@ class Session:
         return not self._release.alive
 
     def flush(self, timeout: float | None) -> bool:
-        """Wait until all that is to be saved is durable; False on time-out."""
+        """Waits until everything to be saved is durable; returns False on time-out."""
         return self.bound_store.access.flush(timeout)
 
     def close(self) -> bool:
-        """Remove the hook, save what is queued (with one bound), close the store if it is ours; False on time-out."""
+        """Removes the hook, saves what is queued, and closes the store if it is ours; returns False on time-out.
+
+        One time limit covers all of it.
+        """
         self.is_closed = True
         if not self._release.detach():
             return True
         self.bound_model.hook.detach()
         return self.bound_store.close(self.limits.exit_flush_seconds)
 
-    # What is asked of a session outside of a restore, which takes it from the model or the store themselves.
+    # For code outside of a restore; the restore itself asks `bound_model` or `bound_store`.
 
     @property
     def store(self) -> Store:
-        """Where chunks are kept; see `BoundStore`."""
+        """The store that keeps the chunks; see `BoundStore`."""
         return self.bound_store.store
 
     @property
@@ -115,14 +118,14 @@ class Session:
         return self.bound_model.state_layout()
 
     def cost_memory(self, namespace: str) -> CostMemory:
-        """What computing and loading cost with this model, device and store."""
+        """Returns what computing and loading cost with this model, device and store."""
         return self.bound_store.cost_memory(namespace, self.bound_model.where_computed())
 
 
 def _forsake(hook: ModelHook, access: Access) -> None:
-    """What is left to do when nobody holds the session any more; knows nothing of the session itself.
+    """Releases hook and store once the session itself is gone; must not refer to the session.
 
-    The collector calls it, in whatever thread it runs: nothing in here waits. To close tiers may take long.
+    The garbage collector calls this, in whatever thread it runs, so nothing here waits: closing tiers may take long.
     """
     hook.detach()
     access.forsake()

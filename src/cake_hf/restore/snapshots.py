@@ -14,11 +14,11 @@ from cake_hf.transfer.single_reads import ReadBeside, read_state
 
 
 class StoredStates:
-    """Of one restore.
+    """The stored snapshots that one restore reads.
 
     Attributes:
         loaded: chunks whose state was read and is good.
-        unusable: chunks whose stored state is not.
+        unusable: chunks whose stored state is not usable.
     """
 
     def __init__(self, session: Session, prompt: Prompt) -> None:
@@ -29,7 +29,7 @@ class StoredStates:
         self._reads: dict[int, ReadBeside[list[torch.Tensor]]] = {}
 
     def begin(self, chunk: int) -> ReadBeside[list[torch.Tensor]]:
-        """Start to read the state at that chunk's end, unless that was done."""
+        """Starts to read the state at that chunk's end, unless that was done."""
         if chunk not in self._reads:
             key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
             slot = self._session.bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
@@ -38,7 +38,7 @@ class StoredStates:
         return self._reads[chunk]
 
     def get(self, chunk: int) -> list[torch.Tensor] | None:
-        """The state at that chunk's end; None if there is none that can be used, or it does not come in time."""
+        """Returns the state at that chunk's end; None if there is no usable one, or it does not come in time."""
         wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.match.states[chunk]
         if not wanted or chunk in self.unusable:
             return None
@@ -47,6 +47,6 @@ class StoredStates:
         return states
 
     def let_go(self) -> None:
-        """The restore is over: reads that are still under way are left to their threads."""
+        """Ends the restore: reads still under way are left to their threads."""
         for read in self._reads.values():
             read.leave()

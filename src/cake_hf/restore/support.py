@@ -1,7 +1,7 @@
-"""What can be restored, and if not, why: the one place where the library says so.
+"""What can be restored, and if not, why: the single source of these reasons.
 
-A model that no cache of ours can serve is refused with an error. Everything else that is not (yet) restored is computed
-plainly, and the sentence from here goes to `report.reason`.
+A model that none of our caches can serve is refused with an error. Everything else that is not (yet) restored is computed
+plainly, and the reason from this module goes to `report.reason`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot 
 
 
 def refuse_unusable(model: torch.nn.Module) -> None:
-    """Raise for a model that cannot be given a cache of ours.
+    """Raises an error for a model that cannot be given a cache of ours.
 
     Raises:
         UnsupportedModel: on the meta device, encoder-decoder, with a cache class of its own, or a forward that takes no cache.
@@ -80,24 +80,24 @@ def refuse_unusable(model: torch.nn.Module) -> None:
 
 
 def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
-    """Layers for a cache, ours where we know their kind, and why the model's prompts are computed plainly, if so.
+    """Returns layers for a cache, ours for the kinds we know, and why the model's prompts are computed plainly, if so.
 
-    No layers if the model is not understood at all.
+    The list of layers is empty if the model is not understood at all.
     """
     try:
         layers = layers_for(model)
         return layers, model_reason(model, layers)
-    except Exception as error:  # whatever it is that has changed
+    except Exception as error:  # any error that an unknown version or model leads to
         if is_the_users(error):
             raise
         return [], not_understood(model, error)
 
 
 def layers_for(model: torch.nn.Module) -> list[Any]:
-    """The layers `DynamicCache` would have, with those whose kind we know replaced by ours.
+    """Returns the layers that `DynamicCache` would have, with the kinds that we know replaced by ours.
 
     Raises:
-        Exception: ours would not behave as those.
+        Exception: ours would behave differently.
     """
     sample_cache, layers = plain_cache(model), plain_cache(model).layers
     if not isinstance(layers, list):
@@ -110,14 +110,14 @@ def layers_for(model: torch.nn.Module) -> list[Any]:
 
 
 def plain_layers(model: torch.nn.Module) -> list[Any]:
-    """The layers of such a cache; an empty list where it makes them as they are needed."""
-    with faults_suppressed(Exception):  # they were told already
+    """Returns the layers of a plain cache; an empty list if it makes them only as they are needed."""
+    with faults_suppressed(Exception):  # these faults were logged already
         return list(plain_cache(model).layers)
     return []
 
 
 def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
-    """Why this model's prompts are computed plainly; empty if they can be restored."""
+    """Returns why this model's prompts are computed plainly; empty if they can be restored."""
     other = sorted({type(layer).__name__ for layer in layers if not is_ours(layer)})
     if other or not layers:
         return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
@@ -133,9 +133,9 @@ def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
 
 
 def not_understood(model: torch.nn.Module, error: Exception) -> str:
-    """Log, once per kind, that a model is not understood, and remember it; returns the reason for computing plainly.
+    """Logs, once per kind, that a model is not understood, and remembers it; returns the reason for computing plainly.
 
-    A `RuntimeError` says little about the model, and may be gone next time: it is not remembered.
+    A `RuntimeError` says little about the model, and may not occur again, so it is not remembered.
     """
     reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
     if type(error) is not RuntimeError:
@@ -145,12 +145,12 @@ def not_understood(model: torch.nn.Module, error: Exception) -> str:
 
 
 def misunderstood_reason(model: torch.nn.Module) -> str:
-    """Why a model is computed plainly after it was not understood before; empty if it was, or was not tried."""
+    """Returns why a model is computed plainly after it was not understood before; empty if it was, or was not tried."""
     return _misunderstood.get(model, "")
 
 
 def unseen_reason(model: torch.nn.Module) -> str:
-    """The reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
+    """Returns the reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
     reason = (
         f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
         "have prompts restored"
@@ -160,13 +160,13 @@ def unseen_reason(model: torch.nn.Module) -> str:
 
 
 def tell_once(kind: str, sentence: str, level: int = logging.WARNING) -> None:
-    """Log a sentence if it is the first of its kind in this process, as a warning or as said; else for debugging."""
+    """Logs a sentence at `level` if it is the first of its kind in this process; at debug level otherwise."""
     logger.log(logging.DEBUG if kind in _told else level, "%s.", sentence)
     _told.add(kind)
 
 
 def tell_plain(reason: str) -> None:
-    """Log, once per kind of reason, that a prompt is left as it is."""
+    """Logs, once per kind of reason, that a prompt is computed plainly."""
     tell_once(re.sub(r"\d+", "", reason), f"A prompt is computed plainly: {reason}", logging.INFO)
 
 
@@ -174,7 +174,7 @@ def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
     """Whether an error during a restore may come from how we call the model, so that a plain call could succeed.
 
     Errors that pass through the user's code (hooks, signal handlers, stopping criteria) are the user's. Errors that we raise on
-    purpose pass, too, and failures of the machine. Ranks of a parallel model may not go separate ways.
+    purpose are passed on, too, and so are failures of the machine. Ranks of a tensor-parallel model must all act alike.
     """
     if isinstance(error, (CakeError, MemoryError, torch.OutOfMemoryError, OSError)) or ranks_of(model) is not None:
         return False
@@ -198,8 +198,9 @@ def _may_keep_attention(layers: list[Any]) -> bool:
 def _takes_cache(model: torch.nn.Module) -> bool:
     """Whether the model's forward can be given a cache.
 
-    A name that we do not know counts if the cache is for attention (a Mamba of older versions has one for its states alone).
-    Unnamed arguments count in a model that generates and is not transformers' own, since those name what they take.
+    A name that we do not know counts if the cache is for attention (a Mamba model of older versions has a cache for its states
+    alone). `**kwargs` count in a model that generates and is not transformers' own, since transformers' models name
+    what they take.
     """
     forward = forward_of(model)
     if name := cache_name(forward):
@@ -209,10 +210,10 @@ def _takes_cache(model: torch.nn.Module) -> bool:
 
 
 def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, reason: str) -> str:
-    """Why the ranks of a tensor-parallel model cannot restore a prompt together; empty for a model alone.
+    """Returns why the ranks of a tensor-parallel model cannot restore a prompt together; empty for a model alone.
 
     Args:
-        model: of a kind that can be restored. If it is tensor-parallel, all ranks have to come here.
+        model: of a kind that can be restored. If it is tensor-parallel, all ranks have to call this.
         call: with the prompt.
         chunk_size: tokens.
         reason: why this rank by itself would not restore it.
@@ -226,12 +227,12 @@ def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, re
 
 
 def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
-    """Why what a model turns out to keep, when it is run, cannot be restored now; empty if it can.
+    """Returns why what a model keeps, as seen when it runs, cannot be restored now; empty if it can.
 
     Args:
         model: of a kind whose layers we know.
         layers: of the cache.
-        tokens: of the prompt, with those in the cache.
+        tokens: of the prompt, including those in the cache.
     """
     template = kv_template(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
@@ -261,7 +262,7 @@ def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
 
 
 def cut_image_reason(chunk: int) -> str:
-    """Why all from that chunk on is the last piece."""
+    """Returns why everything from that chunk on belongs to the suffix."""
     return (
         f"from chunk {chunk} on the prompt is computed in one piece, since an image lies across that chunk's end, and its "
         "tokens see each other in both directions; another chunk_size may cut elsewhere"
@@ -269,13 +270,13 @@ def cut_image_reason(chunk: int) -> str:
 
 
 def batch_reason(layers: list[Any]) -> str:
-    """Why batches on these layers are computed plainly; empty if they can be restored."""
+    """Returns why batches on these layers are computed plainly; empty if they can be restored."""
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not TokenMajorLayer})
     return f"batches cannot be restored where a model keeps {', '.join(other)}" if other else ""
 
 
 def _rope_types(config: Any) -> set[str]:
-    """All rope types in a config's rope parameters, nested per layer type or not."""
+    """Returns all rope types in a config's rope parameters, whether or not these are nested per layer type."""
     found: set[str] = set()
 
     def search(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the windowed pieces of loaded chunks land."""
+"""The buffers that receive the sliding-window pieces of loaded chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cake_hf.restore.prompt import Prompt
 
 
 class WindowBuffers:
-    """Room for those that are wanted only.
+    """Buffers for only those sliding-window pieces that are wanted.
 
     Args:
         prompt: from `open_prompt`.
@@ -34,7 +34,7 @@ class WindowBuffers:
             ]
 
     def block(self, chunk: int) -> list[torch.Tensor] | None:
-        """The windowed pieces of a chunk that was loaded; None if they were not wanted."""
+        """Returns the sliding-window pieces of a chunk that was loaded; None if they were not wanted."""
         if chunk not in self._windows:
             return None
         start = self._windows[chunk]
