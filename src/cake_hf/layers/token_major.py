@@ -156,7 +156,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._show(lengths[0])
 
     def move_out(self, length: int, capacity: int | None = None) -> None:
-        """Moves the first `length` tokens to new buffers: an abandoned read may still write to the old ones.
+        """Moves the first `length` tokens to new buffers: loads or abandoned reads may still write to the old ones.
 
         Args:
             length: in tokens.
@@ -187,7 +187,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         """Takes the content of a filled layer that `row` returned as the row's from column `start` on, with zeros before it."""
         own, length = self.row(number, start), place.get_seq_length()
         if place.buffers[0].data_ptr() != own.buffers[0].data_ptr():
-            # It moved out, since an abandoned read may still write to its old memory: so the other rows move, too.
+            # It moved out, since reads may still write to its old memory: so the other rows move, too.
             self._key_buffer, self._value_buffer = (_room_for(buffer, 0) for buffer in self.buffers)
             own = self.row(number, start)
             for buffer, target in zip(place.buffers, own.buffers, strict=True):
