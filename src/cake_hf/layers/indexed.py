@@ -63,7 +63,7 @@ class IndexedLayer(TokenMajorLayer):
         super().prefetch()
         self._indexer.prefetch()
 
-    # What the restore needs.
+    # For the restore.
 
     def copied(self, memo: dict[int, Any], tokens: int | None = None) -> IndexedLayer:
         copied: IndexedLayer = super().copied(memo, tokens)
@@ -97,7 +97,7 @@ class IndexedLayer(TokenMajorLayer):
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
-        """K, V and, if the indexer holds keys, these, `[batch, capacity, heads, head_dim]` each."""
+        """K, V and, if the indexer holds any, its keys, `[batch, capacity, heads, head_dim]` each."""
         return super().buffers + (self._indexer.buffers[:1] if self._indexer.is_initialized else ())
 
     @property

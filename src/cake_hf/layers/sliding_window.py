@@ -52,7 +52,7 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # tr
         super().reset()
         self._own = None, None
 
-    # What the restore needs.
+    # For the restore.
 
     @property
     def is_own(self) -> bool:

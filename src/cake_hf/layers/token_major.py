@@ -81,7 +81,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenMajorLayer:
         return self.copied(memo)
 
-    # What the restore needs beyond DynamicLayer.
+    # For the restore, beyond DynamicLayer.
 
     def copied(self, memo: dict[int, Any], tokens: int | None = None) -> TokenMajorLayer:
         """Returns a copy with its own memory. This layer's content does not change meanwhile: other threads may read it.
@@ -167,7 +167,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._move(length, capacity)
         self._show(min(visible, length))
 
-    # What the restore of a batch needs: rows are filled one by one.
+    # For the restore of a batch, whose rows are filled one by one.
 
     def row(self, number: int, start: int) -> TokenMajorLayer:
         """Returns an empty layer whose buffers are views of one row of this layer's, from column `start` on."""
@@ -178,13 +178,13 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         return lent
 
     def copy_row(self, number: int, start: int, place: TokenMajorLayer, length: int) -> None:
-        """Copies `length` tokens of a row, from column `start` on, into a layer that `row` returned, as its content."""
+        """Copies `length` tokens of a row, from column `start` on, into a layer from `row`, as its content."""
         for buffer, target in zip(self.buffers, place.buffers, strict=True):
             target[0, :length].copy_(buffer[number, start : start + length])
         place._show(length)
 
     def take_row(self, number: int, start: int, place: TokenMajorLayer) -> None:
-        """Takes the content of a filled layer that `row` returned as the row's from column `start` on, with zeros before it."""
+        """Makes the content of a filled layer from `row` the row's content from column `start` on; zeroes earlier columns."""
         own, length = self.row(number, start), place.get_seq_length()
         if place.buffers[0].data_ptr() != own.buffers[0].data_ptr():
             # It moved out, since reads may still write to its old memory: so the other rows move, too.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 _NEAR = 16
-"""Maximum number of calls between the hook and the function that runs a prompt: three, and more if the forward is wrapped."""
+"""Stack frames searched for the function that runs a prompt: it is three calls away, more if the forward is wrapped."""
 
 
 T = TypeVar("T")

@@ -46,7 +46,7 @@ def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
 
 
 def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[str]:
-    """Returns those of a model's functions that no installed library provides: none, unless a user has added some.
+    """Returns those functions of `code_digest` that no installed library provides: none, unless a user has added some.
 
     Unlike the digest, the result does not depend on the versions of libraries.
 
@@ -97,7 +97,10 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _by_shortest_path(model: torch.nn.Module) -> Named:
-    """Returns each module once, by its shortest path. Some tools attach an existing module a second time, deeper down."""
+    """Returns each module once, with its shortest path.
+
+    Some tools attach an existing module a second time below others, where it is found first.
+    """
     paths: dict[torch.nn.Module, str] = {}
     for path, module in modules_everywhere(model):
         if module not in paths or path.count(".") < paths[module].count("."):

@@ -59,5 +59,5 @@ def as_it_is(model: torch.nn.Module) -> Iterator[None]:
         with _lock:
             if len(_running) == 1:
                 _running[0].__exit__(None, None, None)
-            # The last thread takes back the stance that the first one set.
+            # The last thread to leave resets the stance that the first one set.
             _running.pop()

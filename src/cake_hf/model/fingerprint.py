@@ -84,7 +84,7 @@ def config_facts(config: Any) -> dict[str, Any]:
 
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
-    """Lists buffers that a model derives from its config and no longer keeps in float32, as they were created.
+    """Lists buffers that a model derives from its config and creates in float32, but keeps in another dtype.
 
     `model.to(torch.bfloat16)` rounds the rotary frequencies, too; `from_pretrained(..., dtype=torch.bfloat16)` does not. So the
     same weights may give different KV.
@@ -172,7 +172,7 @@ def look_at_weights(model: torch.nn.Module) -> int:
 
 
 def forget_weights(model: torch.nn.Module) -> None:
-    """Makes the next checksum be computed again, after a change of the weights that the cheap look does not detect."""
+    """Forgets the checksum after a change of the weights that the cheap look does not detect; the next use recomputes it."""
     with _known_lock:
         _known.pop(model, None)
 

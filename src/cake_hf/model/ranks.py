@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that compute a tensor-parallel model together, seen from one of them.
+    """The processes that compute a tensor-parallel model together, from the point of view of one process.
 
     Attributes:
         group: of the processes.

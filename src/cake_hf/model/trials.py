@@ -79,8 +79,8 @@ def _once(model: torch.nn.Module, what: str, trial: Callable[[Any], bool], *, ke
         model: any model.
         what: names the subject of the trial.
         trial: returns whether something is wrong.
-        keeps: whether to remember a bad verdict, too. If not, as for short trials, the trial is repeated: the model may have been
-            patched when it ran.
+        keeps: whether to remember a bad verdict, too. If not, as for short trials, the trial is repeated: the model may have
+            been patched when it ran.
     """
     with _lock:
         verdicts = _verdicts.setdefault(model, {})
@@ -162,7 +162,7 @@ def _loses_state(model: Any) -> bool:
     first = next(n for n, layer in enumerate(whole[1]) if isinstance(layer, LinearAttentionLayer))
     states = [states_of(layers[first]) for _, layers in (whole, cut)]
     recurrent = [name for name in states[0] if name.startswith("recurrent")]
-    if not recurrent:  # a short convolution: its loss shows only in the logits
+    if not recurrent:  # a short convolution: its loss shows only in later results
         return differ(whole[0], cut[0], LOGITS_TOLERANCE)
     is_float32 = model.get_input_embeddings().weight.dtype == torch.float32
     tolerance = STATE_TOLERANCE_FLOAT32 if is_float32 else STATE_TOLERANCE

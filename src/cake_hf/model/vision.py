@@ -276,7 +276,7 @@ class Vision:
         return _digest(facts)
 
     def _begun_in(self, start: int, end: int) -> list[int]:
-        """Returns the images whose first token is in that range. The keys of previous chunks cover images that start earlier."""
+        """Returns the images whose first token is in that range. Keys of earlier chunks cover images that started earlier."""
         firsts = [self._places[bound] for bound in self._bounds[:-1]]
         return [number for number, first in enumerate(firsts) if start <= first < end]
 

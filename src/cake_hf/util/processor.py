@@ -40,7 +40,7 @@ def processor() -> Mapping[str, Any]:
 
 
 def described(cpuinfo: str) -> dict[str, Any]:
-    """Returns the relevant parts of a Linux `/proc/cpuinfo`, each once, since cores may differ; empty if it has none."""
+    """Returns the relevant parts of a Linux `/proc/cpuinfo`, each value once, since cores may differ; empty if it has none."""
     models: dict[str, set[str]] = {}
     for name, value in _MODEL.findall(cpuinfo):
         models.setdefault(name if name.lower().startswith("cpu") else f"cpu {name}", set()).add(value.strip())
