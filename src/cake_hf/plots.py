@@ -1,4 +1,4 @@
-"""Plots of one prompt, for notebooks and papers: the timeline of its chunks, the time of each way, the meeting point.
+"""Plots of one prompt, for notebooks and papers: the timeline of its chunks, the time of each way of answering, the split.
 
 matplotlib is an extra (`plots`) and is imported only when something is drawn.
 """
