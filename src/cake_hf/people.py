@@ -1,4 +1,4 @@
-"""Old names of what the documentation and the examples once imported from here."""
+"""Old import paths that the documentation and the examples once used."""
 
 import sys
 from importlib import import_module
@@ -12,6 +12,6 @@ _HOMES = {
     "plots": "plots",
 }
 
-__path__: list[str] = []  # makes this a package; its modules are found where they are put here
+__path__: list[str] = []  # makes this a package; its modules are registered below
 for _old, _new in _HOMES.items():
     sys.modules[f"{__name__}.{_old}"] = import_module(f"cake_hf.{_new}")

@@ -1,6 +1,6 @@
-"""Pictures of one prompt, for notebooks and papers: who did which chunk when, how long each way took, where the sides meet.
+"""Plots of one prompt, for notebooks and papers: the timeline of its chunks, the time of each way of answering, the split.
 
-matplotlib is an extra (`plots`), and is imported when something is drawn.
+matplotlib is an extra (`plots`) and is imported only when something is drawn.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ SHADES = {
     "superseded": ("#9aa0a6", "#b3b8bd"),
     "not usable": ("#b00020", "#c43a52"),
 }
-"""Two for each outcome, so that neighbouring chunks can be told apart."""
+"""Two colours for each outcome, so that neighbouring chunks can be told apart."""
 
 BARS = ("#8a8f98", COMPUTE, BOTH, LOAD, "#8e6bbf", "#c2559d")
-"""Of `plot_ttft`, in turn."""
+"""Colours of the bars of `plot_ttft`, in turn."""
 
 NARROW = 0.012
-"""Part of the width below which a chunk's number does not fit into its bar."""
+"""The fraction of the width below which a chunk's number does not fit into its bar."""
 
 DPI = 100
 
 
 def require_matplotlib() -> None:
-    """Complain before anything is done that cannot be drawn.
+    """Checks for matplotlib before any work is done whose result could not be drawn.
 
     Raises:
         CakeError: matplotlib is not installed.
@@ -54,7 +54,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, not pyplot's: nothing global is changed, no window can open, and a notebook shows it all the same.
+    """Returns a figure independent of pyplot: no global state changes, no window can open, and a notebook still shows it.
 
     Args:
         width, height: in inches.
@@ -68,17 +68,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plot_timeline(report: Report, title: str = "") -> Figure:
-    """Who did which chunk, from when to when: a lane per thread.
+    """Plots which thread handled each chunk, and from when to when: one lane per thread.
 
     Args:
         report: of a `CakeCache`.
-        title: by default what the report says in short.
+        title: by default a short summary of the report.
 
     Returns:
-        A matplotlib figure; a notebook shows it as a cell's value, `savefig` writes it to a file.
+        A matplotlib figure; a notebook shows it as a cell's value, and `savefig` writes it to a file.
 
     Raises:
-        CakeError: matplotlib is not installed, or the report has no timeline; its reason says why.
+        CakeError: matplotlib is not installed, or the report has no timeline; the report's reason says why.
     """
     seconds = max((span.end for span in report.timeline), default=0.0)
     if not seconds:
@@ -91,18 +91,18 @@ def plot_timeline(report: Report, title: str = "") -> Figure:
 
 
 def plot_ttft(seconds: Mapping[str, float], title: str = "Time to the first token") -> Figure:
-    """A bar for each way of answering, in the given order from above.
+    """Plots the time to the first token: one bar for each way of answering, in the given order from top to bottom.
 
     Args:
         seconds: name -> time, e.g. `{"cold": 1.9, "warm": 0.1}`.
-        title: above it.
+        title: of the figure.
 
     Returns:
-        As `plot_timeline`.
+        A matplotlib figure, as `plot_timeline` does.
 
     Raises:
         CakeError: matplotlib is not installed.
-        ValueError: there is nothing to be drawn.
+        ValueError: there is nothing to draw.
     """
     if not seconds:
         raise ValueError("There are no times to be drawn; pass at least one, such as {'warm': 0.1}.")
@@ -122,18 +122,18 @@ def plot_ttft(seconds: Mapping[str, float], title: str = "Time to the first toke
 
 
 def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None = None, title: str = "") -> Figure:
-    """What each split of a stored prompt would take: the first m chunks computed while the others are loaded.
+    """Plots the predicted time of each split of a stored prompt: the first m chunks are computed, the others loaded.
 
-    The two sides run at once, so a split takes as long as the longer of them; the best is about where the lines cross.
+    Both sides run at the same time, so a split takes as long as the slower side; the best split is about where the lines cross.
 
     Args:
-        costs: of computing and loading, both known.
-        chunks: of the prompt, all stored.
-        reports: name -> report of a run, drawn where it met and when the last chunk was there.
-        title: above it.
+        costs: of computing and of loading, both known.
+        chunks: the number of chunks of the prompt, all stored.
+        reports: name -> report of a run, drawn at its meeting point and the time at which its last chunk was available.
+        title: of the figure.
 
     Returns:
-        As `plot_timeline`.
+        A matplotlib figure, as `plot_timeline` does.
 
     Raises:
         CakeError: matplotlib is not installed.
@@ -169,18 +169,18 @@ def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None =
 
 
 def prefix_seconds(report: Report) -> float:
-    """When the last full chunk was there; the prompt's last piece comes after it."""
+    """Returns the time at which the last full chunk was available; the prompt's suffix comes after it."""
     counted = (span for span in report.timeline if span.chunk >= 0 and span.outcome != "superseded")
     return max((span.end for span in counted), default=0.0)
 
 
 def draw_lanes(figure: Figure, spans: Sequence[Span], seconds: float) -> Axes:
-    """A panel with a lane per actor, the computing thread above, and what the colours mean below.
+    """Draws a panel with one lane per actor, the computing thread at the top, and a legend of the colours below.
 
     Args:
-        figure: an empty one.
+        figure: an empty figure.
         spans: of all actors.
-        seconds: when the first token was there.
+        seconds: the time at which the first token was available.
     """
     from matplotlib.patches import Patch
 
@@ -216,7 +216,7 @@ def _draw_lane(panel: Axes, height: int, spans: Sequence[Span], total: float) ->
 
 
 def _shade_of(span: Span) -> str:
-    """A forward that waited for loads, layer by layer, is one that computed."""
+    """Returns the name of a span's colours. A forward with layer-wise pipelining counts as computed."""
     outcome = "computed" if span.outcome == "gated" else span.outcome
     return outcome if outcome in SHADES else "not usable"
 
@@ -230,7 +230,7 @@ def _picture_class() -> Any:
     from matplotlib.figure import Figure
 
     class Picture(Figure):
-        """Notebooks show what has a `_repr_png_`; a figure has one only where pyplot is at work."""
+        """A figure that notebooks show: they need a `_repr_png_`, which a plain figure has only if pyplot is in use."""
 
         def _repr_png_(self) -> bytes:
             raw = BytesIO()

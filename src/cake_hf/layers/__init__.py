@@ -1,4 +1,4 @@
-"""Our cache layers, one file per kind of what a layer keeps."""
+"""The package's own cache layers, one file per kind of content."""
 
 from cake_hf.layers.indexed import IndexedLayer
 from cake_hf.layers.kinds import ours_for

@@ -1,8 +1,8 @@
-"""What differs between the supported versions of transformers: names of the cache, and kinds of layers that a version lacks.
+"""Differences between the supported versions of transformers: names of the cache argument, and missing kinds of layers.
 
-Three things change from release to release: what a forward and `generate` call the cache that they are given, which kinds of
-cache layers there are, and what these layers have. They are found by looking at what is there. Only `indexer_reason` goes by
-the version number, since what it is about does not show, and `is_untested`.
+Three things change from release to release: the name under which a forward and `generate` take the cache, the kinds of cache
+layers, and the attributes of these layers. This module detects them by inspecting the installed version. Only `indexer_reason`,
+whose subject cannot be detected by inspection, and `is_untested` go by the version number.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from packaging.version import Version
 from cake_hf.util.interrupts import faults_suppressed
 
 OLDEST = "5.0"
-"""The oldest version of transformers that is supported."""
+"""The oldest supported version of transformers."""
 NEWEST_TESTED = "5.24.0"
-"""The newest version that the test suite has passed with; `requirements/locked.txt` installs it."""
+"""The newest version with which the test suite has passed; `requirements/locked.txt` installs it."""
 
 if Version(transformers.__version__) < Version(OLDEST):
     raise ImportError(
@@ -30,16 +30,16 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"pip install 'transformers>={OLDEST},<6'"
     )
 
-from transformers import Cache, DynamicCache, cache_utils  # noqa: E402  # older ones may have none of these
+from transformers import Cache, DynamicCache, cache_utils  # noqa: E402  # older versions may lack these
 
 GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
-"""How a snippet that is printed for people hands a cache over."""
+"""The call with which snippets printed for users pass a cache to `generate`."""
 
 WELL_KNOWN_FROM = Version("5.17")
-"""Before it, some models compute something else where a prompt is run in pieces."""
+"""Before this version, some models compute a different result when a prompt is run in pieces."""
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""What forwards call the cache that they are given: from 5.24 on; before it, and in models from elsewhere."""
+"""Names of a forward's cache argument: the first from 5.24 on, the second before 5.24 and in third-party models."""
 
 T = TypeVar("T")
 
@@ -47,42 +47,42 @@ _signatures: WeakKeyDictionary[Any, Mapping[str, inspect.Parameter]] = WeakKeyDi
 
 
 def installed_version() -> str:
-    """Of transformers."""
-    return str(sys.modules["transformers"].__version__)  # which puts another module into its own place now and then
+    """Returns the version of transformers."""
+    return str(sys.modules["transformers"].__version__)  # by name: transformers may replace its own module object
 
 
 def is_old() -> bool:
-    """Whether the installed transformers is one of those before `WELL_KNOWN_FROM`."""
+    """Returns whether the installed transformers is older than `WELL_KNOWN_FROM`."""
     return Version(installed_version()) < WELL_KNOWN_FROM
 
 
 def is_untested() -> bool:
-    """Whether the installed transformers is newer than the newest that was tested."""
+    """Returns whether the installed transformers is newer than the newest tested version."""
     return Version(installed_version()) > Version(NEWEST_TESTED)
 
 
-# What the cache is called.
+# The name of the cache argument.
 
 
 def find_cache(values: Iterable[Any], kind: type[T]) -> T | None:
-    """The first cache of that class among a call's arguments, whatever its name; None if there is none."""
+    """Returns the first argument value of that class, whatever the argument's name; None if there is none."""
     return next((value for value in values if isinstance(value, kind)), None)
 
 
 def has_cache(arguments: Mapping[str, Any]) -> bool:
-    """Whether named arguments bring a cache, by its class or by a known name."""
+    """Returns whether named arguments include a cache, recognised by its class or by a known name."""
     return any(isinstance(value, Cache) or (name in CACHE_NAMES and value) for name, value in arguments.items())
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's named arguments without its cache."""
+    """Returns a call's named arguments without its cache."""
     return {
         name: value for name, value in arguments.items() if name not in CACHE_NAMES and not isinstance(value, Cache)
     }
 
 
 def forward_of(model: Any) -> Callable[..., Any]:
-    """The forward whose signature says what a model takes: that of its class, where one put in its place does not."""
+    """Returns the forward whose signature names the cache: the class's own if a replacement's signature does not."""
     forward: Callable[..., Any] = model.forward
     if cache_name(forward) or not cache_name(type(model).forward):
         return forward
@@ -90,47 +90,47 @@ def forward_of(model: Any) -> Callable[..., Any]:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """What a forward calls the cache that it takes; empty if its signature does not say, or it takes none."""
+    """Returns the name of a forward's cache argument; empty if its signature does not name one, or it takes none."""
     parameters = parameters_of(forward)
     known = [name for name in CACHE_NAMES if name in parameters and _may_be_cache(parameters[name].annotation)]
-    known.sort(key=lambda name: not _is_cache(parameters[name].annotation))  # a flag may have the other name
+    known.sort(key=lambda name: not _is_cache(parameters[name].annotation))  # the other name may belong to a flag
     annotated = [name for name, parameter in parameters.items() if _is_cache(parameter.annotation)]
     return known[0] if known else annotated[0] if len(annotated) == 1 else ""
 
 
 def takes_any(forward: Callable[..., Any]) -> bool:
-    """Whether a forward takes arguments that its signature does not name."""
+    """Returns whether a forward takes arguments that its signature does not name."""
     kinds = {parameter.kind for parameter in parameters_of(forward).values()}
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a bound method or a function, without `self`."""
+    """Returns the parameters of a function or a bound method, without `self`."""
     function = getattr(forward, "__func__", forward)
     try:
         if function not in _signatures:
             _signatures[function] = dict(inspect.signature(function).parameters)
         parameters = _signatures[function]
-    except TypeError:  # nothing can refer to it weakly
+    except TypeError:  # the function does not support weak references
         parameters = inspect.signature(function).parameters
     return parameters if function is forward else dict(list(parameters.items())[1:])
 
 
 def named_for(model: Any, cache: Any, given_as: str = "") -> dict[str, Any]:
-    """The cache as a named argument of a model's forward.
+    """Returns the cache as a named argument of a model's forward.
 
     Args:
-        model: whose forward is called.
-        cache: any.
-        given_as: the name under which the caller gave it, for a forward whose signature does not say.
+        model: the model whose forward is called.
+        cache: any cache.
+        given_as: the name under which the caller passed it, for a forward whose signature does not name it.
     """
     return {cache_name(forward_of(model)) or given_as or generate_name(): cache}
 
 
 def renamed_for(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[str, Any] | None:
-    """The named arguments with the cache under the name that the forward takes; None if they are right as they are.
+    """Returns the named arguments with the cache under the name that the forward takes; None if no change is needed.
 
-    Hooks run before transformers' own renaming, and models from elsewhere have none.
+    Hooks run before transformers' own renaming, and third-party models have no renaming.
     """
     given_as = next((name for name, value in arguments.items() if value is cache), "")
     forward = forward_of(model)
@@ -141,8 +141,8 @@ def renamed_for(model: Any, arguments: Mapping[str, Any], cache: Any) -> dict[st
 
 
 def generate_name(model: Any = None) -> str:
-    """What `generate` of the installed transformers, or that of a model, calls the cache that it takes."""
-    from transformers import GenerationMixin  # it brings much with it that restoring alone does not need
+    """Returns the name of the cache argument of `generate`: of the model's own, or of the installed transformers."""
+    from transformers import GenerationMixin  # imports a lot that a restore alone does not need
 
     own = [type(model).generate] if hasattr(type(model), "generate") else []
     prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
@@ -151,44 +151,44 @@ def generate_name(model: Any = None) -> str:
 
 
 def for_generate(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache as a named argument of `model.generate`."""
+    """Returns the cache as a named argument of `model.generate`."""
     return {generate_name(model): cache}
 
 
 def _may_be_cache(annotation: Any) -> bool:
-    """Whether an annotation allows a cache. Some old models use the name for a dictionary, and others may have a flag."""
+    """Returns whether an annotation allows a cache. Some old models use the name for a dictionary, others may for a flag."""
     return _is_cache(annotation) or not any(kind in str(annotation) for kind in ("dict", "bool"))
 
 
 def _is_cache(annotation: Any) -> bool:
-    """Whether an annotation, evaluated or not, names a class of caches."""
+    """Returns whether an annotation, evaluated or not, names a cache class."""
     if isinstance(annotation, type):
         return issubclass(annotation, Cache)
     return annotation is not inspect.Parameter.empty and "Cache" in str(annotation)
 
 
 def plain_cache(model: Any) -> Any:
-    """An empty cache as transformers makes it for a model."""
+    """Returns an empty cache as transformers creates it for a model."""
     return DynamicCache(config=model.config)
 
 
 def begin_plainly(cache: Any, config: Any) -> None:
-    """Call `DynamicCache.__init__` in the way that this version takes, with a config if it takes one."""
+    """Calls `DynamicCache.__init__` with the arguments that this version takes, with a config if it takes one."""
     ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {"config": config}), ((config,), {}), ((), {})]
     for args, named in ways:
-        with faults_suppressed(Exception):  # whatever a version says of a way that it does not take
+        with faults_suppressed(Exception):  # versions reject unknown arguments with different errors
             return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
     return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]  # the same
 
 
 def takes_dynamic_cache(model: Any) -> bool:
-    """Whether a model can be given a `DynamicCache`; some have a cache class of their own, in older versions many."""
+    """Returns whether a model accepts a `DynamicCache`; some have their own cache class, many in older versions."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     return supports is None or bool(supports())
 
 
 def chosen_functions(config: Any) -> dict[str, Any]:
-    """The functions for attention, masks and experts that models pick by the names in a config, and in its parts."""
+    """Returns the attention, mask and expert functions that a model picks by name in its config and the config's parts."""
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())]
     homes = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.integrations.moe")
     registries = ("ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ALL_EXPERTS_FUNCTIONS")
@@ -203,10 +203,10 @@ def chosen_functions(config: Any) -> dict[str, Any]:
 
 
 def indexer_reason(config: Any) -> str:
-    """Why a model with an indexer (sparse attention) is computed plainly on this version; empty if it need not be.
+    """Returns why a model with an indexer (sparse attention) is computed plainly on this version; empty if it need not be.
 
-    Before 5.11 the model keeps the indexer's keys to itself, and before 5.17 it attends to the wrong tokens in every forward
-    that goes on from others. Neither shows in what there is, so this is the one place that goes by the number.
+    Before 5.11 the model keeps the indexer's keys outside the cache, and before 5.17 it attends to the wrong tokens in every
+    forward that continues earlier ones. Neither can be detected by inspection, so only this check goes by the version number.
     """
     has_indexer = any(getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
     if not has_indexer or not is_old():
@@ -214,16 +214,16 @@ def indexer_reason(config: Any) -> str:
     return f"transformers before {WELL_KNOWN_FROM} computes models with an indexer wrongly in pieces"
 
 
-# Kinds of layers, and what they have.
+# Kinds of layers, and their attributes.
 
 
 def _layer_class(name: str) -> Any:
-    """A class of cache layers, or an empty stand-in where this version has none of that name."""
+    """Returns the cache layer class of that name, or an empty stand-in if this version has none."""
     return getattr(cache_utils, name, None) or type(f"Absent{name}", (), {})
 
 
 DummyLayer = _layer_class("DummyLayer")
-"""Of layers that keep nothing. Where it is absent, a cache has no layer for these, or a recurrent one that stays empty."""
+"""The class of layers that keep nothing. Without it, a cache has no such layer, or a recurrent one that stays empty."""
 CacheLayerMixin = _layer_class("CacheLayerMixin")
 DynamicLayer = _layer_class("DynamicLayer")
 DynamicSlidingWindowLayer = _layer_class("DynamicSlidingWindowLayer")
@@ -233,19 +233,19 @@ LinearAttentionAndFullAttentionLayer = _layer_class("LinearAttentionAndFullAtten
 
 
 def has_numbered_states(layer: Any) -> bool:
-    """Whether a recurrent layer keeps its states by number. Older versions have one of each, and are not restored."""
+    """Returns whether a recurrent layer keeps numbered states. Older versions keep one of each, and are not restored."""
     return hasattr(layer, "number_of_states")
 
 
 def keeps_attention(layers: Iterable[Any]) -> bool:
-    """Whether any of a cache's layers can tell how long it is; recurrent layers alone cannot."""
+    """Returns whether any of a cache's layers knows its length; recurrent layers alone do not."""
     return any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def drop_content(layer: Any) -> None:
-    """Empty a layer before its `reset`.
+    """Empties a layer before its `reset`.
 
-    Older versions fill the tensors with zeros, although others may hold them, and append after the zeros.
+    Older versions overwrite the tensors with zeros, although other code may hold them, and then append after the zeros.
     """
     layer.keys = layer.values = None
     layer.is_initialized = False

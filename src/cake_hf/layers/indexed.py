@@ -1,4 +1,4 @@
-"""Full attention behind an indexer, which keeps a small key of its own for each token."""
+"""A layer for full attention behind an indexer, which keeps a small key of its own for each token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cake_hf.layers.token_major import TokenMajorLayer
 
 
 class IndexedLayer(TokenMajorLayer):
-    """Behaves as `DynamicIndexedLayer`. The indexer's keys are the K of a second layer, of one head and with an empty V."""
+    """Behaves like `DynamicIndexedLayer`. The indexer's keys are the K of a second layer with one head and an empty V."""
 
     indexer_position_ids: torch.Tensor | None = None
-    """Of some models, which are computed plainly; see `support`."""
+    """Used by some models, which are computed plainly; see `support`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -21,16 +21,16 @@ class IndexedLayer(TokenMajorLayer):
 
     @property
     def is_indexer_initialized(self) -> bool:
-        """Whether the indexer has kept something."""
+        """Whether the indexer holds keys."""
         return bool(self._indexer.is_initialized)
 
     @property
     def indexer_keys(self) -> torch.Tensor | None:
-        """`[batch, tokens, index_head_dim]`."""
+        """The indexer's keys `[batch, tokens, index_head_dim]`; None before the first ones."""
         return self._indexer.keys.squeeze(1) if self._indexer.is_initialized else None
 
     def update_indexer(self, indexer_key_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Append `[batch, new, index_head_dim]` keys; returns all of them."""
+        """Appends `[batch, new, index_head_dim]` keys and returns all keys."""
         keys = indexer_key_states.unsqueeze(1)
         return self._indexer.update(keys, keys[..., :0])[0].squeeze(1)
 
@@ -63,7 +63,7 @@ class IndexedLayer(TokenMajorLayer):
         super().prefetch()
         self._indexer.prefetch()
 
-    # What the restore needs.
+    # For the restore.
 
     def copied(self, memo: dict[int, Any], tokens: int | None = None) -> IndexedLayer:
         copied: IndexedLayer = super().copied(memo, tokens)
@@ -97,7 +97,7 @@ class IndexedLayer(TokenMajorLayer):
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
-        """K, V and, where there is an indexer, its keys, `[batch, capacity, heads, head_dim]`."""
+        """K, V and, if the indexer holds any, its keys, `[batch, capacity, heads, head_dim]` each."""
         return super().buffers + (self._indexer.buffers[:1] if self._indexer.is_initialized else ())
 
     @property

@@ -1,4 +1,4 @@
-"""Which of our layers stands in for which of transformers'."""
+"""The mapping from transformers' cache layers to this package's layers that replace them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.layers.token_major import TokenMajorLayer
 
 OURS = (TokenMajorLayer, SlidingWindowLayer, RecurrentLayer, DummyLayer)
-"""What can be restored; a dummy keeps nothing."""
+"""Layers that can be restored; a `DummyLayer` keeps nothing."""
 
 
 def ours_for(layer: Any) -> Any:
-    """Our layer in place of one of transformers'; the same one where it keeps nothing, or we do not know what it keeps."""
-    # By the exact type: a class derived from these may keep something else besides.
+    """Returns our replacement for a transformers layer; the layer itself if it keeps nothing or its content is unknown."""
+    # By the exact type: a subclass may keep something else as well.
     if type(layer) is DynamicLayer:
         return TokenMajorLayer()
     if type(layer) is DynamicIndexedLayer:
@@ -41,21 +41,21 @@ def ours_for(layer: Any) -> Any:
 
 
 def is_windowed(layer: Any) -> bool:
-    """Whether ours for one of transformers' layers, or of ours, keeps a window."""
+    """Returns whether a layer, of transformers or of this package, is a sliding-window layer."""
     return type(layer) is DynamicSlidingWindowLayer or isinstance(layer, SlidingWindowLayer)
 
 
 def check_stand_in(theirs: Any, ours: Any) -> None:
-    """Bring some tokens into a new layer of transformers and ours in its place: both have to say the same of them.
+    """Checks that a new transformers layer and its replacement behave alike, by updating both with the same tokens.
 
-    It takes a fraction of a millisecond, and finds out where a version of transformers has other layers than we know.
+    The check takes a fraction of a millisecond. It detects a version of transformers whose layers differ from the known ones.
 
     Args:
-        theirs: empty. It is of no use afterwards.
-        ours: as well; may be the same one.
+        theirs: an empty layer; not usable afterwards.
+        ours: an empty layer; may be the same object.
 
     Raises:
-        Exception: ours is no stand-in.
+        Exception: `ours` cannot replace `theirs`.
     """
     if isinstance(ours, RecurrentLayer):
         for name in OF_STATES:
@@ -76,5 +76,5 @@ def check_stand_in(theirs: Any, ours: Any) -> None:
 
 
 def is_ours(layer: Any) -> bool:
-    """Whether we know what a layer keeps."""
+    """Returns whether a layer's content is known to this package."""
     return isinstance(layer, OURS)

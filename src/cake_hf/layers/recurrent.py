@@ -14,18 +14,18 @@ OF_STATES = (
     "number_of_states", "conv_states", "recurrent_states", "is_conv_states_initialized", "is_recurrent_states_initialized",
     "has_previous_state", "conv_kernel_size", "device", "dtype", "record_past",
 )  # fmt: skip
-"""What a layer keeps for its states, whether or not it has any."""
+"""Attributes that a layer has for its states, whether or not it holds any."""
 
 
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not typed for us
-    """A `LinearAttentionLayer` whose states can be taken out and put in."""
+    """A `LinearAttentionLayer` whose states can be read and replaced."""
 
     def put_states(self, states: dict[str, torch.Tensor], template: LinearAttentionLayer) -> None:
-        """Hold copies of these states.
+        """Replaces the layer's states with copies of these.
 
         Args:
             states: by the names of `states_of`, on any device; empty for the state before a prompt's first token.
-            template: a layer of the same kind that has states, for their shapes and devices.
+            template: a layer of the same kind that holds states; gives their shapes and devices.
         """
         LinearAttentionLayer.reset(self)
         if not states:
@@ -35,7 +35,7 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformer
             with torch.inference_mode(False), torch.no_grad():
                 if not getattr(self, f"is_{name}_initialized")[index]:
                     LinearAttentionLayer.lazy_initialization(self, **{name: state}, state_idx=index)
-            with torch.inference_mode():  # tensors that were made in this mode refuse to be written to outside of it
+            with torch.inference_mode():  # tensors created in inference mode cannot be written to outside it
                 getattr(self, name)[index].copy_(states[f"{which}.{index}"])
             self.has_previous_state[index] = True
 
@@ -50,7 +50,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        # As in transformers: two positional arguments come from the attention, named ones from the rest.
+        # As in transformers: attention passes two positional arguments, the other parts pass named ones.
         (TokenMajorLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
@@ -73,7 +73,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
 
 
 def states_of(layer: Any) -> dict[str, torch.Tensor]:
-    """A recurrent layer's states by name: "conv.0", "recurrent.0", ... Those of a layer before its first token are none."""
+    """Returns a recurrent layer's states by name: "conv.0", "recurrent.0", ... Empty before the layer's first token."""
     return {f"{name.split('_')[0]}.{index}": state for name, index, state in _states(layer)}
 
 

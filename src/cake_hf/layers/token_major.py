@@ -1,12 +1,12 @@
-"""A full-attention cache layer with room: token-major buffers that loads land in and decoding appends to.
+"""A full-attention cache layer with spare capacity: token-major buffers that receive loads and to which decoding appends.
 
-Each of K and V is one buffer `[batch, capacity, heads, head_dim]`. Attention is handed the transposed view
-`[batch, heads, length, head_dim]` of its first `length` tokens. So the tokens of a chunk are one contiguous piece, and what
-lies beyond `length` (chunks that are being loaded) is seen by nobody.
+K and V are one buffer `[batch, capacity, heads, head_dim]` each. Attention receives the transposed view
+`[batch, heads, length, head_dim]` of the first `length` tokens. The tokens of a chunk are therefore contiguous in memory, and
+tokens beyond `length` (chunks that are being loaded) are invisible to the model.
 
-On a CPU the same buffers lie head by head in memory while nothing is loaded into them, that is, for a prompt of which nothing
-is stored, and while tokens are decoded: attention reads KV faster when a head's tokens are neighbours. The next restore that
-loads something has them lie by token again.
+On a CPU the same buffers are head-major while nothing is loaded into them, that is, for a prompt with no stored chunks and
+during decoding: attention reads KV faster when a head's tokens are adjacent. The next restore that loads something makes them
+token-major again.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cake_hf.layers.compat import DynamicLayer, drop_content
 
 HEADROOM_TOKENS = 256
 GROWTH = 8
-"""A full buffer grows by 1/8, at least by HEADROOM_TOKENS: a copy now and then instead of one per token."""
+"""A full buffer grows by 1/8, and at least by HEADROOM_TOKENS: one copy now and then instead of one per token."""
 
 
 class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed for us
-    """Behaves as `DynamicLayer`; only where the bytes lie is different.
+    """Behaves like `DynamicLayer`; only the memory layout differs.
 
-    `keys` and `values` may be replaced from outside, as with `DynamicLayer`; the next use takes them over.
+    `keys` and `values` may be replaced from outside, as with `DynamicLayer`; the next use copies them into the buffers.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[batch, heads, new, head_dim]` states; returns all states, old and new."""
+        """Appends `[batch, heads, new, head_dim]` states and returns all states, old and new."""
         if torch.compiler.is_dynamo_compiling():
             return self._update_in_graph(key_states, value_states)
         if not self.is_initialized:
@@ -81,21 +81,21 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenMajorLayer:
         return self.copied(memo)
 
-    # What the restore needs beyond DynamicLayer.
+    # For the restore, beyond DynamicLayer.
 
     def copied(self, memo: dict[int, Any], tokens: int | None = None) -> TokenMajorLayer:
-        """A copy with memory of its own. Shows nothing else here meanwhile: other threads may read this layer.
+        """Returns a copy with its own memory. This layer's content does not change meanwhile: other threads may read it.
 
         Args:
-            memo: of `copy.deepcopy`.
-            tokens: of the buffers, which the copy shows; by default those that are shown here.
+            memo: the memo of `copy.deepcopy`.
+            tokens: the length of the copy's content; by default the length of this layer's.
         """
         copied = type(self)()
         memo[id(self)] = copied
         if self.is_initialized:
             length = self._take_over() if tokens is None else tokens
             copied.__dict__.update(self.__dict__)
-            # As it will lie when tokens are decoded, and with room for a question: so it is copied only once.
+            # In the order that decoding will use, and with room for a question, so that it is copied only once.
             head_major, room = _prefers_head_major(_given(self._key_buffer)), length + HEADROOM_TOKENS
             copied._key_buffer = _room_for(_given(self._key_buffer)[:, :length], room, head_major=head_major)
             copied._value_buffer = _room_for(_given(self._value_buffer)[:, :length], room, head_major=head_major)
@@ -105,12 +105,12 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def reserve(
         self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, head_major: bool = False
     ) -> None:
-        """Make room for `capacity` tokens, so that buffers stay where they are until it is used up.
+        """Makes room for `capacity` tokens, so that the buffers do not move until it is used up.
 
         Args:
-            key_like, value_like: `[1, heads, any, head_dim]` tensors of the right dtype and device.
-            capacity: tokens.
-            head_major: nothing will be loaded: what lies by head may stay so, and new memory is laid so where that pays.
+            key_like, value_like: `[1, heads, any, head_dim]` template tensors of the right dtype and device.
+            capacity: in tokens.
+            head_major: nothing will be loaded: head-major buffers may stay so, and new ones are head-major if that pays.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
@@ -122,12 +122,12 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             self._show(length)
 
     def make_head_major(self) -> None:
-        """Tokens are going to be decoded: where it pays, have each head's tokens lie next to each other. Changes nothing else.
+        """Makes the buffers head-major for decoding, if that pays. Changes nothing else.
 
-        Takes one copy of the content, as `DynamicLayer` makes with each token. No loads may be under way.
+        Takes one copy of the content; `DynamicLayer` makes such a copy for each token. No loads may be under way.
         """
         buffer = self._key_buffer
-        # Content that was replaced from outside is taken over by the next update.
+        # The next update copies content that was replaced from outside.
         if buffer is None or not _prefers_head_major(buffer) or _is_head_major(buffer) or not self.is_own:
             return
         length = self._take_over()
@@ -135,42 +135,42 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._show(length)
 
     def make_room(self, template: Any, capacity: int, *, head_major: bool) -> None:
-        """`reserve` as for a layer of the same kind that holds a token."""
+        """Calls `reserve` with the tensors of a template: a layer of the same kind that holds a token."""
         self.reserve(template.keys, template.values, capacity, head_major=head_major)
 
     def has_room(self, tokens: int) -> bool:
-        """Whether the buffers, whatever the content is, have room for so many tokens."""
+        """Returns whether the buffers have capacity for that many tokens, whatever the content's length."""
         return self._key_buffer is not None and self._key_buffer.shape[1] >= tokens
 
     def show(self, length: int) -> None:
-        """Make the first `length` tokens of the buffers the layer's content."""
+        """Makes the first `length` tokens of the buffers the layer's content."""
         self._show(length)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens in each of the layer's parts, which differ while a forward is in it. For `show_lengths`."""
+        """The number of tokens in each part of the layer, for `show_lengths`. They differ while a forward runs in it."""
         return (int(self.get_seq_length()),)
 
     def show_lengths(self, lengths: tuple[int, ...]) -> None:
-        """As `show`, each part by itself."""
+        """Does the same as `show`, with a length for each part."""
         self._show(lengths[0])
 
     def move_out(self, length: int, capacity: int | None = None) -> None:
-        """Go on in new buffers with the first `length` tokens: somebody may still write to the old ones.
+        """Moves the first `length` tokens to new buffers: loads or abandoned reads may still write to the old ones.
 
         Args:
-            length: tokens.
-            capacity: of the new buffers; by default as before.
+            length: in tokens.
+            capacity: of the new buffers, in tokens; by default unchanged.
         """
         visible = _given(self.keys).shape[-2]
         capacity = _given(self._key_buffer).shape[1] if capacity is None else capacity
         self._move(length, capacity)
         self._show(min(visible, length))
 
-    # What the restore of a batch needs: rows that are filled one by one.
+    # For the restore of a batch, whose rows are filled one by one.
 
     def row(self, number: int, start: int) -> TokenMajorLayer:
-        """An empty layer whose buffers are this one's, of one row and from column `start` on."""
+        """Returns an empty layer whose buffers are views of one row of this layer's, from column `start` on."""
         lent = type(self)()
         lent.dtype, lent.device, lent.is_initialized = self.dtype, self.device, True
         lent._key_buffer, lent._value_buffer = (buffer[number : number + 1, start:] for buffer in self.buffers)
@@ -178,35 +178,35 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         return lent
 
     def copy_row(self, number: int, start: int, place: TokenMajorLayer, length: int) -> None:
-        """Make the `length` tokens of a row from column `start` on the content of a layer that `row` gave."""
+        """Copies `length` tokens of a row, from column `start` on, into a layer from `row`, as its content."""
         for buffer, target in zip(self.buffers, place.buffers, strict=True):
             target[0, :length].copy_(buffer[number, start : start + length])
         place._show(length)
 
     def take_row(self, number: int, start: int, place: TokenMajorLayer) -> None:
-        """A layer that `row` gave is filled: its content is the row's from column `start` on, and before it are zeros."""
+        """Makes the content of a filled layer from `row` the row's content from column `start` on; zeroes earlier columns."""
         own, length = self.row(number, start), place.get_seq_length()
         if place.buffers[0].data_ptr() != own.buffers[0].data_ptr():
-            # It has moved out, since somebody may still write to its old place: so the others do, too.
+            # It moved out, since reads may still write to its old memory: so the other rows move, too.
             self._key_buffer, self._value_buffer = (_room_for(buffer, 0) for buffer in self.buffers)
             own = self.row(number, start)
             for buffer, target in zip(place.buffers, own.buffers, strict=True):
                 target[0, :length].copy_(buffer[0, :length])
         for buffer in self.buffers:
-            buffer[number, :start].zero_()  # masked, but a NaN in there would come through
+            buffer[number, :start].zero_()  # masked, but a NaN in there would pass the mask
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
-        """K and V, `[batch, capacity, heads, head_dim]`."""
+        """K and V, `[batch, capacity, heads, head_dim]` each."""
         return _given(self._key_buffer), _given(self._value_buffer)
 
     @property
     def is_own(self) -> bool:
-        """Whether the content is what this layer was given by the model, and was not replaced from outside."""
+        """Whether the content comes from this layer's own buffers and was not replaced from outside."""
         return self.keys is self._shown[0] and self.values is self._shown[1]
 
     def _take_over(self) -> int:
-        """Take replaced `keys` and `values` for our own; returns the length."""
+        """Copies replaced `keys` and `values` into new buffers; returns the length."""
         if not self.is_own:
             self._key_buffer = _room_for(_given(self.keys).transpose(1, 2), 0)
             self._value_buffer = _room_for(_given(self.values).transpose(1, 2), 0)
@@ -214,7 +214,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         return int(_given(self.keys).shape[-2])
 
     def _move(self, length: int, capacity: int, *, head_major: bool = False) -> None:
-        """Go on in new buffers; `_show` comes after it."""
+        """Moves the content to new buffers; the caller calls `_show` afterwards."""
         self._key_buffer = _room_for(_given(self._key_buffer)[:, :length], capacity, head_major=head_major)
         self._value_buffer = _room_for(_given(self._value_buffer)[:, :length], capacity, head_major=head_major)
 
@@ -226,7 +226,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def _update_in_graph(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicLayer`, without the buffers: compilers do not all take it that a part of what they read is written to.
+        """Updates as `DynamicLayer` does, without the buffers: some compilers reject writes to a part of a tensor they read.
 
         Afterwards the content counts as replaced from outside.
         """
@@ -248,10 +248,10 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
 
 
 def _first(buffer: torch.Tensor, length: int) -> torch.Tensor:
-    """The first tokens as attention takes them, `[batch, heads, length, head_dim]`; a view.
+    """Returns a view of the first tokens in attention's layout, `[batch, heads, length, head_dim]`.
 
-    The stride of a single row says nothing, and is that of the length then: cuDNN's attention keeps a plan for each shape and
-    stride, so with the capacity in it there would be none for a prompt of another length.
+    The batch stride of a single row is arbitrary, so it is set according to the length: cuDNN's attention keeps a plan for each
+    shape and stride, and with the capacity in the stride there would be no plan for a prompt of another length.
     """
     if buffer.shape[0] > 1:
         return buffer[:, :length].transpose(1, 2)
@@ -271,7 +271,7 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
     if buffer.dtype != states.dtype:
         buffer = buffer.to(torch.promote_types(buffer.dtype, states.dtype))
     end = length + states.shape[1]
-    if end > buffer.shape[1] or buffer.requires_grad:  # what a graph has saved stays as it is
+    if end > buffer.shape[1] or buffer.requires_grad:  # tensors that an autograd graph has saved must not change
         capacity = end + max(HEADROOM_TOKENS, end // GROWTH)
         buffer = _room_for(buffer[:, :length], capacity, head_major=_is_head_major(buffer))
     buffer[:, length:end].copy_(states)
@@ -279,18 +279,18 @@ def _appended(buffer: torch.Tensor | None, length: int, states: torch.Tensor) ->
 
 
 def _changed(buffer: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What a change of the rows makes of a buffer, lying as that does: beams are changed with each token."""
+    """Returns a buffer with its rows changed, in the same memory order: beam search changes rows with each token."""
     if _is_head_major(buffer):
         return change(buffer.transpose(1, 2)).transpose(1, 2)
     return change(buffer)
 
 
 def _room_for(content: torch.Tensor, capacity: int, *, head_major: bool = False) -> torch.Tensor:
-    """A new buffer that starts with the content `[batch, length, heads, head_dim]` and has `capacity` tokens or more.
+    """Returns a new buffer of at least `capacity` tokens that starts with the content `[batch, length, heads, head_dim]`.
 
-    Its shape is the content's in any case; `head_major` says in which order it lies in memory.
+    Its dimensions are in the content's order in any case; `head_major` sets the order in memory.
 
-    Made outside inference mode, so that it can be written to from any mode and any thread later.
+    It is created outside inference mode, so that any thread can later write to it in any mode.
     """
     batch, length, heads, head_dim = content.shape
     if content.requires_grad and torch.is_grad_enabled():
@@ -305,7 +305,7 @@ def _room_for(content: torch.Tensor, capacity: int, *, head_major: bool = False)
 
 
 def _prefers_head_major(buffer: torch.Tensor) -> bool:
-    """GPUs' kernels take either order; with one head both are the same."""
+    """Returns whether head-major order pays. GPU kernels take either order; with one head both are the same."""
     return buffer.device.type == "cpu" and buffer.shape[2] > 1
 
 

@@ -1,1 +1,1 @@
-"""What a model is and does: fingerprint, numerics, layout of its KV, and short forwards that find out the rest."""
+"""Identity and behaviour of a model: fingerprint, numerics, KV layout, and short forwards that determine the rest."""

@@ -1,11 +1,11 @@
-"""What a model computes, found out by running it: a short forward that is always the same, whose KV is part of the namespace.
+"""A model's behaviour, determined by running it: a fixed short forward, whose KV is part of the namespace.
 
-Some changes of a model are no weight, no config entry, and no code that can be told by name: an edited buffer, a kernel swapped
-under its name, a module in the place of another. They change this KV. So what such a model computes is stored under keys of its
-own, and it finds none of the plain model's chunks.
+Some changes to a model are not in a weight, a config entry, or code that can be identified by name: an edited buffer, a kernel
+replaced under its name, a module in place of another. They change this KV. So the chunks of such a model have their own keys,
+and it finds none of the unchanged model's chunks.
 
-What this cannot see: a change that begins only beyond some number of tokens in a forward, or only at certain tokens. For these,
-a restore compares what it computes with what is stored (`restore.audit`).
+This cannot detect a change that takes effect only beyond some number of tokens in a forward, or only at certain tokens. For
+these, a restore compares computed chunks with stored ones (`restore.audit`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from cake_hf.model.side_run import run_aside, some_tokens
 from cake_hf.model.vision import family_of
 
 TOKENS = 2
-"""Of the forward; half of them far behind the others, where positions count for more. As few as can attend to one another."""
+"""Tokens of the forward: the fewest that attend to one another. Half are far behind the others, where positions matter more."""
 FARTHEST = 8192
 Kept = dict[str, torch.Tensor]
 
 
 def behaviour(model: torch.nn.Module) -> Kept:
-    """The KV that a model makes of a few tokens at present, by name. Takes one forward of `TOKENS` tokens.
+    """Returns the KV that a model currently computes for a few tokens, by name. Takes one forward of `TOKENS` tokens.
 
-    Where that KV has another layout than the one that is remembered, the layout is found out anew.
+    If that KV has a different layout from the remembered one, the layout will be determined again.
 
     Args:
-        model: of a kind whose layers we know.
+        model: of a kind whose layers are known.
     """
     ids = some_tokens(model, TOKENS, 7919)
     _, layers = run_aside(model, [ids], positions=_positions(model, ids.device))
@@ -44,7 +44,7 @@ def behaviour(model: torch.nn.Module) -> Kept:
 
 
 def behaviour_digest(seen: Kept) -> str:
-    """Of what `behaviour` gave, bit for bit."""
+    """Returns a digest of every bit of the result of `behaviour`."""
     parts: list[bytes] = []
     for name, tensor in seen.items():
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -53,15 +53,15 @@ def behaviour_digest(seen: Kept) -> str:
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
-    """`[1, TOKENS]`: near the beginning, and far from it; None where the config does not tell how far a model goes."""
+    """Returns positions `[1, TOKENS]`, half near the start, half far from it; None if the config gives no maximum position."""
     start = _far_start(model)
     near = torch.arange(TOKENS // 2, device=device)
     return torch.cat([near, near + start]).unsqueeze(0) if start else None
 
 
 def _far_start(model: Any) -> int:
-    """Where the second half of the tokens is; 0 where that is not to be told from the config."""
-    if family_of(model) is not None:  # such models number tokens in several dimensions
+    """Returns the position of the second half of the tokens; 0 if the config does not determine it."""
+    if family_of(model) is not None:  # these models number tokens in several dimensions
         return 0
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 4 * TOKENS:

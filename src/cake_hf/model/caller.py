@@ -1,7 +1,7 @@
-"""Who calls: what the call stack tells about a forward that its arguments do not.
+"""The caller of a forward: information from the call stack that the forward's arguments do not contain.
 
-`generate` hands a forward only what is new of a prompt, cut off by the length of the cache. Whether the cache holds this
-prompt's beginning can only be seen where the whole prompt is.
+`generate` passes a forward only the new part of a prompt, cut off by the length of the cache. Whether the cache holds the start
+of this prompt can only be checked where the whole prompt is available.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 _NEAR = 16
-"""Calls from the hook to the function that runs a prompt: three, and more where the forward is wrapped."""
+"""Stack frames searched for the function that runs a prompt: it is three calls away, more if the forward is wrapped."""
 
 
 T = TypeVar("T")
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GivenPrompt:
-    """A prompt as `generate` was given it.
+    """A prompt as it was passed to `generate`.
 
     Attributes:
         ids: `[rows, tokens]`, from the prompt's start on.
-        mask: of the same shape; None where nothing is masked.
+        mask: of the same shape; None if nothing is masked.
     """
 
     ids: torch.Tensor
@@ -36,12 +36,12 @@ class GivenPrompt:
 
 
 def is_first_forward(model: torch.nn.Module) -> bool:
-    """Whether the forward that runs now is the first of a `generate` of that model. Takes a microsecond."""
+    """Returns whether the current forward is the first of a `generate` of that model. Takes a microsecond."""
     return _prefill_frame(model) is not None
 
 
 def given_prompt(model: torch.nn.Module) -> GivenPrompt | None:
-    """The whole prompt, in the first forward of a `generate`; None elsewhere, and where only what is new was given."""
+    """Returns the whole prompt in the first forward of a `generate`; None elsewhere, and if only the new part was passed."""
     frame = _prefill_frame(model)
     if frame is None:
         return None
@@ -49,20 +49,20 @@ def given_prompt(model: torch.nn.Module) -> GivenPrompt | None:
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not isinstance(named, dict):
         return None
     mask = named.get("attention_mask")
-    # As `generate` itself tells a whole prompt: its mask is as long. (It leaves out a mask of ones.)
+    # `generate` itself recognises a whole prompt by a mask of the same length. (It leaves out a mask of ones.)
     masked = mask.shape[-1] if isinstance(mask, torch.Tensor) else getattr(config, "_mask_length", None)
     return GivenPrompt(ids, mask) if masked == ids.shape[1] else None
 
 
 def is_within_generate(model: torch.nn.Module) -> bool:
-    """Whether a `generate` of that model runs here, and not its first forward."""
+    """Returns whether the caller is inside a `generate` of that model, but not in its first forward."""
     if is_first_forward(model):
         return False
     return any(_is_of(frame, "generate", model) for frame in _stack(sys._getframe()))
 
 
 def is_used_by(thread: int, model: torch.nn.Module, cache: Any) -> bool:
-    """Whether a thread is in a forward of that model, or its `generate`, with that cache, or in the cache's `prefill`."""
+    """Returns whether a thread is in a forward or `generate` of that model with that cache, or in the cache's `prefill`."""
     for frame in _stack(sys._current_frames().get(thread)):
         name = frame.f_code.co_name
         if name == "prefill" and frame.f_locals.get("self") is cache:
@@ -73,10 +73,10 @@ def is_used_by(thread: int, model: torch.nn.Module, cache: Any) -> bool:
 
 
 def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
-    """The cache of that class that the `generate` of that model was given, which runs here; None if there is none.
+    """Returns the cache of that class that was passed to the running `generate` of that model; None if there is none.
 
-    A `generate` within another one may have a cache of its own, as an assistant's has; it should have the other's where it is
-    called by a way of generating that somebody has written.
+    A `generate` within another one may have its own cache, as an assistant model's has. If a custom generation function
+    (`custom_generate`) calls it, it should use the outer one's cache.
     """
     frames = [frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model)]
     asked = [*frames[:1], *(frame for frame in frames[1:] if frame.f_locals.get("custom_generate") is not None)]
@@ -85,7 +85,7 @@ def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
 
 def _prefill_frame(model: torch.nn.Module) -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(_NEAR):  # a plain loop, since each decoding step comes here
+    for _ in range(_NEAR):  # a plain loop, since each decoding step runs it
         if frame is None or (frame.f_code.co_name == "_prefill" and frame.f_locals.get("self") is model):
             return frame
         frame = frame.f_back
@@ -101,7 +101,7 @@ def _brings(frame: FrameType, cache: Any) -> bool:
 
 
 def _given(frame: FrameType) -> Iterator[Any]:
-    """The arguments of a call that takes any."""
+    """Returns all argument values of a call that takes arbitrary arguments."""
     named = frame.f_locals
     groups = (named.get("kwargs"), named.get("model_kwargs"))
     values = chain.from_iterable(group.values() for group in groups if isinstance(group, dict))

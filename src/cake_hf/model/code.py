@@ -1,8 +1,8 @@
-"""Which code a model computes with: functions that were put in the place of its own, and plain attributes of its modules.
+"""The code that a model computes with: functions that replace its own, and plain attributes of its modules.
 
-A config says how a model was built. Afterwards a user may replace a method of a class, a function of the file that it is
-in, the forward of one module, or a number that a module keeps (`attention.scaling`). None of these is a weight. Changes
-that do not show here are found by running the model (`model.behaviour`).
+A config describes how a model was built. Afterwards a user may replace a method of a class, a function in the class's file, the
+forward of one module, or a number that a module keeps (`attention.scaling`). None of these is a weight. Changes that are not
+detected here are detected by running the model (`model.behaviour`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from cake_hf.model.modules import Named, modules_everywhere, modules_of
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 MAX_DEPTH = 4
-"""Levels of nested values that are looked at."""
+"""Maximum depth to which nested values are inspected."""
 
 _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
-"""Attributes that each module has."""
+"""Attributes that every module has."""
 
 
 def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
-    """Digest of the functions that a model computes with, as far as they can be told by name, and of its plain attributes.
+    """Returns a digest of a model's plain attributes and of its functions, as far as these can be identified by name.
 
-    Equal in two processes with equal libraries, unless something was replaced.
+    It is equal in two processes with equal libraries, unless something was replaced.
 
     Args:
-        model: any.
-        chosen: functions that it is given by a name in its config, such as the kind of attention.
+        model: any model.
+        chosen: functions that its config selects by name, such as the kind of attention.
     """
     digest = xxhash.xxh3_128()
     for fact in _facts(model, chosen):
@@ -46,12 +46,12 @@ def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
 
 
 def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[str]:
-    """Of these functions, those that no installed library has brought: none, unless a user has put them there.
+    """Returns those functions of `code_digest` that no installed library provides: none, unless a user has added some.
 
-    In contrast to the digest this is the same with other versions of libraries.
+    Unlike the digest, the result does not depend on the versions of libraries.
 
     Args:
-        model: any.
+        model: any model.
         chosen: as for `code_digest`.
     """
     kinds = {type(module) for _, module in modules_of(model)}
@@ -67,7 +67,7 @@ def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[s
 
 
 def _is_the_users(function: Any, own: set[str]) -> bool:
-    """Whether a function was written neither in an installed library nor in a package that the model's modules are from."""
+    """Returns whether a function comes neither from an installed library nor from a package of the model's modules."""
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
@@ -77,7 +77,7 @@ def _is_the_users(function: Any, own: set[str]) -> bool:
 
 
 def is_users_code(module: str, file: str, own: Collection[str]) -> bool:
-    """Whether code of that module and file was written neither in an installed library nor in one of these packages."""
+    """Returns whether code of that module and file comes neither from an installed library nor from one of these packages."""
     return _package(module) not in own and not file.startswith((*_INSTALLED, "<frozen "))
 
 
@@ -97,7 +97,10 @@ def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _by_shortest_path(model: torch.nn.Module) -> Named:
-    """Each module once. Some tools put a module that is there already below others, where it is found first."""
+    """Returns each module once, with its shortest path.
+
+    Some tools attach an existing module a second time below others, where it is found first.
+    """
     paths: dict[torch.nn.Module, str] = {}
     for path, module in modules_everywhere(model):
         if module not in paths or path.count(".") < paths[module].count("."):
@@ -106,7 +109,7 @@ def _by_shortest_path(model: torch.nn.Module) -> Named:
 
 
 def _methods(kind: type) -> Iterator[str]:
-    """Of a class, what was not written in it."""
+    """Yields the methods of a class and its bases that were not written in the class that holds them."""
     for parent in _computing(kind):
         for name, value in list(vars(parent).items()):
             function = getattr(value, "__func__", getattr(value, "fget", value))
@@ -117,7 +120,7 @@ def _methods(kind: type) -> Iterator[str]:
 
 
 def _computing(kind: type) -> list[type]:
-    """A module's class and those that it is derived from, without torch's own, and without what only generates."""
+    """Returns a module's class and its base classes, without torch's own and without those that only serve generation."""
     return [
         parent
         for parent in kind.__mro__
@@ -126,7 +129,7 @@ def _computing(kind: type) -> list[type]:
 
 
 def _is_strange(function: Any, kind: type, name: str) -> bool:
-    """Whether a function was not written in that class. A wrapper by `functools.wraps` claims that it was."""
+    """Returns whether a function was not written in that class. A wrapper made with `functools.wraps` claims that it was."""
     says_otherwise = (function.__module__, function.__qualname__) != (kind.__module__, f"{kind.__qualname__}.{name}")
     return says_otherwise or _package(function.__globals__.get("__name__", "")) != _package(kind.__module__)
 
@@ -136,14 +139,14 @@ def _package(module: str) -> str:
 
 
 def _functions(module: ModuleType | None) -> Iterator[str]:
-    """What a file calls its functions and classes, and where these are from."""
+    """Yields the names of a file's functions and classes, and their origins."""
     for name, value in list(vars(module).items()) if module is not None else ():
         if callable(value) and not name.startswith("__"):
             yield f"{name}={function_fact(value, by_name=_is_from_library(value))}"
 
 
 def _is_from_library(value: Any) -> bool:
-    """Whether a function or class is where its name says, so that the name and the library's version tell all of it."""
+    """Returns whether a function or class is the one that its name refers to, so that name and library version identify it."""
     if isinstance(value, type) or not hasattr(value, "__code__"):
         return isinstance(value, type) or type(value).__module__ == "builtins"
     home = sys.modules.get(value.__module__ or "")
@@ -151,12 +154,12 @@ def _is_from_library(value: Any) -> bool:
 
 
 def _attributes(module: torch.nn.Module) -> Iterator[str]:
-    # A model as a whole has names and notes of its own, and where it was loaded from; of these only numbers count.
+    # The model itself also keeps names, notes and the path that it was loaded from; of its attributes only numbers count.
     is_model = hasattr(type(module), "from_pretrained")
     for name, value in vars(module).items():
-        if name == "_compiled_call_impl":  # chunks are run without it, as is the forward that was compiled
+        if name == "_compiled_call_impl":  # chunks run without it, with the forward that was compiled
             continue
-        if name in ("forward", "_old_forward"):  # the latter is where accelerate keeps what it calls
+        if name in ("forward", "_old_forward"):  # accelerate keeps the forward that it calls in the latter
             value = getattr(value, "_torchdynamo_orig_callable", value)
             if not _brings_weights(value) and getattr(value, "__func__", None) is not type(module).forward:
                 yield f"forward={function_fact(value)}"
@@ -168,13 +171,13 @@ def _attributes(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _brings_weights(forward: Any) -> bool:
-    """Whether a module's forward is the one by which accelerate brings it weights and inputs."""
+    """Returns whether a module's forward is accelerate's wrapper, which brings weights and inputs to the device."""
     function = forward.func if isinstance(forward, functools.partial) else forward
     return str(getattr(function, "__module__", "")).startswith("accelerate.")
 
 
 def _plain(value: Any, depth: int) -> str | None:
-    """A value as text that is the same in every process; None of what is not plain."""
+    """Returns a value as text that is the same in every process; None if the value is not plain."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)):
         return repr(value)
     if isinstance(value, (list, tuple)) and depth:
@@ -189,12 +192,12 @@ def _plain(value: Any, depth: int) -> str | None:
 
 
 def function_fact(function: Any, depth: int = MAX_DEPTH, *, by_name: bool = False) -> str:
-    """A function as text: its name, and of one written in Python what it does with which values.
+    """Returns a function as text: its name and, if it is written in Python, its code and the values that it holds.
 
     Args:
-        function: or class, or anything that can be called.
-        depth: how deep to look into what it holds.
-        by_name: its name says all.
+        function: a function, a class, or any other callable.
+        depth: how deep to look into the values that it holds.
+        by_name: the name alone identifies it.
     """
     name = _name(function)
     if by_name or not depth:
@@ -212,7 +215,7 @@ def function_fact(function: Any, depth: int = MAX_DEPTH, *, by_name: bool = Fals
 
 
 def _held(value: Any, depth: int) -> str:
-    """What a function holds; of what is not plain, its kind."""
+    """Returns a value that a function holds as text; if it is not plain, its type."""
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.dtype} {_content(value)}"
     if callable(value) and not isinstance(value, (type, torch.nn.Module)):

@@ -1,4 +1,4 @@
-"""torch.compile around a model with a cache of ours: what is ours runs between the graphs."""
+"""Support for torch.compile around a model with one of our caches: the package's own code runs between the graphs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_graphs(function: F) -> F:
-    """Have a function run as it is where it is called by code that torch.compile traces.
+    """Wraps a function so that it runs untraced when code that torch.compile traces calls it.
 
-    A restore waits for threads, and no graph can hold that. Without torch.compile it costs a tenth of a microsecond.
+    A restore waits for threads, which no graph can express. Without torch.compile the wrapper costs a tenth of a microsecond.
     """
-    apart = _disable_dynamo(function)  # as torch.compiler.disable, which imports the compiler at once
+    apart = _disable_dynamo(function)  # like torch.compiler.disable, which however imports the compiler at once
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +31,7 @@ def outside_graphs(function: F) -> F:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether a model, or a module in it, runs compiled code: `compile()`, or torch.compile around it or its forward."""
+    """Returns whether a model, or a module in it, is compiled: by `compile()`, or torch.compile around it or its forward."""
     for attributes in attributes_of(model):
         if attributes.get("_compiled_call_impl") is not None or "_orig_mod" in attributes["_modules"]:
             return True
@@ -42,12 +42,12 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
 _lock = Lock()
 _running: list[Any] = []
-"""Of threads that run compiled models as they are; the first one has put what is in force, since that is so for all threads."""
+"""One entry per thread that runs a compiled model uncompiled; the first holds the stance, which applies to all threads."""
 
 
 @contextmanager
 def as_it_is(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model without its compiled code, which rounds otherwise in each graph, so that nothing of it can be stored."""
+    """Runs a model without its compiled code, whose results cannot be stored, since each graph rounds differently."""
     if not is_compiled(model):
         yield
         return
@@ -59,5 +59,5 @@ def as_it_is(model: torch.nn.Module) -> Iterator[None]:
         with _lock:
             if len(_running) == 1:
                 _running[0].__exit__(None, None, None)
-            # The last thread takes back the stance that the first one set.
+            # The last thread to leave resets the stance that the first one set.
             _running.pop()

@@ -1,7 +1,7 @@
-"""Whether the rows of a model's token embedding that a prompt uses are what they were when the weights' checksum was made.
+"""A check that the token embedding rows of a prompt have not changed since the weights' checksum was computed.
 
-An edit of a single row through `.data` or numpy leaves no trace that a cheap look at a weight would see, and it shows only in
-prompts with that token. So each prompt's own rows are compared with checksums that are remembered per row.
+An edit of a single row through `.data` or numpy leaves no trace that a cheap look at a weight would detect, and it affects only
+prompts with that token. So each prompt's own rows are compared with checksums remembered per row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _lock = Lock()
 
 
 def rows_changed(model: torch.nn.Module, ids: torch.Tensor) -> bool:
-    """Whether rows of these tokens are others than they were when `remember_rows` was called; False where it was not.
+    """Returns whether the rows of these tokens have changed since `remember_rows` was called; False if it was not called.
 
     Args:
-        model: of transformers.
-        ids: of tokens, any shape.
+        model: a transformers model.
+        ids: token ids, of any shape.
     """
     with _lock:
         known = _sums.get(model)
@@ -40,7 +40,7 @@ def rows_changed(model: torch.nn.Module, ids: torch.Tensor) -> bool:
 
 
 def remember_rows(model: torch.nn.Module) -> None:
-    """Make the checksums of all rows, unless they are there."""
+    """Computes the checksums of all rows, unless they are already known."""
     weight = _embedding(model)
     with _lock:
         if weight is None or model in _sums:
@@ -49,13 +49,13 @@ def remember_rows(model: torch.nn.Module) -> None:
 
 
 def forget_rows(model: torch.nn.Module) -> None:
-    """The weights have changed."""
+    """Forgets the checksums of a model whose weights have changed."""
     with _lock:
         _sums.pop(model, None)
 
 
 def _embedding(model: Any) -> torch.Tensor | None:
-    """`[vocabulary, hidden]`; None where it is not plain, or not in memory."""
+    """Returns the token embedding `[vocabulary, hidden]`; None if it is not a plain tensor, or not in memory."""
     try:
         weight = model.get_input_embeddings().weight.detach()
     except (AttributeError, NotImplementedError):
@@ -65,7 +65,7 @@ def _embedding(model: Any) -> torch.Tensor | None:
 
 
 def _checksums(rows: torch.Tensor) -> torch.Tensor:
-    """`[rows]` int64: each row's bytes, as words, times fixed odd numbers, modulo 2**64."""
+    """Returns `[rows]` int64: the sum of each row's 64-bit words times fixed odd numbers, modulo 2**64."""
     octets = rows.contiguous().view(torch.uint8).view(rows.shape[0], -1)
     words = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 8)).view(torch.int64)
     return (words * odd_factors(words.shape[1]).to(words.device)).sum(dim=1)

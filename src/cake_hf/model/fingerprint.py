@@ -1,6 +1,6 @@
-"""What a model is, by its content: config facts, a checksum over all weights, and active adapters.
+"""The identity of a model by its content: config metadata, a checksum over all weights, and active adapters.
 
-Two models with equal fingerprints give equal KV for equal tokens where machines round alike (see `model.numerics`). Names
+Two models with equal fingerprints compute equal KV for equal tokens on machines that round alike (see `model.numerics`). Names
 and paths do not count, only content does.
 """
 
@@ -33,7 +33,7 @@ _SILENT_CONFIG = {
     "dtype",
     "torch_dtype",
 }
-"""Config entries that do not shape the computation; the dtype that counts is that of the weights themselves."""
+"""Config entries that do not affect the computation; the dtype that matters is the weights' own."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ _known_lock = Lock()
 
 
 def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
-    """Everything about a model that changes its KV, but the numerics of the machine.
+    """Returns everything about a model that changes its KV, except the machine's numerics.
 
     Args:
         model: with a `config` that has `to_dict()`.
-        portable: make the weights' digest the same on every device (slower where weights are not on the CPU).
+        portable: make the weights' digest the same on every device (slower if weights are not on the CPU).
 
     Returns:
-        JSON-ready facts.
+        JSON-ready metadata.
     """
     facts: dict[str, Any] = {
         "class": type(model).__name__,
@@ -70,7 +70,7 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
 
 
 def config_facts(config: Any) -> dict[str, Any]:
-    """The config without what says nothing about the computation (name, path, library version)."""
+    """Returns the config without entries that do not affect the computation (name, path, library version)."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
@@ -84,10 +84,10 @@ def config_facts(config: Any) -> dict[str, Any]:
 
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
-    """What a model derives from its config and does not keep in float32, as it was made.
+    """Lists buffers that a model derives from its config and creates in float32, but keeps in another dtype.
 
     `model.to(torch.bfloat16)` rounds the rotary frequencies, too; `from_pretrained(..., dtype=torch.bfloat16)` does not. So the
-    same weights may give other KV.
+    same weights may give different KV.
     """
     return [
         f"{path}.{name}: {buffer.dtype}"
@@ -101,7 +101,7 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
 
 
 def adapter_facts(model: torch.nn.Module) -> list[str]:
-    """Which adapters take part, module by module. Their weights are parameters and counted there."""
+    """Lists the active adapters, module by module. Their weights are parameters and are counted there."""
     facts = []
     for name, module in those_with(model, "active_adapters", "merged_adapters"):
         state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
@@ -110,9 +110,9 @@ def adapter_facts(model: torch.nn.Module) -> list[str]:
 
 
 def foreign_modules(model: torch.nn.Module) -> list[str]:
-    """Where modules of a kind that neither torch.nn nor the model's own library has were put in, and of which kind.
+    """Lists paths and classes of modules that come neither from torch.nn nor from the model's own library.
 
-    They may compute something else with the same weights: some quantise only in the forward.
+    They may compute a different result with the same weights: some quantise only in the forward.
     """
     usual = ("torch.nn.", f"{type(model).__module__.split('.')[0]}.")
     below = modules_of(model)[1:]
@@ -125,10 +125,10 @@ def foreign_modules(model: torch.nn.Module) -> list[str]:
 
 
 def adapters_vary(model: torch.nn.Module) -> bool:
-    """Whether adapters take part by the row or by the place in the prompt (`adapter_names`, aLoRA, X-LoRA).
+    """Returns whether adapters apply by row or by position in the prompt (`adapter_names`, aLoRA, X-LoRA).
 
-    What they do then is in none of the call's arguments, and so in no key. All of these put hooks, or a forward of their own,
-    on the adapted modules.
+    Their effect then depends on none of the call's arguments, and so no key covers it. All of these install hooks, or a forward
+    of their own, on the adapted modules.
     """
     return any(
         module._forward_pre_hooks or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
@@ -137,11 +137,11 @@ def adapters_vary(model: torch.nn.Module) -> bool:
 
 
 def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
-    """Checksum over the names, shapes, dtypes and bytes of all weights.
+    """Returns a checksum over the names, shapes, dtypes and bytes of all weights.
 
-    Computed once per model and kept as long as the model lives; computed anew when a cheap look (addresses, version
-    counters, a few sampled values of every tensor) shows that a weight was changed or replaced. What that look cannot
-    see is a hand edit through `.data` of single values that happen not to be sampled.
+    It is computed once per model and kept for the model's lifetime. It is computed again if a cheap look (addresses, version
+    counters, a few sampled values of every tensor) detects that a weight was changed or replaced. That look cannot detect a
+    manual edit through `.data` of single values that happen not to be sampled.
 
     Args:
         model: any module.
@@ -156,7 +156,7 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     for weight in chain.from_iterable(weights(model)):
         tensor = weight.content()
         digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        # Offloaded or not, a weight is hashed where it is computed with, so that its digest is the same.
+        # Offloaded or not, a weight is hashed on the device that computes with it, so that its digest is the same.
         device = weight.device or tensor.device
         on_host = portable or device.type == "cpu"
         digest.update(host_bytes(tensor) if on_host else _device_digest(tensor.to(device)))
@@ -167,18 +167,18 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
 
 
 def look_at_weights(model: torch.nn.Module) -> int:
-    """The cheap look by which `weights_digest` tells whether a weight was changed."""
+    """Returns the cheap signature by which `weights_digest` detects changed weights."""
     return _signature(model)
 
 
 def forget_weights(model: torch.nn.Module) -> None:
-    """The weights have changed in a way that the cheap look does not see: the next checksum is made anew."""
+    """Forgets the checksum after a change of the weights that the cheap look does not detect; the next use recomputes it."""
     with _known_lock:
         _known.pop(model, None)
 
 
 def _signature(model: torch.nn.Module) -> int:
-    """Cheap to make, and other when a weight is: identity and version of each tensor, and some of its values."""
+    """Returns a cheap hash that changes if a weight does: over identity, version and some values of each tensor."""
     identity: list[Any] = []
     samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for weight in chain.from_iterable(weights(model)):
@@ -188,7 +188,7 @@ def _signature(model: torch.nn.Module) -> int:
             continue
         if weight.elsewhere is not None:
             tensor = weight.content()
-        if not weight.in_place:  # a copy, made for us: only its content says whether it is the same
+        if not weight.in_place:  # a copy made for this call: only its content identifies it
             identity.append((name, tensor.dtype, tuple(tensor.shape), xxhash.xxh3_64_intdigest(host_bytes(tensor))))
             continue
         version = 0 if tensor.is_inference() else tensor._version
@@ -200,22 +200,22 @@ def _signature(model: torch.nn.Module) -> int:
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """Some values of a contiguous tensor, from all over it; a view."""
+    """Returns a view of some values of a contiguous tensor, spread over all of it."""
     count, flat = min(tensor.numel(), SAMPLES_PER_TENSOR), tensor.detach()
     return flat.as_strided((count,), (max(1, tensor.numel() // SAMPLES_PER_TENSOR),))
 
 
 def _device_digest(tensor: torch.Tensor) -> bytes:
-    """A checksum made where the tensor is: each row of 64-bit words is multiplied by fixed odd numbers and summed.
+    """Computes a checksum on the tensor's device: each row of 64-bit words is multiplied by fixed odd numbers and summed.
 
-    Arithmetic is modulo 2**64, so the order of summation does not matter; an odd factor is invertible, so any change of
-    a single word changes its row's sum, and the rows' sums are hashed in order on the host.
+    Arithmetic is modulo 2**64, so the order of summation does not matter. An odd factor is invertible, so any change of a
+    single word changes its row's sum. The rows' sums are hashed in order on the host.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = flat.numel() - flat.numel() % (8 * HASHED_BLOCK)
-    if flat.storage_offset() % 8:  # not to be looked at as 64-bit words
+    if flat.storage_offset() % 8:  # cannot be viewed as 64-bit words
         whole = 0
-    # Only what is no full row is copied, to be filled up: there may be no room for another of the largest weights.
+    # Only the incomplete last row is copied, to pad it: there may be no memory for a copy of the largest weights.
     rest = torch.nn.functional.pad(flat[whole:], (0, (whole - flat.numel()) % (8 * HASHED_BLOCK)))
     factors = odd_factors(HASHED_BLOCK).to(tensor.device)
     parts = [flat[:whole], rest] if whole else [rest]

@@ -1,8 +1,8 @@
-"""Code in a model's forward that is not part of the model: it may change the KV, or expect to see the whole prompt.
+"""Detection of foreign code in a model's forward: it may change the KV, or expect to see the whole prompt.
 
-A forward hook may do anything to what passes it, and only its effect on the prompt at hand tells what that is. Besides, of a
-restored prompt it would see only what is computed. So a model with hooks is computed plainly, unless these are marked with
-`reads_only`.
+A forward hook may do anything to the data that passes through it, and this shows only in its effect on the prompt at hand. It
+would also see only the computed parts of a restored prompt. So a model with hooks is computed plainly, unless these are marked
+with `reads_only`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.nn.modules import module as torchs_modules
 from cake_hf.model.modules import modules_of
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
-"""What a model runs in, also from a checkout. Their hooks place weights and inputs, agree with other ranks, or are looked at
-elsewhere (`fingerprint.adapters_vary`)."""
+"""Libraries that run a model, even from a checkout. Their hooks place weights and inputs, agree with other ranks, or are
+checked elsewhere (`fingerprint.adapters_vary`)."""
 _OTHERWISE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
-"""Modules of torch that compute otherwise in training mode."""
+"""Modules of torch that compute differently in training mode."""
 
 _quiet = threading.local()
 
 
 class ReadsOnly:
-    """A forward hook that returns nothing, and is not called for forwards of our own that belong to no prompt."""
+    """A forward hook that returns nothing, and is not called in the package's own forwards that belong to no prompt."""
 
     def __init__(self, hook: Callable[..., object]) -> None:
         self.hook = hook
@@ -39,25 +39,25 @@ class ReadsOnly:
 
 
 def reads_only(hook: Callable[..., object]) -> ReadsOnly:
-    """Mark a forward hook, or pre-hook, that may stay on a model whose prompts are restored.
+    """Marks a forward hook, or pre-hook, that may stay on a model whose prompts are restored.
 
         model.model.layers[0].register_forward_hook(cake_hf.reads_only(hook))
 
-    The hook is called for the parts of a prompt that are computed, one after the other, and for decoded tokens; not for what is
-    loaded. What it returns is ignored. It must not change its arguments in place.
+    The hook is called for the computed parts of a prompt, one after the other, and for decoded tokens; not for loaded parts.
+    Its return value is ignored. It must not change its arguments in place.
 
     Args:
         hook: as torch takes it.
 
     Returns:
-        What to register instead.
+        The hook to register instead.
     """
     return ReadsOnly(hook)
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
-    """No hook that is marked with `reads_only` is called by forwards of this thread meanwhile."""
+    """Suppresses the hooks marked with `reads_only` in forwards of this thread."""
     before, _quiet.on = getattr(_quiet, "on", False), True
     try:
         yield
@@ -66,7 +66,7 @@ def unobserved() -> Iterator[None]:
 
 
 def stranger_reason(model: torch.nn.Module) -> str:
-    """Why foreign code in the forward makes prompts be computed plainly; empty if there is none."""
+    """Returns the reason why foreign code in the forward requires computing prompts plainly; empty if there is none."""
     return _hook_reason(model) or _mode_reason() or _training_reason(model)
 
 
@@ -91,13 +91,13 @@ def _mode_reason() -> str:
     ):
         for number in range(count()):
             mode = get(number)
-            if type(mode).__module__ != "torch.utils._device":  # of `with torch.device(...)`, for new tensors alone
+            if type(mode).__module__ != "torch.utils._device":  # `with torch.device(...)` only affects new tensors
                 return f"a torch {kind} mode ({type(mode).__qualname__}) is active, which might change the KV; leave it first"
     return ""
 
 
 def _training_reason(model: torch.nn.Module) -> str:
-    """A model as a whole in training mode has a reason of its own."""
+    """Returns the reason if a part is in training mode. A whole model in that mode has its own reason elsewhere."""
     if model.training:
         return ""
     for path, module in modules_of(model):
@@ -107,7 +107,7 @@ def _training_reason(model: torch.nn.Module) -> str:
 
 
 def _minds_training(module: torch.nn.Module, model: torch.nn.Module) -> bool:
-    """Whether a module may compute otherwise in training mode: dropout, and the model's own kinds, which have some in them."""
+    """Returns whether training mode may change a module's results: dropout, and the model's own classes, which may use it."""
     if isinstance(module, _OTHERWISE):
         return getattr(module, "p", 1) > 0
     return type(module).__module__.partition(".")[0] == type(model).__module__.partition(".")[0]
@@ -119,7 +119,7 @@ def _is_known(hook: Any, module: torch.nn.Module | None) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
     owner = getattr(hook, "__self__", None)
-    if owner is not None and owner is module:  # a module's own: its kind is among the facts
+    if owner is not None and owner is module:  # a module's own hook: its class is part of the fingerprint
         return True
     written = getattr(getattr(hook, "__func__", hook), "__globals__", {}).get("__name__") or type(hook).__module__
     return str(written).partition(".")[0] in LIBRARIES

@@ -1,8 +1,8 @@
-"""Images on their way into a prompt: their pixels, until one is needed; then what the model's vision part makes of it.
+"""Deferred encoding of a prompt's images: an image stays pixels until its features are needed.
 
-`generate` of transformers puts all images through the vision part before anybody sees the prompt. For a prompt whose images
-are restored that would be in vain. So while a model has a `CakeCache`, it hands on the pixels instead (`ImageDeferral`), as
-something that is the vision part's output to whoever asks it.
+`generate` of transformers runs the vision part on all images before the cache sees the prompt. For a prompt whose images are
+restored, that work would be wasted. So while a model has a `CakeCache`, `generate` passes on the pixels instead
+(`ImageDeferral`), in an object that behaves like the vision part's output.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from cake_hf.util.lazy import cached_property
 
 _INPUTS = ("pixel_values", "image_grid_thw")
 _PREPARE = "_maybe_prepare_encoder_kwargs_for_generation"
-"""Where `generate` runs the vision part; versions that have no such step hand the pixels to the forward."""
+"""The step in which `generate` runs the vision part; versions without it pass the pixels to the forward."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the vision part makes of images, token by token.
+    """The vision part's features of images, token by token.
 
     Attributes:
         pooled: `[tokens, hidden]`.
-        deep: the same of some inner layers, where the model has such.
+        deep: the same from some inner layers, if the model has such features; else None.
         kind: the class of the vision part's output.
-        as_tensor: whether its features are a tensor `[images, tokens, hidden]`, and not a list of one per image.
+        as_tensor: whether its features are a tensor `[images, tokens, hidden]`, not a list with a tensor per image.
     """
 
     pooled: torch.Tensor
@@ -43,30 +43,30 @@ class Features:
 
     @classmethod
     def of(cls, output: Any) -> Features:
-        """From an output of the vision part."""
+        """Creates features from an output of the vision part."""
         pooled, deep = output.pooler_output, getattr(output, "deepstack_features", None)
         flat = None if deep is None else tuple(_flat(one) for one in deep)
         return cls(_flat(pooled), flat, type(output), isinstance(pooled, torch.Tensor))
 
     @classmethod
     def join(cls, several: Sequence[Features]) -> Features:
-        """One after the other."""
+        """Concatenates features in the given order."""
         levels = zip(*(one.deep or () for one in several), strict=True)
         deep = None if several[0].deep is None else tuple(torch.cat(level) for level in levels)
         return replace(several[0], pooled=torch.cat([one.pooled for one in several]), deep=deep)
 
     @property
     def tokens(self) -> int:
-        """How many."""
+        """The number of tokens."""
         return int(self.pooled.shape[0])
 
     def rows(self, start: int, end: int) -> Features:
-        """Of these tokens alone."""
+        """Returns the features of tokens `start` to `end` only."""
         deep = None if self.deep is None else tuple(one[start:end] for one in self.deep)
         return replace(self, pooled=self.pooled[start:end], deep=deep)
 
     def output(self) -> Any:
-        """As a forward takes them."""
+        """Returns the features in the form that a forward takes."""
         named: dict[str, Any] = {"pooler_output": self.pooled.unsqueeze(0) if self.as_tensor else [self.pooled]}
         if self.deep is not None:
             named["deepstack_features"] = [[one] for one in self.deep]
@@ -74,11 +74,11 @@ class Features:
 
 
 class UnreadImages:
-    """Stands for the vision part's output on all images of a prompt. It is made when somebody asks for anything of it.
+    """A placeholder for the vision part's output on all images of a prompt. The output is computed on first access.
 
     Args:
-        model: whose vision part it is.
-        inputs: `pixel_values` and, for models that have such, `image_grid_thw`.
+        model: the model with the vision part.
+        inputs: `pixel_values` and, for models that take it, `image_grid_thw`.
     """
 
     def __init__(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
@@ -87,7 +87,7 @@ class UnreadImages:
 
     @classmethod
     def of(cls, model: torch.nn.Module, given: dict[str, Any]) -> UnreadImages:
-        """Those among the arguments of a call."""
+        """Creates the placeholder from the images among a call's arguments."""
         return cls(model, {name: given[name] for name in _INPUTS if given.get(name) is not None})
 
     def __getattr__(self, name: str) -> Any:
@@ -99,7 +99,7 @@ class UnreadImages:
         return self._whole[name]
 
     def well_formed(self, *, by_grid: bool) -> bool:
-        """Whether `one` can tell the images apart."""
+        """Returns whether `one` can tell the images apart."""
         pixels, grid = self._inputs["pixel_values"], self._inputs.get("image_grid_thw")
         if not by_grid:
             return grid is None and pixels.ndim == 4 and pixels.shape[0] > 0
@@ -108,11 +108,11 @@ class UnreadImages:
         return bool((grid > 0).all()) and self._rows[-1] == pixels.shape[0]
 
     def token_counts(self, merged_patches: int, places: int) -> list[int]:
-        """Of how many tokens each image is.
+        """Returns the number of tokens of each image.
 
         Args:
-            merged_patches: how many patches make a token; 0 if images are equal in size.
-            places: tokens of the prompt that stand for images.
+            merged_patches: the number of patches per token; 0 if all images are equal in size.
+            places: the number of the prompt's placeholder tokens for images.
         """
         if merged_patches:
             return [(end - start) // merged_patches for start, end in zip(self._rows, self._rows[1:], strict=False)]
@@ -120,7 +120,7 @@ class UnreadImages:
         return [places // images] * images
 
     def one(self, number: int, *, by_grid: bool) -> dict[str, torch.Tensor]:
-        """What the vision part is given for that image alone."""
+        """Returns the vision part's inputs for that image only."""
         pixels = self._inputs["pixel_values"]
         if not by_grid:
             return {"pixel_values": pixels[number : number + 1]}
@@ -128,12 +128,12 @@ class UnreadImages:
         return {"pixel_values": pixels[rows], "image_grid_thw": self._inputs["image_grid_thw"][number : number + 1]}
 
     def embed(self, number: int, *, by_grid: bool) -> Features:
-        """Put that image alone through the vision part."""
+        """Runs the vision part on that image only."""
         return Features.of(self._run(self.one(number, by_grid=by_grid)))
 
     @cached_property
     def _rows(self) -> list[int]:
-        """Where in the patches each image begins, and the last one ends."""
+        """The index of each image's first patch, and the end of the last image."""
         return list(accumulate(self._inputs["image_grid_thw"].prod(dim=-1).tolist(), initial=0))
 
     @cached_property
@@ -146,11 +146,11 @@ class UnreadImages:
 
 
 class ImageDeferral:
-    """As long as it is there, `generate` hands on pixels where they come with one of our caches and can be cut.
+    """While it is installed, `generate` passes on pixels if the call has one of our caches and the images can be split.
 
     Args:
-        model: any.
-        is_wanted: tells by the arguments of the forward whether a cache of ours will see it.
+        model: any model.
+        is_wanted: returns, from the forward's arguments, whether one of our caches will see the forward.
     """
 
     def __init__(self, model: torch.nn.Module, is_wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -159,17 +159,17 @@ class ImageDeferral:
             self._attributes[_PREPARE] = partial(_prepare, model, is_wanted)
 
     def remove(self) -> None:
-        """The model's own way again."""
+        """Restores the model's own method."""
         if self._is_ours():
             del self._attributes[_PREPARE]
 
     def _is_ours(self) -> bool:
-        """Whether it is in place: by this object, or in a copy of the model that it was in."""
+        """Returns whether the deferral is installed: by this object, or by copying a model that had it."""
         return getattr(self._attributes.get(_PREPARE), "func", None) is _prepare
 
 
 def digest_of(inputs: dict[str, torch.Tensor]) -> bytes:
-    """Of the content of tensors, by name; the same on every device and in every process."""
+    """Returns a digest of named tensors' content; the same on every device and in every process."""
     digest = hashlib.blake2b(digest_size=20, person=b"cake-image")
     for name, tensor in sorted(inputs.items()):
         content = host_bytes(tensor)
@@ -179,7 +179,7 @@ def digest_of(inputs: dict[str, torch.Tensor]) -> bytes:
 
 
 def _flat(features: Any) -> torch.Tensor:
-    """`[tokens, hidden]` of all images, from a tensor or a list of one per image."""
+    """Returns `[tokens, hidden]` of all images, from one tensor or a list with a tensor per image."""
     return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
 
 
@@ -198,7 +198,7 @@ def _prepare(model: torch.nn.Module, is_wanted: Callable[[dict[str, Any]], bool]
 
 
 def _is_single_prompt(given: dict[str, Any]) -> bool:
-    """Whether it is neither repeated nor cut by `generate` itself, which would look into the images."""
+    """Returns whether `generate` neither repeats nor splits the prompt itself, which would access the images."""
     inputs, config = given.get("inputs_tensor"), given.get("generation_config")
     if not isinstance(inputs, torch.Tensor) or inputs.shape[0] != 1 or config is None:
         return False
@@ -207,7 +207,7 @@ def _is_single_prompt(given: dict[str, Any]) -> bool:
 
 
 def _has_images_alone(model: torch.nn.Module, model_kwargs: dict[str, Any]) -> bool:
-    """Whether there are images, none of them embedded, and nothing else that the vision part would be given."""
+    """Returns whether the call has images, none of them encoded, and no other input for the vision part."""
     base: Any = getattr(model, "base_model", model)
     takes = getattr(base, "get_image_features", None)
     if takes is None or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:

@@ -1,6 +1,6 @@
-"""What KV a model makes: found out by running one token, once per model and mode.
+"""The layout of a model's KV, determined by running one token, once per model and mode.
 
-No config says for all model families how many heads of which size are kept, and a wrong guess would be a lost restore.
+No config entry gives the number and size of the kept heads for all model families, and a wrong guess would cost a restore.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from cake_hf.util.forks import Lock
 
 @dataclass(frozen=True)
 class Made:
-    """What KV a model makes.
+    """The kind of KV that a model computes.
 
     Attributes:
         layers: of a `DynamicCache` that holds one token.
         token: the layout of that token's KV.
-        states: the layout of a snapshot of the recurrent states; without pieces where there are none.
+        states: the layout of a snapshot of the recurrent states; without pieces if there are none.
     """
 
     layers: list[Any]
@@ -39,11 +39,11 @@ class Made:
 
     @classmethod
     def of(cls, layers: list[Any]) -> Made:
-        """What layers with one token, or more, say."""
+        """Reads the layouts from layers that hold one or more tokens."""
         return cls(layers, chunk_layout(layers, 1), state_layout(layers))
 
     def chunk(self, chunk_size: int) -> ChunkLayout:
-        """The layout of a chunk; the same one each time, with what it has computed of itself."""
+        """Returns the layout of a chunk; the same object each time, so that its computed properties are reused."""
         if chunk_size not in self._chunks:
             self._chunks[chunk_size] = self.token.of(chunk_size)
         return self._chunks[chunk_size]
@@ -55,10 +55,10 @@ _lock = Lock()
 
 @once_per_look
 def made_by(model: torch.nn.Module) -> Made:
-    """What KV a model makes at present.
+    """Returns the kind of KV that a model currently computes.
 
     Args:
-        model: of a kind whose layers we know.
+        model: of a kind whose layers are known.
     """
     mode = _mode(model)
     with _lock:
@@ -70,12 +70,12 @@ def made_by(model: torch.nn.Module) -> Made:
 
 
 def kv_template(model: torch.nn.Module) -> list[Any]:
-    """The layers of a `DynamicCache` that holds one token, as the model makes them at present; see `made_by`."""
+    """Returns the layers of a `DynamicCache` that holds one token, as the model currently creates them; see `made_by`."""
     return made_by(model).layers
 
 
 def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
-    """The model has been changed if these layers, which it has just made, have other shapes than those that are remembered."""
+    """Forgets the remembered layout if layers that the model has just computed differ from it: the model has been changed."""
     mode = _mode(model)
     with _lock:
         known = _known.get(model, {})
@@ -84,11 +84,11 @@ def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
 
 
 def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
-    """The layout of a chunk of these layers' KV.
+    """Returns the layout of a chunk of these layers' KV.
 
     Args:
         layers: from `kv_template`.
-        chunk_size: tokens.
+        chunk_size: in tokens.
     """
     pieces = [
         Piece(
@@ -106,7 +106,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
 
 
 def state_layout(layers: list[Any]) -> ChunkLayout:
-    """The layout of a snapshot of these layers' recurrent states: each as one "token" of it; no pieces where there are none.
+    """Returns the layout of a snapshot of these layers' recurrent states, each as one "token"; without pieces if none.
 
     Args:
         layers: from `kv_template`.
@@ -122,17 +122,17 @@ def state_layout(layers: list[Any]) -> ChunkLayout:
 
 
 def keeps_tokens(layer: Any) -> bool:
-    """Whether a layer from `kv_template` keeps something of each token, be it only of the last ones."""
+    """Returns whether a layer from `kv_template` keeps something per token, even if only for the last tokens."""
     return bool(_kept_per_token(layer))
 
 
 def keeps_each_token_once(layer: Any) -> bool:
-    """Whether a layer from `kv_template`, after one token, holds one token, or keeps none."""
+    """Returns whether a layer from `kv_template`, after one token, holds one token, or keeps none."""
     return all(tensor.shape[2] == 1 for tensor in _kept_per_token(layer).values())
 
 
 def _mode(model: torch.nn.Module) -> object:
-    """What the layout may depend on, beside the model."""
+    """Returns everything besides the model on which the layout may depend."""
     device = home_device(model)
     placed = str(getattr(model, "hf_device_map", ""))
     autocast = tuple(autocast_facts(kind) for kind in sorted({"cpu", "cuda", device.type}))
@@ -140,8 +140,8 @@ def _mode(model: torch.nn.Module) -> object:
 
 
 def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
-    """A layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
-    if getattr(layer, "keys", None) is None:  # a layer that uses another one's KV, or only has a state
+    """Returns a layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
+    if getattr(layer, "keys", None) is None:  # a layer that uses another layer's KV, or has only a state
         return {}
     kept = {"keys": layer.keys, "values": layer.values}
     if getattr(layer, "indexer_keys", None) is not None:

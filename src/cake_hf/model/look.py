@@ -1,8 +1,8 @@
-"""One look at a model: what is asked of it several times before it runs is found out once.
+"""One look at a model: properties that several functions need before it runs are determined only once.
 
-For each prompt a model is asked for its modules, devices and layouts many times, in functions that know nothing of each other.
-Nothing changes between these questions, up to the next forward, which may change anything. So within `one_look` the answers are
-kept, by thread, and what runs the model calls `look_again`. Outside of it nothing is kept.
+For each prompt, independent functions determine a model's modules, devices and layouts many times. These do not change before
+the next forward, which may change anything. So within `one_look` the results are kept, per thread, and code that runs the model
+calls `look_again`. Outside `one_look` nothing is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _kept = threading.local()
 
 @contextmanager
 def one_look() -> Iterator[None]:
-    """Keep the answers of functions that are `once_per_look`; those of an outer look count in here, too."""
+    """Keeps the results of `once_per_look` functions; results of an outer look are reused."""
     if getattr(_kept, "answers", None) is not None:
         yield
         return
@@ -32,14 +32,14 @@ def one_look() -> Iterator[None]:
 
 
 def look_again() -> None:
-    """Forget the answers: a model runs, or has been changed."""
+    """Forgets the kept results: a model runs, or has been changed."""
     answers: dict[Hashable, Any] | None = getattr(_kept, "answers", None)
     if answers is not None:
         answers.clear()
 
 
 def once_per_look(find: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
-    """Have a function of a model be called once per look. Its answer is shared: nobody may change it."""
+    """Makes a function of a model run once per look. Its result is shared: callers must not change it."""
 
     @functools.wraps(find)
     def found(model: Any) -> Answer:

@@ -1,7 +1,7 @@
-"""A model's modules and parameters, by their dictionaries.
+"""Fast access to a model's modules and parameters, through their dictionaries.
 
-Each prompt looks at hundreds of modules several times. torch's own iterators take twice as long for that, and `hasattr` on a
-module, where it has no such attribute, ten times.
+Each prompt visits hundreds of modules several times. torch's own iterators take twice as long for that, and `hasattr` on a
+module without the attribute takes ten times as long.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Named = list[tuple[str, torch.nn.Module]]
 
 @once_per_look
 def modules_of(model: torch.nn.Module) -> Named:
-    """As `model.named_modules()`: each module once."""
+    """Returns the same as `model.named_modules()`: each module once."""
     found: Named = []
     _visit("", model, found, set())
     return found
@@ -25,14 +25,14 @@ def modules_of(model: torch.nn.Module) -> Named:
 
 @once_per_look
 def modules_everywhere(model: torch.nn.Module) -> Named:
-    """As `modules_of`; a module that is in several places for each of them."""
+    """Returns the same as `modules_of`, but a module in several places once for each place."""
     found: Named = []
     _visit("", model, found, None)
     return found
 
 
 def parameters_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """As `model.named_parameters(remove_duplicate=False)`: one that modules share comes for each of them."""
+    """Returns the same as `model.named_parameters(remove_duplicate=False)`: a shared parameter once for each module."""
     return [
         (below(path, name), parameter)
         for path, module in modules_everywhere(model)
@@ -42,9 +42,9 @@ def parameters_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]
 
 
 def attributes_of(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The attributes of each module, without its path and in no order; those of shared modules may be in it twice.
+    """Returns the attributes of each module, without paths and in no particular order; those of shared modules may occur twice.
 
-    For what is asked with each chunk and each decoded token: it takes half the time of `modules_of`.
+    It is for checks made with each chunk and each decoded token: it takes half the time of `modules_of`.
     """
     found: list[dict[str, Any]] = []
     left: list[torch.nn.Module | None] = [model]
@@ -62,17 +62,17 @@ def attributes_of(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def has(module: torch.nn.Module, name: str) -> bool:
-    """As `hasattr`, except that it does not see parameters, buffers and modules."""
+    """Works like `hasattr`, but ignores parameters, buffers and modules."""
     return name in vars(module) or hasattr(type(module), name)
 
 
 def any_has(model: torch.nn.Module, name: str) -> bool:
-    """Whether any of the modules has that attribute; as `has`."""
+    """Returns whether any of the modules has that attribute, in the sense of `has`."""
     return any(name in vars(module) or hasattr(type(module), name) for _, module in modules_of(model))
 
 
 def those_with(model: torch.nn.Module, *names: str) -> Named:
-    """The modules that have all of these attributes; as `has`."""
+    """Returns the modules that have all of these attributes, in the sense of `has`."""
     return [
         (path, module)
         for path, module in modules_of(model)
@@ -81,12 +81,12 @@ def those_with(model: torch.nn.Module, *names: str) -> Named:
 
 
 def below(path: str, name: str) -> str:
-    """The path of what a module has."""
+    """Returns the path of a module's attribute."""
     return f"{path}.{name}" if path else name
 
 
 def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.Module] | None) -> None:
-    # Not a function within the other one: it would be held by what it holds, and the modules by it.
+    # Not a nested function: a recursive closure is a reference cycle, which would keep the modules alive.
     if seen is not None:
         if module in seen:
             return

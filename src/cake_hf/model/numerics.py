@@ -1,6 +1,6 @@
-"""How this machine rounds: all by which the same weights and tokens may give other bits.
+"""The numerics of this machine: everything that can make the same weights and tokens give different bits.
 
-Two processes with equal facts compute equal KV with equal models (see `model.fingerprint`).
+Two processes with equal numerics compute equal KV with equal models (see `model.fingerprint`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _CUDA_SETTINGS = (
     "cudnn.conv.fp32_precision",
     "cudnn.rnn.fp32_precision",
 )
-"""Settings of `torch.backends` by which the same weights round differently; none of them is in every version."""
+"""Settings of `torch.backends` that change how the same weights round; none of them exists in every version."""
 _OLD_CUDA_SETTINGS = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
-"""What versions without `fp32_precision` have; some of those that have it warn whoever asks in the old way."""
+"""Settings of versions without `fp32_precision`; some versions that have it warn when these are read."""
 
 _CPU_VARIABLES = (
     "MKL_CBWR",
@@ -58,11 +58,11 @@ _CUDA_VARIABLES = (
     "TORCH_CUDNN_SDPA_DEPRIORITIZED",
     "TORCH_CUDNN_SDPA_PREFERRED",
 )
-"""Variables by which libraries below torch choose their kernels, and which torch cannot be asked for."""
+"""Variables by which libraries below torch choose their kernels, and which torch does not report."""
 
 
 def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
-    """What makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
+    """Returns all that makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
     facts: dict[str, Any] = {
         "attention": _attention_facts(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
@@ -73,20 +73,20 @@ def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
     by_device = {device: _device_facts(device) for device in devices_of(model)}
     facts.update(next(iter(by_device.values())))
     if any(other != next(iter(by_device.values())) for other in by_device.values()):
-        # Which kind of device computes what. Devices of one kind round alike: from one to the other makes no difference.
+        # The kind of device of each part. Devices of one kind round alike, so it does not matter which of them computes a part.
         facts["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
     return facts
 
 
 def autocast_facts(device_type: str) -> str:
-    """The dtype that autocast computes in at present, or "off"."""
+    """Returns the dtype in which autocast currently computes, or "off"."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return "off"
     return str(torch.get_autocast_dtype(device_type))
 
 
 def _attention_facts(config: Any) -> Any:
-    """The kernels of the model, and of its parts where it is made of several (text, vision)."""
+    """Returns the attention kernels of the model, and of its parts if it has several (text, vision)."""
     own = str(getattr(config, "_attn_implementation", None))
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
     named = {name: str(getattr(part, "_attn_implementation", None)) for name, part in parts.items() if part is not None}
@@ -94,7 +94,7 @@ def _attention_facts(config: Any) -> Any:
 
 
 def _device_facts(device: torch.device) -> dict[str, Any]:
-    """What makes a device round differently from others."""
+    """Returns everything that makes a device round differently from others."""
     facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
     if device.type == "cuda":
         facts["hardware"] = torch.cuda.get_device_name(device)
@@ -114,13 +114,13 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _precision() -> str:
-    """What counts for every kind of device; the old way of asking makes torch warn where it knows the new one."""
+    """Returns the precision settings for all kinds of devices. A torch with the new settings warns if the old one is read."""
     told = [_setting(path) for path in ("fp32_precision", "mkldnn.matmul.fp32_precision")]
     return ", ".join(told) if any(told) else _said(torch.get_float32_matmul_precision)
 
 
 def _setting(path: str) -> str:
-    """What a setting of `torch.backends` is at present; empty where this version of torch does not have it, or say it."""
+    """Returns the current value of a `torch.backends` setting; empty if this torch lacks it, or does not report it."""
     try:
         found = attrgetter(path)(torch.backends)
     except (AttributeError, RuntimeError):
@@ -129,7 +129,7 @@ def _setting(path: str) -> str:
 
 
 def _said(ask: Callable[[], object]) -> str:
-    """The answer; empty where torch refuses it: once a precision was set in the new way, the old way of asking is an error."""
+    """Returns the answer as text; empty if torch raises: after a precision is set in the new way, reading the old one fails."""
     try:
         return str(ask())
     except RuntimeError:
@@ -148,5 +148,5 @@ def _sdpa_facts() -> list[bool]:
 
 @cache
 def _variables(names: Sequence[str]) -> dict[str, str]:
-    """Those that are set. Looked at once, for the libraries do so, too, at about the same time: when they are first used."""
+    """Returns those variables that are set. They are read once, as by the libraries, at about the same time: on first use."""
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,8 +1,8 @@
-"""Where a model's weights are, and where it computes, when hooks bring the weights anew for each forward.
+"""The location of a model's weights, and its computing devices, if hooks bring the weights for each forward.
 
 accelerate's hooks (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk") leave a module's weights on the meta
-device, which has no content, and keep them in memory or in files besides. Nothing of accelerate is imported: what its hooks say
-is read.
+device, which has no content, and keep their content elsewhere in memory or in files. This module does not import accelerate; it
+reads the attributes of its hooks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cake_hf.model.modules import below, modules_of
 
 @dataclass(frozen=True)
 class Offloaded:
-    """One weight that a hook brings.
+    """A weight that a hook brings for each forward.
 
     Attributes:
-        source: what the hook looks it up in: a dictionary, or accelerate's loader of memory and files.
-        name: of the weight in there.
-        device: where it is brought to.
+        source: the mapping in which the hook looks it up: a dictionary, or accelerate's loader of memory and files.
+        name: of the weight in the source.
+        device: the device to which the hook brings it.
     """
 
     source: Mapping[str, torch.Tensor]
@@ -36,21 +36,21 @@ class Offloaded:
 
     @property
     def in_memory(self) -> torch.Tensor | None:
-        """The weight, if it lies in memory: the very tensor, not a copy."""
+        """The weight, if it is in memory: the tensor itself, not a copy; else None."""
         tensors = self.source if isinstance(self.source, dict) else getattr(self.source, "state_dict", {})
         found = tensors.get(self.name) if isinstance(tensors, Mapping) else None
         return found if isinstance(found, torch.Tensor) else None
 
     def read(self) -> torch.Tensor:
-        """The weight, from wherever it lies.
+        """Returns the weight, read from memory or a file.
 
         Raises:
-            OSError, KeyError: it is not there any more.
+            OSError, KeyError: the weight no longer exists.
         """
         return self.source[self.name]
 
     def stamp(self) -> tuple[object, ...] | None:
-        """Cheap to make, and other once the file that it lies in was changed or replaced; None if there is no such file."""
+        """Returns a cheap stamp that changes if the weight's file is changed or replaced; None if there is no such file."""
         file = self._file()
         if file is None:
             return None
@@ -67,7 +67,7 @@ class Offloaded:
 
 
 def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
-    """By their names in the model, the parameters and buffers that hooks bring for each forward."""
+    """Returns the parameters and buffers that hooks bring for each forward, by their names in the model."""
     found: dict[str, Offloaded] = {}
     for path, module in modules_of(model):
         for hook in _hooks(module):
@@ -85,7 +85,7 @@ def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
 
 @once_per_look
 def computing_devices(model: torch.nn.Module) -> list[tuple[str, torch.device]]:
-    """For each module with parameters of its own its path, and the device that it computes on."""
+    """Returns the path and the computing device of each module with parameters of its own."""
     found: list[tuple[str, torch.device]] = []
     _visit(model, "", None, found, math.inf)
     return found
@@ -93,19 +93,19 @@ def computing_devices(model: torch.nn.Module) -> list[tuple[str, torch.device]]:
 
 @once_per_look
 def home_device(model: torch.nn.Module) -> torch.device:
-    """Where a model computes with its first parameter, and best gets its token ids."""
+    """Returns the device that computes with a model's first parameter, which is also the best one for token ids."""
     found: list[tuple[str, torch.device]] = []
     _visit(model, "", None, found, 1)
     return found[0][1]
 
 
 def devices_of(model: torch.nn.Module) -> list[torch.device]:
-    """All devices that a model computes on, each once."""
+    """Returns all devices on which a model computes, each once."""
     return list(dict.fromkeys(device for _, device in computing_devices(model)))
 
 
 def where_computed(model: torch.nn.Module) -> str:
-    """For people, and for what computing costs there: "cuda:0", "cpu, weights offloaded", ..."""
+    """Describes where a model computes, for users and for cost estimates: "cuda:0", "cpu, weights offloaded", ..."""
     moved = any(getattr(hook, "offload", False) for _, module in modules_of(model) for hook in _hooks(module))
     return ", ".join([*map(str, devices_of(model)), *["weights offloaded"] * moved])
 
@@ -124,7 +124,7 @@ def _visit(
 
 
 def _execution_device(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
-    """Where hooks have a module compute, and whether that goes for all that is in it."""
+    """Returns the device on which hooks make a module compute, and whether that applies to all its submodules."""
     for hook in reversed(_hooks(module)):
         device = _as_device(getattr(hook, "execution_device", None))
         if device is not None:
@@ -138,12 +138,12 @@ def _hooks(module: torch.nn.Module) -> Sequence[Any]:
 
 
 def _as_device(given: Any) -> torch.device | None:
-    """Hooks know devices as such, as text, or as the number of one."""
+    """Converts a hook's device, which may be a `torch.device`, a text or a number."""
     return None if given is None else torch.device(given)
 
 
 def _without_prefixes(source: Any, name: str, device: torch.device) -> Offloaded:
-    """accelerate gives each module a view of one mapping, with the module's path in front of the names."""
+    """Resolves accelerate's views: each module has a view of one mapping, which puts the module's path before the names."""
     while hasattr(source, "dataset") and hasattr(source, "prefix"):
         source, name = source.dataset, f"{source.prefix}{name}"
     return Offloaded(source, name, device)

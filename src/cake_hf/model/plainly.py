@@ -1,7 +1,7 @@
-"""How code beneath a restore says that the prompt is to be computed plainly."""
+"""The exception by which code beneath a restore requests that the prompt be computed plainly."""
 
 from __future__ import annotations
 
 
 class ComputePlainly(Exception):
-    """Not an error: a restore that has begun turns out not to be possible. Its text is the reason."""
+    """Not an error: a restore that has started turns out to be impossible. The text is the reason."""

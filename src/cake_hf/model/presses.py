@@ -1,11 +1,11 @@
-"""kvpress beside us: its presses shorten what a cache holds, by hooks on the attention modules, when a prompt is through.
+"""Support for kvpress: its presses shorten a cache's content after a prompt, by hooks on the attention modules.
 
-A press expects the whole prompt in one forward. A restored prompt comes in pieces, most of which no forward sees. So a cache
-that is being restored has its presses rest, and what is saved is the model's own KV. After the last piece each press is applied
-to all that its layer holds, as it would be to a prompt that was computed. That serves presses that look at K and V alone; with
-others prompts are computed plainly.
+A press expects the whole prompt in one forward. A restored prompt comes in pieces, most of which no forward sees. So a cache's
+presses are disabled during a restore, and the model's own KV is saved. After the suffix, each press is applied to the whole
+content of its layer, as to a computed prompt. This works for presses that use only K and V; with others, prompts are computed
+plainly.
 
-Nothing here imports kvpress: a press is known by its hook, which is a method of it.
+Nothing here imports kvpress: a press is recognised by its hook, which is one of its methods.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import find_cache
 
 SERVED = {"KeyDiffPress", "KnormPress", "LagKVPress", "StreamingLLMPress"}
-"""Presses whose scores follow from K and V alone; tests/test_kvpress.py runs each."""
+"""Presses whose scores depend only on K and V; tests/test_kvpress.py runs each."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Stands in for a press's hook, and calls it unless the forward's cache says that its presses rest.
+    """A replacement for a press's hook that calls it unless the forward's cache has `presses_rest` set.
 
-    The state is the cache's, so that other caches and threads are not concerned. Whoever removes the hook removes the gate.
+    The state belongs to the cache, so other caches and threads are not affected. Removing the hook removes the gate.
     """
 
     hook: Any
@@ -40,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Pressed:
-    """An attention module of transformers, and the press on it."""
+    """An attention module of transformers and the press on it."""
 
     module: Any
     press: Any
@@ -48,13 +48,13 @@ class Pressed:
 
 @dataclass(frozen=True)
 class Presses:
-    """The presses that are at work on a model: none, as a rule."""
+    """The presses that are active on a model; usually none."""
 
     pressed: list[Pressed] = field(default_factory=list)
 
     @classmethod
     def on(cls, model: torch.nn.Module) -> Presses:
-        """Those on that model now, each behind a gate."""
+        """Finds the presses that are now on a model, and puts each behind a gate."""
         found = []
         for module in model.modules() if "kvpress" in sys.modules else ():
             for number, hook in list(module._forward_hooks.items()):
@@ -65,11 +65,11 @@ class Presses:
         return cls(found)
 
     def reason(self, layers: list[Any], *, mixed: bool) -> str:
-        """Why a prompt with these presses is computed plainly; empty if it can be restored.
+        """Returns why a prompt with these presses is computed plainly; empty if it can be restored.
 
         Args:
             layers: of the cache.
-            mixed: the prompt is padded, or one of a batch of unlike ones.
+            mixed: whether the prompt is padded, or belongs to a batch of different prompts.
         """
         if not self.pressed:
             return ""
@@ -84,7 +84,7 @@ class Presses:
         return ""
 
     def apply(self, layers: list[Any]) -> None:
-        """Shorten what the layers hold of a whole prompt.
+        """Applies the presses to layers that hold a whole prompt.
 
         Args:
             layers: of the cache.
@@ -95,7 +95,7 @@ class Presses:
 
 
 def _is_press(owner: Any) -> bool:
-    """Whether a hook's owner is a press, be it one of a user's own."""
+    """Returns whether a hook's owner is a press, which may be a user's own."""
     return any(base.__module__.split(".")[0] == "kvpress" for base in type(owner).__mro__)
 
 

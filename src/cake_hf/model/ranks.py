@@ -1,7 +1,7 @@
-"""Models that several processes compute together, each with its part of the weights.
+"""Support for models that several processes compute together, each with its part of the weights.
 
-Tensor parallel: all ranks run the same prompt, each with its own heads, and so each keeps its own part of the KV. Their
-forwards wait for each other. So they must be the same forwards in the same order.
+Under tensor parallelism all ranks run the same prompt, each with its own heads, and so each keeps its own part of the KV. Their
+forwards wait for each other, so all ranks must run the same forwards in the same order.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that compute a tensor-parallel model together, seen from one of them.
+    """The processes that compute a tensor-parallel model together, from the point of view of one process.
 
     Attributes:
         group: of the processes.
         rank: of this one.
-        size: how many there are.
-        device: where numbers have to be to be sent.
+        size: the number of processes.
+        device: the device from which the group can send numbers.
     """
 
     group: Any
@@ -31,13 +31,13 @@ class Ranks:
     device: torch.device
 
     def all_reduce_min(self, numbers: Sequence[int]) -> list[int]:
-        """Of each number the least that any rank brings. All ranks call it together, each with as many numbers.
+        """Returns the minimum of each number over all ranks. All ranks must call it together, with equally many numbers.
 
-        Blocks until all have: as long as the slowest has loads to wait for, each with its deadline, and at most as long as
-        the process group allows for a forward, too.
+        It blocks until all ranks have called it: as long as the slowest one waits for loads, each with its deadline, and at
+        most for the process group's timeout, which applies to forwards as well.
 
         Raises:
-            RuntimeError: a rank is gone, or did not come within the process group's timeout.
+            RuntimeError: a rank is gone, or did not call within the process group's timeout.
         """
         brought = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)
         dist.all_reduce(brought, op=dist.ReduceOp.MIN, group=self.group)
@@ -45,21 +45,21 @@ class Ranks:
         return found
 
     def span(self, number: int) -> tuple[int, int]:
-        """The least and the greatest number that any rank brings. As `all_reduce_min`."""
+        """Returns the minimum and the maximum of a number over all ranks. Blocks like `all_reduce_min`."""
         least, negative = self.all_reduce_min([number, -number])
         return least, -negative
 
     def all_alike(self, numbers: Sequence[int]) -> bool:
-        """Whether all ranks bring the same numbers. As `all_reduce_min`."""
+        """Returns whether all ranks pass the same numbers. Blocks like `all_reduce_min`."""
         found = self.all_reduce_min([*numbers, *(-number for number in numbers)])
         return found[: len(numbers)] == [-number for number in found[len(numbers) :]]
 
 
 def ranks_of(model: torch.nn.Module) -> Ranks | None:
-    """With whom this process computes a tensor-parallel model; None for a model that it computes alone.
+    """Returns the ranks that compute a tensor-parallel model; None for a model that this process computes alone.
 
     Args:
-        model: one that `parallel_reason` has no objection to.
+        model: a model for which `parallel_reason` is empty.
     """
     meshes = _meshes(model)
     if not meshes or meshes[0].size() == 1:
@@ -75,7 +75,7 @@ def ranks_of(model: torch.nn.Module) -> Ranks | None:
 
 
 def parallel_reason(model: torch.nn.Module) -> str:
-    """Why a model that several processes compute is none whose ranks can agree on a restore; empty if there is nothing."""
+    """Returns why the ranks of a distributed model cannot agree on a restore; empty if they can."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ""
     if _gathers_weights(model):
@@ -89,7 +89,7 @@ def parallel_reason(model: torch.nn.Module) -> str:
 
 
 def parallel_facts(model: torch.nn.Module, *, exact: bool) -> dict[str, Any]:
-    """What a rank's KV is a part of and, if it is to be exact, what sums up the ranks' parts. Empty for a model alone."""
+    """Returns rank and group size and, if `exact`, the backend that sums the ranks' parts; empty for a single process."""
     ranks = ranks_of(model)
     if ranks is None:
         return {}
@@ -98,7 +98,7 @@ def parallel_facts(model: torch.nn.Module, *, exact: bool) -> dict[str, Any]:
 
 
 def _meshes(model: torch.nn.Module) -> list[Any]:
-    """The meshes of processes that the model's weights are spread over, each once."""
+    """Returns the process meshes over which the model's weights are distributed, each once."""
     if not dist.is_available() or not dist.is_initialized():
         return []
     from torch.distributed.tensor import DTensor
@@ -107,7 +107,7 @@ def _meshes(model: torch.nn.Module) -> list[Any]:
 
 
 def _gathers_weights(model: torch.nn.Module) -> bool:
-    """FSDP, old and new, and DeepSpeed's ZeRO-3: there each rank may run another prompt."""
+    """Returns whether FSDP (old or new) or DeepSpeed's ZeRO-3 is in use: with these, each rank may run another prompt."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())

@@ -1,11 +1,11 @@
-"""With `exact=False`: what the model computed whose KV the store holds, kept in the store beside the chunks.
+"""The behaviour reference for `exact=False`: numbers computed by the model whose KV is stored, kept beside the chunks.
 
-Bits tell nothing there, since other machines round otherwise. So the first process that saves under a namespace also saves
-some numbers of its short forward (`model.behaviour`), as one small value; later processes compare theirs with them. A model
-that differs by more than rounding has a namespace of its own. Which of the two is right cannot be told; the stored numbers
-count, since the stored KV goes with them.
+Without `exact`, bits cannot be compared, since other machines round differently. So the first process that saves under a
+namespace also saves some numbers of its short forward (`model.behaviour`), as one small value; later processes compare theirs
+with them. A model that differs by more than rounding gets its own namespace. It is impossible to tell which of the two models
+is right; the stored numbers count, since the stored KV belongs to them.
 
-The value has the form of a chunk at rest, so it is bounded and checked like one. What is not well-formed is no reference.
+The value has the format of a stored chunk, so it is bounded and checked like one. A malformed value is not used as a reference.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from cake_hf.transfer.single_reads import read_state
 from cake_hf.util.forks import Lock
 
 MOST_NUMBERS = 4096
-"""Of one tensor, from all over it. Of attention that is all there is; recurrent states can be a hundred times as large."""
+"""Most numbers kept of one tensor, spread over all of it. Attention has no more; recurrent states can be 100 times as large."""
 
 TOLERANCES = {torch.float64: 0.002, torch.float32: 0.002, torch.float16: 0.01}
 TOLERANCE = 0.05
-"""Relative differences, by the KV's dtype: twice what rounding does to a model of 64 layers (in float32 with TF32)."""
+"""Relative differences, by the KV's dtype: twice the effect of rounding in a model of 64 layers (in float32 with TF32)."""
 
 AGREED_SECONDS = 600.0
-"""How long an answer of the store holds. Asking again is a use, so that eviction does not take the value before the chunks."""
+"""How long a store's answer is reused. Reading again counts as a use, so that the value is not evicted before the chunks."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ _lock = Lock()
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where the reference of a namespace is kept.
+    """The place of a namespace's reference in a store.
 
     Attributes:
-        store: with the chunks.
+        store: the store with the chunks.
         namespace: digest.
-        model: name for people.
+        model: human-readable name.
         may_write: whether the store may be written to.
-        seconds: that each question may take.
-        reads, writes: questions that were not answered in time.
+        seconds: the time limit of each request.
+        reads, writes: requests that were not answered in time.
         clock: monotonic seconds.
     """
 
@@ -77,10 +77,10 @@ class Shelf:
     clock: Callable[[], float] = time.monotonic
 
     def reference(self, mine: Kept) -> Kept | None:
-        """What is kept; where there is nothing, it is `mine` from now on, or None if that cannot be written.
+        """Returns the stored reference. If there is none, `mine` becomes it; None if `mine` cannot be written.
 
         Raises:
-            ComputePlainly: the store does not say what it has.
+            ComputePlainly: the store does not answer.
         """
         with _lock:
             known = _agreed.setdefault(self.store, {}).get(self.namespace)
@@ -93,7 +93,7 @@ class Shelf:
         return reference
 
     def _agree(self, mine: Kept) -> tuple[Kept | None, bool]:
-        """As `reference`, and whether it was to be written and could not be."""
+        """Returns the reference, uncached, and whether a necessary write failed."""
         found, unusable = self._read(mine)
         if found is not None or not self.may_write:
             return found, False
@@ -111,16 +111,17 @@ class Shelf:
 
 
 def computes_otherwise(model: torch.nn.Module, content: str, seen: Kept, shelf: Shelf | None) -> bool:
-    """Whether a model computes something else, by more than rounding, than the one whose KV is stored.
+    """Returns whether a model's results differ, by more than rounding, from those of the model whose KV is stored.
 
     Args:
-        model: any.
-        content: digest of its config, weights and code: with others it is another model.
-        seen: what it computes at present.
-        shelf: with the reference; None for none. Without one the model is compared with itself, as this process first saw it.
+        model: any model.
+        content: digest of its config, weights and code: with a different digest it is another model.
+        seen: its current results, from `behaviour`.
+        shelf: holds the reference; None if there is none. Without a reference the model is compared with its own first results
+            in this process.
 
     Raises:
-        ComputePlainly: the store does not say what it has.
+        ComputePlainly: the store does not answer.
     """
     mine = _some_numbers(seen)
     with _lock:
@@ -134,7 +135,7 @@ def computes_otherwise(model: torch.nn.Module, content: str, seen: Kept, shelf: 
 
 
 def _some_numbers(seen: Kept) -> Kept:
-    """At most `MOST_NUMBERS` of each tensor, flat."""
+    """Returns at most `MOST_NUMBERS` of each tensor, flat."""
     flat = {name: tensor.detach().flatten() for name, tensor in seen.items() if tensor.numel()}
     return {name: tensor[:: -(-tensor.numel() // MOST_NUMBERS)].clone() for name, tensor in flat.items()}
 
@@ -150,7 +151,7 @@ def _layout(numbers: Kept) -> ChunkLayout:
 
 
 def _read(store: Store, namespace: str, template: Kept) -> tuple[Kept | None, bool]:
-    """What is stored, and whether it is unusable. Raises what the store raises."""
+    """Returns the stored numbers, and whether the stored value is unusable. Propagates the store's errors."""
     layout, key = _layout(template), behaviour_key(namespace)
     try:
         found = None if store.size(key) is None else read_state(store, key, layout)
@@ -163,7 +164,7 @@ def _read(store: Store, namespace: str, template: Kept) -> tuple[Kept | None, bo
 
 
 def _write(store: Store, namespace: str, model: str, numbers: Kept, *, replace: bool) -> bool:
-    """False if another one was there already."""
+    """Writes the reference; returns False if another one already existed."""
     layout, key = _layout(numbers), behaviour_key(namespace)
     payload = b"".join(host_bytes(numbers[piece.name]) for piece in layout.pieces)
     facts = ChunkMetadata(key, namespace, 0, namespace, model, checksums(payload, layout))

@@ -1,4 +1,4 @@
-"""Forwards of our own that belong to no prompt: to find out what a model makes. They leave no trace on it."""
+"""The package's own forwards, which belong to no prompt: they determine a model's results and leave no trace on it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _lock = Lock()
 def run_aside(
     model: torch.nn.Module, pieces: Sequence[torch.Tensor], *, positions: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[Any]]:
-    """Run a model on the pieces of a prompt with a plain cache.
+    """Runs a model on the pieces of a prompt with a plain cache.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         pieces: `[1, tokens]` each.
         positions: `[1, tokens]` of a single piece. Models that take no positions number the tokens themselves.
 
@@ -47,25 +47,25 @@ def run_aside(
         look_again()
         for piece in pieces:
             output = model(input_ids=piece, **arguments)
-            logits: torch.Tensor = output[0][:, -1]  # by place: fields are renamed now and then
+            logits: torch.Tensor = output[0][:, -1]  # by index: field names change now and then
     return logits, list(cache.layers)
 
 
 def some_tokens(model: Any, tokens: int, step: int) -> torch.Tensor:
-    """`[1, tokens]` ids from all over the vocabulary, the same for each model."""
+    """Returns `[1, tokens]` ids spread over the vocabulary, the same for every model."""
     vocabulary: int = model.get_input_embeddings().weight.shape[0]
     return (torch.arange(1, tokens + 1, device=home_device(model)) * step % vocabulary).unsqueeze(0)
 
 
 def differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors of one shape differ by more than that part of the first one's norm, or have a NaN."""
+    """Returns whether two tensors of one shape differ by more than `tolerance` times the first one's norm, or contain a NaN."""
     one, other = one.float(), other.float()
     return not bool((one - other).norm() <= tolerance * one.norm())
 
 
 @contextmanager
 def _unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """What modules note about a forward in attributes of their own (positions, lengths) is afterwards as it was before."""
+    """Restores the modules' attributes afterwards, in which they may keep data about a forward (positions, lengths)."""
     before = [(module, dict(vars(module))) for _, module in modules_of(model)]
     try:
         yield

@@ -1,11 +1,12 @@
-"""What the prompt of a vision-language model has beside its token ids: images behind placeholder tokens, and what follows.
+"""Inputs of a vision-language model beside its token ids: images behind placeholder tokens, and what depends on them.
 
-The KV of a chunk then depends on more than its tokens: on the pixels of its images, on where the model puts tokens (Qwen
-numbers an image's tokens in three dimensions, and all that comes after it accordingly), on which of them see each other in both
-directions. All of that goes into a mark, and the mark into the chunk's key. What comes before an image has plain text's keys.
+The KV of a chunk then depends on more than its tokens: on the pixels of its images, on the positions of its tokens (Qwen
+numbers an image's tokens in three dimensions, and all later tokens accordingly), and on which of them attend to each other in
+both directions. An extra hash covers all of that, and goes into the chunk's key. Chunks before an image have the keys of plain
+text.
 
-Each image goes through the model's vision part by itself, and only if one of its tokens is to be computed. By itself, since
-several at once round differently: what is kept of an image must not depend on which others were there.
+The model's vision part runs on each image separately, and only if one of its tokens is to be computed. Several images at once
+would round differently, and an image's features must not depend on the other images of the prompt.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from cake_hf.util.lazy import cached_property
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """How the models of one type take images.
+    """The way in which the models of one type take images.
 
     Attributes:
-        by_grid: all images' patches are rows of one tensor, and a grid says which are whose; else they are equal in size, and
-            an image is an entry.
-        numbers: the positions of tokens follow from the images, and from `mm_token_type_ids`, which serve nothing else.
-        types: the argument that says which tokens are an image's, if these see each other in both directions where it is given.
-            Then an image must not be cut.
+        by_grid: the patches of all images are rows of one tensor, and a grid assigns them to images; otherwise all images are
+            equal in size, and each image is an entry.
+        numbers: the positions of tokens depend on the images, and on `mm_token_type_ids`, which have no other use.
+        types: the argument that says which tokens belong to an image, if these attend to each other in both directions when it
+            is given. Then an image must not be cut.
     """
 
     by_grid: bool = False
@@ -52,21 +53,21 @@ FAMILIES = {
     "llava": VisionFamily(),
     "internvl": VisionFamily(),
 }
-"""By `config.model_type`. Of others, prompts with images are computed plainly."""
+"""By `config.model_type`. For other models, prompts with images are computed plainly."""
 
 
 def family_of(model: torch.nn.Module) -> VisionFamily | None:
-    """How that model takes images; None if we do not know, or it takes none."""
+    """Returns the way in which a model takes images; None if it is unknown, or the model takes none."""
     return FAMILIES.get(str(getattr(model.config, "model_type", "")))
 
 
 def look_at(model: torch.nn.Module, arguments: dict[str, Any], past: int, accepts: frozenset[str]) -> Vision | None:
-    """What a call brings beside its ids; None where the model is of no family that we know, or there are no ids.
+    """Returns a call's inputs beside its ids; None if the model belongs to no known family, or the call has no ids.
 
     Args:
-        model: whose forward is called.
+        model: the model whose forward is called.
         arguments: of the forward, by name.
-        past: tokens in the cache before the call.
+        past: the number of tokens in the cache before the call.
         accepts: names of the forward's arguments.
     """
     family, ids = family_of(model), arguments.get("input_ids")
@@ -76,29 +77,29 @@ def look_at(model: torch.nn.Module, arguments: dict[str, Any], past: int, accept
 
 
 def numbering_reason(model: torch.nn.Module, arguments: dict[str, Any]) -> str:
-    """Why a call cannot be cut if its tokens' positions would hang on the prompt that this model had before; else empty."""
-    # Such models keep on themselves what images have shifted; without positions they add it from a prompt's second piece on.
+    """Returns why a call cannot be cut, if its tokens' positions would depend on the model's previous prompt; else empty."""
+    # Such models keep the shift by images as an attribute; without positions they add it from a prompt's second piece on.
     kept = getattr(getattr(model, "base_model", model), "rope_deltas", None)
     stale = kept is not None and arguments.get("position_ids") is None
     return "the model would number the tokens by the prompt it had before; call generate, or give position_ids" * stale
 
 
 def forget_numbering(model: torch.nn.Module) -> None:
-    """A prompt begins that `generate` does not know of yet: what the model keeps of the last one's positions is not for it."""
+    """Drops the position shift that a model keeps of its last prompt, at the start of a prompt outside `generate`."""
     base = getattr(model, "base_model", model)
     if getattr(base, "rope_deltas", None) is not None:
         base.rope_deltas = None
 
 
 class Vision:
-    """What one call of a vision-language model brings beside its token ids; nothing is looked at before it is asked for.
+    """The inputs of one call of a vision-language model beside its token ids; everything is evaluated on first use.
 
     Args:
-        model: whose forward is called.
+        model: the model whose forward is called.
         family: of the model.
         arguments: of the forward, by name, with `input_ids`.
-        past: tokens in the cache before the call.
-        sliceable: whether the forward takes what the vision part makes of images, so that a piece can have a part of one.
+        past: the number of tokens in the cache before the call.
+        sliceable: whether the forward takes the vision part's features, so that a piece can contain a part of an image.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Vision:
 
     @property
     def understood(self) -> frozenset[str]:
-        """Names of the arguments that are covered by marks, or looked at by `refusal`."""
+        """Names of the arguments that the extra hashes cover, or that `refusal` checks."""
         names = {"mm_encoder_outputs", "pixel_values", self._family.types}
         names |= {"image_grid_thw"} if self._family.by_grid else set()
         names |= {"mm_token_type_ids"} if self._family.numbers else set()
@@ -123,20 +124,20 @@ class Vision:
 
     @cached_property
     def numbered(self) -> bool:
-        """Whether the call brings positions in several dimensions, which are covered by the marks."""
+        """Whether the call has positions in several dimensions, which the extra hashes cover."""
         positions = self._arguments.get("position_ids")
         if not self._family.numbers or not isinstance(positions, torch.Tensor) or positions.ndim != 3:
             return False
         if positions.shape[0] not in (1, 3, 4) or tuple(positions.shape[1:]) != (1, self._tokens):
             return False
-        # The first of four is for masks, and counts tokens.
+        # The first of four dimensions is for masks, and counts tokens.
         return positions.shape[0] < 4 or torch.equal(positions[0, 0].cpu().long(), self._plain)
 
     def refusal(self, *, is_batch: bool) -> str:
-        """Why the call must be left as it is, as far as images are concerned; empty if it can be cut.
+        """Returns why the call must not be cut, as far as images are concerned; empty if it can be cut.
 
         Args:
-            is_batch: it brings several rows, or padding.
+            is_batch: whether it has several rows, or padding.
         """
         types = self._types
         if is_batch:
@@ -153,36 +154,36 @@ class Vision:
         return self._images_refusal()
 
     def uncut(self, ends: Sequence[int]) -> int:
-        """The number (from 1) of the first of these places that lies within an image that must not be cut; 0 for none."""
+        """Returns the number (from 1) of the first of these places that is inside an image that must not be cut; 0 if none."""
         return next((number for number, end in enumerate(ends, 1) if self._is_cut(end)), 0)
 
     def marks(self, named: Sequence[Block]) -> list[bytes]:
-        """For each block of the call a digest of all that shapes its KV beside tokens; empty where there is nothing."""
+        """Returns the extra hash of each block: a digest of all that affects its KV beside tokens; empty if nothing does."""
         return [self._mark(block.start, block.end) for block in named]
 
     def piece(self, piece: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-        """The arguments of a piece of the call, with the images that it needs, embedded, and no others.
+        """Returns the arguments of a piece of the call, with the features of the images that it needs, and of no others.
 
         Args:
-            piece: the arguments of the new tokens `start` to `end`, but for images and types of tokens.
-            start: see there.
-            end: see there.
+            piece: the arguments of the new tokens `start` to `end`, except images and token types.
+            start: the piece's first token.
+            end: the token after its last one.
 
         Raises:
-            UnfitImages: the vision part gives another number of tokens than the prompt has places for.
+            UnfitImages: the vision part's number of tokens differs from the prompt's number of placeholders.
         """
         piece = {name: value for name, value in piece.items() if name not in self.understood}
-        if self._types is not None:  # masks are made of all types from the start of the prompt on
+        if self._types is not None:  # masks are built from all types from the start of the prompt on
             piece[self._family.types] = self._types[:, : self._past + end]
         if embedded := self._embedded(start, end):
             piece["mm_encoder_outputs"] = {"image": Features.join(embedded).output()}
         return piece
 
-    # Which tokens are whose.
+    # The assignment of tokens to images.
 
     @cached_property
     def _images(self) -> UnreadImages | None:
-        """The call's images, of which the vision part has seen none yet; None where there are none."""
+        """The call's images, not yet encoded by the vision part; None if there are none."""
         given = self._given_outputs.get("image")
         if isinstance(given, UnreadImages):
             return given
@@ -209,20 +210,20 @@ class Vision:
 
     @cached_property
     def _places(self) -> list[int]:
-        """The new tokens that stand for images, in order."""
+        """The indices of the new tokens that are placeholders for images, in order."""
         ids = self._arguments["input_ids"][0]
         places: list[int] = (ids == self._config.image_token_id).nonzero()[:, 0].tolist()
         return places
 
     @cached_property
     def _bounds(self) -> list[int]:
-        """Where in `_places` each image begins, and the last one ends."""
+        """The index in `_places` of each image's start, and the end of the last image."""
         counts = [] if self._images is None else self._images.token_counts(self._merged_patches, len(self._places))
         return list(accumulate(counts, initial=0))
 
     @property
     def _merged_patches(self) -> int:
-        """How many patches make a token, where a grid says of how many patches an image is; otherwise 0."""
+        """The number of patches per token, if a grid gives each image's number of patches; otherwise 0."""
         return int(self._config.vision_config.spatial_merge_size) ** 2 if self._family.by_grid else 0
 
     def _images_refusal(self) -> str:
@@ -239,23 +240,23 @@ class Vision:
         return ""
 
     def _is_cut(self, place: int) -> bool:
-        """Whether an image that must not be cut lies across the border before that new token."""
+        """Returns whether an image that must not be cut extends across the border before that new token."""
         at = self._past + place
         return 0 < at < len(self._tied) and self._tied[at - 1] and self._tied[at]
 
     @cached_property
     def _tied(self) -> list[bool]:
-        """For each token of the prompt whether it is of an image that must not be cut; empty where there are no such images."""
+        """For each token of the prompt, whether it belongs to an image that must not be cut; empty if there are none."""
         if self._types is None:
             return []
         tied: list[bool] = (self._types[0] == 1).tolist()
         return tied
 
-    # Marks.
+    # Extra hashes.
 
     @cached_property
     def _planes(self) -> torch.Tensor:
-        """`[3, tokens]`: the positions in each dimension."""
+        """The positions in each dimension, `[3, tokens]`."""
         if not self.numbered:
             return self._plain.expand(3, -1)
         positions: torch.Tensor = self._arguments["position_ids"][:, 0].cpu().long()
@@ -275,7 +276,7 @@ class Vision:
         return _digest(facts)
 
     def _begun_in(self, start: int, end: int) -> list[int]:
-        """Images whose first token is one of those. What is known of an image that began before is in the key before."""
+        """Returns the images whose first token is in that range. Keys of earlier chunks cover images that started earlier."""
         firsts = [self._places[bound] for bound in self._bounds[:-1]]
         return [number for number, first in enumerate(firsts) if start <= first < end]
 
@@ -283,10 +284,10 @@ class Vision:
         assert self._images is not None
         return digest_of(self._images.one(number, by_grid=self._family.by_grid))
 
-    # Embedding.
+    # Features of the images.
 
     def _embedded(self, start: int, end: int) -> list[Features]:
-        """For each image that has tokens there the features of these."""
+        """Returns, for each image with tokens in that range, the features of these tokens."""
         found = []
         for number, (first, last) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
             begin, stop = (bisect_left(self._places, border, first, last) for border in (start, end))

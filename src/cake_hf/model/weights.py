@@ -1,7 +1,7 @@
-"""All tensors that a model's weights are made of, wherever a module keeps them.
+"""All tensors that make up a model's weights, wherever a module keeps them.
 
-Most are parameters and buffers. Quantised weights are not always: they may be tensors made of other tensors, or in a place
-of the module's own, from where they come out only when it is saved.
+Most are parameters and buffers. Quantised weights may not be: they may be tensors made of other tensors, or kept in a private
+place of the module, which reveals them only when it is saved.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cake_hf.model.offload import Offloaded, offloaded_weights
 
 @dataclass(frozen=True)
 class Weight:
-    """One plain tensor of a model.
+    """A plain tensor of a model.
 
     Attributes:
-        name: where it is, and what else is to be known about it.
-        tensor: strided, of a dtype that has bytes. Of a weight that lies elsewhere only its shape and dtype count.
-        in_place: it is what the model computes with, not a copy of that; so its address and version say something.
-        elsewhere: where it is read from, if it is not in memory.
-        device: where the model computes with it, if hooks bring it there.
+        name: its path, and any further information that identifies it.
+        tensor: strided, of a dtype that has bytes. For a weight that is not in memory, only its shape and dtype count.
+        in_place: the model computes with this tensor, not with a copy of it, so its address and version are meaningful.
+        elsewhere: the source from which it is read, if it is not in memory.
+        device: the device on which the model computes with it, if hooks bring it there.
     """
 
     name: str
@@ -36,19 +36,21 @@ class Weight:
     device: torch.device | None = None
 
     def content(self) -> torch.Tensor:
-        """The tensor, read from where it lies if need be.
+        """Returns the tensor, read from its source if necessary.
 
         Raises:
-            OSError, KeyError: it is not there any more.
+            OSError, KeyError: the weight no longer exists.
         """
         return self.tensor if self.elsewhere is None else self.elsewhere.read().to(self.tensor.dtype)
 
 
 def weights(model: torch.nn.Module) -> Iterator[list[Weight]]:
-    """Parameters, persistent buffers, and what modules save besides. Other buffers are derived from the config, some anew in
-    each forward. A weight that modules share counts for each of them: once it is offloaded, nothing shows that it is shared.
+    """Yields parameters, persistent buffers, and other tensors that modules save.
 
-    They come in order, some at a time: those that lie in memory together, and each that is copied for this by itself.
+    Other buffers are derived from the config, some again in each forward. A weight shared by several modules counts once for
+    each: after offloading, it cannot be recognised as shared.
+
+    The weights come in order, in groups: weights in memory together, and each weight that has to be copied by itself.
     """
     together: list[Weight] = []
     for weight in _one_by_one(model):
@@ -74,7 +76,7 @@ def _one_by_one(model: torch.nn.Module) -> Iterator[Weight]:
 
 
 def unknown_weights(model: torch.nn.Module) -> str:
-    """The type of a tensor whose bytes cannot be told; empty if there is none."""
+    """Returns the type of a tensor whose bytes cannot be determined; empty if there is none."""
     for weight in _one_by_one(model):
         tensor = weight.tensor
         opaque = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
@@ -85,7 +87,7 @@ def unknown_weights(model: torch.nn.Module) -> str:
 
 
 def _saved_besides(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module of a special kind saves that is neither its parameter nor its buffer."""
+    """Returns the values that a special module saves and that are neither its parameters nor its buffers."""
     plain = torch.nn.Module
     kind = type(module)
     if kind._save_to_state_dict is plain._save_to_state_dict and kind.get_extra_state is plain.get_extra_state:
@@ -97,7 +99,7 @@ def _saved_besides(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _found(name: str, value: torch.Tensor, offloaded: Offloaded | None) -> Iterator[Weight]:
-    """A parameter or buffer, from where a hook brings it, if one does. What hooks make of special kinds is not known."""
+    """Yields a parameter or buffer, from its hook's source if a hook brings it. How hooks treat special kinds is not known."""
     if offloaded is not None and type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         tensor = offloaded.in_memory
         if tensor is None:
@@ -128,15 +130,15 @@ def _has_parts(tensor: Any) -> bool:
 
 
 def _parts(name: str, made_of: Any, *, in_place: bool) -> Iterator[Weight]:
-    """A tensor that is made of others, as those of torchao."""
+    """Yields the parts of a tensor that is made of others, such as torchao's."""
     parts, context = made_of.__tensor_flatten__()
-    kind = type(made_of).__qualname__  # the same parts may be computed with in several ways
+    kind = type(made_of).__qualname__  # different classes may compute differently with the same parts
     for part in parts:
         yield from _plain(f"{name}.{part} {kind} {context!r}", getattr(made_of, part), in_place=in_place)
 
 
 def _quantized(name: str, value: torch.Tensor) -> Iterator[Weight]:
-    """A tensor of one of torch's quantised dtypes."""
+    """Yields the parts of a tensor of one of torch's quantised dtypes."""
     yield Weight(f"{name} {value.qscheme()}", value.int_repr(), in_place=False)
     if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         steps = torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64, device="cpu")

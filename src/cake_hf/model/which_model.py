@@ -1,4 +1,4 @@
-"""The transformers model that is meant by what was given as the model."""
+"""Finds the transformers model in the object that the caller passed as the model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cake_hf.layers.compat import cache_name, forward_of
 
 
 def resolve_model(model: Any, store: Any = None) -> torch.nn.Module:
-    """The transformers model itself, also when it is wrapped: by PEFT, torch.compile, DataParallel, or a module around it.
+    """Returns the transformers model itself, unwrapped from PEFT, torch.compile, DataParallel, or a module around it.
 
     Args:
-        model: what was given.
-        store: what was given as the store, to see whether the two were swapped.
+        model: the object passed as the model.
+        store: the object passed as the store, to detect that the two were swapped.
 
     Raises:
-        TypeError: it is no model at all.
-        UnsupportedModel: there is no transformers model in it, or more than one.
+        TypeError: `model` is not a model at all.
+        UnsupportedModel: it contains no transformers model, or more than one.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(_what_it_is_instead(model, store))
@@ -37,7 +37,7 @@ def resolve_model(model: Any, store: Any = None) -> torch.nn.Module:
 
 
 def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
-    """The one transformers model in a module around it; the module itself where there is none, and it has a config."""
+    """Returns the only transformers model in a module; the module itself if it contains none, and has a config."""
     within: set[torch.nn.Module] = set()
     found: list[torch.nn.Module] = []
     for part in module.modules():  # outer ones first
@@ -55,7 +55,7 @@ def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _is_from_transformers(module: torch.nn.Module) -> bool:
-    from transformers import PreTrainedModel  # it brings much with it; who has such a model has that, too
+    from transformers import PreTrainedModel  # imports a lot, but with such a model it is already imported
 
     return isinstance(module, PreTrainedModel)
 

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of KV: locks that survive a fork, redaction, sizes, environment variables."""
+"""Small helpers that do not depend on KV: locks that survive a fork, redaction, sizes, environment variables."""

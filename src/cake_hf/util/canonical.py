@@ -1,4 +1,4 @@
-"""One text for equal metadata, which digests are made of."""
+"""The canonical text of metadata, from which digests are computed."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def canonical(facts: Any) -> str:
-    """Facts as text, the same for equal facts."""
+    """Returns metadata as text, the same for equal metadata."""
     return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)

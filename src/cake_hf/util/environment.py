@@ -1,8 +1,8 @@
-"""The `CAKE_HF_*` variables: defaults that are set from outside of a program. They are read here and nowhere else.
+"""The `CAKE_HF_*` variables: defaults that are set from outside a program. They are read here and nowhere else.
 
-What each means: docs/environment.md. An explicit argument goes before its variable, an empty variable counts as none. What
-changes which KV is found (chunk size, salt, exactness) has no variable on purpose: a prompt that was saved in one shell would
-silently not be found in another.
+docs/environment.md describes each variable. An explicit argument overrides its variable, and an empty variable counts as unset.
+Settings that change which KV is found (chunk size, salt, exactness) have no variable on purpose: a prompt saved in one shell
+would silently not be found in another.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ STORE = "CAKE_HF_STORE"
 
 
 def limit_variable(name: str) -> str:
-    """The variable of a field of `Limits`."""
+    """Returns the name of the variable for a field of `Limits`."""
     return f"CAKE_HF_{name.upper()}"
 
 
 def text_from(variable: str) -> str | None:
-    """What a variable is set to; None where it is not, or to nothing."""
+    """Returns a variable's value; None if the variable is unset or empty."""
     return os.environ.get(variable, "").strip() or None
 
 
 def value_from(variable: str, parse: Callable[[str], T]) -> T | None:
-    """As `text_from`, parsed.
+    """Returns a variable's parsed value; None if the variable is unset or empty.
 
     Raises:
-        ValueError: it cannot be; the sentence names the variable.
+        ValueError: the value cannot be parsed; the message names the variable.
     """
     text = text_from(variable)
     if text is None:
@@ -44,10 +44,10 @@ def value_from(variable: str, parse: Callable[[str], T]) -> T | None:
 
 
 def a_count(text: str) -> int:
-    """A whole number above 0.
+    """Parses a whole number above 0.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not such a number.
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
         raise ValueError(f"{text!r} is not a whole number above 0; write it like 4.")
@@ -55,10 +55,10 @@ def a_count(text: str) -> int:
 
 
 def some_seconds(text: str) -> float:
-    """Seconds, or a time with its unit, such as "1m".
+    """Parses a number of seconds, or a time with its unit, such as "1m".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     try:
         return parse_seconds(text if text[-1:].isalpha() else f"{text}s")

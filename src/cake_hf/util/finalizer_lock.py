@@ -1,4 +1,4 @@
-"""A lock for what finalizers change, too."""
+"""A lock for data that finalizers change as well."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cake_hf.util.forks import Lock
 
 
 class FinalizerLock:
-    """`with turns:` is a lock that is not re-entered; `turns.soon(call)` makes a call under it, and never waits.
+    """A non-reentrant lock, used as `with lock:`; `lock.soon(call)` makes a call under it and never waits.
 
-    The collector may run a finalizer in any thread at nearly any time, also while that thread holds the lock: to wait for it
-    there would be for ever. So where the lock is taken, the call is left to whoever has it, who makes it once they are done.
+    The garbage collector may run a finalizer in any thread at nearly any time, even while that thread holds the lock: waiting
+    for the lock there would never end. If the lock is held, its holder therefore makes the call when it releases the lock.
     """
 
     def __init__(self) -> None:
@@ -28,12 +28,12 @@ class FinalizerLock:
         self._catch_up()
 
     def soon(self, call: Callable[[], object]) -> None:
-        """Make a call under the lock: at once, or when the lock is given back."""
+        """Makes a call under the lock: at once, or when the lock is released."""
         self._left.append(call)
         self._catch_up()
 
     def _catch_up(self) -> None:
-        # Whoever leaves a call tries the lock afterwards, whoever gives the lock back looks for calls afterwards: none is lost.
+        # A thread that queues a call then tries the lock, and a thread that releases it then checks the queue: no call is lost.
         while self._left and self._lock.acquire(blocking=False):
             try:
                 with suppress(IndexError):

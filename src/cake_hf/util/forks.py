@@ -1,7 +1,7 @@
-"""Locks in a child that `os.fork` made while other threads were at work: those threads will not give them back.
+"""Locks that stay usable in a child that `os.fork` created while other threads were running.
 
-Those threads are not in the child, whatever they were holding. So each lock of the library is a new one there, and what only
-those threads could end (a queue, a read under way) is forgotten.
+Those threads do not exist in the child and would never release the locks that they held. So each lock of the library is a new
+one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _renewals: set[weakref.WeakMethod[Callable[[], None]]] = set()
 
 
 def renewed_in_child(renew: Callable[[], None]) -> None:
-    """Call a bound method in each child that is forked while its object lives. Nothing else runs in the child at that time."""
+    """Registers a bound method to be called in each child forked while its object lives, before the child runs other code."""
     _renewals.add(weakref.WeakMethod(renew, _renewals.discard))
 
 
 class Lock:
-    """As `threading.Lock`; a new one in a child.
+    """A `threading.Lock` that is a new, unlocked one in a forked child.
 
-    Who holds it while they fork themselves may give it back in the child.
+    A thread that forks while it holds the lock may release it in the child.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Lock:
         renewed_in_child(self._renew)
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take the lock; False if that was not possible within the time."""
+        """Takes the lock; returns False if that was not possible within the time."""
         lock = self._lock
         taken = lock.acquire(blocking, timeout)
         if taken:
@@ -38,7 +38,7 @@ class Lock:
         return taken
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Releases the lock."""
         self._held.release()
 
     def __enter__(self) -> bool:

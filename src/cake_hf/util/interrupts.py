@@ -1,7 +1,7 @@
-"""Errors of the user's that come out of any code that the main thread runs: what a signal handler raises.
+"""Detection of the user's own errors: a signal handler can raise one from any code that the main thread runs.
 
-A watchdog (an alarm whose handler raises) interrupts whatever is going on, and its error looks as if that had failed. So
-who takes an error for a fault of a model's or a store's, and goes on, asks `is_the_users` first.
+A watchdog (an alarm whose handler raises) interrupts the running code, and its error looks as if that code had failed. So code
+that treats an error as a fault of a model or a store, and continues, calls `is_the_users` first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from types import FrameType, TracebackType
 
 
 def is_the_users(error: BaseException) -> bool:
-    """Whether an error is no fault of what was going on: an interrupt, or raised by a signal handler, whoever wrote that.
+    """Returns whether an error is not a fault of the running code: an interrupt, or raised by any signal handler.
 
-    Errors that were raised while the handler's was dealt with count, too. Signals come in the main thread alone; in all others
-    nobody but what was called can have raised anything.
+    Errors raised while the handler's error was being handled count as well. Signals are handled in the main thread only; in any
+    other thread an error can only come from the code that was called.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
@@ -25,7 +25,7 @@ def is_the_users(error: BaseException) -> bool:
 
 
 class faults_suppressed:  # noqa: N801  # as `contextlib.suppress`
-    """As `contextlib.suppress`, but for what is the user's."""
+    """Works like `contextlib.suppress`, but lets the user's own errors through."""
 
     def __init__(self, *kinds: type[BaseException]) -> None:
         self._kinds = kinds
@@ -40,7 +40,7 @@ class faults_suppressed:  # noqa: N801  # as `contextlib.suppress`
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was raised from, or while they were dealt with; not one that was so before all that began."""
+    """Yields an error and its causes and contexts; stops at one that was being handled before all this began."""
     one: BaseException | None = error
     frames: set[FrameType] = set()
     seen: set[int] = set()
@@ -54,7 +54,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _came_from_a_handler(error: BaseException) -> bool:
-    """Python calls a handler with the frame that it interrupts, so that this is an argument of the frame behind it."""
+    """Returns whether a signal handler raised an error.
+
+    Python calls a handler with the frame that it interrupts, so this frame is an argument of the next one in the traceback.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(any(value is before for value in _arguments(frame)) for before, frame in pairwise(frames))
 

@@ -8,9 +8,11 @@ from typing import Any, Generic, TypeVar, overload
 T = TypeVar("T")
 
 
-class cached_property(Generic[T]):  # noqa: N801  # it is used as the decorator of that name is
-    """As that of functools, which up to Python 3.11 has one lock for all objects of a class: a child that is forked while a
-    thread computes one of them would wait for it for ever. Threads that come at once all compute here; the last result stays.
+class cached_property(Generic[T]):  # noqa: N801  # named like the decorator that it replaces
+    """Works like `functools.cached_property`, without its lock.
+
+    Up to Python 3.11 that lock is shared by all objects of a class, so a child forked while a thread computes a value would
+    wait for it for ever. Here, threads that read the property at the same time all compute it; the last result stays.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:

@@ -1,7 +1,7 @@
-"""Which processor this is, as far as rounding goes.
+"""The identity of this machine's processor, as far as rounding depends on it.
 
-Matrix libraries choose their kernels by a processor's maker, model and vector instructions, so two machines that torch calls
-"AVX512" may round differently: with tiles (AMX) or without, by one maker's code path or the other's.
+Matrix libraries choose their kernels by a processor's vendor, model and vector instructions. So two machines that torch calls
+"AVX512" may round differently: with or without tiles (AMX), by one vendor's code path or another's.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _MODEL = re.compile(
 _FEATURES = re.compile(r"^features[ \t]*:(.*)$", re.MULTILINE | re.IGNORECASE)
 _FLAGS = re.compile(r"^flags[ \t]*:(.*)$", re.MULTILINE)
 _VECTOR_FLAG = re.compile(r"mmx|sse|ssse|avx|amx|fma|f16c|misalignsse")
-"""How x86's flags begin that count; the others tell what kernel and hypervisor make of the processor, and change with these."""
+"""Prefixes of the relevant x86 flags; the others depend on kernel and hypervisor, and change with them."""
 
 
 @cache
 def processor() -> Mapping[str, Any]:
-    """Maker, model and vector instructions of this machine's processor, JSON-ready; found out once per process.
+    """Returns vendor, model and vector instructions of this machine's processor, JSON-ready; read once per process.
 
-    Says too much rather than too little. Where only a part of the cores is on while it is asked, or a newer kernel tells of an
-    instruction more, the same machine looks like another one: a miss, and no harm.
+    The result is too specific rather than too general. If only some cores are online when it is read, or a newer kernel reports
+    one more instruction, the same machine looks like another one: a miss, which is harmless.
     """
     try:
         told = CPUINFO.read_text(errors="replace")
@@ -40,7 +40,7 @@ def processor() -> Mapping[str, Any]:
 
 
 def described(cpuinfo: str) -> dict[str, Any]:
-    """What counts of a Linux `/proc/cpuinfo`, each thing once, for cores may differ; empty where it says nothing."""
+    """Returns the relevant parts of a Linux `/proc/cpuinfo`, each value once, since cores may differ; empty if it has none."""
     models: dict[str, set[str]] = {}
     for name, value in _MODEL.findall(cpuinfo):
         models.setdefault(name if name.lower().startswith("cpu") else f"cpu {name}", set()).add(value.strip())
@@ -53,11 +53,14 @@ def described(cpuinfo: str) -> dict[str, Any]:
 
 
 def _named_by_the_system() -> str:
-    """Where there is no such file: Windows tells family and model at once, macOS the architecture alone."""
+    """Returns the system's name for the processor, for systems without `/proc/cpuinfo`.
+
+    `platform.processor()` gives family and model on Windows, but only the architecture on macOS.
+    """
     if platform.system() == "Darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
-            pass  # then the architecture has to do
+            pass  # the architecture has to do
     return platform.processor() or platform.machine()

@@ -1,8 +1,8 @@
-r"""Text from outside on its way to people: a server's words, the name of a file, an address that somebody wrote.
+r"""Redaction of text from outside before a person sees it: a server's message, a file name, a URL that a user wrote.
 
-What is in it may be a secret (the password of a URL, a token that a server repeats), or meant for the terminal (a newline that
-begins a forged line of a log, an escape sequence, a character that reverses what follows). `shown` takes both out. All that
-goes to the log of `cake_hf` passes through it, and so does the reason in a report; errors and tables call it.
+Such text may contain a secret (the password of a URL, a token that a server repeats) or control the terminal (a newline that
+starts a forged log line, an escape sequence, a character that reverses the following text). `shown` removes both. Everything
+that goes to the `cake_hf` log passes through it, and so does the reason in a report; errors and tables call it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Iterable, Iterator
 from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
-"""What stands for a secret."""
+"""The replacement for a secret."""
 
 FEWEST_LETTERS = 4
-"""A secret that is shorter is only found where a URL or a name tells what it is: as a word it would be found everywhere."""
+"""A shorter secret is found only where a URL or a name identifies it: as a plain word it would match everywhere."""
 
 FEWEST_OF_VARIABLES = 6
-"""The same for values of variables of which only the name says that they are secret."""
+"""The same for values of environment variables that are secret only by their name."""
 
 MOST_SHOWN = 4000
-"""Characters. Some servers answer with a whole page."""
+"""In characters. Some servers answer with a whole page."""
 
 _MOST_LOOKED_AT = 100_000
 _MOST_CHAINED = 50
 
 _MAY_HAVE_AT = re.compile(r"(?:file|gs|az|s3)://[a-z0-9._-]*(?:/.*)?|hf://[\w.-]+/[\w.-]+@[\w./-]+", re.DOTALL)
-"""Where an @ may be a part of the path, or begin a revision. Anywhere else what stands before the last @ is a login."""
+"""URLs in which an @ may be part of the path, or start a revision. In any other URL the text before the last @ is a login."""
 
 _HARMLESS = frozenset(
     ("admin", "budget", "db", "devices", "eviction", "host", "lend", "prefix", "protocol", "replicas", "ttl")
@@ -39,7 +39,7 @@ _HARMLESS = frozenset(
 _START = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2}|//)")
 _URL = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://\S*")
 _LOGIN = re.compile(r"(?!\[)([^:]*):(?!\d*[^\w@%/]*$).*", re.DOTALL)
-"""What stands where a host belongs, and has no port behind its colon."""
+"""Text in the place of a host whose colon is not followed by a port."""
 
 _NAMED = re.compile(
     r"(?i)(\b[\w-]{0,40}?(?:password|passwd|pwd|secret|token|credential|signature|authorization"
@@ -52,15 +52,15 @@ _SECRET_NAME = re.compile(r"(?i)(?:.*[_-])?(?:auth|key|pass|passwd|password|sas|
 
 
 def shown(value: object, secrets: Iterable[str] = ()) -> str:
-    """A text, or an error's, as a log, a report or a table may have it: in one line, and without secrets.
+    """Returns a text, or an error's text, in a form fit for a log, a report or a table: on one line, without secrets.
 
     Args:
         value: anything from outside.
-        secrets: known ones, which are hidden wherever they stand.
+        secrets: known secrets, which are hidden wherever they occur.
     """
     try:
         text = str(value)
-    except Exception:  # it comes from outside
+    except Exception:  # the object comes from outside
         text = f"<{type(value).__name__}>"
     if not text:
         return text
@@ -69,16 +69,16 @@ def shown(value: object, secrets: Iterable[str] = ()) -> str:
 
 
 def shown_url(text: str) -> str:
-    """The text that names a store, as people may see it."""
+    """Returns the text that names a store, in a form that users may see."""
     return shown(redacted_url(text))
 
 
 def escaped(text: str, keep: str = "") -> str:
-    r"""The text with each character that a terminal or a log would act on as an escape, such as \n or \x1b.
+    r"""Returns the text with an escape, such as \n or \x1b, for each character that a terminal or a log would act on.
 
     Args:
-        text: any.
-        keep: such characters that stay as they are.
+        text: any text.
+        keep: characters to leave as they are.
     """
     if text.isprintable():
         return text
@@ -86,11 +86,11 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without the logins and options of URLs, without what is called a password or the like, and without secrets.
+    """Returns the text without URL logins and options, values named as a password or the like, and known secrets.
 
     Args:
-        text: any.
-        secrets: known ones; those of the environment are known in any case.
+        text: any text.
+        secrets: known secrets; those of the environment are always known.
     """
     forms = {form for secret in (*secrets, *_secrets_of_the_environment()) for form in _forms(secret)}
     for form in sorted(forms, key=len, reverse=True):
@@ -102,10 +102,10 @@ def redacted(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def redacted_url(url: str) -> str:
-    """A URL, or something that was meant as one, without its login and without options whose values might be secrets.
+    """Returns a URL, or a text meant as one, without its login and without options whose values might be secrets.
 
-    A secret may have any character in it, also those that end it for who reads the URL by the book. Where it cannot be told how
-    far one goes, more is hidden.
+    A secret may contain any character, even one that would end it by the URL standard. If the end of a secret is unclear, more
+    of the text is hidden.
     """
     head, mark, tail = re.fullmatch(r"([^?#]*)([?#]?)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]  # always fits
     start = _START.match(head)
@@ -115,7 +115,7 @@ def redacted_url(url: str) -> str:
     if start[1].lower() == "pack":
         return start[0] + redacted_url(rest + mark + tail)
     authority = rest.partition("/")[0]
-    if rest.startswith("user:password@") and not mark:  # as our own advice has it
+    if rest.startswith("user:password@") and not mark:  # the placeholder that our own messages use
         return url
     is_place = _MAY_HAVE_AT.fullmatch(head) is not None
     if "@" in tail and not is_place:
@@ -123,20 +123,21 @@ def redacted_url(url: str) -> str:
     if "@" in rest and not is_place:
         return start[0] + rest.rpartition("@")[2] + _shown_options(mark, tail)
     login = _LOGIN.fullmatch(authority)
-    if login:  # whose host was forgotten
+    if login:  # a login without a host
         return f"{start[0]}{login[1]}:{HIDDEN}"
     return start[0] + rest + _shown_options(mark, tail)
 
 
 def is_secret(name: str) -> bool:
-    """Whether what is called so, an option or a variable, is a secret."""
+    """Returns whether an option or a variable of that name is a secret."""
     return _SECRET_NAME.fullmatch(name) is not None
 
 
 def scrub(error: BaseException, secrets: Iterable[str] = ()) -> None:
-    """Take secrets and control characters out of an error's texts and those that it came from; line breaks stay.
+    """Removes secrets and control characters from the texts of an error and of its causes; line breaks stay.
 
-    To be called before an error of ours is raised from a client's, so that a traceback does not tell what our sentence hides.
+    It must be called before one of our errors is raised from a client's, so that a traceback does not reveal what our message
+    hides.
     """
     for one in _chain(error):
         one.args = tuple(_scrubbed(part, secrets) if isinstance(part, str) else part for part in one.args)
@@ -161,7 +162,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _shown_options(mark: str, tail: str) -> str:
-    """The end of a URL from its ? or # on."""
+    """Returns the end of a URL, from its ? or # on, hidden unless all options are harmless."""
     named = re.compile(r"(\w+)=[\w.%/-]*")
     parts = [named.fullmatch(part) for part in tail.split("&")]
     harmless = mark == "?" and all(part and part[1] in _HARMLESS for part in parts)
@@ -169,7 +170,7 @@ def _shown_options(mark: str, tail: str) -> str:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """How a secret may stand in a text."""
+    """Yields the forms in which a secret may occur in a text."""
     plain = unquote(secret)
     for form in (secret, plain):
         if len(form) >= FEWEST_LETTERS:
@@ -185,7 +186,7 @@ def _argument(part: object) -> object:
 
 
 class _Harmless(logging.Filter):
-    """Lets every record pass, after its texts have gone through `shown`."""
+    """Passes every record, after `shown` has cleaned its texts."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not record.args:

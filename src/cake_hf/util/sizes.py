@@ -1,4 +1,4 @@
-"""Bytes, times and shares as people write them."""
+"""Sizes, times and shares in human-readable form."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _NUMBER = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z%]*)")
 
 MOST_QUOTED = 60
-"""Characters of what is none."""
+"""Characters of an invalid text that an error quotes."""
 
 MOST_BYTES = 2**63
-"""More than any machine can count to."""
+"""The lowest size that is rejected: more than any machine can count to."""
 
 
 def parse_bytes(text: str) -> int:
-    """E.g. "4GB", "512 MiB", "1000".
+    """Parses a size, e.g. "4GB", "512 MiB", "1000".
 
     Raises:
-        ValueError: it is not a size, or less than a byte.
+        ValueError: the text is not a size, or the size is less than a byte.
     """
     match = _NUMBER.fullmatch(text.strip())
     unit = _BYTES.get(match[2].upper()) if match else None
@@ -33,10 +33,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """E.g. "30d", "12h", "90s".
+    """Parses a time, e.g. "30d", "12h", "90s".
 
     Raises:
-        ValueError: it is not a time, or none at all.
+        ValueError: the text is not a time, or the time is zero.
     """
     match = _NUMBER.fullmatch(text.strip())
     unit = _SECONDS.get(match[2].lower()) if match else None
@@ -46,10 +46,10 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_share(text: str) -> float:
-    """E.g. "5%"; between 0 (not included) and 1.
+    """Parses a share, e.g. "5%"; returns a number between 0 (excluded) and 1.
 
     Raises:
-        ValueError: it is not a share.
+        ValueError: the text is not a share.
     """
     match = _NUMBER.fullmatch(text.strip())
     share = float(match[1]) / 100 if match and match[2] == "%" else 0.0
@@ -59,7 +59,7 @@ def parse_share(text: str) -> float:
 
 
 def bytes_text(count: float) -> str:
-    """E.g. "512 B", "1.5 MiB"."""
+    """Returns a size as text, e.g. "512 B", "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -68,10 +68,10 @@ def bytes_text(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Milliseconds below a second, since a restored prompt is often that fast."""
+    """Returns a time as text, in milliseconds below a second, since a restored prompt is often that fast."""
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def count_text(count: int, noun: str) -> str:
-    """E.g. "1 chunk", "12,000 chunks"."""
+    """Returns a count with its noun, e.g. "1 chunk", "12,000 chunks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

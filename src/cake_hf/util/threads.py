@@ -1,4 +1,4 @@
-"""Threads, where the system may give no more of them."""
+"""Starting threads when the system may refuse to create more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 def refusal(thread: threading.Thread) -> RuntimeError | None:
-    """Starts a thread; returns the system's error if it gives none. A signal handler of the user's may raise in here."""
+    """Starts a thread; returns the system's error if it refuses. A user's signal handler may raise in here."""
     try:
         thread.start()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""A URL taken apart. Sentences about one that makes no sense quote nothing of it that might be a secret."""
+"""Parsing of store URLs. Messages about a malformed URL quote no part that might be a secret."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Url:
 
     @property
     def user(self) -> str:
-        """Decoded."""
+        """The user name, decoded."""
         return unquote(self.login.partition(":")[0])
 
     @property
     def password(self) -> str:
-        """Decoded."""
+        """The password, decoded."""
         return unquote(self.login.partition(":")[2])
 
     def host_and_port(self, port: int) -> tuple[str, int]:
-        """The host as written, and the port, by default that one.
+        """Returns the host as written, and the port, by default the given one.
 
         Raises:
-            ValueError: there is no host, or no such port.
+            ValueError: the host is missing or malformed, or the port is invalid.
         """
         found = _HOST.fullmatch(self.place)
         number = int(found[2]) if found and found[2] else port
@@ -54,7 +54,7 @@ class Url:
 
 
 def _is_name(host: str) -> bool:
-    """Whether a resolver takes it; what it does not take is an error of Python's there."""
+    """Returns whether a resolver accepts a host name; for others, resolving raises an error of Python's own."""
     try:
         host.encode("idna")
     except UnicodeError:
@@ -63,14 +63,14 @@ def _is_name(host: str) -> bool:
 
 
 def split_url(url: str, *, at_in_path: bool = False) -> Url:
-    """Take a URL apart.
+    """Splits a URL into its parts.
 
     Args:
         url: with "://" in it.
-        at_in_path: whether there may be an @ in the path. Otherwise one is a sign of a password that was not encoded.
+        at_in_path: whether the path may contain an @. Otherwise an @ there is a sign of a password that was not encoded.
 
     Raises:
-        ValueError: it makes no sense; the reason is a clause.
+        ValueError: the URL is malformed; the message is a clause.
     """
     found = _WHOLE.fullmatch(url)
     if found is None:
@@ -84,10 +84,10 @@ def split_url(url: str, *, at_in_path: bool = False) -> Url:
 
 
 def refuse_no_server(url: str) -> None:
-    """Raise where this is no address of an HTTP server, before a client says so and quotes a part of a password.
+    """Rejects a URL that is not the address of an HTTP server, before a client does so and quotes a part of a password.
 
     Raises:
-        ValueError: the reason is a clause.
+        ValueError: the URL is not such an address; the message is a clause.
     """
     told = split_url(url, at_in_path=True)
     told.host_and_port(443)
@@ -96,10 +96,10 @@ def refuse_no_server(url: str) -> None:
 
 
 def split_options(query: str) -> dict[str, str]:
-    """What stands behind the ? of a URL.
+    """Parses the options after the ? of a URL.
 
     Raises:
-        ValueError: it is not `name=value` with an & between any two, or a name stands there twice.
+        ValueError: they are not `name=value` pairs separated by &, or a name occurs twice.
     """
     options: dict[str, str] = {}
     for part in filter(None, query.split("&")):
