@@ -77,7 +77,7 @@ def test_who_changes_it_before_shows(family: str, where: str, monkeypatch: pytes
     """Negative control: the chunks' KV is only awaited where the restore ends, the states' at once."""
     plain, store = saved(family), MemoryStore()
     with late_copies() as copies:
-        monkeypatch.setattr(f"cake_hf.cache.{where}.let_copies_out_end", lambda: None)
+        monkeypatch.setattr(f"cake_hf.restore.{where}.let_copies_out_end", lambda: None)
         with CakeCache(family_model(family), store, chunk_size=CHUNK, snapshot_every=2) as cache:
             go_on(family, cache)
             copies.end()
