@@ -119,7 +119,7 @@ class ObjectStore(Store):
                 self._put(_path(key), parts, "overwrite" if replace else "create")
             except AlreadyExistsError:
                 return False
-            except NotImplementedError:  # a service without conditional writes: the last writer wins, with the same bytes
+            except NotImplementedError:  # no conditional writes here: the last writer wins, with the same bytes
                 self._put(_path(key), parts, "overwrite")
         return True
 
