@@ -30,7 +30,7 @@ NICENESS = 19
 """Niceness of the thread, which yields the processor to the model: background work is never urgent."""
 
 WRITER, BEHIND = "cake-writer", "cake-behind"
-"""The kinds of lines, by their threads' names. They are emptied in this order, since writing to tiers queues work for BEHIND."""
+"""The kinds of lines, by thread name. They are emptied in this order, since writing to tiers queues work for BEHIND."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Room:
         """Evicts chunks until `nbytes` fit.
 
         Returns:
-            True if there is room now; False if the directory has to be surveyed (again); None if more chunks have to be evicted.
+            True if there is room now; False if the directory has to be surveyed (again); None if more evictions are needed.
 
         Raises:
             StoreError: the directory was just surveyed, and evicting all evictable chunks would not suffice.
@@ -229,7 +229,7 @@ class Room:
         return Survey(now, shards, self._order([entry for shard in shards.values() for entry in shard.entries]))
 
     def _take_in(self, balance: Balance, survey: Survey) -> None:
-        """Applies a survey, and lists again the folders that changed since: adding or removing a name changes a folder's date."""
+        """Applies a survey, and lists again the folders that changed since: each added or removed name changes the date."""
         self._pins_seen, pinned = self._pins.mark(), self._pins.read(time.time())
         known = {entry.key for entry in survey.candidates}
         listings, late = dict(survey.shards), []

@@ -158,7 +158,7 @@ class Account:
         return descriptor
 
     def _is_ours_alone(self, descriptor: int, folder: int) -> bool:
-        """Returns whether the file may be written to. A file with a second name is not ours alone, so its name here is removed."""
+        """Returns whether the file may be written to. A file with a second name is not ours alone and loses its name here."""
         name = self._file.name
         if not is_named(name, folder, descriptor):
             return False
