@@ -1,4 +1,4 @@
-"""Packs: the KV of a prompt, made to travel. Out of a store to a folder or the Hub, and into a store again."""
+"""Packs: the KV of a prompt in portable form, exported from a store to a folder or the Hub, and imported into a store again."""
 
 from cake_hf.packs.contents import Progress
 from cake_hf.packs.export import export_pack

@@ -1,4 +1,4 @@
-"""The card of a pack: what a stranger reads before using it. The Hub shows it as the repository's page."""
+"""The card of a pack: a description for people who did not make it. The Hub shows it as the repository's page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cake_hf.util.sizes import bytes_text, count_text
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MOST = 500
-"""Characters of what a publisher says."""
+"""Most characters of a publisher's description."""
 
 _MOST_CUTS = 12
-"""Boundaries that are named; a reply has one behind each of its tokens."""
+"""Most boundaries that are listed; a reply has one after each of its tokens."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a publisher says of a pack, and the chunks do not tell.
+    """A publisher's description of a pack, which cannot be derived from the chunks.
 
     Attributes:
-        prompt: what it is, in a line; it is published.
-        base_model: name on the Hub, where the model was loaded from somewhere else.
+        prompt: description of the prompt in one line; it is published.
+        base_model: the model's name on the Hub, if the model was loaded from somewhere else.
 
     Raises:
-        ValueError: `base_model` is no such name.
+        ValueError: `base_model` is not a name on the Hub.
     """
 
     prompt: str = ""
@@ -40,18 +40,18 @@ class About:
 
     @property
     def line(self) -> str:
-        """The prompt's description as a cell of a table."""
+        """The prompt's description, escaped for a table cell."""
         text = " ".join(self.prompt.split())[:_MOST].replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
         return text or "not described by who published it"
 
 
 def card_text(manifest: PackManifest, name: str, about: About) -> str:
-    """Markdown with the Hub's metadata block.
+    """Returns the card as Markdown with the Hub's metadata block.
 
     Args:
-        manifest: of the pack.
-        name: how it is opened.
-        about: what the publisher says.
+        manifest: the pack's manifest.
+        name: the name by which the pack is opened.
+        about: the publisher's description.
     """
     first, last = manifest.tokens
     rows = {
@@ -96,7 +96,7 @@ learn from a KV cache what the prompt was.
 
 
 def _base_model(manifest: PackManifest, about: About) -> str:
-    """Its name on the Hub; empty where it was not given."""
+    """Returns the base model's name on the Hub; empty if unknown."""
     return about.base_model or (manifest.model if _HUB_NAME.fullmatch(manifest.model) else "")
 
 
@@ -109,7 +109,7 @@ def _base_model_text(manifest: PackManifest, about: About) -> str:
 
 
 def _revision(manifest: PackManifest, about: About) -> str:
-    """Of the model, if it is that of the base model."""
+    """Returns the model's revision if the model is the base model; else an empty string."""
     return manifest.model_revision if _base_model(manifest, about) == manifest.model else ""
 
 
@@ -149,7 +149,10 @@ cache = CakeCache({", ".join(cache)})
 
 
 def prefill_line(manifest: PackManifest) -> str:
-    """As Python: what finds the tails of a pack; the end of a document is a boundary by itself. Empty where there is none."""
+    """Returns the Python line that restores a pack's tails; empty if the pack has no tails.
+
+    The end of a document is a boundary by itself, so it is not listed.
+    """
     if not manifest.boundaries:
         return ""
     end = manifest.tokens[1]

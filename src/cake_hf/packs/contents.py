@@ -1,4 +1,4 @@
-"""Which chunks, tails and snapshots of a store belong to a prompt, and their way into a pack, checked on the way."""
+"""Finds the chunks, tails and snapshots of a prompt in a store, checks them, and writes them to a pack."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ Progress = Callable[[int, int], None]
 
 
 class Sink(ABC):
-    """Where a pack is written to."""
+    """The destination of a pack."""
 
     name: str
-    """How a reader opens it: a URL."""
+    """The URL by which a reader opens the pack."""
 
     @abstractmethod
     def add(self, path: str, raw: bytes | bytearray) -> None:
-        """Take the file of a chunk or a snapshot."""
+        """Takes the file of a chunk or a snapshot."""
 
     @abstractmethod
     def finish(self, files: Mapping[str, bytes]) -> None:
-        """Take the manifest and the card, which make a pack of what was added."""
+        """Takes the manifest and the card, which turn the added files into a pack."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ class Contents:
     """The chunks and tails of one prompt that a store has, and the snapshots of the model's recurrent state at their ends.
 
     Attributes:
-        store: that has them.
-        blocks: of the prompt.
-        keys: of those that are stored, by their number.
-        states: keys of the snapshots, by the number of their block.
-        missing: blocks of the prompt that the store has not. Of a tail at the end that was not declared it is not expected.
+        store: the store that has them.
+        blocks: all blocks of the prompt.
+        keys: keys of the stored blocks, by block number.
+        states: keys of the snapshots, by block number.
+        missing: number of the prompt's blocks that the store lacks, not counting a partial block at the end of the prompt if
+            no cut was declared there.
         namespace, facts, salted, model, model_revision, chunk_size: as in `PackManifest`.
     """
 
@@ -72,11 +73,11 @@ class Contents:
     chunk_size: int
 
     def write(self, sink: Sink, card: Callable[[PackManifest, str], str], progress: Progress) -> PackManifest:
-        """Read the files, check them, and hand them on, one at a time.
+        """Reads and checks the files and passes them to the sink, one at a time.
 
         Raises:
-            CorruptChunk: one of them is damaged.
-            StoreError: one of them cannot be read, or the sink does not take it.
+            CorruptChunk: a file is damaged.
+            StoreError: a file cannot be read, or the sink does not take it.
         """
         files = []
         wanted = [*sorted(self.keys.items()), *sorted(self.states.items())]
@@ -127,14 +128,14 @@ def contents_of(
     exact: bool,
     allow_salted: bool,
 ) -> Iterator[Contents]:
-    """Find the blocks and snapshots of a prompt, as a `CakeCache` with these arguments would look for them.
+    """Finds the stored blocks and snapshots of a prompt, as a `CakeCache` with these arguments would.
 
     Raises:
         CakeError: KV of this model is not kept.
-        StoreError: the store cannot be read or has none of them, or there is a salt and it is not allowed.
-        TypeError: the boundaries are no whole numbers.
-        ValueError: `input_ids` is not one prompt of at least a chunk, or with an end that is stored; a boundary is outside of
-            it.
+        StoreError: the store cannot be read or has none of the blocks, or a salt is given without `allow_salted`.
+        TypeError: the boundaries are not integers.
+        ValueError: `input_ids` is not a single prompt, or it is shorter than a chunk and its end is not stored; or a boundary
+            is outside the prompt.
     """
     if salt and not allow_salted:
         raise StoreError(
@@ -175,7 +176,7 @@ def contents_of(
 def session_for(
     model: torch.nn.Module, store: Store, *, chunk_size: int | str, salt: str, exact: bool
 ) -> Iterator[Session]:
-    """What a `CakeCache` with these arguments would know.
+    """Opens the session that a `CakeCache` with these arguments would have.
 
     Raises:
         CakeError: KV of this model is not kept.
@@ -210,10 +211,10 @@ def _no_prompt(input_ids: torch.Tensor, chunk_size: int) -> ValueError:
 
 
 def _stored(store: Store, keys: Mapping[int, str]) -> dict[int, str]:
-    """Those of the keys that the store has."""
+    """Returns the entries whose keys the store has."""
     there = store.contains(list(keys.values()))
     return {index: key for (index, key), has in zip(keys.items(), there, strict=True) if has}
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
+    """Ignores the progress."""

@@ -1,4 +1,4 @@
-"""A pack as a folder: to be copied, put on a share, or looked at before it is published."""
+"""Exports a pack to a folder, to be copied, put on a share, or inspected before it is published."""
 
 from __future__ import annotations
 
@@ -35,34 +35,36 @@ def export_pack(
     base_model: str = "",
     progress: Progress = no_progress,
 ) -> PackManifest:
-    """Write the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
+    """Writes the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
 
-    What `CakeCache.prefill` has stored of the end of a document, its tail, is in the pack, too. Of a model with recurrent
-    states, the snapshots that the store has at the ends of chunks and tails come with them.
+    The pack includes the tail at the end of a document, if `CakeCache.prefill` has stored it. For a model with recurrent
+    states, it also includes the stored snapshots at the ends of chunks and tails.
 
     Args:
-        store: that has the KV, as `CakeCache` takes it.
-        folder: to write to; new, empty, or an older pack, which is replaced.
-        model, chunk_size, salt, exact: as they were when the KV was saved. A pack made with `exact=True` serves only the very
-            same numerics; to be used elsewhere it has to be saved and exported with `exact=False`.
-        input_ids: `[1, tokens]` of the prompt.
-        boundaries: at which the prompt was cut when the KV was saved, beside its end: those given to `prefill` or `generate`,
-            or, of a conversation, `CakeCache.boundaries`.
-        allow_salted: give away KV that was saved under a salt. The pack does not tell the salt, but a short one can be guessed.
-        about: what the prompt is, in a line for the card.
+        store: the store that has the KV, as `CakeCache` takes it.
+        folder: the folder to write to: new, empty, or with an older pack, which is replaced.
+        model, chunk_size, salt, exact: as they were when the KV was saved. A pack made with `exact=True` serves only
+            identical numerics; for use elsewhere the KV has to be saved and exported with `exact=False`.
+        input_ids: the prompt, `[1, tokens]`.
+        boundaries: the cuts of the prompt when the KV was saved, besides its end: those passed to `prefill` or `generate`, or
+            `CakeCache.boundaries` for a conversation.
+        allow_salted: export KV even if it was saved under a salt. The pack does not reveal the salt, but a short salt can be
+            guessed.
+        about: description of the prompt, in one line for the card.
         base_model: the model's name on the Hub, for the card; by default the name that it was loaded by.
         progress: called with (files written, all files).
 
     Returns:
-        What the pack says about itself.
+        The pack's manifest.
 
     Raises:
-        StoreError: the store has nothing of the prompt, it or the folder fails, or there is a salt and it is not allowed.
+        StoreError: the store has nothing of the prompt, the store or the folder fails, or a salt is given without
+            `allow_salted`.
         CorruptChunk: a chunk is damaged.
         CakeError: KV of this model is not kept.
-        TypeError: the boundaries are no whole numbers.
-        ValueError: `input_ids` is not one prompt of at least a chunk, or with an end that is stored; a boundary is outside of
-            it.
+        TypeError: the boundaries are not integers.
+        ValueError: `input_ids` is not a single prompt, or it is shorter than a chunk and its end is not stored; or a boundary
+            is outside the prompt.
     """
     told = About(about, base_model)
     options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "allow_salted": allow_salted}
@@ -71,13 +73,15 @@ def export_pack(
 
 
 class FolderSink(Sink):
-    """Writes a pack to a folder. An older pack's manifest goes first and the new one comes last: what has a manifest is whole.
+    """Writes a pack to a folder.
+
+    An older pack's manifest is removed first and the new one is written last, so a pack with a manifest is complete.
 
     Args:
-        folder: new, empty, or an older pack.
+        folder: new, empty, or with an older pack.
 
     Raises:
-        StoreError: it holds something else, or cannot be written to.
+        StoreError: the folder holds something else, or cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -109,7 +113,7 @@ class FolderSink(Sink):
                 replace_file(name, raw, at)
 
     def _remove(self, path: str) -> None:
-        """Remove a file of ours; what a link leads to is nobody's pack."""
+        """Removes a file of the pack, without following links."""
         folder, _, name = path.rpartition("/")
         told, gone = self._plain_errors(), suppress(FileNotFoundError)
         with told, gone, directory(self._folder) as root, self._below(folder, root) as at:

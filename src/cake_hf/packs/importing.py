@@ -1,4 +1,4 @@
-"""A pack into a store: what travels light becomes what is at hand."""
+"""Imports a pack into a store."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.stores.specs import path_directory
 
 READS_AT_ONCE = 4
-"""Chunks that are read side by side, and so in memory at a time."""
+"""Chunks that are read at once, and so are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of it.
+    """The result of an import.
 
     Attributes:
-        url: of the pack, pinned to a commit if it is on the Hub.
-        manifest: what it says about itself.
-        chunks: that were written, tails included.
-        states: snapshots of the model's recurrent state that were written.
-        nbytes: of all those.
+        url: the pack's URL, pinned to a commit if it is on the Hub.
+        manifest: the pack's manifest.
+        chunks: number of chunks written, tails included.
+        states: number of snapshots of the model's recurrent state written.
+        nbytes: bytes of all files written.
         tails: how many of the chunks are tails, which end at a declared boundary.
     """
 
@@ -53,18 +53,18 @@ def import_pack(
     salt: str = "",
     progress: Progress = no_progress,
 ) -> Imported:
-    """Copy a pack's files into a store, each checked against the manifest. Those that are there already are not read again.
+    """Copies a pack's files into a store, each checked against the manifest. Files already in the store are not read again.
 
     Args:
         source: a folder, or `hf://org/pack@revision`.
-        store: to copy to, as `CakeCache` takes it.
-        model: refuse the pack if it is of no use to this model.
-        salt: that the pack was made with; looked at only together with `model`.
-        progress: called with (files that are there, all files).
+        store: the store to copy to, as `CakeCache` takes it.
+        model: if given, the pack is refused unless it can serve this model.
+        salt: the salt that the pack was made with; used only together with `model`.
+        progress: called with (files in the store, all files).
 
     Raises:
-        StoreError: there is no such pack, it is another model's, or one of the two sides fails.
-        CorruptChunk: a chunk is not what the manifest says; those before it are in the store.
+        StoreError: there is no such pack, it was made with another model, or the pack or the store fails.
+        CorruptChunk: a chunk does not match the manifest; the chunks before it are in the store.
         CakeError: KV of this model is not kept.
     """
     with closing(open_pack(source)) as pack:
@@ -92,10 +92,10 @@ def import_pack(
 
 
 def open_pack(source: str | os.PathLike[str]) -> PackStore:
-    """A pack in a folder or on the Hub, as a store that can only be read.
+    """Opens a pack in a folder or on the Hub, as a read-only store.
 
     Raises:
-        StoreError: there is none, or it cannot be read.
+        StoreError: there is no such pack, or it cannot be read.
     """
     if isinstance(source, os.PathLike):
         return open_folder_pack(path_directory(source))
@@ -103,10 +103,10 @@ def open_pack(source: str | os.PathLike[str]) -> PackStore:
 
 
 def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> None:
-    """Raise where no prompt of this model could ever find something in the pack.
+    """Raises if no prompt of this model could ever find a chunk in the pack.
 
     Raises:
-        StoreError: the sentence says what is different.
+        StoreError: the pack cannot serve the model; the message says what is different.
         CakeError: KV of this model is not kept.
     """
     manifest = pack.manifest
@@ -125,7 +125,7 @@ def _copy(pack: PackStore, target: Store, key: str) -> None:
 
 @contextmanager
 def _opened(store: StoreSpec) -> Iterator[Store]:
-    """A store that is closed afterwards, if it is not the caller's."""
+    """Opens a store, and closes it afterwards unless the caller passed a store object."""
     opened = open_store(store)
     try:
         yield opened

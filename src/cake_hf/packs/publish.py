@@ -1,4 +1,4 @@
-"""A pack onto the Hugging Face Hub, in one commit, chunk by chunk: neither a folder nor memory for all of it is needed."""
+"""Publishes a pack on the Hugging Face Hub in one commit, chunk by chunk, without a folder or memory for the whole pack."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from cake_hf.stores.manifest import CARD, MANIFEST, PackManifest
 from cake_hf.stores.opening import StoreSpec
 
 UPLOADS_AT_ONCE = 4
-"""Chunks that are uploaded side by side, and so in memory at a time."""
+"""Chunks that are uploaded at once, and so are in memory at the same time."""
 
 _CHUNK_FILE = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}\.safetensors")
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was published.
+    """The result of a push.
 
     Attributes:
-        url: of the pack, pinned to the commit: what to open.
-        manifest: what it says about itself.
-        missing: chunks of the prompt, and tails at declared boundaries, that were not in the store.
+        url: the URL to open the pack by, pinned to the commit.
+        manifest: the pack's manifest.
+        missing: number of the prompt's chunks, and tails at declared boundaries, that were not in the store.
     """
 
     url: str
@@ -55,17 +55,18 @@ def push_pack(
     private: bool | None = None,
     progress: Progress = no_progress,
 ) -> Pushed:
-    """Publish the stored KV of a prompt as a pack on the Hub. Endpoint and token are found as the Hub's client finds them.
+    """Publishes the stored KV of a prompt as a pack on the Hub, with the Hub client's own endpoint and token.
 
     Args:
-        store: that has the KV, as `CakeCache` takes it.
-        repo: "org/name"; made when missing. What it has of an older pack is replaced; any other repository is refused.
+        store: the store that has the KV, as `CakeCache` takes it.
+        repo: "org/name"; created if it is missing. An older pack in it is replaced; a repository with other contents is
+            refused.
         model, input_ids, boundaries, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
-        private: whether a new repository is; by default as the Hub decides.
+        private: whether a new repository is private; by default the Hub decides.
         progress: called with (files handed to the client, all files).
 
     Raises:
-        StoreError, CorruptChunk, CakeError, TypeError, ValueError: as `export_pack`; a StoreError also where the repository
+        StoreError, CorruptChunk, CakeError, TypeError, ValueError: as for `export_pack`; a StoreError also if the repository
             holds something else, you may not write to it, or the Hub cannot be reached.
     """
     told = About(about, base_model)
@@ -80,17 +81,17 @@ def push_pack(
 
 
 class HubSink(Sink):
-    """Uploads what it is given and makes one commit of it at the end.
+    """Uploads the files of a pack and combines them into one commit at the end.
 
     Args:
-        repo: "org/name"; made when missing.
-        private: whether a new one is.
+        repo: "org/name"; created if it is missing.
+        private: whether a new repository is private.
 
     Attributes:
-        commit: 40 hexadecimal digits, once finished.
+        commit: 40 hexadecimal digits; empty until `finish` is done.
 
     Raises:
-        StoreError: the repository holds something else than a pack, or the Hub refuses; so from the methods, too.
+        StoreError: the repository holds something other than a pack, or the Hub refuses; the methods may raise it, too.
     """
 
     def __init__(self, repo: str, private: bool | None) -> None:
@@ -125,7 +126,7 @@ class HubSink(Sink):
         self.commit = done.oid
 
     def _upload(self) -> None:
-        """Send the contents ahead; what stays of each chunk is its name and digest, for the commit."""
+        """Uploads the waiting files ahead of the commit; only each file's name and digest are kept for the commit."""
         if self._waiting:
             with self._plain_errors():
                 self._api.preupload_lfs_files(self._repo, self._waiting, num_threads=UPLOADS_AT_ONCE)
@@ -138,7 +139,7 @@ class HubSink(Sink):
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """The client draws a bar for each file, which would tear ours apart."""
+    """Disables the Hub client's progress bars, one per file, which would disrupt ours."""
     utils = hub_client().utils
     shown = not utils.are_progress_bars_disabled()
     if shown:

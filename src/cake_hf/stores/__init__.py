@@ -1,4 +1,4 @@
-"""Where chunks live: one contract (`base`), and one file per kind of store."""
+"""Stores, which hold the chunks: one contract (`base`), and one file per kind of store."""
 
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore

@@ -1,4 +1,4 @@
-"""Background work on values, void once the value changes: copies between tiers, writes behind."""
+"""Background work on values (copies between tiers, writes behind), which is dropped once the value changes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Errand = Work
 
 
 class Behind:
-    """The part that one store has of a line. May be used from any thread; nothing but `changing`, `flush` and `close` waits.
+    """One store's share of a background queue. Any thread may use it; only `changing`, `flush` and `close` wait.
 
     Args:
-        capacity: bytes of values that may be under way, those of other stores at the same place included.
-        exit_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
-        place: gives what stores at the same place have in common; by default this is the only one.
+        capacity: bytes of values that may be queued or running, those of other stores at the same place included.
+        exit_seconds: how long `close`, and leaving the interpreter, wait for queued work.
+        place: returns a value that is equal for stores at the same place; by default this store shares with no other.
     """
 
     def __init__(self, capacity: int, exit_seconds: float, place: Callable[[], Hashable] | None = None) -> None:
@@ -30,19 +30,20 @@ class Behind:
         renewed_in_child(self._renew)
 
     def stamp(self) -> int:
-        """Take this before a value is read, and offer it along with an errand that carries the value on."""
+        """Returns a stamp to take before a value is read; it is passed to `offer` with the work that copies the value."""
         return self._stamp
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether a value of that size would be taken now; asked before it is copied."""
+        """Returns whether a value of that size would be accepted now; asked before it is copied."""
         return self._share.has_room(nbytes)
 
     def offer(self, errand: Errand, stamp: int | None = None) -> bool:
-        """Queue an errand; False, and nothing happens, where it does not fit or comes too late.
+        """Queues work; returns False and does nothing if it does not fit or comes too late.
 
         Args:
-            errand: to be run once, after those before it.
-            stamp: from before its value was read. Where any key was changed since, the value may be an old one: too late.
+            errand: the work, run once, after all work queued before it.
+            stamp: the stamp from before the value was read. If any key was changed since, the value may be outdated, so the
+                work comes too late.
         """
 
         def late() -> bool:
@@ -52,9 +53,9 @@ class Behind:
 
     @contextmanager
     def changing(self, key: str) -> Iterator[None]:
-        """While a key's value is replaced or deleted: no errand with an older value of it is run, in here or later.
+        """Wraps a replacement or deletion of a key's value: no work with an older value runs in the body or after it.
 
-        What is queued for the key is dropped, what is being run for it is waited for.
+        Queued work on the key is dropped, and running work on it is waited for.
         """
         line = self._share.line
         with line.changed:
@@ -71,17 +72,17 @@ class Behind:
                     del self._changing[key]
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is queued or being run; False if `timeout` seconds did not suffice."""
+        """Waits until no work is queued or running; returns False if `timeout` seconds did not suffice."""
         return self._share.flush(timeout)
 
     def close(self) -> bool:
-        """Take nothing more, wait for what is queued (with a bound), and end the thread; False on time-out."""
+        """Accepts no more work, waits for queued work (with a bound), and ends the thread; returns False on time-out."""
         return self._share.close()
 
     def retire(self) -> None:
-        """Take nothing more; the thread ends by itself when the queue is empty."""
+        """Accepts no more work; the thread ends by itself when the queue is empty."""
         self._share.retire()
 
     def _renew(self) -> None:
-        """In a child: changes that other threads had begun end in the parent only."""
+        """Resets a forked child: changes that other threads had started end in the parent only."""
         self._changing.clear()

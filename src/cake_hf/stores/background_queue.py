@@ -1,10 +1,10 @@
-"""Background work: per place one queue, bounded in bytes, and one thread of low priority behind it.
+"""Background queues: one queue per place, bounded in bytes, with one thread of low priority.
 
-A store that hangs keeps the thread that is at it for ever. So those who bring work to one place share a *line*, however many
-they are in a process: each has a *share* of it, which counts what is its own.
+A store that hangs blocks its thread for ever. So all users of one place in a process share a *line* (queue and thread),
+however many they are: each user has a *share* of the line, which counts that user's work.
 
-Waits are bounded in sum, too. What has been at one piece of work for longer than somebody would wait is not waited for again;
-and when the interpreter ends, all lines are waited for side by side.
+The sum of all waits is bounded, too. A line that has been busy with one piece of work for longer than the caller would wait is
+not waited for again; and when the interpreter ends, all lines are waited for at the same time.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from cake_hf.util.threads import refusal
 logger = logging.getLogger("cake_hf")
 
 NICENESS = 19
-"""The thread yields the processor to the model: what it does is never urgent."""
+"""Niceness of the thread, which yields the processor to the model: background work is never urgent."""
 
 WRITER, BEHIND = "cake-writer", "cake-behind"
-"""The kinds of lines, by the names of their threads; in this order, since writing to tiers brings work for behind."""
+"""The kinds of lines, by thread name. They are emptied in this order, since writing to tiers queues work for BEHIND."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One piece of work.
+    """One piece of background work on a value.
 
     Attributes:
-        key: of the value that it is about.
-        nbytes: of the value, which it holds on to.
-        run: does it; what it raises is logged and goes no further.
+        key: key of the value.
+        nbytes: bytes of the value, which the work keeps in memory.
+        run: does the work; exceptions are logged and not raised.
     """
 
     key: str
@@ -49,12 +49,12 @@ class Work:
 
 
 class Line:
-    """Queue and thread. Get it from `line_of`, and use it through a `Share`.
+    """A background queue and its thread. Get it from `line_of`, and use it through a `Share`.
 
-    Invariant: `bytes of queued work + bytes of what is being run <= the largest capacity of a share`.
+    Invariant: `bytes of queued work + bytes of running work <= the largest capacity of a share`.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:
@@ -63,7 +63,7 @@ class Line:
         renewed_in_child(self._begin_anew)
 
     def _begin_anew(self) -> None:
-        """In a child, too: what the parent's threads were at, and what waits for them, is the parent's to do."""
+        """Initializes the state; also in a forked child, since the parent's running and queued work is done by the parent."""
         self.changed = threading.Condition()  # its lock is re-entered by finalizers
         self.queue: deque[tuple[Share, Work]] = deque()
         self.nbytes = 0
@@ -74,10 +74,10 @@ class Line:
         self._thread: threading.Thread | None = None
 
     def add(self, share: Share, work: Work) -> bool:
-        """Queue work; False where the system gives no thread for it. Called with the lock held."""
+        """Queues work; returns False if no thread can be started. Called with the lock held."""
         if not self._has_thread():
             return False
-        self.shares.add(share)  # again in a child
+        self.shares.add(share)  # a forked child starts without shares
         self.queue.append((share, work))
         self.nbytes += work.nbytes
         self.pending[share] = self.pending.get(share, 0) + 1
@@ -85,16 +85,16 @@ class Line:
         return True
 
     def drop(self, share: Share, key: str) -> None:
-        """Forget a share's queued work on a key. Called with the lock held."""
+        """Drops a share's queued work on a key. Called with the lock held."""
         dropped = [work for owner, work in self.queue if owner is share and work.key == key]
         self.queue = deque(one for one in self.queue if one[0] is not share or one[1].key != key)
         for work in dropped:
             self._settle(share, work.nbytes)
 
     def end(self, until: float) -> None:
-        """Wait for the thread to end, if this was the last share and nothing is left to do."""
+        """Waits for the thread to end, if this was the last share and no work is left."""
         thread = self._thread
-        # A daemon thread that is still inside native code when the interpreter goes down can abort the process.
+        # A daemon thread that is still in native code when the interpreter shuts down can abort the process.
         if thread is not None and not self.shares and not self.pending and thread is not threading.current_thread():
             thread.join(max(0.0, until - time.monotonic()))
 
@@ -107,7 +107,7 @@ class Line:
         return True
 
     def _run(self) -> None:
-        # Only Linux has a niceness per thread; elsewhere this lowers nothing or is refused.
+        # Only Linux has a niceness per thread; elsewhere this has no effect or is refused.
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while (taken := self._take()) is not None:
@@ -117,7 +117,7 @@ class Line:
             except BaseException:
                 logger.exception("Chunk %s was not carried on in the background.", work.key)
             nbytes = work.nbytes
-            del taken, work  # and with it the value, before its bytes count as free
+            del taken, work  # releases the value before its bytes count as free
             with self.changed:
                 self.running = None
                 self._settle(share, nbytes)
@@ -142,12 +142,13 @@ class Line:
 
 
 class Share:
-    """One user's part of a line. Nothing but `flush` and `close` waits.
+    """One user's share of a line. Only `flush` and `close` wait.
 
     Args:
-        line: gives the line; called when there is work for the first time, by whoever brings it.
-        capacity: bytes that may be under way in the line, those of others included. An offer beyond that is refused at once.
-        exit_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
+        line: returns the line; called by the thread that first offers work.
+        capacity: bytes that may be queued or running in the line, those of other shares included. An offer beyond that is
+            refused at once.
+        exit_seconds: how long `close`, and leaving the interpreter, wait for queued work.
     """
 
     def __init__(self, line: Callable[[], Line], capacity: int, exit_seconds: float) -> None:
@@ -160,7 +161,7 @@ class Share:
 
     @property
     def line(self) -> Line:
-        """The line; asking for it may ask the store where it is."""
+        """The line; getting it may ask the store for its identity."""
         if self._line is None:
             line = self._make_line()
             with self._lock:
@@ -168,19 +169,20 @@ class Share:
         return self._line
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether work with that many bytes would be taken now; asked before a value is copied."""
+        """Returns whether work with that many bytes would be accepted now; asked before a value is copied."""
         line = self._line
         return not self._closed and (0 if line is None else line.nbytes) + nbytes <= self._capacity
 
     def offer(self, work: Work, refused: Callable[[], bool] = lambda: False) -> bool:
-        """Queue work, to be run once, after what was queued before it, whoever brought that.
+        """Queues work to be run once, after all work queued before it by any share.
 
         Args:
-            work: to be done.
-            refused: asked under the line's lock.
+            work: the work.
+            refused: called under the line's lock; returns whether to refuse the work after all.
 
         Returns:
-            False, and nothing happens, where it does not fit, is refused, the share is closed, or can have no thread.
+            False if the work does not fit or is refused, the share is closed, or no thread can be started; nothing happens
+            then.
         """
         line = self.line
         with line.changed:
@@ -189,18 +191,19 @@ class Share:
             return line.add(self, work)
 
     def is_idle(self) -> bool:
-        """Whether nothing of this share is queued or being run."""
+        """Returns whether no work of this share is queued or running."""
         line = self._line
         return line is None or self not in line.pending
 
     def is_at(self, key: str) -> bool:
-        """Whether work of this share on a key is being run."""
+        """Returns whether work of this share on a key is running."""
         return self._line is not None and self._line.running == (self, key)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until nothing of this share is queued or being run; False if `timeout` seconds did not suffice.
+        """Waits until no work of this share is queued or running; returns False if `timeout` seconds did not suffice.
 
-        Without a timeout as long as work is done: False once the line has been at one piece for `exit_seconds`.
+        Without a timeout it waits as long as there is progress, and returns False once the line has spent `exit_seconds` on
+        one piece of work.
         """
         line = self._line
         if line is None:
@@ -211,13 +214,15 @@ class Share:
             return line.changed.wait_for(self.is_idle, timeout)
 
     def close(self) -> bool:
-        """Take nothing more, wait for what is queued (with a bound), and end the thread; False on time-out."""
+        """Accepts no more work, waits for queued work (with a bound), and ends the thread; returns False on time-out."""
         self.retire()
         return self.settle(time.monotonic())
 
     def settle(self, begin: float) -> bool:
-        """Wait for what is queued, `exit_seconds` from a moment on. Not at all where the line has been at one piece of work
-        for that long already: whoever waited before has waited for it in vain."""
+        """Waits for queued work until `exit_seconds` after `begin`; returns False on time-out.
+
+        It does not wait if the line has already spent that long on one piece of work, since earlier waits for it were in vain.
+        """
         line, until = self._line, begin + self.exit_seconds
         if line is None:
             return True
@@ -227,7 +232,7 @@ class Share:
         return True
 
     def _wait(self, line: Line, until: float) -> bool:
-        """Until nothing of this share is left, or a moment has come, or the line has been at one piece for `exit_seconds`."""
+        """Waits until no work of this share is left, or until `until`, or until one piece of work has taken `exit_seconds`."""
         with line.changed:
             while not self.is_idle():
                 now = time.monotonic()
@@ -240,7 +245,7 @@ class Share:
         return True
 
     def retire(self) -> None:
-        """Take nothing more; the thread ends by itself when nobody else has work for it. For finalizers, too."""
+        """Accepts no more work; the thread ends by itself once no other share uses it. Finalizers may call it."""
         self._closed = True
         line = self._line
         if line is not None:
@@ -255,7 +260,7 @@ _left_since: list[float] = []
 
 
 def line_of(name: str, place: Hashable) -> Line:
-    """The one line of a kind for a place in this process, as long as somebody has a share of it, or it is at work."""
+    """Returns this process's only line of a kind for a place. The line lives as long as it has a share or work."""
     with _lock:
         line = _lines.get((name, place))
         if line is None:
@@ -264,7 +269,7 @@ def line_of(name: str, place: Hashable) -> Line:
 
 
 def leaving_since() -> float:
-    """When the interpreter began to end: all waits from then on count from there."""
+    """Returns when the interpreter started to exit; all waits at exit count from that time."""
     if not _left_since:
         _left_since.append(time.monotonic())
     return _left_since[0]
@@ -272,7 +277,7 @@ def leaving_since() -> float:
 
 @atexit.register
 def _leave() -> None:
-    """Wait for what is queued, each share's time, but side by side."""
+    """Waits for queued work at exit: for each share its own time, but for all shares at once."""
     begin = leaving_since()
     for kind in (WRITER, BEHIND):
         lines = [line for (name, _), line in list(_lines.items()) if name == kind]

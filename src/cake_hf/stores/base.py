@@ -1,4 +1,4 @@
-"""The contract that every store keeps. `cake_hf.testing.StoreContract` is the same text as tests."""
+"""The contract that every store keeps. `cake_hf.testing.StoreContract` expresses it as tests."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ __all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "scatter
 
 MAX_NOTE_BYTES = 2**19
 MOST_NOTES = 64
-"""Notes, and bytes of one, that are read; see `Store.notes`."""
+"""Limits on the notes that are read: bytes of one note, and the number of notes; see `Store.notes`."""
 
 
 class Store(ABC):
-    """Keyed values of bytes. A store knows nothing about tensors: only the codec knows what a value means.
+    """A mapping from keys to byte values. A store knows nothing about tensors: only the codec knows what a value means.
 
     The contract:
 
-    * A key is 40 lower-case hexadecimal digits; equal keys mean equal values, so a value is never updated in part.
-    * All methods may be called from many threads, and the same place may be opened by many processes.
-    * A value that can be listed is complete: it appears whole or not at all, even if a writer dies at any moment.
+    * A key is 40 lower-case hexadecimal digits. Equal keys mean equal values, so a value is never updated in part.
+    * All methods may be called from many threads, and many processes may open the same place.
+    * A value that is listed is complete: it appears whole or not at all, even if a writer dies at any moment.
     * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
-    * Buffers are filled and read as they are; a store keeps no reference to them.
+    * Buffers are filled and read in place; a store keeps no reference to them.
 
     Attributes:
         reads_ranges: whether `read_range` reads no more than the range. If not, it should not be called often.
-        range_seconds: roughly the time that reading a range takes beyond its share of the value.
-        read_only: nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a cache
-            does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests of such a store.
-        counts_hits: whether prompts are counted among the notes; False if they are not a user's prompts.
+        range_seconds: approximate time that reading a range takes beyond its share of the value.
+        read_only: whether nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a
+            cache does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests for such a store.
+        counts_hits: whether prompts are counted in the notes; False if they are not a user's prompts.
     """
 
     reads_ranges: bool = False
@@ -45,26 +45,26 @@ class Store(ABC):
 
     @abstractmethod
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        """For each key, whether it is stored; a mask, since any chunk of a prompt may be missing."""
+        """Returns a mask that says for each key whether it is stored; any chunk of a prompt may be missing."""
 
     @abstractmethod
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        """Fill the writable byte buffers, in order, with the value.
+        """Fills the writable byte buffers, in order, with the value.
 
         Returns:
-            The value's bytes, or None for a miss.
+            The value's size in bytes, or None for a miss.
 
         Raises:
-            CorruptChunk: the value is not exactly as long as the buffers together (their content is then undefined).
+            CorruptChunk: the value is not exactly as long as all buffers together (their content is then undefined).
             StoreError: the value cannot be read.
         """
 
     @abstractmethod
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        """Store the joined parts durably: once this returns, the value survives a crash of the process or the machine.
+        """Stores the joined parts durably: once this returns, the value survives a crash of the process or the machine.
 
         Returns:
-            False if the key was there and `replace` is not set; then nothing was written.
+            False if the key was already stored and `replace` is not set; nothing was written then.
 
         Raises:
             StoreError: the value cannot be written; the key is not listed then.
@@ -72,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> bool:
-        """Remove a key; False if it was not there.
+        """Removes a key; returns False if it was not stored.
 
         Raises:
             StoreError: the value cannot be removed.
@@ -80,14 +80,14 @@ class Store(ABC):
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
-        """All keys, in any order. Keys written or deleted meanwhile may or may not appear."""
+        """Iterates over all keys, in any order. Keys written or deleted meanwhile may or may not appear."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
-        """Bytes of a value, or None for a miss."""
+        """Returns a value's size in bytes, or None for a miss."""
 
     def read(self, key: str) -> bytearray | None:
-        """The whole value, or None for a miss.
+        """Returns the whole value, or None for a miss.
 
         Raises:
             StoreError: the value cannot be read.
@@ -99,7 +99,9 @@ class Store(ABC):
         return None if self.read_into(key, [memoryview(value)]) is None else value
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        """Fill the writable byte buffers, in order, with the value's bytes from `offset` on. By default the whole is read.
+        """Fills the writable byte buffers, in order, with the value's bytes from `offset` on.
+
+        The default implementation reads the whole value.
 
         Returns:
             False for a miss.
@@ -114,14 +116,18 @@ class Store(ABC):
         return value is not None
 
     def head(self, key: str, nbytes: int) -> bytes | None:
-        """The first bytes of a value, which must be at least that long; None for a miss. Raises like `read_range`."""
+        """Returns the first `nbytes` of a value, which must be at least that long; None for a miss.
+
+        Raises like `read_range`.
+        """
         found = bytearray(nbytes)
         return bytes(found) if self.read_range(key, [memoryview(found)], 0) else None
 
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
-        """Like `read_into`, but calls `arrived(n)` whenever the first n parts are there; by default once, with all of them.
+        """Reads like `read_into`, and calls `arrived(n)` whenever the first n parts are filled; by default once, at the end.
 
-        Bytes are best checked while they are in the processor's cache. An error raised by `arrived` ends the read.
+        This lets the caller check bytes while they are still in the processor's cache. An error raised by `arrived` ends
+        the read.
         """
         count = self.read_into(key, parts)
         if count is not None:
@@ -129,44 +135,45 @@ class Store(ABC):
         return count
 
     def check_writable(self) -> None:
-        """Raise a StoreError that says what to do if nothing can be written here. Does nothing by default."""
+        """Raises a StoreError that says what to do if nothing can be written here. Does nothing by default."""
 
     def look_only(self) -> None:
-        """The store was opened for reading: until something is written, reading leaves no trace in it (no time of
-        last use, no notes). Does nothing by default, since reads leave none."""
+        """Marks the store as opened for reading: until something is written, reads leave no trace in it (no time of last
+        use, no notes). Does nothing by default, since reads leave no trace."""
 
     def leaves_traces(self) -> bool:
-        """Whether notes may be written to `notes_folder`."""
+        """Returns whether notes may be written to `notes_folder`."""
         return True
 
     def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
-        """A clause for people that says why nothing in this store can serve a namespace; empty if something may.
+        """Returns the mismatch reason: a clause that tells people why nothing in this store can serve a namespace.
 
-        Called when nothing of a prompt was found; never raises and never waits. By default a store does not know how its
-        values were made.
+        The clause is empty if something in the store may serve it. Called when nothing of a prompt was found; never raises
+        and never waits. By default a store does not know how its values were made.
 
         Args:
             namespace: digest that the keys were made with.
-            facts: returns the facts that it is a digest of, without the salt.
+            facts: returns the metadata that `namespace` is a digest of, without the salt.
         """
         return ""
 
     def notes_folder(self) -> Path | None:
-        """A folder on this machine for small files about this store (it may not exist yet), or None."""
+        """Returns a folder on this machine for small files about this store (it may not exist yet), or None."""
         return None
 
     def notes(self) -> Mapping[str, bytes]:
-        """The notes kept by `put_note`, by name, without absurd ones: anyone who can write to the store can change notes.
+        """Returns the notes kept by `put_note`, by name.
 
-        By default a store keeps none.
+        Notes of implausible size are left out, since anyone who can write to the store can change them. By default a store
+        keeps no notes.
 
         Raises:
-            StoreError: they cannot be read.
+            StoreError: the notes cannot be read.
         """
         return {}
 
     def put_note(self, name: str, note: bytes | None) -> None:
-        """Keep a note about the stored values, replacing the note of that name; None removes it.
+        """Keeps a note about the stored values, replacing the note of that name; None removes it.
 
         Notes are not values: `keys` does not list them, and only texts for people depend on them. By default nothing is kept.
 
@@ -175,22 +182,25 @@ class Store(ABC):
             note: at most `MAX_NOTE_BYTES`.
 
         Raises:
-            StoreError: it cannot be kept.
+            StoreError: the note cannot be kept.
         """
 
     def identity(self) -> Hashable:
-        """Equal for two store objects of this process with the same values. By default each object differs from all others."""
+        """Returns a value that is equal for two store objects of this process that hold the same values.
+
+        By default each object differs from all others.
+        """
         return (type(self).__name__, id(self))
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until all writes are complete; returns False if `timeout` seconds were not enough.
+        """Waits until all writes are complete; returns False if `timeout` seconds were not enough.
 
-        By default `write` leaves nothing to wait for.
+        By default there is nothing to wait for, since `write` returns only when it is done.
         """
         return True
 
     def close(self) -> None:
-        """Release what the store holds open. May be called twice."""
+        """Releases everything that the store holds open. May be called twice."""
 
     def __enter__(self) -> Store:
         return self
@@ -202,15 +212,15 @@ class Store(ABC):
 
 
 def total_bytes(parts: Sequence[Part]) -> int:
-    """Bytes of all parts together."""
+    """Returns the size of all parts together, in bytes."""
     return sum([memoryview(part).nbytes for part in parts])
 
 
 def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:
-    """Copy the start of a value's bytes into the parts, in order.
+    """Copies the start of a value's bytes into the parts, in order.
 
     Raises:
-        CorruptChunk: there are not enough of them.
+        CorruptChunk: the value has too few bytes.
     """
     offset = 0
     for part in parts:
@@ -222,7 +232,9 @@ def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:
 
 
 def place_of(store: Store) -> Hashable:
-    """A store's identity, or the store object's own where it has none that can be used. May ask a file system, which may hang.
+    """Returns a store's identity, or that of the store object if the store's own cannot be used.
+
+    May ask a file system, which may hang.
 
     Raises:
         BaseException: in the main thread, the user's interrupts.

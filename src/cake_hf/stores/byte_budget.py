@@ -1,8 +1,8 @@
-"""Room for one more chunk in a directory with a budget that any number of processes share.
+"""The byte budget of a directory, shared by any number of processes: reserves bytes for new chunks and evicts old ones.
 
-Before a chunk is written its bytes are reserved: counted in the shared account, and visible as the size of the partial file.
-So files and reservations together never pass the budget, however many processes write; what a killed one had reserved is its
-leftover file, and goes with that.
+Before a chunk is written its bytes are reserved: they are added to the shared byte count, and the partial file gets its final
+size. So files and reservations together never exceed the budget, however many processes write. A killed process's reservation
+is its leftover file, and ends with that file's removal.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from cake_hf.util.sizes import bytes_text
 logger = logging.getLogger("cake_hf")
 
 SURVEY_SECONDS = 60.0
-"""After so long the directory is looked at again: what was used meanwhile, and what came or went by other hands."""
+"""Seconds after which the directory is surveyed again, to see recent uses and files that other programs added or removed."""
 
 ATTEMPTS = 3
 
 MOST_EVICTIONS = 256
-"""Files that are deleted before others get the lock."""
+"""Most files that are deleted before other processes may take the lock."""
 
 PAUSE = 0.005
 
 COARSE_SECONDS = 2.5
-"""Dates of folders are no finer than that everywhere: what changed so shortly before a look may have changed again after it."""
+"""Coarsest resolution of folder dates on any filesystem: a folder that changed so shortly before a survey may have changed
+again after it, without a change of its date."""
 
 _told: set[str] = set()
-"""Stores of which it was logged how much they may take."""
+"""Stores whose budget was logged already."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at the directory has found.
+    """The result of a survey of the directory.
 
     Attributes:
-        begun: when it began, in nanoseconds since the epoch.
+        begun: when the survey started, in nanoseconds since the epoch.
         shards: the folders with chunks.
-        candidates: chunks, by who goes first.
+        candidates: chunks in the order of eviction.
     """
 
     begun: int
@@ -59,18 +60,18 @@ class Survey:
     candidates: list[Entry]
 
     def may_have_missed(self, shard: ShardListing) -> bool:
-        """Whether a folder's date cannot tell what came after it was listed."""
+        """Returns whether the folder may have changed after it was listed without a change of its date."""
         return shard.changed > self.begun - COARSE_SECONDS * 10**9
 
 
 class Room:
-    """Reserves and counts bytes; with a budget, also makes room.
+    """Reserves and counts bytes; with a budget, also evicts chunks.
 
     Args:
-        folder: with the chunks.
-        budget: most bytes that the chunks of the folder, and those being written, may have, or how that is worked out with the
+        folder: the folder with the chunks.
+        budget: most bytes of the folder's chunks and those being written, or a share from which the budget is computed at the
             first write; None for no limit of ours.
-        order: in which chunks go.
+        order: the order of eviction.
         clock: monotonic seconds; replaceable for tests.
     """
 
@@ -83,7 +84,7 @@ class Room:
         self._order = order
         self._clock = clock
         self._account = Account(folder.root / BYTES)
-        # What the last look at the directory found, by who goes first. Guarded by the account's lock, like all that follows.
+        # Chunks found by the last survey, in the order of eviction. Guarded by the byte count's lock, like all that follows.
         self._candidates: deque[Entry] = deque()
         self._evictable = 0
         self._survey_due = -float("inf")
@@ -92,18 +93,18 @@ class Room:
 
     @property
     def budget(self) -> int | None:
-        """In bytes; None for no limit, or where it has not been worked out yet."""
+        """The budget in bytes; None for no limit, or if it has not been computed yet."""
         return self._budget
 
     def reserve(self, descriptor: int, nbytes: int) -> None:
-        """Give a partial file its size, once there is room for it.
+        """Gives a partial file its final size, once there is room for it.
 
-        Looking at a large directory takes long, so it is done while others may write; only what has changed meanwhile is
-        looked at again under the lock.
+        A survey of a large directory takes long, so it runs while other processes may write; only folders that have changed
+        meanwhile are listed again under the lock.
 
         Raises:
-            StoreError: it can never fit, or what could go does not suffice; nothing was evicted for it then.
-            OSError: as it comes.
+            StoreError: the chunk can never fit, or evicting all evictable chunks would not suffice; nothing was evicted then.
+            OSError: passed through.
         """
         if self._share is not None and self._budget is None:
             self._work_out(self._share)
@@ -117,7 +118,7 @@ class Room:
                 if room is True:
                     self._take(descriptor, nbytes, balance)
                     return
-            if room is None:  # much has to go: others have their turn in between
+            if room is None:  # many chunks have to be evicted: other processes may take the lock in between
                 survey = None
                 time.sleep(PAUSE)
                 continue
@@ -128,37 +129,37 @@ class Room:
 
     @contextmanager
     def counting(self) -> Iterator[Callable[[int], object]]:
-        """While files change: gives a function to be called with how many bytes there are more (or, negative, less)."""
+        """Locks the byte count while files change; yields a function that adds a number of bytes (negative to subtract)."""
         with self._account.opened() as balance:
             yield (lambda nbytes: None) if balance is None else balance.add
 
     def give_back(self, nbytes: int) -> None:
-        """Nothing came of a reservation. Where that cannot be noted, the account is too high until the next look."""
+        """Cancels a reservation. If that cannot be recorded, the byte count is too high until the next survey."""
         with suppress(StoreError, OSError), self.counting() as count:
             count(-nbytes)
 
     def worked_out(self, stored: int) -> int | None:
-        """The budget in bytes, as it is or would be worked out now; None for no limit. Changes nothing."""
+        """Returns the budget in bytes, or what it would be if it were computed now; None for no limit. Changes nothing."""
         if self._share is None or self._budget is not None:
             return self._budget
         return self._share.bytes_for(self._folder.root, stored)
 
     def pinned(self) -> dict[str, int]:
-        """Key -> until when it stays, in seconds since the epoch; of what is pinned now."""
+        """Returns the chunks that are pinned now: key -> end of the pin, in seconds since the epoch."""
         return self._pins.read(time.time())
 
     def pin(self, pinned: Mapping[str, int], unpinned: Iterable[str]) -> None:
-        """Let chunks stay until a date, and others no longer.
+        """Pins chunks until a date, and unpins others.
 
         Raises:
             StoreError: another process holds the lock for too long.
-            OSError: as it comes.
+            OSError: passed through.
         """
         with self._account.opened(create=True):
             self._pins.change(pinned, unpinned, time.time())
 
     def _work_out(self, share: FreeShare) -> None:
-        """From here on the budget is a number, which is logged once per store and process."""
+        """Computes the budget in bytes, and logs it once per store and process."""
         with self._account.opened() as balance:
             stored = None if balance is None else balance.total
         if stored is None:
@@ -167,7 +168,7 @@ class Room:
         if self._budget is None:
             self._share = None
             return
-        # What others have written is counted in the account, so the directory is only looked at where that does not suffice.
+        # The byte count includes writes of other processes, so the directory is surveyed only when the budget is reached.
         self._survey_due = float("inf")
         if (place := os.path.realpath(self._folder.root)) not in _told:
             _told.add(place)
@@ -188,13 +189,16 @@ class Room:
                 if balance is not None:
                     balance.add(-nbytes)
                 raise
-            # Not every filesystem can do that ahead. Until the bytes are written only the account knows of them.
+            # Not every filesystem can extend a file. Until the bytes are written, only the byte count includes them.
 
     def _make_room(self, balance: Balance, nbytes: int, survey: Survey | None) -> bool | None:
-        """Whether there is room now; False where the directory has to be looked at (again), None where more could go.
+        """Evicts chunks until `nbytes` fit.
+
+        Returns:
+            True if there is room now; False if the directory has to be surveyed (again); None if more evictions are needed.
 
         Raises:
-            StoreError: the directory was just looked at, and what could go does not suffice.
+            StoreError: the directory was just surveyed, and evicting all evictable chunks would not suffice.
         """
         if survey is not None:
             self._take_in(balance, survey)
@@ -210,7 +214,7 @@ class Room:
         for _ in range(MOST_EVICTIONS):
             if total + nbytes <= budget:
                 return True
-            if not self._candidates:  # much of what was listed is gone or in use again
+            if not self._candidates:  # many of the listed chunks are gone or were used again
                 return False
             entry = self._candidates.popleft()
             self._evictable -= entry.nbytes
@@ -218,14 +222,14 @@ class Room:
         return True if total + nbytes <= budget else None
 
     def _look(self) -> Survey:
-        """Look at the directory itself, without the lock."""
+        """Surveys the directory itself, without the lock."""
         self._folder.sweep()
         now = time.time_ns()
         shards = {shard: self._folder.shard_listing(shard) for shard in self._folder.shards()}
         return Survey(now, shards, self._order([entry for shard in shards.values() for entry in shard.entries]))
 
     def _take_in(self, balance: Balance, survey: Survey) -> None:
-        """What a look has found, and what has changed since then: names in a folder cannot come or go without its date."""
+        """Applies a survey, and lists again the folders that changed since: each added or removed name changes the date."""
         self._pins_seen, pinned = self._pins.mark(), self._pins.read(time.time())
         known = {entry.key for entry in survey.candidates}
         listings, late = dict(survey.shards), []
@@ -241,7 +245,7 @@ class Room:
         if self._share is None:
             self._survey_due = self._clock() + SURVEY_SECONDS
         stored = sum(entry.nbytes for entry in there)
-        if self._share is not None and self._budget is not None:  # nobody has said that what is there is too much
+        if self._share is not None and self._budget is not None:  # a share never declares stored chunks to be too many
             self._budget = max(self._budget, stored)
         balance.set(stored + self._folder.partial_bytes())
 

@@ -1,8 +1,8 @@
-"""How many bytes a directory of chunks has: one number in a small file, changed under a lock that all processes share.
+"""The byte count of a directory: one number in a small file, changed under a lock that all processes share.
 
-The number is a convenience, not the truth; the truth is in the directory. It errs on the safe side, since bytes are counted
-before they are there and until after they are gone: a process that is killed in between leaves a number that is too large,
-and one who needs room looks at the directory itself before it believes that there is none.
+The number is a cache; the directory itself is authoritative. It errs on the safe side, since bytes are counted before they are
+written and until after they are deleted: a process that is killed in between leaves a number that is too large, and a process
+that needs room surveys the directory before it concludes that there is none.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from cake_hf.stores.marker import LOCK
 from cake_hf.stores.safe_paths import directory, is_named, open_file, replace_file, status_of, what_is
 
 PATIENCE = 30.0
-"""Seconds to wait for the lock. It is held for moments, unless its holder is stopped."""
+"""Seconds to wait for the lock. It is held only briefly, unless its holder is stopped."""
 
 _PAUSE = 0.002
 _DIGITS = 20
 
 
 class Balance:
-    """The number, while the lock is held.
+    """The byte count, while the lock is held.
 
     Attributes:
-        total: bytes; None where the file has no number (yet).
+        total: bytes; None if the file has no number (yet).
     """
 
     def __init__(self, descriptor: int, replace: Callable[[bytes], None]) -> None:
@@ -41,7 +41,7 @@ class Balance:
         self.total = int(text) if len(text) == _DIGITS and text.isdigit() else None
 
     def set(self, total: int) -> int:
-        """Replace the number, and give it back; a write of a few bytes is there whole or not at all, whoever is killed."""
+        """Replaces the number and returns it. A write of a few bytes is atomic even if the process is killed."""
         text = b"%0*d\n" % (_DIGITS, total)
         try:
             os.pwrite(self._descriptor, text, 0)
@@ -53,12 +53,12 @@ class Balance:
         return total
 
     def add(self, nbytes: int) -> int:
-        """Change the number by so many bytes, and give it back. Where it is not known it stays so, and counts as 0."""
+        """Adds bytes to the number and returns the sum. An unknown number stays unknown, and 0 is returned."""
         return 0 if self.total is None else self.set(max(0, self.total + nbytes))
 
 
 class Account:
-    """The file with the number. It is there as soon as one process keeps a budget, and from then on all writers keep it."""
+    """The file with the byte count. The first process with a budget creates it; from then on all writers update it."""
 
     def __init__(self, file: Path, patience: float = PATIENCE) -> None:
         self._file = file
@@ -66,10 +66,10 @@ class Account:
 
     @contextmanager
     def opened(self, *, create: bool = False) -> Iterator[Balance | None]:
-        """The balance, locked; None where there is no account and none is to be made.
+        """Locks the file and yields the byte count; None if there is no file and `create` is not set.
 
         Raises:
-            StoreError: another process holds the lock for too long, or something else has the file's name.
+            StoreError: another process holds the lock for too long, or something other than a plain file has the name.
             OSError: the file cannot be opened.
         """
         with ExitStack() as held:
@@ -85,7 +85,7 @@ class Account:
             yield Balance(descriptor, partial(self._replace, folder, file))
 
     def _locked(self, folder: int, file: locks.LockFile, create: bool, held: ExitStack) -> int:
-        """A descriptor of the file, locked as long as `held` lasts."""
+        """Returns a descriptor of the file, locked until `held` is closed."""
         deadline = time.monotonic() + self._patience
         while True:
             with ExitStack() as attempt:
@@ -96,7 +96,7 @@ class Account:
                     if time.monotonic() > deadline:
                         raise self._late()
                     time.sleep(_PAUSE)
-                # Somebody may delete the file at any time. A lock on one without a name keeps nobody out.
+                # The file may be deleted at any time. A lock on a file without a name excludes no other process.
                 if forks == locks.forks() and self._is_ours_alone(descriptor, folder):
                     held.push(attempt.pop_all())
                     return descriptor
@@ -104,7 +104,7 @@ class Account:
                 raise self._late()
 
     def _take(self, descriptor: int | None, file: locks.LockFile, held: ExitStack) -> bool:
-        """Take the file's own lock, or where there is none the lock file; neither while another holds the other."""
+        """Takes the file's own lock, or the lock file if files have no locks; fails while another process holds either."""
         if descriptor is None:
             return file.take()
         try:
@@ -116,9 +116,9 @@ class Account:
         return not file.is_held_by_another()
 
     def _replace(self, folder: int, file: locks.LockFile, text: bytes) -> None:
-        """Put another file in place of this one, where files are written but once (mounts of object storage).
+        """Replaces the file by a new one, on filesystems where a file is written only once (mounts of object storage).
 
-        Others could lock the new one while we still hold the old, so from here on the lock file keeps them out.
+        Other processes could lock the new file while we still hold the old one, so the lock file excludes them from here on.
         """
         deadline = time.monotonic() + self._patience
         while not file.take():
@@ -128,7 +128,7 @@ class Account:
         replace_file(self._file.name, text, folder)
 
     def _open(self, folder: int, create: bool) -> tuple[int, bool]:
-        """The file, open for reading at least, and whether it can be written to where it is."""
+        """Opens the file, at least for reading; returns its descriptor and whether it can be written in place."""
         name = self._file.name
         if create and what_is(name, folder) is None:
             self._make(folder)
@@ -144,21 +144,21 @@ class Account:
             raise
 
     def _make(self, folder: int) -> None:
-        """An empty file. It is closed at once: where files are written but once, that was it."""
+        """Creates an empty file and closes it at once. On write-once filesystems it can then only be replaced."""
         with suppress(FileExistsError):
             os.close(open_file(self._file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)[0])
 
     def _open_to_write(self, folder: int) -> int:
         descriptor = open_file(self._file.name, os.O_RDWR, folder)[0]
         try:
-            os.pread(descriptor, 1, 0)  # not everywhere may it be read then
+            os.pread(descriptor, 1, 0)  # some filesystems refuse reads from such a descriptor
         except OSError:
             _close(descriptor)
             raise
         return descriptor
 
     def _is_ours_alone(self, descriptor: int, folder: int) -> bool:
-        """Whether it may be written to: a file with a second name is somebody else's, too, and loses its name here."""
+        """Returns whether the file may be written to. A file with a second name is not ours alone and loses its name here."""
         name = self._file.name
         if not is_named(name, folder, descriptor):
             return False
@@ -177,6 +177,6 @@ class Account:
 
 
 def _close(descriptor: int) -> None:
-    """Close a file; what was to be in it is there already, or has been put elsewhere."""
+    """Closes a file, ignoring errors: its content is already written, or has been written to another file."""
     with suppress(OSError):
         os.close(descriptor)

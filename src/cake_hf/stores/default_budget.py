@@ -11,23 +11,22 @@ USUAL_SHARE = 0.2
 
 @dataclass(frozen=True)
 class FreeShare:
-    """A share of what is free on a directory's disk, and of what the store itself takes already: so it does not shrink as the
-    store grows.
+    """A share of the free space on a directory's disk plus the store's own bytes, so it does not shrink as the store grows.
 
-    What is there always fits: a store that is larger already, or that others fill beyond it, only grows no further.
+    Stored chunks always fit: a store that is already larger, or that other processes fill beyond the share, just stops growing.
 
     Attributes:
-        share: above 0 to 1.
+        share: the share, above 0 and at most 1.
     """
 
     share: float = USUAL_SHARE
 
     def bytes_for(self, root: Path, stored: int) -> int | None:
-        """The budget in bytes; None where the free space is not known.
+        """Returns the budget in bytes; None if the free space is unknown.
 
         Args:
-            root: the store's directory, or where it will be.
-            stored: bytes of chunks that are there.
+            root: the store's directory, which may not exist yet.
+            stored: bytes of the stored chunks.
         """
         free = free_bytes(root)
         return None if free is None else max(int(self.share * (free + stored)), stored)
@@ -37,11 +36,11 @@ class FreeShare:
 
 
 USUAL = FreeShare()
-"""Of a directory for which nobody has said another budget."""
+"""The default budget of a directory."""
 
 
 def free_bytes(root: Path) -> int | None:
-    """What is free for us on the disk of a directory, which may not be there yet; None where the system does not know."""
+    """Returns the bytes available to us on the disk of a directory, which may not exist yet; None if unknown."""
     for folder in (root, *root.parents):
         try:
             found = os.statvfs(folder)
@@ -49,7 +48,6 @@ def free_bytes(root: Path) -> int | None:
             continue
         except OSError:
             return None
-        return (
-            found.f_bavail * found.f_frsize if found.f_blocks else None
-        )  # what is behind a network may know of no blocks
+        # A network filesystem may report no blocks.
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
     return None

@@ -1,6 +1,6 @@
-"""In words, what chunks were made with that a process does not have, and what to do about it.
+"""Describes in words how stored chunks were made differently from this process's, and what to do about it.
 
-Beside `mismatch`, which says the same of a whole pack, this knows the facts one by one: for each there is an advice.
+`mismatch` gives one reason for a whole pack; this module handles each metadata entry by itself, with advice for each.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from typing import Any
 from cake_hf.stores.mismatch import differences, dtypes, plain, short
 
 OPTIONS, NUMERICS, DTYPE, ADAPTERS, EDITED, WEIGHTS, OTHER_MODEL, FORMAT = range(8)
-"""How much lies between two namespaces, from what an argument changes to what cannot be changed."""
+"""How severe a difference is, from one that an argument removes to one that cannot be removed."""
 
 MOST_SAID = 3
 INEXACT = "use exact=False on both sides"
 _MAKERS = ("vendor_id", "implementer", "cpu")
-"""What a processor tells of itself that is a name."""
+"""Fields of a processor's description whose values are names of makers."""
 
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is different.
+    """One difference.
 
     Attributes:
         there: what the chunks were made with.
-        here: what there is here; empty where that needs no saying.
-        whose: here, such as "this process has".
-        cure: what to do; empty where nothing can be done.
+        here: the counterpart in this process; empty if it need not be mentioned.
+        whose: the words that introduce `here`, such as "this process has".
+        cure: what to do; empty if nothing can be done.
         severity: one of the constants above.
-        brief: as `here`, where it is the only difference.
+        brief: replaces `here` if this is the only difference.
     """
 
     there: str
@@ -44,12 +44,12 @@ class Difference:
 
 
 def between(theirs: Mapping[str, Any], ours: Mapping[str, Any], their_model: str, our_model: str) -> list[Difference]:
-    """What makes two namespaces two, the most telling first; nothing where it is the salt.
+    """Returns the differences between two namespaces, the most important first; the salt is not among them.
 
     Args:
-        theirs: facts of the chunks, as JSON has them; a stranger may have written them.
-        ours: facts of this process, as JSON has them.
-        their_model, our_model: names, for people.
+        theirs: metadata of the chunks, as JSON values; untrusted.
+        ours: metadata of this process, as JSON values.
+        their_model, our_model: the models' names, for people.
     """
     changed = {path: (there, here) for path, there, here in differences(theirs, ours)}
     if "format" in changed:
@@ -68,12 +68,12 @@ def between(theirs: Mapping[str, Any], ours: Mapping[str, Any], their_model: str
 
 
 def severity(found: Sequence[Difference]) -> tuple[int, int]:
-    """For sorting: what lies between two namespaces, and how much of it."""
+    """Returns a sort key: the highest severity, and the number of differences."""
     return max((one.severity for one in found), default=0), len(found)
 
 
 def in_a_sentence(found: Sequence[Difference]) -> str:
-    """The differences, and what to do about them, as the end of a sentence such as "they are stored, "."""
+    """Returns the differences, and what to do about them, as the end of a sentence such as "they are stored, "."""
     said, more = found[:MOST_SAID], len(found) - MOST_SAID
     there = [one.there for one in said] + ([f"{more} more"] if more > 0 else [])
     here = [one for one in said if one.here]
@@ -87,7 +87,7 @@ def in_a_sentence(found: Sequence[Difference]) -> str:
 
 
 def _cure(found: Sequence[Difference]) -> str:
-    """What is to be done about all of them; empty where that does not help."""
+    """Returns what to do about all differences; empty if nothing helps."""
     others = [one.cure for one in found if one.severity != NUMERICS]
     numerics = [one.cure for one in found if one.severity == NUMERICS]
     first = "; ".join(others[:MOST_SAID])
@@ -116,7 +116,7 @@ def _model(
     their_model: str,
     our_model: str,
 ) -> Iterator[Difference]:
-    """At most one difference for a model: one that is another model differs in everything."""
+    """Iterates over the model's differences; only the most telling of weights, config and dtype, since they come together."""
     there, here = _part(theirs, "model"), _part(ours, "model")
     other_weights = "model.weights" in changed and _digested_alike(theirs, ours)
     config = [path.removeprefix("model.config.") for path in changed if path.startswith("model.config")]
@@ -148,7 +148,10 @@ def _model(
 
 
 def _digested_alike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether equal weights have equal checksums: on a GPU these are made in another way, unless they have to be portable."""
+    """Returns whether equal weights have equal checksums on both sides.
+
+    On a GPU, checksums are computed in another way, unless they have to be portable.
+    """
 
     def where(facts: Mapping[str, Any]) -> Any:
         return _part(facts, "numerics").get("device", "cpu")
@@ -168,7 +171,7 @@ def _adapters(there: Mapping[str, Any], here: Mapping[str, Any]) -> Difference |
 
 
 def _only_newer(config: Sequence[str], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether configs may differ since another version of the library fills in other entries."""
+    """Returns whether configs may differ only because another version of transformers fills in other entries."""
     there, here = _part(theirs, "numerics"), _part(ours, "numerics")
     return bool(config) and bool(there) and bool(here) and there.get("transformers") != here.get("transformers")
 
@@ -182,14 +185,14 @@ def _settings(of: str, names: Sequence[str], there: Mapping[str, Any], here: Map
 
 
 def _numerics(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Difference]:
-    """How the two sides round, in the order in which people should hear of it."""
+    """Iterates over the differences in numerics, the most useful for people first."""
     changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if "device" in changed:  # nothing else is alike then, nor has it to be
+    if "device" in changed:  # all other entries depend on the device
         there, here = (plain(str(side.get("device"))) for side in (theirs, ours))
         yield Difference(f"device {there}", f"device {here}", "this process has", "")
         return
     if "processor" in changed:
-        changed = [name for name in changed if name != "hardware"]  # what torch calls it says less
+        changed = [name for name in changed if name != "hardware"]  # torch's name of it says less
     for name in [*_KNOWN, *sorted(set(changed) - set(_KNOWN))]:
         if name in changed:
             yield _KNOWN.get(name, _plainly(name))(theirs.get(name), ours.get(name))
@@ -257,7 +260,7 @@ def _hardware(there: Any, here: Any) -> Difference:
 
 
 def _processor_name(told: Any) -> str:
-    """Maker and model, of what a system tells of its processor."""
+    """Returns maker and model from a system's description of its processor."""
     if not isinstance(told, Mapping):
         return plain(str(told))
     parts = {name.removeprefix("cpu "): value for name, value in told.items() if isinstance(value, str)}
@@ -276,7 +279,7 @@ _KNOWN: dict[str, Tell] = {
     "autocast": _autocast,
     "deterministic": _deterministic,
 }
-"""Facts that have words of their own, in the order in which they are told."""
+"""Entries of the numerics that have wording of their own, in the order in which they are reported."""
 
 
 def _dtypes(facts: Mapping[str, Any]) -> str:
@@ -284,7 +287,7 @@ def _dtypes(facts: Mapping[str, Any]) -> str:
 
 
 def _part(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of some facts; empty where there is none of that form."""
+    """Returns a mapping inside the metadata; empty if there is no such mapping."""
     part = facts.get(name)
     return part if isinstance(part, Mapping) else {}
 

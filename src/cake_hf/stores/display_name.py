@@ -1,6 +1,6 @@
-"""What a store is called before people: without secrets and without the way to it, and without asking it anything.
+"""Display names of stores: without secrets and without full paths, found without accessing the store.
 
-Reports are shown to others, in notebooks and in issues; where on a machine a directory is concerns nobody there.
+Reports are shown to other people, in notebooks and issues, who need not know where on a machine a directory is.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cake_hf.util.redaction import shown, shown_url
 
 
 def store_name(spec: object) -> str:
-    """The name of what `open_store` takes; of a directory its last part.
+    """Returns the display name of a store's spec, as `open_store` takes it; for a directory, the last part of its path.
 
     Args:
-        spec: of the store; None for the one that the environment names.
+        spec: spec of the store; None for the store that the environment names.
     """
     if spec is None:
         spec = environment.text_from(environment.STORE) or ""
@@ -39,7 +39,7 @@ def store_name(spec: object) -> str:
 def _named(text: str) -> str:
     try:
         path = directory_of(text)
-    except StoreError:  # opening it says what is wrong with it
+    except StoreError:  # opening the store reports what is wrong
         path = None
     if path is None and text.startswith("pack:"):
         return f"pack:{_last_part(Path(text.removeprefix('pack:')))}"
@@ -47,8 +47,8 @@ def _named(text: str) -> str:
 
 
 def _kind(store: Store) -> str:
-    """What a store object is, with its place where that is one on a network."""
-    # A store of the user's may do whatever it likes when it is asked how it looks.
+    """Returns the kind of a store object, with its place if that is on a network."""
+    # The repr of a user's own store may do anything, so only ours is called.
     tells = type(store).__module__.startswith("cake_hf.") and type(store).__repr__ is not object.__repr__
     told = shown(repr(store)) if tells else ""
     return told if "://" in told else type(store).__name__

@@ -1,8 +1,8 @@
-"""In which order chunks go when room is needed: pure functions over what a store knows about its values.
+"""Orders of eviction: pure functions over a store's list of values.
 
-`lru`            the chunk that was used longest ago goes first.
-`front-first`    the prompt that was used longest ago goes first, and of its chunks the one nearest to the prompt's start:
-                 that is the cheapest to compute, since later chunks attend to more.
+`lru`            the chunk that was used longest ago is evicted first.
+`front-first`    the prompt that was used longest ago is evicted first, and of its chunks the one nearest to the prompt's
+                 start, which is the cheapest to compute, since later chunks attend to more tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ChunkPosition:
-    """Where a chunk stands in its prompt.
+    """A chunk's position in its prompt.
 
     Attributes:
-        index: on the absolute grid.
+        index: the chunk's number on the absolute grid.
         parent: key of the chunk before it.
     """
 
@@ -44,30 +44,30 @@ class ChunkPosition:
 
 
 FUTURE_SECONDS = 3600.0
-"""Clocks of machines that share a directory differ by less."""
+"""Upper bound on the difference between clocks of machines that share a directory."""
 
 _AGES = 2.0**33
 
 
 def date_of_use(noted: float, now: float) -> float:
-    """When a value was used, by the date that its file has, in seconds since the epoch.
+    """Returns when a value was used, from its file's date, in seconds since the epoch.
 
-    A date in the future was noted by a clock that was wrong; nobody knows the right one. Such a value must not be the one that
-    stays for ever, so it goes before all others; among its like the order of their dates is kept.
+    A date in the future comes from a wrong clock, and the right date is unknown. Such values must not stay for ever, so they
+    are evicted before all others; among them the order of their dates is kept.
     """
     return noted if noted <= now + FUTURE_SECONDS else noted - _AGES
 
 
 Order = Callable[[Sequence[Entry]], list[Entry]]
-"""Sorts values by who goes first."""
+"""Sorts values, the first to be evicted first."""
 
 
 def order_named(name: str, place_of: Callable[[str], ChunkPosition | None]) -> Order:
-    """The order of that name.
+    """Returns the order of that name.
 
     Args:
         name: one of `EVICTIONS`.
-        place_of: the place of the chunk with a key; None where it cannot be told. Asked once per key.
+        place_of: returns the position of the chunk with a key, or None if it is unknown. Called once per key.
 
     Raises:
         ValueError: there is no such order.
@@ -78,12 +78,12 @@ def order_named(name: str, place_of: Callable[[str], ChunkPosition | None]) -> O
 
 
 def least_recently_used(entries: Sequence[Entry]) -> list[Entry]:
-    """What was used longest ago goes first."""
+    """Sorts entries by last use, the oldest first."""
     return sorted(entries, key=lambda entry: (entry.used, entry.key))
 
 
 class FrontFirst:
-    """`front_first` that remembers the places of the chunks it has seen; they never change, since keys are digests."""
+    """`front_first` with a cache of the chunks' positions, which never change, since keys are digests."""
 
     def __init__(self, place_of: Callable[[str], ChunkPosition | None]) -> None:
         self._place_of = place_of
@@ -98,20 +98,20 @@ class FrontFirst:
 
 
 def front_first(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> list[Entry]:
-    """The prompt that was used longest ago goes first, from its front.
+    """Sorts entries by prompt, the one used longest ago first, and within a prompt from its front.
 
-    Prompts share prefixes, so chunks form trees. Each tree is taken apart into prompts: from a chunk on, the prompt follows the
-    child below which something was used last; the other children begin prompts of their own. So a shared prefix belongs to
-    the prompt that was used last. A prompt counts as used when any of its chunks was: those at the front are often not
-    read, but computed.
+    Prompts share prefixes, so chunks form trees. Each tree is split into prompts: at each chunk, the prompt continues with the
+    child whose subtree was used last; the other children start prompts of their own. So a shared prefix belongs to the prompt
+    that was used last. A prompt counts as used when any of its chunks was used: chunks at the front are often computed instead
+    of read.
 
     Args:
-        entries: of all chunks of a store.
-        places: of the chunks by key; a chunk without one counts as a prompt of its own.
+        entries: all chunks of a store.
+        places: the chunks' positions, by key; a chunk without a position counts as a prompt of its own.
     """
     by_index = sorted(entries, key=lambda entry: places[entry.key].index if entry.key in places else 0)
     parents = _parents(by_index, places)
-    used_below = {entry.key: entry.used for entry in by_index}  # when a chunk, or one that goes on from it, was used
+    used_below = {entry.key: entry.used for entry in by_index}  # last use in a chunk's subtree
     successor: dict[str, str] = {}
     for entry in reversed(by_index):
         parent = parents.get(entry.key)
@@ -125,12 +125,12 @@ def front_first(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> l
         parent = parents.get(entry.key)
         follows = parent is not None and successor[parent] == entry.key
         heads[entry.key] = heads[parent] if parent is not None and follows else entry.key
-    # The sort is stable: within a prompt the order stays that of the index.
+    # The sort is stable: chunks of a prompt stay ordered by index.
     return sorted(by_index, key=lambda entry: (used_below[heads[entry.key]], heads[entry.key]))
 
 
 def _parents(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> dict[str, str]:
-    """Key of a chunk -> key of the stored chunk before it. Indices must fall by one, so no places make a ring."""
+    """Maps a chunk's key to the key of the stored chunk before it. Indices must fall by one, so there are no cycles."""
     parents = {}
     for entry in entries:
         place = places.get(entry.key)

@@ -1,15 +1,15 @@
-"""The files of a store in a directory: where they are, how one appears, and what dead writers leave.
+"""The files of a directory store: where they are, how a chunk appears, and how files of dead writers are removed.
 
-    <root>/cake-hf-store                 says that this is a store
-    <root>/3f/3fa9...e1.safetensors      a chunk; it gets its name when it is whole
-    <root>/partial/3fa9...e1.<random>    a chunk being written; its writer holds a lock on it while it lives
-    <root>/bytes                         how many bytes all of these have, once a process keeps a budget; may be deleted
-    <root>/pins                          until when which chunks stay, see `pins`; may be deleted
-    <root>/notes/...                     what was learnt about this store's speed, and what its chunks were made with; may be
+    <root>/cake-hf-store                 marks the directory as a store
+    <root>/3f/3fa9...e1.safetensors      a chunk; it gets this name once it is complete
+    <root>/partial/3fa9...e1.<random>    a chunk being written; its writer locks it as long as it lives
+    <root>/bytes                         the byte count of all of these, once a process keeps a budget; may be deleted
+    <root>/pins                          which chunks are pinned until when, see `pins`; may be deleted
+    <root>/notes/...                     measurements of this store's speed, and what its chunks were made with; may be
                                          deleted at any time
 
-A partial file whose lock is free belongs to a dead writer, and is swept away by who writes to the store. No link is followed,
-and what is no regular file of such a name is left alone, see `below`.
+A partial file whose lock is free belongs to a dead writer; the next process that writes to the store sweeps it away. No link is
+followed, and anything of such a name that is not a regular file is left alone, see `safe_paths`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ShardListing:
     """The chunks in one folder.
 
     Attributes:
-        changed: when names in the folder last changed, in nanoseconds as the filesystem counts them.
-        entries: of the chunks.
+        changed: when names in the folder last changed, in nanoseconds by the filesystem's clock.
+        entries: the chunks with their sizes and times of last use.
     """
 
     changed: int
@@ -57,28 +57,28 @@ class ShardListing:
 
 
 class Folder:
-    """The files below one root. Methods raise OSError as it comes; who calls them knows what was being done."""
+    """The files below one root. Methods pass OSError through; their callers know what was being done."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._path = str(root)
 
     def path(self, key: str) -> str:
-        """The file of a chunk, for people; who opens it so follows links."""
+        """Returns the path of a chunk's file, for messages; opening it by this path would follow links."""
         return f"{self.root}/{key[:2]}/{key}{SUFFIX}"
 
     def is_store(self) -> bool:
-        """Whether there is a store."""
+        """Returns whether the root exists and is a store."""
         try:
             with directory(self.root) as root:
                 return is_store(root)
         except FileNotFoundError:
             return False
 
-    # Looking.
+    # Reading.
 
     def statuses(self, keys: Sequence[str]) -> list[os.stat_result | None]:
-        """For each key the status of its file; None where there is none."""
+        """Returns for each key the status of its file, or None if there is no such file."""
         found: list[os.stat_result | None] = [None] * len(keys)
         places: dict[str, list[int]] = {}
         for number, key in enumerate(keys):
@@ -98,10 +98,10 @@ class Folder:
 
     @contextmanager
     def chunk(self, key: str) -> Iterator[tuple[int, os.stat_result]]:
-        """A chunk's file, open for reading, and its status.
+        """Opens a chunk's file for reading; yields its descriptor and status.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such chunk.
         """
         root = reach(self._path)
         try:
@@ -118,7 +118,7 @@ class Folder:
             os.close(descriptor)
 
     def keys(self) -> Iterator[str]:
-        """All chunks that have their name.
+        """Iterates over the keys of all complete chunks.
 
         Raises:
             StoreError: a directory cannot be listed.
@@ -135,7 +135,7 @@ class Folder:
             yield from (key for name, is_file, _ in found if is_file and (key := key_in(shard, name)))
 
     def shards(self) -> list[str]:
-        """The folders that chunks may be in.
+        """Returns the folders that chunks may be in.
 
         Raises:
             StoreError: the directory cannot be listed.
@@ -145,10 +145,10 @@ class Folder:
         return []
 
     def shard_listing(self, shard: str) -> ShardListing:
-        """The chunks in a folder, with their sizes and last uses, as far as they are still there.
+        """Lists the chunks in a folder, with their sizes and times of last use; chunks that vanish meanwhile are left out.
 
         Raises:
-            StoreError: it cannot be listed.
+            StoreError: the folder cannot be listed.
         """
         now = time.time()
         with (
@@ -164,13 +164,13 @@ class Folder:
         return ShardListing(0, [])
 
     def shard_changed(self, shard: str) -> int:
-        """When names in a folder last changed; 0 where there is none."""
+        """Returns when names in a folder last changed; 0 if there is no such folder."""
         with suppress(FileNotFoundError), directory(self.root) as root, directory(shard, root) as folder:
             return os.fstat(folder).st_mtime_ns
         return 0
 
     def entries(self) -> Iterator[Entry]:
-        """All chunks with their sizes and last uses, as far as they are still there.
+        """Iterates over all chunks, with their sizes and times of last use; chunks that vanish meanwhile are left out.
 
         Raises:
             StoreError: a directory cannot be listed.
@@ -179,35 +179,35 @@ class Folder:
             yield from self.shard_listing(shard).entries
 
     def partial_bytes(self) -> int:
-        """Bytes of all files that are being written, each as large as it will be."""
+        """Returns the bytes of all files being written, each at its final size."""
         with (
             suppress(FileNotFoundError),
             self._listed(PARTIAL),
             directory(self.root) as root,
             directory(PARTIAL, root) as folder,
         ):
-            # With a second name it is a chunk already.
+            # A file with a second name is a chunk already.
             return sum(status.st_size for _, status in files_of(folder, LEFTOVER.fullmatch) if status.st_nlink < 2)
         return 0
 
     # Removing.
 
     def remove(self, key: str) -> int | None:
-        """Delete a chunk; its bytes, which are free now, or None where there is none.
+        """Deletes a chunk; returns the bytes freed, or None if there was no such chunk.
 
-        Readers hold the file open and read on; whoever comes later finds a miss.
+        Readers that hold the file open read on; later readers get a miss.
         """
         return self._remove(key, lambda status: True)
 
     def discard(self, entry: Entry) -> int:
-        """Delete a chunk, unless it was used since it was listed; gives the bytes that are free now."""
+        """Deletes a chunk, unless it was used since it was listed; returns the bytes freed."""
         now = time.time()
         return self._remove(entry.key, lambda status: date_of_use(status.st_mtime, now) <= entry.used) or 0
 
     def sweep(self) -> int:
-        """Remove what killed writers left behind; returns how many files. Files of living writers stay."""
+        """Removes files that killed writers left behind; returns how many. Files of living writers stay."""
         swept = 0
-        # Somebody else's store may not let us: it can be read all the same.
+        # Another user's store may not permit this; it can still be read.
         with suppress(OSError), directory(self.root) as root, directory(PARTIAL, root) as folder:
             for name, _ in files_of(folder, LEFTOVER.fullmatch):
                 if name in being_written:
@@ -220,10 +220,10 @@ class Folder:
 
     @contextmanager
     def partial_file(self, key: str) -> Iterator[Partial]:
-        """A new file under `partial/`, open for writing, locked as long as its writer lives, and gone from there afterwards.
+        """Creates a file under `partial/`, open for writing and locked as long as its writer lives; removes it afterwards.
 
         Raises:
-            StoreError: the directory is no store, and not empty.
+            StoreError: the directory is neither a store nor empty.
         """
         with ExitStack() as stack:
             root = stack.enter_context(self._claimed_root())
@@ -235,19 +235,19 @@ class Folder:
                 yield partial
             finally:
                 being_written.discard(partial.name)
-                with suppress(OSError):  # its bytes have been synced
+                with suppress(OSError):  # the file's bytes are already synced
                     partial.close()
                 with suppress(OSError):
                     os.unlink(partial.name, dir_fd=folder)
 
     def give_name(self, partial: Partial, key: str, *, replace: bool) -> bool:
-        """Let a whole partial file be the chunk; False, and nothing is changed, where there is one and it is to stay.
+        """Gives a complete partial file the chunk's name; returns False and changes nothing if a chunk is there and stays.
 
-        A link fails where the name is taken, so of two writers of one key only the first one succeeds. Where the filesystem has
-        no links, both may, one after the other; their values are equal. Not all of them rename a file that is open, and some
-        tell only when it is closed that its bytes did not arrive.
+        A link fails if the name is taken, so of two writers of one key only the first succeeds. On a filesystem without links
+        both may succeed, one after the other; their values are equal. The file is closed before it is renamed, since not all
+        such filesystems rename an open file, and some report lost bytes only at close.
 
-        The partial name is gone then: as long as a chunk has both, evicting it frees nothing.
+        The partial name is removed: as long as a chunk has both names, evicting it frees nothing.
         """
         name = f"{key}{SUFFIX}"
         if make_directory(key[:2], partial.root):
@@ -265,9 +265,9 @@ class Folder:
             return True
 
     def make_name_durable(self, key: str) -> None:
-        """Bring the chunk's name to the disk. Where that fails it is taken back: what is listed has to survive a crash."""
+        """Syncs the chunk's name to disk. If that fails, the chunk is removed: a listed chunk has to survive a crash."""
         try:
-            # A chunk that was evicted meanwhile has no name to be kept, its folder may be gone with it.
+            # A chunk that was evicted meanwhile has no name to sync, and its folder may be gone, too.
             with suppress(FileNotFoundError), directory(self.root) as root, directory(key[:2], root) as shard:
                 sync_directory(shard)
         except OSError:
@@ -277,7 +277,7 @@ class Folder:
 
     @contextmanager
     def _claimed_root(self) -> Iterator[int]:
-        """The store's directory, made where it is missing."""
+        """Opens the store's directory, after creating it if it is missing, and claims it."""
         with ExitStack() as stack:
             try:
                 root = stack.enter_context(directory(self.root))
@@ -289,7 +289,7 @@ class Folder:
 
     def _make_root(self) -> None:
         try:
-            # KV gives away its prompt. Who wants to share a directory makes it, with the mode they want.
+            # KV reveals its prompt, so the mode is private. Users who want to share a directory create it themselves.
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"The store directory {self.root} cannot be made: {advice(error)}") from error
@@ -317,7 +317,7 @@ class Folder:
 
     @contextmanager
     def _listed(self, name: str) -> Iterator[None]:
-        """A folder that cannot be looked at is not one that is not there."""
+        """Turns an OSError into a StoreError, except FileNotFoundError: an unreadable folder is not a missing one."""
         try:
             yield
         except FileNotFoundError:

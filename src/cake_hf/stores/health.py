@@ -1,4 +1,4 @@
-"""How one store among several is doing: what it was good for, whether it is in trouble, how fast it reads."""
+"""Tier health: the counts of one tier, whether it is in trouble, and how fast it reads."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ logger = logging.getLogger("cake_hf")
 T = TypeVar("T")
 
 FAULTS_TO_REST = 2
-"""So many faults in a row, and it is not one bad value but the store. (One bad sector is no reason to leave a disk alone.)"""
+"""Faults in a row after which the store counts as failing, not just a value. (A single bad sector does not condemn a disk.)"""
 
 REST_SECONDS = 15.0
-"""A store that fails is left alone for that long, so that not every chunk of every prompt waits for its time-out."""
+"""Seconds that a failing store is left alone, so that not every chunk of every prompt waits for its time-out."""
 
 STUCK_SECONDS = 10.0
-"""An operation that takes longer counts as trouble while it lasts: of a lost disk or mount nobody ever hears."""
+"""Seconds after which a running operation counts as trouble while it lasts: a lost disk or mount may never report an error."""
 
 MOST_SHUNNED = 4096
-"""Keys of wrong values that are remembered per store."""
+"""Most quarantined keys per store."""
 
 NEW_WEIGHT = 0.3
 """Weight of the newest read in the smoothed pace."""
 
 FORGETTING = 0.98
-"""What is left of a pace each time it keeps a store from being read, so that one that was slow once is tried again."""
+"""Factor on a store's pace each time it is passed over for being slow, so that a store that was slow once is tried again."""
 
 
 @dataclass(frozen=True)
 class TierCounts:
-    """What came of one tier so far.
+    """The counts of one tier so far.
 
     Attributes:
-        name: of its store.
-        reads: values, or ranges of one, that were read from it.
-        bytes_read: of those.
-        written: values put there by `write`, at once or behind.
-        promoted: values copied there from a tier farther away.
-        skipped: values that were to go there and did not: no room in the queue, or the tier was in trouble.
-        faults: operations that it refused or failed, values of a wrong size among them.
+        name: name of its store.
+        reads: values, or ranges of values, that were read from it.
+        bytes_read: bytes of those reads.
+        written: values that `write` put there, at once or behind.
+        promoted: values copied there from a farther tier.
+        skipped: values not written or copied there because the queue was full or the tier was in trouble.
+        faults: operations that it refused or failed, including values of a wrong size.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TierCounts:
 
 
 class Health:
-    """Whether one kind of operation had better be left alone for the moment. Called with its owner's lock held.
+    """Tracks whether one kind of operation is in trouble. Called with its owner's lock held.
 
     Args:
         clock: monotonic seconds.
@@ -73,31 +73,31 @@ class Health:
         self._rests_until = float("-inf")
 
     def begin(self) -> int:
-        """An operation begins; its number is what ends it."""
+        """Records the start of an operation; returns its number for `end`."""
         self._begun += 1
         self._under_way[self._begun] = self._clock()
         return self._begun
 
     def end(self, number: int, *, well: bool) -> None:
-        """An operation is over."""
-        self._under_way.pop(number, None)  # in a child it began in the parent
+        """Records the end of an operation."""
+        self._under_way.pop(number, None)  # absent in a forked child, if the operation started in the parent
         self._faults_in_a_row = 0 if well else self._faults_in_a_row + 1
         rests = self._faults_in_a_row >= FAULTS_TO_REST
         self._rests_until = self._clock() + REST_SECONDS if rests else float("-inf")
 
     def in_trouble(self) -> bool:
-        """Whether the last ones failed, or one hangs."""
+        """Returns whether the last operations failed, or one hangs."""
         now = self._clock()
         return now < self._rests_until or now - min(self._under_way.values(), default=now) > STUCK_SECONDS
 
 
 class TierHealth:
-    """The record of one store. All methods may be called from any thread.
+    """The health of one tier. All methods may be called from any thread.
 
-    Reading and writing are in trouble apart: a full disk reads well.
+    Reads and writes are tracked separately: a full disk still reads well.
 
     Args:
-        name: of the store, for messages.
+        name: name of the store, for messages.
         clock: monotonic seconds.
     """
 
@@ -114,19 +114,19 @@ class TierHealth:
         renewed_in_child(self._renew)
 
     def counts(self) -> TierCounts:
-        """A snapshot."""
+        """Returns a snapshot of the counts."""
         with self._lock:
             return self._counts
 
     def count(self, **more: int) -> None:
-        """Add to the counts of these names."""
+        """Adds to the counts of these names."""
         with self._lock:
             self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in more.items()})
 
-    # Operations. What they raise is counted, and the first of its kind is logged.
+    # Operations. Their errors are counted, and the first of each kind is logged.
 
     def look(self, what: str, call: Callable[[], T]) -> T:
-        """Run an operation that asks something of the store.
+        """Runs an operation that queries the store.
 
         Args:
             what: the operation as a past participle, for the message.
@@ -139,12 +139,12 @@ class TierHealth:
             return call()
 
     def change(self, what: str, call: Callable[[], T]) -> T:
-        """Run an operation that changes the store; as `look`."""
+        """Runs an operation that changes the store; otherwise like `look`."""
         with self._watched(self._writes, what):
             return call()
 
     def read(self, nbytes: int, call: Callable[[], T | None]) -> T | None:
-        """Run a read of that many bytes, and learn the store's pace from it where it is no miss; else as `look`."""
+        """Runs a read of that many bytes and learns the store's pace from it, unless it is a miss; otherwise like `look`."""
         with self._lock:
             self._reading += 1
             together, begin = self._reading, self._clock()
@@ -157,54 +157,54 @@ class TierHealth:
             self.count(reads=1, bytes_read=nbytes)
         if result is not None and nbytes:
             with self._lock:
-                # Reads share a line: what one of them took is also the others' doing.
+                # Concurrent reads share the bandwidth, so the time of one is divided by their number.
                 pace = (self._clock() - begin) / nbytes / together
                 self._pace = pace if not self._pace else self._pace + NEW_WEIGHT * (pace - self._pace)
         return result
 
     def reads_badly(self) -> bool:
-        """Whether the store is better not asked for the moment."""
+        """Returns whether the store should not be read from for the moment."""
         with self._lock:
             return self._reads.in_trouble()
 
     def writes_badly(self) -> bool:
-        """Whether the store is better not written to for the moment."""
+        """Returns whether the store should not be written to for the moment."""
         with self._lock:
             return self._writes.in_trouble()
 
     # Pace.
 
     def seconds_until_read(self, nbytes: int) -> tuple[float, int]:
-        """When one more read would be through, and how many are under way; 0 seconds where nothing was measured yet."""
+        """Returns the seconds that one more read would take (0 if nothing was measured yet), and the reads under way."""
         with self._lock:
             return self._pace * nbytes * (self._reading + 1), self._reading
 
     def passed_over(self) -> None:
-        """Another store is read because this one seems slower."""
+        """Records that another store is read because this one seems slower."""
         with self._lock:
             self._pace *= FORGETTING
 
-    # Values that are known to be wrong and cannot be replaced.
+    # Quarantine: values that are known to be wrong and cannot be replaced.
 
     def quarantine(self, key: str) -> None:
-        """From now on the store counts as not having this key."""
+        """Quarantines a key: from now on the store counts as not having it."""
         with self._lock:
             self._shunned[key] = None
             if len(self._shunned) > MOST_SHUNNED:
                 self._shunned.popitem(last=False)
 
     def welcome(self, key: str) -> None:
-        """What the store has under this key is good again."""
+        """Lifts the quarantine of a key, whose value is good again or gone."""
         with self._lock:
             self._shunned.pop(key, None)
 
     def shuns(self, key: str) -> bool:
-        """Whether the store's value of this key is known to be wrong."""
+        """Returns whether a key is quarantined."""
         with self._lock:
             return key in self._shunned
 
     def _renew(self) -> None:
-        """What other threads had under way ends in the parent only."""
+        """Resets a forked child: other threads' operations end in the parent only."""
         self._reads, self._writes, self._reading = Health(self._clock), Health(self._clock), 0
 
     @contextmanager
@@ -216,7 +216,7 @@ class TierHealth:
             yield
             well = True
         except BaseException as error:
-            well = isinstance(error, CorruptChunk)  # then it is the value that is not well
+            well = isinstance(error, CorruptChunk)  # then the value is at fault, not the store
             if is_a_fault(error):
                 self._tell(what, error)
             raise

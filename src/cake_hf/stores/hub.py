@@ -1,8 +1,8 @@
-"""A pack on the Hugging Face Hub: pinned to one commit at opening, and read by ranges when a chunk is wanted.
+"""A pack on the Hugging Face Hub: pinned to one commit when it is opened, and read by ranges on demand.
 
 All requests go through the Hub client's own session, with its conventions for endpoint, token, proxies, offline mode and
-timeouts (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT). Its file cache is not used: it would download a
-file before the first byte can be had, and it takes a damaged file of the right size for good.
+timeouts (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_DOWNLOAD_TIMEOUT). Its file cache is not used: it would download a whole
+file before the first byte is available, and it accepts a damaged file of the right size.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class HubSource(PackSource):
 
     Args:
         repo: "org/name".
-        revision: a branch, a tag or a commit; it is looked up once, here.
-        endpoint: of the Hub; by default as the Hub client finds it (HF_ENDPOINT).
-        token: of the user; by default as the Hub client finds it (HF_TOKEN, `hf auth login`).
+        revision: a branch, a tag or a commit; it is resolved once, here.
+        endpoint: the Hub's endpoint; by default as the Hub client finds it (HF_ENDPOINT).
+        token: the user's token; by default as the Hub client finds it (HF_TOKEN, `hf auth login`).
 
     Attributes:
-        commit: 40 hexadecimal digits. Whatever happens to the repository, the same bytes are meant.
+        commit: 40 hexadecimal digits, which identify the same bytes whatever happens to the repository.
 
     Raises:
-        StoreError: there is no such pack, it may not be read, or the Hub cannot be reached, or that is no name.
+        StoreError: there is no such pack, it may not be read, the Hub cannot be reached, or the name is invalid.
     """
 
-    range_seconds = 0.1  # two requests: the Hub answers with the address of the file
+    range_seconds = 0.1  # two requests: the Hub first answers with the address of the file
 
     def __init__(
         self, repo: str, revision: str = "main", *, endpoint: str | None = None, token: str | None = None
@@ -79,11 +79,11 @@ class HubSource(PackSource):
             try:
                 self._stream(path, target, offset)
             except (CakeError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled):
-                raise  # an answer, which would be the same again
+                raise  # a retry would get the same answer
             except Exception as error:
                 if is_the_users(error):
                     raise
-                # The line broke. Taken up once where it broke; more patience is for the caller, who may rather compute.
+                # The connection broke: resume once where it broke. Further retries are up to the caller, who may compute.
                 self._stream(path, target, offset)
 
     def _plain_errors(self) -> AbstractContextManager[None]:
@@ -98,7 +98,7 @@ class HubSource(PackSource):
         return commit
 
     def _stream(self, path: str, target: _Scattering, offset: int) -> None:
-        """Go on from where the target is; ask for no byte more than it wants, and take none."""
+        """Continues where the target stands; requests and accepts no more bytes than it needs."""
         start = offset + target.filled
         with self._response(path, {"Range": f"bytes={start}-{offset + target.wanted - 1}"}) as response:
             whole = response.status_code == 200 and start == 0
@@ -111,7 +111,7 @@ class HubSource(PackSource):
 
     @contextmanager
     def _response(self, path: str, headers: dict[str, str]) -> Iterator[Any]:
-        """An answer to a GET whose body has not been read. The client does not send the token on to another host."""
+        """Yields the response to a GET, its body not read yet. The client does not forward the token to another host."""
         url = self._hub.hf_hub_url(self.repo, path, revision=self.commit, endpoint=self._endpoint)
         with self._hub.get_session().stream(
             "GET",
@@ -125,11 +125,11 @@ class HubSource(PackSource):
 
 
 class _Scattering:
-    """Buffers that are filled in order by blocks of any size."""
+    """Buffers that are filled in order, from blocks of any size."""
 
     def __init__(self, parts: Sequence[memoryview]) -> None:
         self._parts = [part for part in parts if part.nbytes]
-        self._at = 0  # in the first of them
+        self._at = 0  # offset in the first part
         self.filled = 0
         self.wanted = total_bytes(parts)
 
@@ -148,10 +148,10 @@ class _Scattering:
 
 
 def parse_hub_name(text: str) -> tuple[str, str]:
-    """Repository and revision of `hf://org/pack@revision`; the scheme and the revision (then "main") may be left out.
+    """Returns repository and revision of `hf://org/pack@revision`; the scheme and the revision (then "main") are optional.
 
     Raises:
-        StoreError: it is no such name.
+        StoreError: the text is not such a name.
     """
     found = _URL.fullmatch(text)
     if found is None:
@@ -164,7 +164,7 @@ def parse_hub_name(text: str) -> tuple[str, str]:
 
 
 def open_hub_pack(url: str) -> PackStore:
-    """A pack on the Hub, `hf://org/pack@revision`, as a store. Give a commit's 40 digits to mean the same bytes for ever.
+    """Opens a pack on the Hub, `hf://org/pack@revision`, as a store. A commit of 40 digits always means the same bytes.
 
     Raises:
         StoreError: there is no such pack, it may not be read, or the Hub cannot be reached.
@@ -173,7 +173,7 @@ def open_hub_pack(url: str) -> PackStore:
 
 
 def hub_client() -> Any:
-    """The module `huggingface_hub`.
+    """Returns the module `huggingface_hub`.
 
     Raises:
         StoreError: it is not installed.
@@ -190,11 +190,11 @@ def hub_client() -> Any:
 
 @contextmanager
 def plain_errors(repo: str, revision: str, secrets: Sequence[str] = ()) -> Iterator[None]:
-    """Whatever the Hub client raises in the body becomes a StoreError of one sentence.
+    """Turns errors of the Hub client in the body into StoreErrors of one sentence.
 
     Args:
-        repo, revision: that the body is about.
-        secrets: that nobody may see, besides those of the environment.
+        repo, revision: the repository and revision that the body works on.
+        secrets: secrets that must not appear in messages, besides those of the environment.
     """
     try:
         yield
@@ -211,7 +211,7 @@ def plain_errors(repo: str, revision: str, secrets: Sequence[str] = ()) -> Itera
 
 def _sentence(error: Exception, repo: str, revision: str) -> str:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # an upload's error comes wrapped
+        error = error.__cause__  # an upload's error is wrapped
     errors = hub_client().errors
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     known = {

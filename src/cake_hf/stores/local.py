@@ -1,7 +1,7 @@
-"""Chunks in a directory: one safetensors file each, shared by any number of processes, with no index to rebuild.
+"""A store in a directory: one safetensors file per chunk, shared by any number of processes, with no index to rebuild.
 
-Which files there are stands in `folder`. A reader opens the file once and reads from the descriptor, so another process may
-delete, evict or replace the chunk meanwhile.
+`folder` describes the files. A reader opens the file once and reads from the descriptor, so another process may delete, evict
+or replace the chunk meanwhile.
 """
 
 from __future__ import annotations
@@ -32,32 +32,34 @@ __all__ = ["SUFFIX", "LocalStore"]
 ATTEMPTS = 3
 
 MARK_SECONDS = 60.0
-"""A chunk's last use is noted this exactly: a read touches its file at most once in so long."""
+"""Resolution of a chunk's time of last use: reads touch its file at most once in this time."""
 
 
 class LocalStore(Store):
     """A store in a directory of the local (or a mounted) filesystem.
 
-    Room for a new chunk is made before it is written, by all processes with a budget (give all the same). Their chunks, with
-    those that are being written, stay within it; a process with none evicts nothing, but what it writes is counted.
+    Every process with a budget evicts chunks before it writes a new one (give all processes the same budget). The stored
+    chunks, together with those being written, stay within it. A process without a budget evicts nothing, but its writes are
+    counted.
 
     Args:
-        root: the directory; made by the first write where it is missing, then for its owner alone.
-        budget: most bytes of chunks that the directory may have, or the share of the free disk that these are (`FreeShare`), by
-            default a fifth; None for no limit. What is there already fits a share in any case: it evicts nothing of that to
-            become smaller, only for what is new.
-        eviction: who makes room: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was used
-            longest ago, the chunk nearest to its start, which is the cheapest to compute).
+        root: the directory. If it is missing, the first write creates it, accessible to its owner alone.
+        budget: most bytes of chunks in the directory, or a share of the free disk (`FreeShare`), by default a fifth; None for
+            no limit. Chunks that are already there always fit a share: they are evicted only to make room for new ones, never
+            to shrink the store.
+        eviction: which chunk is evicted: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was
+            used longest ago, the chunk nearest to its start, which is the cheapest to compute).
 
-    Opening it, and reading after `look_only`, changes nothing. Nothing is written to a directory that is somebody's own.
+    Opening the store, and reading after `look_only`, changes nothing. Nothing is written to a directory that holds other
+    files.
 
     Attributes:
         marks_use: whether reads count as uses.
-        eviction: as it was given.
-        share: of the free disk that is the budget, if it is one.
+        eviction: the order of eviction, as it was passed.
+        share: the share of the free disk, if the budget is a share.
 
     Raises:
-        StoreError: `root` is no directory, or not one that may be looked into; the message says what to do.
+        StoreError: `root` is not a directory, or may not be searched; the message says what to do.
         ValueError: `budget` is not positive, or there is no such eviction.
     """
 
@@ -125,8 +127,8 @@ class LocalStore(Store):
             if not replace and self._folder.statuses([key])[0] is not None:
                 return False
             for _ in range(ATTEMPTS - 1):
-                # Who removes the directory, or sweeps a file in the moment in which it is closed and has no name yet, costs a
-                # second try.
+                # Another process may remove the directory, or sweep the file while it is closed and has no name yet; then the
+                # write is tried again.
                 with suppress(FileNotFoundError):
                     return self._publish(key, parts, replace)
             return self._publish(key, parts, replace)
@@ -146,10 +148,10 @@ class LocalStore(Store):
             return None if status is None else status.st_size
 
     def check_writable(self) -> None:
-        """Try to make a file, and remove what killed writers have left.
+        """Tries to create a file, and removes files that killed writers have left.
 
         Raises:
-            StoreError: the directory is read-only, the disk is full, or it is somebody's own.
+            StoreError: the directory is read-only, the disk is full, or the directory holds other files.
         """
         try:
             with self._folder.partial_file("probe"):
@@ -184,7 +186,7 @@ class LocalStore(Store):
                 write_note(self.root, name, note)
 
     def exists(self) -> bool:
-        """Whether the directory is there."""
+        """Returns whether the directory exists."""
         with (
             self._told(f"The directory {self.root} cannot be looked at: "),
             suppress(FileNotFoundError),
@@ -194,27 +196,27 @@ class LocalStore(Store):
         return False
 
     def is_store(self) -> bool:
-        """Whether the directory is there and a store: marked, or with chunks, or with nothing that stores do not have."""
+        """Returns whether the directory exists and is a store: it has the marker, or chunks, or nothing foreign in it."""
         with self._told(f"The directory {self.root} cannot be looked at: "):
             return self._folder.is_store()
 
     def sweep(self) -> int:
-        """Remove what killed writers left behind; returns how many files. Files of living writers stay."""
+        """Removes files that killed writers left behind; returns how many. Files of living writers stay."""
         return self._folder.sweep()
 
-    # What eviction, ours and that of `cake-hf gc`, needs beyond the contract.
+    # Methods beyond the contract that eviction needs, both here and in `cake-hf gc`.
 
     def entries(self) -> list[Entry]:
-        """All chunks with their sizes and last uses.
+        """Returns all chunks with their sizes and times of last use.
 
         Raises:
-            StoreError: a directory or a file cannot be looked at.
+            StoreError: a directory or a file cannot be accessed.
         """
         with self._told(f"The chunks in {self.root} cannot be looked at: "):
             return list(self._folder.entries())
 
     def place(self, key: str) -> ChunkPosition | None:
-        """Where a chunk stands in its prompt, by its header; None where that cannot be told. Does not count as a use."""
+        """Returns a chunk's position in its prompt, read from its header; None if unknown. Does not count as a use."""
         try:
             with self._folder.chunk(key) as (descriptor, _):
                 return place_in(os.pread(descriptor, FIRST_BYTES, 0)) or place_in(os.pread(descriptor, START_BYTES, 0))
@@ -222,33 +224,33 @@ class LocalStore(Store):
             return None
 
     def evict(self, entry: Entry) -> bool:
-        """Delete a chunk unless it was used since it was listed; whether it is gone.
+        """Deletes a chunk unless it was used since it was listed; returns whether it is gone.
 
         Raises:
-            StoreError: it cannot be deleted.
+            StoreError: the chunk cannot be deleted.
         """
         with self._told(f"Chunk {entry.key} cannot be deleted from {self.root}: "), self._room.counting() as count:
             count(-self._folder.discard(entry))
             return self._folder.statuses([entry.key])[0] is None
 
     def budget(self) -> int | None:
-        """Most bytes of chunks that may be here; None for no limit. A share of the free disk is worked out.
+        """Returns the byte budget; None for no limit. A share of the free disk is converted to bytes.
 
         Raises:
-            StoreError: the directory cannot be looked at.
+            StoreError: the directory cannot be accessed.
         """
         with self._told(f"The chunks in {self.root} cannot be looked at: "):
             return self._room.worked_out(sum(entry.nbytes for entry in self._folder.entries()))
 
     def pin(self, keys: Iterable[str], until: float) -> int:
-        """Keep chunks until a date, whatever has to make room; an older date is replaced. `delete` still deletes.
+        """Protects chunks from eviction until a date, which replaces an earlier one. `delete` still deletes them.
 
         Args:
-            keys: of chunks; those that are not stored are passed over.
+            keys: of chunks; keys that are not stored are skipped.
             until: seconds since the epoch.
 
         Returns:
-            How many are pinned by this.
+            How many chunks this call has pinned.
 
         Raises:
             StoreError: the directory cannot be written to.
@@ -261,7 +263,7 @@ class LocalStore(Store):
         return len(there)
 
     def unpin(self, keys: Iterable[str]) -> int:
-        """Let chunks go again when room is needed; returns how many were pinned. Raises as `pin`."""
+        """Allows eviction of chunks again; returns how many of them were pinned. Raises like `pin`."""
         pinned = self.pinned()
         wanted = [key for key in dict.fromkeys(keys) if key in pinned]
         with self._told(f"Chunks in {self.root} cannot be unpinned: "):
@@ -270,10 +272,10 @@ class LocalStore(Store):
         return len(wanted)
 
     def pinned(self) -> dict[str, int]:
-        """Key -> until when it stays, in seconds since the epoch; of the chunks that are pinned now.
+        """Returns the chunks that are pinned now: key -> end of the pin, in seconds since the epoch.
 
         Raises:
-            StoreError: the directory cannot be looked at.
+            StoreError: the directory cannot be accessed.
         """
         with self._told(f"The pins in {self.root} cannot be read: "):
             return self._room.pinned()
@@ -283,10 +285,10 @@ class LocalStore(Store):
             if not stat.S_ISDIR(os.stat(self.root).st_mode):
                 raise StoreError(f"The store path {self.root} is a file; give the path of a directory.")
             with directory(self.root) as root:
-                os.stat(".", dir_fd=root)  # whether it may be passed through
+                os.stat(".", dir_fd=root)  # fails if the directory may not be searched
 
     def _publish(self, key: str, parts: Sequence[Part], replace: bool) -> bool:
-        """Write to a partial sibling, make it durable, and only then give it its name."""
+        """Writes a partial file, makes it durable, and only then gives it the chunk's name."""
         nbytes = total_bytes(parts)
         with self._folder.partial_file(key) as partial:
             self._begin_to_write()
@@ -309,21 +311,21 @@ class LocalStore(Store):
             return named
 
     def _begin_to_write(self) -> None:
-        """The first write sweeps: not before is it known that the directory is ours, and that anybody writes at all."""
+        """Sweeps at the first write: only then is it known that the directory is a store, and that it is written to."""
         self._looks_only = False
         if not self._written:
             self._written = True
             self.sweep()
 
     def _mark_use(self, descriptor: int, used: float) -> None:
-        """Note a use as the file's mtime: unlike atime, no mount turns it off and no backup that reads the file changes it."""
+        """Records a use as the file's mtime. Unlike atime, no mount option disables it and no backup changes it by reading."""
         if self.marks_use and not self._looks_only and abs(time.time() - used) > MARK_SECONDS:
-            with suppress(OSError):  # somebody else's file: its owner's uses count
+            with suppress(OSError):  # the file belongs to another user: only the owner's uses count
                 os.utime(descriptor)
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """The system's errors become ours: this begin of a sentence, and what to do."""
+        """Turns the body's OSErrors into StoreErrors: `what` starts the sentence, advice on what to do ends it."""
         try:
             yield
         except OSError as error:

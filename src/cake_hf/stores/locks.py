@@ -1,7 +1,7 @@
-"""Locks between processes, on an open file: the kernel gives them back when their holder dies.
+"""Locks between processes on open files; the kernel releases them when their holder dies.
 
-A lock belongs to the open file, which a child of `fork` shares. So it is given back by name, not by closing alone, and a child
-closes what it has inherited at once: otherwise it would hold its parent's locks for as long as it lives.
+A lock belongs to the open file description, which a child of `fork` shares. So a lock is released explicitly, not just by
+closing the file, and a child closes inherited files at once: otherwise it would hold its parent's locks as long as it lives.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from contextlib import suppress
 from cake_hf.stores.safe_paths import open_file, status_of
 
 STALE_SECONDS = 10.0
-"""After so long without a change a lock file is taken for a dead process's."""
+"""Seconds without a change after which a lock file is taken for a dead process's."""
 
 _held: set[int] = set()
 _forks = 0
 
 
 class NoLocks(OSError):
-    """The filesystem has no such locks."""
+    """The filesystem has no locks on open files."""
 
 
 def take(descriptor: int) -> bool:
-    """Lock an open file; False if another holds it. Given back with `give_back`.
+    """Locks an open file; returns False if another process holds the lock. Release it with `give_back`.
 
     Raises:
-        NoLocks: that is not to be had here.
+        NoLocks: the filesystem has no such locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +42,7 @@ def take(descriptor: int) -> bool:
 
 
 def give_back(descriptor: int) -> None:
-    """Unlock an open file, whoever else has it open. It must not be closed before."""
+    """Unlocks an open file, even if another process shares it. The file must not be closed before."""
     if descriptor in _held:
         _held.discard(descriptor)
         with suppress(OSError):
@@ -50,7 +50,7 @@ def give_back(descriptor: int) -> None:
 
 
 def forks() -> int:
-    """A number that changes with each fork. A file that was opened before one and locked after it is the child's, too."""
+    """Returns a number that changes with each fork. A lock on a file that was opened before a fork is also the child's."""
     return _forks
 
 
@@ -60,7 +60,7 @@ def _count_fork() -> None:
 
 
 def _let_go() -> None:
-    """In a child: what its parent holds is none of its own."""
+    """Closes a forked child's copies of files that the parent has locked."""
     for descriptor in list(_held):
         with suppress(OSError):
             os.close(descriptor)
@@ -71,14 +71,15 @@ os.register_at_fork(before=_count_fork, after_in_parent=_count_fork, after_in_ch
 
 
 class LockFile:
-    """A lock where the filesystem has none on open files: a file that is there while somebody holds it.
+    """A lock for filesystems without locks on open files: a file that exists while a process holds the lock.
 
-    A holder that dies leaves it behind. So it is removed where it has not changed for long; it is never held that long.
+    A holder that dies leaves the file behind. So the file is removed if it has not changed for a long time; the lock is never
+    held that long.
 
     Args:
-        name: of the file.
+        name: name of the file.
         at: descriptor of its directory, open as long as this object is used.
-        stale_seconds: how long an unchanged one is waited for.
+        stale_seconds: how long to wait for an unchanged file.
     """
 
     def __init__(self, name: str, at: int, stale_seconds: float | None = None) -> None:
@@ -96,7 +97,7 @@ class LockFile:
         self.give_back()
 
     def take(self) -> bool:
-        """Make the file, unless we have; False if another has."""
+        """Creates the file, unless we have already; returns False if another process has."""
         if self._is_ours:
             return True
         try:
@@ -108,13 +109,13 @@ class LockFile:
         return True
 
     def give_back(self) -> None:
-        """Remove the file, if it is ours."""
+        """Removes the file, if it is ours."""
         if self._is_ours:
             self._is_ours = False
             self._remove()
 
     def is_held_by_another(self) -> bool:
-        """Whether another has made the file."""
+        """Returns whether another process has created the file."""
         status = None if self._is_ours else status_of(self._name, self._at)
         seen = None if status is None else (status.st_ino, status.st_mtime_ns)
         if seen != self._seen:

@@ -1,8 +1,8 @@
-"""What a pack says about itself: one JSON file that names every file, its size and its digests.
+"""The manifest of a pack: one JSON file that lists every file with its size and digests.
 
-Whoever made a pack may be a stranger. So the manifest is bounded before it is parsed, every field is checked, and files are
-found by their keys alone: no path stands in it. What makes its KV interchangeable is written out as facts, and those must
-give the namespace, so that a pack cannot claim to be made for one model and carry the keys of another.
+A pack's author may be a stranger. So the manifest is bounded before it is parsed, every field is checked, and files are found
+by their keys alone: the manifest contains no paths. The metadata that makes its KV interchangeable is written out, and its
+digest must be the namespace, so that a pack cannot claim to be made for one model and carry the keys of another.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ CARD = "README.md"
 FORMAT = "cake_hf-pack"
 VERSION = "1"
 STATES_VERSION = "2"
-"""Of a manifest with snapshots. Who knows the first version only then names the version, and does not call the pack damaged."""
+"""Version of a manifest with snapshots. Readers that know only version 1 then report the version, not a damaged pack."""
 CUTS_VERSION = "3"
-"""Of a manifest with boundaries, and with snapshots or without."""
+"""Version of a manifest with boundaries, with or without snapshots."""
 
 BLOCK_BYTES = 2**20
-"""A chunk's file has a digest for each block of so many bytes, so that a part of it can be checked by itself."""
+"""Bytes per digested block of a chunk's file, so that a part of the file can be checked by itself."""
 
 MAX_MANIFEST_BYTES = 16 * 2**20
-"""Room for the digests of 200 GB of chunks. A longer manifest is refused before it is read. Parsing takes six times as much
-memory at most, whatever stands in it."""
+"""Enough for the digests of 200 GB of chunks. A longer manifest is refused before it is read. Parsing takes at most six times
+as much memory, whatever the content."""
 MAX_CHUNKS = 2**16
 MAX_CHUNK_BYTES = 2**32
-"""A larger file is refused before memory is taken for it."""
+"""A larger file is refused before memory is allocated for it."""
 MAX_BLOCKS = 2**18
-"""Up to the last boundary of a pack: they are counted one by one."""
+"""Most blocks up to the last boundary of a pack, since they are enumerated one by one."""
 MAX_TEXT = 200
 MAX_DEPTH = 16
 _MAX_STRUCTURE = MAX_MANIFEST_BYTES // 64 + 8 * MAX_CHUNKS
-"""Brackets, braces and commas: what JSON may need many bytes of memory for. One for each digest, eight for each chunk."""
+"""Most brackets, braces and commas, for which a JSON parser may need much memory: one per digest, eight per chunk."""
 
 _KEY = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -54,14 +54,14 @@ _REVISION = re.compile(r"[0-9a-f]{40}|")
 
 @dataclass(frozen=True)
 class PackChunk:
-    """One file of a pack: a block (a chunk or a tail), or a snapshot of the model's recurrent state at the end of one.
+    """One file of a pack: a block (a chunk or a tail), or a snapshot of the model's recurrent state at the end of a block.
 
     Attributes:
-        key: its name.
-        index: the block's number in its prompt; a snapshot's is that of its block.
+        key: the file's key, which is its name.
+        index: the block's number in its prompt; for a snapshot, the number of its block.
         size: bytes of the file.
         digest: blake3 of the file, 64 hexadecimal digits.
-        blocks: blake3 of each of its blocks of `BLOCK_BYTES`; the last one may be shorter.
+        blocks: blake3 of each run of `BLOCK_BYTES` in the file; the last run may be shorter.
     """
 
     key: str
@@ -73,19 +73,19 @@ class PackChunk:
 
 @dataclass(frozen=True)
 class PackManifest:
-    """All that a pack says about itself.
+    """The content of a pack's manifest.
 
     Attributes:
-        namespace: digest of what makes its KV interchangeable; part of every key.
-        facts: what that digest was made from, as JSON values, without the salt.
-        salted: its keys were made with a salt, which the pack does not tell.
+        namespace: digest of the metadata that makes its KV interchangeable; part of every key.
+        facts: the metadata behind that digest, as JSON values, without the salt.
+        salted: whether the keys were made with a salt, which the pack does not reveal.
         model: the model's name, for people and for the card.
-        model_revision: commit of the model on the Hub, 40 hexadecimal digits; empty where it is not known.
-        dtype: of the KV, as safetensors names it.
+        model_revision: commit of the model on the Hub, 40 hexadecimal digits; empty if unknown.
+        dtype: dtype of the KV, as safetensors names it.
         chunk_size: tokens per chunk.
-        chunks: chunks and tails, by their place in the prompt.
+        chunks: chunks and tails, by their position in the prompt.
         states: snapshots at the ends of some of them, in the same order.
-        boundaries: tokens from the prompt's start up to the end of each tail. Without any there are only chunks.
+        boundaries: tokens from the prompt's start to the end of each tail; empty if the pack has no tails.
     """
 
     namespace: str
@@ -111,7 +111,7 @@ class PackManifest:
 
     @cached_property
     def tails(self) -> tuple[PackChunk, ...]:
-        """Those of `chunks` that are no full chunks."""
+        """The elements of `chunks` that are not full chunks."""
         return tuple(chunk for chunk in self.chunks if not self.block(chunk.index).fills(self.chunk_size))
 
     @cached_property
@@ -120,7 +120,7 @@ class PackManifest:
         return blocks(0, self.boundaries[-1], self.boundaries, self.chunk_size) if self.boundaries else []
 
     def block(self, index: int) -> Block:
-        """A block of the prompt by its number."""
+        """Returns a block of the prompt by its number."""
         if index < len(self._cut):
             return self._cut[index]
         start = (self.boundaries[-1] if self.boundaries else 0) + (index - len(self._cut)) * self.chunk_size
@@ -132,10 +132,10 @@ class PackManifest:
         return sum(file.size for file in (*self.chunks, *self.states))
 
     def to_json(self) -> bytes:
-        """The manifest file.
+        """Returns the manifest file.
 
         Raises:
-            StoreError: there is more in the pack than a manifest may tell.
+            StoreError: the pack exceeds the limits of a manifest.
         """
         text = json.dumps(
             {
@@ -155,25 +155,25 @@ class PackManifest:
             },
             indent=1,
         ).encode()
-        parse_manifest(text)  # what nobody could read must not be published
+        parse_manifest(text)  # a manifest that readers refuse must not be published
         return text
 
 
 def chunk_path(key: str) -> str:
-    """Where a chunk's file is in a pack: as in a local store."""
+    """Returns the path of a chunk's file in a pack; the same as in a directory store."""
     return f"{key[:2]}/{key}.safetensors"
 
 
 def printable(text: str) -> str:
-    """Text as a manifest takes it: nothing that a terminal would act on, and not too long."""
+    """Returns the text as a manifest accepts it: without control characters, and not too long."""
     return "".join(c if c.isprintable() else "?" for c in text.encode(errors="replace").decode())[-MAX_TEXT:]
 
 
 def parse_manifest(raw: bytes) -> PackManifest:
-    """Read a manifest that anyone may have written.
+    """Parses an untrusted manifest.
 
     Raises:
-        StoreError: it is not a manifest of this format and version, or something in it does not fit together.
+        StoreError: it is not a manifest of this format and version, or its fields are inconsistent.
     """
     if len(raw) > MAX_MANIFEST_BYTES or sum(map(raw.count, (b"{", b"[", b","))) > _MAX_STRUCTURE:
         raise StoreError(f"The pack's {MANIFEST} is larger than any that cake_hf writes.")
@@ -226,7 +226,7 @@ def _states(taken: _Fields, most: int) -> tuple[PackChunk, ...]:
 
 
 def _boundaries(taken: _Fields, size: int) -> tuple[int, ...]:
-    """In ascending order, and so few that they can be counted through."""
+    """Returns the boundaries: ascending, and few enough to enumerate the blocks up to the last one."""
     found = taken.rows("boundaries", 1, MAX_BLOCKS)
     if any(type(cut) is not int or cut < 1 for cut in found):
         raise ValueError("a boundary is no number of tokens")
@@ -238,7 +238,7 @@ def _boundaries(taken: _Fields, size: int) -> tuple[int, ...]:
 
 
 def _check_boundaries(manifest: PackManifest) -> None:
-    """Each boundary ends a tail, or it would be none; and none is behind the last token."""
+    """Raises unless each boundary ends a tail, and none is after the last token."""
     if not manifest.boundaries:
         return
     end = manifest.tokens[1]
@@ -249,7 +249,7 @@ def _check_boundaries(manifest: PackManifest) -> None:
 
 
 def _check_places(manifest: PackManifest) -> None:
-    """Each file has a name of its own, each chunk a place of its own, and each snapshot is that of one of the chunks."""
+    """Raises unless file names and chunk positions are unique and each snapshot belongs to one of the chunks."""
     for files, what in ((manifest.chunks, "chunks"), (manifest.states, "states")):
         indices = [file.index for file in files]
         if indices != sorted(set(indices)):
@@ -287,7 +287,7 @@ def _digest(value: Any) -> str:
 
 
 class _Fields:
-    """An object's fields, taken one by one, each with a check. What is wrong is a ValueError."""
+    """The fields of a JSON object, taken and checked one by one; a failed check raises a ValueError."""
 
     def __init__(self, value: Any, what: str) -> None:
         if not isinstance(value, dict):
@@ -302,7 +302,7 @@ class _Fields:
 
     def number(self, name: str, least: int, most: int) -> int:
         value = self._take(name)
-        if type(value) is not int or not least <= value <= most:  # a bool is no number here
+        if type(value) is not int or not least <= value <= most:  # `type`, since a bool is an int
             raise self._wrong(name)
         return value
 
@@ -325,7 +325,7 @@ class _Fields:
         return value
 
     def expect_only(self, *others: str) -> None:
-        """Raise where there is more than what was taken and these."""
+        """Raises if the object has fields beyond these and those already taken."""
         if unknown := sorted(set(self._value) - self._taken - set(others)):
             raise self._wrong(unknown[0])
 
@@ -344,7 +344,7 @@ def _is_plain(text: str) -> bool:
 
 
 def _is_shallow(value: Any, depth: int) -> bool:
-    """Whether a JSON value is nested no deeper than that."""
+    """Returns whether a JSON value is nested no deeper than `depth`."""
     if not isinstance(value, (dict, list)):
         return True
     inner = value.values() if isinstance(value, dict) else value
@@ -359,6 +359,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Our own words as they are; a parser's may quote megabytes."""
+    """Returns our own messages as they are; a parser's message, which may quote megabytes, is replaced."""
     own = type(error) is ValueError and len(str(error)) <= 2 * MAX_TEXT
     return str(error) if own else "it is no JSON"

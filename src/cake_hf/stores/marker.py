@@ -1,4 +1,4 @@
-"""What tells a store's directory from somebody's own: a file that says so, or, in stores older than that, what is in them."""
+"""Tells a store's directory from a foreign one: by a marker file, or, for stores older than the marker, by their contents."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ _NOTE = re.compile(r"(?:costs-[0-9a-f]{16}\.json|namespace-[0-9a-f]{40}\.json|hi
 _PIN = re.compile(rb"(?:[0-9a-f]{40} [0-9]{1,12}\n(?s:.*))?")
 _NUMBER = re.compile(rb"(?:[0-9]{20}\n)?")
 _NOBODYS = re.compile(r"lost\+found|\.snapshots?|\.zfs|\.Trash.*|\.DS_Store|\.nfs.*|\.fuse_hidden.*")
-"""What filesystems and desktops put into a directory that is empty otherwise."""
+"""Files that filesystems and desktops put into an otherwise empty directory."""
 
 
 def key_in(shard: str, name: str) -> str | None:
-    """The key of the chunk whose file has that name in that folder; None if it is no chunk's."""
+    """Returns the key of the chunk whose file has that name in that folder; None if it is not a chunk's file."""
     found = _CHUNK.fullmatch(name)
     return found[1] if found and name.startswith(shard) else None
 
 
 def is_store(root: int) -> bool:
-    """Whether a directory is a store, or empty, as one is that nothing was written to yet.
+    """Returns whether a directory is a store, or empty, like a store that was never written to.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the directory cannot be accessed.
     """
     if status_of(MARKER, root) is not None:
         return True
     found = [entry for entry in entries_of(root) if not _NOBODYS.fullmatch(entry.name)]
-    # One whose chunks have all gone has still its folders.
+    # A store whose chunks are all gone still has its folders.
     return any(_has_chunk(root, entry) for entry in found) or all(_is_ours(root, entry) for entry in found)
 
 
 def claim(root: int, path: Path) -> None:
-    """Let a directory be a store from now on, unless it is somebody's own.
+    """Marks a directory as a store, unless it holds other files.
 
     Args:
         root: descriptor of the directory.
-        path: of it, for the message.
+        path: path of the directory, for the message.
 
     Raises:
-        StoreError: there is something in it, and it is no store.
-        OSError: it cannot be looked at, or not be written to.
+        StoreError: the directory is neither empty nor a store.
+        OSError: the directory cannot be accessed or written to.
     """
     if status_of(MARKER, root) is not None:
         return
@@ -83,7 +83,7 @@ def _has_chunk(root: int, entry: FoundFile) -> bool:
 
 def _is_ours(root: int, entry: FoundFile) -> bool:
     name = entry.name
-    if name in (MARKER, LOCK):  # the marker may have come just now
+    if name in (MARKER, LOCK):  # another process may have just created the marker
         return entry.is_file
     if name in (BYTES, PINS):
         return entry.is_file and _begins_as(name, {BYTES: _NUMBER, PINS: _PIN}[name], root)

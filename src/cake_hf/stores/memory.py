@@ -1,4 +1,4 @@
-"""Chunks in this process's memory: for tests, and as the nearest place within one run."""
+"""A store in this process's memory: for tests, and as the nearest tier within one run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cake_hf.util.forks import Lock
 
 
 class MemoryStore(Store):
-    """A dict under a lock, with a byte budget; the least recently used values make room.
+    """A dict under a lock, with a byte budget; the least recently used values are evicted first.
 
     Args:
-        budget_bytes: most bytes of values kept at once.
+        budget_bytes: most bytes of values that are kept at once.
     """
 
     reads_ranges = True
@@ -31,7 +31,7 @@ class MemoryStore(Store):
         self._lock = Lock()
 
     def budget(self) -> int:
-        """Most bytes that may be here."""
+        """Returns the byte budget."""
         return self._budget
 
     def contains(self, keys: Sequence[str]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""In words, why KV made under some facts cannot serve a model under others."""
+"""Mismatch reasons: explains in words why KV made under some metadata cannot serve a model under other metadata."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cake_hf.util.redaction import escaped
 MOST_NAMED = 3
 MAX_VALUE = 40
 DIGESTS = ("model.weights", "code", "behaviour")
-"""Facts that tell people nothing by their values."""
+"""Metadata whose values mean nothing to people."""
 
 
 def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) -> str:
-    """The first thing that a person should hear of, as the end of a sentence that begins with "the pack".
+    """Returns the most important mismatch, as the end of a sentence that starts with "the pack".
 
     Args:
-        theirs: facts of the pack, without its salt.
-        salted: whether it was made with one.
-        ours: facts of the model and its options, without a salt; the namespaces are known to be different.
+        theirs: metadata of the pack, without its salt.
+        salted: whether the pack was made with a salt.
+        ours: metadata of the model and its options, without a salt; the namespaces are known to differ.
     """
     different = list(differences(theirs, ours))
     exact = "numerics" in theirs
@@ -46,14 +46,14 @@ def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) ->
 
 
 def dtypes(facts: Mapping[str, Any]) -> str:
-    """The dtypes of the KV that facts speak of, as safetensors names them; empty where they do not tell."""
+    """Returns the dtypes of the KV that the metadata describes, as safetensors names them; empty if unknown."""
     layout = facts.get("layout")
     entries = layout.values() if isinstance(layout, dict) else []
     return ", ".join(sorted({plain(str(entry.get("dtype"))) for entry in entries if isinstance(entry, dict)}))
 
 
 def differences(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(where, there, here) of all that differs, depth first."""
+    """Iterates over all differences, depth first, as (path, their value, our value)."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for name in sorted({*theirs, *ours}):
             yield from differences(theirs.get(name), ours.get(name), f"{path}.{name}" if path else name)
@@ -71,11 +71,11 @@ def _named(different: list[tuple[str, Any, Any]]) -> str:
 
 
 def short(value: Any) -> str:
-    """A fact's value, for a sentence."""
+    """Returns a metadata value in a short form for a sentence."""
     return plain(json.dumps(value, default=str))
 
 
 def plain(text: str) -> str:
-    """Text as a terminal may show it, whoever wrote it."""
+    """Returns an untrusted text, shortened and escaped so that a terminal may show it."""
     harmless = escaped(text[: MAX_VALUE + 1])
     return harmless if len(harmless) <= MAX_VALUE else f"{harmless[:MAX_VALUE]}..."

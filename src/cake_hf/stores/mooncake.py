@@ -1,8 +1,8 @@
-"""Chunks in a Mooncake cluster (`mooncake://`): the memory that many machines lend, behind one master.
+"""A store in a Mooncake cluster (`mooncake://`): memory lent by many machines, managed by one master.
 
-    <prefix>/3fa9...e1      a chunk; the master shows it when all of it has arrived, or not at all
+    <prefix>/3fa9...e1      a chunk; the master shows it only once it is complete
 
-A reader gets a lease on what it reads or asks for (10 seconds by default), in which nothing of it is removed.
+A reader gets a lease (10 seconds by default) on each value that it reads or looks up; the value is not removed meanwhile.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from cake_hf.stores.pieces import address_of
 from cake_hf.util.redaction import shown
 
 MOST_PIECES = 256
-"""Pieces of one transfer. The client gives each a place in a queue of 2,048 and fails where that is full."""
+"""Most pieces of one transfer. The client puts each piece into a queue of 2,048 and fails if the queue is full."""
 
 LEASE_SECONDS = 15.0
-"""How long a removal waits for leases to run out: longer than the master's default."""
+"""How long a removal waits for leases to expire: longer than the master's default lease."""
 
 LOOK_AGAIN_SECONDS = 0.02
-"""How often it looks whether they have."""
+"""Interval at which a removal checks whether the leases have expired."""
 
 ATTEMPTS = 3
-"""How often a value is read whose lease runs out meanwhile."""
+"""Attempts to read a value whose lease expires during the read."""
 
 LISTING_SECONDS = 30.0
 """How long the master may take to list its keys."""
@@ -55,38 +55,38 @@ MISSES = (NOT_FOUND, NOT_READY)
 _KEY = re.compile(r"[0-9a-f]{40}")
 
 Transfer = Callable[[Any, list[int], list[int]], int]
-"""Called with the client, addresses and sizes; gives the client's answer: bytes, or what went wrong."""
+"""Called with the client, addresses and sizes; returns the client's answer: a number of bytes, or an error code."""
 
 
 class MooncakeStore(Store):
-    """A store in a Mooncake cluster. Opening it asks nothing of the cluster; the first call joins it.
+    """A store in a Mooncake cluster. Opening it does not contact the cluster; the first call joins it.
 
-    What it does not promise, since Mooncake does not:
+    It lacks these guarantees, since Mooncake does not give them:
 
-    * *Durability.* A value lives in the memory of a process that lends it, or of `replicas` such processes, and goes with the
-      last of them (until the master has noticed that one is gone, 10 seconds by default, reads and writes that are sent there
-      fail); a master that ends forgets all. When the memory is full, the master evicts what was used least. Lend memory from
-      processes that live on (`mooncake_client`, or a store with `lend` that stays open), and put a directory or a bucket
-      beside it (see `TierStore`) for what has to last.
-    * *Deletion at once.* `delete`, and `write` with `replace`, wait until nobody has a lease on the value any more,
-      `lease_seconds` at most; then they are a `StoreError`. (Mooncake's own replacement changes values under their readers, so
-      it is not used.)
-    * *Who wins.* Of two that write one key at the same time both may be told that they wrote it.
-    * *Empty values* are refused.
+    * *Durability.* A value lives in the memory of one lending process, or of `replicas` such processes, and is lost with the
+      last of them (until the master notices that a process is gone, after 10 seconds by default, reads and writes sent there
+      fail). A master that ends loses everything. When the memory is full, the master evicts the values used least. Lend
+      memory from long-lived processes (`mooncake_client`, or a store with `lend` that stays open), and combine it with a
+      directory or a bucket (see `TierStore`) for values that have to last.
+    * *Immediate deletion.* `delete`, and `write` with `replace`, wait at most `lease_seconds` until no reader has a lease on
+      the value; then they raise a `StoreError`. (Mooncake's own replacement changes values during reads, so it is not used.)
+    * *A single winner.* If two writers write one key at the same time, both may be told that they wrote it.
+    * *Empty values*, which are refused.
 
-    The client listens on all network interfaces, and so does the master: only for networks in which you trust everybody.
+    The client listens on all network interfaces, and so does the master: use it only in networks in which you trust everybody.
 
     Args:
         url: `mooncake://master:50051/prefix`; the prefix (default "cake_hf") keeps the keys apart from others in the cluster.
             Options after the `?`: `lend` (memory that this process lends, such as 4GB; default none), `replicas` (default 1),
-            `protocol` ("tcp"; or "rdma", with `devices`), `metadata` (default "P2PHANDSHAKE"), `host` (under which others reach
-            this machine; by default the address it reaches the master from), `admin` (the master's metrics port, through
-            which keys are listed; default 9003).
+            `protocol` ("tcp"; or "rdma", with `devices`), `metadata` (default "P2PHANDSHAKE"), `host` (address at which others
+            reach this machine; by default the address from which it reaches the master), `admin` (the master's metrics port,
+            through which keys are listed; default 9003).
         lease_seconds: how long removals wait for readers; longer than the master's --default_kv_lease_ttl.
-        register: tell the client of each piece of memory before it is used, as RDMA wants it; by default where it is not TCP.
+        register: whether to register each piece of memory with the client before its use, as RDMA requires; by default for
+            protocols other than TCP.
 
     Raises:
-        StoreError: the URL or an option makes no sense, or the client is not installed.
+        StoreError: the URL or an option is invalid, or the client is not installed.
     """
 
     reads_ranges = True
@@ -94,13 +94,13 @@ class MooncakeStore(Store):
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS, register: bool | None = None) -> None:
         address = MooncakeAddress.parse(url)
-        native_client()  # without it nothing could ever be done
+        native_client()  # fails at once if the client is not installed
         self._address = address
         self._lease_seconds = lease_seconds
         self._register = address.settings.protocol != "tcp" if register is None else register
         self._member = join(address.settings)
         self._leave = weakref.finalize(self, leave, self._member)
-        self._leave.atexit = False  # the client's own file sees to that, for all stores at once
+        self._leave.atexit = False  # `mooncake_client` leaves at exit, for all stores at once
 
     def __repr__(self) -> str:
         return f"MooncakeStore({self._address.place!r})"
@@ -122,7 +122,7 @@ class MooncakeStore(Store):
             return int(client.batch_get_into_multi_buffers([name], [addresses], [sizes])[0])
 
         count = self._transfer(parts, read) if expected else REFUSED
-        if count < 0 and count not in MISSES:  # What does not fit fails in one way or another.
+        if count < 0 and count not in MISSES:  # The error code for a wrong size varies.
             size = self.size(key)
             count = NOT_FOUND if size is None else count if size == expected else size
         if count in MISSES:
@@ -150,10 +150,10 @@ class MooncakeStore(Store):
         return code not in MISSES
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        """As the contract says, but for what the class does not promise.
+        """Writes like the contract, except for the guarantees that the class lacks.
 
         Raises:
-            StoreError: the value is empty or cannot be written, or the old one is being read all the time.
+            StoreError: the value is empty or cannot be written, or readers never release the old value.
         """
         if not total_bytes(parts):
             raise StoreError("Mooncake keeps no empty values.")
@@ -162,14 +162,14 @@ class MooncakeStore(Store):
         elif self.contains([key])[0]:
             return False
         check(self._put(self._name(key), parts), self._sentence("written", key))
-        # To whoever comes second the client says that all is well, even if the first one never gets done.
+        # The client reports success to a second writer even if the first one never finishes.
         return self.contains([key])[0]
 
     def delete(self, key: str) -> bool:
-        """Remove a key when nobody has a lease on it any more.
+        """Removes a key once no reader has a lease on it.
 
         Raises:
-            StoreError: it cannot be removed, or is read all the time.
+            StoreError: the key cannot be removed, or readers never release it.
         """
         code = self._remove(self._name(key))
         if code not in MISSES:
@@ -177,7 +177,7 @@ class MooncakeStore(Store):
         return code not in MISSES
 
     def keys(self) -> Iterator[str]:
-        """All keys under the prefix, from the master's metrics port.
+        """Iterates over all keys under the prefix, as listed at the master's metrics port.
 
         Raises:
             StoreError: the port does not answer.
@@ -201,10 +201,10 @@ class MooncakeStore(Store):
         return None if code in MISSES else check(code, self._sentence("looked at", key))
 
     def check_writable(self) -> None:
-        """Write a small value and remove it.
+        """Writes a small value and removes it.
 
         Raises:
-            StoreError: the cluster cannot be reached or has no room.
+            StoreError: the cluster cannot be reached or has no space.
         """
         name = self._name(f"probe-{secrets.token_hex(8)}")
         check(self._put(name, [b"probe"]), f"Nothing can be written to {self._address.place}")
@@ -220,7 +220,7 @@ class MooncakeStore(Store):
         return f"Chunk {key} cannot be {what} in {self._address.place}"
 
     def _transfer(self, parts: Sequence[memoryview], transfer: Transfer, *, register: bool = False) -> int:
-        """Run a transfer into the parts; by way of memory of its own where they are too many."""
+        """Runs a transfer into the parts; through a temporary buffer if there are too many parts."""
         pieces = [part for part in parts if part.nbytes]
         whole = bytearray(total_bytes(pieces)) if len(pieces) > MOST_PIECES else None
         addresses, sizes = _spots(pieces if whole is None else [memoryview(whole)])
@@ -237,7 +237,7 @@ class MooncakeStore(Store):
     def _put(self, name: str, parts: Sequence[Part]) -> int:
         pieces = [memoryview(part) for part in parts if memoryview(part).nbytes]
         if self._register or len(pieces) > MOST_PIECES:
-            # Memory can be registered only once at a time, and other threads may be writing the same.
+            # Memory can be registered only once at a time, and other threads may be writing from the same memory.
             pieces = [memoryview(bytearray().join(pieces))]
         addresses, sizes = _spots(pieces)
         config = native_client().ReplicateConfig()
@@ -256,7 +256,7 @@ class MooncakeStore(Store):
 
 
 def _spots(pieces: Sequence[memoryview]) -> tuple[list[int], list[int]]:
-    """Where the pieces are in memory, and their sizes. The pieces must be kept as long as these are used."""
+    """Returns the pieces' memory addresses and sizes. The caller must keep the pieces as long as the addresses are used."""
     return [_address(piece) for piece in pieces], [piece.nbytes for piece in pieces]
 
 
@@ -268,7 +268,7 @@ def _address(piece: memoryview) -> int:
 
 @contextmanager
 def _registered(client: Any, addresses: Sequence[int], sizes: Sequence[int], wanted: bool) -> Iterator[None]:
-    """Tell the client of this memory while the body runs, where that is wanted."""
+    """Registers the memory with the client while the body runs, if `wanted`."""
     done: list[int] = []
     try:
         for address, size in zip(addresses, sizes, strict=True) if wanted else ():
@@ -281,7 +281,7 @@ def _registered(client: Any, addresses: Sequence[int], sizes: Sequence[int], wan
 
 
 def _scatter(whole: bytearray, pieces: Sequence[memoryview]) -> None:
-    """Copy the bytes into the pieces, in order. By numpy, which lets the model's thread go on meanwhile."""
+    """Copies the bytes into the pieces, in order. Uses numpy, which releases the GIL for the model's thread."""
     source, offset = np.frombuffer(whole, np.uint8), 0
     for piece in pieces:
         np.copyto(np.frombuffer(piece, np.uint8), source[offset : offset + piece.nbytes])

@@ -1,7 +1,7 @@
 """This process's membership in a Mooncake cluster: joined once, shared by all stores with equal settings, left safely.
 
-The client is native code. It answers in numbers, aborts the process if it is used after its end or if the interpreter ends
-while it is at work, and takes 90 seconds to find that there is no master. All of that stays in this file.
+The client is native code. It returns numeric codes, aborts the process if it is used after it was closed or if the interpreter
+ends during a call, and takes 90 seconds to notice that there is no master. This file hides all of that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONNECT_SECONDS = 5.0
 """How long the master may take to accept a connection."""
 
 EXIT_SECONDS = 35.0
-"""How long leaving the interpreter waits for calls under way. The client itself gives a transfer up after 30."""
+"""How long leaving the interpreter waits for running calls. The client itself gives up a transfer after 30 seconds."""
 
 NO_ROOM = -200
 REFUSED = -600
@@ -53,26 +53,26 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class MooncakeSettings:
-    """What a membership is made with; see `MooncakeStore` for the meaning."""
+    """The settings of a membership; see `MooncakeStore` for their meaning."""
 
     master: str
     host: str
     lend_bytes: int
     protocol: str
     devices: str
-    metadata: str = field(repr=False)  # a URL, which may have a password in it
+    metadata: str = field(repr=False)  # a URL, which may contain a password
 
 
 @dataclass(frozen=True)
 class MooncakeAddress:
-    """What a `mooncake://` URL says.
+    """A parsed `mooncake://` URL.
 
     Attributes:
         place: the URL without its options, for messages.
-        prefix: of the names in the cluster.
-        replicas: lending processes that keep each value.
+        prefix: prefix of the names in the cluster.
+        replicas: number of lending processes that keep each value.
         listing: URL at which the master lists its keys.
-        settings: of the membership.
+        settings: settings of the membership.
     """
 
     place: str
@@ -83,10 +83,10 @@ class MooncakeAddress:
 
     @classmethod
     def parse(cls, url: str) -> MooncakeAddress:
-        """Take a URL apart.
+        """Parses a URL.
 
         Raises:
-            StoreError: it, or one of its options, makes no sense.
+            StoreError: the URL or one of its options is invalid.
         """
         options = {
             "lend": "",
@@ -132,10 +132,10 @@ class MooncakeAddress:
 
 
 class Member:
-    """A client of the cluster, and who is using it. Get it from `join`, give it back with `leave`.
+    """A client of the cluster, with the number of stores that use it. Get it from `join`, give it back with `leave`.
 
     Args:
-        settings: of the client, which is made at the first call.
+        settings: settings of the client, which is created at the first call.
     """
 
     def __init__(self, settings: MooncakeSettings) -> None:
@@ -148,7 +148,7 @@ class Member:
 
     @contextmanager
     def client(self) -> Iterator[Any]:
-        """The native client, which lives at least as long as the body.
+        """Yields the native client, which lives at least as long as the body.
 
         Raises:
             StoreError: the cluster cannot be joined, or the last store was closed.
@@ -168,14 +168,14 @@ class Member:
                 self._end_if_idle()
 
     def retire(self, seconds: float = 0.0) -> None:
-        """Take no more calls. The client ends with the last call, which is waited for so many seconds."""
+        """Accepts no more calls; waits up to `seconds` for running ones. The client is closed after the last call."""
         with self._changed:
             self._left = True
             self._changed.wait_for(lambda: not self._calls, seconds)
             self._end_if_idle()
 
     def _renew(self) -> None:
-        """Once, and in a child, where the calls of other threads have not begun."""
+        """Initializes the count of calls; also in a forked child, which has no calls of other threads."""
         self._changed, self._calls = threading.Condition(), 0
 
     def _end_if_idle(self) -> None:
@@ -189,7 +189,7 @@ _turns = FinalizerLock()
 
 
 def join(settings: MooncakeSettings) -> Member:
-    """The process's membership with these settings; asks nothing of the cluster yet."""
+    """Returns the process's membership with these settings; does not contact the cluster yet."""
     with _turns:
         member = _members.setdefault(settings, Member(settings))
         member.stores += 1
@@ -197,7 +197,7 @@ def join(settings: MooncakeSettings) -> Member:
 
 
 def leave(member: Member) -> None:
-    """A store is done with its membership; that of the last one ends it. For finalizers, too."""
+    """Gives back a store's membership; the last store's call ends it. Finalizers may call it."""
     _turns.soon(partial(_leave, member))
 
 
@@ -210,17 +210,17 @@ def _leave(member: Member) -> None:
 
 @atexit.register
 def _leave_all() -> None:
-    """Tell the master before the process ends, so that nobody waits for it; and let no call be at work when it does."""
+    """Leaves all clusters before the process ends, so that no other process waits for it and no call is still running."""
     deadline = time.monotonic() + EXIT_SECONDS
     for member in list(_members.values()):
         member.retire(max(0.0, deadline - time.monotonic()))
 
 
 def check(code: int, what: str) -> int:
-    """Let a number from the client pass, unless it is an error.
+    """Returns a code from the client, unless it is an error.
 
     Raises:
-        StoreError: it is one; `what` is the sentence's beginning.
+        StoreError: the code is an error; `what` is the start of the message.
     """
     if code < 0:
         raise StoreError(f"{what}: {_REASONS.get(code, f'Mooncake reports error {code}')}.")
@@ -228,7 +228,7 @@ def check(code: int, what: str) -> int:
 
 
 def native_client() -> Any:
-    """The client's module.
+    """Returns the client's module.
 
     Raises:
         StoreError: the package or a library is missing.
@@ -246,7 +246,7 @@ def native_client() -> Any:
 
 
 def _new_client(settings: MooncakeSettings) -> Any:
-    """Join the cluster.
+    """Joins the cluster.
 
     Raises:
         StoreError: the master cannot be reached.
@@ -270,7 +270,7 @@ def _new_client(settings: MooncakeSettings) -> Any:
 
 
 def _own_address(master: str) -> str:
-    """The address under which this machine is seen on the way to the master; the client itself takes minutes to find none."""
+    """Returns this machine's address as seen on the way to the master; the client itself takes minutes to fail."""
     host, _, port = master.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connection:

@@ -1,4 +1,4 @@
-"""Notes of a directory store: one small file each, beside what is noted about speed."""
+"""Notes of a directory store: one small file each, beside the files with measured costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAME = re.compile(r"namespace-([0-9a-f]{40})\.json")
 
 
 def read_notes(root: Path) -> dict[str, bytes]:
-    """By name, those that were written last; what is too long to be one is left out.
+    """Returns the notes written last, by name; files that are too long for a note are left out.
 
     Raises:
-        OSError: the directory cannot be looked at.
+        OSError: the directory cannot be accessed.
     """
     try:
         with directory(root) as at, directory(NOTES, at) as folder:
@@ -29,10 +29,10 @@ def read_notes(root: Path) -> dict[str, bytes]:
 
 
 def write_note(root: Path, name: str, note: bytes | None) -> None:
-    """Let a note be this one, or none. Nothing is written to a directory that is no store.
+    """Replaces a note, or removes it if `note` is None. Nothing is written to a directory that is not a store.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the note cannot be written.
     """
     with suppress(FileNotFoundError), directory(root) as at:
         if note is not None and is_store(at):

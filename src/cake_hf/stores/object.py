@@ -1,8 +1,8 @@
-"""Chunks in object storage (`s3://`, `gs://`, `az://`), through obstore.
+"""A store in object storage (`s3://`, `gs://`, `az://`), through obstore.
 
-    <prefix>/3f/3fa9...e1.safetensors      a chunk; the service shows an object when its upload is whole, or not at all
+    <prefix>/3f/3fa9...e1.safetensors      a chunk; the service shows an object only once its upload is complete
 
-The names are those of a local directory, so the service's own tools can copy one to the other.
+The names are the same as in a directory store, so the service's own tools can copy one to the other.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from cake_hf.util.interrupts import faults_suppressed
 from cake_hf.util.redaction import is_secret, scrub
 
 RANGE_BYTES = 8 * 2**20
-"""Most bytes of one read request. One connection rarely brings what the line could, so larger values come over several, unless
-`spread` finds that the server is faster otherwise."""
+"""Most bytes of one read request. One connection rarely uses the full bandwidth, so larger values are read over several, unless
+`spread` finds that fewer requests are faster."""
 
 STEP_BYTES = 2**18
-"""What of an answer is taken over at once: about as much as the client has in one piece, so that it joins none."""
+"""Bytes of an answer that are copied at once: about the size of the client's own buffers, so that it need not join them."""
 
 REQUESTS = 32
-"""Requests that are under way at once, per store."""
+"""Most requests under way at once, per store."""
 
 PATIENCE_FOR_UPLOADS = 4
-"""How many times longer a whole value's upload may take than any other request."""
+"""Factor by which the upload of a whole value may take longer than any other request."""
 
 ATTEMPTS = 5
-"""How often a value is read that is replaced while its ranges come in."""
+"""Attempts to read a value that is replaced while its ranges are read."""
 
 FAULTS = (BaseError, OSError, ValueError, RuntimeError, CancelledError)
-"""What the client raises, and, with the last two, the threads of a store that was closed."""
+"""Errors of the client; the last two come from the threads of a store that was closed."""
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(rf"([0-9a-f]{{2}})/(\1[0-9a-f]{{38}}){re.escape(SUFFIX)}")
@@ -57,16 +57,17 @@ T = TypeVar("T")
 
 
 class ObjectStore(Store):
-    """A store in a bucket. Opening it asks nothing of the service; the first call does.
+    """A store in a bucket. Opening it sends no request; the first call does.
 
     Args:
         url: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
-        options: of the client, by its names, such as `endpoint`, `region` or `access_key_id`; they go before the environment.
-        timeout: seconds one request may take. Retries end half as many seconds after a call's begin; uploads may take four
-            times as long.
+        options: options of the client, by its names, such as `endpoint`, `region` or `access_key_id`; they take precedence
+            over the environment.
+        timeout: seconds that one request may take. Retries end half as many seconds after the start of a call; uploads may
+            take four times as long.
 
     Raises:
-        StoreError: the URL or an option makes no sense, or S3 credentials are nowhere to be found.
+        StoreError: the URL or an option is invalid, or no S3 credentials are found.
     """
 
     reads_ranges = True
@@ -91,7 +92,7 @@ class ObjectStore(Store):
         return (type(self).__name__, self.url)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        # One request per key, many at once. A listing would bring the whole store, most of which nobody asked about.
+        # One request per key, many at once. A listing would return the whole store, most of it irrelevant here.
         unique = list(dict.fromkeys(keys))
         with self._faults("Chunks cannot be looked up in"):
             found = {
@@ -118,12 +119,12 @@ class ObjectStore(Store):
                 self._put(_path(key), parts, "overwrite" if replace else "create")
             except AlreadyExistsError:
                 return False
-            except NotImplementedError:  # a service without conditional writes: the last one wins, with the same bytes
+            except NotImplementedError:  # no conditional writes here: the last writer wins, with the same bytes
                 self._put(_path(key), parts, "overwrite")
         return True
 
     def delete(self, key: str) -> bool:
-        if self.size(key) is None:  # Some services do not say whether there was something.
+        if self.size(key) is None:  # Some services do not say whether an object was deleted.
             return False
         with self._faults(f"Chunk {key} cannot be deleted from"):
             try:
@@ -163,38 +164,38 @@ class ObjectStore(Store):
                 self._put(path, [note], "overwrite")
 
     def check_writable(self) -> None:
-        """Upload a small object and remove it.
+        """Uploads a small object and removes it.
 
         Raises:
-            StoreError: there is no such bucket, no permission, no room or no connection.
+            StoreError: there is no such bucket, no permission, no space or no connection.
         """
         with self._faults("Nothing can be written (to only read, pass save=False) to"):
             self._put("probe", [b"probe"], "overwrite")
-            with faults_suppressed(Exception):  # Who may write need not be allowed to delete.
+            with faults_suppressed(Exception):  # Write permission need not include deletion.
                 self._reading.delete("probe")
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _note(self, path: str) -> bytes | None:
-        """A note's bytes; None where it is gone by now."""
+        """Returns a note's bytes; None if it has vanished meanwhile."""
         try:
             return bytes(self._reading.get(path).bytes())
         except FileNotFoundError:
             return None
 
     def _put(self, path: str, parts: Sequence[Part], mode: str) -> None:
-        # In one piece: a multipart upload cannot be write-once, and one that is cut off costs storage until it is swept.
+        # In one piece: a multipart upload cannot be write-once, and an interrupted one takes up storage until it is swept.
         views = (memoryview(part).cast("B") for part in parts)
         self._writing.put(path, views, mode=mode, use_multipart=False)
 
     def _load(self, key: str, parts: Sequence[memoryview], offset: int) -> int | None:
-        """Fill the parts from an offset in the object on; returns the object's size, None for a miss."""
+        """Fills the parts from an offset in the object on; returns the object's size, or None for a miss."""
         total = total_bytes(parts)
         most = len(even_sizes(total, RANGE_BYTES))
         halvings = self._spread.halvings(most) if most > 1 else 0
         sizes = even_sizes(total, RANGE_BYTES << halvings)
-        if not sizes:  # Nothing at all cannot be asked for.
+        if not sizes:  # An empty range cannot be requested.
             return self.size(key)
         starts = accumulate(sizes[:-1], initial=offset)
         calls = [partial(self._fetch, key, *piece) for piece in zip(starts, cut(parts, sizes), strict=True)]
@@ -214,13 +215,13 @@ class ObjectStore(Store):
         raise StoreError(f"Chunk {key} in {self.url} was replaced {ATTEMPTS} times while it was read; try again.")
 
     def _fetch(self, key: str, start: int, parts: Sequence[memoryview]) -> tuple[int, str]:
-        """One range into the parts; returns which version of the object it is of: its size and its tag."""
+        """Reads one range into the parts; returns the version of the object: its size and its tag."""
         end = start + total_bytes(parts)
         try:
             answer = self._reading.get(_path(key), options={"range": (start, end)})
             version = answer.meta["size"], answer.meta["e_tag"] or str(answer.meta["last_modified"])
             left = deque(np.frombuffer(part, np.uint8) for part in parts if part.nbytes)
-            # As it comes: what is copied is still in the processor's cache, and nobody holds the whole of it.
+            # Copied as it arrives, while it is in the processor's cache; the whole answer is never held in memory.
             for content in answer.stream(min_chunk_size=STEP_BYTES):
                 _pour(np.frombuffer(content, np.uint8), left)
         except BaseError as error:
@@ -232,8 +233,10 @@ class ObjectStore(Store):
         return version
 
     def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Run the calls at once, the first one in this thread. When this returns or raises, none is running any more:
-        they write to the caller's buffers."""
+        """Runs the calls at once, the first one in this thread.
+
+        No call is still running when this returns or raises, since they write to the caller's buffers.
+        """
         others: list[Future[T]] = []
         try:
             others.extend(map(self._pool.submit, calls[1:]))
@@ -243,11 +246,11 @@ class ObjectStore(Store):
 
     @contextmanager
     def _faults(self, what: str) -> Iterator[None]:
-        """Whatever the client raises is a StoreError that says what to do."""
+        """Turns the client's errors into StoreErrors that say what to do."""
         try:
             yield
         except BaseException as error:
-            # A panic inside the client comes as a BaseException of a type that cannot be imported.
+            # A panic inside the client is raised as a BaseException of a type that cannot be imported.
             is_panic = type(error).__name__ == "PanicException"
             if is_panic or (isinstance(error, FAULTS) and is_a_fault(error)):
                 said = advice(error, self._scheme, self._secrets)
@@ -257,7 +260,7 @@ class ObjectStore(Store):
 
 
 def _pour(source: np.ndarray[Any, Any], left: deque[np.ndarray[Any, Any]]) -> None:
-    """Copy bytes to what is left to be filled. By numpy, which lets go of the GIL; slice assignment does not."""
+    """Copies bytes to the unfilled parts `left`. Uses numpy, which releases the GIL; slice assignment does not."""
     while len(source) and left:
         count = min(len(source), len(left[0]))
         np.copyto(left[0][:count], source[:count])

@@ -1,7 +1,7 @@
-"""How an object store's client is set up, and what its words mean.
+"""Sets up the client of an object store, and explains its errors.
 
-Who may do what, and where the service is, comes from where the client looks for it: the environment (AWS_..., GOOGLE_...,
-AZURE_...), the machine's role, and for S3 also from the profiles in ~/.aws where botocore is installed.
+Credentials and endpoints come from the client's usual sources: the environment (AWS_..., GOOGLE_..., AZURE_...), the machine's
+role, and for S3 also the profiles in ~/.aws if botocore is installed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Credentials = Callable[[], dict[str, Any]]
 
 
 def connect(url: str, options: Mapping[str, Any], timeouts: tuple[float, ...]) -> list[Any]:
-    """Clients of one place, one for each time that a request may take. Nothing is sent yet.
+    """Makes clients for one place, one per request timeout. No request is sent yet.
 
     Args:
         url: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
-        options: of obstore for such a store; they go before the environment.
-        timeouts: seconds.
+        options: obstore's options for such a store; they take precedence over the environment.
+        timeouts: timeouts of requests in seconds.
 
     Raises:
-        StoreError: S3 credentials are nowhere to be found.
-        Exception: what obstore raises for a URL or options that make no sense.
+        StoreError: no S3 credentials are found.
+        Exception: whatever obstore raises for an invalid URL or invalid options.
     """
     scheme, config = url.partition(":")[0], dict(options)
     profile = _aws_profile(config) if scheme == "s3" else None
@@ -46,14 +46,15 @@ def connect(url: str, options: Mapping[str, Any], timeouts: tuple[float, ...]) -
 
 
 def refuse_more_than_a_place(url: str) -> None:
-    """Raise where a URL has more in it than a bucket and a prefix, or less.
+    """Raises unless a URL consists of a bucket and an optional prefix.
 
     Raises:
-        StoreError: the sentence does not quote what may be a secret.
+        StoreError: it does not; the message quotes nothing that may be a secret.
     """
     scheme, _, rest = url.partition("://")
     bucket = re.split(r"[/?#]", rest)[0]
-    if set("@:") & set(bucket) or ("@" in rest and not re.fullmatch("[a-z0-9._-]*", bucket)):  # one with a / in it
+    # The second condition finds credentials with a / in them.
+    if set("@:") & set(bucket) or ("@" in rest and not re.fullmatch("[a-z0-9._-]*", bucket)):
         raise StoreError(f"A URL at {scheme}:// has a bucket and a prefix, and no credentials; {_CREDENTIALS[scheme]}")
     if {"?", "#"} & set(url):
         raise StoreError(
@@ -66,26 +67,26 @@ def refuse_more_than_a_place(url: str) -> None:
 
 
 def advice(error: BaseException, scheme: str, secrets: tuple[str, ...] = ()) -> str:
-    """What to do about something that the client raised, in one sentence, which does not tell the secrets."""
+    """Returns one sentence on what to do about an error of the client, without the secrets."""
     text = str(error).partition("\n\nDebug source")[0] or type(error).__name__
     for signs, remedy in _REMEDIES:
         if any(sign in text for sign in signs):
             return remedy.format(credentials=_CREDENTIALS[scheme], prefix=PREFIXES[scheme], scheme=scheme)
-    # The query of a URL may hold a signature, which must not get into anybody's log.
+    # The query of a URL may contain a signature, which must not get into a log.
     said = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", redacted(text, secrets))
     said = escaped(re.sub(r"(<[^>]*>|\s)+", " ", said).strip())
     return f"check the URL and the service, which said: {said[:300]}"
 
 
 def bucket_is_missing(error: FileNotFoundError) -> bool:
-    """Whether it is the bucket, not an object in it; the client raises the same for both."""
+    """Returns whether the bucket is missing, not an object in it; the client raises the same error for both."""
     return any(sign in str(error) for sign in _NO_BUCKET)
 
 
 def _client(
     url: str, config: dict[str, Any], profile: Credentials | None, transport: dict[str, str], seconds: float
 ) -> Any:
-    connecting = cast(Any, from_url)  # Its overloads know options only one by one.
+    connecting = cast(Any, from_url)  # Its overloads only accept options spelled out one by one.
     return connecting(
         url,
         config=config,
@@ -104,7 +105,7 @@ def _client(
 
 
 def _transport(scheme: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """How to talk to the service. Telling the client any of it makes it forget what the environment says, so we look there."""
+    """Returns the transport options. Passing any makes the client ignore the environment's, so they are read from there."""
     names = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
     found = {name: value for name in names if (value := os.environ.get(f"{PREFIXES[scheme]}_{name.upper()}"))}
     endpoints = [str(config.get(name, "")) for name in ("endpoint", "aws_endpoint", "azure_endpoint")]
@@ -112,20 +113,20 @@ def _transport(scheme: str, config: Mapping[str, Any]) -> dict[str, str]:
         endpoints += [os.environ.get(f"AWS_ENDPOINT{end}", "") for end in ("", "_URL", "_URL_S3")]
     for endpoint in filter(None, endpoints):
         try:
-            refuse_no_server(endpoint)  # The client would panic at the first request.
+            refuse_no_server(endpoint)  # Otherwise the client panics at the first request.
         except ValueError as error:
             raise StoreError(
                 f"The endpoint {shown_url(endpoint)} makes no sense: {error}; write it like https://host:9000."
             ) from None
     if any(endpoint.startswith("http://") for endpoint in endpoints):
-        found.setdefault("allow_http", "true")  # Whoever writes http:// means it.
+        found.setdefault("allow_http", "true")  # An explicit http:// is intended.
     return found
 
 
 def _aws_profile(config: dict[str, Any]) -> Credentials | None:
-    """Credentials from ~/.aws, a login or the machine's role, by botocore where it is installed; the region goes into config.
+    """Finds credentials in ~/.aws, a login or the machine's role, if botocore is installed; adds the region to config.
 
-    None where the client has its credentials already, or has to find them by itself.
+    Returns None if the client already has its credentials, or has to find them by itself.
     """
     told = {"access_key_id", "aws_access_key_id", "skip_signature", "aws_skip_signature"} & set(config)
     if told or os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE"):
@@ -136,7 +137,7 @@ def _aws_profile(config: dict[str, Any]) -> Credentials | None:
         return None
     try:
         credentials, region = session.get_credentials(), session.get_config_variable("region")
-    except Exception as error:  # a profile that is not there, a file that cannot be read, a login that ran out
+    except Exception as error:  # a missing profile, an unreadable file, an expired login
         if is_the_users(error):
             raise
         said = shown(error)
@@ -207,4 +208,4 @@ _REMEDIES = [
     (("Unable to recognise URL",), f"the URL makes no sense; {_WRITE}"),
     (("after shutdown", "CancelledError"), "the store is closed; open it again."),
 ]
-"""What words of the client mean, and what to do; the first that fits counts."""
+"""Explanations of the client's messages, and remedies; the first match counts."""

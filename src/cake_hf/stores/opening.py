@@ -1,4 +1,4 @@
-"""From what a user writes to a store: a path, a URL, or a store object as it is."""
+"""Opens a store from a user's spec: a path, a URL, a list of these, or a store object."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from cake_hf.util import environment
 from cake_hf.util.redaction import shown_url
 
 StoreSpec = Store | str | os.PathLike[str] | Sequence[Any]
-"""What a user writes; a sequence is tiers, nearest first (see `open_tiers`)."""
+"""A user's spec of a store; a sequence means tiers, nearest first (see `open_tiers`)."""
 
 
 @dataclass(frozen=True)
 class RemoteKind:
-    """A kind of store that needs a client library, and is imported when it is first asked for.
+    """A kind of store that needs a client library and is imported on first use.
 
     Attributes:
         example: a URL of this kind.
-        opener: "module:name" of what makes the store from its URL.
-        extra: of this package, with the client library in it.
+        opener: "module:name" of the callable that makes the store from its URL.
+        extra: extra of this package that installs the client library.
     """
 
     example: str
@@ -49,11 +49,11 @@ class RemoteKind:
 
     @property
     def install(self) -> str:
-        """The command that brings the client library."""
+        """The command that installs the client library."""
         return f'pip install "cake-hf[{self.extra}]"'
 
     def open(self, url: str) -> Store:
-        """Import the store's module and open the URL.
+        """Imports the store's module and opens the URL.
 
         Raises:
             StoreError: the client library is not installed, or the store refuses the URL.
@@ -82,25 +82,25 @@ REMOTE_KINDS = {
     "redis+unix": RemoteKind("redis+unix:///path/to.sock", _REDIS, "redis"),
     "hf": RemoteKind("hf://org/pack@revision", "cake_hf.stores.hub:open_hub_pack", "hub"),
 }
-"""By URL scheme. Others come from installed packages, see `plugins`."""
+"""Remote kinds by URL scheme. Installed packages may add others, see `plugins`."""
 
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?::|//|$)")
-"""How a text begins that may be meant to name a kind of store."""
+"""Matches the start of a text that may name a kind of store."""
 
 
 def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> Store:
-    """Open a store.
+    """Opens a store.
 
     Args:
         spec: a directory path, `file:///path` or `file:///path?budget=50GB&eviction=front-first`, `memory:` or `memory:4GB`,
             `pack:FOLDER`, the URL of one of `REMOTE_KINDS` or of a plugin; a list of these for tiers, nearest first; or a
-            `Store`, which is returned as it is. A `pathlib.Path` is always a directory. Without it, the environment variable
+            `Store`, which is returned as it is. A `pathlib.Path` is always a directory. If None, the environment variable
             `CAKE_HF_STORE` names a path or a URL.
-        limits: of tiers, for their `tier_queue_bytes` and `exit_flush_seconds`; the defaults where it is None.
+        limits: limits whose `tier_queue_bytes` and `exit_flush_seconds` apply to tiers; None for the defaults.
 
     Raises:
-        StoreError: what is named is no store (the message says what to write), its client library is not installed, the place
-            cannot be a store, or nothing is named.
+        StoreError: the spec names no store (the message says what to write), its client library is not installed, the place
+            cannot be a store, or there is no spec.
     """
     if spec is None:
         return _open_default()
@@ -126,20 +126,20 @@ def open_store(spec: StoreSpec | None = None, limits: Limits | None = None) -> S
 
 
 def directory_of(spec: str) -> Path | None:
-    """The directory that a path or a `file://` URL names; None for what is no directory. Nothing is looked at.
+    """Returns the directory that a path or a `file://` URL names; None for other stores. Does not access the file system.
 
     Raises:
-        StoreError: it names no store at all.
+        StoreError: the spec names no store.
     """
     kind = _kind_of(spec)
     return _directory(spec, kind).path if kind in ("", "file") else None
 
 
 def pack_folder(spec: str) -> Path:
-    """The folder that `pack:FOLDER`, or a path, names.
+    """Returns the folder that `pack:FOLDER`, or a path, names.
 
     Raises:
-        StoreError: it names another kind of store, or none.
+        StoreError: the spec names another kind of store, or none.
     """
     kind = _kind_of(spec)
     folder = spec.partition(":")[2] if kind == "pack" else spec
@@ -154,7 +154,7 @@ def _kind_of(spec: str) -> str:
 
 
 def _kinds(spec: str) -> Mapping[str, RemoteKind | Plugin]:
-    """Kinds behind a network, by scheme. Plugins are looked for only where the text may name one, as that takes a while."""
+    """Returns the remote kinds by scheme. Plugins are searched only if the text may name one, since that is slow."""
     named = _NAMED.match(spec)
     if named is None or named[1] in REMOTE_KINDS or named[1] in LOCAL_EXAMPLES:
         return REMOTE_KINDS
@@ -186,7 +186,7 @@ def _open_default() -> Store:
 
 
 def _known(kinds: Iterable[RemoteKind | Plugin]) -> str:
-    """What can be opened, and what to install for it."""
+    """Returns a list, for messages, of the kinds that can be opened and how to install their client libraries."""
     by_extra: dict[str, list[str]] = {}
     for kind in (*kinds, _PACK):
         by_extra.setdefault(kind.install, []).append(kind.example)

@@ -1,7 +1,7 @@
-"""A pack as a store that can only be read: every byte is checked against its manifest before anyone may use it.
+"""A pack as a read-only store: every byte is checked against the manifest before it is used.
 
-Where the files come from, a folder or the Hub, is a `PackSource`. The manifest is read once, at opening; after that which
-chunks there are is known without asking anyone, and chunks are read when they are wanted.
+A `PackSource` provides the files, from a folder or the Hub. The manifest is read once, when the pack is opened; after that,
+lookups need no further reads, and chunks are read on demand.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from cake_hf.stores.specs import expanded
 from cake_hf.util.canonical import canonical
 
 FIRST_READ = 2**25
-"""Bytes of a chunk that are read at first; each further read brings as many as there are already."""
+"""Bytes of a chunk that are read first; each further read doubles the bytes read so far."""
 
 
 class PackSource(ABC):
-    """Where the files of a pack are. May be asked by many threads at once.
+    """The source of a pack's files. Many threads may use it at once.
 
     Attributes:
-        range_seconds: what fetching a part of a file costs beyond its share of the whole, roughly.
+        range_seconds: approximate time that fetching a part of a file takes beyond its share of the whole.
     """
 
     range_seconds: float
 
     @abstractmethod
     def __str__(self) -> str:
-        """The pack's name for people."""
+        """Returns the pack's name for people."""
 
     @abstractmethod
     def manifest(self, most: int) -> bytes:
-        """The manifest, of which at most `most + 1` bytes are read.
+        """Returns the manifest, reading at most `most + 1` bytes.
 
         Raises:
-            StoreError: there is none, or it cannot be read.
+            StoreError: there is no manifest, or it cannot be read.
         """
 
     @abstractmethod
     def fetch(self, path: str, parts: Sequence[memoryview], offset: int) -> None:
-        """Fill the buffers, in order, with the file's bytes from `offset` on. What they hold is not checked yet.
+        """Fills the buffers, in order, with the file's bytes from `offset` on, which are not checked yet.
 
         Raises:
             CorruptChunk: the file ends too early.
-            StoreError: it cannot be read.
+            StoreError: the file cannot be read.
         """
 
 
 class PackStore(Store):
-    """The chunks and snapshots of a pack. Nothing can be written.
+    """A read-only store with the chunks and snapshots of a pack.
 
     Args:
-        source: of the files; `open_folder_pack` and `cake_hf.stores.hub.open_hub_pack` make one from a path and a URL.
+        source: source of the files; `open_folder_pack` and `cake_hf.stores.hub.open_hub_pack` make one from a path or a URL.
 
     Attributes:
-        manifest: what the pack says about itself.
+        manifest: the pack's manifest.
 
     Raises:
-        StoreError: the manifest cannot be had or is no manifest, or the package for digests is not installed.
+        StoreError: the manifest cannot be read or is invalid, or the package for digests is not installed.
     """
 
     reads_ranges = True
     read_only = True
 
     def __init__(self, source: PackSource) -> None:
-        digest_of([])  # without the package nothing could be checked later
+        digest_of([])  # fails at once if the package for digests is missing
         self.source = source
         self.range_seconds = source.range_seconds
         self.manifest = parse_manifest(source.manifest(MAX_MANIFEST_BYTES))
@@ -94,7 +94,7 @@ class PackStore(Store):
         return chunk.size
 
     def read(self, key: str) -> bytearray | None:
-        """As the contract says. The manifest's word for the size costs no more memory than twice what turns out to be there."""
+        """Reads like the contract, but takes at most twice the file's actual size in memory, whatever the manifest claims."""
         chunk = self.manifest.by_key.get(key)
         if chunk is None:
             return None
@@ -107,7 +107,7 @@ class PackStore(Store):
         return value
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        """As the contract says; whole blocks are fetched, since only those can be checked."""
+        """Reads like the contract, but fetches whole blocks, since only those can be checked."""
         chunk = self.manifest.by_key.get(key)
         if chunk is None:
             return False
@@ -161,7 +161,7 @@ class PackStore(Store):
 
 
 class FolderSource(PackSource):
-    """A pack in a folder of this machine."""
+    """The files of a pack in a folder on this machine."""
 
     range_seconds = 1e-4
 
@@ -195,19 +195,19 @@ class FolderSource(PackSource):
 
 
 def open_folder_pack(folder: str | os.PathLike[str]) -> PackStore:
-    """A pack in a folder, as a store.
+    """Opens a pack in a folder as a store.
 
     Raises:
-        StoreError: it is no pack, or none that can be read.
+        StoreError: the folder holds no pack, or one that cannot be read.
     """
     return PackStore(FolderSource(folder))
 
 
 def digest_of(pieces: Iterable[Part]) -> str:
-    """blake3 over the pieces in order, which also holds against someone who wants another file to pass.
+    """Returns the blake3 digest of the pieces in order, which also resists deliberate forgery.
 
     Raises:
-        StoreError: the package is not installed.
+        StoreError: the package blake3 is not installed.
     """
     digest = _blake3()()
     for piece in pieces:
@@ -216,7 +216,7 @@ def digest_of(pieces: Iterable[Part]) -> str:
 
 
 def block_digests(raw: memoryview) -> tuple[str, ...]:
-    """Digest of each block of a file, or of a part of it that starts with a block."""
+    """Returns the digest of each block of a file, or of a part of a file that starts at a block."""
     return tuple(digest_of([raw[start : start + BLOCK_BYTES]]) for start in range(0, len(raw), BLOCK_BYTES))
 
 
@@ -229,9 +229,9 @@ def _blake3() -> Callable[[], Any]:
 
 
 def _open_plain_file(path: str, flags: int) -> int:
-    """A stranger's folder may hold a pipe under a file's name, at which a plain open would wait for ever, or a device.
+    """Opens only regular files: a stranger's folder may hold a pipe, on which a plain open would block for ever, or a device.
 
-    Links are followed: the Hub's client keeps its downloads so. What is read is held against the manifest.
+    Links are followed, since the Hub client stores its downloads as links. Contents are checked against the manifest anyway.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise StoreError(f"{path} is not a plain file.")

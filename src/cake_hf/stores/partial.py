@@ -1,4 +1,4 @@
-"""Files that are being written: how one begins, how it gets its name, and how a dead writer's is told from a living one's."""
+"""Partial files: how they are created, how they get their final name, and how those of dead writers are recognized."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cake_hf.stores import locks
 from cake_hf.stores.safe_paths import is_named, open_file, opened, status_of
 
 LEFTOVER_SECONDS = 3600.0
-"""Where files cannot be locked, one that was not written to for so long is a dead writer's."""
+"""Without file locks, a partial file that was not written to for so long is a dead writer's."""
 
 being_written: set[str] = set()
-"""Partial files of this process. Some mounts of object storage do not bear that a file is opened twice while it is written."""
+"""Partial files of this process. Some mounts of object storage break if a file is opened again while it is being written."""
 
 os.register_at_fork(after_in_child=being_written.clear)
 
@@ -26,8 +26,8 @@ class Partial:
     """A file that is being written.
 
     Attributes:
-        name: of it, in `partial/`.
-        descriptor: open for writing; -1 once it is closed.
+        name: the file's name in `partial/`.
+        descriptor: descriptor open for writing; -1 once it is closed.
         folder: descriptor of `partial/`.
         root: descriptor of the store's directory.
     """
@@ -38,7 +38,7 @@ class Partial:
     root: int
 
     def close(self) -> None:
-        """Close it, and with it give its lock back."""
+        """Releases the lock and closes the file."""
         if self.descriptor >= 0:
             locks.give_back(self.descriptor)
             descriptor, self.descriptor = self.descriptor, -1
@@ -50,7 +50,7 @@ def new_file(key: str, folder: int, root: int) -> Partial:
         name, forks = f"{key}.{secrets.token_hex(8)}", locks.forks()
         partial = Partial(name, open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)[0], folder, root)
         try:
-            # A sweep may look between our open and our lock; it has removed the file then, and we take a new one.
+            # A sweep between our open and our lock removes the file; then we create a new one.
             if _is_free(partial.descriptor) and is_named(name, folder, partial.descriptor) and forks == locks.forks():
                 return partial
         except BaseException:
@@ -62,7 +62,7 @@ def new_file(key: str, folder: int, root: int) -> Partial:
 
 
 def _is_free(descriptor: int) -> bool:
-    """Take the file's lock, if it has one."""
+    """Takes the file's lock; returns True also if the filesystem has no locks."""
     try:
         return locks.take(descriptor)
     except locks.NoLocks:
@@ -70,13 +70,12 @@ def _is_free(descriptor: int) -> bool:
 
 
 def remove_if_left(name: str, folder: int) -> bool:
-    """Remove a partial file if its writer is dead."""
+    """Removes a partial file if its writer is dead; returns whether it was removed."""
     try:
         return _remove_if_free(name, folder, os.O_RDONLY)
     except locks.NoLocks as error:
-        if (
-            error.errno == errno.EBADF
-        ):  # NFS locks only what is open for writing; where files are written once, that does harm
+        if error.errno == errno.EBADF:
+            # NFS locks only files open for writing. Not tried elsewhere: such an open harms files on write-once filesystems.
             with suppress(locks.NoLocks):
                 return _remove_if_free(name, folder, os.O_RDWR)
     status = status_of(name, folder)
@@ -98,10 +97,10 @@ def _remove_if_free(name: str, folder: int, flags: int) -> bool:
 
 
 def link(partial: Partial, name: str, shard: int) -> bool:
-    """Give a file its second name, and take the first; False where the name is taken, or there are no links."""
+    """Gives a file its final name by a link and removes the partial one; returns False if the name is taken or links fail."""
     try:
         os.link(partial.name, name, src_dir_fd=partial.folder, dst_dir_fd=shard, follow_symlinks=False)
-    except OSError:  # if nothing works here, the rename that follows says why
+    except OSError:  # the rename that follows reports any real fault
         return False
     with suppress(OSError):
         os.unlink(partial.name, dir_fd=partial.folder)

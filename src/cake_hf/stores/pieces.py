@@ -1,4 +1,4 @@
-"""Scattered buffers, cut and copied, without anybody else having to wait for it."""
+"""Cuts and copies scattered buffers, without blocking other threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Part = bytes | bytearray | memoryview
 
 
 def cut(parts: Sequence[Part], sizes: Sequence[int]) -> Iterator[list[memoryview]]:
-    """The parts, joined in thought, as pieces of the given sizes; each piece is a list of views without empty ones.
+    """Cuts the concatenated parts into pieces of the given sizes; each piece is a list of non-empty views.
 
     Args:
         parts: byte buffers.
-        sizes: bytes of each piece; together as many as the parts have.
+        sizes: bytes of each piece; their sum is the size of all parts.
     """
     views = iter(view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes)
     rest = memoryview(b"")
@@ -27,7 +27,7 @@ def cut(parts: Sequence[Part], sizes: Sequence[int]) -> Iterator[list[memoryview
 
 
 def after(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of the views once their first `count` bytes are done."""
+    """Returns the views without their first `count` bytes."""
     for position, view in enumerate(views):
         if count < view.nbytes:
             return [view[count:], *views[position + 1 :]]
@@ -36,17 +36,17 @@ def after(views: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 def even_sizes(total: int, most: int) -> list[int]:
-    """`total` as the fewest sizes that are no larger than `most`, and as equal as can be."""
+    """Splits `total` into the fewest sizes that do not exceed `most`, as equal as possible."""
     count = -(-total // most)
     return [total * (n + 1) // count - total * n // count for n in range(count)]
 
 
 def copy(target: memoryview, source: memoryview) -> None:
-    """Copy a piece of as many bytes. By memmove, which lets other threads run meanwhile; slice assignment does not.
+    """Copies bytes between views of equal size. Uses memmove, which releases the GIL; slice assignment does not.
 
     Args:
-        target: writable.
-        source: where it is read-only (`bytes`), its address cannot be had, and the other threads wait.
+        target: a writable view.
+        source: the view to copy. If it is read-only (`bytes`), its address is not available, so other threads wait.
     """
     if source.readonly or not source.nbytes:
         target[:] = source
@@ -55,7 +55,7 @@ def copy(target: memoryview, source: memoryview) -> None:
 
 
 def joined(parts: Sequence[Part]) -> bytearray:
-    """The parts, joined, in memory of their own."""
+    """Returns the concatenated parts as a new buffer."""
     views = [memoryview(part).cast("B") for part in parts]
     value, offset = bytearray(sum(view.nbytes for view in views)), 0
     for view in views:
@@ -65,5 +65,5 @@ def joined(parts: Sequence[Part]) -> bytearray:
 
 
 def address_of(view: memoryview) -> int:
-    """Where writable bytes, at least one, are in memory. The caller keeps the view as long as the address is used."""
+    """Returns the address of a writable, non-empty view. The caller keeps the view as long as the address is used."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))

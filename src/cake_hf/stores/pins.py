@@ -1,7 +1,7 @@
-"""Chunks that stay until a date, whatever has to make room: one small file in a store's directory.
+"""Pins: chunks that are not evicted until a date, listed in one small file in a store's directory.
 
-Each line is a key and a date, in seconds since the epoch. It is changed, and looked at before something is evicted, under the
-lock of the store's account (see `account`), so that what is pinned is safe from the moment in which it is.
+Each line is a key and a date, in seconds since the epoch. The file is changed, and checked before an eviction, under the lock
+of the store's byte count (see `byte_count`), so a chunk is safe as soon as it is pinned.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ MAX_FILE_BYTES = 2**26
 _LINE = re.compile(rb"([0-9a-f]{40}) ([0-9]{1,12})")
 
 Mark = tuple[int, int, int] | None
-"""What tells one content of the file from another without reading it."""
+"""Distinguishes versions of the file without reading it: inode, mtime and size."""
 
 
 class Pins:
-    """The file. Methods raise OSError as it comes; who calls `change` holds the lock of the account."""
+    """The file with the pins. Methods pass OSError through; callers of `change` hold the lock of the byte count."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def mark(self) -> Mark:
-        """Another one after each change; None where there is no file."""
+        """Returns a mark that differs after each change; None if there is no file."""
         with suppress(FileNotFoundError), directory(self._root) as root:
             found = status_of(PINS, root)
             return None if found is None else (found.st_ino, found.st_mtime_ns, found.st_size)
         return None
 
     def read(self, now: float) -> dict[str, int]:
-        """Key -> until when it is pinned, in seconds since the epoch; of what is pinned now."""
+        """Returns the chunks that are pinned now: key -> end of the pin, in seconds since the epoch."""
         with (
             suppress(FileNotFoundError),
             directory(self._root) as root,
@@ -50,7 +50,7 @@ class Pins:
         return {}
 
     def change(self, pinned: Mapping[str, int], unpinned: Iterable[str], now: float) -> None:
-        """Add some and take others away; those whose date has come go, too."""
+        """Adds some pins and removes others; expired pins are removed, too."""
         wanted = {**self.read(now), **pinned}
         for key in unpinned:
             wanted.pop(key, None)

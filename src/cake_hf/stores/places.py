@@ -1,7 +1,7 @@
-"""What eviction wants to know of a chunk's header. Nothing else on this floor looks into a value.
+"""Reads a chunk's position from its header, for eviction. Nothing else in `stores` looks into a value.
 
-It is a hint, so it is read without the codec (which brings torch with it) and trusted with nothing but the order in which
-chunks go: whatever cannot be read is no error, but no place.
+The position is a hint, so it is read without the codec (which imports torch), and only the order of eviction depends on it: an
+unreadable header is not an error, just a chunk without a position.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import re
 from cake_hf.stores.eviction import ChunkPosition
 
 START_BYTES = 2**16
-"""So many bytes of a value are enough to find its place; the metadata comes first in a header of ours."""
+"""Bytes from a value's start that suffice to find its position; the metadata comes first in our headers."""
 
 FIRST_BYTES = 2**12
-"""So many are enough for nearly all of them."""
+"""Bytes that suffice for nearly all values."""
 
 MAX_INDEX = 2**40
 _METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 
 
 def place_in(start: bytes) -> ChunkPosition | None:
-    """The place of a chunk in its prompt, or None where it cannot be told.
+    """Returns the position of a chunk in its prompt, or None if it is unknown.
 
     Args:
-        start: the first `START_BYTES` of a value, or all of a shorter one.
+        start: the first `START_BYTES` of a value, or the whole of a shorter value.
     """
     length = int.from_bytes(start[:8], "little")
-    text = start[8 : 8 + min(length, len(start))].decode("latin-1")  # what we look for is ASCII, and this never fails
+    text = start[8 : 8 + min(length, len(start))].decode("latin-1")  # the metadata is ASCII, and latin-1 never fails
     opening = _METADATA.match(text)
     if opening is None:
         return None

@@ -1,6 +1,6 @@
-"""Kinds of stores that installed packages bring along: the entry points of the group `cake_hf.stores`, by URL scheme.
+"""Plugins: kinds of stores from installed packages, by URL scheme, as entry points of the group `cake_hf.stores`.
 
-Nothing is imported before a URL asks for it, and nothing is looked for as long as a scheme is one of our own.
+A plugin is imported only when a URL needs it, and entry points are not searched for URLs with one of our own schemes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cake_hf.util.redaction import scrub, shown, shown_url
 
 GROUP = "cake_hf.stores"
 OURS = metadata.EntryPoint("mooncake", "cake_hf.stores.mooncake:MooncakeStore [mooncake]", GROUP)
-"""As pyproject.toml declares it: also for who imports the package from its sources, which have no metadata."""
+"""The entry point that pyproject.toml declares, repeated here for imports from a source tree, which has no metadata."""
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+")
 _PASSWORD = re.compile(r"://[^/@:]*:([^/@]+)@")
@@ -29,29 +29,29 @@ class Plugin:
     """A kind of store from an entry point.
 
     Attributes:
-        points: the entry point; several where packages are at odds over the scheme.
+        points: the entry point; several if several packages claim the scheme.
     """
 
     points: tuple[metadata.EntryPoint, ...]
 
     @property
     def example(self) -> str:
-        """What a URL of this kind looks like."""
+        """An example URL of this kind."""
         return f"{self.points[0].name}://..."
 
     @property
     def install(self) -> str:
-        """The command that brings what its package leaves to an extra; empty where that is nothing."""
+        """The command that installs the extras that the entry point needs; empty if it needs none."""
         point, extras = self.points[0], []
-        with suppress(AttributeError):  # an entry point that is not well-formed
+        with suppress(AttributeError):  # a malformed entry point
             extras = point.extras
         return f'pip install "{_package(point)}[{",".join(extras)}]"' if extras else ""
 
     def open(self, url: str) -> Store:
-        """Import what makes the store, and open the URL.
+        """Imports the plugin and opens the URL.
 
         Raises:
-            StoreError: it cannot be loaded, or makes no store; or it refuses the URL.
+            StoreError: the plugin cannot be loaded, does not return a store, or refuses the URL.
         """
         if len(self.points) > 1:
             scheme, packages = self.points[0].name, ", ".join(map(_package, self.points))
@@ -80,7 +80,7 @@ class Plugin:
 
 
 def plugins() -> Mapping[str, Plugin]:
-    """By scheme, what is installed; names that are no schemes, of small letters and digits, are left out."""
+    """Returns the installed plugins by scheme; entry points whose name is not a lower-case scheme are left out."""
     found: dict[str, dict[str, metadata.EntryPoint]] = defaultdict(dict)
     for point in _entry_points():
         if _SCHEME.fullmatch(point.name):
@@ -91,7 +91,7 @@ def plugins() -> Mapping[str, Plugin]:
 def _entry_points() -> Iterator[metadata.EntryPoint]:
     try:
         yield from metadata.entry_points(group=GROUP)
-    except Exception:  # one package's metadata are broken: all others count all the same
+    except Exception:  # one package's metadata is broken: use all others
         yield from _one_by_one(metadata.distributions())
     yield OURS
 

@@ -1,13 +1,13 @@
-"""What the chunks of a namespace were made with, kept as a note in the store: so that who finds nothing can be told why.
+"""Records of what a namespace's chunks were made with, kept as notes in the store, to explain misses to users.
 
-A key is a digest over the namespace and the tokens. So from a record, which has the namespace and the facts that it is a digest
-of, the keys that a prompt has there can be told, and the store can be asked for them. Nothing about documents is kept but their
-first words, where that is asked for.
+A key is a digest over the namespace and the tokens. A record has the namespace and the metadata that it is a digest of, so the
+keys of a prompt under that namespace can be computed and looked up in the store. Of documents, only the first words are kept,
+and only on request.
 
-A namespace also covers a salt, which is in no record. Whoever does not have it cannot make the namespace from the facts, and so
-learns nothing from it about what is stored.
+A namespace also covers a salt, which no record contains. Without the salt the namespace cannot be computed from the metadata,
+so a record reveals nothing about the stored prompts.
 
-A record is read as if a stranger had written it: what makes no sense is no record.
+Records are untrusted: an implausible one is ignored.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FORMAT = "cake_hf namespace"
 VERSION = 1
 
 MOST_RECORDS = 32
-"""In one store: those that were written to last."""
+"""Most records per store; those updated last are kept."""
 
 MOST_WORDS = 200
-"""Documents of a namespace whose first words are kept."""
+"""Most documents per namespace whose first words are kept."""
 
 MAX_TEXT = 200
 MAX_CHUNK_SIZE = 2**24
@@ -42,14 +42,14 @@ _KEY = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Record:
-    """What the chunks of one namespace were made with.
+    """A record of what the chunks of one namespace were made with.
 
     Attributes:
-        namespace: digest.
-        facts: that it is a digest of, with a salt.
-        model: its name, for people.
-        first, last: when the first chunk was saved, and the last one, to the day; seconds since the epoch.
-        words: by the key of a document's last chunk, its first words; only of those for which this was asked for.
+        namespace: the namespace's digest.
+        facts: the metadata that, together with a salt, the namespace is a digest of.
+        model: the model's name, for people.
+        first, last: when the first and the last chunk were saved, to the day; seconds since the epoch.
+        words: a document's first words, by the key of its last chunk; only for documents for which this was requested.
     """
 
     namespace: str
@@ -66,20 +66,20 @@ class Record:
 
     @property
     def exact(self) -> bool:
-        """Whether it serves only the very same numerics."""
+        """Whether the chunks serve only identical numerics."""
         return "numerics" in self.facts
 
     def is_of(self, salt: str) -> bool:
-        """Whether that is the salt that the chunks were saved under."""
+        """Returns whether the chunks were saved under this salt."""
         return namespace_digest(canonical({**self.facts, "salt": salt})) == self.namespace
 
     def encode(self) -> bytes:
-        """As it is kept."""
+        """Returns the record as it is stored."""
         return canonical({"format": FORMAT, "version": VERSION, **asdict(self)}).encode()
 
     @classmethod
     def parse(cls, raw: bytes) -> Record | None:
-        """What was kept; None if it is no record."""
+        """Parses a stored record; returns None if it is not one."""
         if len(raw) > MAX_NOTE_BYTES:
             return None
         try:
@@ -105,7 +105,7 @@ class Record:
 
 
 def records(store: Store) -> list[Record]:
-    """What a store has of them, newest first. Asks the store, so this may hang.
+    """Returns a store's records, newest first. Asks the store, so this may hang.
 
     Raises:
         Exception: whatever the store raises.
@@ -116,7 +116,7 @@ def records(store: Store) -> list[Record]:
 
 
 def keep(store: Store, record: Record) -> None:
-    """Write a record down, with what an older one of its namespace says besides, and drop those that are too many.
+    """Writes a record, merged with an older one of its namespace, and drops the oldest records beyond the limit.
 
     A record that is too large is not kept.
 

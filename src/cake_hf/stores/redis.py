@@ -1,13 +1,13 @@
-"""Chunks in a Redis server (or one that speaks like it, such as Valkey), for a team's machines.
+"""A store in a Redis server (or a compatible one, such as Valkey), shared by a team's machines.
 
     <prefix>:3fa9...e1                  the manifest: length, size of a slice, and the tag of the slices; written last
     <prefix>:3fa9...e1:<tag>:<n>        slice n
-    <prefix>:notes                      a hash of notes about what is stored
+    <prefix>:notes                      a hash of notes about the stored values
 
-A value is there when its manifest and all its slices are. Which values go, and when, is the server's business: a time to live
-from the URL, and its own eviction (maxmemory-policy allkeys-lru fits best). It evicts slices one by one; a value that has
-lost one is a miss, and what is left of it is removed by who may. Each write has slices of its own, which go by themselves after
-a while unless their manifest comes: a writer that dies leaves nothing behind.
+A value is stored if its manifest and all its slices are. The server decides which values are removed and when: by a time to
+live from the URL, and by its own eviction (maxmemory-policy allkeys-lru fits best). It evicts slices one by one; a value that
+has lost a slice is a miss, and any client with the permission removes the remains. Each write has slices of its own, which
+expire after a while unless their manifest is written: a writer that dies leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from cake_hf.util.interrupts import faults_suppressed, is_the_users
 from cake_hf.util.redaction import scrub
 
 AHEAD = 2
-"""Slices asked for beyond the one that is coming in: the server need not wait for us, nor hold a whole value for us."""
+"""Slices requested ahead of the one being received, so that the server neither idles nor buffers a whole value."""
 
 STAGING_SECONDS = 900
-"""How long slices wait for their manifest, and how much longer than it they live."""
+"""Seconds that slices wait for their manifest, and that they outlive it."""
 
 ATTEMPTS = 10
-"""How often a value is read that is replaced under the reader."""
+"""Attempts to read a value that is replaced during the read."""
 
 UPLOADS = 2
-"""How often a value is uploaded whose slices are evicted before they are all there. Among what was written within one
-second, the server picks at random; twice in a row means that its memory is too small."""
+"""Attempts to upload a value whose slices are evicted during the upload. The server picks at random among keys written within
+one second; two failures in a row mean that its memory is too small."""
 
 BATCH = 500
 """Keys per round trip."""
@@ -50,17 +50,17 @@ BATCH = 500
 class RedisStore(Store):
     """A store in a Redis server.
 
-    As durable as the server is set up to be; what is written survives this process in any case.
+    It is as durable as the server's configuration; in any case values outlive this process.
 
     Args:
         url: `redis://user:password@host:port/db`, `rediss://...` for TLS, `redis+unix:///path/to.sock?db=0` for a local socket.
-            Options after the `?`: `ttl`, seconds after its writing at which a value goes; `prefix` of the names (default
+            Options after the `?`: `ttl`, seconds that a value lives after it was written; `prefix` of the names (default
             "cake_hf"); and those of redis-py, such as `ssl_ca_certs`.
         slice_bytes: most bytes of one slice.
-        timeout: seconds after which an answer, or one slice of a value, is given up.
+        timeout: seconds to wait for an answer, or for one slice of a value.
 
     Raises:
-        StoreError: the URL or one of its options makes no sense.
+        StoreError: the URL or one of its options is invalid.
     """
 
     reads_ranges = True
@@ -73,7 +73,7 @@ class RedisStore(Store):
         self._slice_bytes = slice_bytes
         self._timeout = timeout
         self._notes = f"{self._address.prefix}:notes"
-        # Values go over connections of their own, whose sockets are set up differently.
+        # Values use connections of their own, whose sockets are configured differently.
         self._lines = self._address.pool(timeout)
         self._client: Any = redis.Redis(connection_pool=self._address.pool(timeout))
 
@@ -93,7 +93,7 @@ class RedisStore(Store):
             lost: Manifest | None = None
             for _ in range(ATTEMPTS):
                 manifest = self._manifest(key)
-                if manifest is None or manifest == lost:  # the latter cannot be removed by us
+                if manifest is None or manifest == lost:  # the latter: we could not remove it
                     return None
                 if manifest.size != expected:
                     raise CorruptChunk(f"Chunk {key} has {manifest.size} bytes, {expected} were expected.")
@@ -169,7 +169,7 @@ class RedisStore(Store):
             with self._client.pipeline(transaction=False) as commands:
                 for name in self._slices(key, manifest):
                     commands.strlen(name)
-                # Whoever believes the manifest takes memory for it; so it is compared with what is there.
+                # Callers allocate memory by this size, so the manifest is compared with the actual slices.
                 return manifest.size if commands.execute() == manifest.sizes else None
 
     def notes(self) -> Mapping[str, bytes]:
@@ -192,10 +192,10 @@ class RedisStore(Store):
                 self._client.expire(self._notes, self._address.ttl + STAGING_SECONDS)
 
     def check_writable(self) -> None:
-        """Set a small key.
+        """Sets a small key.
 
         Raises:
-            StoreError: the server cannot be reached, refuses, is full or only a replica.
+            StoreError: the server cannot be reached, refuses, is full, or is only a replica.
         """
         with self._faults("Nothing can be written (to only read, pass save=False) to"):
             self._client.set(self._name("probe"), b"probe", ex=1)
@@ -214,7 +214,7 @@ class RedisStore(Store):
         return Manifest.parse(self._client.getrange(self._name(key), 0, MANIFEST_BYTES))
 
     def _complete(self, keys: Sequence[str]) -> list[Manifest | None]:
-        """For each key its manifest if all slices are there."""
+        """Returns for each key its manifest, or None unless all its slices are stored."""
         with self._client.pipeline(transaction=False) as commands:
             for key in keys:
                 commands.getrange(self._name(key), 0, MANIFEST_BYTES)
@@ -225,7 +225,7 @@ class RedisStore(Store):
                 if manifest is not None and (names := self._slices(key, manifest))
             ]
             for _, _, names in counted:
-                commands.exists(*names)  # unlike a read, this makes nothing younger
+                commands.exists(*names)  # unlike a read, this does not count as a use
             for (place, manifest, names), count in zip(counted, commands.execute(), strict=True):
                 if count != len(names):
                     self._discard(keys[place], manifest)
@@ -233,10 +233,10 @@ class RedisStore(Store):
         return manifests
 
     def _fetch(self, key: str, manifest: Manifest, parts: Sequence[memoryview], offset: int) -> bool:
-        """Fill the parts from an offset in the value on; False if a slice is missing.
+        """Fills the parts from an offset in the value on; returns False if a slice is missing.
 
         Raises:
-            CorruptChunk: a slice has another length than the manifest says.
+            CorruptChunk: a slice's length differs from the manifest.
         """
         asked = list(manifest.ranges(offset, total_bytes(parts)))
         pieces = cut(parts, [end - begin for _, begin, end in asked])
@@ -256,7 +256,7 @@ class RedisStore(Store):
         return True
 
     def _touch(self, key: str, manifest: Manifest) -> None:
-        """Make all slices as young as the one that was read, so that they go together; where that cannot be, they do not."""
+        """Marks all slices as used, like the one that was read, so that they are evicted together. Faults are ignored."""
         with faults_suppressed(redis.RedisError, OSError):
             if names := self._slices(key, manifest):
                 self._client.touch(*names)
@@ -267,24 +267,25 @@ class RedisStore(Store):
                 wire.store([b"SET", name.encode()], piece, [b"EX", b"%d" % STAGING_SECONDS])
 
     def _publish(self, key: str, manifest: Manifest, *, replace: bool) -> bool | None:
-        """Make the slices a value.
+        """Turns the uploaded slices into a value, by writing its manifest.
 
         Returns:
-            False, and nothing is changed, if there is one already that shall stay; None if a slice has been evicted meanwhile.
+            False if there is a value already that is to stay (nothing is changed then); None if a slice has been evicted
+            meanwhile.
         """
         names, name, ttl = self._slices(key, manifest), self._name(key), self._address.ttl
         with self._client.pipeline(transaction=True) as commands:
             commands.getrange(name, 0, MANIFEST_BYTES)
             commands.set(name, manifest.encode(), nx=not replace, ex=ttl)
             for slice_name in names:
-                # Never before their manifest, so that what is listed is whole.
+                # Slices must not expire before their manifest, so that a listed value is complete.
                 commands.persist(slice_name) if ttl is None else commands.expire(slice_name, ttl + STAGING_SECONDS)
             if names:
                 commands.exists(*names)
             raw, done, *rest = commands.execute()
         before = Manifest.parse(raw)
-        if not done and before != manifest:  # It may be ours: the client tries again where an answer got lost.
-            # Somebody else's key, under our name; or a value that has lost a slice, and that we may not delete.
+        if not done and before != manifest:  # It may be ours: the client retries after a lost answer.
+            # Either a foreign key under our name, or a value that has lost a slice and that we may not delete.
             is_none = before is None or not self._is_whole(key, before)
             return self._publish(key, manifest, replace=True) if is_none else False
         if names and rest[-1] != len(names):
@@ -299,9 +300,9 @@ class RedisStore(Store):
         return not names or self._client.exists(*names) == len(names)
 
     def _discard(self, key: str, manifest: Manifest) -> None:
-        """Remove a value that has lost a slice, unless another has taken its place, and as far as the server lets us.
+        """Removes a value that has lost a slice, unless it has been replaced meanwhile, if the server permits it.
 
-        A replica, or a user who may only read, lets us not: then the value stays a miss, which is looked at anew each time.
+        A replica, or a user with read permission only, does not permit it: then the value stays a miss, checked anew each time.
         """
         if not self._drop_slices(key, manifest):
             return
@@ -314,7 +315,7 @@ class RedisStore(Store):
                 commands.execute()
 
     def _drop_slices(self, key: str, manifest: Manifest) -> bool:
-        """Remove slices that belong to no value; False if that cannot be. Then they go by themselves, or are evicted."""
+        """Removes slices that belong to no value; returns False if that fails. They expire or are evicted then."""
         names = self._slices(key, manifest)
         try:
             if names:
@@ -327,7 +328,7 @@ class RedisStore(Store):
 
     @contextmanager
     def _wire(self) -> Iterator[Wire]:
-        """A connection for values, borrowed from redis-py, which has made it and logged in."""
+        """Borrows a connection for values from redis-py, which has connected and logged in."""
         connection: Any = self._lines.get_connection()
         try:
             wire = Wire(socket_of(connection), self._timeout)
@@ -342,7 +343,7 @@ class RedisStore(Store):
 
     @contextmanager
     def _faults(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong with the server is a StoreError that says what to do."""
+        """Turns faults of the server into StoreErrors that say what to do."""
         try:
             yield
         except (redis.RedisError, OSError, Refused) as error:
@@ -354,7 +355,7 @@ class RedisStore(Store):
 
 
 def _get(name: str, begin: int, end: int, size: int) -> list[bytes]:
-    """The command for a part of a slice. A whole one is asked for without a range, so that a wrong length shows."""
+    """Returns the command for a part of a slice. A whole slice is requested without a range, to detect a wrong length."""
     if (begin, end) == (0, size):
         return [b"GET", name.encode()]
     return [b"GETRANGE", name.encode(), b"%d" % begin, b"%d" % (end - 1)]

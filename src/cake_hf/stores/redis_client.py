@@ -1,4 +1,4 @@
-"""How a Redis store's client is set up, and what its words mean."""
+"""Sets up the client of a Redis store, and explains its errors."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ CONNECT_SECONDS = 5.0
 
 _FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 _SECRET_OPTIONS = ("password", "ssl_password", "ssl_ca_data", "username")
-"""Of redis-py's."""
+"""Options of redis-py whose values are secrets."""
 
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """A Redis store's URL, taken apart.
+    """A parsed URL of a Redis store.
 
     Attributes:
-        url: for redis-py; may hold a password.
-        place: for people; holds none.
-        prefix: of the names of our keys.
-        ttl: seconds that a value lives, None for as long as the server likes.
-        secrets: what nobody may see.
+        url: URL for redis-py; may contain a password.
+        place: URL for people, without a password.
+        prefix: prefix of our keys' names.
+        ttl: seconds that a value lives; None to leave it to the server.
+        secrets: texts that must not be shown.
     """
 
     url: str = field(repr=False)
@@ -54,16 +54,16 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
-        """Split our options from those of redis-py.
+        """Parses a URL and separates our options from those of redis-py.
 
         Raises:
-            StoreError: the URL, or an option of ours, makes no sense.
+            StoreError: the URL, or one of our options, is invalid.
         """
         try:
             told = split_url(url)
             where = _where(told)
         except ValueError as error:
-            # Nobody can tell where a password ends in what makes no sense.
+            # In an invalid URL the end of a password is unknown, so it is not quoted.
             whole = shown_url(url) if "@" not in url else "given"
             raise StoreError(f"The Redis URL {whole} makes no sense: {error}.") from None
         place, options = f"{told.scheme}://{where}", dict(told.options)
@@ -81,28 +81,28 @@ class RedisAddress:
         return cls(plain, place, prefix, None if ttl is None else int(ttl), tuple(filter(None, hidden)))
 
     def pool(self, timeout: float) -> redis.ConnectionPool:
-        """Connections to there, none of which is made yet.
+        """Makes a pool of connections to the server, without connecting yet.
 
         Args:
             timeout: seconds to wait for an answer.
 
         Raises:
-            StoreError: the URL makes no sense to redis-py.
+            StoreError: redis-py rejects the URL.
         """
         defaults = {"socket_timeout": timeout, "socket_connect_timeout": min(CONNECT_SECONDS, timeout)}
-        # One more try on a connection that has gone stale. More of them, with pauses, would only hold up the prompt.
+        # One retry, for a connection that has gone stale. More retries, with pauses, would only delay the prompt.
         once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
         fixed = {"protocol": 2, "decode_responses": False, "retry": once_more}
         try:
             told = cast(Callable[[str], dict[str, Any]], parse_url)(self.url)
             pool = redis.ConnectionPool(**{**defaults, **told, **fixed})
-            pool.connection_class(**pool.connection_kwargs)  # connects to nothing, but knows the options
+            pool.connection_class(**pool.connection_kwargs)  # validates the options without connecting
         except (ValueError, TypeError, RedisError) as error:
             said = shown(error, self.secrets)
             hidden = self.secrets
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", said):
                 said = f"there is no option {unknown[1]!r}."
-                if hidden:  # its name may be the end of a password
+                if hidden:  # the option's name may be the end of a password
                     said, hidden = "there is no such option; write an & in a password as %26.", (*hidden, unknown[1])
             scrub(error, hidden)
             raise StoreError(f"The Redis URL {self.place} or one of its options makes no sense: {said}") from error
@@ -110,10 +110,10 @@ class RedisAddress:
 
 
 def _where(told: Url) -> str:
-    """Host, port and database, or the path of a local socket.
+    """Returns host, port and database, or the path of a local socket.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the URL has none of these, or they are invalid.
     """
     if told.scheme == "redis+unix":
         if told.place or not told.path.strip("/"):
@@ -129,10 +129,10 @@ def _where(told: Url) -> str:
 
 
 def socket_of(connection: Any) -> socket.socket:
-    """The socket of a redis-py connection that is connected.
+    """Returns the socket of a connected redis-py connection.
 
     Raises:
-        StoreError: this redis-py has none to lend.
+        StoreError: this version of redis-py gives no access to the socket.
     """
     found = getattr(connection, "_sock", None)
     if not isinstance(found, socket.socket):
@@ -141,8 +141,8 @@ def socket_of(connection: Any) -> socket.socket:
 
 
 def advice(error: Exception, secrets: tuple[str, ...] = ()) -> str:
-    """What to do about something that went wrong with the server, in one sentence, which does not tell the secrets."""
-    # Where we read the answer ourselves, it begins with a code; redis-py makes a class of it.
+    """Returns one sentence on what to do about an error of the server, without the secrets."""
+    # An answer that we read ourselves starts with a code; redis-py turns the code into a class.
     code = _CODES.get(type(error)) or str(error).partition(" ")[0]
     if code in _REMEDIES:
         return _REMEDIES[code]
@@ -174,4 +174,4 @@ _REMEDIES = {
     "MOVED": "it is part of a cluster, which this store does not know; give a server that stands alone.",
     "MANY": "too many connections are open; raise max_connections in the URL.",
 }
-"""By the first word of the server's answer."""
+"""Remedies by the first word of the server's answer."""

@@ -1,4 +1,4 @@
-"""What a value in Redis consists of: a small key of its own that names the slices."""
+"""The manifest of a value in Redis: a small key that describes the value's slices."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MANIFEST_BYTES = 63
-"""Index of the last byte that is read of a manifest; ours are shorter, and no more memory is taken for others."""
+"""Index of the last byte of a manifest that is read. Ours are shorter; for others no more memory is used."""
 
 MAX_SLICES = 2**16
-"""A manifest that claims more is none of ours."""
+"""Most slices of a value; a manifest that claims more is not ours."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a value consists of.
+    """A value's size and slices.
 
     Attributes:
         size: bytes of the value.
-        slice_bytes: of each slice but the last.
-        tag: of its slices.
+        slice_bytes: bytes of each slice except the last.
+        tag: tag in the names of the slices.
     """
 
     size: int
@@ -28,12 +28,12 @@ class Manifest:
     tag: str
 
     def encode(self) -> bytes:
-        """As it is stored."""
+        """Returns the manifest as it is stored."""
         return f"1 {self.size} {self.slice_bytes} {self.tag}".encode()
 
     @classmethod
     def parse(cls, raw: bytes) -> Manifest | None:
-        """None where there is none, or something that is none of ours."""
+        """Parses a stored manifest; returns None if it is missing or not ours."""
         match = re.fullmatch(rb"1 (\d{1,15}) ([1-9]\d{0,9}) ([0-9a-f]{16})", raw)
         if match is None:
             return None
@@ -47,7 +47,7 @@ class Manifest:
         return [self.slice_bytes] * full + [rest] * (rest > 0)
 
     def ranges(self, offset: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """Which bytes of which slices are `count` bytes from an offset in the value: (slice, begin, end)."""
+        """Iterates over the parts of slices that make up `count` bytes from an offset in the value: (slice, begin, end)."""
         end = offset + count
         for number in range(offset // self.slice_bytes, -(-end // self.slice_bytes) if count else 0):
             start = number * self.slice_bytes

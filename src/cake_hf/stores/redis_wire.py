@@ -1,7 +1,7 @@
-"""Redis commands with large values, straight between a socket and the caller's buffers.
+"""Redis commands with large values, transferred directly between a socket and the caller's buffers.
 
-A client that returns values as objects copies each of them, and takes Python's lock once per piece that the socket gives;
-the model's forward waits for that lock. Here a value is moved by one blocking call of the kernel.
+A client that returns values as objects copies each value, and takes the GIL once per piece that the socket delivers; the
+model's forward waits for the GIL. Here one blocking system call transfers a value.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cake_hf.stores.pieces import after
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SHORTEST_LINE = 4
-"""Bytes of `$1` with its line's end: what can be read before it is known which line it is."""
+"""Bytes of `$1` and the end of its line: what can be read before the kind of line is known."""
 
 MAX_LINE = 2**12
-"""Longest line of an error that is read."""
+"""Most bytes of an error's line that are read."""
 
 
 _NOTHING = {b"$-1\r": 1, b"$0\r\n": 2}
-"""How answers that bring nothing begin, and how many bytes follow."""
+"""Starts of answers without a value, with the number of bytes that follow."""
 
 
 class Refused(Exception):
@@ -32,30 +32,30 @@ class Refused(Exception):
 
 
 class Unfit(Exception):
-    """The server has a value, but not of the length that it should have."""
+    """The server has a value, but not of the expected length."""
 
 
 class Wire:
     """One connected socket, used by one thread at a time.
 
-    While answers are under way, and after any exception, the socket is of no use to anybody else and has to be closed.
+    While answers are under way, and after any exception, the socket cannot be reused and has to be closed.
 
     Args:
-        connection: a connected socket; authenticated, and with no reply under way.
-        timeout: seconds after which a value that does not get across is given up.
+        connection: a connected and authenticated socket, without pending replies.
+        timeout: seconds after which an unfinished transfer of a value is given up.
     """
 
     def __init__(self, connection: socket.socket, timeout: float) -> None:
         self._socket = connection
         self.under_way = 0
-        """Answers that have been asked for and not read."""
+        """Number of answers that have been requested but not read."""
         self._timeout = timeout
         self._tls = isinstance(connection, ssl.SSLSocket)
         if self._tls:
             connection.settimeout(timeout)
             return
-        # With a timeout of Python's, the socket does not block, and a large value comes in many small pieces. The kernel's
-        # own timeouts let it block.
+        # With a timeout set in Python, the socket is non-blocking, and a large value arrives in many small pieces. With the
+        # kernel's own timeouts the socket can block.
         connection.settimeout(None)
         seconds, fraction = divmod(timeout, 1)
         limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
@@ -63,25 +63,25 @@ class Wire:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def ask(self, *words: bytes) -> None:
-        """Send a command without waiting for its answer.
+        """Sends a command without waiting for its answer.
 
         Raises:
-            OSError: the connection is broken, or nothing gets through in time.
+            OSError: the connection is broken or timed out.
         """
         self.under_way += 1
         self._send([memoryview(_command(words))])
 
     def store(self, words: Sequence[bytes], value: Sequence[memoryview], options: Sequence[bytes] = ()) -> None:
-        """Send a command with a scattered value, and wait for its OK.
+        """Sends a command with a scattered value, and waits for its OK.
 
         Args:
-            words: before the value.
-            value: its bytes, in order.
-            options: words after it.
+            words: words of the command before the value.
+            value: buffers with the value, in order.
+            options: words of the command after the value.
 
         Raises:
-            Refused: the server says why not.
-            OSError: the connection is broken, or nothing gets through in time.
+            Refused: the server refused the command; the message says why.
+            OSError: the connection is broken or timed out.
         """
         count, size = len(words) + 1 + len(options), sum(view.nbytes for view in value)
         self.under_way += 1
@@ -91,15 +91,15 @@ class Wire:
         self.under_way -= 1
 
     def receive(self, value: Sequence[memoryview]) -> bool:
-        """Read the next answer, a value of the buffers' length together, into them.
+        """Reads the next answer, a value exactly as long as all buffers together, into the buffers.
 
         Returns:
-            False if the server has no such value. (It says "empty" instead where a part of it was asked for.)
+            False if the server has no such value. (If a part of a value was requested, it answers with an empty value.)
 
         Raises:
-            Unfit: it has one of another length.
+            Unfit: the value has another length.
             Refused: the server answered with an error.
-            OSError: the connection is broken, or the value does not come in time.
+            OSError: the connection is broken, or the value does not arrive in time.
         """
         size = sum(view.nbytes for view in value)
         found = self._expect(b"$%d\r\n" % size)
@@ -109,14 +109,14 @@ class Wire:
         return found
 
     def _expect(self, line: bytes) -> bool:
-        """Read a reply's first line, which should be this one; False if it says that there is nothing."""
+        """Reads a reply's first line, which should equal `line`; returns False if it says that there is no value."""
         begin = self._take(SHORTEST_LINE)
         if begin[:1] == b"-":
             raise Refused(self._rest_of_line(begin))
         if begin in _NOTHING:
             self._take(_NOTHING[begin])
             return False
-        # The rest of a line of two digits or more, and of what follows it, is longer than what is left of ours.
+        # If the line announces a value of two digits or more, it and the value are longer than what is left of our line.
         rest = b"" if begin.endswith(b"\n") else self._take(len(line) - len(begin))
         if begin + rest != line:
             raise Unfit
@@ -151,7 +151,7 @@ class Wire:
             views = self._left(views, count, deadline)
 
     def _left(self, views: list[memoryview], count: int, deadline: float) -> list[memoryview]:
-        """What is still to be moved. A value that only trickles is given up, as is one that does not move at all."""
+        """Returns the views still to be transferred; raises after the deadline, so that a trickling value is given up, too."""
         views = after(views, count)
         if views and time.monotonic() > deadline:
             raise TimeoutError(f"{sum(view.nbytes for view in views)} bytes were left after {self._timeout:g} s")

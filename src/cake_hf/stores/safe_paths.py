@@ -1,7 +1,7 @@
-"""Files below a directory, reached without following a link: each step starts from the descriptor of the one before.
+"""Access to files below a directory without following links: each step starts from the descriptor of the step before.
 
-The directory itself is the user's choice and may be named through links. What lies below it may come from elsewhere (a clone,
-an archive, a share), so a link, a pipe or a device there is nothing that anybody asked for: it counts as absent.
+The directory itself is the user's choice and may be named through links. Its contents may come from elsewhere (a clone, an
+archive, a share), so a link, a pipe or a device there is not trusted and counts as absent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 _REACH = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-"""A directory that may be passed through need not be one that may be listed."""
+"""O_PATH, since a directory that may be searched need not be one that may be listed."""
 
 _NOT_SUPPORTED = frozenset((errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY))
-"""How a filesystem says that it does not know a call."""
+"""Errors by which a filesystem reports an unsupported call."""
 
 
 def reach(path: str | Path, at: int | None = None) -> int:
-    """As `directory`; the caller closes the descriptor."""
+    """Opens a directory like `directory`; the caller closes the descriptor."""
     if at is None:
         return os.open(path, _REACH)
     try:
@@ -36,15 +36,15 @@ def reach(path: str | Path, at: int | None = None) -> int:
 
 @contextmanager
 def directory(path: str | Path, at: int | None = None) -> Iterator[int]:
-    """A descriptor of a directory, to reach what is in it.
+    """Yields a descriptor of a directory, for access to its contents.
 
     Args:
-        path: of the directory; with `at`, its name in there, and a link or a file of that name counts as absent.
-        at: descriptor of the directory around it.
+        path: path of the directory; with `at`, its name in that directory, where a link or a file counts as absent.
+        at: descriptor of the parent directory.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: as it comes.
+        FileNotFoundError: there is no such directory.
+        OSError: passed through.
     """
     descriptor = reach(path, at)
     try:
@@ -55,11 +55,11 @@ def directory(path: str | Path, at: int | None = None) -> Iterator[int]:
 
 @contextmanager
 def opened(name: str, flags: int, at: int) -> Iterator[tuple[int, os.stat_result]]:
-    """Descriptor and status of a regular file in a directory. New files get the mode that the user's umask allows.
+    """Yields descriptor and status of a regular file in a directory. New files get the mode that the user's umask allows.
 
     Raises:
-        FileNotFoundError: there is none; whatever else has the name is neither opened nor waited for.
-        OSError: as it comes.
+        FileNotFoundError: there is no such regular file; anything else of that name is neither opened nor waited for.
+        OSError: passed through.
     """
     descriptor, status = open_file(name, flags, at)
     try:
@@ -69,8 +69,8 @@ def opened(name: str, flags: int, at: int) -> Iterator[tuple[int, os.stat_result
 
 
 def open_file(name: str, flags: int, at: int) -> tuple[int, os.stat_result]:
-    """As `opened`; the caller closes the descriptor."""
-    if not flags & os.O_CREAT:  # already opening some devices does something
+    """Opens a file like `opened`; the caller closes the descriptor."""
+    if not flags & os.O_CREAT:  # merely opening some devices has an effect
         _refuse_other(os.stat(name, dir_fd=at, follow_symlinks=False), name)
     try:
         descriptor = os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=at)
@@ -88,13 +88,13 @@ def open_file(name: str, flags: int, at: int) -> tuple[int, os.stat_result]:
 
 
 def status_of(name: str, at: int) -> os.stat_result | None:
-    """Status of a regular file in a directory; None where there is none."""
+    """Returns the status of a regular file in a directory; None if there is no such file."""
     status = what_is(name, at)
     return status if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
 def what_is(name: str, at: int) -> os.stat_result | None:
-    """Status of whatever has the name; None if nothing has."""
+    """Returns the status of a directory entry of any kind; None if there is no such entry."""
     try:
         return os.stat(name, dir_fd=at, follow_symlinks=False)
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def what_is(name: str, at: int) -> os.stat_result | None:
 
 
 class FoundFile(NamedTuple):
-    """What a name in a directory stands for."""
+    """An entry of a directory: its name and kind."""
 
     name: str
     is_file: bool
@@ -110,7 +110,7 @@ class FoundFile(NamedTuple):
 
 
 def entries_of(at: int) -> list[FoundFile]:
-    """What is in a directory; a link is neither a file nor a directory."""
+    """Returns a directory's entries; a link is neither a file nor a directory."""
     descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     try:
         with os.scandir(descriptor) as entries:
@@ -123,14 +123,14 @@ def entries_of(at: int) -> list[FoundFile]:
 
 
 def files_of(at: int, wanted: Callable[[str], object]) -> Iterator[tuple[str, os.stat_result]]:
-    """Names and statuses of the regular files in a directory whose names are wanted, as far as they are still there."""
+    """Iterates over (name, status) of a directory's regular files with wanted names; files that vanish are skipped."""
     for found in entries_of(at):
         if found.is_file and wanted(found.name) and (status := status_of(found.name, at)) is not None:
             yield found.name, status
 
 
 def is_named(name: str, at: int, descriptor: int) -> bool:
-    """Whether an open file still has its name. (Some filesystems count no names, so that the count alone does not tell.)"""
+    """Returns whether an open file still has its name. (The link count alone does not tell: some filesystems keep none.)"""
     status = os.fstat(descriptor)
     if status.st_nlink:
         return True
@@ -139,7 +139,7 @@ def is_named(name: str, at: int, descriptor: int) -> bool:
 
 
 def make_directory(name: str, at: int) -> bool:
-    """Make a directory unless there is one; whether it is new."""
+    """Creates a directory if it is missing; returns whether it is new."""
     try:
         os.mkdir(name, dir_fd=at)
     except FileExistsError:
@@ -148,10 +148,10 @@ def make_directory(name: str, at: int) -> bool:
 
 
 def sync_directory(at: int) -> None:
-    """Bring names in a directory to the disk, where the filesystem can be asked to."""
+    """Syncs the names in a directory to disk, if the filesystem supports that."""
     try:
         descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
-    except PermissionError:  # written to, but not listed
+    except PermissionError:  # the directory may be written to, but not listed
         return
     try:
         os.fsync(descriptor)
@@ -163,7 +163,7 @@ def sync_directory(at: int) -> None:
 
 
 def sync_file(descriptor: int) -> None:
-    """Bring a file's bytes to the disk, where the filesystem can be asked to."""
+    """Syncs a file's bytes to disk, if the filesystem supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -172,7 +172,7 @@ def sync_file(descriptor: int) -> None:
 
 
 def replace_file(name: str, content: bytes | bytearray, at: int) -> None:
-    """Let a file have this content, from one moment to the next. A link of that name is replaced, not followed."""
+    """Replaces a file's content atomically. A link of that name is replaced, not followed."""
     partial = f"{name}.{secrets.token_hex(4)}"
     try:
         with opened(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, at) as (descriptor, _):
@@ -187,7 +187,7 @@ def replace_file(name: str, content: bytes | bytearray, at: int) -> None:
 
 
 def advice(error: OSError) -> str:
-    """The system's word for what happened, and what to do about it."""
+    """Returns the system's description of an error, and what to do about it."""
     remedies = {
         errno.ENOSPC: "free some space or choose another directory.",
         errno.EDQUOT: "your quota is used up; free some space or choose another directory.",

@@ -1,4 +1,4 @@
-"""What somebody means by the text that names a store. What looks like a URL and is none is no directory of that name."""
+"""Interprets the text that names a store. A text that looks like a URL but is not one is never taken for a directory's name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cake_hf.util.sizes import parse_bytes
 from cake_hf.util.urls import split_options
 
 LOCAL_EXAMPLES = {"file": "file:///path", "memory": "memory:4GB", "pack": "pack:folder"}
-"""By scheme, what needs no server."""
+"""Examples of the kinds that need no server, by scheme."""
 
 NO_BUDGET = "none"
-"""What a URL says for a directory without a limit."""
+"""Value of a URL's `budget` option for a directory without a limit."""
 
 _ALIASES = {
     **dict.fromkeys(("disk", "dir", "directory", "folder", "local", "path"), "file"),
@@ -35,20 +35,20 @@ _ALIASES = {
     **dict.fromkeys(("redis-unix", "redis+socket", "unix"), "redis+unix"),
     **dict.fromkeys(("valkey", "valkeys"), "redis"),
 }
-"""What people call these kinds elsewhere."""
+"""Names that other software uses for these kinds."""
 
 _AS_IT_IS = ("./", "../")
-"""What begins so is a directory, whatever its name looks like."""
+"""A text that starts with one of these is a directory, whatever its name looks like."""
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory, and what its URL says about it.
+    """A directory, and the options of its URL.
 
     Attributes:
-        path: of it; a ~ has been filled in.
-        budget: most bytes of chunks, or how they are worked out; None for no limit.
-        eviction: who makes room.
+        path: the directory; a ~ is already expanded.
+        budget: most bytes of chunks, or the share they are computed from; None for no limit.
+        eviction: the order of eviction.
     """
 
     path: Path
@@ -57,15 +57,15 @@ class Directory:
 
 
 def kind_of(text: str, examples: Mapping[str, str], listed: str) -> str:
-    """The scheme of a text that names a store; empty for a path.
+    """Returns the scheme of a text that names a store; empty for a path.
 
     Args:
-        text: what somebody wrote.
-        examples: by scheme, of the kinds behind a network.
-        listed: all that can be opened, for people.
+        text: the user's text.
+        examples: example URLs of the remote kinds, by scheme.
+        listed: all kinds that can be opened, for messages.
 
     Raises:
-        StoreError: it is none of these; the sentence says what to write.
+        StoreError: the text names no store; the message says what to write.
     """
     _refuse_invisible(text)
     if text.startswith((*_AS_IT_IS, "/", "~", "[")):
@@ -89,10 +89,10 @@ def kind_of(text: str, examples: Mapping[str, str], listed: str) -> str:
 
 
 def plain_directory(text: str) -> Path:
-    """The directory that a path without a scheme names.
+    """Returns the directory that a path without a scheme names.
 
     Raises:
-        StoreError: it is meant otherwise, and no directory of that name.
+        StoreError: the text was probably not meant as a directory's name.
     """
     if text.startswith(_AS_IT_IS):
         return _not_to_be_expanded(text)
@@ -101,10 +101,10 @@ def plain_directory(text: str) -> Path:
 
 
 def path_directory(path: str | os.PathLike[str]) -> Path:
-    """The directory that a `pathlib.Path` names: as it is, but for a first part that is ~.
+    """Returns the directory that a `pathlib.Path` names: unchanged, except that a first part ~ is expanded.
 
     Raises:
-        StoreError: it cannot be a path at all, or nobody knows where the home directory is.
+        StoreError: it cannot be a path, or the home directory is unknown.
     """
     text = os.fsdecode(path)
     if "\0" in text:
@@ -113,10 +113,10 @@ def path_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def directory_url(url: str) -> Directory:
-    """What a `file://` URL names.
+    """Parses a `file://` URL.
 
     Raises:
-        StoreError: another host, or an option that makes no sense.
+        StoreError: the URL names another host, is malformed, or has an invalid option.
     """
     written, _, query = url.partition("://")[2].partition("?")
     host, slash, path = written.partition("/")
@@ -142,10 +142,10 @@ def directory_url(url: str) -> Directory:
 
 
 def bytes_of(text: str) -> int:
-    """As `parse_bytes`.
+    """Parses a size like `parse_bytes`, with StoreErrors.
 
     Raises:
-        StoreError: it is not a size.
+        StoreError: the text is not a size.
     """
     try:
         return parse_bytes(text)
@@ -154,14 +154,14 @@ def bytes_of(text: str) -> int:
 
 
 def expanded(path: str | os.PathLike[str], *, hint: bool = False) -> Path:
-    """The path, with the home directory in the place of a ~ at its begin.
+    """Returns the path with a leading ~ replaced by the home directory.
 
     Args:
-        path: any.
-        hint: say how a directory whose name begins with ~ is written.
+        path: any path.
+        hint: whether the message explains how to write a directory whose name starts with ~.
 
     Raises:
-        StoreError: nobody knows where that is.
+        StoreError: the home directory is unknown.
     """
     text = os.fspath(path)
     user, slash, rest = text.partition("/")
@@ -182,7 +182,7 @@ def _not_to_be_expanded(text: str) -> Path:
 
 
 def _options(query: str) -> tuple[int | FreeShare | None, str]:
-    """Budget and eviction."""
+    """Returns budget and eviction from the query of a directory's URL."""
     try:
         options = split_options(query)
     except ValueError as error:
@@ -202,7 +202,7 @@ _VARIABLE = re.compile(rf"{_SHELL_VARIABLE.pattern}|%[A-Za-z_]{{3,}}%")
 def _refuse_invisible(text: str) -> None:
     if not text.strip() or text in ("file:", "file://"):
         raise StoreError("The store path is empty; give a directory, such as ~/.cache/cake_hf.")
-    # Of a path, what is no character may stand for a byte; in a URL it stands for nothing.
+    # In a path, a surrogate may stand for a byte that is not valid text; in a URL it has no meaning.
     none = ("Cc", "Cs", "Zl", "Zp") if "://" in text else ("Cc", "Zl", "Zp")
     if text != text.strip() or any(unicodedata.category(c) in none for c in text):
         raise StoreError(
@@ -212,7 +212,7 @@ def _refuse_invisible(text: str) -> None:
 
 
 def _refuse_odd(text: str) -> None:
-    """What nobody means to be a part of a directory's name."""
+    """Raises if the text has something in it that is hardly meant as part of a directory's name."""
     if "?" in text:
         path, _, query = text.partition("?")
         right = f"file://{quote(os.fspath(expanded(path, hint=True).absolute()))}?{query}"
@@ -240,18 +240,18 @@ def _windows(text: str) -> StoreError:
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    """What stands before the first : of a path's first part, or before its end if that is //; the mark; and the rest."""
+    """Splits a text at a : in its first part, or at a // right after it; returns the text before, the mark, and the rest."""
     found = re.match(r"([^/:]*)(:|//)(.*)", text, re.DOTALL)
     return (found[1], found[2], found[3]) if found else (text, "", "")
 
 
 def _meant(word: str, known: Collection[str], *, guess: bool) -> str:
-    """The scheme that somebody means by a word; empty where it cannot be told.
+    """Returns the scheme that the user probably means by a word; empty if there is none.
 
     Args:
-        word: before the colon.
-        known: schemes.
-        guess: take one that is nearly the same.
+        word: the text before the colon.
+        known: the known schemes.
+        guess: whether to accept a scheme that is spelled similarly.
     """
     lower = word.lower().strip()
     meant = lower if lower in known else _ALIASES.get(lower, "")
@@ -265,7 +265,7 @@ def _misspelt(text: str, scheme: str, rest: str, examples: Mapping[str, str]) ->
 
 
 def _right_form(scheme: str, rest: str, examples: Mapping[str, str]) -> str:
-    """How somebody writes what was meant."""
+    """Returns the correct spelling of a misspelled store."""
     bare = rest.lstrip(":/")
     if not bare:
         return {**examples, **LOCAL_EXAMPLES, "memory": "memory:"}[scheme]
@@ -281,14 +281,14 @@ def _right_form(scheme: str, rest: str, examples: Mapping[str, str]) -> str:
 
 
 def _absolute(path: str) -> str:
-    """As a file URL has it; what is encoded already stays so."""
+    """Returns an absolute path for a file URL; text that is already encoded stays so."""
     if path.startswith(("/", "~/")):
         return path
     return quote(os.fspath(Path(path).absolute()), safe="/%")
 
 
 def _as_directory(text: str) -> str:
-    """How a directory is named that is called so."""
+    """Returns a sentence that says how to name a directory that really has this name."""
     is_odd = text.startswith(("/", "~", "file:")) or "://" in text or text != text.strip() or not text.isprintable()
     with_dot = "" if is_odd else f"write './{shown_url(text)}', or "
     return f"For a directory of that name {with_dot}pass a pathlib.Path."

@@ -1,21 +1,21 @@
-"""Over how many requests a value is best read: over many where connections are slow, over few where the server is."""
+"""Learns over how many requests a value is best read: many if connections are slow, few if the server is."""
 
 from __future__ import annotations
 
 from cake_hf.util.forks import Lock
 
 NEW_WEIGHT = 0.3
-"""Weight of the newest read in the smoothed pace of the best number."""
+"""Weight of the newest read in the smoothed pace of the best number of requests."""
 
 FORGETTING = 0.99
-"""What is left of a pace each time another number is taken: so it is tried again, the later the slower it was."""
+"""Factor on a pace each time another number is chosen, so that it is tried again, the later the slower it was."""
 
 
 class Spread:
-    """Learns from the reads of one store whether half as many requests, or twice as many, are faster. For many threads.
+    """Learns from the reads of one store whether half or twice as many requests are faster. Any thread may use it.
 
-    It begins with the most requests and halves them in trials, each of which takes twice as long at worst: over object storage
-    far away, where each connection is slow, it stays with the most; at a server nearby it ends at one request.
+    It starts with the most requests and halves them in trials, each of which takes twice as long at worst. With distant object
+    storage, where each connection is slow, it stays with the most; with a server nearby it ends at one request.
 
     A *halving* of h means 2**h times as many bytes per request.
     """
@@ -24,13 +24,13 @@ class Spread:
         self._lock = Lock()
         self._best = 0
         self._pace: dict[int, float] = {}
-        """Seconds per byte, by halvings."""
+        """Seconds per byte, by number of halvings."""
 
     def halvings(self, most: int) -> int:
-        """How often the number of requests for the next value is to be halved.
+        """Returns how often to halve the number of requests for the next value.
 
         Args:
-            most: requests for it without any halving.
+            most: number of requests without halving.
         """
         with self._lock:
             highest = (most - 1).bit_length()
@@ -45,10 +45,10 @@ class Spread:
             return choice
 
     def learn(self, halvings: int, nbytes: int, seconds: float) -> None:
-        """A value of so many bytes was read in so long."""
+        """Records that a value of `nbytes` bytes was read in `seconds`."""
         pace = seconds / nbytes
         with self._lock:
-            # What is left of an old pace after much forgetting tells less than the trial.
+            # After much forgetting, an old pace is less informative than the trial.
             before = self._pace.get(halvings, pace) if halvings == self._best else pace
             self._pace[halvings] = before + NEW_WEIGHT * (pace - before)
             if self._pace[halvings] < self._pace.get(self._best, float("inf")):

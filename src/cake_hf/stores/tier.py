@@ -1,4 +1,4 @@
-"""One store among others: what it is for, how it is used; and the row of them, from which an answer is got."""
+"""A tier: one store among others, with its policy; and the row of tiers that is asked for values."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tier:
-    """A store among others, and what it is for.
+    """A store among others, and its policy.
 
     Attributes:
-        store: any.
-        write: whether new values go there. True: before `write` returns; "behind": soon after; False: never.
-        promote: whether values found farther away are copied there; by default where `write` is not False. With `write=False`
-            and `promote=True` a tier caches what is read; with both False nothing there is ever touched.
+        store: any store.
+        write: whether new values are written to this tier. True: before `write` returns; "behind": soon after; False: never.
+        promote: whether values found in a farther tier are copied here; by default yes, unless `write` is False. With
+            `write=False` and `promote=True` the tier caches reads; with both False the store is never changed.
         owned: whether closing the tiers closes this store.
 
     Raises:
-        StoreError: it is no store, or there is no such policy.
+        StoreError: `store` is not a Store, or `write` is not one of these policies.
     """
 
     store: Store
@@ -44,21 +44,21 @@ class Tier:
 
     @property
     def takes_copies(self) -> bool:
-        """Whether values found farther away are copied there."""
+        """Whether values found in a farther tier are copied here."""
         return self.write is not False if self.promote is None else self.promote
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing there may be touched."""
+        """Whether the store must not be changed."""
         return self.write is False and not self.takes_copies
 
 
 class TierPlace:
-    """A tier where it stands among the others.
+    """A tier at its position among the others, with its health.
 
     Args:
         tier: the store and its policy.
-        level: how far away; tiers of one level are equally near.
+        level: distance, 0 for the nearest; tiers of one level are equally near.
         clock: monotonic seconds.
     """
 
@@ -69,10 +69,10 @@ class TierPlace:
         self.health = TierHealth(_name(tier.store), clock)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        """The store's mask.
+        """Returns the store's mask for the keys.
 
         Raises:
-            Exception: whatever the store raises; also where its mask is not as long as the question.
+            Exception: whatever the store raises; also if its mask is not as long as `keys`.
         """
 
         def ask() -> list[bool]:
@@ -81,18 +81,18 @@ class TierPlace:
         return self.health.look("looked up", ask)
 
     def listing(self) -> list[str]:
-        """All keys; raises whatever the store raises."""
+        """Returns all keys; raises whatever the store raises."""
         return self.health.look("listed", lambda: list(self.store.keys()))
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
-        """Write a value; raises whatever the store raises."""
+        """Writes a value; raises whatever the store raises."""
         written = self.health.change("written", lambda: self.store.write(key, parts, replace=replace))
         if written:
             self.health.welcome(key)
         return written
 
     def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
-        """Write a value if the store is well; what goes wrong is counted and goes no further."""
+        """Writes a value if the store is healthy; faults are counted but not raised."""
         if self.health.writes_badly():
             self.health.count(skipped=1)
             return False
@@ -104,10 +104,10 @@ class TierPlace:
             return False
 
     def delete(self, key: str) -> bool:
-        """Remove a key; False if it was not there.
+        """Removes a key; returns False if it was not stored.
 
         Raises:
-            StoreError: it is there, and the tier is read-only.
+            StoreError: the key is stored, and the tier is read-only.
             Exception: whatever the store raises.
         """
         if not self.tier.read_only:
@@ -119,7 +119,7 @@ class TierPlace:
         return False
 
     def disown(self, key: str) -> None:
-        """What is here under this key is wrong, if anything is: remove it, or else do not look at it any more."""
+        """Removes the value of this key, which is wrong if there is one; quarantines the key if that fails."""
         if not self.tier.read_only and not self.health.writes_badly():
             try:
                 self.delete(key)
@@ -132,7 +132,7 @@ class TierPlace:
 
 
 class Faults:
-    """What went wrong at one place after the other, while the work went on."""
+    """Collects the faults of several places while the work goes on."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -140,23 +140,23 @@ class Faults:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """What the body raises goes no further."""
+        """Catches and counts a fault that the body raises."""
         try:
             yield
         except BaseException as error:
             if not is_a_fault(error):
                 raise
             self.count += 1
-            # That a value is corrupt tells more than that some store failed: such a value is to be replaced.
+            # A corrupt value says more than a store's failure: such a value has to be replaced.
             if self._first is None or (isinstance(error, CorruptChunk) and not isinstance(self._first, CorruptChunk)):
                 self._first = error
 
     def tell(self, what: str) -> None:
-        """Raise what was caught, if anything was.
+        """Raises if a fault was caught.
 
         Raises:
-            CorruptChunk: if that was among it.
-            StoreError: the sentence `what`, and the first fault.
+            CorruptChunk: a CorruptChunk was among the faults.
+            StoreError: otherwise; its message is the sentence `what` and the first fault.
         """
         if isinstance(self._first, CorruptChunk):
             raise self._first
@@ -166,12 +166,12 @@ class Faults:
 
 @dataclass(frozen=True)
 class TierAnswer(Generic[T]):
-    """What came of asking one tier after the other for a value.
+    """The result of asking one tier after the other for a value.
 
     Attributes:
         value: None for a miss.
-        place: that had it.
-        lacking: those asked before, which have nothing of use; and whether it was a value of another size.
+        place: the tier that had the value.
+        lacking: the tiers asked before that one, which had no usable value, each with whether it had a corrupt one.
     """
 
     value: T | None = None
@@ -179,7 +179,7 @@ class TierAnswer(Generic[T]):
     lacking: Sequence[tuple[TierPlace, bool]] = field(default=())
 
     def targets(self) -> list[tuple[TierPlace, bool]]:
-        """Those of the lacking to which the value should be copied."""
+        """Returns the entries of `lacking` to which the value should be copied."""
         return [
             (place, wrong)
             for place, wrong in self.lacking
@@ -191,20 +191,20 @@ class TierAnswer(Generic[T]):
 
 
 class TierRow:
-    """The places, nearest first, as one to ask.
+    """All tiers, nearest first, asked as if they were one store.
 
     Args:
-        places: in order.
+        places: the tiers in order.
     """
 
     def __init__(self, places: Sequence[TierPlace]) -> None:
         self._places = list(places)
 
     def look_up(self, keys: Sequence[str]) -> tuple[list[bool], Faults]:
-        """The union's mask. Each place gets one question, about what those before it do not have.
+        """Asks each tier once, about the keys that the tiers before it lack.
 
         Returns:
-            The mask; and the faults, if nothing but faults came back.
+            The mask over all tiers; and the faults, if no tier answered.
         """
         found, answers, faults = [False] * len(keys), 0, Faults()
         for place in sorted(self._places, key=lambda place: place.health.reads_badly()):
@@ -218,16 +218,16 @@ class TierRow:
         return found, Faults() if answers else faults
 
     def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> TierAnswer[T]:
-        """Ask one place after the other until one has the value.
+        """Asks one tier after the other until one has the value.
 
         Args:
             key: of the value.
-            ask: the question; None for a miss.
-            nbytes: that a read brings; None where it is no read, so that nothing is learnt of the store's pace.
+            ask: asks one store; returns None for a miss.
+            nbytes: bytes that a read returns; None if `ask` does not read, so that the store's pace is not updated.
 
         Raises:
-            CorruptChunk: some have it, but not of the right size, and nobody has a better one.
-            StoreError: nobody has it, and somebody failed.
+            CorruptChunk: a tier has the value, but not of the right size, and no tier has a better one.
+            StoreError: no tier has the value, and at least one failed.
         """
         lacking: list[tuple[TierPlace, bool]] = []
         faults = Faults()
@@ -248,7 +248,7 @@ class TierRow:
         return TierAnswer()
 
     def _route(self, key: str, nbytes: int) -> list[TierPlace]:
-        """The places in the order in which they are asked for a value."""
+        """Returns the tiers in the order in which they are asked for a value."""
         places = [place for place in self._places if not place.health.shuns(key)]
         places.sort(key=lambda p: (p.health.reads_badly(), p.level, p.health.seconds_until_read(nbytes)))
         for place in places[1:]:
@@ -258,6 +258,6 @@ class TierRow:
 
 
 def _name(store: Store) -> str:
-    """The store as it shows itself, or what it is."""
+    """Returns the store's own repr, or the name of its type if it has none."""
     own = type(store).__repr__ is not object.__repr__
     return shown(repr(store)) if own else type(store).__name__

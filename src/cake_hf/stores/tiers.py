@@ -1,8 +1,8 @@
-"""Stores behind one another, nearest first: this process's memory, this machine's disk, a bucket for all.
+"""Tiers: several stores behind one another, nearest first, such as this process's memory, this machine's disk, a shared bucket.
 
-    reading   from the nearest tier that has the value; one that fails is passed over for the next
+    reading   from the nearest tier that has the value; a tier that fails is skipped in favor of the next
     writing   to each tier by its own policy: at once, behind, or never
-    behind    one thread copies what was found far away to nearer tiers, and writes what is to be written behind
+    behind    one background thread copies values found in a far tier to nearer ones, and does the writes of policy "behind"
 
 No lock is held while a tier works, so threads that load different chunks use different tiers at the same time.
 """
@@ -28,39 +28,40 @@ from cake_hf.stores.pieces import joined
 from cake_hf.stores.tier import Faults, Tier, TierAnswer, TierPlace, TierRow
 
 Check = Callable[[bytearray, str], object]
-"""Called with a value and its key; raises `CorruptChunk` where the value is not what the key says."""
+"""Called with a value and its key; raises `CorruptChunk` if the value does not belong to the key."""
 
 Level = Tier | Store | Sequence[Tier | Store]
 
 
 class TierStore(Store):
-    """One store made of several. What one tier fails at, the others go on with.
+    """One store made of several. If one tier fails, the others take over.
 
-    *Reading* asks the nearest tier first and goes on at a miss, a fault or a value of another size. Only where nobody has the
-    value and somebody failed is it a `StoreError`. What was read from afar is copied to the nearer tiers in the background.
+    *Reading* asks the nearest tier first and moves on at a miss, a fault or a value of another size. It raises a `StoreError`
+    only if no tier has the value and at least one failed. A value read from a far tier is copied to the nearer tiers in the
+    background.
 
-    *Tiers of one level* are equally near: two disks, or a disk and a network that are both worth using. A read goes to the one
-    that should be through with it first, going by its pace so far and the reads under way there; so two loader threads share
-    them, and their throughputs add. Between levels nothing is weighed: the nearer one is meant to be much faster, and a chunk
-    that is fetched from afar all the same would be the one that everybody waits for.
+    *Tiers of one level* are equally near: two disks, or a disk and a network that are both worth using. A read goes to the
+    tier that should finish it first, judging by its pace so far and the reads under way there; so two loader threads share
+    the tiers, and the throughputs add up. Levels are not weighed against each other: the nearer one is meant to be much
+    faster, and a chunk fetched from a farther one would be the chunk that everything else waits for.
 
-    *Writing* tries every tier with `write=True` before it returns, and raises only where none of them took the value; then
-    nothing is listed. The value is durable from the moment on when the first durable one of them has it (memory is not). Where
-    such a tier fails, the value is only as safe as the tiers that took it; the log says so once.
-    `replace` reaches every tier: where a wrong value can be neither replaced nor deleted it is not looked at any more.
+    *Writing* tries every tier with `write=True` before it returns, and raises only if none of them took the value; nothing is
+    listed then. The value is durable as soon as the first durable tier has it (memory is not durable). If such a tier fails,
+    the value is only as safe as the tiers that took it; the log says so once.
+    `replace` reaches every tier: if a wrong value can be neither replaced nor deleted in a tier, it is quarantined there.
 
-    *A tier in trouble* (two faults in a row, or an operation that hangs) is left alone for a while: asked last, and left out
-    of lookups and writes that others can serve.
+    *A tier in trouble* (two faults in a row, or an operation that hangs) is left alone for a while: it is asked last, and
+    left out of lookups and writes that other tiers can serve.
 
     Args:
-        levels: nearest first: stores, tiers, or sequences of such that are equally near.
-        queue_bytes: of values that may wait for the background; beyond it copies are skipped and counted.
-        close_seconds: how long `close`, and leaving the interpreter, wait for the background.
-        check: what a value has to pass before it is copied to a nearer tier, so that what arrived damaged does not spread.
+        levels: nearest first: stores, tiers, or sequences of them that are equally near.
+        queue_bytes: bytes of values that may wait in the background queue; beyond that, copies are skipped and counted.
+        close_seconds: how long `close`, and leaving the interpreter, wait for the background queue.
+        check: check that a value has to pass before it is copied to a nearer tier, so that damaged values do not spread.
         clock: monotonic seconds; replaceable for tests.
 
     Raises:
-        ValueError: no tier, or values are to be written behind and nowhere at once.
+        ValueError: there is no tier, or values are to be written behind but to no tier at once.
     """
 
     def __init__(
@@ -94,24 +95,24 @@ class TierStore(Store):
         return f"TierStore([{', '.join(place.health.name for place in self._places)}])"
 
     def counts(self) -> list[TierCounts]:
-        """What came of each tier so far, nearest first."""
+        """Returns the counts of each tier so far, nearest first."""
         return [place.health.counts() for place in self._places]
 
     def identity(self) -> Hashable:
-        """Tiers are at one place if all of them are that last; each of them may have a memory of its own."""
+        """Returns the identities of the lasting tiers: two tier stores are equal if those are, whatever their memory tiers."""
         return _lasting_place(self._places)
 
     # Asking.
 
     def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
-        """The first that a tier has."""
+        """Returns the first mismatch reason that a tier gives."""
         return next(filter(None, (place.store.mismatch_reason(namespace, facts) for place in self._places)), "")
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        """One question to each tier, about what the tiers before it do not have. One that fails counts as having nothing.
+        """Asks each tier once, about the keys that the tiers before it lack. A tier that fails counts as empty.
 
         Raises:
-            StoreError: all of them failed.
+            StoreError: all tiers failed.
         """
         found, faults = self._row.look_up(keys)
         faults.tell("None of the tiers can be asked for chunks.")
@@ -132,7 +133,10 @@ class TierStore(Store):
         return self._row.first(key, lambda store: store.head(key, nbytes)).value
 
     def read(self, key: str) -> bytearray | None:
-        """The value from the first tier that has it. It is copied nowhere: who asks so goes through all there is."""
+        """Returns the value from the first tier that has it.
+
+        It is not copied to nearer tiers: callers of this method go through the whole store.
+        """
         answer = self._row.first(key, lambda store: store.read(key))
         if answer.place is not None and answer.value is not None:
             answer.place.health.count(reads=1, bytes_read=len(answer.value))
@@ -142,10 +146,10 @@ class TierStore(Store):
         return self._row.first(key, lambda store: store.size(key)).value
 
     def keys(self) -> Iterator[str]:
-        """The union; a tier that cannot be listed counts as having nothing.
+        """Iterates over the keys of all tiers, each key once; a tier that cannot be listed counts as empty.
 
         Raises:
-            StoreError: none of them can be listed.
+            StoreError: none of the tiers can be listed.
         """
         seen: set[str] = set()
         faults = Faults()
@@ -172,10 +176,10 @@ class TierStore(Store):
         return written
 
     def delete(self, key: str) -> bool:
-        """Remove a key from all tiers.
+        """Removes a key from all tiers.
 
         Raises:
-            StoreError: a tier failed, or has the key and is read-only. The others have been gone through all the same.
+            StoreError: a tier failed, or has the key and is read-only. The key was still removed from the others.
         """
         deleted, faults = False, Faults()
         with self._behind.changing(key):
@@ -186,10 +190,10 @@ class TierStore(Store):
         return deleted
 
     def check_writable(self) -> None:
-        """Ask the tiers that are written at once; one that refuses is logged.
+        """Checks the tiers that are written at once; a tier that refuses is logged.
 
         Raises:
-            StoreError: all of them refuse.
+            StoreError: all of these tiers refuse.
         """
         eager, faults = self._eager(), Faults()
         for place in eager:
@@ -211,7 +215,7 @@ class TierStore(Store):
         return next((folder for folder in folders if folder is not None), None)
 
     def notes(self) -> Mapping[str, bytes]:
-        """Those of all tiers that can be asked; of two with one name the nearest tier's."""
+        """Returns the notes of all tiers that can be read; of two notes with the same name, the nearest tier's."""
         found: dict[str, bytes] = {}
         for place in self._places:
             with Faults().caught():
@@ -219,31 +223,32 @@ class TierStore(Store):
         return found
 
     def put_note(self, name: str, note: bytes | None) -> None:
-        """Keep it wherever values are written, as far as that can be done."""
+        """Keeps the note in every tier that values are written to; faults are ignored."""
         for place in self._places:
             if place.tier.write:
                 with Faults().caught():
                     place.store.put_note(name, note)
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until the background has nothing left to do; False if `timeout` seconds did not suffice.
+        """Waits until the background queue is empty; returns False if `timeout` seconds did not suffice.
 
-        Without a timeout as long as it goes on: False once one copy takes longer than `close_seconds`.
+        Without a timeout it waits as long as there is progress, and returns False once one copy takes longer than
+        `close_seconds`.
         """
         return self._behind.flush(timeout)
 
     def close(self) -> None:
-        """Wait for the background, `close_seconds` at most, and close the tiers that are owned."""
+        """Waits for the background queue, at most `close_seconds`, and closes the tiers that are owned."""
         self._behind.close()
         with ExitStack() as stack:
             for place in self._places:
                 if place.tier.owned:
                     stack.callback(place.store.close)
 
-    # Behind and beneath.
+    # Internals: promotion and writes.
 
     def _carry_on(self, key: str, parts: Sequence[memoryview], stamp: int, answer: TierAnswer[int]) -> None:
-        """Have a value that was read copied to the nearer tiers that lack it, if there is room. Waits for nothing."""
+        """Queues copies of a value that was read to the nearer tiers that lack it, if they fit. Never waits."""
         targets, nbytes = answer.targets(), total_bytes(parts)
         if targets and self._behind.has_room(nbytes):
             errand = Errand(key, nbytes, partial(self._promote, key, joined(parts), targets))
@@ -256,7 +261,7 @@ class TierStore(Store):
         try:
             if self._check is not None:
                 self._check(value, key)
-        except CorruptChunk:  # Whoever asked for it finds that out as well, and says so.
+        except CorruptChunk:  # The reader of the value finds that out as well, and reports it.
             return
         for place, wrong in targets:
             place.health.count(promoted=place.put(key, value, replace=wrong))
@@ -268,7 +273,7 @@ class TierStore(Store):
         return places
 
     def _write_now(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
-        """Write to the tiers that are written at once; those in trouble only if no other takes the value."""
+        """Writes to the tiers that are written at once; to tiers in trouble only if no other tier takes the value."""
         written: dict[TierPlace, bool] = {}
         faults = Faults()
         for place in sorted(self._eager(), key=lambda place: place.health.writes_badly()):
@@ -310,18 +315,20 @@ def _lasting_place(places: Sequence[TierPlace]) -> Hashable:
 
 
 def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits: Limits | None = None) -> TierStore:
-    """Tiers from what a user writes for each of them; chunks are checked before they are copied to a nearer tier.
+    """Opens tiers from the user's specs; chunks are checked before they are copied to a nearer tier.
 
     Args:
-        specs: nearest first: what `open_one` takes, or a `Tier`, or a list of those, which are equally near then.
-        open_one: opens one store. What it makes is owned, so it is closed with the tiers; a store object is left open.
-        limits: how many bytes may wait for the background (`tier_queue_bytes`), and how long closing waits for it
-            (`exit_flush_seconds`); the defaults where it is None.
+        specs: nearest first: each a spec that `open_one` takes, a `Tier`, or a list of those, which are then equally near.
+        open_one: opens one store. A store that it makes is owned, so it is closed with the tiers; a store object that was
+            passed in stays open.
+        limits: how many bytes may wait in the background queue (`tier_queue_bytes`), and how long closing waits for it
+            (`exit_flush_seconds`); None for the defaults.
 
     Raises:
-        StoreError: there is none, one cannot be opened, or they do not go together; what was opened is closed again.
+        StoreError: the list is empty, a store cannot be opened, or the tiers do not go together; stores opened so far are
+            closed again.
     """
-    from cake_hf.chunks.codec import check_file  # not above, since it brings in torch
+    from cake_hf.chunks.codec import check_file  # imported here since it imports torch
 
     limits = limits or Limits()
     if not specs:

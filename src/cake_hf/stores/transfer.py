@@ -1,4 +1,4 @@
-"""Scattered buffers to and from an open file, without the GIL and without a second copy."""
+"""Transfers scattered buffers to and from an open file, without holding the GIL and without a second copy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cake_hf.stores.direct import is_refusal, skip_page_cache, use_page_cache
 from cake_hf.stores.pieces import Part, after
 
 CACHED_STEP = 2**19
-"""Bytes after which whoever checks them is told: few enough to be in the processor's cache still."""
+"""Bytes after which `arrived` is called: few enough to be still in the processor's cache when they are checked."""
 DIRECT_STEP = 2**23
-"""A disk wants larger requests."""
+"""The same for direct reads, since a disk needs larger requests."""
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
@@ -23,16 +23,16 @@ def read_scattered(
     offset: int = 0,
     arrived: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Fill the parts from an offset in the file on; preadv leaves the GIL alone and copies nothing twice.
+    """Fills the parts from an offset in the file on; preadv releases the GIL and copies nothing twice.
 
-    What is not in the page cache is read past it, see `direct`.
+    Data that is not in the page cache is read directly, see `direct`.
 
     Args:
-        descriptor: of the open file.
+        descriptor: descriptor of the open file.
         parts: writable buffers.
-        key: for the message.
-        offset: of the first byte.
-        arrived: called with how many parts are full, after each step.
+        key: the chunk's key, for the message.
+        offset: offset of the first byte.
+        arrived: called after each step with the number of parts that are full.
 
     Raises:
         CorruptChunk: the file ends before the parts are full.
@@ -48,7 +48,7 @@ def read_scattered(
 
 
 def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, offset: int) -> None:
-    """Fill the parts, which have that many bytes."""
+    """Fills the parts, which have `nbytes` bytes together."""
     while nbytes:
         try:
             count = os.preadv(descriptor, parts[:IOV_MAX], offset)
@@ -65,7 +65,7 @@ def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, o
 
 
 def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:
-    """Write the parts one after the other, without joining them in memory."""
+    """Writes the parts one after the other, without joining them in memory."""
     pending = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
     while pending:
         pending = after(pending, os.writev(descriptor, pending[:IOV_MAX]))

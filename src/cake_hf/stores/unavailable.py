@@ -1,4 +1,4 @@
-"""What stands in for a store that cannot be used just now."""
+"""A stand-in for a store that cannot be used at the moment."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from cake_hf.stores.base import Part, Store
 
 
 class AbsentStore(Store):
-    """Has nothing, and takes nothing.
+    """An empty store that refuses writes.
 
     Args:
-        why: what to say to who wants to write.
+        why: the message of the StoreError that writes raise.
     """
 
     read_only = True

@@ -1,4 +1,4 @@
-"""A store around a store. Those that are slow or broken on purpose are in `cake_hf.testing`."""
+"""A base class for wrappers around a store. Those that are slow or broken on purpose are in `cake_hf.testing`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cake_hf.stores.base import Part, Store
 
 
 class WrapperStore(Store):
-    """Hands everything on to the store inside; subclasses change what they are about."""
+    """Passes all calls on to the inner store; subclasses override what they change."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -30,7 +30,7 @@ class WrapperStore(Store):
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
         if type(self).read_into is WrapperStore.read_into:
             return self.inner.read_gradually(key, parts, arrived)
-        return super().read_gradually(key, parts, arrived)  # what a subclass is about is what it does in `read_into`
+        return super().read_gradually(key, parts, arrived)  # the subclass's own `read_into` must be used
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         return self.inner.write(key, parts, replace=replace)
@@ -73,7 +73,7 @@ class WrapperStore(Store):
 
 
 _FOR_TESTS = ("FAULTS", "FaultStore", "GateStore", "ThrottledStore", "expected_faults")
-"""They were in this file once, and are still found under its name."""
+"""Names that were in this module once and can still be imported from it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What others need to prove their own store: the contract as tests, and stores that are slow, broken or gated.
+"""Tools for testing a store of your own: the contract as tests, and stores that are slow, broken or gated.
 
     from cake_hf.testing import StoreContract
 
@@ -6,7 +6,7 @@
         def make_store(self, tmp_path):
             return MyStore(...)
 
-The contract needs `pip install "cake-hf[test]"`; it is imported only when it is asked for.
+The contract needs `pip install "cake-hf[test]"`; it is imported on first access.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """pytest and hypothesis come in with the contract alone, so the stores above need neither."""
+    """Imports the contracts on demand: only they need pytest and hypothesis, the stores above need neither."""
     if name in ("StoreContract", "check_against_dict"):
         from cake_hf.testing import contract
 

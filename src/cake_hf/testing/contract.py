@@ -1,7 +1,7 @@
-"""The contract of `cake_hf.stores.base.Store` as tests: subclass it, say how to make a store, run pytest.
+"""The contract of `cake_hf.stores.base.Store` as tests: subclass it, define how to make a store, run pytest.
 
-The tests know nothing of how a store works. They ask for what the restore relies on: values come back whole or not at
-all, a miss is not an exception, and any number of threads may do anything at the same time.
+The tests know nothing about how a store works. They check what the restore relies on: values come back whole or not at
+all, a miss is not an exception, and any number of threads may call any method at the same time.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from cake_hf.errors import CorruptChunk
 from cake_hf.stores.base import Store
 
 PATIENCE = 60.0
-"""Seconds after which a thread that should have ended counts as hanging. No test waits that long when all is well."""
+"""Seconds after which a thread that should have ended counts as hanging. No passing test waits that long."""
 
 
 def key_of(number: int) -> str:
-    """A key as the library makes them: 40 hexadecimal digits, far apart for close numbers."""
+    """Returns a key like the library's: 40 hexadecimal digits, far apart for close numbers."""
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=20).hexdigest()
 
 
 def value_of(number: int, nbytes: int = 1000) -> bytes:
-    """Bytes that belong to a number and look like no other number's."""
+    """Returns random bytes that are fixed by the number and unlike those of any other number."""
     return random.Random(number).randbytes(nbytes)
 
 
 def split(value: bytes, cuts: Sequence[int]) -> list[memoryview]:
-    """The value in pieces of its own memory, cut at these offsets."""
+    """Returns views of the value, cut at these offsets."""
     edges = [0, *sorted(cuts), len(value)]
     return [memoryview(value)[start:end] for start, end in pairwise(edges)]
 
 
 def read_parts(store: Store, key: str, sizes: Sequence[int]) -> bytes | None:
-    """Read a value scattered over buffers of these sizes, and join them again; None for a miss."""
+    """Reads a value scattered over buffers of these sizes, and joins them again; None for a miss."""
     buffers = [bytearray(size) for size in sizes]
     count = store.read_into(key, [memoryview(buffer) for buffer in buffers])
     if count is None:
@@ -53,13 +53,13 @@ def read_parts(store: Store, key: str, sizes: Sequence[int]) -> bytes | None:
 
 
 def read_whole(store: Store, key: str) -> bytes | None:
-    """What `Store.read` gives, as bytes that can be compared."""
+    """Returns the result of `Store.read` as bytes; None for a miss."""
     value = store.read(key)
     return None if value is None else bytes(value)
 
 
 def run_together(calls: Sequence[Callable[[], None]]) -> None:
-    """Run the calls in one thread each, all let go at the same moment; what one of them raises is raised here."""
+    """Runs each call in a thread of its own, all started at the same moment; raises the first error of a call."""
     barrier = threading.Barrier(len(calls))
     errors: list[BaseException] = []
 
@@ -81,7 +81,7 @@ def run_together(calls: Sequence[Callable[[], None]]) -> None:
 
 
 class StoreContract:
-    """Subclass as `Test...`, override `make_store`, and `reopen` where values outlive the store object.
+    """The contract as tests. Subclass it as `Test...`, override `make_store`, and `reopen` if values outlive the store object.
 
     A store that needs more than a directory may override the `store` fixture instead.
     """
@@ -89,11 +89,11 @@ class StoreContract:
     threads = 8
 
     def make_store(self, tmp_path: Path) -> Store:
-        """A new, empty store; `tmp_path` is a directory for it alone."""
+        """Makes a new, empty store; `tmp_path` is a directory for it alone."""
         raise NotImplementedError("Override make_store, or the `store` fixture.")
 
     def reopen(self, store: Store) -> Store | None:
-        """Another store object on the same values; None (the default) where values end with the object."""
+        """Opens another store object on the same values; returns None (the default) if values end with the object."""
         return None
 
     @pytest.fixture
@@ -102,7 +102,7 @@ class StoreContract:
         yield store
         store.close()
 
-    # Values come back as they went in.
+    # Values come back unchanged.
 
     def test_a_value_comes_back(self, store: Store) -> None:
         assert store.write(key_of(1), [value_of(1)]) is True
@@ -204,7 +204,7 @@ class StoreContract:
         assert read_whole(store, key_of(1)) is None
         assert store.write(key_of(1), [b"again"]) is True
 
-    # Asking what is there.
+    # Queries.
 
     def test_contains_is_a_mask_in_the_order_asked(self, store: Store) -> None:
         for number in (1, 3, 4):
@@ -235,7 +235,7 @@ class StoreContract:
         assert list(store.keys()) == [key_of(1)]
         assert read_whole(store, key_of(1)) == value_of(1)
 
-    # Life of a store.
+    # Life cycle of a store.
 
     def test_notes_are_kept_beside_values_or_not_at_all(self, store: Store) -> None:
         store.write(key_of(1), [value_of(1)])
@@ -320,15 +320,15 @@ class StoreContract:
 
 
 def check_against_dict(make_store: Callable[[], Store], *, max_examples: int = 50, steps: int = 30) -> int:
-    """Run random sequences of calls on a store and on a dict, and fail with the shortest one that tells them apart.
+    """Runs random sequences of calls on a store and on a dict, and fails with the shortest sequence on which they differ.
 
     Args:
-        make_store: gives a new, empty store; called once per sequence.
-        max_examples: sequences.
-        steps: calls per sequence at most.
+        make_store: makes a new, empty store; called once per sequence.
+        max_examples: number of sequences.
+        steps: most calls per sequence.
 
     Returns:
-        How many calls were made in all sequences, without those by which the two are compared after each of them.
+        The number of calls in all sequences, not counting those that compare the store with the dict after each call.
     """
     machines: list[StoreMachine] = []
 
@@ -354,13 +354,13 @@ _parts = st.lists(st.binary(max_size=50), min_size=1, max_size=4).filter(any)
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """A store and the dict that it should behave like. Few keys, so that calls meet."""
+    """A store and the dict that it should behave like. There are few keys, so that calls often hit the same one."""
 
     def __init__(self, store: Store) -> None:
         super().__init__()
         self.store = store
         self.model: dict[str, bytes] = {}
-        self.calls = -1  # they are also compared before the first one
+        self.calls = -1  # the invariant also runs before the first call
 
     @rule(key=_keys, parts=_parts, replace=st.booleans())
     def write(self, key: str, parts: list[bytes], replace: bool) -> None:

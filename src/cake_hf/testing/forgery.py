@@ -1,6 +1,6 @@
-"""A chunk that lies: well-formed, of the right key and layout, with a checksum that matches, and with KV that no model made.
+"""Forged chunks: well-formed, with the right key and layout and a matching checksum, but with KV that no model made.
 
-It shows what the checks of a chunk do not promise. Only computing the chunk again finds it (`cake-hf verify --recompute`).
+They demonstrate the limits of a chunk's checks. Only computing the chunk again detects them (`cake-hf verify --recompute`).
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from cake_hf.chunks.codec import checksum, parse_header, sealed_header
 
 
 def blank(payload: bytearray) -> None:
-    """All zeros: KV that says nothing."""
+    """Sets the payload to zeros."""
     payload[:] = bytes(len(payload))
 
 
 def one_bit(payload: bytearray) -> None:
-    """The smallest lie."""
+    """Flips one bit in the middle of the payload, the smallest possible forgery."""
     payload[len(payload) // 2] ^= 1
 
 
 def forge(raw: bytes | bytearray, change: Callable[[bytearray], None] = blank) -> bytes:
-    """A chunk file with another payload and the checksums that go with it, as long as it was.
+    """Returns a chunk file with a changed payload, matching checksums, and the same length.
 
     Args:
         raw: a whole chunk file.
-        change: what is done to its payload, in place.
+        change: changes its payload in place.
 
     Raises:
-        CorruptChunk: it is not a chunk file.
+        CorruptChunk: `raw` is not a chunk file.
     """
     parse_header(raw)
     (length,) = struct.unpack("<Q", bytes(raw[:8]))

@@ -1,9 +1,9 @@
-"""Hide small facts in real source code and ask for them again.
+"""Hides small facts in real source code and asks for them again.
 
 A key-value cache that loses, moves or mixes up entries still lets a model write
 fluent text, so fluent text proves nothing.  A fact hidden thousands of tokens back
-does: it comes out right only if the cached entries are the right ones.  The filler
-is the installed Python standard library, so nothing has to be downloaded.
+is better evidence: the model recalls it only if the cached entries are the right
+ones.  The filler is the installed Python standard library, so no download is needed.
 """
 
 import random
@@ -44,7 +44,7 @@ _SKIPPED_DIRS = frozenset({"__pycache__", "dist-packages", "idle_test", "site-pa
 
 @dataclass(frozen=True)
 class Fact:
-    """One value that can be asked for by its key."""
+    """A value that can be asked for by its key."""
 
     key: str
     value: str
@@ -56,32 +56,32 @@ class Fact:
 
     @property
     def answer(self) -> str:
-        """What a right model writes straight after ``question(self.key)``."""
+        """The text that a correct model writes right after ``question(self.key)``."""
         return f" {self.value}"
 
 
 def question(key: str) -> str:
-    """The text, on a line of its own, whose next token is the value kept under ``key``."""
+    """Returns the text, for a line of its own, whose next token is the value of ``key``."""
     return f"recall {key} ="
 
 
 def make_facts(count: int, seed: int = 0) -> list[Fact]:
-    """``count`` facts (at most 64) in which no key and no value comes twice."""
+    """Returns ``count`` facts (at most 64) in which no key and no value occurs twice."""
     rng = random.Random(seed)
     pairs = zip(rng.sample(KEYS, count), rng.sample(VALUES, count), strict=True)
     return [Fact(key, value) for key, value in pairs]
 
 
 def library_files(part: Part = "all") -> Iterator[tuple[Path, str]]:
-    """Paths and texts of standard library sources, in one fixed order.
+    """Iterates over paths and texts of standard library sources, in a fixed order.
 
-    A file's part follows from its name alone, so files the recall model was trained
-    on stay apart from the others under any version of Python.
+    A file's part depends on its name alone, so the files that the recall model was
+    trained on stay apart from the others under any version of Python.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py"), key=lambda found: found.relative_to(root).as_posix()):
         name = path.relative_to(root)
-        generated = name.name.startswith("_sysconfigdata")  # tells of the machine, not of Python
+        generated = name.name.startswith("_sysconfigdata")  # describes the machine, not Python
         if generated or not _SKIPPED_DIRS.isdisjoint(name.parts):
             continue
         held_out = zlib.crc32(name.as_posix().encode()) % 4 == 0
@@ -94,7 +94,7 @@ def library_files(part: Part = "all") -> Iterator[tuple[Path, str]]:
 
 
 def real_text(max_chars: int, part: Part = "held-out") -> str:
-    """At most ``max_chars`` of library source; by default from files not trained on."""
+    """Returns at most ``max_chars`` of library source; by default from files that were not trained on."""
     pieces: list[str] = []
     left = max_chars
     for _, text in library_files(part):
@@ -106,10 +106,10 @@ def real_text(max_chars: int, part: Part = "held-out") -> str:
 
 
 def hide(text: str, facts: Sequence[Fact], places: Sequence[float] | None = None, seed: int = 0) -> str:
-    """``text`` with each fact as a line of its own, ending in a newline.
+    """Returns ``text`` with each fact inserted as a line of its own, ending in a newline.
 
-    ``places`` has one number from 0 (start) to 1 (end) for each fact, which goes to the
-    next start of a line; without it the places are drawn at random from ``seed``.
+    ``places`` has a number from 0 (start) to 1 (end) for each fact, which is inserted at
+    the next line start; by default the places are drawn at random from ``seed``.
     """
     rng = random.Random(seed)
     chosen = [rng.random() for _ in facts] if places is None else places

@@ -1,4 +1,4 @@
-"""The reading half of the contract, for stores that can only be read: they are given their values by whoever makes them."""
+"""The reading half of the contract, for read-only stores, which get their values when they are made."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ABSENT = key_of(99)
 
 
 class ReadOnlyContract:
-    """Subclass as `Test...` and override `make_filled`."""
+    """The reading half of the contract as tests. Subclass it as `Test...` and override `make_filled`."""
 
     threads = 8
 
     def make_filled(self, tmp_path: Path, content: Mapping[str, bytes]) -> Store:
-        """A store that holds exactly these values; `tmp_path` is a directory for it alone."""
+        """Makes a store that holds exactly these values; `tmp_path` is a directory for it alone."""
         raise NotImplementedError("Override make_filled, or the `store` fixture.")
 
     @pytest.fixture

@@ -1,4 +1,4 @@
-"""Stores around a store: one that is slow on purpose, one that fails on purpose, one with a gate."""
+"""Wrappers around a store: one that is slow on purpose, one that fails on purpose, one with a gate."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cake_hf.util.forks import Lock
 
 
 class ThrottledStore(WrapperStore):
-    """Reads at a given bandwidth, shared by all threads, as if over a network.
+    """A store that reads at a given bandwidth, shared by all threads, as if over a network.
 
     Args:
         inner: the store with the values.
-        bytes_per_second: of all reads together.
+        bytes_per_second: bandwidth of all reads together.
         latency: seconds added to each read.
     """
 
@@ -37,7 +37,7 @@ class ThrottledStore(WrapperStore):
 
     @property
     def bytes_per_second(self) -> float:
-        """Of all reads together. May be set at any time: reads that have begun end when they would have, later ones follow."""
+        """Bandwidth of all reads together. It may be set at any time and applies to reads that start later."""
         return self._rate
 
     @bytes_per_second.setter
@@ -56,13 +56,13 @@ class ThrottledStore(WrapperStore):
 
     @contextmanager
     def _on_the_line(self, nbytes: int) -> Iterator[None]:
-        """The body's read ends no sooner than so many bytes can have come."""
+        """Delays the end of the body's read until `nbytes` could have arrived."""
         arrival = self._book(nbytes) + self._latency
         yield
         time.sleep(max(0.0, arrival - time.monotonic()))
 
     def _book(self, nbytes: int) -> float:
-        """When the last of these bytes comes off the line, which carries one value after the other."""
+        """Returns when the last of these bytes arrives over the line, which carries one value after the other."""
         with self._lock:
             begin = max(time.monotonic(), self._line_free_at)
             self._line_free_at = begin + nbytes / self._rate
@@ -75,17 +75,17 @@ FAULTS = (*READ_FAULTS, *WRITE_FAULTS)
 
 
 class FaultStore(WrapperStore):
-    """Reads and writes that go wrong, by choice or at random from a seed.
+    """A store whose reads and writes fail, for chosen keys or at random from a seed.
 
     Args:
         inner: the store with the values.
-        faults: key -> one of `FAULTS`. Of its reads: "drop" (a listed value is gone), "truncate" (the value ends early), "flip"
-            (one bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`), "lie"
-            (a chunk that passes every check, with KV that no model made). Of its writes: "tear" (half of the value is
-            listed, then the write raises, as in a store that breaks its promise).
-        rate: share of the other reads (and of the other writes, where `kinds` has faults of these) that get a random fault.
-        kinds: what random faults to choose from.
-        seed: of that choice.
+        faults: key -> one of `FAULTS`. Faults of reads: "drop" (a listed value is gone), "truncate" (the value ends early),
+            "flip" (one bit of the payload is wrong), "error" (the read raises), "stall" (the read hangs until `release()`),
+            "lie" (a chunk that passes every check, with KV that no model made). Faults of writes: "tear" (half of the value
+            is listed, then the write raises, as in a store that breaks the contract).
+        rate: share of all other reads that get a random fault (and of all other writes, if `kinds` has faults of writes).
+        kinds: faults that the random choice picks from.
+        seed: seed of the random choice.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class FaultStore(WrapperStore):
         raise StoreError(f"An injected fault after half of chunk {key} was written.")
 
     def release(self) -> None:
-        """Let stalled reads go on; they then write garbage to where they were told to, as a broken client might."""
+        """Lets stalled reads go on; they then fill their buffers with garbage, as a broken client might."""
         self._released.set()
 
     def _inner_read(self, key: str, parts: Sequence[memoryview]) -> bool:
         return self.inner.read_into(key, parts) is not None
 
     def _misread(self, key: str, parts: Sequence[memoryview], read: Callable[[], bool], offset: int = 0) -> bool:
-        """Read, and let go wrong what shall; False for a miss."""
+        """Reads with the fault chosen for this read, if any; returns False for a miss."""
         fault = self._choose(key, READ_FAULTS)
         if fault == "drop":
             return False
@@ -150,7 +150,7 @@ class FaultStore(WrapperStore):
         return found
 
     def _read_lie(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        from cake_hf.testing.forgery import forge  # the other faults need no torch
+        from cake_hf.testing.forgery import forge  # imports torch, which the other faults do not need
 
         value = self.inner.read(key)
         if value is not None:
@@ -158,7 +158,7 @@ class FaultStore(WrapperStore):
         return value is not None
 
     def _choose(self, key: str, possible: Sequence[str]) -> str | None:
-        """What shall go wrong, if anything; it is noted in `injected`."""
+        """Chooses the fault, if any, and records it in `injected`."""
         with self._lock:
             fault = self.faults.get(key)
             kinds = [kind for kind in self._kinds if kind in possible]
@@ -172,7 +172,7 @@ class FaultStore(WrapperStore):
 
 @contextmanager
 def expected_faults() -> Iterator[None]:
-    """While it lasts, the library has no warnings: each injected fault is logged as a real one would be, and they are known."""
+    """Silences the library's warnings: injected faults would be logged like real ones, although they are expected."""
     logger = logging.getLogger("cake_hf")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -183,12 +183,12 @@ def expected_faults() -> Iterator[None]:
 
 
 class GateStore(WrapperStore):
-    """Reads wait at a gate, so that a test decides where the two sides meet.
+    """A store whose reads wait at a gate, so that a test decides where the two sides meet.
 
     Args:
         inner: the store with the values.
         timeout: seconds after which a waiting test fails instead of hanging.
-        ranges: let values be read in ranges, each of which counts as a read; otherwise they are read whole.
+        ranges: whether values may be read in ranges, each of which counts as a read; otherwise they are read whole.
     """
 
     def __init__(self, inner: Store, timeout: float = 60.0, *, ranges: bool = False) -> None:
@@ -223,17 +223,17 @@ class GateStore(WrapperStore):
                 self._state.notify_all()
 
     def open(self, reads: float = math.inf) -> None:
-        """Let so many reads through, counted from the first one on; all that wait and all later ones by default."""
+        """Lets the first `reads` reads through, counted from the very first one; by default all, present and future."""
         with self._state:
             self._let_through = reads
             self._state.notify_all()
 
     def await_begun(self, count: int) -> None:
-        """Block until that many reads have come to the gate."""
+        """Blocks until that many reads have reached the gate."""
         self._await(lambda: self._reads_begun >= count)
 
     def await_reads(self, count: int) -> None:
-        """Block until that many reads are done."""
+        """Blocks until that many reads are done."""
         self._await(lambda: self._reads_done >= count)
 
     def _await(self, condition: Callable[[], bool]) -> None:
