@@ -90,7 +90,7 @@ def test_what_has_not_changed_is_not_built_again(site: Path) -> None:
         ("how-it-works", "Computing from the front"),
         ("models", "qwen3_next LinearAttentionLayer, DynamicLayer restored"),
         ("reference", "tokens per chunk, at least 16"),
-        ("reference", "After close() the cache goes on as a plain cache: nothing is restored or saved any more."),
+        ("reference", "The cache then works as a plain cache: nothing more is restored or saved."),
         ("commands", "cake-hf verify [OPTIONS] {STORE}"),
         ("commands", "python -m benchmarks plot"),
         ("commands", "so --recompute needs them"),

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.loading import Chunks
 from benchmarks.workbench import Workbench, await_loaders
-from cake_hf.cache import reads_only
+from cake_hf import reads_only
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import for_generate, plain_cache
 from cake_hf.limits import Limits

@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cake_hf.cache import CakeCache, chat_document, chat_prompt, generate, reads_only
+    from cake_hf.cache import CakeCache, chat_document, chat_prompt, generate
     from cake_hf.errors import CakeError, CorruptChunk, ForeignModel, StoreError, UnsupportedModel
     from cake_hf.limits import Limits
+    from cake_hf.model.foreign_code import reads_only
     from cake_hf.packs import export_pack, import_pack, push_pack
     from cake_hf.plots import plot_split, plot_timeline, plot_ttft
     from cake_hf.report import Report
@@ -51,7 +52,8 @@ _NAMES_OF = {
     "errors": ("CakeError", "CorruptChunk", "ForeignModel", "StoreError", "UnsupportedModel"),
     "limits": ("Limits",),
     "report": ("Report",),
-    "cache": ("CakeCache", "chat_document", "chat_prompt", "generate", "reads_only"),
+    "cache": ("CakeCache", "chat_document", "chat_prompt", "generate"),
+    "model.foreign_code": ("reads_only",),
     "packs": ("export_pack", "import_pack", "push_pack"),
     "plots": ("plot_split", "plot_timeline", "plot_ttft"),
     "stores": ("LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"),

@@ -4,6 +4,5 @@ from cake_hf.layers import compat  # noqa: F401  # isort: skip  # first: it refu
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.chat import chat_document, chat_prompt
 from cake_hf.cache.generate import generate
-from cake_hf.model.foreign_code import reads_only
 
-__all__ = ["CakeCache", "chat_document", "chat_prompt", "generate", "reads_only"]
+__all__ = ["CakeCache", "chat_document", "chat_prompt", "generate"]
