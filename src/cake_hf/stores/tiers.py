@@ -102,7 +102,7 @@ class TierStore(Store):
         """Returns the identities of the lasting tiers: two tier stores are equal if those are, whatever their memory tiers."""
         return _lasting_place(self._places)
 
-    # Asking.
+    # Queries.
 
     def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         """Returns the first mismatch reason that a tier gives."""
@@ -162,7 +162,7 @@ class TierStore(Store):
         if faults.count == len(self._places):
             faults.tell("None of the tiers can be listed.")
 
-    # Changing.
+    # Changes.
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         if not replace and self._row.look_up([key])[0][0]:
