@@ -1,6 +1,6 @@
 """Tiers: several stores behind one another, nearest first, such as this process's memory, this machine's disk, a shared bucket.
 
-    reading   from the nearest tier that has the value; a tier that fails is skipped in favor of the next
+    reading   from the nearest tier that has the value; if a tier fails, the next one is asked
     writing   to each tier by its own policy: at once, behind, or never
     behind    one background thread copies values found in a far tier to nearer ones, and does the writes of policy "behind"
 
