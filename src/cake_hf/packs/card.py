@@ -149,7 +149,7 @@ cache = CakeCache({", ".join(cache)})
 
 
 def prefill_line(manifest: PackManifest) -> str:
-    """Returns the Python line that restores a pack's tails; empty if the pack has no tails.
+    """Returns the line of Python with which a cache finds the pack's tails; empty if the pack has no tails.
 
     The end of a document is a boundary by itself, so it is not listed.
     """

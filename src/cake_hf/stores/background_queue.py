@@ -64,7 +64,7 @@ class Line:
 
     def _begin_anew(self) -> None:
         """Initializes the state; also in a forked child, since the parent's running and queued work is done by the parent."""
-        self.changed = threading.Condition()  # its lock is re-entered by finalizers
+        self.changed = threading.Condition()  # finalizers re-enter its lock
         self.queue: deque[tuple[Share, Work]] = deque()
         self.nbytes = 0
         self.running: tuple[Share, str] | None = None
@@ -236,7 +236,7 @@ class Share:
         with line.changed:
             while not self.is_idle():
                 now = time.monotonic()
-                since = now if line.running is None else line.since  # between two pieces
+                since = now if line.running is None else line.since  # the line is between two pieces of work
                 left = min(until, since + self.exit_seconds) - now
                 if left <= 0:
                     return False

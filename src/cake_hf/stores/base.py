@@ -237,7 +237,7 @@ def place_of(store: Store) -> Hashable:
     May ask a file system, which may hang.
 
     Raises:
-        BaseException: in the main thread, the user's interrupts.
+        BaseException: a user's interrupt, in the main thread.
     """
     try:
         identity = store.identity()

@@ -70,7 +70,7 @@ class Room:
     Args:
         folder: the folder with the chunks.
         budget: most bytes of the folder's chunks and those being written, or a share from which the budget is computed at the
-            first write; None for no limit of ours.
+            first write; None for no limit.
         order: the order of eviction.
         clock: monotonic seconds; replaceable for tests.
     """

@@ -38,9 +38,9 @@ MARK_SECONDS = 60.0
 class LocalStore(Store):
     """A store in a directory of the local (or a mounted) filesystem.
 
-    Every process with a budget evicts chunks before it writes a new one (give all processes the same budget). The stored
-    chunks, together with those being written, stay within it. A process without a budget evicts nothing, but its writes are
-    counted.
+    A process with a budget evicts as many chunks as needed before it writes a new one (give all processes the same budget).
+    The stored chunks, together with those being written, stay within the budget. A process without a budget evicts nothing,
+    but its writes are counted.
 
     Args:
         root: the directory. If it is missing, the first write creates it, accessible to its owner alone.

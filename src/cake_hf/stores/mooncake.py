@@ -61,7 +61,7 @@ Transfer = Callable[[Any, list[int], list[int]], int]
 class MooncakeStore(Store):
     """A store in a Mooncake cluster. Opening it does not contact the cluster; the first call joins it.
 
-    It lacks these guarantees, since Mooncake does not give them:
+    It does not guarantee the following, since Mooncake does not:
 
     * *Durability.* A value lives in the memory of one lending process, or of `replicas` such processes, and is lost with the
       last of them (until the master notices that a process is gone, after 10 seconds by default, reads and writes sent there
@@ -71,7 +71,7 @@ class MooncakeStore(Store):
     * *Immediate deletion.* `delete`, and `write` with `replace`, wait at most `lease_seconds` until no reader has a lease on
       the value; then they raise a `StoreError`. (Mooncake's own replacement changes values during reads, so it is not used.)
     * *A single winner.* If two writers write one key at the same time, both may be told that they wrote it.
-    * *Empty values*, which are refused.
+    * *Empty values*: they are refused.
 
     The client listens on all network interfaces, and so does the master: use it only in networks in which you trust everybody.
 

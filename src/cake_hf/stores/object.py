@@ -63,8 +63,8 @@ class ObjectStore(Store):
         url: `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
         options: options of the client, by its names, such as `endpoint`, `region` or `access_key_id`; they take precedence
             over the environment.
-        timeout: seconds that one request may take. Retries end half as many seconds after the start of a call; uploads may
-            take four times as long.
+        timeout: seconds that one request may take. Retries end after half that time, counted from the start of the call;
+            uploads may take four times as long.
 
     Raises:
         StoreError: the URL or an option is invalid, or no S3 credentials are found.

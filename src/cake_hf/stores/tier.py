@@ -119,7 +119,7 @@ class TierPlace:
         return False
 
     def disown(self, key: str) -> None:
-        """Removes the value of this key, which is wrong if there is one; quarantines the key if that fails."""
+        """Removes the value of this key, which is wrong if there is one; quarantines the key if it cannot be removed."""
         if not self.tier.read_only and not self.health.writes_badly():
             try:
                 self.delete(key)

@@ -1,6 +1,6 @@
 """Tiers: several stores behind one another, nearest first, such as this process's memory, this machine's disk, a shared bucket.
 
-    reading   from the nearest tier that has the value; a tier that fails is skipped in favor of the next
+    reading   from the nearest tier that has the value; if a tier fails, the next one is asked
     writing   to each tier by its own policy: at once, behind, or never
     behind    one background thread copies values found in a far tier to nearer ones, and does the writes of policy "behind"
 
@@ -102,7 +102,7 @@ class TierStore(Store):
         """Returns the identities of the lasting tiers: two tier stores are equal if those are, whatever their memory tiers."""
         return _lasting_place(self._places)
 
-    # Asking.
+    # Queries.
 
     def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
         """Returns the first mismatch reason that a tier gives."""
@@ -162,7 +162,7 @@ class TierStore(Store):
         if faults.count == len(self._places):
             faults.tell("None of the tiers can be listed.")
 
-    # Changing.
+    # Changes.
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         if not replace and self._row.look_up([key])[0][0]:

@@ -141,7 +141,7 @@ class StoreContract:
         buffer[:] = bytes(1000)
         assert read_parts(store, key_of(7), [1000]) == value_of(7)
 
-    # A miss is not an exception, a wrong size is one.
+    # A miss is not an exception, but a wrong size is.
 
     def test_a_miss_is_none_or_false(self, store: Store) -> None:
         store.write(key_of(1), [value_of(1)])
@@ -222,7 +222,7 @@ class StoreContract:
     def test_keys_may_be_deleted_while_they_are_listed(self, store: Store) -> None:
         for number in range(20):
             store.write(key_of(number), [value_of(number)])
-        for key in store.keys():  # noqa: SIM118 (a store is no dict)
+        for key in store.keys():  # noqa: SIM118 (a store is not a dict)
             store.delete(key)
         assert list(store.keys()) == []
 

@@ -82,7 +82,7 @@ class ReadOnlyContract:
         assert store.contains([key_of(3), ABSENT, key_of(1), key_of(3)]) == [True, False, True, True]
         assert store.contains([]) == []
         assert sorted(store.keys()) == sorted(CONTENT)
-        assert {key: store.size(key) for key in store.keys()} == {  # noqa: SIM118 (a store is no dict)
+        assert {key: store.size(key) for key in store.keys()} == {  # noqa: SIM118 (a store is not a dict)
             key: len(value) for key, value in CONTENT.items()
         }
 
