@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from cake_hf.util.redaction import shown
 
@@ -40,6 +41,19 @@ class Span:
     start: float
     end: float
     outcome: str
+
+
+class RedactedText:
+    """A field of text, empty by default, that passes through `shown`: it quotes stores and models, which may say anything."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, report: Any, owner: type | None = None) -> str:
+        return "" if report is None else str(report.__dict__[self._name])
+
+    def __set__(self, report: Any, value: object) -> None:
+        report.__dict__[self._name] = shown(value)
 
 
 @dataclass
@@ -92,16 +106,12 @@ class Report:
     states_saved: int = 0
     bytes_loaded: int = 0
     bytes_saved: int = 0
-    store: str = ""
+    store: RedactedText = RedactedText()
     bytes_stored: int = 0
     seconds_saved: float | None = None
     prefill_seconds: float = 0.0
     timeline: list[Span] = field(default_factory=list, repr=False)
-    reason: str = ""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # A reason quotes stores and models, whose messages may contain anything.
-        super().__setattr__(name, shown(value) if name in ("reason", "store") else value)
+    reason: RedactedText = RedactedText()
 
     @property
     def restored(self) -> int:

@@ -304,12 +304,10 @@ def _line(steps: Steps) -> ComputeCost:
     return ComputeCost(min(base, MAX_SECONDS), min(slope, MAX_SECONDS))
 
 
-def _levels(prompts: Iterable[Steps], line: ComputeCost) -> list[float]:
+def _levels(prompts: Sequence[Steps], line: ComputeCost) -> list[float]:
     """Returns, for each prompt, the ratio of its chunks' measured times to those on the line."""
-    return [
-        _level([seconds / line.seconds(index) for index, seconds in steps if line.seconds(index) > 0])
-        for steps in prompts
-    ]
+    expected = {index: line.seconds(index) for index in {index for steps in prompts for index, _ in steps}}
+    return [_level([seconds / expected[index] for index, seconds in steps if expected[index] > 0]) for steps in prompts]
 
 
 def _level(ratios: Sequence[float]) -> float:
