@@ -168,3 +168,55 @@ def test_windows_that_are_known_are_right_in_pieces(kind: str, monkeypatch: pyte
 def test_windows_that_are_not_right_are_found_out() -> None:
     """The negative control."""
     assert trials.differs_beyond_window(built(moshi), 33)
+
+
+# The store vouches for a model: what is in it was saved only after the trial.
+
+
+def filled(store: MemoryStore, model: Any, **options: Any) -> Report:
+    with cake_hf.CakeCache(model, store, chunk_size=CHUNK, strategy="load", **options) as cache:
+        report = cache.prefill(IDS)
+        assert cache.flush(60)
+    return report
+
+
+ASKED = {
+    "the same prompt": IDS,
+    "the same beginning": torch.cat([IDS[:, :-1], prompt(1, seed=9)], dim=1),
+    "another prompt": torch.cat([prompt(CHUNK, seed=9), IDS], dim=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "exact", "tried"),
+    [
+        ("the same prompt", True, 0),
+        ("the same beginning", True, 0),
+        ("another prompt", True, 1),
+        ("the same prompt", False, 1),  # its keys say less about the model
+    ],
+)
+def test_the_trial_is_left_out_only_for_chunks_of_the_very_model(
+    asked: str, exact: bool, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, models_tried = MemoryStore(), []
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON)).eval()
+    filled(store, model, exact=exact)
+    again = hf.LlamaForCausalLM(model.config).eval()
+    again.load_state_dict(model.state_dict())
+    monkeypatch.setattr(trials, "_looks_ahead", lambda model: models_tried.append(model) or False)
+    with cake_hf.CakeCache(again, store, chunk_size=CHUNK, strategy="load", exact=exact) as cache:
+        assert (cache.prefill(ASKED[asked]).chunks_loaded > 0) is (asked != "another prompt")
+    assert models_tried == [again] * tried
+
+
+def test_a_model_that_looks_ahead_finds_nothing_to_vouch_for_it() -> None:
+    """It has the plain model's weights and config; its code is another one, and so are its keys."""
+    store, model = MemoryStore(), hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON)).eval()
+    assert filled(store, model).restored
+    changed = hf.LlamaForCausalLM(model.config).eval()
+    changed.load_state_dict(model.state_dict())
+    both_ways(changed)
+    report = filled(store, changed)
+    assert report.restored == 0
+    assert "depends on the tokens behind it" in report.reason

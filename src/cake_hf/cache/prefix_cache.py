@@ -30,7 +30,7 @@ from cake_hf.restore.pacing import learn_costs, note_savings
 from cake_hf.restore.prompt import Prompt, Wanted, off_schedule, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.restore import Restore
-from cake_hf.restore.support import kept_reason, misunderstood_reason, tell_plain, unlike_reason
+from cake_hf.restore.support import ahead_reason, kept_reason, misunderstood_reason, tell_plain, unlike_reason
 
 
 class PrefixCache(RememberingCache):
@@ -52,6 +52,7 @@ class PrefixCache(RememberingCache):
         self._work = IDLE
         self.presses_rest = False
         self._unpressed = False  # `prefill` has brought the start of a prompt without the presses
+        self._vouched_for: str | None = None  # the namespace of which the store held chunks
 
     @property
     def _prefilled(self) -> Prompt | None:
@@ -114,7 +115,7 @@ class PrefixCache(RememberingCache):
         past_loads: bool,
         report: Report | None,
         started: float,
-    ) -> Restore:
+    ) -> Restore | None:
         """Restores a call that is not refused; see `_restore`.
 
         Without a namespace, the latest one is assumed and checked while loads are under way, since making it takes
@@ -127,6 +128,9 @@ class PrefixCache(RememberingCache):
         # Ranks of a tensor-parallel model must make it at the same time, so at once.
         assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
         prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
+        if not self._is_vouched_for(prompt) and (reason := ahead_reason(session.model)):
+            self.report = self._plain_report(call, reason)
+            return None
         restore = self._start(prompt, progress, past_loads=past_loads)
         try:
             found = (
@@ -149,6 +153,12 @@ class PrefixCache(RememberingCache):
         if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
             raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, past_loads, None, started)
+
+    def _is_vouched_for(self, prompt: Prompt) -> bool:
+        """Returns whether the store holds chunks of the very model: they were saved only after it had passed its trials."""
+        if self._session.exact and ranks_of(self._session.model) is None and any(prompt.stored):
+            self._vouched_for = prompt.namespace
+        return prompt.namespace == self._vouched_for
 
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float

@@ -22,7 +22,7 @@ from cake_hf.restore.audit import refused_reason
 from cake_hf.restore.held import Held
 from cake_hf.restore.lookup import stored_mask
 from cake_hf.restore.session import Session
-from cake_hf.restore.support import kept_reason
+from cake_hf.restore.support import ahead_reason, kept_reason
 
 _CHUNK: Literal["chunk"] = "chunk"
 _TAIL: Literal["tail"] = "tail"
@@ -42,7 +42,9 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
         return None
     if model.training or adapters_vary(model) or stranger_reason(model):
         return None
-    if kept_reason(model, layers, turn.end) or (not turn.namespace and look_at_weights(model) != turn.look):
+    if kept_reason(model, layers, turn.end) or ahead_reason(model):
+        return None
+    if not turn.namespace and look_at_weights(model) != turn.look:
         return None
     ids = turn.ids()
     namespace = session.bound_model.namespace(ids)

@@ -249,15 +249,23 @@ def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
         )
     if not any(keeps_tokens(layer) for layer in template):
         return KEEPS_NO_ATTENTION
-    if looks_ahead(model):
-        return (
-            "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece"
-        )
     if differs_beyond_window(model, tokens):
         return "this model gives other results for a prompt longer than its window in pieces than in one"
     is_unknown = is_old() or not type(model).__module__.startswith("transformers.")
     if is_unknown and differs_in_pieces(model):
         return "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece"
+    return ""
+
+
+def ahead_reason(model: torch.nn.Module) -> str:
+    """Returns why prompts of a model can only be run in one piece, if a token's KV depends on later ones; else empty.
+
+    The first call for a model runs it twice, on a few tokens.
+    """
+    if looks_ahead(model):
+        return (
+            "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece"
+        )
     return ""
 
 
