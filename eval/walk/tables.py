@@ -189,7 +189,7 @@ def _on_disk(document: Mapping[str, Any]) -> str:
 
 
 def _answers(document: Mapping[str, Any]) -> str:
-    lines = [f"What it said, from *{document['document']}*:"]
+    lines = [f"Answers, from *{document['document']}*:"]
     for question, given in answers(document):
         lines.append(f"* {question}")
         for text, ways in given:
