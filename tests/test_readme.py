@@ -159,7 +159,13 @@ def test_what_chunks_cost_is_measured() -> None:
     assert f"for 8,192 tokens {chunks[2]}, where one forward took {forward[2]}" in README.read_text()
 
 
-GRIDS = ("epyc-2-cores-grid", "epyc-2-cores-grid-whole", "xeon-2-cores-grid", "xeon-2-cores-grid-shared")
+GRIDS = (
+    "epyc-2-cores-grid",
+    "epyc-2-cores-grid-whole",
+    "epyc-avx2-2-cores-grid",
+    "xeon-2-cores-grid",
+    "xeon-2-cores-grid-shared",
+)
 
 
 @pytest.mark.parametrize("name", GRIDS)
