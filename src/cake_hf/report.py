@@ -106,12 +106,12 @@ class Report:
     states_saved: int = 0
     bytes_loaded: int = 0
     bytes_saved: int = 0
-    store: RedactedText = RedactedText()
+    store: str = RedactedText()  # type: ignore[assignment]  # a descriptor
     bytes_stored: int = 0
     seconds_saved: float | None = None
     prefill_seconds: float = 0.0
     timeline: list[Span] = field(default_factory=list, repr=False)
-    reason: RedactedText = RedactedText()
+    reason: str = RedactedText()  # type: ignore[assignment]  # a descriptor
 
     @property
     def restored(self) -> int:
