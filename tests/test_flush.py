@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from cake_hf.stores.tier import Tier
 from cake_hf.testing import WrapperStore
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, prompt, shared_model
+from waiting import await_true
 
 QUICK = Limits(exit_flush_seconds=0.2)
 
@@ -47,8 +49,10 @@ class Slow(WrapperStore):
     def __init__(self, seconds: float) -> None:
         super().__init__(MemoryStore())
         self.now, self.seconds = 0.0, seconds
+        self.begun = threading.Event()
 
     def write(self, key: str, parts: Any, *, replace: bool = False) -> bool:
+        assert self.begun.wait(60)
         self.now += self.seconds
         return self.inner.write(key, parts, replace=replace)
 
@@ -60,7 +64,12 @@ def test_a_store_that_is_slow_is_waited_for(behind: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(line, "time", SimpleNamespace(monotonic=lambda: slow.now))
     store = TierStore([MemoryStore(), Tier(slow, write="behind")]) if behind else slow
     with cache_on(store, Limits()) as cache:
-        cache.prefill(prompt(), whole=True)
+        if not behind:
+            slow.begun.set()
+        report = cache.prefill(prompt(), whole=True)
+        if behind:  # the cache's own writer shares the clock: it is through before that moves
+            await_true(lambda: report.chunks_saved == CHUNKS)
+            slow.begun.set()
         assert cache.flush()
         assert len(list(slow.keys())) == CHUNKS
 
