@@ -216,7 +216,7 @@ def test_what_others_bring_meanwhile_stays(tmp_path: Path, disk: Callable[[Disk]
     else:
         fill(LocalStore(tmp_path, None if others == "no limit" else 50_000), 10, 19)
     fill(ours, 3, 6)
-    assert total(ours) in (12_000, 13_000)  # what nobody has counted is found when room is needed
+    assert total(ours) in (12_000, 13_000)  # uncounted bytes are found when room is needed
     assert set(map(key_of, range(4, 6))) <= {entry.key for entry in ours.entries()}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from pathlib import Path
 
 import pytest
 
 import cake_hf
+from source_imports import import_statements
 
 SOURCE = Path(cake_hf.__path__[0])
 FLOORS = [
@@ -89,16 +89,10 @@ def floor_of(module: str) -> str:
 
 def imports(source: str, module: str, *, is_package: bool = False) -> set[str]:
     """Dotted names of all modules that a source imports, wherever in it; relative ones are made absolute."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
     found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
-            target = ".".join([*start, *([node.module] if node.module else [])])
-            # `from cake_hf import stores` names a floor only together with what is taken from it.
-            found |= {f"{target}.{alias.name}" for alias in node.names} if target == "cake_hf" else {target}
+    for target, taken in import_statements(source, module, is_package=is_package):
+        # `from cake_hf import stores` names a floor only together with what is taken from it.
+        found |= {f"{target}.{name}" for name in taken} if target == "cake_hf" and taken else {target}
     return found
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cake_hf.scheduling.frontier import Frontier, Outcome, State, Strategy
-from cake_hf.transfer.deadline import call_with_deadline
+from cake_hf.transfer.deadline import ask
 from paces import Told, no
 
 TIMEOUT = 10
@@ -295,7 +295,7 @@ def test_the_deadline_of_a_read_counts_from_its_own_claim() -> None:
     clock.now = TIMEOUT - 1
     frontier.settle(1, Outcome.LOADED)
     clock.now = TIMEOUT
-    assert call_with_deadline(frontier.advance, PATIENCE, "advance") == 0
+    assert ask(frontier.advance, PATIENCE, "advance").get() == 0
     assert frontier.outcomes() == {0: Outcome.LATE, 1: Outcome.LOADED}
 
 

@@ -5,13 +5,13 @@ All imports count: those at the top, those for the type checker alone, and those
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
 import cake_hf
+from source_imports import import_statements
 
 SOURCE = Path(cake_hf.__path__[0])
 
@@ -31,15 +31,11 @@ def modules_in(root: Path) -> dict[str, Path]:
 def imported(source: str, module: str, names: Iterable[str], *, is_package: bool = False) -> set[str]:
     """Which of these modules a module's source imports, wherever in it. `from package import module` is one of `module`."""
     known, found = set(names), set[str]()
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
-            target = ".".join([*start, *([node.module] if node.module else [])])
-            for alias in node.names:
-                found.add(f"{target}.{alias.name}" if f"{target}.{alias.name}" in known else target)
+    for target, taken in import_statements(source, module, is_package=is_package):
+        inner = {f"{target}.{name}" for name in taken}
+        found |= inner & known
+        if not taken or inner - known:
+            found.add(target)
     return {name for name in found & known if (module, name) not in LAZY}
 
 

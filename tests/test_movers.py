@@ -27,7 +27,7 @@ from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.transfer import loader
 from cake_hf.transfer.copy_streams import let_copies_out_end
-from cake_hf.transfer.deadline import Late, call_with_deadline
+from cake_hf.transfer.deadline import Late, ask
 from cake_hf.transfer.landing import (
     DevicePlace,
     HostLanding,
@@ -555,7 +555,7 @@ def test_loaders_that_may_not_read_leave_all_to_the_main_thread(caplog: pytest.L
     read.leave()
     run_loader(restore.job, "load-0")
     assert restore.frontier.counts() == {State.WAITING: CHUNKS}
-    assert call_with_deadline(restore.frontier.advance, PATIENCE / 2, "advance") == 0
+    assert ask(restore.frontier.advance, PATIENCE / 2, "advance").get() == 0
     assert caplog.messages == ["Nothing is loaded as long as reads of earlier prompts hang: 1."]
 
 
@@ -906,7 +906,7 @@ def test_leaving_the_interpreter_waits_for_many_stores_side_by_side(tmp_path: Pa
 
 @pytest.mark.parametrize("value", [7, None, []])
 def test_a_call_in_time_gives_its_result(value: object) -> None:
-    assert call_with_deadline(lambda: value, PATIENCE, "test") is value
+    assert ask(lambda: value, PATIENCE, "test").get() is value
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), StoreError("down"), KeyboardInterrupt()])
@@ -915,14 +915,14 @@ def test_a_call_that_raises_raises_here(error: BaseException) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        call_with_deadline(fail, PATIENCE, "test")
+        ask(fail, PATIENCE, "test").get()
     assert caught.value is error
 
 
 def test_a_call_that_hangs_is_left_to_its_thread() -> None:
     go_on, before = threading.Event(), set(threading.enumerate())
     with pytest.raises(DeadlineExceeded, match=r"did not answer \(lookup\) within 0\.01 s"):
-        call_with_deadline(lambda: go_on.wait(PATIENCE), 0.01, "lookup")
+        ask(lambda: go_on.wait(PATIENCE), 0.01, "lookup").get()
     threads = [thread for thread in threading.enumerate() if thread.name == "cake-lookup" and thread not in before]
     assert [thread.daemon for thread in threads] == [True]
     go_on.set()
@@ -932,9 +932,9 @@ def test_a_call_that_hangs_is_left_to_its_thread() -> None:
 def test_while_a_call_hangs_the_next_one_is_not_begun() -> None:
     go_on, late = threading.Event(), Late()
     with pytest.raises(DeadlineExceeded, match="did not answer"):
-        call_with_deadline(lambda: go_on.wait(PATIENCE), 0.01, "lookup", late)
+        ask(lambda: go_on.wait(PATIENCE), 0.01, "lookup", late).get()
     with pytest.raises(DeadlineExceeded, match=r"An earlier question \(lookup\) is still not answered"):
-        call_with_deadline(lambda: pytest.fail("begun"), PATIENCE, "lookup", late)
+        ask(lambda: pytest.fail("begun"), PATIENCE, "lookup", late).get()
     go_on.set()
     await_true(lambda: not late)
-    assert call_with_deadline(lambda: 7, PATIENCE, "lookup", late) == 7
+    assert ask(lambda: 7, PATIENCE, "lookup", late).get() == 7

@@ -112,11 +112,6 @@ class Taken:
         """From nothing, or from what an earlier question has left, to the first token."""
         return self.document_seconds + self.question_seconds
 
-    @property
-    def last_token(self) -> float:
-        """The same to the last token."""
-        return self.document_seconds + self.answered
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, rounded to what can be told apart."""
         plain = asdict(self)

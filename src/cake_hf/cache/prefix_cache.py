@@ -52,7 +52,6 @@ class PrefixCache(RememberingCache):
         self._work = IDLE
         self.presses_rest = False
         self._unpressed = False  # `prefill` has brought the start of a prompt without the presses
-        self._vouched_for: str | None = None  # the namespace of which the store held chunks
 
     @property
     def _prefilled(self) -> Prompt | None:
@@ -128,7 +127,9 @@ class PrefixCache(RememberingCache):
         # Ranks of a tensor-parallel model must make it at the same time, so at once.
         assumed = namespace or ("" if ranks_of(session.model) else session.bound_model.latest_namespace())
         prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
-        if not self._is_vouched_for(prompt) and (reason := ahead_reason(session.model)):
+        self._note_chunks_of(prompt)
+        vouched_for = session.bound_model.vouched_for == prompt.namespace
+        if not vouched_for and (reason := ahead_reason(session.model)):
             self.report = self._plain_report(call, reason)
             return None
         restore = self._start(prompt, progress, past_loads=past_loads)
@@ -154,11 +155,10 @@ class PrefixCache(RememberingCache):
             raise ComputePlainly(reason)
         return self._restore_under(found, call, leave, progress, past_loads, None, started)
 
-    def _is_vouched_for(self, prompt: Prompt) -> bool:
-        """Returns whether the store holds chunks of the very model: they were saved only after it had passed its trials."""
+    def _note_chunks_of(self, prompt: Prompt) -> None:
+        """Chunks of the very model in the store vouch for it: they were saved only after it had passed its trials."""
         if self._session.exact and ranks_of(self._session.model) is None and any(prompt.stored):
-            self._vouched_for = prompt.namespace
-        return prompt.namespace == self._vouched_for
+            self._session.bound_model.vouched_for = prompt.namespace
 
     def _look_up(
         self, call: ForwardCall, leave: int | None, namespace: str, report: Report | None, started: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,3 +62,21 @@ class AsWarmed:
     boundary: Boundaries = None
     chat: Chat = False
     system: System = None
+
+    @property
+    def keyed(self) -> dict[str, Any]:
+        """What a session takes of these: they are part of the chunks' keys."""
+        return {"chunk_size": self.chunk_size or "auto", "salt": self.salt, "exact": self.exact}
+
+    @property
+    def as_given(self) -> dict[str, Any]:
+        """All of them, by the names that `Wanted` and `RecomputeJob` have for them."""
+        return {
+            **self.keyed,
+            "dtype": self.dtype.value,
+            "device": self.device,
+            "tokens": self.tokens,
+            "boundaries": tuple(self.boundary or ()),
+            "chat": self.chat,
+            "system": self.system,
+        }

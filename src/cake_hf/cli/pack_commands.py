@@ -97,10 +97,8 @@ def push_command(
 def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
     """As `export_pack` and `push_pack` take them."""
     return {
+        **warmed.keyed,
         "boundaries": warmed.boundary or (),
-        "chunk_size": warmed.chunk_size or "auto",
-        "salt": warmed.salt,
-        "exact": warmed.exact,
         "allow_salted": published.allow_salted,
         "about": published.about or f"the text file {published.prompt.name}",
         "base_model": published.base_model,

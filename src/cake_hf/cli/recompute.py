@@ -44,7 +44,7 @@ class RecomputeJob:
         prompts: UTF-8 text files whose chunks, and tails, are sampled.
         share: of each prompt's stored chunks, at least one of them; in (0, 1].
         seed: of the choice. The same store, prompts and seed give the same sample.
-        chunk_size, salt, exact: as the chunks were saved with; no size is "auto".
+        chunk_size, salt, exact: as the chunks were saved with.
         dtype, device, tokens, boundaries, chat, system: as `cake-hf warm` takes them.
     """
 
@@ -52,7 +52,7 @@ class RecomputeJob:
     prompts: Sequence[Path]
     share: float
     seed: int = 0
-    chunk_size: int | None = None
+    chunk_size: int | str = "auto"
     salt: str = ""
     exact: bool = True
     dtype: str = "auto"
@@ -120,7 +120,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
     with CakeCache(
         model,
         comparing,
-        chunk_size=job.chunk_size or "auto",
+        chunk_size=job.chunk_size,
         salt=job.salt,
         exact=job.exact,
         strategy="compute",

@@ -66,15 +66,7 @@ class Wanted:
             naming.model,
             naming.namespace,
             naming.chunk,
-            warmed.chunk_size or "auto",
-            warmed.salt,
-            warmed.exact,
-            warmed.dtype.value,
-            warmed.device,
-            warmed.tokens,
-            tuple(warmed.boundary or ()),
-            warmed.chat,
-            warmed.system,
+            **warmed.as_given,
         )
 
     @property

@@ -78,21 +78,7 @@ def _recompute_job(share: str, model: str, prompts: list[Path], seed: int, warme
         raise ValueError(
             "--recompute needs --model, and with --prompt the texts whose chunks are to be checked: chunks do not hold them."
         )
-    return RecomputeJob(
-        model,
-        prompts,
-        parse_share(share),
-        seed,
-        warmed.chunk_size,
-        warmed.salt,
-        warmed.exact,
-        warmed.dtype.value,
-        warmed.device,
-        warmed.tokens,
-        tuple(warmed.boundary or ()),
-        warmed.chat,
-        warmed.system,
-    )
+    return RecomputeJob(model, prompts, parse_share(share), seed, **warmed.as_given)
 
 
 def _together(one: list[BadChunk], other: list[BadChunk]) -> list[BadChunk]:

@@ -176,9 +176,7 @@ def _what_states_allow(found: Found) -> str:
 
 def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warmed: AsWarmed) -> Found:
     tokens = ids[0].to(torch.int64).contiguous().numpy().data
-    with session_for(
-        model, store, chunk_size=warmed.chunk_size or "auto", salt=warmed.salt, exact=warmed.exact
-    ) as session:
+    with session_for(model, store, **warmed.keyed) as session:
         namespace, facts, name, size = (
             session.namespace(),
             session.latest_facts(),

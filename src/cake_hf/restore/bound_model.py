@@ -55,6 +55,7 @@ class BoundModel:
     Attributes:
         model, chunk_size, salt, exact: as given.
         hook: on the model; has to be detached.
+        vouched_for: a namespace of which the store was seen to hold chunks; None for none yet.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BoundModel:
         self.chunk_size = chunk_size
         self.salt = salt
         self.exact = exact
+        self.vouched_for: str | None = None
         self._shelf = shelf
         self._options = (chunk_size, salt, exact)
         self.hook = ModelHook.attach(model)

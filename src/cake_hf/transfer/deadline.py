@@ -154,16 +154,6 @@ def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = No
     return Question(call, what, late).answer(seconds)
 
 
-def call_with_deadline(call: Callable[[], T], seconds: float, what: str, late: Late | None = None) -> T:
-    """Works like `ask`, but returns the value or raises the error.
-
-    Raises:
-        DeadlineExceeded: no answer in time.
-        BaseException: whatever the call raised.
-    """
-    return ask(call, seconds, what, late).get()
-
-
 def in_words(error: BaseException) -> str:
     """Returns an error's text for the middle of a sentence, with its type if it has no text or is not an `Exception`."""
     text = str(error)
