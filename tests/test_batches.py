@@ -360,7 +360,7 @@ def test_what_is_computed_plainly_and_why() -> None:
     square = torch.ones(2, 1, 40, 40).tril().bool()
     assert "form of its own" in refused({"input_ids": prompt(40).repeat(2, 1), "attention_mask": square})
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as used:
-        assert "a batch is restored when" in used.prefill(prompt().repeat(2, 1)).reason
+        assert used.prefill(prompt().repeat(2, 1)).reason_code == "batch-prefill"
         assert used.get_seq_length() == 0
 
 
@@ -368,7 +368,7 @@ def test_a_right_padded_batch_gives_what_it_gives_plainly() -> None:
     inputs = padded([row(0), row(1), row(2)], side="right")
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as used:
         assert equal(generate(shared_model("llama"), inputs, used), plainly(shared_model("llama"), inputs))
-        assert "pad on the left" in used.report.reason
+        assert used.report.reason_code == "right-padding"
 
 
 def test_the_next_turn_of_a_batch_goes_on_plainly() -> None:
@@ -381,7 +381,7 @@ def test_the_next_turn_of_a_batch_goes_on_plainly() -> None:
         sequences.append(generate(model, {"input_ids": ids, "attention_mask": mask}, used).sequences)
     assert torch.equal(*sequences)
     assert isinstance(used, CakeCache)
-    assert "goes on from what is in the cache" in used.report.reason
+    assert used.report.reason_code == "batch-continues"
     used.close()
 
 

@@ -253,7 +253,7 @@ def test_a_batch_with_boundaries_says_that_it_leaves_them_out() -> None:
     model, rows = models.build("llama"), torch.cat([prompt(40, seed=1), prompt(40, seed=2)])
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         cache.prefill(rows)
-        assert "a batch is restored when" in cache.report.reason
+        assert cache.report.reason_code == "batch-prefill"
     plain = model.generate(rows, **OPTIONS)
     assert torch.equal(
         cake_hf.generate(model, rows, store=MemoryStore(), chunk_size=CHUNK, boundaries=[20], **OPTIONS), plain

@@ -130,6 +130,7 @@ def test_a_prompt_that_is_told_about_is_generated_from_as_ever() -> None:
     store = fill_store(shared_model("llama"), MemoryStore(), chunk_size=WIDE)
     with opened(store) as cache:
         assert is_right(cache)
+        assert cache.report.reason_code == "stored-otherwise"
         assert "made with chunks of" in cache.report.reason
         assert cache.flush()
         assert cache.report.chunks_saved == CHUNKS

@@ -132,7 +132,7 @@ def test_a_cache_on_a_pack_saves_nothing_and_does_not_mind(pack: Path, model: to
         run(model, prompt(seed=9), cache)
         assert cache.flush(60)
         assert (cache.report.chunks_saved, cache.report.chunks_unsaved) == (0, 0)
-        assert cache.report.reason == "the store has none of the prompt's chunks yet"
+        assert cache.report.reason_code == "none-stored"
     assert sorted(path.relative_to(pack) for path in pack.rglob("*")) == before
 
 

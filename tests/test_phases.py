@@ -152,7 +152,7 @@ def test_an_interrupted_generate_leaves_the_cache_idle(where: str, monkeypatch: 
 
 def test_what_is_looked_up_and_planned_does_not_change() -> None:
     match = PrefixMatch.none(2)
-    assert (match.stored, match.states, match.reason) == ((False, False), (False, False), "")
+    assert (match.stored, match.states, match.refusal) == ((False, False), (False, False), None)
     plan = RestorePlan((True,), {}, None, loads=True, ranges=1, reason="")
     for frozen, name in ((match, "stored"), (plan, "usable")):
         with pytest.raises(dataclasses.FrozenInstanceError):

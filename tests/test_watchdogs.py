@@ -129,7 +129,7 @@ def test_in_the_self_check(forward: int) -> None:
 @pytest.mark.usefixtures("untested")
 def test_while_the_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    for name in ("check_stand_in", "model_reason"):
+    for name in ("check_stand_in", "model_refusal"):
         with monkeypatch.context() as patch, watched_by(of_a_library(LookupError)):
             patch.setattr(support, name, ring)
             with pytest.raises(LookupError, match="too slow"):
