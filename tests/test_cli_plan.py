@@ -62,8 +62,8 @@ def test_the_best_split_and_its_times(command: Command) -> None:
     ("more", "decision"),
     [
         (("--gbps", 0.001), "compute: load nothing"),
-        (("--gbps", 100_000), "load: compute nothing before the last piece"),
-        (("--gpu-share", 0.01), "load: compute nothing before the last piece"),
+        (("--gbps", 100_000), "load: compute nothing before the suffix"),
+        (("--gpu-share", 0.01), "load: compute nothing before the suffix"),
         (("--latency-ms", 10_000), "compute: load nothing"),
         (("--latency-ms", 100, "--threads", 64), "both: compute chunks 0-2, load chunk 3"),
     ],
