@@ -143,7 +143,7 @@ def test_other_rows_in_another_order_change_no_row() -> None:
     used.close()
 
 
-def test_what_rows_begin_with_is_restored_once() -> None:
+def test_a_prefix_common_to_rows_is_restored_once() -> None:
     """One document and several questions: the document's chunks are computed, or loaded, for one row only."""
     model, store, document = shared_model("llama"), MemoryStore(), prompt(4 * CHUNK + 3)
     rows = [torch.cat([document, prompt(more, seed=more)], dim=1) for more in (5, 2 * CHUNK, 11)]
@@ -347,7 +347,7 @@ def refused(inputs: dict[str, Any], **more: Any) -> str:
         return used.report.reason
 
 
-def test_what_is_computed_plainly_and_why() -> None:
+def test_a_plainly_computed_batch_has_a_reason() -> None:
     rows = [row(0), row(1)]
     right = padded(rows, side="right")
     assert "pad on the left" in refused(right, position_ids=(right["attention_mask"].cumsum(-1) - 1))

@@ -372,7 +372,7 @@ def test_a_call_that_wants_all_logits_is_left_alone(model: torch.nn.Module, stor
         ({"inputs_embeds": torch.ones(1, 40, 64)}, "embeddings"),
     ],
 )
-def test_what_is_computed_plainly_and_why(model: torch.nn.Module, arguments: dict, reason: str) -> None:
+def test_a_plainly_computed_prompt_has_a_reason(model: torch.nn.Module, arguments: dict, reason: str) -> None:
     options = {**QUIET, **arguments, "max_new_tokens": 5, "do_sample": False}
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         result = model.generate(**given(cache), **options)

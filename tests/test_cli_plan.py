@@ -141,7 +141,7 @@ def test_out_of_range_values_are_one_sentence(command: Command, arguments: tuple
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1_000_000])
-def test_so_many_chunks_are_refused(command: Command, chunks: int) -> None:
+def test_a_number_of_chunks_out_of_range_is_refused(command: Command, chunks: int) -> None:
     assert command("--chunks", chunks, *COSTS).exit_code == 2
 
 

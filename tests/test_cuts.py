@@ -89,7 +89,7 @@ def test_a_document_and_its_questions(name: str, chunks: int, rest: int, questio
         assert report.chunks_loaded == (0 if turn == "cold" else chunks - (rest == 0)) or turn == "hole"
 
 
-def test_the_pieces_matter() -> None:
+def test_other_cuts_give_other_bits() -> None:
     """The negative control: other cuts are other bits, so that the comparisons above can fail."""
     model, ids = shared_model("llama", "bfloat16"), asking(document())
     assert difference(in_pieces(model, ids, [3 * CHUNK + 7]), in_pieces(model, ids, [])) != ""

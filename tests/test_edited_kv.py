@@ -97,7 +97,7 @@ def test_edited_kv_is_neither_saved_nor_known(edit: Edit, copied: bool) -> None:
         assert list(store.keys()) == before
 
 
-def test_what_nobody_edited_goes_on_being_known() -> None:
+def test_unedited_kv_stays_known() -> None:
     """The negative control, also behind decoding, a crop and a copy."""
     model, store = build("llama"), MemoryStore()
     plain: Any = model.generate  # type: ignore[operator]

@@ -150,7 +150,7 @@ def test_modes_of_one_row(family: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", OTHERS)
 @pytest.mark.parametrize("family", ALL)
-def test_other_modes(family: str, mode: str) -> None:
+def test_other_generation_modes_give_the_plain_result(family: str, mode: str) -> None:
     model, options = model_of(family), OTHERS[mode]
     if family == "qwen3_next" and mode in TAKE_BACK:
         with CakeCache(model, saved(family), chunk_size=CHUNK) as used, pytest.raises(ValueError, match="stateful"):

@@ -266,7 +266,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("what", ["cache", "output"])
 @pytest.mark.parametrize("family", here("llama", "gemma3", "falcon_h1", "qwen3_next", "deepseek_v32"))
-def test_copies(family: str, what: str, way: str) -> None:
+def test_a_copied_cache_continues_like_the_original(family: str, what: str, way: str) -> None:
     model: Any = family_model(family)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         result = model.generate(prompt(), **given(cache), **OPTIONS, return_dict_in_generate=True)

@@ -117,7 +117,7 @@ def test_one_module_names_the_cache(path: Path) -> None:
         "def forward(self, past_key_values): ...",
     ],
 )
-def test_the_look_for_names_finds_them(source: str) -> None:
+def test_uses_of_transformers_names_are_found(source: str) -> None:
     assert names_in(source)
 
 
@@ -233,7 +233,7 @@ def test_a_model_from_elsewhere_beside_a_new_one(kind: type[LlamaForCausalLM]) -
     assert_restored(twice(shared_model("llama"), expected))
 
 
-def test_a_model_that_tells_nothing() -> None:
+def test_a_model_without_logits_to_keep_is_computed() -> None:
     """`generate` makes no attention mask for it, and would run a restored prefix once more: so it is computed."""
     model, store = from_elsewhere(TellsNothing), MemoryStore()
     for _ in range(2):
@@ -721,7 +721,7 @@ def test_the_versions_in_the_project_are_those_in_the_library() -> None:
         assert "://" not in text
 
 
-def test_our_own_calls_make_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+def test_our_calls_raise_no_future_warning(recwarn: pytest.WarningsRecorder) -> None:
     twice(build("llama"), plain_tokens())
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
 

@@ -44,7 +44,7 @@ def chunks(store: Path) -> int:
     return len(list(LocalStore(store).keys())) if store.exists() else 0
 
 
-def test_a_folder(tmp_path: Path, model: Path, folder: Path) -> None:
+def test_all_text_files_of_a_folder_are_warmed(tmp_path: Path, model: Path, folder: Path) -> None:
     result = warm(model, [folder], tmp_path / "kv")
     assert result.exit_code == 0, result.output
     told = flat(result.stdout)
