@@ -1,7 +1,8 @@
-"""`python -m benchmarks adapt`: how soon a cache follows when the machine, or the store, is not any more what it was.
+"""`python -m benchmarks adapt`: how soon a cache follows a change of the machine or the store.
 
-Each case compares a cache that has seen the change with one that has known only what there is now, prompt by prompt, in turns,
-each over a directory of its own with the same chunks. What both believe and measure is in the JSON, chunk by chunk.
+Each case compares, prompt by prompt and in turns, a cache that has seen the change with one that has only known the
+conditions after it. Each has its own directory with the same chunks. The JSON has what both believe and measure, chunk by
+chunk.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ ADAPT_HELP = (
 )
 
 FORGOTTEN = Goal(1.05)
-"""What was before is not seen any more."""
+"""The goal for prompts by which the old conditions should be forgotten."""
 
 LEARNING, LOADED, QUIET, SLOW, FAST = "learning", "beside a load", "quiet", "slow", "fast"
 
 
 @dataclass(frozen=True)
 class Course:
-    """How long each part of a case takes, in prompts, and how much changes.
+    """How many prompts each part of a case takes, and how much changes.
 
     Attributes:
         learning: before anything is compared.
-        loaded: beside the competing load, the first ones ever of that cache.
-        quiet: after it.
+        loaded: beside the competing load; they are the first prompts ever of that cache.
+        quiet: after the load.
         changed: after each change of the bandwidth.
         share: of the processors that the load leaves.
         beside: load-only over compute-only, in the case of the load.
-        fast: the same where the bandwidth is high.
-        fall: the bandwidth falls to one so many times lower.
+        fast: the same while the bandwidth is high.
+        fall: the factor by which the bandwidth falls.
     """
 
     learning: int = 4
@@ -72,23 +73,23 @@ QUICK = Course(learning=2, loaded=2, quiet=4, changed=4, share=0.5)
 
 @dataclass
 class _Pairs:
-    """Prompts of a cache that has seen the change, beside the same of one that has not, of all turns."""
+    """The prompts, in all turns, of a cache that has seen the change and of one that has not."""
 
     changed: list[list[Prompted]] = field(default_factory=list)
     known: list[list[Prompted]] = field(default_factory=list)
 
     def add(self, changed: list[Prompted], known: list[Prompted]) -> None:
-        """Those of one turn."""
+        """Adds the prompts of one turn."""
         self.changed.append(changed)
         self.known.append(known)
 
     def figures(self, name: str, words: str, judged: Sequence[slice]) -> dict[str, Figure]:
-        """The first prompt's ratio, the second's, that of the later ones, and how many chunks were computed in these.
+        """Returns the first prompt's ratio, the second's, that of the later ones, and how many chunks were computed in these.
 
         Args:
-            name: before the names of the figures.
-            words: before the labels.
-            judged: those that have a goal.
+            name: prefix of the figures' names.
+            words: prefix of the labels.
+            judged: the figures with a goal.
         """
         last = len(self.changed[0])
         parts = {"first": (_FIRST, "prompt 1"), "second": (_SECOND, "prompt 2"), "later": (_LATER, f"prompts 3-{last}")}
@@ -109,7 +110,7 @@ class _Pairs:
         return figures
 
     def counts(self) -> dict[str, list[list[int]]]:
-        """Chunks computed in each prompt of each turn."""
+        """Returns the chunks computed in each prompt of each turn."""
         return {"changed": _counts(self.changed), "known": _counts(self.known)}
 
 
@@ -117,7 +118,7 @@ _FIRST, _SECOND, _LATER = slice(0, 1), slice(1, 2), slice(2, None)
 
 
 def after_load(bench: Workbench, course: Course) -> Result:
-    """A cache whose first prompts ever run beside a competing load, then on the quiet machine."""
+    """Measures a cache whose first prompts ever run beside a competing load, and later ones on the quiet machine."""
     rate = calibrate(bench, [course.beside])[course.beside]
     trace: list[Prompted] = []
     kept, noted, beside = _Pairs(), _Pairs(), []
@@ -146,7 +147,7 @@ def after_load(bench: Workbench, course: Course) -> Result:
 
 
 def after_fall(bench: Workbench, course: Course) -> Result:
-    """A cache whose store becomes slow, and fast again."""
+    """Measures a cache whose store becomes slow, and fast again."""
     high = calibrate(bench, [course.fast])[course.fast]
     low = high / course.fall
     trace: list[Prompted] = []
@@ -181,14 +182,14 @@ MEASUREMENTS: dict[str, Case] = {"load": after_load, "bandwidth": after_fall}
 
 def adapt_command(
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Take only this case: {', '.join(MEASUREMENTS)}. May be repeated.")
+        list[str] | None, typer.Option(help=f"Run only this case: {', '.join(MEASUREMENTS)}. May be repeated.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny model, few prompts: only to see that it runs.")
+        bool, typer.Option("--quick", help="Use a tiny model and few prompts, only to see that it runs.")
     ] = False,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Turns, in each of which everything changes once; 3.")
+        int | None, typer.Option(min=1, help="Number of turns, in each of which everything changes once; 3.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of the cached prefix; 4096, or 512 with --quick.")
@@ -196,13 +197,13 @@ def adapt_command(
     chunk_size: Annotated[
         int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; 512, or 64 with --quick.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.FLOAT32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of the weights, and so of the KV.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU if there is one.")] = "auto",
     shape: Annotated[
         str | None, typer.Option(help=f"{', '.join(SHAPES)}; small, or 1b on a GPU, or tiny with --quick.")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Make the (temporary) directories in this one.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the trace of beliefs to this PNG (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the trace of beliefs to this PNG (needs matplotlib).")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Measure how soon a cache follows a change; see ADAPT_HELP."""
@@ -237,7 +238,7 @@ def _along(case: Case, course: Course) -> Callable[[Workbench], Result]:
 def _watched(
     bench: Workbench, rate: float, trace: list[Prompted], name: str, *, like: Path | None = None, turn: int = 0
 ) -> Watched:
-    """A cache that has learnt nothing, or, `like` another directory, what is noted there."""
+    """Returns a cache that has learned nothing or, with `like`, one that knows the notes of another directory."""
     folder = copy_of(like or bench.filled_store().root, bench, notes=like is not None)
     return Watched(bench, name, folder, rate, trace, turn)
 

@@ -1,4 +1,4 @@
-"""The trace of `python -m benchmarks adapt` as a picture, from its JSON alone: beliefs beside what each chunk took."""
+"""Plots the trace of `python -m benchmarks adapt` from its JSON alone: beliefs beside the time that each chunk took."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Plain = dict[str, Any]
 
 DPI = 150
 WIDTH, HEIGHT = 6.2, 7.2
-"""In inches, of a column."""
+"""Size of a column in inches."""
 
 SHADES = {"beside a load": ("#d9d9d9", "a competing load"), "slow": ("#d3e5f2", "a tenth of the bandwidth")}
-"""Phase -> colour, and what it means."""
+"""Phase -> colour, and its meaning."""
 LEFT = "#8a8f98"
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A cache's way through its prompts.
+    """One cache's prompts, in order.
 
     Attributes:
-        title: above it.
-        result: that has the trace.
-        caches: whose prompts are shown, one after the other.
-        others: what they are compared with, in the same phases.
+        title: above the column.
+        result: the one with the trace.
+        caches: those whose prompts are shown, one after the other.
+        others: those that they are compared with, in the same phases.
     """
 
     title: str
@@ -51,10 +51,10 @@ COLUMNS = (
 
 
 def draw(outcome: Plain, path: Path) -> Path:
-    """Draw the first turn of each case.
+    """Plots the first turn of each case.
 
     Args:
-        outcome: what the command gave as JSON.
+        outcome: the command's JSON.
         path: of the PNG.
 
     Raises:
@@ -106,14 +106,14 @@ def _draw_column(column: _Column, trace: Sequence[Plain], above: Axes, below: Ax
 
 
 def _shown(column: _Column, trace: Sequence[Plain]) -> list[Plain]:
-    """The prompts of the first turn: of a cache that goes on from another's, those after the load."""
+    """Returns the prompts of the first turn; of a cache that continues from another one's, those after the load."""
     mine = [prompt for prompt in trace if prompt["arm"] in column.caches and prompt["turn"] == 0]
     first = column.caches[0]
     return [p for p in mine if len(column.caches) == 1 or (p["phase"] == "beside a load") == (p["arm"] == first)]
 
 
 def _others(column: _Column, trace: Sequence[Plain], shown: Sequence[Plain]) -> list[tuple[int, float]]:
-    """The number of each prompt that another cache answered in turns with this one, and the other's seconds."""
+    """Returns the number of each prompt that another cache answered in turns with this one, and the other's seconds."""
     pairs: list[tuple[int, float]] = []
     for phase in {prompt["phase"] for prompt in shown}:
         numbers = [number for number, prompt in enumerate(shown) if prompt["phase"] == phase]
@@ -171,7 +171,7 @@ def _shade(panel: Axes, shown: Sequence[Plain]) -> None:
 
 
 def _number_plainly(panel: Axes) -> None:
-    """0.5 and 20, not powers of ten."""
+    """Formats numbers as 0.5 and 20, not as powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -180,7 +180,7 @@ def _number_plainly(panel: Axes) -> None:
 
 
 def _name_all(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Each label once, whatever number of panels has it."""
+    """Adds a legend with each label once, however many panels have it."""
     named = {}
     for panel in panels:
         named.update(dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True)))

@@ -1,4 +1,4 @@
-"""A cache that is watched from prompt to prompt: what it believed before each, and what each then measured."""
+"""Watches a cache from prompt to prompt: what it believes before each, and what each then measures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Plain = dict[str, object]
 
 
 class SlowStore(ThrottledStore):
-    """A directory behind a slow line. What is learnt about it is kept in the directory, as without that line."""
+    """A directory behind a slow line. What is learned about it is kept in the directory, as without that line."""
 
     counts_hits = False
 
@@ -28,7 +28,7 @@ class SlowStore(ThrottledStore):
         return self.inner.notes_folder()
 
     def leaves_traces(self) -> bool:
-        """Caches that save nothing leave none, by default; here, what they learn is what is looked at."""
+        """Lets caches that save nothing keep what they learn, which is what is measured here; by default they keep nothing."""
         return True
 
 
@@ -38,10 +38,10 @@ class Prompted:
 
     Attributes:
         arm: the name of the cache.
-        turn: how often the case was begun before.
-        phase: what the machine or the store was like.
-        believed: before it; see `beliefs`.
-        run: what came of it.
+        turn: how many times the case was run before.
+        phase: the state of the machine or the store.
+        believed: the costs before it; see `beliefs`.
+        run: the result.
     """
 
     arm: str
@@ -52,14 +52,15 @@ class Prompted:
 
     @property
     def computed(self) -> int:
-        """Chunks that the main thread computed."""
+        """The number of chunks that the main thread computed."""
         return self.run.report.chunks_computed
 
     def as_dict(self) -> Plain:
-        """JSON-ready. A row of `computed`, `left` and `loaded` is a chunk, when it was begun, and the seconds it took.
+        """Returns it as JSON-ready values. A row of `computed`, `left` and `loaded` is a chunk, when it was started, and the
+        seconds it took.
 
-        A forward that was `left` had not computed its chunk; seconds are those until then. Loads that run at the same time
-        share the line, so that one takes longer than `load_interval`; arrivals are that far apart.
+        A forward that was `left` (preempted) had not computed its chunk; its seconds are those until then. Loads that run at
+        the same time share the line, so that one takes longer than `load_interval`; arrivals are that far apart.
         """
         rows: dict[str, list[list[float]]] = {"computed": [], "preempted": [], "loaded": []}
         for span in self.run.report.timeline:
@@ -70,14 +71,14 @@ class Prompted:
 
 
 class Watched:
-    """A store object of its own, over a directory of its own; each prompt goes through a new cache on it.
+    """A store object of its own over a directory of its own; each prompt runs through a new cache on it.
 
     Args:
         bench: of the run.
         name: for the trace.
-        folder: the chunks, and what was learnt about them so far; removed at the end.
+        folder: holds the chunks, and what was learned about them so far; removed at the end.
         rate: bytes per second.
-        trace: every prompt is added to it.
+        trace: the list that every prompt is added to.
         turn: see `Prompted`.
     """
 
@@ -103,22 +104,23 @@ class Watched:
         self._ends.close()
 
     def prompt(self, phase: str) -> Prompted:
-        """Answer the prompt once."""
+        """Answers the prompt once."""
         believed = beliefs(self._memory, self._chunk_bytes)
         run = self._bench.cake_run(self.store, f"{self._name}, {phase}")
         self._trace.append(Prompted(self._name, self._turn, phase, believed, run))
         return self._trace[-1]
 
     def prompts(self, phase: str, count: int) -> list[Prompted]:
-        """Answer it so many times."""
+        """Answers the prompt this many times."""
         return [self.prompt(phase) for _ in range(count)]
 
 
 def beliefs(memory: CostMemory, chunk_bytes: int) -> Plain:
-    """What a cache believes, JSON-ready, in seconds: None for what it does not know.
+    """Returns what a cache believes, JSON-ready, in seconds; None for what it does not know.
 
-    `compute_base + compute_slope * i` is what chunk i costs to compute; `load_seconds` one load by itself; `load_interval` the
-    time between two arrivals of `load_threads` loads at a time; `credit` the time of restores since something was tried.
+    `compute_base + compute_slope * i` is the time to compute chunk i; `load_seconds` that of one load by itself;
+    `load_interval` the time between two arrivals of `load_threads` concurrent loads; `credit` the time of restores since
+    something was tried.
     """
     costs = memory.costs(chunk_bytes)
     compute, load = costs.compute, costs.load
@@ -133,19 +135,20 @@ def beliefs(memory: CostMemory, chunk_bytes: int) -> Plain:
 
 
 def copy_of(root: Path, bench: Workbench, *, notes: bool) -> Path:
-    """A new directory with the same chunks.
+    """Makes a new directory with the same chunks.
 
     Args:
         root: of a store.
         bench: of the run.
-        notes: what was learnt is copied, too.
+        notes: also copy what was learned.
     """
     ignore = None if notes else shutil.ignore_patterns(NOTES)
     return Path(shutil.copytree(root, bench.fresh_folder() / "store", ignore=ignore))
 
 
 def in_turns(arms: Mapping[str, Callable[[], Prompted]], rounds: int) -> dict[str, list[Prompted]]:
-    """Every cache gets a prompt per round; each round begins with another one. None is repeated: a cache learns from each."""
+    """Gives every cache a prompt per round; each round starts with another cache. No run is repeated, since a cache learns
+    from each."""
     names = list(arms)
     found: dict[str, list[Prompted]] = {name: [] for name in names}
     for number in range(rounds):
@@ -156,10 +159,10 @@ def in_turns(arms: Mapping[str, Callable[[], Prompted]], rounds: int) -> dict[st
 
 
 def seconds(prompts: Sequence[Prompted]) -> Sample:
-    """What each took."""
+    """Returns the seconds of each prompt."""
     return Sample(tuple(prompted.run.seconds for prompted in prompts))
 
 
 def computed(prompts: Sequence[Prompted]) -> Sample:
-    """How many chunks of each were computed."""
+    """Returns the number of computed chunks of each prompt."""
     return Sample(tuple(float(prompted.computed) for prompted in prompts))

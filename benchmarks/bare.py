@@ -1,4 +1,4 @@
-"""A file as bare as it can be read: what nobody who reads it can beat."""
+"""Reads a file with nothing else around it: no reader can be faster."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cake_hf.errors import CakeError
 
 
 def read_file(path: str | Path, parts: Sequence[memoryview]) -> None:
-    """Fill the parts from a file, by one `preadv`.
+    """Fills the parts from a file, by one `preadv`.
 
     Raises:
-        CakeError: it has not as many bytes.
+        CakeError: the file is shorter.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,15 +1,14 @@
-"""How near does a full hit come to the bare disk? Everything stored, nothing throttled.
+"""How near does a full hit come to the bare disk? Everything is stored and nothing is throttled.
 
-The floor is what nobody can do without: reading the files' bytes (`preadv`, into memory that is there already, with as many
-threads as there are loaders) and running the prompt's last piece. What comes on top is ours: naming the chunks, the lookup,
-fresh memory for the KV (the kernel clears each page of it), checksums, threads. The files were written a moment ago, so
-they come from the page cache for both.
+The floor is reading the files' bytes (`preadv`, into existing memory, with as many threads as there are loaders) and running
+the prompt's suffix. The rest is ours: naming the chunks, the lookup, fresh memory for the KV (the kernel clears each of its
+pages), checksums, threads. The files were written a moment ago, so both sides read them from the page cache.
 
-Before anything loaded is used, a short forward tells whether the model computes what it did (`model.behaviour`). It runs beside
-the loads; what it costs all the same is seen beside prompts that take a remembered answer instead.
+Before anything loaded is used, a short forward checks that the model computes what it did before (`model.behaviour`). It runs
+beside the loads; its remaining cost shows in the comparison with prompts that take a remembered answer instead.
 
-The same prompt load-only shows what starting to compute at all costs here: with a store this fast, the best split is to
-compute nothing, and a computed chunk that is done after the last load makes everybody wait.
+The same prompt load-only shows what it costs to start computing at all: with a store this fast, the best split computes
+nothing, and everyone waits for a computed chunk that is done after the last load.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ ASKING = Goal(1.02)
 
 
 def measure(bench: Workbench) -> Result:
-    """Time full hits and bare reads, interleaved."""
+    """Times full hits and bare reads, interleaved."""
     store, answer = bench.filled_store(), behaviour(bench.model)
     with ThreadPoolExecutor(bench.settings.limits.loader_threads) as threads:
         read = _reader(threads, sorted(store.root.glob("??/*")))
@@ -72,11 +71,11 @@ def measure(bench: Workbench) -> Result:
 
 @dataclass(frozen=True)
 class _Round:
-    """What an arm came to in one round.
+    """The result of an arm in one round.
 
     Attributes:
         seconds: that it took.
-        run: behind them, for a closer look; None for bare reads.
+        run: the details; None for bare reads.
     """
 
     seconds: float
@@ -88,13 +87,13 @@ class _Round:
 
 
 def _told(answer: Kept, run: Callable[[], Run]) -> Run:
-    """A run that takes this for what the short forward gives."""
+    """Times a run that takes this as the short forward's answer."""
     with patch("cake_hf.restore.bound_model.behaviour", lambda model: answer):
         return run()
 
 
 def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], float]:
-    """A function that reads all files into the same memory each time, and returns the seconds."""
+    """Returns a function that reads all files into the same memory each time, and returns the seconds."""
     memory = [[memoryview(bytearray(path.stat().st_size))] for path in paths]
 
     def read() -> float:
@@ -102,5 +101,5 @@ def _reader(threads: ThreadPoolExecutor, paths: Sequence[Path]) -> Callable[[], 
         list(threads.map(read_file, paths, memory))
         return time.perf_counter() - begin
 
-    read()  # the memory's pages are there from now on
+    read()  # the memory's pages exist from now on
     return read

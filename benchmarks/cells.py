@@ -1,10 +1,10 @@
-"""One cell of a comparison: both ends against each alone, and against the best that any split could do.
+"""One cell of a comparison: both ends against each alone, and against the best possible split.
 
-* ratio = T_both / min(T_compute, T_load): above 1 somebody would have been better off without us.
-* eta = T* / T_both: how near the run came to the best possible split (see `planner.optimum`; 1 is perfect). f_i is each chunk's
-  median time in the compute-only runs of the same rounds, l a chunk's time to load, S the last piece's time.
-* sigma = T_both / T_compute + T_both / T_load: 1 is the bound if all chunks cost the same to compute; below 1 is a gain
-  from the front being cheaper than the back.
+* ratio = T_both / min(T_compute, T_load): above 1, a single method would have been faster.
+* eta = T* / T_both: how near the run came to the best possible split (see `planner.optimum`; 1 is perfect). f_i is each
+  chunk's median time in the compute-only runs of the same rounds, l a chunk's time to load, S the suffix's time.
+* sigma = T_both / T_compute + T_both / T_load: 1 is the bound if all chunks cost the same to compute; below 1 is a gain from
+  the front being cheaper than the back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cake_hf.scheduling.planner import optimum
 
 @dataclass(frozen=True)
 class Costs:
-    """What the optimum is computed from, measured in the same rounds.
+    """The costs that the optimum is computed from, measured in the same rounds.
 
     Attributes:
         chunk_seconds: f_i.
@@ -36,23 +36,23 @@ class Costs:
 
     @classmethod
     def of(cls, compute_runs: Sequence[Run], chunk_bytes: int) -> Costs:
-        """The medians over compute-only runs."""
+        """Takes the medians over compute-only runs."""
         suffix = statistics.median(run.tail_seconds for run in compute_runs)
         return cls(_chunk_seconds(compute_runs), suffix, chunk_bytes)
 
     def limit(self, load_seconds: float) -> float:
-        """T* in seconds, where each chunk takes so long to load."""
+        """Returns T* in seconds, if each chunk takes this long to load."""
         return optimum(self.chunk_seconds, load_seconds, self.suffix_seconds)
 
     def alone(self, load_seconds: float) -> float:
-        """What the better single method would take if nothing else took time, in seconds."""
+        """Returns the time of the better single method if nothing else took time, in seconds."""
         compute, load = sum(self.chunk_seconds), load_seconds * len(self.chunk_seconds)
         return min(compute, load) + self.suffix_seconds
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What a cell is judged by; None for what is only shown."""
+    """The goals of a cell; None for figures that are only shown."""
 
     ratio: Goal | None = None
     eta: Goal | None = None
@@ -60,7 +60,7 @@ class Goals:
 
 
 def cell_figures(compute: Sample, load: Sample, both: Sample, limit: float, goals: Goals) -> dict[str, Figure]:
-    """The figures of one cell.
+    """Returns the figures of one cell.
 
     Args:
         compute, load, both: seconds to the first token, round by round.
@@ -80,14 +80,14 @@ def cell_figures(compute: Sample, load: Sample, both: Sample, limit: float, goal
 
 
 def ttft(runs: Sequence[Run]) -> Sample:
-    """Seconds to the first token of each run."""
+    """Returns the seconds to the first token of each run."""
     return Sample(tuple(run.seconds for run in runs))
 
 
 def calibrate(bench: Workbench, load_to_compute: Iterable[float]) -> dict[float, float]:
-    """For each wanted T_load / T_compute the bandwidth, bytes per second, that gives it about.
+    """Returns, for each wanted T_load / T_compute, the bandwidth in bytes per second that gives it approximately.
 
-    Load-only takes `n * l + S`; the fastest of three compute-only runs says what T_compute and S are here today.
+    Load-only takes `n * l + S`; the fastest of three compute-only runs shows the present T_compute and S.
     """
     store = bench.filled_store()
     runs = [bench.cake_run(store, "calibration", strategy="compute") for _ in range(3)]
@@ -102,7 +102,7 @@ def calibrate(bench: Workbench, load_to_compute: Iterable[float]) -> dict[float,
 
 
 def seconds_per_load(load_runs: Sequence[Run]) -> float:
-    """l as load-only runs showed it: the median of the time in which anything was being loaded, per chunk."""
+    """Returns l from load-only runs: the median of the time in which anything was being loaded, per chunk."""
     return statistics.median(_seconds_per_load(run) for run in load_runs)
 
 
@@ -117,6 +117,6 @@ def _sigmas(compute: Sample, load: Sample, both: Sample) -> Sample:
 
 
 def _chunk_seconds(runs: Sequence[Run]) -> list[float]:
-    """f_i: each chunk's median over the runs."""
+    """Returns f_i: each chunk's median over the runs."""
     per_run = [[span.end - span.start for span in run.spans()] for run in runs]
     return [statistics.median(column) for column in zip(*per_run, strict=True)]

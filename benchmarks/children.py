@@ -1,4 +1,4 @@
-"""Modules of this checkout in processes of their own, wherever the command was started."""
+"""Runs modules of this checkout in processes of their own, wherever the command was started."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment() -> dict[str, str]:
-    """The variables of a child that imports `benchmarks`: this process's, with the checkout on its path."""
+    """Returns the variables of a child that imports `benchmarks`: this process's, with the checkout on its path."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: settings in, a table for people and one line of JSON out."""
+"""`python -m benchmarks`: options in, a table for people and one line of JSON out."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ bench_app.command("simulate")(simulate_command)
 @bench_app.callback(help=HELP)
 def bench(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="A model of yours, by folder or name: what it gives there, without goals.")
-    ] = "",
+    model: Annotated[str, typer.Option(help="A model of yours, by folder or name: what it gains, without goals.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model, two rounds: only to see that it runs.")] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; 5, or 2 with --quick.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use a tiny model and two rounds, only to see that it runs.")
+    ] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Number of rounds; 5, or 2 with --quick.")] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Length of the cached prefix; 8192, or 512 with --quick.")
     ] = None,
     chunk_size: Annotated[
         int | None, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; 512, or 64 with --quick.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.BFLOAT16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of the weights, and so of the KV.")] = Dtype.BFLOAT16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU if there is one.")] = "auto",
     shape: Annotated[
         str | None, typer.Option(help=f"{', '.join(SHAPES)}; small, or 1b on a GPU, or tiny with --quick.")
     ] = None,
@@ -67,11 +67,11 @@ def bench(
         Path | None, typer.Option(help="Make the (temporary) stores in this directory, to measure its disk.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Take only this measurement: {', '.join(MEASUREMENTS)}. May be repeated.")
+        list[str] | None, typer.Option(help=f"Run only this measurement: {', '.join(MEASUREMENTS)}. May be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
-    """Take single measurements; see HELP."""
+    """Run single measurements; see HELP."""
     if context.invoked_subcommand is not None:
         refuse_options(context)
         return
@@ -92,7 +92,7 @@ def bench(
 
 
 def refuse_options(context: typer.Context) -> None:
-    """An option before the sub-command would be lost in silence.
+    """Refuses an option before the sub-command, which would be ignored silently.
 
     Raises:
         ValueError: there is one.

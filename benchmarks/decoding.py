@@ -1,9 +1,9 @@
 """What does a token cost once the prompt is there? Decoding with a `CakeCache` against decoding with a `DynamicCache`.
 
 `DynamicCache` makes a new tensor and copies all KV for each token; `CakeCache` appends in place. Both start from the same KV
-of the same prompt and are given the same tokens. They take turns token by token, each going first every other time, and
-every step's logits are compared. One step is one forward of the model: what `generate` adds is the same for both. The first
-step is shown by itself: on a CPU, the `CakeCache` has its KV lie by head then, which is in no other figure.
+of the same prompt and get the same tokens. They take turns token by token, alternating in who goes first, and every step's
+logits are compared. One step is one forward of the model: what `generate` adds is the same for both. The first step is shown
+by itself: on a CPU, it makes the `CakeCache` head-major, which no other figure includes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from cake_hf.layers.compat import named_for
 NOT_SLOWER = Goal(1.0)
 FASTER = Goal(0.9)
 LONG_CONTEXT = 32 * 2**10
-"""Tokens from which on the copying that we do not do has to be felt."""
+"""Tokens from which on the copies that we avoid must show."""
 
 WARM_UP_STEPS = 2
 
 
 def measure(bench: Workbench) -> Result:
-    """Time single tokens, interleaved."""
+    """Times single tokens, interleaved."""
     with bench.cache(bench.filled_store()) as cake:
         bench.generate(cake, "before decoding")
         caches = {"cake": cake, "dynamic": plain_copy(bench.model, cake)}
@@ -48,7 +48,7 @@ def measure(bench: Workbench) -> Result:
 
 
 def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each step, for each cache."""
+    """Returns the seconds of each step, for each cache."""
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     names = list(caches)
     token = torch.zeros((1, 1), dtype=torch.long, device=bench.settings.device)
@@ -66,7 +66,8 @@ def _decode(bench: Workbench, caches: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _rehearse(bench: Workbench, token: torch.Tensor, caches: dict[str, Any]) -> None:
-    """What is chosen, or built, at the first token is no cost of a cache. On a GPU that may be for each length anew (cuDNN)."""
+    """Runs first tokens: kernels chosen or built then are no cost of a cache. On a GPU that may happen again for each length
+    (cuDNN)."""
     if not _chooses_by_length(bench.settings.device):
         _forward(bench.model, token, plain_copy(bench.model, caches["cake"]))
         return

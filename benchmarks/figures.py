@@ -1,4 +1,4 @@
-"""What measurements hand back: figures, each with its goal and whether it was met."""
+"""The results of measurements: figures, each with its goal and whether it was met."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks.timing import Sample, ratio
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a figure should be: at most, or at least, a limit."""
+    """The limit of a figure: at most, or at least."""
 
     limit: float
     at_most: bool = True
 
     def met_by(self, value: float) -> bool:
-        """Whether the value is on the good side."""
+        """Returns whether the value is on the good side."""
         return value <= self.limit if self.at_most else value >= self.limit
 
     def __str__(self) -> str:
@@ -24,14 +24,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number that a measurement came to.
+    """One number of a measurement.
 
     Attributes:
-        label: what it is, for people.
+        label: its name for people.
         value: a median; of ratios, over those of the rounds.
         low, high: the spread over the rounds (see `Sample.spread`).
         unit: "s", "ms", "x" for ratios, "chunks".
-        goal: None where the number is there to explain others.
+        goal: None if the number is there to explain others.
     """
 
     label: str
@@ -43,16 +43,16 @@ class Figure:
 
     @classmethod
     def of(cls, label: str, sample: Sample, unit: str = "s", goal: Goal | None = None) -> Figure:
-        """A sample's median and spread."""
+        """Returns a sample's median and spread."""
         return cls(label, sample.median, *sample.spread, unit, goal)
 
     @classmethod
     def ratio(cls, label: str, above: Sample, below: Sample, goal: Goal | None = None) -> Figure:
-        """How one sample compares with another, round by round; see `timing.ratio`."""
+        """Returns how one sample compares with another, round by round; see `timing.ratio`."""
         return cls(label, *ratio(above, below), "x", goal)
 
     def prefixed(self, words: str) -> Figure:
-        """The same under a longer label."""
+        """Returns the same figure under a longer label."""
         return replace(self, label=words + self.label)
 
     @property
@@ -61,7 +61,7 @@ class Figure:
         return None if self.goal is None else self.goal.met_by(self.value)
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         goal = None if self.goal is None else str(self.goal)
         return {**asdict(self), "goal": goal, "met": self.met}
 
@@ -73,7 +73,7 @@ class Result:
     Attributes:
         title: a line for people.
         figures: by a short name.
-        details: JSON-ready, for who wants to look closer.
+        details: JSON-ready, for a closer look.
         failure: empty, or why nothing could be measured.
     """
 
@@ -83,5 +83,5 @@ class Result:
     failure: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {**{name: figure.as_dict() for name, figure in self.figures.items()}, "details": self.details}

@@ -1,7 +1,7 @@
-"""What does it cost to know a model by its content? The checksum over all weights, made once per model.
+"""What does it cost to identify a model by its content? Times the checksum over all weights, made once per model.
 
-A module of 500 MB of bfloat16 weights is hashed from scratch in each round, and then looked at again as every later
-prompt does (addresses, version counters, a few samples).
+A module of 500 MB of bfloat16 weights is hashed from scratch in each round, and then looked at again as every later prompt
+does (addresses, version counters, a few samples).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TENSORS = 100
 
 
 def measure(bench: Workbench) -> Result:
-    """Time the checksum of new modules, and the second look at each."""
+    """Times the checksum of new modules, and the second look at each."""
     rounds = [_hash_new_module(WEIGHT_BYTES) for _ in range(bench.settings.repeats)]
     return Result(
         f"Knowing a model by its content ({WEIGHT_BYTES // 10**6} MB of weights)",
@@ -33,7 +33,7 @@ def measure(bench: Workbench) -> Result:
 
 
 def _hash_new_module(nbytes: int) -> tuple[float, float]:
-    """Seconds of the first and of the second digest of a module that nobody has seen."""
+    """Returns the seconds of the first and of the second digest of a new module."""
     module = torch.nn.Module()
     for number in range(TENSORS):
         weight = torch.zeros(nbytes // TENSORS // 2, dtype=torch.bfloat16).fill_(number + 1)

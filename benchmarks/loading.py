@@ -1,14 +1,13 @@
-"""How near do loads into place come to bare reads? The loader's threads against `preadv` with as many threads.
+"""How near do loads into place come to bare reads? Compares the loader's threads with `preadv` by as many threads.
 
-The files were written a moment ago, so they come from the page cache for both. What a loader does beside reading: it claims,
-checks the header and the payload's checksum, and reports. Two kinds of memory are compared: fresh one, of which the kernel has
-to clear each page first, and one that was written to before. A cache's is fresh as a rule, so there is the goal. Each side
+The files were written a moment ago, so both sides read them from the page cache. Besides reading, a loader claims, checks the
+header and the payload's checksum, and reports. Two kinds of memory are compared: fresh memory, whose pages the kernel must
+clear first, and memory that was written to before. A cache's memory is fresh as a rule, so the goal is set there. Each side
 takes fresh memory in its own way: the loaders as a cache does (see `chunks.aligned_memory`), the bare reads as the system
 gives it.
-With memory that was touched all that is left is the copying from the page cache, so it shows what a checksum beside that costs.
+With used memory only the copying from the page cache is left, so it shows what a checksum costs beside that.
 
-On a GPU the place is the device's memory, and what cannot be beaten is the slower of the bare reads and one copy of as many
-pinned bytes.
+On a GPU the place is the device's memory, and the limit is the slower of the bare reads and one copy of as many pinned bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Tensors = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Chunks:
-    """What is read: the chunks of the bench's prompt.
+    """The chunks to be read: those of the bench's prompt.
 
     Attributes:
         store: with all of them.
@@ -65,7 +64,7 @@ class Chunks:
 
     @classmethod
     def of(cls, bench: Workbench) -> Chunks:
-        """Of the bench's prompt."""
+        """Takes the chunks of the bench's prompt."""
         s, store = bench.settings, bench.filled_store()
         session = bench.session(store)
         with closing(session):
@@ -74,16 +73,16 @@ class Chunks:
 
     @property
     def nbytes(self) -> int:
-        """Of all payloads."""
+        """Bytes of all payloads."""
         return len(self.keys) * self.layout.nbytes
 
     def memory(self) -> Tensors:
-        """Buffers on the host, in pages that nobody has touched."""
+        """Returns buffers on the host, in untouched pages."""
         blocks = [mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _, size in self._sizes()]
         return [self._shaped(torch.frombuffer(block, dtype=torch.uint8), n) for n, block in enumerate(blocks)]
 
     def cache_memory(self) -> Tensors:
-        """The same as a cache has them. Pages that an allocator had in store are given back first."""
+        """Returns buffers on the host as a cache has them. Pages that an allocator holds in store are given back first."""
         buffers = [empty_aligned([size], torch.uint8) for _, size in self._sizes()]
         if hasattr(mmap, "MADV_DONTNEED"):
             for buffer in buffers:
@@ -91,7 +90,7 @@ class Chunks:
         return [self._shaped(buffer, n) for n, buffer in enumerate(buffers)]
 
     def device_memory(self) -> Tensors:
-        """The same on the device."""
+        """Returns buffers on the device."""
         return [self._shaped(torch.zeros(size, dtype=torch.uint8, device=self.device), n) for n, size in self._sizes()]
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
@@ -103,7 +102,7 @@ class Chunks:
 
 
 def measure(bench: Workbench) -> Result:
-    """Time loaders and bare reads, interleaved, from one thread to as many as a cache has."""
+    """Times loaders and bare reads, interleaved, from one thread to as many as a cache has."""
     chunks, counts = Chunks.of(bench), range(1, bench.settings.limits.loader_threads + 1)
     on_gpu = chunks.device != "cpu"
     arms: dict[str, Arm] = {}
@@ -178,7 +177,7 @@ def _timed(memory: Callable[[], Tensors], work: Callable[[Tensors], None]) -> fl
 
 
 def load(chunks: Chunks, count: int, buffers: Tensors) -> None:
-    """Bring all chunks into the buffers with that many loader threads.
+    """Loads all chunks into the buffers with that many loader threads.
 
     Raises:
         CakeError: one of them could not be loaded.
@@ -202,7 +201,7 @@ def load(chunks: Chunks, count: int, buffers: Tensors) -> None:
 
 
 def read_bare(chunks: Chunks, count: int, buffers: Tensors) -> None:
-    """Read the same files to the same places with that many threads, and do nothing else."""
+    """Reads the same files to the same places with that many threads, and does nothing else."""
     place, size = HostPlace(buffers, chunks.layout), header_size(chunks.layout)
     files = Folder(chunks.store.root)
     left = iter(range(len(chunks.keys)))  # `next` on it is one step of the interpreter, so threads may share it

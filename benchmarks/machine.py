@@ -1,4 +1,4 @@
-"""What ran the bench: enough to compare two results, nothing that says whose machine it is."""
+"""Describes the machine of a run: enough to compare two results, nothing that says whose machine it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.timing import TOLERATED
 
 
 class Machine:
-    """What runs a bench that begins now.
+    """The machine that runs a bench starting now.
 
     Args:
         device: that computes.
@@ -30,7 +30,7 @@ class Machine:
         self._stolen = StolenTime()
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready: what `describe` found, and the share of the processors' time that was stolen so far."""
+        """Returns JSON-ready values: those of `describe`, and the share of the processors' time that was stolen so far."""
         known = {**self._found, "stolen_share": round(self._stolen.share(), 3)}
         if self._device.type == "cuda":
             # More than a few: timed runs have waited for memory that was being freed.
@@ -39,10 +39,10 @@ class Machine:
 
 
 def disturbance(machine: Mapping[str, object]) -> str:
-    """A sentence for people; empty where they need none.
+    """Returns a sentence about disturbances; empty if there is nothing to say.
 
     Args:
-        machine: as `Machine.as_dict` gives it.
+        machine: from `Machine.as_dict`.
     """
     share = machine.get("stolen_share")
     if not isinstance(share, float) or share <= TOLERATED:
@@ -51,7 +51,7 @@ def disturbance(machine: Mapping[str, object]) -> str:
 
 
 def describe(device: str = "cpu") -> dict[str, object]:
-    """Processor, memory, versions, and the GPU where the device is one.
+    """Returns processor, memory, versions, and the GPU if the device is one.
 
     The load average tells whether the machine had other things to do (above 0: it had).
     """
@@ -82,7 +82,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def _driver_version() -> str | None:
-    """As the driver's own tool tells it; torch knows only the CUDA version that it was built for."""
+    """Returns the driver's version as its own tool tells it; torch knows only the CUDA version that it was built for."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=30)

@@ -1,4 +1,4 @@
-"""Measurements taken one after the other with one model, and what is said of them."""
+"""Takes measurements one after the other with one model, and presents them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OF_A_MODEL: dict[str, Callable[[Workbench], Result]] = {
     "saving": saving.measure,
     "cached": cached.measure,
 }
-"""What is measured with a model of the user's; by default the first two."""
+"""The measurements for a user's own model; by default the first two."""
 
 
 def measure_all(
@@ -52,13 +52,13 @@ def measure_all(
     tell: Callable[[str], None],
     measurements: Mapping[str, Callable[[Workbench], Result]] = MEASUREMENTS,
 ) -> tuple[dict[str, Any], list[Result]]:
-    """Make the model, take all measurements, clean up.
+    """Makes the model, takes all measurements, cleans up.
 
     Args:
         settings: of the run.
         parent: the directory to make stores in; None for the system's own temporary one.
         tell: called with a line of progress.
-        measurements: to take, by name.
+        measurements: those to take, by name.
 
     Returns:
         All that there is to say, JSON-ready; and the results for a table.
@@ -84,20 +84,20 @@ def measure_all(
 
 
 def progress(as_json: bool) -> Callable[[str], None]:
-    """What is called with a line of progress: machines read none."""
+    """Returns the function for lines of progress: machines read none."""
     return _silent if as_json else _on_stderr
 
 
 def hand_out(
     outcome: Mapping[str, Any], results: Sequence[Result], *, as_json: bool, line: bool = True, out: Path | None
 ) -> None:
-    """Print the tables and the line of JSON, and write the latter to a file.
+    """Prints the tables and the line of JSON, and writes the latter to a file.
 
     Args:
         outcome: from `measure_all`, with anything added to it.
         results: from there, too.
-        as_json: no tables.
-        line: the line of JSON is printed.
+        as_json: print no tables.
+        line: print the line of JSON.
         out: the file; None for none.
 
     Raises:
@@ -120,7 +120,7 @@ def hand_out(
 
 
 def _measured(name: str, measure: Callable[[Workbench], Result], bench: Workbench) -> Result:
-    """One measurement; if it cannot be taken, the others still count."""
+    """Takes one measurement; if it cannot be taken, the others still count."""
     try:
         return without_goals(measure(bench)) if bench.settings.model else measure(bench)
     except CakeError as error:
@@ -132,4 +132,4 @@ def _on_stderr(line: str) -> None:
 
 
 def _silent(line: str) -> None:
-    """Machines read no progress."""
+    """Drops the line: machines read no progress."""

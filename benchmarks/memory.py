@@ -1,17 +1,16 @@
 """How much memory does a warm restore need beside the KV itself? In chunks per loader thread.
 
-How it is measured: a fresh process builds the same model, restores the prompt once with nothing watching (so that what
-is paid once per process is paid), then restores it into a second cache and looks at how far its resident memory (RSS)
-rose at the highest point of that. The KV that is there afterwards is subtracted. This is done twice. Load-only, what is left
-is what reading, checking and placing took. From both ends it is that, the chunks that are loaded aside because the main
-thread may be computing them, and the working memory of a forward: the model's, not ours, but there is no telling them
-apart, so this is the most that can be ours. The prompt's last piece is in neither.
+Method: a fresh process builds the same model, restores the prompt once unobserved (to pay what is paid once per process),
+then restores it into a second cache and looks at how far its resident memory (RSS) rose at the highest point. The KV that is
+there afterwards is subtracted. This is done twice. Load-only, the rest is what reading, checking and placing took. From both
+ends it is that, the staged chunks, and the working memory of a forward: the model's, not ours, but they cannot be told apart,
+so this is an upper bound of ours. Neither includes the prompt's suffix.
 
-What the number counts: pages that were touched, of any kind, by any thread, at one moment. What it does not: address
-space that was reserved and never touched (the buffers' headroom for tokens to come), and the operating system's page
-cache. malloc is told to give big blocks back at once, so that freed memory of the first restore cannot hide what the
-second one takes. On Linux the kernel itself keeps the highest point (VmHWM, reset through clear_refs), exact to a few dozen
-pages; where that is not allowed, a thread looks every half millisecond and may miss a short peak.
+The number counts pages that were touched, of any kind, by any thread, at one moment. It does not count address space that was
+reserved and never touched (the buffers' headroom for further tokens), and the operating system's page cache. malloc is told
+to return big blocks at once, so that freed memory of the first restore cannot hide what the second one takes. On Linux the
+kernel itself keeps the highest point (VmHWM, reset through clear_refs), exact to a few dozen pages; if that is not allowed, a
+thread looks every half millisecond and may miss a short peak.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Peak:
 
     Attributes:
         before, highest: bytes.
-        method: "kernel", or "sampled" where the kernel does not let us reset its own record.
+        method: "kernel", or "sampled" if the kernel does not let us reset its own record.
     """
 
     before: int
@@ -59,7 +58,7 @@ class Peak:
 
 
 def measure(bench: Workbench) -> Result:
-    """Ask a fresh process, once per round, three times at most."""
+    """Measures in a fresh process, once per round, three times at most."""
     title = "Memory of a warm restore beside the KV"
     if not Path("/proc/self/status").exists():
         return Result(title, {}, {"reason": "this system has no /proc"})
@@ -84,7 +83,7 @@ def measure(bench: Workbench) -> Result:
 
 
 def _ask_child(bench: Workbench) -> dict[str, Any]:
-    """Run this module in a new process; what it has to say is the last line of its output.
+    """Runs this module in a new process; its result is the last line of its output.
 
     Raises:
         CakeError: it failed.
@@ -103,7 +102,7 @@ def _ask_child(bench: Workbench) -> dict[str, Any]:
 
 
 def answer_for(question: dict[str, Any]) -> dict[str, Any]:
-    """In the fresh process: what each strategy's restore takes."""
+    """Returns, in the fresh process, what each strategy's restore takes."""
     torch.set_num_threads(question["threads"])
     settings = Settings.from_dict(question["settings"])
     store = LocalStore(question["store"])
@@ -112,11 +111,11 @@ def answer_for(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def look(bench: Workbench, store: LocalStore, strategy: str) -> dict[str, Any]:
-    """Restore, forget, restore again under observation.
+    """Restores, forgets, and restores again under observation.
 
     Raises:
-        CakeError: not all was restored, or something computed that was to be loaded, so that this would be the memory of
-            something else.
+        CakeError: not all was restored, or chunks were computed that should have been loaded, so that this would be the
+            memory of something else.
     """
     chunks = bench.settings.chunks
     with bench.cache(store, strategy=strategy) as cache:
@@ -143,7 +142,7 @@ def look(bench: Workbench, store: LocalStore, strategy: str) -> dict[str, Any]:
 
 @contextmanager
 def peak() -> Iterator[Peak]:
-    """Watch this process's resident memory while the body runs."""
+    """Watches this process's resident memory while the body runs."""
     seen = Peak(_resident("VmRSS"))
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the record of the highest point starts anew
@@ -166,7 +165,7 @@ def _watch(seen: Peak, stop: threading.Event) -> None:
 
 
 def _resident(field: str) -> int:
-    """Bytes that the kernel accounts to this process under that name."""
+    """Returns the bytes that the kernel counts for this process under that name."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""A model to measure with, made from a config: nothing is downloaded. The one file of the bench that knows transformers."""
+"""Makes a model to measure with from a config: nothing is downloaded. The only file of the bench that knows transformers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SEED = 20240
 
 
 def build_model(settings: Settings) -> Any:
-    """The user's model, or a Llama with random weights, the same ones each time, in every process.
+    """Returns the user's model, or a Llama with random weights, the same ones each time, in every process.
 
-    Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for
-    them alike. They have no end-of-text token, so that a generation always has its full length. The weights are made on the
-    device in their dtype: no copy of a large model passes through the host.
+    Random weights cost as much time as trained ones and give KV of the same size, and the laws of exactness hold for them
+    alike. They have no end-of-text token, so that a generation always has its full length. The weights are made on the device
+    in their dtype: no copy of a large model passes through the host.
     """
     if settings.model:
         return own_model(settings)
@@ -47,7 +47,8 @@ def build_model(settings: Settings) -> Any:
 
 
 def build_prompt(settings: Settings) -> torch.Tensor:
-    """`[1, tokens + suffix_tokens]` token ids on the device, the same each time: random ones, or a text for a user's model."""
+    """Returns `[1, tokens + suffix_tokens]` token ids on the device, the same each time: random ones, or a text for a user's
+    model."""
     if settings.model:
         return own_prompt(settings)
     generator = torch.Generator().manual_seed(SEED)
@@ -57,7 +58,7 @@ def build_prompt(settings: Settings) -> torch.Tensor:
 
 
 def plain_copy(model: Any, cache: Any) -> Any:
-    """A `DynamicCache` with its own copy of a cache's KV."""
+    """Returns a `DynamicCache` with its own copy of a cache's KV."""
     copied = plain_cache(model)
     for number, layer in enumerate(cache.layers):
         copied.update(layer.keys.contiguous().clone(), layer.values.contiguous().clone(), number)
@@ -65,12 +66,12 @@ def plain_copy(model: Any, cache: Any) -> Any:
 
 
 def cache_of(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """A `DynamicCache` that starts with these K and V, `[1, heads, tokens, head_dim]`, one pair per layer."""
+    """Returns a `DynamicCache` that starts with these K and V, `[1, heads, tokens, head_dim]`, one pair per layer."""
     return DynamicCache(pairs, config=model.config)
 
 
 def transformers_version() -> str:
-    """Of the installed library."""
+    """Returns the version of the installed library."""
     return str(transformers.__version__)
 
 

@@ -1,11 +1,11 @@
-"""What our own bookkeeping costs: naming and looking up a long prompt's chunks, and the decisions per chunk.
+"""The cost of our own bookkeeping: naming and looking up a long prompt's chunks, and the decisions per chunk.
 
-Looking up: namespace, keys and the question to the store, for 128K tokens (256 chunks of 512), on a local store that holds many
-chunks; half of the prompt's are among them. The files are empty, since a lookup opens none.
+Looking up: namespace, keys and the question to the store, for 128K tokens (256 chunks of 512), on a local store with many
+chunks, among them half of the prompt's. The files are empty, since a lookup opens none.
 
 Deciding: one prompt of as many chunks through the frontier and the planner, on one thread, with every load settled as soon as
-it is claimed. Nothing is computed and nothing read, so all time that passes is theirs. Of each chunk that is computed the
-model asks once per layer whether it was lost; that is counted, too.
+it is claimed. Nothing is computed or read, so all the time is theirs. For each computed chunk the model asks once per layer
+whether it was preempted; that is counted, too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHEAPLY_DECIDED = Goal(50.0)
 TOKENS, CHUNK_SIZE = 128 * 2**10, 512
 CHUNKS = TOKENS // CHUNK_SIZE
 ROUNDS = 10
-"""More than the settings ask for: each takes milliseconds."""
+"""More rounds than the settings ask for: each takes milliseconds."""
 KEY_DIGITS = 40
 
 ALWAYS_WORTH = Costs(ComputeCost(1e-9), LoadCost(latency=0.0, bandwidth=1.0, chunk_bytes=1.0))
@@ -51,11 +51,11 @@ ALWAYS_WORTH = Costs(ComputeCost(1e-9), LoadCost(latency=0.0, bandwidth=1.0, chu
 
 @dataclass(frozen=True)
 class Naming:
-    """One prompt on its way to the keys that are stored, in seconds.
+    """Times, in seconds, until one prompt knows which of its keys are stored.
 
     Attributes:
         whole: of all that a restore does before it knows what it can load.
-        namespace, lookup: of these alone.
+        namespace, lookup: of these parts alone.
     """
 
     whole: float
@@ -64,7 +64,7 @@ class Naming:
 
 
 def measure(bench: Workbench) -> Result:
-    """Time both."""
+    """Times both."""
     layers, named = bench.settings.shape.layers, _name_prompts(bench)
     decided = Sample(tuple(decide_seconds(CHUNKS, layers) / CHUNKS * 1e6 for _ in range(ROUNDS)))
     return Result(
@@ -86,7 +86,7 @@ def _figure(
 
 
 def _name_prompts(bench: Workbench) -> list[Naming]:
-    """New prompts, one after the other, on a store with many chunks."""
+    """Times new prompts, one after the other, on a store with many chunks."""
     folder = bench.fresh_folder()
     try:
         session = bench.session(LocalStore(folder, budget=None), chunk_size=CHUNK_SIZE)
@@ -111,7 +111,7 @@ def _look_up(session: Session, call: ForwardCall) -> Prompt:
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:
-    """What a restore does before it knows what is stored, and two parts of it once more.
+    """Does what a restore does before it knows what is stored, and two parts of it once more.
 
     Raises:
         CakeError: the store did not find what it has.
@@ -129,7 +129,7 @@ def _name(session: Session, call: ForwardCall) -> Naming:
 
 
 def fill(folder: Path, keys: Iterable[str], count: int) -> None:
-    """Make an empty file for each of the keys, and for others, until there are `count`, as a local store names them."""
+    """Makes an empty file for each of the keys, and for others, until there are `count`, as a local store names them."""
     numbers = random.Random(0)
     named = list(keys)
     others = (f"{numbers.getrandbits(4 * KEY_DIGITS):0{KEY_DIGITS}x}" for _ in range(count - len(named)))
@@ -140,7 +140,7 @@ def fill(folder: Path, keys: Iterable[str], count: int) -> None:
 
 
 def decide_seconds(chunks: int, layers: int) -> float:
-    """Seconds of all decisions of one restore, the two sides taking turns until they meet."""
+    """Returns the seconds of all decisions of one restore, the two sides taking turns until they meet."""
     threads = 2
     begin = time.perf_counter()
     frontier = Frontier(

@@ -1,4 +1,4 @@
-"""`python -m benchmarks --model NAME`: the settings, the model and the prompt where the model is the user's."""
+"""`python -m benchmarks --model NAME`: settings, model and prompt for a model of the user's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cake_hf.testing.haystack import real_text
 
 USUAL_TOKENS = 2048
 ROOM = 128
-"""Positions that are left for the prompt's last piece and for new tokens."""
+"""Positions reserved for the prompt's suffix and for new tokens."""
 
 CHARS_PER_TOKEN = 8
 
@@ -29,7 +29,7 @@ def own_settings(
     dtype: str,
     device: str,
 ) -> Settings:
-    """As `settings.choose`, for a model by name; the prompt is shorter by default, as such models are larger.
+    """Works like `settings.choose`, for a model by name; the prompt is shorter by default, as such models are larger.
 
     Raises:
         ValueError: there is no such model, or the prompt does not fit it.
@@ -62,7 +62,7 @@ def own_settings(
 
 
 def own_model(settings: Settings) -> Any:
-    """The model, which generates as many tokens as it is asked for."""
+    """Returns the model, set to generate as many tokens as it is asked for."""
     with quiet_transformers():
         model = load_model(settings.model, settings.dtype, settings.device)
     model.generation_config.eos_token_id = None
@@ -70,7 +70,7 @@ def own_model(settings: Settings) -> Any:
 
 
 def own_prompt(settings: Settings) -> torch.Tensor:
-    """`[1, tokens + suffix_tokens]` of real text; of any tokens where the model has no tokenizer."""
+    """Returns `[1, tokens + suffix_tokens]` tokens of real text; any tokens if the model has no tokenizer."""
     length = settings.tokens + settings.suffix_tokens
     try:
         tokenizer = load_tokenizer(settings.model)
@@ -82,5 +82,5 @@ def own_prompt(settings: Settings) -> torch.Tensor:
 
 
 def without_goals(result: Result) -> Result:
-    """The goals are those of the bench's own models."""
+    """Drops the goals, which are those of the bench's own models."""
     return replace(result, figures={name: replace(figure, goal=None) for name, figure in result.figures.items()})

@@ -1,7 +1,7 @@
-"""What a user gets with a model of their own: one prompt computed, computed and saved, and restored from the local disk.
+"""What a user gains with a model of their own: one prompt computed, computed and saved, and restored from the local disk.
 
-There are no goals here: what is good depends on model and machine. How close the library comes to what is possible is measured
-with the models of `settings`.
+There are no goals here: what is good depends on model and machine. How close the library comes to what is possible is
+measured with the models of `settings`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cake_hf.stores.local import LocalStore
 
 
 def measure(bench: Workbench) -> Result:
-    """Time all of it, interleaved."""
+    """Times all of it, interleaved."""
     store, settings = bench.filled_store(), bench.settings
     arms: dict[str, Callable[[], Run]] = {
         "whole": lambda: bench.one_forward_run("one forward"),

@@ -1,9 +1,9 @@
-"""What does saving cost? A cold prompt with its new chunks written behind, against the same with nothing saved.
+"""What does saving cost? Compares a cold prompt whose new chunks are written behind with one that saves nothing.
 
-Each saving run starts with an empty store of its own. Copying a chunk out is all that the main thread does for it; hashing
-and writing happen in a background thread, which on a machine with few cores still takes its time from the model. So both
-the time to first token and the time of a longer generation are compared, the latter since writing goes on meanwhile.
-What is still unwritten when `generate` returns is waited for outside of the timing, and reported.
+Each saving run starts with an empty store of its own. The main thread only copies a chunk; hashing and writing happen in a
+background thread, which on a machine with few cores still takes its time from the model. So both the time to first token and
+the time of a longer generation are compared, the latter since writing goes on meanwhile. Chunks that are still unwritten when
+`generate` returns are waited for outside of the timing, and reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ColdRun:
 
 
 def measure(bench: Workbench) -> Result:
-    """Time cold runs with and without saving, interleaved."""
+    """Times cold runs with and without saving, interleaved."""
     bench.filled_store()  # the warm-up
     runs = interleave(
         {"save": lambda: _cold(bench, save=True), "no save": lambda: _cold(bench, save=False)}, bench.settings.repeats

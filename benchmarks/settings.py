@@ -1,4 +1,4 @@
-"""What a bench run is about, in numbers: the model's shape, the prompt, the device, and how often each thing is timed."""
+"""The settings of a bench run, in numbers: the model's shape, the prompt, the device, and how often each arm is timed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from cake_hf.limits import Limits
 
 READ_TIMEOUT = 600.0
-"""Seconds. A throttled read is slow on purpose; it must not be given up for that."""
+"""Seconds. A throttled read is slow on purpose and must not be given up for that."""
 
 
 class Dtype(StrEnum):
-    """Of the weights, and so of the KV."""
+    """The dtype of the weights, and so of the KV."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -38,8 +38,8 @@ class Shape:
 
 
 DEFAULT_SHAPE = Shape(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1536, vocabulary=4096)
-"""Small enough for two processor cores. At 8K tokens a late chunk costs some four times an early one, as with large
-models at long context, and a chunk's KV is 4 MiB in bfloat16: much more work to compute than to read from a local disk."""
+"""Small enough for two processor cores. At 8K tokens a late chunk costs about four times an early one, as with large models
+at long context, and a chunk's KV is 4 MiB in bfloat16: much more work to compute than to read from a local disk."""
 
 QUICK_SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=256)
 
@@ -50,8 +50,8 @@ SHAPES = {
     "1b": Shape(hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, vocabulary=128_256),
     "8b": Shape(hidden=4096, layers=32, heads=32, kv_heads=8, intermediate=14_336, vocabulary=128_256),
 }
-"""By the name that the command line knows: "1b" and "8b" are those of Llama-3.2-1B (with a head of its own) and Llama-3.1-8B;
-"small-mha" has twice the KV of "small" for nearly the same work."""
+"""Shapes by their names on the command line: "1b" and "8b" are those of Llama-3.2-1B (with a head of its own) and
+Llama-3.1-8B; "small-mha" has twice the KV of "small" for nearly the same work."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ class Settings:
     Attributes:
         shape: of the model.
         tokens: of the prefix that is restored, a multiple of `chunk_size`.
-        suffix_tokens: of the prompt's last piece, which is always computed.
+        suffix_tokens: of the prompt's suffix, which is always computed.
         chunk_size: tokens.
         dtype: torch's name of it.
         device: that computes, as torch names it.
         repeats: rounds; each round times every arm once.
         new_tokens: of the longer generation.
         decode_steps: tokens decoded with each kind of cache.
-        load_to_compute: the throttled cells: load-only should take about that many times compute-only.
-        stored_files: how many chunks a store holds in which a prompt's chunks are looked up.
-        model: folder or name of the user's own; empty for one with random weights.
-        limits: of all caches. The deadline is out of the way, all else is as a cache has it here.
+        load_to_compute: the throttled cells: load-only should take about this many times compute-only.
+        stored_files: how many chunks the store holds in which a prompt's chunks are looked up.
+        model: folder or name of the user's own model; empty for one with random weights.
+        limits: of all caches. The deadline is out of the way; everything else is as a cache has it here.
     """
 
     shape: Shape = DEFAULT_SHAPE
@@ -94,13 +94,13 @@ class Settings:
         return self.tokens // self.chunk_size
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready; of a model in a folder, that folder's name alone."""
+        """Returns JSON-ready values; for a model in a folder, only that folder's name."""
         model = PurePath(self.model)
         return {**asdict(self), "model": model.name if len(model.parts) > 2 or model.is_absolute() else self.model}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """What `as_dict` gave, back from JSON."""
+        """Returns the settings from which `as_dict` made this."""
         typed = {
             "shape": Shape(**values["shape"]),
             "limits": Limits(**values["limits"]),
@@ -119,10 +119,10 @@ def choose(
     device: str = "cpu",
     shape: str | None = None,
 ) -> Settings:
-    """Settings from the command line's options; what is None is left to the default, or to the quick one.
+    """Returns settings from the command line's options; None takes the default, or the quick run's value.
 
     Raises:
-        ValueError: the prefix has less than two chunks, nothing is repeated, or there is no such shape.
+        ValueError: the prefix has fewer than two chunks, nothing is repeated, or there is no such shape.
     """
     size = chunk_size or (64 if quick else 512)
     wanted = tokens or (512 if quick else 8192)
@@ -147,7 +147,7 @@ def choose(
 
 
 def shape_named(name: str) -> Shape:
-    """One of `SHAPES`.
+    """Returns one of `SHAPES`.
 
     Raises:
         ValueError: there is no such shape.

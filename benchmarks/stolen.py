@@ -1,6 +1,6 @@
-"""Time that a hypervisor gave to other machines: what ran meanwhile says little about the library.
+"""Time that a hypervisor gave to other machines: runs during that time say little about the library.
 
-Linux counts it ("steal" in /proc/stat, see proc(5)). On a machine of one's own, and on other systems, it is 0.
+Linux counts it ("steal" in /proc/stat, see proc(5)). On a physical machine, and on other systems, it is 0.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 Ticks = tuple[int, int]
-"""Of all processors together since the system's start: how many were stolen, and how many there were."""
+"""For all processors together since the system's start: how many ticks were stolen, and how many there were."""
 
 LEAST_TICKS = 3
-"""Ticks are some 10 ms long. Of a short run one is a large share, and may be owed to a time before."""
+"""A tick is about 10 ms. One tick is a large share of a short run, and may stem from the time before it."""
 
 _STOLEN, _KINDS = 7, 8
-"""The columns behind the eighth, of guests, are counted in the first two already."""
+"""The columns after the eighth, of guests, are already counted in the first two."""
 
 
 def ticks(source: Path = Path("/proc/stat")) -> Ticks:
-    """What the system has counted so far; zeros where it does not count."""
+    """Returns the system's counts so far; zeros if it does not count."""
     try:
         counted = [int(word) for word in source.read_text().split("\n", 1)[0].split()[1 : 1 + _KINDS]]
     except (OSError, ValueError):
@@ -28,10 +28,10 @@ def ticks(source: Path = Path("/proc/stat")) -> Ticks:
 
 
 class StolenTime:
-    """Tells which share of the processors' time was stolen since this was made.
+    """Measures the share of the processors' time that was stolen since this was made.
 
     Args:
-        read: gives the ticks.
+        read: returns the ticks.
     """
 
     def __init__(self, read: Callable[[], Ticks] = ticks) -> None:
@@ -39,6 +39,6 @@ class StolenTime:
         self._begin = read()
 
     def share(self) -> float:
-        """From 0 to 1; 0 of less than LEAST_TICKS."""
+        """Returns the share, from 0 to 1; 0 for less than LEAST_TICKS."""
         stolen, total = (now - then for now, then in zip(self._read(), self._begin, strict=True))
         return stolen / total if stolen >= LEAST_TICKS else 0.0

@@ -1,11 +1,11 @@
 """Why not both? Time to first token when a prefix is computed, loaded, or computed and loaded from both ends.
 
 The store is a local one behind a throttle, at three bandwidths: loading takes about half as long as computing, as long, and
-twice as long. In between lies the crossing where two ends help most; outside of it the better single method is hard to
-beat, and must not be lost against. A cache learns what computing and loading cost, so in the first round it knows less than
-in the others, as with a new store; the median is that of a store in use.
+twice as long. In between lies the crossing where two ends help most; outside of it the better single method is hard to beat,
+and must not be lost against. A cache learns what computing and loading cost, so in the first round it knows less than in the
+others, as with a new store; the median is that of a store in use.
 
-What ratio, eta and sigma mean stands in `cells`.
+`cells` defines ratio, eta and sigma.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GOALS = Goals(NEVER_SLOWER, NEAR_THE_LIMIT, PAPERS_SIGMA)
 
 
 def measure(bench: Workbench) -> Result:
-    """Time all cells, interleaved."""
+    """Times all cells, interleaved."""
     chunk_bytes = bench.chunk_bytes()
     bandwidths = calibrate(bench, bench.settings.load_to_compute)
     _check_exactness(bench)
@@ -66,7 +66,7 @@ def _arms(bench: Workbench, bandwidths: dict[float, float]) -> dict[str, Callabl
         "compute": lambda: bench.cake_run(store, "compute-only", strategy="compute"),
     }
     for wanted, bandwidth in bandwidths.items():
-        # One store object per bandwidth, since what is learnt about its costs is remembered with it.
+        # One store object per bandwidth, since what is learned about its costs is remembered with it.
         slow = ThrottledStore(store, bandwidth)
         for strategy in ("load", "both"):
             label = f"{strategy} {wanted:g}"
@@ -75,13 +75,13 @@ def _arms(bench: Workbench, bandwidths: dict[float, float]) -> dict[str, Callabl
 
 
 def _check_exactness(bench: Workbench) -> None:
-    """Before anything is timed: what is loaded gives the same logits. (Each timed run is checked again.)"""
+    """Checks, before anything is timed, that loaded chunks give the same logits. (Each timed run is checked again.)"""
     for strategy in ("load", "both"):
         bench.cake_run(bench.filled_store(), f"{strategy} before timing", strategy=strategy)
 
 
 def _explain(runs: list[Run], costs: Costs) -> dict[str, object]:
-    """Where the time of the both-ends runs went (see `Run.parts`), and what the loading beside it cost the computing.
+    """Explains where the time of the both-ends runs went (see `Run.parts`), and how much the loading slowed the computing.
 
     `slowdown`: how much longer the main thread's chunks took than the same chunks in compute-only runs.
     """

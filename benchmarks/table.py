@@ -13,11 +13,12 @@ from cake_hf.cli.sheets import Sheet
 LABEL_WIDTH = 34
 NUMBER_WIDTH = 9
 GOAL_WIDTH = 7
-"""The least, so that the columns of several tables stand below one another."""
+"""The least width, so that the columns of several tables line up."""
 
 
 def build_tables(results: Iterable[Result]) -> Group:
-    """For each measurement one row per figure: its median and its spread; where goals are set, also these, and who met them."""
+    """Returns a table per measurement, with a row per figure: its median and its spread; and, if goals are set, these and
+    whether they were met."""
     return Group(*(_table(result) for result in results))
 
 

@@ -1,10 +1,10 @@
 """Timings that can be trusted a little: medians over rounds in which the arms take turns.
 
-A machine's speed drifts (other programs, heat), so two things are only comparable when they ran at about the same time.
-Each round runs every arm once, and each round begins with another arm, so that none always profits from its place.
+A machine's speed drifts (other programs, heat), so two things are only comparable if they ran at about the same time. Each
+round runs every arm once, and each round begins with another arm, so that none always profits from its place.
 
-On a virtual machine a run may have got only a part of the processors. Which runs those are the system tells, whatever they came
-to; such a run is repeated. That a machine was disturbed all the time is said with the results.
+On a virtual machine a run may have got only a part of the processors. The system tells which runs those are, whatever their
+results; such a run is repeated. If the machine was disturbed all the time, the results say so.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 QUARTILES_FROM = 8
-"""So many readings have quartiles worth the name; fewer are described by the least and the greatest."""
+"""With at least this many readings quartiles mean something; fewer are described by the least and the greatest."""
 
 TOLERATED = 0.05
-"""Of the processors' time may be stolen from a run (see `stolen`)."""
+"""The share of the processors' time that may be stolen from a run (see `stolen`)."""
 MOST_TRIES = 3
-"""Of one run. The one from which least was stolen counts."""
+"""The most tries of one run. The one from which least was stolen counts."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Sample:
 def interleave(
     arms: Mapping[str, Callable[[], T]], rounds: int, watch: Callable[[], StolenTime] = StolenTime
 ) -> dict[str, list[T]]:
-    """Run every arm once per round; round k begins with arm k (modulo their number).
+    """Runs every arm once per round; round k begins with arm k (modulo their number).
 
-    A run from which too much time was stolen is repeated, but not in the first round: what is new only then, like a cache that
-    knows nothing of what things cost, cannot be had again.
+    A run from which too much time was stolen is repeated, but not in the first round: what is new only then, such as a cache
+    that knows nothing of the costs, cannot be had again.
 
     Args:
         arms: to run, by name.
         rounds: how many.
-        watch: begins to watch over stolen time.
+        watch: starts to watch the stolen time.
 
     Returns:
         For each arm its results, in the order of the rounds.
@@ -83,9 +83,10 @@ def _least_disturbed(arm: Callable[[], T], tries: int, watch: Callable[[], Stole
 
 
 def ratio(above: Sample, below: Sample) -> tuple[float, float, float]:
-    """The median of the ratios that the single rounds showed, and their spread.
+    """Returns the median of the ratios of the single rounds, and their spread.
 
-    Not the ratio of the medians, which may come from rounds that ran at different times, on a machine of another speed.
+    This is not the ratio of the medians, which may come from rounds that ran at different times, on a machine of another
+    speed.
     """
     by_round = Sample(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
     return by_round.median, *by_round.spread

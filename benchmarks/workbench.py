@@ -1,4 +1,4 @@
-"""What all measurements share: the model, the prompt, a place for stores, and the watch on exactness."""
+"""The tools that all measurements share: the model, the prompt, a place for stores, and the check of exactness."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
 
 FLUSH_SECONDS = 600.0
-"""How long the making of a full store may take to become durable."""
+"""Seconds within which a full store must be durable."""
 
 
 class TokenClock:
-    """Handed to `generate` as a streamer, notes when each token is there. The first call brings the prompt."""
+    """Notes when each token arrives; passed to `generate` as a streamer. The first call brings the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """A token, or the prompt."""
+        """Notes a token, or the prompt."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """No more tokens."""
+        """Does nothing: there are no more tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
 
     Attributes:
         seconds: wall time of the whole call.
-        first_token_seconds: until the first new token was there.
+        first_token_seconds: until the first new token.
         report: of the cache; an empty one for a plain cache.
     """
 
@@ -61,21 +61,21 @@ class Run:
     report: Report
 
     def spans(self) -> list[Span]:
-        """The chunks that the main thread made, in order, without the last piece and without forwards that were left."""
+        """The chunks that the main thread made, in order, without the suffix and without preempted forwards."""
         return [span for span in self.report.timeline if span.outcome == "computed" and span.chunk >= 0]
 
     @property
     def tail_seconds(self) -> float:
-        """S: what the prompt's last piece took."""
+        """S: the time of the prompt's suffix."""
         return sum(span.end - span.start for span in self.report.timeline if span.chunk < 0)
 
     def parts(self) -> dict[str, float]:
-        """Where the seconds of a restored prompt went; the parts add up to the whole.
+        """Returns the seconds of each part of a restored prompt; the parts add up to the whole.
 
         before: from the call to the first chunk's start (keys, lookup, buffers, thread starts);
-        computing: the main thread's chunks; left: chunks it began that then came from the store; waiting: for loads, and
-        whatever else is between the chunks;
-        suffix: the prompt's last piece; outside: what `generate` does before and after.
+        computing: the main thread's chunks; left: preempted forwards, whose chunks came from the store; waiting: for loads,
+        and whatever else is between the chunks;
+        suffix: the prompt's suffix; outside: what `generate` does before and after.
         """
         tail = next(span for span in self.report.timeline if span.chunk < 0)
         first = min(span.start for span in self.report.timeline)
@@ -92,7 +92,7 @@ class Run:
 
 
 def median_parts(runs: Sequence[Run]) -> dict[str, float]:
-    """The median of each part over the runs."""
+    """Returns the median of each part over the runs."""
     parts = [run.parts() for run in runs]
     return {name: statistics.median(part[name] for part in parts) for name in parts[0]}
 
@@ -103,9 +103,9 @@ class Parity:
 
     Attributes:
         checks: comparisons made.
-        mismatches: what differed, and by how much.
-        roundings: runs that round differently by their nature (one big forward), of which bits are not asked.
-        same_tokens: those of them that came to the same first token.
+        mismatches: the differences, and how large they are.
+        roundings: runs that round differently by their nature (one big forward), whose bits are not compared.
+        same_tokens: those of them with the same first token.
     """
 
     checks: int = 0
@@ -115,7 +115,7 @@ class Parity:
     _expected: torch.Tensor | None = field(default=None, repr=False)
 
     def check(self, logits: torch.Tensor, label: str) -> None:
-        """Compare, or, the first time, remember."""
+        """Compares the logits; the first ones are remembered."""
         if self._expected is None:
             self._expected = logits.clone()
             return
@@ -125,13 +125,13 @@ class Parity:
             self.mismatches.append(f"{label}: the first token's logits differ by up to {difference:g}")
 
     def note_rounding(self, logits: torch.Tensor) -> None:
-        """Count a run whose logits need not be equal, and whether its first token is."""
+        """Counts a run whose logits need not be equal, and whether its first token is."""
         if self._expected is not None:
             self.roundings += 1
             self.same_tokens += bool(torch.equal(logits.argmax(-1), self._expected.argmax(-1)))
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         single = {"one_forward_runs": self.roundings, "with_the_same_token": self.same_tokens} if self.roundings else {}
         return {"checks": self.checks, "mismatches": self.mismatches, **single}
 
@@ -144,7 +144,7 @@ class Workbench:
         settings: of the run.
         model: with random weights.
         ids: `[1, tokens + suffix_tokens]`, the prompt.
-        folder: where stores are made; removed by whoever made it.
+        folder: for stores; removed by the caller that made it.
         parity: watches all runs.
     """
 
@@ -158,13 +158,13 @@ class Workbench:
     def cache(
         self, store: Store, *, strategy: str = "both", save: bool = False, limits: Limits | None = None
     ) -> CakeCache:
-        """A new, empty cache on the store."""
+        """Returns a new, empty cache on the store."""
         s = self.settings
         limits = limits or s.limits
         return CakeCache(self.model, store, chunk_size=s.chunk_size, strategy=strategy, save=save, limits=limits)
 
     def session(self, store: Store, *, chunk_size: int | None = None) -> Session:
-        """What a cache on the store has behind it, for a look at its parts; saves nothing. The caller closes it."""
+        """Returns the session behind a cache on the store, for a look at its parts; it saves nothing. The caller closes it."""
         s = self.settings
         return Session(
             self.model,
@@ -178,17 +178,17 @@ class Workbench:
         )
 
     def generate(self, cache: Any, label: str, *, new_tokens: int = 1, **options: Any) -> Run:
-        """`model.generate` on the prompt with that cache, timed; the first token's logits are checked."""
+        """Times `model.generate` on the prompt with that cache; the first token's logits are checked."""
         return self.timed(lambda: cache, label, new_tokens=new_tokens, **options)
 
     def timed(
         self, make_cache: Callable[[], Any], label: str, *, new_tokens: int = 1, exact: bool = True, **options: Any
     ) -> Run:
-        """As `generate`, with a cache whose making belongs to what is timed.
+        """Works like `generate`, with a cache whose creation belongs to the timed part.
 
         Args:
-            make_cache: gives the cache.
-            label: names the run where its logits differ.
+            make_cache: returns the cache.
+            label: names the run if its logits differ.
             new_tokens: to generate.
             exact: the first token's logits must be those of the other runs, bit for bit.
             **options: of `model.generate`.
@@ -220,16 +220,17 @@ class Workbench:
         return Run(end - begin, clock.times[1] - begin, report)
 
     def plain_run(self, label: str = "plain", *, new_tokens: int = 1) -> Run:
-        """transformers alone, on the same schedule of chunks: what every other run has to agree with."""
+        """Runs transformers alone, on the same schedule of chunks: every other run must agree with it."""
         size = self.settings.chunk_size
         return self.generate(plain_cache(self.model), label, new_tokens=new_tokens, prefill_chunk_size=size)
 
     def one_forward_run(self, label: str) -> Run:
-        """transformers alone, the whole prompt in one forward: it rounds differently from chunks, so bits are not compared."""
+        """Runs transformers alone, the whole prompt in one forward: it rounds differently from chunks, so bits are not
+        compared."""
         return self.timed(lambda: plain_cache(self.model), label, exact=False)
 
     def cake_run(self, store: Store, label: str, *, strategy: str = "both") -> Run:
-        """A prompt through a fresh cache that reads from the store and saves nothing.
+        """Runs a prompt through a new cache that reads from the store and saves nothing.
 
         Raises:
             CakeError: it did something else than its strategy says, so its time would mean nothing.
@@ -240,7 +241,7 @@ class Workbench:
         return run
 
     def filled_store(self) -> LocalStore:
-        """A store that has all chunks of the prompt. Made once, by a cold run that serves as warm-up, too."""
+        """Returns a store that has all chunks of the prompt. Made once, by a cold run that serves as warm-up, too."""
         if self._filled is None:
             self.plain_run()
             store = LocalStore(self.folder / "filled", budget=None)
@@ -258,17 +259,17 @@ class Workbench:
         return store.size(next(store.keys())) or 0
 
     def shorter(self, tokens: int) -> Workbench:
-        """A bench for the first `tokens` of this one's prompt; a prompt's chunks are also those of its beginning."""
+        """Returns a bench for the first `tokens` of this one's prompt; a prompt's chunks are also those of its beginning."""
         settings = replace(self.settings, tokens=tokens)
         ids = self.ids[:, : tokens + settings.suffix_tokens]
         return Workbench(settings, self.model, ids, self.folder, _filled=self.filled_store())
 
     def fresh_folder(self) -> Path:
-        """An empty folder for a store."""
+        """Makes an empty folder for a store."""
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def _room_for_all(self) -> Limits:
-        """Limits under which no chunk stays unsaved because the disk is slower than the model."""
+        """Returns limits under which no chunk stays unsaved because the disk is slower than the model."""
         with closing(self.session(MemoryStore())) as session:
             payload = session.layout().nbytes * self.settings.chunks
         limits = self.settings.limits
@@ -285,7 +286,8 @@ class Workbench:
 
 
 def await_loaders() -> None:
-    """A load that was overtaken may still be under way when its prompt is done; it shall not disturb the next timing."""
+    """Waits for superseded loads, which may be under way when their prompt is done, so that they do not disturb the next
+    timing."""
     for thread in threading.enumerate():
         if thread.name.startswith("cake-load"):
             thread.join()
@@ -293,7 +295,7 @@ def await_loaders() -> None:
 
 @contextmanager
 def cheap_collections() -> Iterator[None]:
-    """What is there already (libraries above all) is not looked through again by each collection in the body."""
+    """Keeps collections in the body from looking through existing objects again (libraries above all)."""
     gc.collect()
     gc.freeze()
     try:
@@ -303,11 +305,11 @@ def cheap_collections() -> Iterator[None]:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU still has to do: it is queued, not done, when a call returns."""
+    """Waits for a GPU's queued work, which goes on after a call has returned."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder with what is in it."""
+    """Deletes a folder and its content."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,9 +28,11 @@ def demo(
         int | None, typer.Option(min=1, help="Length of the text. [default: 8192, or all of FILE]")
     ] = None,
     chunk_size: Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of the race.")] = 3,
-    store: Annotated[Path | None, typer.Option(help="Keep the KV here; by default it is removed afterwards.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of rounds of the race.")] = 3,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the KV in this directory; by default it is removed afterwards.")
+    ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
 ) -> None:

@@ -1,4 +1,4 @@
-"""One timed `generate`: when the first token came, and the logits that every token was chosen from."""
+"""Times one `generate`: the arrival of the first token, and the logits that every token was chosen from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FACTS = "answer.json"
 
 @dataclass(frozen=True)
 class Answer:
-    """What one `generate` brought.
+    """The result of one `generate`.
 
     Attributes:
         tokens: `[new]` generated ids.
@@ -45,13 +45,13 @@ class Answer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write it where another process finds it; no pickle."""
+        """Writes it to a folder from which another process reads it; no pickle."""
         save_file({"tokens": self.tokens, "logits": self.logits}, folder / _TENSORS)
         (folder / _FACTS).write_text(json.dumps({"ttft": self.ttft, "report": self.report.as_dict()}))
 
     @classmethod
     def load(cls, folder: Path) -> Answer:
-        """Read what `save` wrote."""
+        """Reads what `save` wrote."""
         tensors, facts = load_file(folder / _TENSORS), json.loads((folder / _FACTS).read_text())
         spans = [Span(*span) for span in facts["report"].pop("timeline")]
         return cls(tensors["tokens"], tensors["logits"], facts["ttft"], Report(**facts["report"], timeline=spans))
@@ -70,17 +70,17 @@ class FirstToken(BaseStreamer):  # type: ignore[misc]  # transformers is not typ
             self.at = time.monotonic()
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Does nothing: there are no more tokens."""
 
 
 def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> Answer:
-    """Generate greedily and take the time.
+    """Generates greedily and takes the time.
 
     Args:
         model: a causal language model.
         ids: `[1, tokens]` of the prompt.
         cache: a new `CakeCache` or `DynamicCache`.
-        new_tokens: to generate at most.
+        new_tokens: the most tokens to generate.
         **options: more arguments of `generate`.
     """
     streamer, ids = FirstToken(), ids.to(model.device)
@@ -102,12 +102,12 @@ def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: A
 
 
 def ask_plainly(model: Any, ids: torch.Tensor, new_tokens: int, chunk_size: int) -> Answer:
-    """The oracle: transformers alone, with the same cut of the prompt."""
+    """Runs the oracle: transformers alone, with the same cut of the prompt."""
     return ask(model, ids, plain_cache(model), new_tokens, prefill_chunk_size=chunk_size)
 
 
 def ask_with_store(model: Any, ids: torch.Tensor, new_tokens: int, cache: CakeCache) -> Answer:
-    """With a `CakeCache`, which is closed then; what was computed is durable before this returns."""
+    """Runs with a `CakeCache`, which it closes; what was computed is durable when this returns."""
     with cache:
         answer = ask(model, ids, cache, new_tokens)
         cache.flush()
@@ -115,6 +115,6 @@ def ask_with_store(model: Any, ids: torch.Tensor, new_tokens: int, cache: CakeCa
 
 
 def warm_up(model: Any, ids: torch.Tensor, chunk_size: int) -> None:
-    """A few tokens of another prompt, so that starting up the libraries is not counted as anybody's work."""
+    """Generates a few tokens of another prompt, so that starting up the libraries is not counted."""
     other = ids[:, : chunk_size + 1].flip(1)
     ask_plainly(model, other, 2, chunk_size)

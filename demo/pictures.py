@@ -1,4 +1,4 @@
-"""What the demonstration prints."""
+"""The output of the demonstration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from demo.task import Task
 
 
 def show_task(task: Task, model: str, chunk_size: int) -> None:
-    """The text and the question."""
+    """Shows the text and the question."""
     tokens = task.ids.shape[1]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
@@ -34,7 +34,7 @@ def show_task(task: Task, model: str, chunk_size: int) -> None:
 
 
 def show_warm(task: Task, tokenizer: Any, oracle: Answer, cold: Answer, warm: Answer) -> None:
-    """The three runs side by side, and how the warm one went."""
+    """Shows the three runs side by side, and the course of the warm one."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
     table.add_column("run", no_wrap=True)
     table.add_column("answer")
@@ -58,7 +58,7 @@ def show_warm(task: Task, tokenizer: Any, oracle: Answer, cold: Answer, warm: An
 
 
 def show_race(race: Race) -> None:
-    """Who was how fast, and how both sides met."""
+    """Shows the strategies' times, and how both sides met."""
     rate = f"{bytes_text(race.bytes_per_second)}/s"
     rounds = len(race.runs["both"])
     console.print(Rule("2  a store as slow as the model", align="left", style="dim"))
@@ -81,7 +81,7 @@ def show_race(race: Race) -> None:
 
 
 def show_verdict(logits: bool, answers: bool) -> None:
-    """Whether the law held."""
+    """Shows whether all runs agree."""
     if logits and answers:
         text = "In every run the same answer, from logits bit for bit equal to those of transformers alone."
         console.print(Text(text, style="bold green"))

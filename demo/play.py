@@ -33,15 +33,15 @@ from demo.worker import Request, ask_in_fresh_process
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the user may choose.
+    """The user's options.
 
     Attributes:
-        model: folder or name on the Hub; empty for recall-tiny, which comes with the package.
+        model: a folder, or a name on the Hub; empty for recall-tiny, which comes with the package.
         file: the user's text; None for source files of the installed Python.
         question: about the text; empty to hide facts in it and ask for one.
         tokens: length of the text; None for 8192 of ours, or all of the user's.
         chunk_size: tokens.
-        new_tokens: to generate at most.
+        new_tokens: the most tokens to generate.
         repeats: rounds of the race.
         store: a directory that is kept; None for a temporary one.
         dtype, device: as `load_model` takes them.
@@ -64,7 +64,7 @@ class Verdict:
     """Whether all runs agree with the oracle.
 
     Attributes:
-        logits: bit for bit the same, in every run.
+        logits: the same bit for bit, in every run.
         answers: the same tokens, in every run.
     """
 
@@ -73,12 +73,12 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        """Both of them."""
+        """Whether both hold."""
         return self.logits and self.answers
 
 
 def play(options: DemoOptions) -> Verdict:
-    """Run the demonstration and print it as it goes.
+    """Runs the demonstration and prints it as it goes.
 
     Raises:
         ValueError: the options, the model or the file cannot be used.
@@ -106,7 +106,7 @@ def play(options: DemoOptions) -> Verdict:
 
 
 def judge(oracle: Answer, answers: list[Answer], race: Race) -> Verdict:
-    """Compare every run with the oracle; those of the race stop after one token."""
+    """Compares every run with the oracle; those of the race stop after one token."""
     first = Answer(oracle.tokens[:1], oracle.logits[:1], oracle.ttft)
     pairs = [(oracle, answer) for answer in answers] + [(first, answer) for answer in race.answers]
     return Verdict(
@@ -130,7 +130,7 @@ def _make_task(options: DemoOptions, tokenizer: Any) -> Task:
 
 
 def _ask_twice(name: str, options: DemoOptions, task: Task, store: Path) -> tuple[Answer, Answer]:
-    """Cold and warm, in two processes; before this one has the model, so that they have the GPU to themselves."""
+    """Asks cold and warm, in two processes; before this process loads the model, so that they have the GPU to themselves."""
     cold_request = Request(
         model=name,
         dtype=options.dtype,
@@ -151,7 +151,7 @@ def _ask_twice(name: str, options: DemoOptions, task: Task, store: Path) -> tupl
 
 
 def refuse_unrestored(cold: Answer, warm: Answer) -> None:
-    """Nothing is shown by a store that has not kept the chunks.
+    """Raises an error if the store has not kept the chunks, since nothing can be shown then.
 
     Raises:
         CakeError: it has not.

@@ -1,4 +1,4 @@
-"""Compute-only, load-only and both on a store as slow as the model: the case in which one side alone wastes the other."""
+"""Compute-only, load-only and both on a store as slow as the model: the case in which a single side wastes the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from demo.asking import Answer, ask_with_store
 
 STRATEGIES = ("compute", "load", "both")
 RACE_SECONDS = 20.0
-"""No new round is begun after that; there is always one."""
+"""No new round starts after that time; there is always one round."""
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Race:
         return median(answer.ttft for answer in self.runs[strategy])
 
     def middle_run(self, strategy: str) -> Answer:
-        """The run of the median, or the one just above it."""
+        """The run with the median time, or the one just above it."""
         ordered = sorted(self.runs[strategy], key=lambda answer: answer.ttft)
         return ordered[len(ordered) // 2]
 
     @property
     def answers(self) -> list[Answer]:
-        """Of all strategies."""
+        """The answers of all strategies."""
         return [answer for answers in self.runs.values() for answer in answers]
 
     @property
@@ -62,13 +62,13 @@ def run_race(
     repeats: int,
     progress: Callable[[int, int], None],
 ) -> Race:
-    """Time the strategies in turn, so that a change of the machine's speed meets all of them.
+    """Times the strategies in turn, so that a change of the machine's speed affects all of them.
 
     The first compute-only run sets the bandwidth: reading all chunks takes as long as computing them.
 
     Args:
         model: a causal language model.
-        ids: `[1, tokens]` of a prompt whose chunks the store has.
+        ids: `[1, tokens]`, of a prompt whose chunks the store has.
         store: not throttled.
         chunk_size: tokens.
         chunk_bytes: of one chunk.

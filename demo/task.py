@@ -1,4 +1,4 @@
-"""What the demonstration asks: a long text, a question about it and, where the text is ours, the right answer."""
+"""The task of the demonstration: a long text, a question about it and, if the text is ours, the right answer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cake_hf.testing.haystack import hide, make_facts, question, real_text
 
 FACT_PLACES = (0.2, 0.5, 0.8)
 ASKED = 1
-"""Which of the facts is asked for: one from the middle of the text."""
+"""The fact that is asked for: one from the middle of the text."""
 
 CHARS_PER_TOKEN = 8
-"""More than any tokenizer makes of source code on average: enough text to cut a prompt from."""
+"""More characters per token than any tokenizer makes of source code on average: enough text to cut a prompt from."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Task:
 
     Attributes:
         ids: `[1, tokens]`.
-        question: as it is shown.
-        answer: the right one; empty where nobody knows.
-        source: where the text comes from.
+        question: as shown.
+        answer: the right one; empty if it is unknown.
+        source: of the text.
     """
 
     ids: torch.Tensor
@@ -35,13 +35,13 @@ class Task:
 
 
 def make_task(tokenizer: Any, text: str | None, asked: str, tokens: int | None) -> Task:
-    """Put a prompt together.
+    """Builds a prompt.
 
     Args:
         tokenizer: of the model.
         text: the user's; None for source files of the installed Python.
         asked: the user's question; empty to hide facts in the text and ask for one of them.
-        tokens: length of the text, cut where it is longer; None for all of it.
+        tokens: length of the text, which is cut if it is longer; None for all of it.
     """
     source = "your file" if text is not None else "Python's own source files"
     if text is None:
@@ -63,7 +63,7 @@ def _cut(tokenizer: Any, text: str, tokens: int | None) -> str:
 
 
 def _ask(tokenizer: Any, text: str, asked: str) -> torch.Tensor:
-    """As a chat message where the model has a chat template, as plain text otherwise."""
+    """Renders a chat message if the model has a chat template, and plain text otherwise."""
     if not getattr(tokenizer, "chat_template", None):
         return _encode(tokenizer, f"{text}\n\nQuestion: {asked}\nAnswer:")
     messages = [{"role": "user", "content": f"{text}\n\n{asked}"}]

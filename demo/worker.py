@@ -27,7 +27,7 @@ _PROMPT = "prompt.safetensors"
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker needs to know beside the prompt.
+    """The settings that a worker needs beside the prompt.
 
     Attributes:
         model, dtype, device: as `load_model` takes them.
@@ -48,22 +48,22 @@ class Request:
     threads: int
 
     def write(self, folder: Path, ids: torch.Tensor) -> None:
-        """Put it, and the prompt `[1, tokens]`, into a new folder."""
+        """Writes it, and the prompt `[1, tokens]`, into a new folder."""
         folder.mkdir()
         (folder / _REQUEST).write_text(json.dumps(asdict(self)))
         save_file({"ids": ids.contiguous()}, folder / _PROMPT)
 
 
 def ask_in_fresh_process(request: Request, ids: torch.Tensor, folder: Path) -> Answer:
-    """Run a worker on the request.
+    """Runs a worker on the request.
 
     Args:
         request: what to do.
         ids: `[1, tokens]` of the prompt.
-        folder: made here, for what the two processes tell each other.
+        folder: made here, for the files that the two processes exchange.
 
     Raises:
-        CakeError: the worker failed; with its last line of complaint.
+        CakeError: the worker failed; with the last line of its stderr.
     """
     request.write(folder, ids)
     command = [sys.executable, "-m", "demo.worker", str(folder)]
@@ -75,7 +75,7 @@ def ask_in_fresh_process(request: Request, ids: torch.Tensor, folder: Path) -> A
 
 
 def answer_request(folder: Path) -> None:
-    """The worker's side."""
+    """Answers, in the worker."""
     request = Request(**json.loads((folder / _REQUEST).read_text()))
     ids = load_file(folder / _PROMPT)["ids"]
     torch.set_num_threads(request.threads)
@@ -87,7 +87,7 @@ def answer_request(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One folder as argument; an expected error is the last line on stderr, for the one who asked to pass on."""
+    """Takes one folder as argument; an expected error is the last line on stderr, for the caller to pass on."""
     try:
         answer_request(Path(arguments[0]))
     except (CakeError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""The evaluation harness: does a restored prompt give exactly what it would have given, and what does LongBench say?
+"""The evaluation harness: does a restored prompt give exactly the plain result, and what does LongBench say?
 
     python -m eval.score FILE.jsonl      # LongBench's scores of predictions
     python -m eval.parity --model M ...  # plain, chunked, cold, warm, meeting in the middle, with faults: all the same?
 
-It lives beside the package, not in it: whoever installs `cake_hf` does not need data sets.
+It lives beside the package, not in it: users of `cake_hf` do not need data sets.
 """

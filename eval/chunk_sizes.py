@@ -25,7 +25,8 @@ Z = 1.96
 
 
 def prompts(folder: Path, tasks: Sequence[str], tokenizer: Any, rows: int, tokens: int) -> Iterator[torch.Tensor]:
-    """`[1, tokens]` each: a part of a document, and the question about it. First the documents' beginnings, then what follows.
+    """Returns prompts, `[1, tokens]` each: a part of a document, and a question about it. The documents' beginnings come
+    first, then their later parts.
 
     Raises:
         ValueError: there are not so many.
@@ -45,7 +46,7 @@ def prompts(folder: Path, tasks: Sequence[str], tokenizer: Any, rows: int, token
 
 
 def answer(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> list[int]:
-    """The greedy answer to the first row."""
+    """Returns the greedy answer to the first row."""
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options
     )
@@ -56,7 +57,7 @@ def answer(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> li
 def ways(
     model: Any, new_tokens: int, sizes: Sequence[int], also: bool
 ) -> dict[str, Callable[[torch.Tensor], list[int]]]:
-    """What is compared with single-shot, by name."""
+    """Returns the runs that are compared with single-shot, by name."""
 
     def in_chunks(size: int) -> Callable[[torch.Tensor], list[int]]:
         return lambda ids: answer(
@@ -79,7 +80,7 @@ def ways(
 
 
 def interval(differing: int, rows: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Returns Wilson's 95 % interval of a share."""
     share, scale = differing / rows, 1 + Z * Z / rows
     centre = (share + Z * Z / (2 * rows)) / scale
     half = Z * math.sqrt(share * (1 - share) / rows + Z * Z / (4 * rows * rows)) / scale
@@ -93,7 +94,7 @@ def measure(
     compared: dict[str, Callable[[torch.Tensor], list[int]]],
     done: Callable[[int, dict[str, int]], None],
 ) -> dict[str, int]:
-    """Of each way, how many answers differ from single-shot; `done` is told after each row."""
+    """Counts, for each way, the answers that differ from single-shot; calls `done` after each row."""
     differing = dict.fromkeys(compared, 0)
     for number, ids in enumerate(asked, 1):
         single = answer(model, ids, new_tokens)
@@ -104,16 +105,16 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write the result."""
+    """Measures, prints a table, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or name on the Hub")
-    parser.add_argument("--data", type=Path, required=True, help="folder with LongBench's <task>.jsonl")
+    parser.add_argument("--model", required=True, help="a folder, or a name on the Hub")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with LongBench's <task>.jsonl")
     parser.add_argument("--tasks", default="qasper,hotpotqa,multifieldqa_en,2wikimqa,musique,narrativeqa,triviaqa")
     parser.add_argument("--rows", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=1200, help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=1200, help="number of tokens of each prompt")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
-    parser.add_argument("--also", action="store_true", help="also two rows in a batch, and eager attention")
+    parser.add_argument("--also", action="store_true", help="also run two rows in a batch, and eager attention")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", type=Path)

@@ -1,8 +1,8 @@
-"""From outcomes to a verdict: pure arithmetic over what the runs gave.
+"""Compares the outcomes of runs: pure arithmetic.
 
-Exact means: every mode with a `CakeCache` has the tokens and, bit for bit, the logits of the chunked run. In float32
-all tokens are also those of the single-shot run. In lower precision one big forward and many small ones may fall to
-different sides of a near tie, in every library; such differences are listed with the lead that the best logit had.
+Exact means: every mode with a `CakeCache` has the tokens and, bit for bit, the logits of the chunked run. In float32 all
+tokens are also those of the single-shot run. In lower precision one big forward and many small ones may fall to different
+sides of a near tie, in every library; such differences are listed with the lead that the best logit had.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ ORACLES = (SINGLE, CHUNKED)
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a mode's tokens part from the single-shot run's.
+    """The place where a mode's tokens differ from the single-shot run's.
 
     Attributes:
         task, row, mode: which.
-        position: of the first other token, counted from 0 at the first new one.
-        margin: by how much the single-shot run's best logit led the second there.
+        position: of the first different token, counted from 0 at the first new one.
+        margin: the lead of the single-shot run's best logit over the second there.
     """
 
     task: str
@@ -37,15 +37,15 @@ class Difference:
 
 @dataclass
 class ModeMetrics:
-    """One mode over the rows of one task.
+    """The results of one mode over the rows of one task.
 
     Attributes:
-        rows: that were run without an error.
+        rows: those that ran without an error.
         errors: rows that raised.
         tokens_as_single, tokens_as_chunked, logits_as_chunked: shares of the rows, 0 to 1.
-        score: the task's, 0 to 1; None where it could not be had.
+        score: the task's, 0 to 1; None if it is missing.
         ttft: seconds, median.
-        hit_rate: share of full chunks that the store had; None where there were none, or nothing to load from.
+        hit_rate: share of full chunks that the store had; None if there were none, or nothing to load from.
         loaded: share of full chunks that were loaded; of the others that the store had, computing was faster or reading failed.
         failed: chunks whose load failed.
     """
@@ -64,20 +64,20 @@ class ModeMetrics:
 
 @dataclass
 class TaskMetrics:
-    """All modes of one task."""
+    """The results of all modes of one task."""
 
     modes: dict[str, ModeMetrics] = field(default_factory=dict)
 
 
 @dataclass
 class Metrics:
-    """All that came of a run.
+    """The results of a run.
 
     Attributes:
         tasks: by name.
-        broken: a sentence for each way in which exactness does not hold; none if it holds.
+        broken: a sentence for each violation of exactness; none if it holds.
         differences: from the single-shot run.
-        notes: what did not go as a mode is meant to, by "task/row mode".
+        notes: what a mode did differently than intended, by "task/row mode".
         skipped: rows that were not run, and why, by "task/row".
         unscored: why a task has no score.
         cut: rows that lost their middle.
@@ -93,7 +93,7 @@ class Metrics:
 
     @property
     def rows(self) -> int:
-        """That both oracles were run for."""
+        """The rows that both oracles ran for."""
         return sum(task.modes[CHUNKED].rows for task in self.tasks.values() if CHUNKED in task.modes)
 
     @property
@@ -103,11 +103,11 @@ class Metrics:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is broken."""
+        """Whether exactness holds."""
         return not self.broken
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {"exact": self.exact, "rows": self.rows, **asdict(self)}
 
 
@@ -115,12 +115,12 @@ Scores = Mapping[tuple[str, str, str], float]
 
 
 def compare(outcomes: Sequence[Outcome], scores: Scores, *, float32: bool) -> Metrics:
-    """Compare every mode with both oracles.
+    """Compares every mode with both oracles.
 
     Args:
         outcomes: of all rows whose oracles ran without an error.
         scores: 0 to 1, by `Outcome.key`.
-        float32: the model computes in it, so the single-shot run's tokens are the law, too.
+        float32: whether the model computes in it, so that the single-shot run's tokens are the reference, too.
     """
     metrics, by_key = Metrics(), {outcome.key: outcome for outcome in outcomes}
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
@@ -140,7 +140,7 @@ def compare(outcomes: Sequence[Outcome], scores: Scores, *, float32: bool) -> Me
 
 
 def complaints(outcome: Outcome, single: Outcome, chunked: Outcome, *, float32: bool) -> list[str]:
-    """How an outcome breaks exactness; nothing if it does not."""
+    """Returns how an outcome violates exactness; nothing if it does not."""
     name = f"{outcome.task}/{outcome.row} {outcome.mode}"
     if outcome.error:
         return [f"{name}: {outcome.error}"]
@@ -156,7 +156,7 @@ def complaints(outcome: Outcome, single: Outcome, chunked: Outcome, *, float32: 
 
 
 def margin_at(outcome: Outcome, position: int) -> float:
-    """The lead of the best logit at a step; 0 after the end."""
+    """Returns the lead of the best logit at a step; 0 after the end."""
     return outcome.margins[position] if position < len(outcome.margins) else 0.0
 
 

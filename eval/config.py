@@ -1,4 +1,4 @@
-"""What a run is: one dataclass, filled from a YAML file and, over that, from the command line."""
+"""The settings of a run: one dataclass, filled from a YAML file and, over that, from the command line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cake_hf.util.redaction import shown_url
 from eval.tasks import find_task
 
 MODES = ("plain", "chunked", "cold", "warm", "middle", "faults")
-"""How each row is run, in order: `plain` and `chunked` are what the others are compared with."""
+"""The ways to run each row, in order: the others are compared with `plain` and `chunked`."""
 
 TOO_LONG = ("truncate", "skip")
 
 
 class BrokenConfig(ValueError):
-    """Settings that make no run; the message says what to change."""
+    """The settings cannot be used; the message says what to change."""
 
 
 def _names(value: object) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def _yes(value: object) -> bool:
 
 
 def _option(default: Any, convert: Callable[[Any], Any], text: str) -> Any:
-    """A setting: its default, what makes a value of what a file or the command line says, and what it is for."""
+    """Declares a setting: its default, how to parse its value from a file or the command line, and its purpose."""
     return field(default=default, metadata={"convert": convert, "help": text})
 
 
@@ -96,28 +96,28 @@ class RunConfig:
             raise BrokenConfig(f"chunk_size is {self.chunk_size}; it has to be at least {MIN_CHUNK_SIZE}.")
         if not 0 <= self.fault_rate <= 1:
             raise BrokenConfig(f"fault_rate is {self.fault_rate}; it is a share, from 0 to 1.")
-        # The oracles come first, whatever was asked for, and all in the order they build on one another.
+        # The oracles come first, whatever was asked for, and all modes in the order in which they build on each other.
         wanted = {"plain", "chunked", *self.modes} | ({"cold"} if set(self.modes) & set(MODES[3:]) else set())
         object.__setattr__(self, "modes", tuple(mode for mode in MODES if mode in wanted))
 
     def check_complete(self) -> None:
-        """Raise BrokenConfig unless there is enough to run."""
+        """Raises BrokenConfig unless there is enough to run."""
         for name, example in (("model", "Qwen/Qwen3-0.6B"), ("tasks", "qasper,hotpotqa"), ("store", "/tmp/kv")):
             if not getattr(self, name):
                 raise BrokenConfig(f"Say --{name}, for example --{name} {example}.")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def for_people(self) -> dict[str, Any]:
-        """As `as_dict`, without a password in the store's URL."""
+        """Returns the values of `as_dict`, without a password in the store's URL."""
         return {**self.as_dict(), "store": shown_url(self.store)}
 
     @property
     def digest(self) -> str:
-        """12 hexadecimal digits that name all settings but `out`."""
+        """Returns 12 hexadecimal digits that identify all settings but `out`."""
         settings = {name: value for name, value in self.as_dict().items() if name != "out"}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -126,10 +126,10 @@ SETTINGS: dict[str, Field[Any]] = {setting.name: setting for setting in fields(R
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Reads the settings from a YAML file.
 
     Raises:
-        BrokenConfig: it cannot be read, or names a setting that there is none of.
+        BrokenConfig: it cannot be read, or has an unknown setting.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -144,17 +144,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def make_config(*layers: Mapping[str, Any]) -> RunConfig:
-    """A config from layers of settings, later ones over earlier ones.
+    """Builds a config from layers of settings, later ones over earlier ones.
 
     Raises:
-        BrokenConfig, UnknownTask: they make no run.
+        BrokenConfig, UnknownTask: they cannot be used.
     """
     merged = {name: value for layer in layers for name, value in layer.items()}
     return replace(RunConfig(), **{name: _converted(name, value) for name, value in merged.items()})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each setting; those that are not given do not appear in the result."""
+    """Adds an option for each setting; those that are not given do not appear in the result."""
     for name, setting in SETTINGS.items():
         default, text = setting.default, setting.metadata["help"].replace("%", "%%")
         if default not in (None, "", (), MISSING) and not isinstance(default, (bool, tuple)):

@@ -1,4 +1,4 @@
-"""From a run's outcomes to its metrics: which rows count, what they score, and the predictions on disk."""
+"""From a run's outcomes to its metrics: the rows that count, their scores, and the predictions on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eval.work import Work
 
 
 def judge(config: RunConfig, folder: RunFolder, work: Work, *, float32: bool) -> Metrics:
-    """Compare and score all outcomes, and write the predictions of each mode."""
+    """Compares and scores all outcomes, and writes the predictions of each mode."""
     skipped, outcomes = dict(work.skipped), []
     for prompt in work.prompts:
         found = [folder.outcomes.get((prompt.task, prompt.row, mode)) for mode in config.modes]
@@ -34,7 +34,7 @@ def judge(config: RunConfig, folder: RunFolder, work: Work, *, float32: bool) ->
 
 
 def score_outcomes(outcomes: Sequence[Outcome], work: Work) -> tuple[dict[tuple[str, str, str], float], dict[str, str]]:
-    """(the benchmark's score of each outcome, why some tasks have none)."""
+    """Returns (the benchmark's score of each outcome, why some tasks have none)."""
     scores: dict[tuple[str, str, str], float] = {}
     unscored: dict[str, str] = {}
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""The run's model and tokenizer."""
+"""Loads the run's model and tokenizer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ OWN_MODEL = "recall-tiny"
 
 
 def load(config: RunConfig) -> tuple[Any, Any]:
-    """(model, tokenizer).
+    """Returns (model, tokenizer).
 
     Raises:
-        ValueError: one of them cannot be had; the message says what to do.
+        ValueError: one of them cannot be loaded; the message says what to do.
     """
     return load_model(_place(config.model), config.dtype, config.device), load_run_tokenizer(config)
 
 
 def load_run_tokenizer(config: RunConfig) -> Any:
-    """The tokenizer alone.
+    """Returns the tokenizer alone.
 
     Raises:
         ValueError: there is none.

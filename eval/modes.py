@@ -1,4 +1,4 @@
-"""The ways a prompt is run, each of which must give the same. `Runner` has one model and runs any prompt in any way."""
+"""The ways to run a prompt, all of which must give the same. `Runner` has one model and runs any prompt in any way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Runner:
         config: of the run.
         model, tokenizer: loaded.
         store: the run's.
-        salt: keeps this run's chunks apart from all others', so that cold is cold.
+        salt: keeps this run's chunks apart from all others', so that a cold run is cold.
     """
 
     config: RunConfig
@@ -46,12 +46,12 @@ class Runner:
     salt: str
 
     def start_up(self, prompt: Prompt) -> None:
-        """Let the libraries wake up on another prompt, so that nobody's first token pays for it."""
+        """Starts the libraries up with another prompt, so that no first token includes that."""
         if len(prompt.ids) > 1:
             warm_up(self.model, torch.tensor([prompt.ids]), self.config.chunk_size)
 
     def run(self, mode: str, prompt: Prompt) -> Outcome:
-        """One mode of `config.MODES`. What is raised becomes part of the outcome: the other rows go on."""
+        """Runs one mode of `config.MODES`. An error becomes part of the outcome, and the other rows go on."""
         ways: dict[str, Callable[[Prompt], tuple[Answer, str]]] = {
             "plain": self._plain,
             "chunked": self._chunked,
@@ -79,7 +79,8 @@ class Runner:
             missed=report.chunks_missed,
             failed=report.chunks_failed,
             unsaved=report.chunks_unsaved,
-            note=note or report.reason * (mode != "cold" or not report.chunks_computed),  # cold has nothing to load
+            note=note
+            or report.reason * (mode != "cold" or not report.chunks_computed),  # a cold run has nothing to load
         )
 
     def _plain(self, prompt: Prompt) -> tuple[Answer, str]:
@@ -112,7 +113,7 @@ class Runner:
                 return self._restored(prompt, FlippingStore(self.store), strategy="load"), "sabotaged"
         seed = zlib.crc32(f"{self.config.seed}/{prompt.task}/{prompt.row}".encode())
         with expected_faults():
-            # All is read, so that the seed alone says how much goes wrong.
+            # All chunks are read, so that the seed alone decides how much goes wrong.
             faulty = FaultStore(self.store, rate=self.config.fault_rate, seed=seed)
             return self._restored(prompt, faulty, strategy="load"), ""
 
@@ -153,9 +154,9 @@ class Runner:
 class MeetingStore(GateStore):
     """A store that lets the two ends meet at one chunk, whatever computing and loading cost.
 
-    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when the one
-    loader has settled them: its next read, a contested one of that chunk, has then come to the gate, where it waits until all
-    is over.
+    While chunk `meeting - 1` is being computed, the gate opens for all later chunks, and the forward goes on only when the
+    one loader has settled them: its next read, a contested one of that chunk, has then reached the gate, where it waits until
+    all is over.
 
     Args:
         inner: the store with the chunks.
@@ -176,7 +177,7 @@ class MeetingStore(GateStore):
 
     @contextmanager
     def forcing(self, model: Any) -> Iterator[None]:
-        """While it lasts, the model's forwards open the gate. Where chunks are missing, nothing is forced."""
+        """Lets the model's forwards open the gate in the body. If chunks are missing, nothing is forced."""
         handle = model.register_forward_pre_hook(reads_only(self._before_forward), with_kwargs=True)
         try:
             yield
@@ -189,7 +190,7 @@ class MeetingStore(GateStore):
 
     def _before_forward(self, module: Any, arguments: Any, options: Any) -> None:
         if self._complete is None:
-            return  # the call that brings the prompt
+            return  # the call with the prompt
         self._forwards += 1
         if not self._complete:
             self.open()
@@ -199,7 +200,7 @@ class MeetingStore(GateStore):
 
 
 class FlippingStore(WrapperStore):
-    """A high bit of every payload that is read is wrong. Only for showing that the harness sees it."""
+    """A store that flips a high bit of every payload that is read: shows that the harness notices."""
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         size = self.inner.read_into(key, parts)
@@ -213,20 +214,20 @@ class FlippingStore(WrapperStore):
 
 
 class RecordingStore(WrapperStore):
-    """Tells somebody about each key that was written through it, so that it can be deleted again."""
+    """Reports each key that is written through it, so that it can be deleted again."""
 
     def __init__(self, inner: Store, note: Callable[[str], None]) -> None:
         super().__init__(inner)
         self._note = note
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        self._note(key)  # before: a process killed in between must not leave a chunk that nobody knows of
+        self._note(key)  # before: a process killed in between must not leave a chunk that is recorded nowhere
         return self.inner.write(key, parts, replace=replace)
 
 
 @contextmanager
 def checksum_off() -> Iterator[None]:
-    """Payloads are taken as they are while it lasts."""
+    """Skips the payloads' checksums in the body."""
     with mock.patch("cake_hf.chunks.codec.checksum", return_value=_Anything()):
         yield
 
@@ -244,5 +245,5 @@ class _Anything(str):
 
 
 def _flip(parts: Sequence[memoryview]) -> None:
-    """Bit 6 of the fourth byte: the top of an exponent in float32, and in the second value of two-byte types."""
+    """Flips bit 6 of the fourth byte: the top of an exponent in float32, and in the second value of two-byte types."""
     parts[-1][3] ^= 0x40

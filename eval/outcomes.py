@@ -1,4 +1,4 @@
-"""What one run of one prompt gave, small enough to be kept: tokens, a digest of each step's logits, times and counts."""
+"""The outcome of one run of one prompt, small enough to be kept: tokens, a digest of each step's logits, times and counts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Outcome:
 
     Attributes:
         task, row, mode: which.
-        tokens: that were generated.
-        digests: xxh3-128 of the logits that each was chosen from; equal digests mean equal bits.
-        margins: by how much the best logit led the second, at each of these steps.
+        tokens: the generated ones.
+        digests: xxh3-128 of the logits that each token was chosen from; equal digests mean equal bits.
+        margins: the lead of the best logit over the second, at each of these steps.
         text: the tokens as text.
         ttft: seconds to the first token.
         prompt_tokens: length of the prompt.
-        cut: tokens that were left out of the prompt's middle.
+        cut: tokens left out of the prompt's middle.
         loaded, computed, missed, failed, unsaved: chunks, as in the cache's report.
-        note: why nothing was restored, or what did not go as this mode is meant to; empty otherwise.
-        error: what was raised; empty if nothing was.
+        note: why nothing was restored, or what this mode did differently than intended; empty otherwise.
+        error: the error; empty if there was none.
     """
 
     task: str
@@ -50,16 +50,16 @@ class Outcome:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is an outcome of."""
+        """The task, row and mode."""
         return self.task, self.row, self.mode
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Outcome:
-        """What `as_dict` gave.
+        """Returns the outcome that `as_dict` was called on.
 
         Raises:
             TypeError: it is something else.
@@ -70,18 +70,18 @@ class Outcome:
 
 
 def digests(answer: Answer) -> list[str]:
-    """One per generated token, over the bits of its logits: 0 is not -0."""
+    """Returns one digest per generated token, over the bits of its logits: 0 is not -0."""
     return [xxhash.xxh3_128_hexdigest(step.view(torch.uint8).numpy().data) for step in answer.logits]
 
 
 def margins(answer: Answer) -> list[float]:
-    """How far the best logit is before the second, at each step."""
+    """Returns the lead of the best logit over the second, at each step."""
     best = answer.logits.float().topk(2, dim=-1).values
     return [float(lead) for lead in best[:, 0] - best[:, 1]]
 
 
 def first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
-    """Where two sequences part, counted from 0; None if they are equal."""
+    """Returns where two sequences start to differ, counted from 0; None if they are equal."""
     for position, pair in enumerate(zip(one, other, strict=False)):
         if pair[0] != pair[1]:
             return position

@@ -1,4 +1,4 @@
-"""The report: one HTML file with nothing to fetch, so it can be opened, mailed and kept."""
+"""The report: one self-contained HTML file that can be opened, mailed and kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pre { overflow-x: auto; background: #8881; padding: 1em; border-radius: .4em; } 
 
 
 def make_page(config: RunConfig, metrics: Metrics, environment: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """Returns the whole page."""
     good = metrics.exact and bool(metrics.rows)
     model = html.escape(config.model)
     parts = [
@@ -64,11 +64,11 @@ def make_page(config: RunConfig, metrics: Metrics, environment: Mapping[str, Any
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], show: Callable[[float], str], most: float | None = None) -> str:
-    """Horizontal bars as SVG: a group for each task, a bar for each mode.
+    """Returns horizontal bars as SVG: a group for each task, a bar for each mode.
 
     Args:
         groups: task -> mode -> value, not negative.
-        show: a value as text.
+        show: formats a value.
         most: the value of a full bar; the greatest of all by default.
     """
     full = most or max((value for modes in groups.values() for value in modes.values()), default=0.0) or 1.0
@@ -123,7 +123,7 @@ def _section(
     show: Callable[[float], str],
     most: float | None = None,
 ) -> str:
-    """A heading and bars of one figure, where any mode has it."""
+    """Returns a heading and bars of one figure, if any mode has it."""
     groups = {
         name: {mode: found for mode, figures in task.modes.items() if (found := value(figures)) is not None}
         for name, task in metrics.tasks.items()

@@ -1,13 +1,13 @@
-"""`python -m eval.parity`: is a restored prompt exactly what it would have been? Every row, run in every mode.
+"""`python -m eval.parity`: does a restored prompt give exactly the plain result? Every row is run in every mode.
 
     plain     generate, as it comes
-    chunked   generate(prefill_chunk_size=C) on a DynamicCache: the law's reference
+    chunked   generate(prefill_chunk_size=C) on a DynamicCache: the reference
     cold      CakeCache on a store without the row (rows that share a document find what was stored for the first)
     warm      CakeCache in a fresh process
     middle    computing and loading are made to meet in the middle
     faults    a seeded share of the reads is lost, cut off, flipped or fails
 
-Exit code 1 if exactness is broken, 2 if nothing could be run. Called again with the same settings, a run goes on where it was.
+Exit code 1 if exactness is broken, 2 if nothing could be run. A run called again with the same settings continues.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Run:
     progress: Progress
 
     def go(self) -> None:
-        """Run whatever has no outcome yet, batch by batch."""
+        """Runs whatever has no outcome yet, batch by batch."""
         self._tell()
-        self._clean_up()  # after an earlier process that was killed: cold is to be cold
+        self._clean_up()  # after an earlier process that was killed: a cold run must be cold
         due = [batch for batch in self.work.batches(self.config.batch_tokens) if any(map(self._has_due, batch))]
         if due:
             self.runner.start_up(max(due[0], key=lambda prompt: len(prompt.ids)))
@@ -109,7 +109,7 @@ class Run:
 
 
 def run_parity(config: RunConfig, *, fresh: bool = False) -> tuple[Metrics, Path]:
-    """Run, or go on with, what a config says.
+    """Starts or continues the run of a config.
 
     Returns:
         (what came of it, the run's folder).
@@ -130,7 +130,7 @@ def run_parity(config: RunConfig, *, fresh: bool = False) -> tuple[Metrics, Path
                 errors.print("The machine, a library or the weights changed since this run began; it starts over.")
             if isinstance(opened, MemoryStore) and "warm" in config.modes:
                 raise ValueError("Another process cannot see a store in memory; give --store a directory.")
-            CakeCache(model, opened, chunk_size=config.chunk_size).close()  # a model or store of no use is refused here
+            CakeCache(model, opened, chunk_size=config.chunk_size).close()  # a useless model or store is refused here
             store = RecordingStore(opened, folder.note_chunk)
             with progress_bar("parity", "runs") as progress:
                 Run(config, folder, Runner(config, model, tokenizer, store, folder.salt), work, progress).go()
@@ -140,12 +140,14 @@ def run_parity(config: RunConfig, *, fresh: bool = False) -> tuple[Metrics, Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.parity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="a YAML file of settings; options go before it")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run with these settings did")
+    parser.add_argument("--config", type=Path, help="a YAML file of settings; options override it")
+    parser.add_argument(
+        "--fresh", action="store_true", help="discard the results of an earlier run with these settings"
+    )
     add_options(parser)
     options = vars(parser.parse_args(arguments))
     file, fresh = options.pop("config"), options.pop("fresh")

@@ -20,7 +20,7 @@ from cake_hf.cli.models import load_tokenizer, quiet_transformers
 
 
 def make_model(folder: Path, *, dtype: str = "float32", layers: int = 16, seed: int = 0) -> int:
-    """Save model and tokenizer into a folder; the same ones for equal arguments.
+    """Saves model and tokenizer into a folder; the same ones for equal arguments.
 
     Returns:
         The number of weights.
@@ -47,7 +47,7 @@ def make_model(folder: Path, *, dtype: str = "float32", layers: int = 16, seed: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.random_model", description="A Llama with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

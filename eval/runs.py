@@ -44,16 +44,16 @@ class RunFolder:
     """One run on disk.
 
     Args:
-        config: its settings; they name the folder.
+        config: its settings, which name the folder.
         environment: where it runs now; see `describe_environment`.
-        fresh: forget what an earlier process did.
+        fresh: discard the results of an earlier process.
 
     Attributes:
         path: of the folder.
         salt: of this run's chunks, drawn anew when it starts over.
-        outcomes: all there are, by (task, row, mode). Of rows that are not complete only the oracles' count, since what
-            the others loaded from may be gone.
-        restarted: there were outcomes from another environment, which cannot be compared with; they are gone.
+        outcomes: all so far, by (task, row, mode). Of incomplete rows only the oracles' count, since the chunks that the
+            others loaded may be gone.
+        restarted: whether outcomes from another environment, which cannot be compared, were discarded.
 
     Raises:
         RunBusy: another process works on the same run.
@@ -74,28 +74,28 @@ class RunFolder:
         self.outcomes = {outcome.key: outcome for outcome in self._read_outcomes(config.modes)}
 
     def add(self, outcome: Outcome) -> None:
-        """Keep an outcome; it is on disk when this returns."""
+        """Adds an outcome; it is on disk when this returns."""
         self.outcomes[outcome.key] = outcome
         with (self.path / "outcomes.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(outcome.as_dict()) + "\n")
 
     def write_predictions(self, mode: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """One mode's texts, as `python -m eval.score` takes them."""
+        """Writes one mode's texts, as `python -m eval.score` takes them."""
         (self.path / "predictions").mkdir(exist_ok=True)
         self._write(f"predictions/{mode}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_results(self, metrics: Mapping[str, Any], page: str) -> None:
-        """What came of the run, for machines and for people."""
+        """Writes the results of the run, for machines and for people."""
         self._write("metrics.json", json.dumps(metrics, indent=2) + "\n")
         self._write("report.html", page)
 
     def note_chunk(self, key: str) -> None:
-        """A chunk is about to be written: remember to remove it. Called from the writer's thread."""
+        """Notes that a chunk is about to be written, so that it can be removed. Called from the writer's thread."""
         with (self.path / "chunks.txt").open("a", encoding="ascii") as file:
             file.write(key + "\n")
 
     def remove_chunks(self, store: Store) -> list[str]:
-        """Delete all chunks that were noted, also those of an earlier process that was killed.
+        """Deletes all chunks that were noted, also those of an earlier process that was killed.
 
         Returns:
             Those that the store would not delete; they stay noted.
@@ -107,7 +107,7 @@ class RunFolder:
         return left
 
     def close(self) -> None:
-        """Let others work on this run."""
+        """Lets other processes work on this run."""
         self._lock.close()
 
     def __enter__(self) -> RunFolder:
@@ -119,7 +119,7 @@ class RunFolder:
         self.close()
 
     def _read_outcomes(self, modes: Sequence[str]) -> list[Outcome]:
-        """What counts of the file; it then has nothing else, as a killed process may have left half a line."""
+        """Reads the valid lines of the file and drops the others, since a killed process may have left half a line."""
         file = self.path / "outcomes.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         good = [outcome for outcome in map(_parse_outcome, lines) if outcome is not None and not outcome.error]
@@ -133,7 +133,7 @@ class RunFolder:
         return found
 
     def _write(self, name: str, text: str) -> None:
-        """Whole or not at all."""
+        """Writes a file whole or not at all."""
         target = self.path / name
         partial = target.with_name(target.name + ".partial")
         partial.write_text(text, encoding="utf-8")
@@ -141,7 +141,7 @@ class RunFolder:
 
 
 def _locked(folder: Path) -> IO[str]:
-    """A file that stays locked until it is closed, or its process dies."""
+    """Returns a file that stays locked until it is closed, or its process dies."""
     file = (folder / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +152,7 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def describe_environment(model: Any) -> dict[str, Any]:
-    """Machine, versions and the model's content. Outcomes are comparable only where `numerics` is the same."""
+    """Describes machine, versions and the model's content. Outcomes are comparable only if `numerics` is the same."""
     versions = {name: _version(name) for name in LIBRARIES}
     machine = describe()
     numerics = {

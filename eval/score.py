@@ -25,7 +25,7 @@ FAILED = 2
 
 
 class BrokenRow(ValueError):
-    """A row that cannot be scored; the message is the reason."""
+    """A row cannot be scored; the message is the reason."""
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Scored:
     """All scores of a file.
 
     Attributes:
-        per_row: the score of each row; None where it was skipped.
-        tasks: of each row; empty where it names none.
+        per_row: the score of each row; None if it was skipped.
+        tasks: of each row; empty if it names none.
         reasons: row -> why it was skipped.
     """
 
@@ -43,24 +43,24 @@ class Scored:
     reasons: dict[int, str] = field(default_factory=dict)
 
     def of_task(self, name: str) -> list[float]:
-        """Scores of a task's rows."""
+        """Returns the scores of a task's rows."""
         rows = zip(self.tasks, self.per_row, strict=True)
         return [value for task, value in rows if task == name and value is not None]
 
     @property
     def per_task(self) -> dict[str, float]:
-        """The mean of each task that has a score, in the order of the benchmark."""
+        """Returns the mean of each task that has a score, in the order of the benchmark."""
         found = {name: self.of_task(name) for name in TASKS}
         return {name: sum(values) / len(values) for name, values in found.items() if values}
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         skipped = [{"row": row, "reason": reason} for row, reason in self.reasons.items()]
         return {"per_row": self.per_row, "per_task": self.per_task, "skipped": skipped}
 
 
 def score_lines(lines: Iterable[str]) -> Scored:
-    """Score JSON lines; empty ones are no rows. A row that cannot be scored is counted, and the rest goes on."""
+    """Scores JSON lines, except for empty ones. A row that cannot be scored is counted, and the rest goes on."""
     scored = Scored()
     for line in lines:
         if not line.strip():
@@ -78,7 +78,7 @@ def score_lines(lines: Iterable[str]) -> Scored:
 
 
 def table(scored: Scored) -> Sheet:
-    """Scores of all tasks, in per cent as the benchmark prints them."""
+    """Returns the scores of all tasks, in per cent as the benchmark prints them."""
     rows = []
     for name in dict.fromkeys([*(name for name in TASKS if name in scored.tasks), *scored.tasks]):
         values, total = scored.of_task(name), scored.tasks.count(name)
@@ -89,7 +89,7 @@ def table(scored: Scored) -> Sheet:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.score", description="LongBench's scores of predictions.")
     parser.add_argument("file", type=Path, help='JSON lines of {"dataset", "pred", "answers", "all_classes"}')
     path = parser.parse_args(arguments).file

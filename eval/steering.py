@@ -3,8 +3,8 @@
     pip install steering-vectors repeng
     python -m eval.steering --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Exits with 1 if any answer is another one than without cake_hf. A steered model of `steering-vectors` has forward hooks and is
-computed plainly; one of `repeng` has other modules, and is restored under keys of its own.
+Exits with 1 if any answer differs from the one without cake_hf. A steered model of `steering-vectors` has forward hooks and
+is computed plainly; one of `repeng` has other modules, and is restored under keys of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_i
 
 
 def directions(model: Any) -> dict[int, torch.Tensor]:
-    """One for two layers in the middle."""
+    """Returns a direction for each of two layers in the middle."""
     layers, size = model.config.num_hidden_layers, model.config.hidden_size
     return {
         layer: STRENGTH * torch.randn(size, generator=torch.Generator().manual_seed(layer))
@@ -61,12 +61,12 @@ def by_modules(model: Any) -> Iterator[None]:
 
 
 def right_answers(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """In one piece, as where a prompt is computed plainly, and in chunks."""
+    """Returns the answers in one piece, as a plainly computed prompt has them, and in chunks."""
     return [model.generate(ids, **OPTIONS), model.generate(ids, **OPTIONS, prefill_chunk_size=CHUNK)]
 
 
 def is_right(model: Any, ids: torch.Tensor, store: MemoryStore, right: list[torch.Tensor]) -> bool:
-    """Whether an answer through a cache is one of those; prints what became of the chunks."""
+    """Whether an answer through a cache is one of those; prints how many chunks were loaded."""
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         tokens = model.generate(ids, **for_generate(model, cache), **OPTIONS)
         cache.flush()
@@ -76,10 +76,10 @@ def is_right(model: Any, ids: torch.Tensor, store: MemoryStore, right: list[torc
 
 
 def main(arguments: list[str]) -> int:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m eval.steering")
-    parser.add_argument("--model", required=True, help="Hub id or folder")
-    parser.add_argument("--gguf", help="name of a GGUF file in it")
+    parser.add_argument("--model", required=True, help="a folder, or a name on the Hub")
+    parser.add_argument("--gguf", help="the name of a GGUF file in it")
     chosen = parser.parse_args(arguments)
     named = {"gguf_file": chosen.gguf} if chosen.gguf else {}
     model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32, **named).eval()

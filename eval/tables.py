@@ -1,4 +1,4 @@
-"""What a run gave, for a terminal."""
+"""The results of a run, for a terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cake_hf.cli.sheets import Sheet
 from eval.compare import Metrics, ModeMetrics
 
 SHOWN = 20
-"""Lines of a list at most; all of them stand in metrics.json and in the report."""
+"""The most lines of a list; metrics.json and the report have all of them."""
 
 COLUMNS = ("rows", "= single", "= chunked", "logits", "score", "TTFT, s", "hits", "loaded")
 LOGITS = COLUMNS.index("logits")
 
 
 def cells(mode: ModeMetrics) -> list[str]:
-    """A mode's figures under `COLUMNS`."""
+    """Returns a mode's figures under `COLUMNS`."""
     return [
         f"{mode.rows}" + (f" of {mode.rows + mode.errors}" if mode.errors else ""),
         percent(mode.tokens_as_single),
@@ -32,12 +32,12 @@ def cells(mode: ModeMetrics) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """Rounded down, so that 100 % is all."""
+    """Rounds down, so that 100 % is all."""
     return f"{int(100 * share + 1e-9)} %"
 
 
 def results_table(metrics: Metrics) -> Sheet:
-    """All modes of all tasks. Tokens are compared with the single-shot and the chunked run, logits with the latter."""
+    """Returns all modes of all tasks. Tokens are compared with the single-shot and the chunked run, logits with the latter."""
     rows: list[Sequence[str | Text]] = []
     for name, task in metrics.tasks.items():
         rows.append((Text(name, style="bold"), *("" for _ in COLUMNS)))
@@ -46,7 +46,7 @@ def results_table(metrics: Metrics) -> Sheet:
 
 
 def verdict(metrics: Metrics) -> str:
-    """One sentence."""
+    """Returns the verdict as one sentence."""
     if not metrics.rows:
         return "Nothing could be run."
     if not metrics.exact:
@@ -57,7 +57,7 @@ def verdict(metrics: Metrics) -> str:
 
 
 def print_results(metrics: Metrics, folder: Path) -> None:
-    """Table, lists, verdict."""
+    """Prints table, lists and verdict."""
     if metrics.tasks:
         console.print(results_table(metrics))
     for title, lines in lists(metrics).items():
@@ -73,7 +73,7 @@ def print_results(metrics: Metrics, folder: Path) -> None:
 
 
 def lists(metrics: Metrics) -> dict[str, list[str]]:
-    """What there is to say beside the figures, by heading."""
+    """Returns what there is to say beside the figures, by heading."""
     return {
         "Broken": metrics.broken,
         "Other tokens than the single-shot run": list(_differences(metrics)),

@@ -1,4 +1,4 @@
-"""What is fixed about each task: its suite, how long an answer may be, how it is asked and how it is scored.
+"""The fixed properties of each task: its suite, the length of an answer, its wording and its score.
 
 Lengths, the tasks without a chat template, and metrics of LongBench are those of the benchmark (Bai et al., ACL 2024; v2: ACL
 2025). SCBench (Li et al., ICLR 2025) has many turns about one context; its own scorer is not rebuilt here, its tasks get the
@@ -13,7 +13,7 @@ LONGBENCH, LONGBENCH_V2, SCBENCH, GENERATED = "longbench", "longbench-v2", "scbe
 
 
 class UnknownTask(ValueError):
-    """A task that nobody here knows; the message lists those that are known."""
+    """The task is unknown; the message lists those that are known."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Task:
 
     Attributes:
         name: as the benchmark writes it, and so the `dataset` of its rows.
-        suite: which benchmark.
+        suite: the benchmark.
         metric: name of the score; see `eval.scores`.
-        new_tokens: generated at most.
+        new_tokens: the most tokens to generate.
         chat: whether the prompt goes through the model's chat template. Few-shot and completion tasks do not: there the text
             itself shows how to go on.
-        first_line: only the first line of a prediction counts, since few-shot models go on with examples of their own.
+        first_line: only the first line of a prediction counts, since few-shot models continue with examples of their own.
         stop_at_newline: generation ends with the line.
         chinese: whether prompt and answer are Chinese.
     """
@@ -90,7 +90,7 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Returns the task of that name.
 
     Raises:
         UnknownTask: there is none; the message lists them.

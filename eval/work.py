@@ -1,4 +1,4 @@
-"""What a run has to do: the rows of its tasks as prompts, and in what portions."""
+"""The work of a run: the rows of its tasks as prompts, and their batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from eval.tasks import find_task
 
 @dataclass
 class Work:
-    """What is to be run.
+    """The prompts to be run.
 
     Attributes:
         rows: by (task, id).
-        prompts: of these, in order; those about one document one after another.
+        prompts: of these, in order; those about one document follow each other.
         skipped: "task/row" -> why it is not run.
     """
 
@@ -32,7 +32,7 @@ class Work:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def batches(self, tokens: int) -> Iterator[list[Prompt]]:
-        """Prompts whose KV is stored at the same time: so many tokens, but never less than all about one document."""
+        """Yields prompts whose KV is stored at the same time: that many tokens, but never less than all about one document."""
         batch: list[Prompt] = []
         for _, group in groupby(self.prompts, key=lambda prompt: self.rows[prompt.task, prompt.row].document):
             together = list(group)
@@ -45,7 +45,7 @@ class Work:
 
 
 def find_work(config: RunConfig, model: Any, tokenizer: Any) -> Work:
-    """All rows of all tasks, as prompts. What cannot be run is counted, with its reason.
+    """Returns all rows of all tasks, as prompts. Those that cannot be run are counted, with the reason.
 
     Raises:
         BrokenPrompts, MissingData: there is nothing to run a task with.

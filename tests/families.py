@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from cake_hf.layers.compat import takes_dynamic_cache
 from cake_hf.layers.kinds import is_ours
-from cake_hf.restore.support import layers_for, model_reason
+from cake_hf.restore.support import layers_for, model_refusal
 from models import VOCABULARY
 
 WINDOW = 24
@@ -236,7 +236,7 @@ def is_here(family: str) -> bool:
         return False
     model = FAMILIES[family]()
     layers = layers_for(model)
-    return takes_dynamic_cache(model) and all(map(is_ours, layers)) and not model_reason(model, layers)
+    return takes_dynamic_cache(model) and all(map(is_ours, layers)) and model_refusal(model, layers) is None
 
 
 def here(*families: str) -> list[str]:

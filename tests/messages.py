@@ -70,16 +70,19 @@ def raised(module: ast.Module) -> Iterator[str]:
             yield template(call.args[0])
 
 
-def reasons(module: ast.Module) -> Iterator[str]:
-    """What `report.reason` may be: what functions about reasons return, and what is assigned to it."""
+def refusals(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yields the code and the text of each `Refusal` that is made."""
+    for call in _calls(module):
+        if _name(call.func) == "Refusal" and len(call.args) == 2 and isinstance(call.args[0], ast.Constant):
+            yield str(call.args[0].value), template(call.args[1])
+
+
+def mismatches(module: ast.Module) -> Iterator[str]:
+    """Yields the mismatch reasons of packs: what functions named `why_not` return."""
     for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef) and re.search("reason|refusal|why_not", node.name):
-            steps = (step for step in ast.walk(node) if isinstance(step, (ast.Return, ast.Assign)))
+        if isinstance(node, ast.FunctionDef) and node.name == "why_not":
+            steps = (step for step in ast.walk(node) if isinstance(step, ast.Return))
             yield from (text for step in steps for text in _texts(step.value))
-        elif isinstance(node, ast.Assign) and _name(node.targets[0]).endswith("reason"):
-            yield from _texts(node.value)
-        elif isinstance(node, ast.Call) and _name(node.func) == "_plain_report":
-            yield from _texts(node.args[-1])
 
 
 def worth_a_line(texts: Iterator[str]) -> list[str]:

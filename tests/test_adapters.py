@@ -128,7 +128,7 @@ def test_adapters_chosen_row_by_row_are_computed() -> None:
         plain = model.generate(input_ids=ids, adapter_names=names, **options)
         with CakeCache(model, store, chunk_size=CHUNK) as used:
             assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **given(used), **options), plain)
-            assert "chosen by the row" in used.report.reason
+            assert used.report.reason_code == "mixed-adapters"
     assert sorted(store.keys()) == before
     assert found(model, store) == CHUNKS
 
@@ -226,7 +226,7 @@ def test_weights_that_cannot_be_told_are_computed() -> None:
     assert unknown_weights(model) == "Parameter"
     assert unknown_weights(made_of_parts(build("llama"))) == ""
     with CakeCache(model, store, chunk_size=CHUNK) as used:
-        assert "content cannot be told" in used._model_reason
+        assert used._model_refusal.code == "weight-format"
 
 
 class Coarse(torch.nn.Linear):

@@ -143,7 +143,7 @@ def test_other_rows_in_another_order_change_no_row() -> None:
     used.close()
 
 
-def test_what_rows_begin_with_is_restored_once() -> None:
+def test_a_prefix_common_to_rows_is_restored_once() -> None:
     """One document and several questions: the document's chunks are computed, or loaded, for one row only."""
     model, store, document = shared_model("llama"), MemoryStore(), prompt(4 * CHUNK + 3)
     rows = [torch.cat([document, prompt(more, seed=more)], dim=1) for more in (5, 2 * CHUNK, 11)]
@@ -347,7 +347,7 @@ def refused(inputs: dict[str, Any], **more: Any) -> str:
         return used.report.reason
 
 
-def test_what_is_computed_plainly_and_why() -> None:
+def test_a_plainly_computed_batch_has_a_reason() -> None:
     rows = [row(0), row(1)]
     right = padded(rows, side="right")
     assert "pad on the left" in refused(right, position_ids=(right["attention_mask"].cumsum(-1) - 1))
@@ -360,7 +360,7 @@ def test_what_is_computed_plainly_and_why() -> None:
     square = torch.ones(2, 1, 40, 40).tril().bool()
     assert "form of its own" in refused({"input_ids": prompt(40).repeat(2, 1), "attention_mask": square})
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as used:
-        assert "a batch is restored when" in used.prefill(prompt().repeat(2, 1)).reason
+        assert used.prefill(prompt().repeat(2, 1)).reason_code == "batch-prefill"
         assert used.get_seq_length() == 0
 
 
@@ -368,7 +368,7 @@ def test_a_right_padded_batch_gives_what_it_gives_plainly() -> None:
     inputs = padded([row(0), row(1), row(2)], side="right")
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as used:
         assert equal(generate(shared_model("llama"), inputs, used), plainly(shared_model("llama"), inputs))
-        assert "pad on the left" in used.report.reason
+        assert used.report.reason_code == "right-padding"
 
 
 def test_the_next_turn_of_a_batch_goes_on_plainly() -> None:
@@ -381,7 +381,7 @@ def test_the_next_turn_of_a_batch_goes_on_plainly() -> None:
         sequences.append(generate(model, {"input_ids": ids, "attention_mask": mask}, used).sequences)
     assert torch.equal(*sequences)
     assert isinstance(used, CakeCache)
-    assert "goes on from what is in the cache" in used.report.reason
+    assert used.report.reason_code == "batch-continues"
     used.close()
 
 

@@ -238,7 +238,7 @@ def test_a_disturbed_machine_is_said_to_be_one() -> None:
     assert disturbance({"stolen_share": 0.125}).startswith("12% of the processors' time")
 
 
-def test_goals() -> None:
+def test_a_goal_is_met_at_its_limit() -> None:
     assert Goal(1.02).met_by(1.02)
     assert not Goal(1.02).met_by(1.03)
     assert Goal(0.9, at_most=False).met_by(0.95)

@@ -25,12 +25,12 @@ def test_how_many_processes_leave_a_share(share: float, wanted: tuple[int, float
 
 
 @pytest.mark.parametrize("share", [0.0, 0.09, 1.1, float("nan")])
-def test_shares_out_of_range(share: float) -> None:
+def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"must be from 0.1 to 1"):
         Competition(share, "cpu")
 
 
-def test_it_works_rests_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_competitor_works_rests_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(competition, "END_SECONDS", 60.0)  # beside others it may take long to leave by itself
     with Competition(0.5, "cpu") as others:
         assert others._processes == []  # nothing is started that is not needed
@@ -44,12 +44,12 @@ def test_it_works_rests_and_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes)
 
 
-def test_nobody_competes_for_a_device_of_ones_own() -> None:
+def test_a_share_of_one_starts_no_competitor() -> None:
     with Competition(1.0, "cpu") as others, others.working():
         assert others._processes == []
 
 
-def test_one_that_is_gone_is_noticed() -> None:
+def test_a_competitor_that_has_died_is_an_error() -> None:
     with Competition(0.5, "cpu") as others:
         with others.working():
             pass
@@ -59,7 +59,7 @@ def test_one_that_is_gone_is_noticed() -> None:
             pass
 
 
-def test_it_ends_when_nobody_is_there_to_tell_it() -> None:
+def test_a_competitor_ends_with_its_input() -> None:
     command = [sys.executable, "-I", str(SCRIPT), "cpu", "0.5"]
     told = subprocess.run(command, input="go\nrest\n", capture_output=True, text=True, timeout=60)
     assert told.returncode == 0

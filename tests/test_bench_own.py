@@ -43,7 +43,7 @@ def test_json_where_it_is_asked_for() -> None:
         (("--device", "gpu9"), "cannot be used here"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(more: tuple[object, ...], complaint: str) -> None:
+def test_unusable_options_are_refused_in_one_sentence(more: tuple[object, ...], complaint: str) -> None:
     result = run_benchmark(*QUICK, *more)
     assert result.exit_code == 2, result.output
     assert complaint in flat(result.stderr)

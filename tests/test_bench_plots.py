@@ -87,7 +87,7 @@ def test_a_lane_per_thread() -> None:
     assert {text.get_text() for text in panel.texts} >= {"0", "1", "2", "last piece", "first token"}
 
 
-def test_drawn_later_from_the_file(tmp_path: Path) -> None:
+def test_plots_are_drawn_from_a_saved_file(tmp_path: Path) -> None:
     results, pictures = tmp_path / "grid.json", tmp_path / "pictures"
     results.write_text(json.dumps({"axes": AXES, "groups": [group("small", 4096, 1.0)]}))
     run = CliRunner().invoke(bench_app, ["plot", str(results), str(pictures)])
@@ -101,7 +101,7 @@ def test_drawn_later_from_the_file(tmp_path: Path) -> None:
         assert run.stderr.count("\n") == 1
 
 
-def test_what_is_no_outcome_is_refused(tmp_path: Path) -> None:
+def test_json_that_is_not_an_outcome_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CakeError, match="not the outcome of `python -m benchmarks grid`"):
         plots.draw({"results": {}}, tmp_path)
 

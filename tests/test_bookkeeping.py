@@ -66,7 +66,7 @@ def more(model: Any, *, chunks: int = 0, tokens: int = 0) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("what", "bound"), [("tokens", PER_LAYER_OF_A_TOKEN), ("chunks", PER_LAYER_OF_A_CHUNK)])
-def test_little_is_done_with_each(what: str, bound: int) -> None:
+def test_the_work_per_layer_is_bounded(what: str, bound: int) -> None:
     few, many = (more(model_of(layers), **{what: 8}) for layers in (FEW, MANY))
     assert many.total() - few.total() <= (MANY - FEW) * bound, (few, many)
     assert few.total() <= BESIDE_THE_LAYERS + FEW * bound, few

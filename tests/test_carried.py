@@ -303,7 +303,7 @@ def test_a_last_piece_that_fails_leaves_the_cache_as_it_was(family: str, first: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_late_load_lands_nowhere(family: str) -> None:
+def test_an_abandoned_read_changes_nothing_when_it_ends(family: str) -> None:
     """A read that was given up writes garbage when all is over."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     for index, strategy in itertools.product((2, 5), ("load", "both")):
@@ -356,7 +356,7 @@ def test_what_prompts_share_gets_a_state_of_its_own(family: str) -> None:
         assert difference(run, oracle(family, ids)) == ""
         assert (report.chunks_loaded, report.states_loaded) == ((shared, 1) if turn == 2 else (0, 0))
         assert report.states_saved == (2 if turn == 1 else 1)
-        assert ("snapshot" in report.reason) == (turn == 1)
+        assert (report.reason_code == "no-snapshot") == (turn == 1)
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -459,7 +459,7 @@ def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "deepseek_v32"))
-def test_a_wrong_byte_shows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchecked_flipped_bit_changes_the_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with the checks off, one flipped bit in the last piece that is read must show."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     is_state = family in RECURRENT

@@ -50,7 +50,7 @@ def test_correcting_costs_next_to_nothing_where_a_machine_is_noisy(rows: dict[st
         assert max(rows[name].both) <= 1.1
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_each_change_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(CHANGES))
     monkeypatch.setattr(changes, "CHANGES", {first: CHANGES[first]})
     monkeypatch.setattr(changes, "settings", lambda: list(settings())[:1])
@@ -88,7 +88,7 @@ def test_an_end_is_when_so_much_work_is_done(speed: Speed, start: float, work: f
     assert speed.work(start, speed.end(start, work)) == pytest.approx(work, abs=1e-9)
 
 
-def test_kinds_of_speeds() -> None:
+def test_speed_changes_take_their_stated_values() -> None:
     assert step(2.0, 3.0).at(2.0) == 3.0
     assert [bursts(4.0, 1.0, 0.5, 8.0).at(when) for when in (0.0, 1.0, 4.5, 9.0)] == [0.5, 1.0, 0.5, 1.0]
     assert drift(0.0, 8.0, 0.25).at(8.0) == pytest.approx(0.25)

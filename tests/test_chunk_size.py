@@ -15,12 +15,12 @@ from models import build, prompt, run, shared_model
 @pytest.mark.parametrize(
     ("kind", "ties", "size"), [("cpu", False, 128), ("cuda", False, 512), ("mps", False, 512), ("cpu", True, 512)]
 )
-def test_the_rule(kind: str, ties: bool, size: int) -> None:
+def test_the_default_chunk_size_follows_from_the_device(kind: str, ties: bool, size: int) -> None:
     assert auto_chunk_size(kind, ties_images=ties) == size
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
-def test_the_rule_in_words(kind: str) -> None:
+def test_the_reason_names_the_chunk_size(kind: str) -> None:
     assert str(auto_chunk_size(kind)) in why(kind)
 
 
@@ -48,12 +48,12 @@ def test_a_model_whose_images_must_not_be_cut_takes_longer_chunks() -> None:
     ("size", "said"),
     [("large", "or \"auto\"; got 'large'"), ("", 'or "auto"'), (8, "at least 16"), (-1, "at least 16")],
 )
-def test_sizes_that_are_none(size: int | str, said: str) -> None:
+def test_an_invalid_chunk_size_is_refused(size: int | str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         CakeCache(shared_model("llama"), MemoryStore(), chunk_size=size)
 
 
-def test_plan_says_it(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_names_the_default_chunk_size(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     numbers = ["--chunks", "8", "--compute-base", "0.1", "--chunk-mib", "4", "--gbps", "1"]
     alone = CliRunner().invoke(app, ["plan", *numbers])

@@ -75,7 +75,7 @@ def flat(text: str) -> str:
     return re.sub(r"[\s│┃╭╮╰╯─━]+", " ", text)
 
 
-def test_version(command: Command) -> None:
+def test_version_option_prints_the_version(command: Command) -> None:
     result = command("--version")
     assert result.exit_code == 0
     assert result.output.strip() == f"cake-hf {cake_hf.__version__}"
@@ -303,7 +303,7 @@ def test_a_file_is_no_store(document: Path, command: Command) -> None:
         ("device", "device 'gpu9' cannot be used"),
     ],
 )
-def test_what_cannot_be_warmed(
+def test_inputs_that_cannot_be_warmed_are_refused(
     tmp_path: Path, model_folder: Path, document: Path, command: Command, case: str, complaint: str
 ) -> None:
     model, file, more = model_folder, document, []

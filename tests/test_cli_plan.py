@@ -62,8 +62,8 @@ def test_the_best_split_and_its_times(command: Command) -> None:
     ("more", "decision"),
     [
         (("--gbps", 0.001), "compute: load nothing"),
-        (("--gbps", 100_000), "load: compute nothing before the last piece"),
-        (("--gpu-share", 0.01), "load: compute nothing before the last piece"),
+        (("--gbps", 100_000), "load: compute nothing before the suffix"),
+        (("--gpu-share", 0.01), "load: compute nothing before the suffix"),
         (("--latency-ms", 10_000), "compute: load nothing"),
         (("--latency-ms", 100, "--threads", 64), "both: compute chunks 0-2, load chunk 3"),
     ],
@@ -141,7 +141,7 @@ def test_out_of_range_values_are_one_sentence(command: Command, arguments: tuple
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1_000_000])
-def test_so_many_chunks_are_refused(command: Command, chunks: int) -> None:
+def test_a_number_of_chunks_out_of_range_is_refused(command: Command, chunks: int) -> None:
     assert command("--chunks", chunks, *COSTS).exit_code == 2
 
 

@@ -219,4 +219,4 @@ def test_a_model_that_looks_ahead_finds_nothing_to_vouch_for_it() -> None:
     both_ways(changed)
     report = filled(store, changed)
     assert report.restored == 0
-    assert "depends on the tokens behind it" in report.reason
+    assert report.reason_code == "looks-ahead"

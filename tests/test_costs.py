@@ -148,7 +148,7 @@ def test_falling_and_too_steep_lines() -> None:
 
 @settings(max_examples=40)
 @given(seeds, st.floats(0.001, 1.0), st.floats(0, 0.1), st.integers(20, STEPS))
-def test_compute_is_recovered(seed: int, base: float, relative_slope: float, steps: int) -> None:
+def test_the_compute_cost_is_learned_from_its_steps(seed: int, base: float, relative_slope: float, steps: int) -> None:
     random, cost = Random(seed), ComputeCost(base, base * relative_slope)
     learnt = learn_steps(random, cost, list(range(steps))).costs().compute
     assert learnt is not None
@@ -429,7 +429,7 @@ def test_a_damaged_field_is_ignored_or_harmless(name: str, value: Any) -> None:
         ("cold_load", 3),
     ],
 )
-def test_absurd_content_is_ignored(name: str, value: Any) -> None:
+def test_a_note_with_absurd_values_is_ignored(name: str, value: Any) -> None:
     assert CostLearner.from_json(json.dumps(a_document()), NOW) is not None
     assert CostLearner.from_json(json.dumps({**a_document(), name: value}), NOW) is None
 

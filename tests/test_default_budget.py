@@ -82,7 +82,7 @@ def test_what_is_there_does_not_make_it_smaller(tmp_path: Path, disk: Callable[[
     "A store was filled beyond a fifth of the disk, without a limit or with a larger one, or others fill the disk.",
     "Opened without a budget, it keeps what it has and grows no further.",
 )
-def test_what_was_there_stays(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+def test_chunks_stored_before_a_budget_are_kept(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
     fill(LocalStore(tmp_path, None), 0, 8)
     disk(Disk(100))
     store = opened(tmp_path)
@@ -123,7 +123,7 @@ def test_where_the_system_does_not_know_there_is_no_limit(
     assert (store.budget(), total(store)) == (None, 3_000)
 
 
-def test_looking_makes_nothing(tmp_path: Path) -> None:
+def test_asking_for_the_budget_makes_no_directory(tmp_path: Path) -> None:
     store = opened(tmp_path / "kv")
     assert (store.budget() or 0) > 0
     assert repr(store) == f"LocalStore({str(tmp_path / 'kv')!r})"
@@ -147,7 +147,7 @@ def test_processes_agree(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
     assert int((tmp_path / "bytes").read_text()) == total(one)
 
 
-def test_a_share_of_ones_own(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+def test_a_store_can_be_given_another_share_of_the_disk(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
     disk(Disk(10_000))
     store = LocalStore(tmp_path, FreeShare(0.5))
     fill(store, 0, 7)
@@ -161,7 +161,7 @@ def test_info_says_how_much_it_may_take(tmp_path: Path, disk: Callable[[Disk], N
     assert "may take 10.0 MiB, 20 % of the free disk" in flat(run_command("info", tmp_path).stdout)
 
 
-def test_warm_says_it_of_a_new_store(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
+def test_warm_tells_the_budget_of_a_new_store(tmp_path: Path, disk: Callable[[Disk], None]) -> None:
     disk(Disk(50 * 2**20))
     (tmp_path / "text.txt").write_text("remember otter = jade\n" * 30)
     for told in (True, False):
@@ -240,7 +240,7 @@ def test_warm_says_it_before_it_computes(tmp_path: Path, store: str, more: tuple
     assert re.fullmatch(r"A chunk of [\d,]+ bytes is over the store's budget of [\d,]+; raise it\.\n", result.stderr)
 
 
-def test_a_cache_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_chunk_over_the_budget_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with CakeCache(shared_model("llama"), LocalStore(tmp_path, 100), chunk_size=CHUNK) as cache:
         cache.prefill(prompt(6 * CHUNK + 1))
         cache.flush(60)

@@ -91,7 +91,9 @@ def test_the_task_takes_the_user_s_text_and_question() -> None:
         (["--model", "/nowhere/model"], "There is no folder"),
     ],
 )
-def test_what_cannot_be_shown(arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_demo_options_are_refused(
+    arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 2, result.output

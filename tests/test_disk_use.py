@@ -101,7 +101,7 @@ TINY = {
 
 @pytest.mark.skipif(OLD, reason="older versions keep K and V of all heads of latent attention")
 @pytest.mark.parametrize("family", here(*TINY))
-def test_what_is_stored_is_the_formula_and_a_header(family: str) -> None:
+def test_a_stored_chunk_has_the_formulas_bytes_and_a_header(family: str) -> None:
     layers, heads, sizes = TINY[family]
     payload = CHUNK * token_bytes(layers, heads, sizes, 4)
     values = stored(family)
@@ -141,7 +141,7 @@ def test_headers_are_as_large_as_the_page_says() -> None:
     assert stored_bytes(eight) == header_size(eight) + eight.nbytes
 
 
-def test_other_pages_agree() -> None:
+def test_docs_pages_agree_on_a_chunks_size() -> None:
     """About one model that all of them take as their example."""
     chunk = layout(32, 8, (128, 128), 512).nbytes
     assert f"{chunk / MIB:.0f} MiB" == "64 MiB"

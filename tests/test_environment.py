@@ -72,7 +72,7 @@ def test_the_documentation_lists_what_is_read(monkeypatch: pytest.MonkeyPatch) -
     assert watched.asked == set(documented())
 
 
-def test_nobody_else_reads_any() -> None:
+def test_only_one_file_reads_environment_variables() -> None:
     """So that the test above sees them all."""
     users = {
         path.relative_to(folder).as_posix()
@@ -100,7 +100,7 @@ def test_a_cache_takes_its_limits_and_its_store_from_there(tmp_path: Path, monke
     assert list((tmp_path / "store").rglob("*.safetensors"))
 
 
-def test_what_is_named_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_take_precedence_over_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAKE_HF_STORE", "s4://nowhere")
     monkeypatch.setenv("CAKE_HF_LOADER_THREADS", "many")
     with CakeCache(shared_model("llama"), tmp_path, limits=Limits()) as cache:
@@ -108,7 +108,7 @@ def test_what_is_named_goes_before_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Limits.from_environment(loader_threads=5) == Limits(loader_threads=5)
 
 
-def test_an_empty_one_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAKE_HF_LOADER_THREADS", "")
     monkeypatch.setenv("CAKE_HF_STORE", " ")
     assert Limits.from_environment() == Limits()
@@ -116,7 +116,7 @@ def test_an_empty_one_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store()
 
 
-def test_every_limit_has_one() -> None:
+def test_every_limit_has_a_variable() -> None:
     assert set(LIMITS) == set(Limits.__dataclass_fields__)
 
 
@@ -129,7 +129,7 @@ def test_a_bad_value_is_named_in_one_sentence(name: str, text: str, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
-def test_half_a_thread_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fraction_of_a_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAKE_HF_LOADER_THREADS", "2.5")
     with pytest.raises(ValueError, match=r"'2\.5' is not a whole number"):
         Limits.from_environment()

@@ -84,7 +84,7 @@ def test_modes_bring_what_they_build_on(wanted: str, resolved: tuple[str, ...]) 
         ({"save_queue_gib": float("nan")}, "save_queue_gib is nan"),
     ],
 )
-def test_settings_that_make_no_run(settings: dict[str, Any], words: str) -> None:
+def test_unusable_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(BrokenConfig, match=words):
         make_config({name: value for name, value in settings.items() if name != "model"})
 
@@ -95,7 +95,7 @@ def test_an_unknown_task_lists_the_tasks() -> None:
 
 
 @pytest.mark.parametrize("missing", ["model", "tasks", "store"])
-def test_what_has_to_be_said(missing: str) -> None:
+def test_a_missing_setting_is_named(missing: str) -> None:
     make_config(MINIMAL).check_complete()
     with pytest.raises(BrokenConfig, match=f"Say --{missing}, for example"):
         make_config({name: value for name, value in MINIMAL.items() if name != missing}).check_complete()
@@ -113,7 +113,7 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str, words: str) -> No
         read_config(tmp_path / "nowhere.yaml")
 
 
-def test_the_quick_run_is_a_run() -> None:
+def test_the_quick_config_is_complete() -> None:
     config = make_config(read_config(ROOT / "eval" / "quick.yaml"))
     config.check_complete()
     assert config.modes == MODES

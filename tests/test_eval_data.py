@@ -163,7 +163,7 @@ def test_generated_rows_differ_by_seed() -> None:
 
 
 @pytest.mark.skipif(not REAL_ROWS, reason="set CAKE_HF_LONGBENCH to a folder with real rows")
-def test_real_rows(tokenizer: Any) -> None:
+def test_downloaded_rows_load_and_fit_the_limit(tokenizer: Any) -> None:
     encoder, templates = Encoder(tokenizer, limit=2048), load_templates()
     names = [name for name in TASKS if (Path(REAL_ROWS) / f"{name}.jsonl").is_file()]
     assert names
@@ -206,7 +206,7 @@ def test_the_hubs_own_parquet_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.asked[-1] == (("zai-org/LongBench", "hotpotqa"), {"split": "test", "revision": CONVERTED})
 
 
-def test_the_originals_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_are_read_from_the_original_archive_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:

@@ -272,7 +272,7 @@ def test_the_budget_holds_and_the_least_recently_used_goes(tmp_path: Path) -> No
     assert present(store, [1, 2, 3, 4, 5]) == [5]
 
 
-def test_a_read_is_a_use(tmp_path: Path) -> None:
+def test_reading_a_chunk_counts_as_a_use(tmp_path: Path) -> None:
     store = LocalStore(tmp_path, budget=3000)
     for number in (1, 2, 3):
         store.write(key_of(number), [value_of(number)])

@@ -30,7 +30,7 @@ def committed(name: str) -> Any:
     return nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
 
 
-def test_there_are_some() -> None:
+def test_each_example_has_a_notebook() -> None:
     assert set(EXAMPLES) == {path.stem for path in (ROOT / "examples").glob("*.ipynb")}
     assert {"quickstart", "long_document", "chat", "packs", "tuning"} <= set(EXAMPLES)
 
@@ -94,7 +94,7 @@ def test_the_notebook_was_run_in_order_and_tells_of_no_machine(name: str) -> Non
     assert len(text) < MOST_BYTES
 
 
-def test_what_fails_is_told() -> None:
+def test_a_failing_cell_fails_the_notebook() -> None:
     """The negative control."""
     failing = notebooks.to_notebook("# %%\nprint('so far')\n\n# %%\nraise RuntimeError('no further')\n")
     with pytest.raises(notebooks.BadNotebook, match="no further"):
@@ -116,7 +116,7 @@ def test_what_is_not_for_readers_is_found() -> None:
 
 
 @pytest.mark.parametrize("source", ["", "print(1)\n# %%\n", "# %% [markdown]\nnot a comment\n"])
-def test_what_is_no_notebook_is_refused(source: str) -> None:
+def test_a_script_that_is_not_a_notebook_is_refused(source: str) -> None:
     with pytest.raises(notebooks.BadNotebook):
         notebooks.to_notebook(source)
 

@@ -184,7 +184,7 @@ def test_a_fault_of_a_pack_changes_nothing_but_the_counts(fault: str, position: 
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_lie_is_believed(store: Store, position: str) -> None:
+def test_a_well_formed_forgery_is_loaded(store: Store, position: str) -> None:
     """The negative control, and what SECURITY.md says: a well-formed lie is used. `cake-hf verify --recompute` finds it."""
     faulty = FaultStore(store, {chunks()[POSITIONS[position]][0]: "lie"})
     with CakeCache(shared_model("llama"), faulty, chunk_size=CHUNK, strategy="load", limits=PATIENT) as warm:

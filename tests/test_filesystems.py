@@ -502,7 +502,7 @@ def mounted(mount: Mount, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", MOUNTS)
-def test_a_store_on_a_real_mount(tmp_path: Path, name: str) -> None:
+def test_a_store_works_on_each_mounted_filesystem(tmp_path: Path, name: str) -> None:
     with mounted(MOUNTS[name], tmp_path) as at:
         use(at / "store")
         store, other = LocalStore(at / "store"), LocalStore(at / "store")

@@ -151,13 +151,13 @@ def test_a_lock_that_was_held_holds_nobody_up_in_the_child(name: str, tmp_path: 
     assert held(lock)(lambda: in_child(needs_it)) == 0
 
 
-def test_a_plain_lock_would_have() -> None:
+def test_a_plain_lock_stays_locked_in_a_child() -> None:
     """The negative control."""
     lock = threading.Lock()
     assert held(lock)(lambda: in_child(lambda: 1 / lock.acquire(timeout=0.01))) != 0
 
 
-def test_who_holds_a_lock_and_forks_gives_it_back_in_the_child() -> None:
+def test_a_lock_held_during_a_fork_is_released_in_the_child() -> None:
     lock = Lock()
     with lock:
         child = os.fork()

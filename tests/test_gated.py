@@ -207,7 +207,7 @@ def test_prefill_comes_back_when_all_is_there(strategy: str) -> None:
         assert difference(run(model, prompt(), warm), expected("llama", "float32")) == ""
 
 
-def test_a_wrong_layer_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suffix_that_does_not_wait_gives_other_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a last piece that does not wait for its layers gives other logits."""
     model = shared_model("llama", "float32")
     gate = GateStore(filled_store(model), ranges=True)

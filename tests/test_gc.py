@@ -75,7 +75,7 @@ def test_a_dry_run_deletes_nothing(store: LocalStore) -> None:
     assert len(left(store)) == 10
 
 
-def test_nothing_to_do_is_well(store: LocalStore) -> None:
+def test_a_store_within_its_limits_loses_nothing(store: LocalStore) -> None:
     result = run_command("gc", store.root, "--budget", "1GB", "--older-than", "30d")
     assert result.exit_code == 0
     assert "0 chunks deleted" in result.output
@@ -166,7 +166,7 @@ def test_no_store_and_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ls", "info", "verify", "gc"])
-def test_looking_is_no_use(store: LocalStore, name: str) -> None:
+def test_commands_that_only_look_do_not_count_as_a_use(store: LocalStore, name: str) -> None:
     """Otherwise a nightly check would make all chunks equally young."""
     before = {entry.key: entry.used for entry in store.entries()}
     run_command(name, store.root, *(["--budget", "1GB"] if name == "gc" else []))
@@ -180,12 +180,12 @@ def test_looking_is_no_use(store: LocalStore, name: str) -> None:
     ("text", "nbytes"),
     [("1", 1), ("100B", 100), ("1.5kb", 1500), (" 20 GB ", 20 * 10**9), ("512MiB", 2**29), ("2TiB", 2**41)],
 )
-def test_sizes(text: str, nbytes: int) -> None:
+def test_a_size_is_parsed_to_bytes(text: str, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "1e9", "0", "0.1B", "4GB more", "5%"])
-def test_no_sizes(text: str) -> None:
+def test_text_that_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="like 4GB"):
         parse_bytes(text)
 
@@ -193,17 +193,17 @@ def test_no_sizes(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("45m", 2700), ("12h", 43_200), ("30d", 30 * DAY), ("2W", 14 * DAY)]
 )
-def test_times(text: str, seconds: float) -> None:
+def test_an_age_is_parsed_to_seconds(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "30", "0d", "-1d", "1y", "d"])
-def test_no_times(text: str) -> None:
+def test_text_that_is_not_an_age_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="like 30d"):
         parse_seconds(text)
 
 
-def test_shares() -> None:
+def test_a_share_is_a_percentage_above_0_and_up_to_100() -> None:
     assert [parse_share(text) for text in ("5%", "100%", "0.5 %")] == [0.05, 1.0, 0.005]
     for text in ("", "5", "0%", "101%", "-5%", "0.05", "5%%"):
         with pytest.raises(ValueError, match="like 5%"):

@@ -70,7 +70,7 @@ WRAPPED: dict[str, Any] = {
     "Model", "A module around the model is given as the model.", "The one transformers model in it is served."
 )
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_model_in_something(kind: str) -> None:
+def test_a_model_inside_a_wrapper_is_found(kind: str) -> None:
     model = shared_model("llama")
     with CakeCache(WRAPPED[kind](model), MemoryStore(), chunk_size=CHUNK) as cache:
         assert "LlamaForCausalLM" in repr(cache)
@@ -80,7 +80,7 @@ def test_a_model_in_something(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["module", "delegating module", "data parallel"])
-def test_a_wrapper_is_called(kind: str) -> None:
+def test_a_call_of_the_wrapper_is_restored(kind: str) -> None:
     model = shared_model("llama")
     wrapped = WRAPPED[kind](model)
     with CakeCache(wrapped, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
@@ -115,7 +115,7 @@ NO_MODEL: dict[str, tuple[Any, str]] = {
     "Model", "Something else is given as the model: a name, a tokenizer, a class, nothing.", "One sentence says what to give."
 )  # fmt: skip
 @pytest.mark.parametrize("kind", NO_MODEL)
-def test_what_is_no_model(kind: str) -> None:
+def test_an_argument_that_is_not_a_model_is_refused(kind: str) -> None:
     make, sentence = NO_MODEL[kind]
     with pytest.raises(TypeError, match=sentence):
         CakeCache(make(), MemoryStore())
@@ -144,14 +144,14 @@ HEADS = (LlamaModel, LlamaForSequenceClassification, LlamaForQuestionAnswering, 
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_other_heads_and_none(kind: Any) -> None:
+def test_models_with_another_head_or_none(kind: Any) -> None:
     """All outputs are wanted: left alone. After `prefill` the rest is as behind a forward of the prefix in chunks."""
     torch.manual_seed(0)
     model, config = kind(shared_model("llama").config).eval(), shared_model("llama").config
     whole = CHUNKS * CHUNK
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
         found, plain = model(IDS, **given(cache)), model(IDS, **given(DynamicCache(config=config)))
-        assert "logits of all tokens" in cache.report.reason
+        assert cache.report.reason_code == "all-logits"
         assert all(torch.equal(found[name], plain[name]) for name in tensors_of(plain))
         cache.reset()
         assert cache.prefill(IDS).chunks_computed == CHUNKS
@@ -177,7 +177,7 @@ def test_a_model_that_adds_tokens_of_its_own() -> None:
     model = CpmAntForCausalLM(config).eval()
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         found = model.generate(IDS, **given(cache), **OPTIONS)
-        assert "another number of tokens" in cache.report.reason
+        assert cache.report.reason_code == "token-count"
     assert torch.equal(found, model.generate(IDS, **OPTIONS))
 
 
@@ -228,7 +228,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.fault("Prompt", "What is given to `prefill` are no token ids.", "One sentence says what to give.")
 @pytest.mark.parametrize("form", BAD)
-def test_what_are_no_token_ids(form: str) -> None:
+def test_an_argument_that_is_not_token_ids_is_refused(form: str) -> None:
     given_ids, error, sentence = BAD[form]
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as cache:
         with pytest.raises(error, match=sentence):
@@ -237,6 +237,6 @@ def test_what_are_no_token_ids(form: str) -> None:
 
 
 @pytest.mark.parametrize("empty", [[], [[]], IDS[:, :0], IDS[0, :0], np.zeros((1, 0))])
-def test_no_token_at_all(empty: Any) -> None:
+def test_a_prompt_without_tokens_is_computed_plainly(empty: Any) -> None:
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK) as cache:
-        assert "0 new tokens" in cache.prefill(empty).reason
+        assert cache.prefill(empty).reason_code == "short-prompt"

@@ -39,7 +39,7 @@ def test_tails_are_hits_too(tmp_path: Path, tokens: int, boundaries: list[int]) 
     assert (found.prompts, found.with_hits, found.tokens, found.tokens_loaded) == (2, 1, 2 * tokens, tokens)
 
 
-def test_who_only_reads_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_cache_that_does_not_save_counts_no_hits(tmp_path: Path) -> None:
     run(tmp_path / "kv")
     before = read_hits(tmp_path / "kv" / "notes")
     run(tmp_path / "kv", save=False)
@@ -51,7 +51,7 @@ def test_the_nearest_directory_of_tiers_counts(tmp_path: Path) -> None:
     assert sum(found.prompts for found in read_hits(tmp_path / "kv" / "notes").values()) == 1
 
 
-def test_memory_counts_nothing() -> None:
+def test_a_memory_store_counts_no_hits() -> None:
     store = MemoryStore()
     run(store)
     assert flush_hits(store, 1.0)
@@ -103,7 +103,7 @@ def test_a_batch_counts_its_rows() -> None:
     assert Hits.of(Report(tokens=64, chunk_size=16, batch=4, chunks_loaded=2)) == Hits(4, 2, 64, 32, 2, 0)
 
 
-def test_notes_of_ours_are_ours(tmp_path: Path) -> None:
+def test_a_directory_with_only_our_notes_is_a_store(tmp_path: Path) -> None:
     run(tmp_path / "kv")
     for shard in (tmp_path / "kv").glob("??"):
         for chunk in shard.iterdir():

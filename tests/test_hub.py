@@ -402,7 +402,7 @@ def test_names_of_packs(text: str, expected: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "hf://", "pack", "hf://a/b/c", "hf://a/b@", "hf://a/b@c d", "s3://a/b", "hf://a/b@c@d"]
 )
-def test_what_is_no_name_of_a_pack(text: str) -> None:
+def test_a_malformed_pack_name_is_refused(text: str) -> None:
     with pytest.raises(StoreError, match="names no pack"):
         parse_hub_name(text)
 

@@ -154,7 +154,7 @@ def test_a_copy_of_a_cache_that_was_left_holds_no_half_forward() -> None:
     "Its error comes through, as what it is.",
 )
 @pytest.mark.parametrize("error", [TimeoutError, Panic])
-def test_a_watchdog(error: type[BaseException]) -> None:
+def test_an_alarm_in_a_forward_leaves_the_cache_usable(error: type[BaseException]) -> None:
     model: Any = build("llama")
 
     def alarm(*_: object) -> None:

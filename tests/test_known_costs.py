@@ -131,7 +131,7 @@ def test_nothing_known_says_what_to_do(command: Command, tmp_path: Path) -> None
     assert result.stderr.count("\n") == 1
 
 
-def test_measured_on_the_spot(command: Command, tmp_path: Path) -> None:
+def test_measured_costs_are_noted_and_their_chunks_removed(command: Command, tmp_path: Path) -> None:
     store = tmp_path / "new"
     result = command("--store", store, "--tokens", 10 * CHUNK + 1, "--chunk-size", CHUNK, "--measure")
     assert result.exit_code == 0, result.output

@@ -17,7 +17,7 @@ from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_mode
 from paces import no, tell
 from stored import filled_store, keys_in_order
 from test_batches import test_faults_change_no_bit, test_missing_chunks_are_computed  # noqa: F401
-from test_carried import test_a_late_load_lands_nowhere, test_holes_anywhere  # noqa: F401
+from test_carried import test_an_abandoned_read_changes_nothing_when_it_ends, test_holes_anywhere  # noqa: F401
 from test_contest import test_a_forward_is_left_at_the_next_layer  # noqa: F401
 from test_faults import (  # noqa: F401
     test_a_broken_chunk_is_computed,
@@ -98,7 +98,7 @@ def test_an_error_of_the_model_needs_no_memory(past: int, monkeypatch: pytest.Mo
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
-def test_who_does_not_wait_for_copies_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_for_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tests in here could fail."""
     monkeypatch.setattr(LateCopies, "catch_up", lambda self: None)
     model = shared_model("llama")
@@ -106,7 +106,7 @@ def test_who_does_not_wait_for_copies_shows(monkeypatch: pytest.MonkeyPatch) -> 
         assert difference(run(model, prompt(), cache), expected()) != ""
 
 
-def test_who_fills_a_slot_too_early_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refilling_a_slot_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("late_copies.Event.synchronize", lambda self: None)
     model, limits = shared_model("llama"), Limits(loader_threads=1)
     with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load", limits=limits) as cache:

@@ -73,7 +73,9 @@ def test_the_same_is_stored_however_late_it_is_copied(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "where"), [("llama", "restore"), *[(family, "bound_store") for family in here("qwen3_next")]]
 )
-def test_who_changes_it_before_shows(family: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_without_waiting_for_copies_stores_other_bytes(
+    family: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control: the chunks' KV is only awaited where the restore ends, the states' at once."""
     plain, store = saved(family), MemoryStore()
     with late_copies() as copies:

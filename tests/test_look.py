@@ -58,7 +58,7 @@ def test_within_a_look_an_answer_is_kept() -> None:
         assert [asked.answer("a"), asked.answer("a"), asked.answer("b"), asked.answer("a")] == [1, 1, 2, 1]
 
 
-def test_outside_of_it_nothing_is_kept() -> None:
+def test_outside_of_a_look_no_answer_is_kept() -> None:
     asked = Asked()
     with one_look():
         asked.answer("a")
@@ -74,7 +74,7 @@ def test_a_look_within_another_one_ends_with_that() -> None:
     assert asked.answer("a") == 2
 
 
-def test_who_looks_again_finds_out_anew() -> None:
+def test_a_new_look_asks_again() -> None:
     asked = Asked()
     look_again()  # no look: nothing to be forgotten
     with one_look():

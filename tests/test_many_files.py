@@ -190,7 +190,7 @@ WIDE = ChunkLayout(1, tuple(Piece(f"layers.{n // 2}.{n % 2}", 1, 2, torch.bfloat
     "`ls` or `info` looks at a store with 100,000 chunks of a model of many layers.",
     "It keeps under a kilobyte of each: what all chunks of a model have in common is read and kept once.",
 )
-def test_of_a_chunk_little_is_kept(tmp_path: Path) -> None:
+def test_an_inventory_keeps_little_per_chunk(tmp_path: Path) -> None:
     store = fill(tmp_path, 300, WIDE)
     take_inventory(store, nothing)
     tracemalloc.start()
@@ -334,7 +334,7 @@ def test_a_stopped_verify_deletes_nothing(root: Path, number: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_who_stops_it_does_not_wait_for_a_read_that_hangs(
+def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs, released = threading.Event(), threading.Event()
@@ -382,7 +382,7 @@ def test_answers_come_in_the_order_of_the_questions() -> None:
 
 @pytest.mark.parametrize("items", [0, 1, 7, MOST_AT_ONCE * 50 + 1])
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_each_is_asked_once(items: int, threads: int) -> None:
+def test_each_item_is_asked_once_and_answered_in_order(items: int, threads: int) -> None:
     asked: list[int] = []
 
     def ask(number: int) -> int:
@@ -395,7 +395,7 @@ def test_each_is_asked_once(items: int, threads: int) -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, MemoryError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("at", [0, 100, 499])
-def test_what_is_raised_comes_in_its_turn(kind: type[BaseException], at: int) -> None:
+def test_an_error_is_raised_in_its_items_turn(kind: type[BaseException], at: int) -> None:
     def ask(number: int) -> int:
         if number == at:
             raise kind("in a thread")

@@ -51,11 +51,34 @@ def test_every_warning_is_explained() -> None:
     assert untold(iter(logged)) == []
 
 
-def test_every_reason_is_explained() -> None:
-    speak = ("cache/", "stores/mismatch", "model/ranks")
-    files = {name: module for name, module in messages.sources().items() if name.startswith(speak)}
-    found = [text for module in files.values() for text in messages.reasons(module)]
-    assert len(found) > 20
+def codes_on_page() -> set[tuple[str, str]]:
+    """The code and the message, without its end, of each row of the table about reasons."""
+    rows = re.finditer(r"^\| (`+)(.+?)\1 \| `([a-z-]+)` \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {(row[3], plain(row[2])) for row in rows}
+
+
+def without_row(refusals: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The refusals without a row for their text and code; a text that is put together needs only one for the code."""
+    rows = codes_on_page()
+    return [
+        (code, text)
+        for code, text in refusals
+        if not any(code == known and plain(text).startswith(begin * bool(text)) for known, begin in rows)
+    ]
+
+
+def test_every_refusal_has_a_row_with_its_text_and_code() -> None:
+    found = [found for module in messages.sources().values() for found in messages.refusals(module)]
+    assert len(found) > 60
+    assert without_row(iter(found)) == [("store-mismatch", "")]  # the store's own words
+    assert {code for code, _ in codes_on_page()} == {code for code, _ in found} - {"store-mismatch"}
+    texts = [text for _, text in found if text]
+    assert len(texts) == len(set(texts))
+
+
+def test_every_mismatch_of_a_pack_is_explained() -> None:
+    found = [*messages.mismatches(messages.sources()["stores/mismatch.py"])]
+    assert len(found) > 8
     assert untold(iter(found)) == []
 
 
@@ -69,8 +92,8 @@ def test_every_error_that_reaches_people_is_explained() -> None:
 def test_a_message_that_nobody_explains_is_noticed() -> None:
     module = ast.parse(
         'logger.warning("Something new: %s", error)\nraise StoreError(f"The {x} is new: {y}")\n'
-        'report.reason = f"{x} is new here" if new else ""'
+        'refusal = Refusal("new", f"{x} is new here")'
     )
     assert untold(messages.logged(module)) == ["Something new: ..."]
     assert untold(messages.raised(module)) == ["The ... is new: ..."]
-    assert untold(messages.reasons(module)) == ["... is new here"]
+    assert without_row(messages.refusals(module)) == [("new", "... is new here")]

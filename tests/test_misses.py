@@ -58,7 +58,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_the_whole_sentence() -> None:
+def test_the_reason_names_the_difference_and_its_cure() -> None:
     store = fill_store(shared_model("llama"), MemoryStore(), prompt(5 * CHUNK + 3))
     with threads(2):
         told = reason(shared_model("llama"), store, prompt(5 * CHUNK + 3))
@@ -130,6 +130,7 @@ def test_a_prompt_that_is_told_about_is_generated_from_as_ever() -> None:
     store = fill_store(shared_model("llama"), MemoryStore(), chunk_size=WIDE)
     with opened(store) as cache:
         assert is_right(cache)
+        assert cache.report.reason_code == "stored-otherwise"
         assert "made with chunks of" in cache.report.reason
         assert cache.flush()
         assert cache.report.chunks_saved == CHUNKS
@@ -209,7 +210,7 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("there", "here", "told"), OPTIONS, ids=str)
-def test_other_options_are_told(there: dict[str, Any], here: dict[str, Any], told: str) -> None:
+def test_different_options_are_named_in_the_reason(there: dict[str, Any], here: dict[str, Any], told: str) -> None:
     store = fill_store(shared_model("llama"), MemoryStore(), **there)
     assert told in reason(shared_model("llama"), store, **here)
 
@@ -297,7 +298,7 @@ def test_no_record_holds_a_salt_or_a_token() -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 3])
-def test_a_batch_is_told(rows: int) -> None:
+def test_a_batch_learns_how_its_chunks_were_made(rows: int) -> None:
     model = shared_model("llama")
     ids = torch.cat([prompt(), *(prompt(seed=seed) for seed in range(2, rows + 1))])
     store = MemoryStore()
@@ -334,13 +335,13 @@ def places(root: Path) -> list[tuple[Store, Store]]:
 
 
 @pytest.mark.parametrize("number", range(3), ids=["memory", "directory", "tiers"])
-def test_every_place_tells(tmp_path: Path, number: int) -> None:
+def test_every_kind_of_store_explains_a_miss(tmp_path: Path, number: int) -> None:
     one, other = places(tmp_path)[number]
     fill_store(shared_model("llama"), one)
     assert f"{CHUNKS} chunks of this prompt are stored" in reason(shared_model("llama"), other, exact=False)
 
 
-def test_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_miss_is_explained_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
     model = build("llama")
     model.config._name_or_path = "told-once"
     store = fill_store(model, MemoryStore())
@@ -542,7 +543,7 @@ def test_the_report_says_what_loading_saved_once_costs_are_known(tmp_path: Path)
         json.dumps(warm.report.as_dict(), allow_nan=False)
 
 
-def test_where_no_cost_is_known_the_report_says_so() -> None:
+def test_the_report_says_if_no_cost_is_known() -> None:
     assert "what was saved is not known" in str(Report(chunks_loaded=3))
     assert "saved is not known" not in str(Report(chunks_computed=3))
     assert "0.250 s more than computing all" in str(Report(chunks_loaded=3, seconds_saved=-0.25))

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
     ],
     ids=shlex.join,
 )
-def test_one_sentence_says_what_to_run_instead(called: list[str], line: str) -> None:
+def test_a_moved_command_says_what_to_run_instead(called: list[str], line: str) -> None:
     result = run_command(*called)
     assert result.exit_code == 2
     told = f"`cake-hf {called[0]}` is not in the package any more: run `{line}` in a checkout of {REPOSITORY}."
@@ -41,7 +41,7 @@ def test_the_repository_is_that_of_the_project() -> None:
 
 
 @pytest.mark.parametrize("name", ["bench", "demo", "simulate"])
-def test_the_help_says_it_too(name: str) -> None:
+def test_the_help_of_a_moved_command_says_where_it_went(name: str) -> None:
     result = run_command(name, "--help")
     assert result.exit_code == 0
     assert f"checkout of {REPOSITORY}" in " ".join(result.stdout.split())

@@ -104,11 +104,11 @@ def test_a_change_within_one_cache_is_noticed(change: Callable[[torch.nn.Module]
 @pytest.mark.parametrize(
     "options", [{"salt": "tenant"}, {"chunk_size": 2 * CHUNK}, {"exact": False}], ids=["salt", "chunk_size", "exact"]
 )
-def test_other_settings_miss(options: dict[str, object]) -> None:
+def test_a_cache_with_other_settings_misses(options: dict[str, object]) -> None:
     assert loaded(shared_model("llama"), filled(shared_model("llama")), **options) == 0
 
 
-def test_other_kernels_miss() -> None:
+def test_a_process_with_other_kernels_misses() -> None:
     model = build("llama", "bfloat16")
     store = filled(model)
     torch.backends.mkldnn.set_flags(False)
@@ -218,7 +218,7 @@ def test_rounded_frequencies_miss() -> None:
     assert loaded(loaded_so, store) == 0
 
 
-def test_other_tokens_miss() -> None:
+def test_a_prompt_with_other_tokens_misses() -> None:
     store = filled(shared_model("llama"))
     ids = prompt()
     ids[0, 0] += 1

@@ -509,7 +509,9 @@ def test_everything_may_come_from_the_environment(
         assert read_whole(store, key_of(1)) == value_of(1)
 
 
-def test_a_profile_is_used(stub: Callable[..., Stub], no_credentials: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_come_from_the_named_aws_profile(
+    stub: Callable[..., Stub], no_credentials: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (no_credentials / "credentials").write_text(
         "[default]\naws_access_key_id=NOT-THIS-ONE\naws_secret_access_key=x\n"
         "[team]\naws_access_key_id=KEY-OF-THE-TEAM\naws_secret_access_key=y\n"

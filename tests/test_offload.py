@@ -91,7 +91,7 @@ def restored(model: Any, store: Any, **options: Any) -> tuple[Any, cake_hf.Repor
 
 @every_offload
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_one_saves_the_other_restores(offload: Offload, dtype: str, tmp_path: Path) -> None:
+def test_offloaded_and_plain_models_share_chunks(offload: Offload, dtype: str, tmp_path: Path) -> None:
     """The oracle is the model that restores: some processors round a single row's product by how its weights lie in memory."""
     plain, moved = shared_model("llama", dtype), offload(build("llama", dtype), tmp_path)
     assert any(weight.device.type == "meta" for weight in moved.parameters())
@@ -229,7 +229,7 @@ def test_a_forward_is_left_under_hooks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offload", [to_memory, loaded_so], ids=lambda offload: offload.__name__)
-def test_as_a_new_user_writes_it(offload: Offload, tmp_path: Path) -> None:
+def test_an_offloaded_model_with_generate_and_a_batch(offload: Offload, tmp_path: Path) -> None:
     model = offload(build("llama"), tmp_path)
     inputs = {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -246,7 +246,7 @@ def test_as_a_new_user_writes_it(offload: Offload, tmp_path: Path) -> None:
         assert cache.report.chunks_loaded == CHUNKS
 
 
-def test_where_a_model_computes(tmp_path: Path) -> None:
+def test_an_offloaded_model_computes_on_its_home_device(tmp_path: Path) -> None:
     plain, cpu = build("llama"), torch.device("cpu")
     for offload in OFFLOADS:
         moved = offload(build("llama"), tmp_path / offload.__name__)

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
 from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
+from cake_hf.report import Refusal
 from families import family_model, here
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 from naming import cache_of, given
@@ -210,7 +211,7 @@ def test_a_prompt_behind_closing_says_that_it_is_closed() -> None:
     cache = CakeCache(model, MemoryStore(), chunk_size=CHUNK)
     cache.close()
     assert torch.equal(ask(model, cache, prompt()), ask(model, DynamicCache(config=model.config), prompt()))
-    assert "this CakeCache is closed" in cache.report.reason
+    assert cache.report.reason_code == "closed"
     with pytest.raises(CakeError, match="closed"):
         cache.prefill(prompt())
 
@@ -265,7 +266,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("what", ["cache", "output"])
 @pytest.mark.parametrize("family", here("llama", "gemma3", "falcon_h1", "qwen3_next", "deepseek_v32"))
-def test_copies(family: str, what: str, way: str) -> None:
+def test_a_copied_cache_continues_like_the_original(family: str, what: str, way: str) -> None:
     model: Any = family_model(family)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         result = model.generate(prompt(), **given(cache), **OPTIONS, return_dict_in_generate=True)
@@ -284,7 +285,9 @@ def test_copies(family: str, what: str, way: str) -> None:
 def test_pickled_in_other_states(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model("llama")
     if state == "passive":
-        monkeypatch.setattr("cake_hf.cache.cake_cache.checked_layers", lambda model: ([], "not understood"))
+        monkeypatch.setattr(
+            "cake_hf.cache.cake_cache.checked_layers", lambda model: ([], Refusal("x", "not understood"))
+        )
     cache = CakeCache(model, MemoryStore(), chunk_size=CHUNK)
     if state != "empty":
         ask(model, cache, prompt()[:, :-5])

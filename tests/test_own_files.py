@@ -497,7 +497,7 @@ def test_looking_changes_nothing(tmp_path: Path, filled: Path, look: Callable[[P
     assert snapshot(tmp_path) == before
 
 
-def test_who_writes_after_all_leaves_traces_again(tmp_path: Path) -> None:
+def test_reads_count_as_a_use_again_once_the_store_is_written_to(tmp_path: Path) -> None:
     store = fill(tmp_path)
     again = LocalStore(tmp_path)
     again.look_only()

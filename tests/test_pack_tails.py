@@ -58,7 +58,9 @@ def expect_restored(model: Any, store: Store, ids: torch.Tensor, boundaries: Seq
     ("tokens", "boundaries"),
     [(3 * CHUNK + 7, ()), (CHUNK + 1, ()), (5, ()), (2 * CHUNK, ()), (3 * CHUNK + 7, (20,)), (70, (3, 16, 17, 18, 40))],
 )
-def test_tails_travel(tmp_path: Path, name: str, tokens: int, boundaries: tuple[int, ...]) -> None:
+def test_a_pack_carries_tails_to_another_store(
+    tmp_path: Path, name: str, tokens: int, boundaries: tuple[int, ...]
+) -> None:
     model, ids = any_model(name), prompt(tokens, seed=5)
     store = saved(model, ids, boundaries)
     manifest = export_pack(store, tmp_path / "pack", model, ids, boundaries=boundaries, chunk_size=CHUNK)

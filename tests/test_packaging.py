@@ -25,20 +25,20 @@ def pinned(name: str) -> dict[str, set[str]]:
     return found
 
 
-def test_one_version() -> None:
+def test_all_files_name_the_same_version() -> None:
     assert PROJECT["version"] == cake_hf.__version__ == CITATION["version"]
     dated = re.findall(r"^## \[(.+?)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert dated[0] == (PROJECT["version"], CITATION["date-released"])
 
 
-def test_one_address() -> None:
+def test_all_project_urls_start_with_the_homepage() -> None:
     urls = PROJECT["urls"]
     assert urls.keys() >= {"Homepage", "Documentation", "Changelog", "Issues", "Security"}
     assert {url.startswith(urls["Homepage"]) for name, url in urls.items() if name != "Paper"} == {True}
     assert CITATION["repository-code"] == urls["Homepage"]
 
 
-def test_who_and_for_whom() -> None:
+def test_authors_and_licence_agree_with_the_citation() -> None:
     assert PROJECT["authors"] == [{"name": CITATION["authors"][0]["name"]}]
     assert any(line.startswith("Programming Language :: Python :: 3.11") for line in PROJECT["classifiers"])
     assert not any(line.startswith("License ::") for line in PROJECT["classifiers"])  # the licence expression says it

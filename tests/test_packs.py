@@ -132,7 +132,7 @@ def test_a_cache_on_a_pack_saves_nothing_and_does_not_mind(pack: Path, model: to
         run(model, prompt(seed=9), cache)
         assert cache.flush(60)
         assert (cache.report.chunks_saved, cache.report.chunks_unsaved) == (0, 0)
-        assert cache.report.reason == "the store has none of the prompt's chunks yet"
+        assert cache.report.reason_code == "none-stored"
     assert sorted(path.relative_to(pack) for path in pack.rglob("*")) == before
 
 
@@ -300,7 +300,9 @@ def test_a_salt_is_not_given_away(tmp_path: Path, model: torch.nn.Module) -> Non
     assert not any(salt.encode() in path.read_bytes() for path in files)
 
 
-def test_what_is_not_in_the_store_is_left_out(tmp_path: Path, model: torch.nn.Module, store: MemoryStore) -> None:
+def test_chunks_missing_from_the_store_are_left_out_of_the_pack(
+    tmp_path: Path, model: torch.nn.Module, store: MemoryStore
+) -> None:
     holes = without(store, {0, 3})
     manifest = export_pack(holes, tmp_path / "pack", model, prompt(), chunk_size=CHUNK)
     assert [chunk.index for chunk in manifest.chunks] == [1, 2, 4, 5, 6, 7]
@@ -341,7 +343,7 @@ def test_where_a_pack_is_written_to(tmp_path: Path, model: torch.nn.Module, stor
     assert len(open_folder_pack(tmp_path / "pack").manifest.chunks) == CHUNKS - 1
 
 
-def test_what_is_no_prompt_is_refused(tmp_path: Path, model: torch.nn.Module, store: MemoryStore) -> None:
+def test_ids_that_are_not_one_prompt_are_refused(tmp_path: Path, model: torch.nn.Module, store: MemoryStore) -> None:
     for ids in (prompt()[0], prompt().repeat(2, 1), prompt(CHUNK - 1)):
         with pytest.raises(ValueError, match="at least one chunk"):
             export_pack(store, tmp_path / "pack", model, ids, chunk_size=CHUNK)
@@ -400,7 +402,7 @@ def test_chunks_of_another_namespace_are_not_imported(tmp_path: Path, store: Mem
 
 
 @pytest.mark.parametrize("content", [{}, {"README.md": b"hello"}, {MANIFEST: b"{}"}, {MANIFEST: b""}])
-def test_what_is_no_pack_is_said(tmp_path: Path, content: dict[str, bytes]) -> None:
+def test_a_folder_that_is_not_a_pack_is_refused(tmp_path: Path, content: dict[str, bytes]) -> None:
     for name, raw in content.items():
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(StoreError, match=r"no pack|another format|no JSON"):
@@ -474,7 +476,7 @@ def test_a_snapshot_comes_into_a_store(recurrent: Path, family: str, tmp_path: P
 
 
 @pytest.mark.parametrize("where", [0, 4200, -1])
-def test_a_damaged_snapshot_serves_nobody(recurrent: Path, family: str, where: int, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_refused_everywhere(recurrent: Path, family: str, where: int, tmp_path: Path) -> None:
     (state,) = open_folder_pack(recurrent).manifest.states
     flip(recurrent / chunk_path(state.key), where)
     opened = open_folder_pack(recurrent)

@@ -65,7 +65,9 @@ def test_every_meeting_point(family: str, dtype: str, attention: str) -> None:
 
 @every_variant
 @pytest.mark.parametrize(("strategy", "computed"), [("load", 0), ("compute", CHUNKS)])
-def test_the_two_ends(family: str, dtype: str, attention: str, strategy: str, computed: int) -> None:
+def test_loading_all_and_computing_all_are_exact(
+    family: str, dtype: str, attention: str, strategy: str, computed: int
+) -> None:
     """Meeting points 0 and 8: everything loaded, everything computed."""
     model = shared_model(family, dtype, attention)
     store = filled_store(model)

@@ -42,7 +42,7 @@ def watch(model: Any, cache: CakeCache) -> list[tuple[Phase, int]]:
     return seen
 
 
-def test_of_a_prompt_that_is_computed() -> None:
+def test_phases_of_a_computed_prompt() -> None:
     model = build("llama")
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK, strategy="compute") as cache:
         seen = watch(model, cache)
@@ -52,7 +52,7 @@ def test_of_a_prompt_that_is_computed() -> None:
         assert cache._work.phase is Phase.IDLE
 
 
-def test_of_a_document_that_is_prefilled_and_asked_about() -> None:
+def test_phases_of_a_prefilled_document_and_its_question() -> None:
     model, store = stored()
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         cache.prefill(IDS[:, : 3 * CHUNK])
@@ -63,7 +63,7 @@ def test_of_a_document_that_is_prefilled_and_asked_about() -> None:
         assert cache._work.phase is Phase.IDLE
 
 
-def test_of_a_batch() -> None:
+def test_phases_of_a_batch() -> None:
     model = build("llama")
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         seen = watch(model, cache)
@@ -81,7 +81,7 @@ def test_of_a_batch() -> None:
     ],
     ids=["crop", "reset", "prefill"],
 )
-def test_what_was_prefilled_is_forgotten_with_the_content(change: Callable[[CakeCache], object]) -> None:
+def test_a_prefilled_prompt_is_forgotten_with_the_content(change: Callable[[CakeCache], object]) -> None:
     model, store = stored()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         cache.prefill(IDS[:, : 3 * CHUNK])
@@ -150,9 +150,9 @@ def test_an_interrupted_generate_leaves_the_cache_idle(where: str, monkeypatch: 
         assert cache.report.chunks_loaded + cache.report.chunks_computed == CHUNKS
 
 
-def test_what_is_looked_up_and_planned_does_not_change() -> None:
+def test_the_prefix_match_and_the_plan_are_immutable() -> None:
     match = PrefixMatch.none(2)
-    assert (match.stored, match.states, match.reason) == ((False, False), (False, False), "")
+    assert (match.stored, match.states, match.refusal) == ((False, False), (False, False), None)
     plan = RestorePlan((True,), {}, None, loads=True, ranges=1, reason="")
     for frozen, name in ((match, "stored"), (plan, "usable")):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -29,7 +29,7 @@ def test_pieces_share_the_parts_memory() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=20), max_size=10), st.integers(0, 200))
-def test_what_is_left(parts: list[bytes], count: int) -> None:
+def test_the_parts_after_a_count_are_the_remaining_bytes(parts: list[bytes], count: int) -> None:
     assert b"".join(after([memoryview(part) for part in parts], count)) == b"".join(parts)[count:]
 
 
@@ -49,7 +49,7 @@ def test_pieces_are_copied_whatever_they_are_of() -> None:
     assert target == b"\0\0abcde\0\0\0"
 
 
-def test_parts_are_joined() -> None:
+def test_parts_of_any_buffer_type_are_joined() -> None:
     parts = [b"ab", bytearray(b"cd"), memoryview(b"xefx")[1:3], b"", memoryview(bytearray(b"gh"))]
     assert joined(parts) == b"abcdefgh"
     assert joined([]) == b""

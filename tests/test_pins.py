@@ -53,7 +53,7 @@ def test_nothing_is_saved_where_all_is_pinned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ends", ["by its date", "by hand", "with the file", "by a delete"])
-def test_pins_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+def test_a_chunk_can_be_evicted_after_its_pin_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
     store = LocalStore(tmp_path, budget=2000)
     fill(store, 0, 2)
     store.pin([key_of(0)], SOON)

@@ -39,7 +39,7 @@ def test_a_lane_for_each_thread_and_a_bar_for_each_span() -> None:
     assert figure.get_suptitle() == "2,100 tokens: 1 chunks loaded, 2 computed"
 
 
-def test_what_is_wrong_is_drawn_in_red() -> None:
+def test_unusable_chunks_are_plotted_in_red() -> None:
     colours = {plots._shade_of(span) for span in TIMELINE if span.outcome in ("computed", "gated")}
     assert colours == {"computed"}
     assert plots._shade_of(TIMELINE[3]) == "not usable"
@@ -79,7 +79,7 @@ def test_the_curve_is_the_longer_of_two_sides() -> None:
         (lambda: plots.plot_split(COSTS, 0), "at least one chunk"),
     ],
 )
-def test_what_cannot_be_drawn(draw: Any, complaint: str) -> None:
+def test_a_report_that_cannot_be_plotted_is_refused(draw: Any, complaint: str) -> None:
     with pytest.raises((CakeError, ValueError), match=complaint):
         draw()
 

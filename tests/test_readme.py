@@ -37,7 +37,7 @@ def test_snippets_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     scope["cache"].close()
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_under_900_words() -> None:
     assert len(README.read_text().split()) < 900
 
 
@@ -146,7 +146,7 @@ def test_shares_of_stores_are_measured() -> None:
             assert agree(cell, measured[store][f"share_{threads}"]["value"]), (store, threads)
 
 
-def test_what_chunks_cost_is_measured() -> None:
+def test_the_readmes_cost_of_chunks_is_the_measured_one() -> None:
     """README and page compare chunks with one forward; the page for three lengths, README for the longest."""
     whole = json.loads((BENCHMARKS / "epyc-2-cores-grid-whole.json").read_text())
     groups = sorted((one for one in whole["groups"] if one["shape"] == "small"), key=lambda one: one["tokens"])

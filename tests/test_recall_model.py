@@ -31,7 +31,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(RECALL_TINY)
 
 
-def test_it_is_small() -> None:
+def test_the_recall_model_is_under_4_mib() -> None:
     assert sum(path.stat().st_size for path in RECALL_TINY.iterdir()) <= 4 * 2**20
 
 

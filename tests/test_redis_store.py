@@ -549,7 +549,7 @@ def way_in(guarded: tuple[Server, Path], how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["password", "user", "socket", "tls"])
-def test_ways_in(guarded: tuple[Server, Path], how: str) -> None:
+def test_each_form_of_a_url_opens_the_store(guarded: tuple[Server, Path], how: str) -> None:
     with open_store(way_in(guarded, how)) as store:
         assert isinstance(store, RedisStore)
         value = value_of(1, 9 * 2**20)

@@ -81,7 +81,7 @@ def test_a_large_value_crosses_in_both_directions(ends: tuple[Wire, socket.socke
 
 
 @pytest.mark.parametrize("answer", [b"$-1\r\n", b"$0\r\n\r\n"])
-def test_nothing_is_told_from_a_value(ends: tuple[Wire, socket.socket], answer: bytes) -> None:
+def test_a_refused_answer_leaves_the_next_one_readable(ends: tuple[Wire, socket.socket], answer: bytes) -> None:
     wire, server = ends
     wire.ask(b"GET", b"name")
     wire.ask(b"GET", b"other")
@@ -126,7 +126,7 @@ def test_a_connection_that_ends_is_an_error(ends: tuple[Wire, socket.socket]) ->
         wire.receive(buffers(100))
 
 
-def test_silence_is_an_error() -> None:
+def test_a_server_that_stops_answering_is_an_error() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         wire = Wire(ours, 0.05)

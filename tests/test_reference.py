@@ -120,14 +120,14 @@ def other_kernels(model: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("change", [two_threads, other_attention, other_kernels], ids=lambda change: change.__name__)
-def test_what_only_rounds_otherwise_hits(change: Change) -> None:
+def test_a_model_that_differs_by_rounding_alone_hits(change: Change) -> None:
     """The negative control."""
     store = MemoryStore()
     answer(store)
     assert answer(store, change)[1].chunks_loaded == CHUNKS
 
 
-def test_in_another_process(tmp_path: Path) -> None:
+def test_an_edited_model_in_another_process_finds_nothing(tmp_path: Path) -> None:
     answer(tmp_path, edited_buffer)
     child = "import sys, test_reference as t; r = t.answer(sys.argv[1])[1]; print(r.chunks_loaded, r.reason)"
     command = [sys.executable, "-c", child, str(tmp_path)]
@@ -259,7 +259,7 @@ def test_where_the_store_does_not_say_which_model_its_kv_is_of_nothing_is_used()
     assert answer(store)[1].chunks_loaded == CHUNKS
 
 
-def test_where_it_cannot_be_written_the_process_still_knows() -> None:
+def test_a_reference_that_cannot_be_written_is_kept_in_the_process() -> None:
     """As with stores that are read-only, such as packs."""
     inner = MemoryStore()
     answer(inner)
@@ -291,7 +291,7 @@ class Racing(WrapperStore):
         return self.inner.write(key, parts, replace=replace)
 
 
-def test_who_comes_second_is_compared_with_who_came_first() -> None:
+def test_a_second_model_is_compared_with_the_first_one() -> None:
     first = MemoryStore()
     answer(first)
     key = beside(first)

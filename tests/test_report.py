@@ -8,7 +8,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.report import LANE_WIDTH, Report, Span
+from cake_hf.report import LANE_WIDTH, Refusal, Report, Span
 
 fewer = settings(max_examples=50)
 
@@ -74,6 +74,16 @@ def test_printing_changes_nothing(report: Report) -> None:
     before = repr(report), list(report.timeline)
     str(report), report._repr_html_(), report.as_dict(), report.lanes()
     assert (repr(report), report.timeline) == before
+
+
+def test_a_refusal_sets_the_reason_and_its_code_and_none_clears_both() -> None:
+    report = Report()
+    assert (report.reason, report.reason_code) == ("", "")
+    report.explain(Refusal("store-not-asked", "the store could not be asked: redis://me:secret@host is down"))
+    assert report.reason == "the store could not be asked: redis://host is down"
+    assert report.as_dict()["reason_code"] == report.reason_code == "store-not-asked"
+    report.explain(None)
+    assert (report.reason, report.reason_code) == ("", "")
 
 
 def test_a_reason_cannot_break_out_of_the_page() -> None:

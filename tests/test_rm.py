@@ -85,7 +85,7 @@ def test_a_document_goes_and_others_keep_what_they_share(store: Path, models: tu
     assert count(store) == 9
 
 
-def test_what_goes_on_from_a_document_goes_with_it(store: Path, models: tuple[Path, Path], texts: Texts) -> None:
+def test_rm_deletes_the_chunks_that_continue_a_document(store: Path, models: tuple[Path, Path], texts: Texts) -> None:
     told = done(run_command("rm", store, *of(models[0], texts.short)))
     assert "2 chunks stay" in told
     assert count(store) == 11 - 1 - 3  # its own third chunk, and what `long` adds
@@ -197,7 +197,7 @@ def test_a_document_is_pinned_for_a_time(store: Path, models: tuple[Path, Path],
         (("--model", "tiny", "--for", "0s"), "is not a time"),
     ],
 )
-def test_pins_that_make_no_sense(store: Path, arguments: tuple[str, ...], complaint: str) -> None:
+def test_unusable_pin_arguments_are_refused(store: Path, arguments: tuple[str, ...], complaint: str) -> None:
     assert complaint in refused(run_command("pin", store, *arguments))
     assert not (store / "pins").exists()
 

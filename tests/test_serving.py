@@ -30,6 +30,6 @@ def test_continuous_batching_runs_as_usual_and_stores_nothing() -> None:
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         assert answers() == alone
         assert cache.flush(60)
-        assert "no prompt has come with this cache yet" in cache.report.reason
+        assert cache.report.reason_code == "no-prompt-yet"
     assert len(alone) == 2
     assert list(store.keys()) == []

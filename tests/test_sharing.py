@@ -34,7 +34,7 @@ BYTES = torch.arange(4, dtype=torch.uint8)
 # The board and the budget.
 
 
-def test_who_comes_second_gets_a_copy_of_what_the_first_makes() -> None:
+def test_a_second_prompt_copies_the_chunks_that_the_first_makes() -> None:
     sharing = Sharing()
     with sharing.flight("a", "first", computes=False) as leading:
         assert leading.followed is None
@@ -97,7 +97,7 @@ def test_the_two_sides_of_a_restore_do_not_follow_each_other() -> None:
         assert contested.followed is None
 
 
-def test_who_computes_does_not_wait_for_a_load() -> None:
+def test_a_prompt_that_computes_does_not_wait_for_a_load() -> None:
     sharing = Sharing()
     with sharing.flight("a", "first", computes=False), sharing.flight("a", "second", computes=True) as plan:
         assert plan.followed is None
@@ -138,7 +138,7 @@ def test_reads_share_a_budget() -> None:
     assert sharing.reads() == 2
 
 
-def test_who_is_not_needed_any_more_does_not_wait_for_the_budget() -> None:
+def test_a_read_that_is_no_longer_needed_does_not_wait_for_a_slot() -> None:
     sharing, done, result = Sharing(), threading.Event(), []
     assert sharing.begin_read(1, lambda: False) is not None
     thread = threading.Thread(target=lambda: result.append(sharing.begin_read(1, done.is_set)), daemon=True)

@@ -34,7 +34,7 @@ def squeezed(text: str) -> str:
 
 
 @pytest.mark.parametrize("width", [200, 80, 60, 40, 24])
-def test_nothing_is_lost(width: int) -> None:
+def test_every_cell_is_shown_at_any_width(width: int) -> None:
     text = printed(Sheet("A title", HEADINGS, ROWS), width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
@@ -43,7 +43,7 @@ def test_nothing_is_lost(width: int) -> None:
         assert cell in text, cell
 
 
-def test_what_fits_is_one_table() -> None:
+def test_columns_that_fit_are_shown_as_one_table() -> None:
     text = printed(Sheet("", HEADINGS, ROWS), 200)
     assert text.count("row 2 of a table") == 1
     assert next(line for line in text.splitlines() if "row 2" in line).split()[-6:] == ROWS[2][1:]
@@ -87,7 +87,7 @@ def test_the_scores_of_the_evaluation(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [120, 80, 50, 40])
-def test_the_bench(width: int) -> None:
+def test_bench_tables_fit_any_width(width: int) -> None:
     figure = Figure("first token over reading + suffix", 1234.567, 1.0, 9999.0, "x", Goal(1.02))
     failed = Result(
         "Other", {}, failure="it could not be measured, since the disk that it was to be measured on is full."

@@ -13,7 +13,7 @@ from cake_hf.testing.contract import key_of
 from soak import LEAST_KILLS, LEAST_LOOKS, Outcome, growth, look_back, soak
 
 
-def test_a_short_one(tmp_path: Path) -> None:
+def test_a_short_soak_keeps_to_the_budget(tmp_path: Path) -> None:
     outcome = soak(10.0, processes=4, caches=0, seed=0, base=tmp_path)
     assert outcome.wrong == []
     assert outcome.left == []
@@ -25,7 +25,7 @@ def test_a_short_one(tmp_path: Path) -> None:
     assert all(change["looks"] >= LEAST_LOOKS for change in outcome.growth)
 
 
-def test_what_should_not_be_is_noticed(tmp_path: Path) -> None:
+def test_damaged_chunks_and_broken_bounds_are_reported(tmp_path: Path) -> None:
     LocalStore(tmp_path, budget=1000).write(key_of(1), [b"not a chunk"])
     with pytest.raises(CorruptChunk):
         look_back(Outcome(budget=10**6, largest=10), tmp_path, [])
@@ -35,7 +35,7 @@ def test_what_should_not_be_is_noticed(tmp_path: Path) -> None:
     assert len(outcome.wrong) == 2
 
 
-def test_growth_is_noticed() -> None:
+def test_growth_of_threads_files_and_memory_is_measured() -> None:
     level = [{"threads": 1, "files": 5, "resident": 1000}] * 30
     assert growth(level) == {"threads": 0, "files": 0, "resident": 0.0, "looks": 30}
     rising = [{"threads": 1 + n // 10, "files": 5 + n, "resident": 1000 + 50 * n} for n in range(30)]

@@ -51,7 +51,7 @@ def test_the_best_may_be_between() -> None:
 
 
 @pytest.mark.parametrize(("before", "later", "expected"), [(near, far, 8), (far, near, 1)])
-def test_what_changes_is_noticed(before: Server, later: Server, expected: int) -> None:
+def test_a_change_of_the_server_is_noticed(before: Server, later: Server, expected: int) -> None:
     spread = Spread()
     reads(spread, before, 200)
     assert reads(spread, later, 500)[-100:].count(expected) > 90

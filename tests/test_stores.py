@@ -569,7 +569,7 @@ def test_a_stalled_read_hangs_until_it_is_released_and_brings_garbage() -> None:
     assert buffer == b"\xa5" * 1000
 
 
-def test_a_lie_passes_every_check() -> None:
+def test_a_forged_chunk_passes_every_check() -> None:
     layout = ChunkLayout(
         16, (Piece("layers.0.keys", 2, 4, torch.float32), Piece("layers.0.values", 2, 4, torch.float32))
     )
@@ -714,7 +714,7 @@ def test_a_path_opens_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert store.root == tmp_path / "store"
 
 
-def test_a_store_is_opened_as_it_is() -> None:
+def test_open_store_returns_a_store_unchanged() -> None:
     store = MemoryStore()
     assert open_store(store) is store
 

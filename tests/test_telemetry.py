@@ -87,7 +87,7 @@ def observe_everything() -> None:
     telemetry.observe_save(False, 1000)
 
 
-def test_what_is_counted(meter: FakeMeter) -> None:
+def test_the_meter_gets_every_count(meter: FakeMeter) -> None:
     observe_everything()
     assert meter.made["cake_hf.chunks"].told == [
         (5, {"cake_hf.outcome": "loaded"}),
@@ -105,7 +105,7 @@ def test_what_is_counted(meter: FakeMeter) -> None:
     assert meter.made["cake_hf.lookup.duration"].told == [0.01]
 
 
-def test_what_did_not_happen_is_not_told(meter: FakeMeter) -> None:
+def test_counts_of_zero_are_not_reported(meter: FakeMeter) -> None:
     telemetry.observe(Report(tokens=5, reason="too short", prefill_seconds=0.1))
     assert meter.made["cake_hf.chunks"].told == meter.made["cake_hf.bytes"].told == []
     assert meter.made["cake_hf.prefill.duration"].told == [0.1]
@@ -152,7 +152,7 @@ def test_the_global_meter_is_asked_for_once_and_late(fresh: None, monkeypatch: p
     assert meter.made["cake_hf.lookup.duration"].told == [0.01, 0.01]
 
 
-def test_nobody_watches(fresh: None) -> None:
+def test_observations_without_a_meter_do_nothing(fresh: None) -> None:
     telemetry.use_meter(None)
     observe_everything()
 
@@ -196,7 +196,7 @@ def test_a_kind_of_fault_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 7, "the others are there for who debugs"
 
 
-def test_threads_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_seen_by_many_threads_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     log = FaultLog()
     run_together([lambda: log.tell("error", "Broken. %s", "x")] * 8)
     assert caplog.messages == ["Broken. x"]

@@ -103,7 +103,7 @@ def test_the_namespace_says_which_part(runs: dict[str, Seen]) -> None:
     assert namespace != other_namespace
 
 
-def test_what_cannot_be_agreed_on_is_computed(runs: dict[str, Seen]) -> None:
+def test_ranks_that_cannot_agree_compute(runs: dict[str, Seen]) -> None:
     assert all("not called alike" in reason for reason in runs["case_not_called_alike"])
     for seen in runs["case_sharded_in_another_way"]:
         assert (seen["difference"], seen["loaded"], seen["computed"]) == ("", 0, 0)
@@ -154,7 +154,7 @@ ends = st.lists(st.sampled_from([None, Outcome.LOADED, Outcome.LOADED, Outcome.C
 
 @settings(max_examples=40)
 @given(all_ends=st.lists(ends, min_size=1, max_size=3))
-def test_all_make_what_any_has_lost(all_ends: list[list[Outcome | None]]) -> None:
+def test_all_ranks_compute_a_chunk_that_any_rank_lost(all_ends: list[list[Outcome | None]]) -> None:
     size = len(all_ends)
     board, meet = [[] for _ in range(size)], threading.Barrier(size)
     with ThreadPoolExecutor(size) as threads:
@@ -166,13 +166,13 @@ def test_all_make_what_any_has_lost(all_ends: list[list[Outcome | None]]) -> Non
         assert steps.overruled == set(wanted) - set(lost(outcomes))
 
 
-def test_alone_they_would_part() -> None:
+def test_ranks_without_an_agreement_run_other_forwards() -> None:
     """Negative control: without the agreement the ranks' forwards are not the same, and would wait for each other."""
     good, bad = [Outcome.LOADED] * 4, [Outcome.LOADED, Outcome.CORRUPT, Outcome.LOADED, None]
     assert [steps_of(outcomes, None)[0] for outcomes in (good, bad)] == [[], [1, 3]]
 
 
-def test_they_stand_where_all_can() -> None:
+def test_ranks_stop_at_the_last_chunk_possible_for_all() -> None:
     """Each can stand at some chunks only; 0 is always possible."""
     places = [{0, 1, 3, 5}, {0, 1, 2, 5}, {0, 1, 4}]
     board, meet = [[] for _ in places], threading.Barrier(len(places))

@@ -79,7 +79,7 @@ def test_a_dictionary_called_cache_is_none() -> None:
     assert compat.cache_name(forward) == ""
 
 
-def test_what_generate_takes() -> None:
+def test_generate_takes_a_cache_by_a_known_name() -> None:
     assert compat.generate_name() in compat.CACHE_NAMES
     prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     assert {"input_ids", compat.generate_name()} <= prepare.keys()
@@ -103,7 +103,7 @@ def test_every_way_into_a_cache_is_guarded() -> None:
         ("batch_select_indices", ["self", "indices"]),
     ],
 )
-def test_what_a_cache_is_asked(method: str, parameters: list[str]) -> None:
+def test_cache_methods_take_the_parameters_we_override(method: str, parameters: list[str]) -> None:
     taken = list(inspect.signature(getattr(Cache, method)).parameters)
     assert taken[: len(parameters)] == parameters
 
@@ -122,12 +122,12 @@ def test_what_a_cache_is_asked(method: str, parameters: list[str]) -> None:
         ("prefetch", ["self"]),
     ],
 )
-def test_what_a_layer_is_asked(method: str, parameters: list[str]) -> None:
+def test_layer_methods_take_the_parameters_we_override(method: str, parameters: list[str]) -> None:
     for kind in (DynamicLayer, DynamicSlidingWindowLayer):
         assert list(inspect.signature(getattr(kind, method)).parameters)[: len(parameters)] == parameters
 
 
-def test_what_a_layer_has() -> None:
+def test_layers_have_the_attributes_we_use() -> None:
     layer = DynamicLayer()
     assert {"keys", "values", "is_initialized"} <= vars(layer).keys()
     layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 5))

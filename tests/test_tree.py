@@ -25,7 +25,7 @@ def odd_model() -> torch.nn.Module:
     return model
 
 
-def test_as_torch_iterates() -> None:
+def test_modules_and_parameters_come_in_torchs_order() -> None:
     for model in (odd_model(), shared_model("llama"), torch.nn.Linear(1, 1)):
         assert modules_of(model) == list(model.named_modules())
         found, theirs = list(parameters_of(model)), list(model.named_parameters(remove_duplicate=False))

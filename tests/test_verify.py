@@ -124,7 +124,7 @@ def test_a_chunk_larger_than_the_memory_is_named(store: LocalStore, monkeypatch:
 # Lies.
 
 
-def test_a_true_store_is_found_true(store: LocalStore, model: Path, text: Path) -> None:
+def test_recompute_confirms_an_honest_store(store: LocalStore, model: Path, text: Path) -> None:
     said = recompute(store, model, "--prompt", text)
     assert said.startswith("0 ")
     assert f"The sample is true: {CHUNKS} chunks of {CHUNKS} computed again" in said
@@ -132,7 +132,7 @@ def test_a_true_store_is_found_true(store: LocalStore, model: Path, text: Path) 
 
 @pytest.mark.parametrize("change", [blank, one_bit])
 @pytest.mark.parametrize("index", [0, 3, CHUNKS - 1])
-def test_a_well_formed_lie_is_found(
+def test_recompute_finds_a_well_formed_forgery(
     store: LocalStore, model: Path, text: Path, index: int, change: Callable[[bytearray], None]
 ) -> None:
     key = keys_in_order(store)[index]
@@ -160,7 +160,7 @@ def test_a_lie_does_not_make_the_chunks_behind_it_look_wrong_or_right(
     assert [key in said for key in keys] == [False, True, True, False, False, False]
 
 
-def test_fix_removes_a_lie(store: LocalStore, model: Path, text: Path) -> None:
+def test_fix_deletes_forged_and_damaged_chunks(store: LocalStore, model: Path, text: Path) -> None:
     keys = keys_in_order(store)
     rewrite(store, keys[2], forge)
     rewrite(store, keys[4], lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -281,7 +281,9 @@ def test_the_options_that_the_chunks_were_saved_with(
     assert recompute(store, model, "--prompt", text, *options).startswith("0 ")
 
 
-def test_what_cannot_be_recomputed(tmp_path: Path, store: LocalStore, model: Path, text: Path) -> None:
+def test_prompts_that_cannot_be_recomputed_are_refused(
+    tmp_path: Path, store: LocalStore, model: Path, text: Path
+) -> None:
     short = write_text(tmp_path / "short.txt", CHUNK - 1)
     assert "less than one chunk" in recompute(store, model, "--prompt", short)
     assert "cannot be read" in recompute(store, model, "--prompt", tmp_path / "missing.txt")
@@ -319,7 +321,7 @@ def test_a_forged_chunk_passes_every_check(store: LocalStore) -> None:
     assert json.dumps(parse_header(forged)[1]) == json.dumps(parse_header(raw)[1])
 
 
-def test_a_lie_steers_the_model() -> None:
+def test_a_forged_chunk_changes_the_answer() -> None:
     """What the checks do not promise: KV that somebody made up is used, and changes what the model says."""
     chunk_model = shared_model("llama")
     inner = filled_store(chunk_model)

@@ -31,6 +31,7 @@ import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report, reads_only
 from cake_hf.cache import self_check as selfcheck
 from cake_hf.layers import TokenMajorLayer, compat
+from cake_hf.report import Refusal
 from cake_hf.restore import bound_model, support
 from families import family_model
 from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
@@ -116,7 +117,7 @@ def test_one_module_names_the_cache(path: Path) -> None:
         "def forward(self, past_key_values): ...",
     ],
 )
-def test_the_look_for_names_finds_them(source: str) -> None:
+def test_uses_of_transformers_names_are_found(source: str) -> None:
     assert names_in(source)
 
 
@@ -232,14 +233,14 @@ def test_a_model_from_elsewhere_beside_a_new_one(kind: type[LlamaForCausalLM]) -
     assert_restored(twice(shared_model("llama"), expected))
 
 
-def test_a_model_that_tells_nothing() -> None:
+def test_a_model_without_logits_to_keep_is_computed() -> None:
     """`generate` makes no attention mask for it, and would run a restored prefix once more: so it is computed."""
     model, store = from_elsewhere(TellsNothing), MemoryStore()
     for _ in range(2):
         options = {"store": store, "chunk_size": CHUNK, "strategy": "load", "return_dict_in_generate": True, **OPTIONS}
         result = cake_hf.generate(model, prompt(), **options)
         assert torch.equal(result.sequences, plain_tokens())
-        assert "logits of all tokens" in getattr(result, NAME).report.reason
+        assert getattr(result, NAME).report.reason_code == "all-logits"
 
 
 @pytest.mark.parametrize("way", ["closure", "partial", "wrapped"])
@@ -255,7 +256,7 @@ def test_a_forward_that_was_replaced_on_the_instance(way: str) -> None:
         model.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
     reports = twice(model, plain_tokens())
     if way == "closure":
-        assert all(report.reason.startswith("the caller wants the logits of all tokens") for report in reports)
+        assert all(report.reason_code == "all-logits" for report in reports)
     else:
         assert_restored(reports)
 
@@ -364,7 +365,7 @@ def test_a_forward_called_by_itself_is_a_plain_one(caplog: pytest.LogCaptureFixt
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
         logits = model.forward(prompt(), **given(cache)).logits
         step = model.forward(prompt(1, seed=9), **given(cache)).logits
-        assert "was called directly" in cache.report.reason
+        assert cache.report.reason_code == "called-directly"
         assert cache.flush(60)
         assert list(cache.store.keys()) == []
         used = DynamicCache(config=model.config)
@@ -409,7 +410,7 @@ def test_a_trial_in_which_nothing_was_restored_says_nothing(
     """Neither that prompts can be restored nor that they cannot; the next cache tries again."""
     expected, model = plain_tokens(), build("llama")
     with untested.context() as patch:
-        patch.setattr(selfcheck.RestoringCache, "_refusal", lambda self, call: "for a test")
+        patch.setattr(selfcheck.RestoringCache, "_refusal", lambda self, call: Refusal("test", "for a test"))
         CakeCache(model, MemoryStore(), chunk_size=CHUNK).close()
     assert not [record for record in caplog.records if record.name == "cake_hf"]
     assert_restored(twice(model, expected))
@@ -420,7 +421,7 @@ def test_a_trial_whose_chunks_are_not_saved_fails(untested: pytest.MonkeyPatch) 
     with untested.context() as patch:
         patch.setattr(MemoryStore, "write", lambda self, *args, **kwargs: True)
         cache = CakeCache(model, MemoryStore(), chunk_size=CHUNK)
-        assert "0 of 3 chunks were loaded" in cache._model_reason
+        assert "0 of 3 chunks were loaded" in cache._model_refusal.text
         cache.close()
 
 
@@ -451,7 +452,7 @@ def test_canary_another_rounding(untested: pytest.MonkeyPatch, caplog: pytest.Lo
         lambda self, layer, keys, values: show(self, layer, keys * 1.001, values),
     )
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-        assert "other logits" in cache._model_reason
+        assert "other logits" in cache._model_refusal.text
     untested.undo()
     untested.setattr(compat, "NEWEST_TESTED", "4.99")
     assert_plain(twice(model, expected), caplog)
@@ -649,7 +650,7 @@ def test_a_model_that_keeps_tokens_twice_is_computed() -> None:
     model: Any = from_elsewhere(TwiceInTheCache)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache, torch.no_grad():
         logits = model(input_ids=prompt(), **given(cache), logits_to_keep=1).logits
-        assert cache.report.reason == "this model keeps another number of tokens than it is given"
+        assert cache.report.reason_code == "token-count"
         plain = model(input_ids=prompt(), **given(DynamicCache(config=model.config)), logits_to_keep=1).logits
         assert torch.equal(logits, plain)
 
@@ -720,7 +721,7 @@ def test_the_versions_in_the_project_are_those_in_the_library() -> None:
         assert "://" not in text
 
 
-def test_our_own_calls_make_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+def test_our_calls_raise_no_future_warning(recwarn: pytest.WarningsRecorder) -> None:
     twice(build("llama"), plain_tokens())
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
 

@@ -61,7 +61,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 # The command.
 
 
-def test_all_ways_are_walked(result: dict[str, Any]) -> None:
+def test_every_way_is_measured(result: dict[str, Any]) -> None:
     (document,) = result["documents"]
     assert [one["way"] for one in document["taken"] if one["question"] == 0] != []
     assert {one["way"] for one in document["taken"]} == set(WAYS)
@@ -90,7 +90,7 @@ def test_the_document_is_chunks_and_a_tail(result: dict[str, Any]) -> None:
     assert cold["computed"] == -(-document["tokens"] // result["chunk_size"])
 
 
-def test_kinds_of_time(result: dict[str, Any]) -> None:
+def test_each_way_spends_only_its_own_kinds_of_time(result: dict[str, Any]) -> None:
     (document,) = result["documents"]
     kinds = {one["way"]: (set(one["prepared"]), set(one["asked"])) for one in document["taken"] if not one["question"]}
     assert kinds[SINGLE] == (set(), {COMPUTE})
@@ -122,7 +122,7 @@ def lose_a_key(prepared: Any) -> Any:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("spoil", [edit_a_value, lose_a_key])
-def test_other_bits_are_a_failure(
+def test_different_bits_in_our_answers_fail_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoil: Any
 ) -> None:
     """What is expected is spoilt, since a cache of ours notices when its content is."""
@@ -141,13 +141,13 @@ def test_other_bits_are_a_failure(
         (["--threads", "0"], "no number from 1 on"),
     ],
 )
-def test_options_that_make_no_walk(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_unusable_options_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert words in capsys.readouterr().err
 
 
-def test_what_cannot_be_run_is_one_sentence(
+def test_a_walk_that_cannot_run_ends_with_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -195,7 +195,7 @@ def test_bits_of_ours_must_be_equal(tokenizer: Any, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in (*OURS, SINGLE)])
-def test_other_bits_of_others_are_shown_only(tokenizer: Any, way: str) -> None:
+def test_different_bits_in_other_ways_are_only_shown(tokenizer: Any, way: str) -> None:
     assert findings.broken(walked(tokenizer, taken(way, 0, digests=("z", "z"))), "float32") == []
 
 
@@ -400,7 +400,7 @@ def assert_chart_shows(svg: Path, result: dict[str, Any]) -> None:
     assert any(f"{document['tokens']:,} tokens" in text for text in texts)
 
 
-def test_what_is_committed_is_what_was_measured() -> None:
+def test_the_committed_tables_match_the_committed_result() -> None:
     """README, page and chart are those that `python -m eval.walk --chart` makes of eval/walk.json."""
     measured = command.read(command.RESULT)
     assert tables.page(measured) in (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ def chunks(store: Path) -> int:
     return len(list(LocalStore(store).keys())) if store.exists() else 0
 
 
-def test_a_folder(tmp_path: Path, model: Path, folder: Path) -> None:
+def test_all_text_files_of_a_folder_are_warmed(tmp_path: Path, model: Path, folder: Path) -> None:
     result = warm(model, [folder], tmp_path / "kv")
     assert result.exit_code == 0, result.output
     told = flat(result.stdout)
@@ -97,8 +97,8 @@ def test_one_file_of_those_named_that_is_too_short_is_an_error(tmp_path: Path, m
 
 def test_one_document_says_what_will_hit_it(tmp_path: Path, model: Path, folder: Path) -> None:
     told = flat(warm(model, [folder / "below" / "two.md"], tmp_path / "kv").stdout)
-    assert "Stored are the first 32 of the 37 tokens." in told
-    assert "The last 5 tokens of the text, and what stands behind it, are computed each time." in told
+    assert "The first 32 of the 37 tokens are stored." in told
+    assert "The last 5 tokens of the text, and what follows it, are computed each time." in told
     assert "this number of threads" in told
     assert "chat template" not in told
     portable = flat(warm(model, [folder / "one.txt"], tmp_path / "kv", "--no-exact").stdout)

@@ -91,7 +91,7 @@ FORWARDS = 10
 )
 @pytest.mark.parametrize("forward", range(1, FORWARDS))
 @pytest.mark.parametrize("exact", [True, False])
-def test_in_each_forward_of_a_first_prompt(forward: int, exact: bool) -> None:
+def test_an_alarm_in_any_forward_of_a_first_prompt_reaches_the_user(forward: int, exact: bool) -> None:
     model, store = ringing_at(forward), MemoryStore()
     error = ERRORS[forward % len(ERRORS)]
     with (
@@ -118,7 +118,7 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("untested")
 @pytest.mark.parametrize("forward", [1, 2, 4, 6, 9, 12, 15])
-def test_in_the_self_check(forward: int) -> None:
+def test_an_alarm_in_the_self_check_reaches_the_user(forward: int) -> None:
     model, error = ringing_at(forward), ERRORS[forward % len(ERRORS)]
     with watched_by(of_a_library(error)), pytest.raises(error, match="too slow"):
         CakeCache(model, MemoryStore(), chunk_size=CHUNK)
@@ -127,9 +127,9 @@ def test_in_the_self_check(forward: int) -> None:
 
 
 @pytest.mark.usefixtures("untested")
-def test_while_the_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_while_layers_are_checked_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    for name in ("check_stand_in", "model_reason"):
+    for name in ("check_stand_in", "model_refusal"):
         with monkeypatch.context() as patch, watched_by(of_a_library(LookupError)):
             patch.setattr(support, name, ring)
             with pytest.raises(LookupError, match="too slow"):
@@ -137,7 +137,7 @@ def test_while_the_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
         right(model, MemoryStore())
 
 
-def test_while_a_chunk_is_copied_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_while_a_chunk_is_copied_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no memory for it is a reason not to save it, and not more."""
     model = build("llama")
     with watched_by(of_a_library(RuntimeError)), CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
@@ -171,12 +171,12 @@ class Ringing(MemoryStore):
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_in_tiers_that_the_main_thread_asks(error: type[Exception]) -> None:
+def test_an_alarm_in_a_tier_reaches_the_user(error: type[Exception]) -> None:
     with watched_by(of_a_library(error)), pytest.raises(error, match="too slow"):
         TierStore([Ringing(), MemoryStore()]).contains(["0" * 40])
 
 
-def test_in_a_directory_that_the_main_thread_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_in_a_directory_store_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An alarm is often a TimeoutError, which is an OSError, as those of files are."""
     store = LocalStore(tmp_path)
     monkeypatch.setattr(type(store._folder), "statuses", ring)
@@ -184,7 +184,7 @@ def test_in_a_directory_that_the_main_thread_asks(tmp_path: Path, monkeypatch: p
         store.contains(["0" * 40])
 
 
-def test_while_telemetry_is_told() -> None:
+def test_an_alarm_while_telemetry_is_reported_reaches_the_user() -> None:
     watch = _Watch()
     watch.use(lambda: None, again=False)
     watch._instruments = object()  # type: ignore[assignment]
@@ -234,7 +234,7 @@ def handlers(error: Exception) -> list[Any]:
 
 
 @pytest.mark.parametrize("number", range(7))
-def test_whatever_the_handler_looks_like(number: int) -> None:
+def test_an_error_of_any_kind_of_signal_handler_is_the_users(number: int) -> None:
     error = LookupError("mine")
     with watched_by(handlers(error)[number]):
         with pytest.raises(LookupError, match="mine") as caught:
@@ -278,7 +278,7 @@ def test_what_fails_while_an_earlier_alarm_is_dealt_with_is_a_fault_of_its_own()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), StoreError("x"), TimeoutError("x")])
-def test_other_errors_are_faults(error: Exception) -> None:
+def test_errors_from_elsewhere_are_the_stores_faults(error: Exception) -> None:
     with suppress(AssertionError), faults_suppressed(type(error)):
         raise error
     assert is_a_fault(error)

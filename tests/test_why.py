@@ -101,7 +101,7 @@ def test_a_prompt_that_nobody_saved(store: Path, model: Path, tmp_path: Path) ->
     result = why(store, model, write_text(tmp_path / "other.txt", TOKENS, seed=5))
     assert result.exit_code == 1
     assert "0 of 5 chunks" in flat(result.output)
-    assert "Nothing else is known to have been made of it" in flat(result.output)
+    assert "No other chunks of it are known" in flat(result.output)
 
 
 def test_another_salt_says_nothing_about_the_document(tmp_path: Path, model: Path, text: Path) -> None:
@@ -115,7 +115,9 @@ def test_another_salt_says_nothing_about_the_document(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize("missing", ["store", "text", "model"])
-def test_what_is_not_there_is_one_sentence(store: Path, model: Path, text: Path, tmp_path: Path, missing: str) -> None:
+def test_a_missing_store_model_or_file_is_one_sentence(
+    store: Path, model: Path, text: Path, tmp_path: Path, missing: str
+) -> None:
     nothing = tmp_path / "nothing"
     given = {"store": store, "text": text, "model": model, missing: nothing}
     result = why(given["store"], given["model"], given["text"])
@@ -125,7 +127,7 @@ def test_what_is_not_there_is_one_sentence(store: Path, model: Path, text: Path,
     assert not nothing.exists()
 
 
-def test_asking_leaves_no_trace(store: Path, model: Path, text: Path) -> None:
+def test_why_and_ls_change_no_file(store: Path, model: Path, text: Path) -> None:
     def files() -> dict[Path, tuple[int, int]]:
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in store.rglob("*")}
 
@@ -224,13 +226,13 @@ def with_start(text: Path, tokens: int, more: int, seed: int = 7) -> Path:
 @pytest.mark.parametrize(
     ("tokens", "found", "told"),
     [
-        (2 * CHUNK, 2, "The first 32 tokens agree with what is stored; within the next 16 it differs"),
-        (3 * CHUNK + 9, 3, "The first 48 tokens agree with what is stored; within the next 16 it differs"),
+        (2 * CHUNK, 2, "The first 32 tokens agree with what is stored; within the next 16 they differ"),
+        (3 * CHUNK + 9, 3, "The first 48 tokens agree with what is stored; within the next 16 they differ"),
         (0, 0, "differs within the first 16 tokens"),
-        (TOKENS, 5, "Of what is behind the first 80 tokens, nothing is stored."),
+        (TOKENS, 5, "Nothing behind the first 80 tokens is stored."),
     ],
 )
-def test_where_a_prompt_parts_from_what_is_stored(
+def test_why_says_where_a_prompt_starts_to_differ(
     store: Path, model: Path, text: Path, tokens: int, found: int, told: str
 ) -> None:
     result = why(store, model, with_start(text, tokens, 3 * CHUNK))
@@ -332,7 +334,7 @@ def another_word(folder: Path) -> None:
         (changed_tokenizer, "differs within the first 16 tokens: compare"),
         (
             another_word,
-            "tokens agree with what is stored; within the next 16 it differs: compare the texts, the tokenizers",
+            "tokens agree with what is stored; within the next 16 they differ: compare the texts, the tokenizers",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The axes of the grid: which models, how long, how much of the device is left, and where the chunks come from."""
+"""The axes of the grid: models, lengths, shares of the device, and sources of the chunks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _THROTTLE = re.compile(r"(\d+(?:\.\d+)?)(gbps|x)")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a cell's chunks come from.
+    """The source of a cell's chunks.
 
     Attributes:
         kind: "memory"; "disk" (the local one, from the page cache); or the disk behind a throttle: "gbps", of `amount` in 10^9
             bits per second, or "times", at which loading takes about `amount` times as long as computing does undisturbed.
-        amount: 0 where nothing is throttled.
+        amount: 0 if nothing is throttled.
     """
 
     kind: Literal["memory", "disk", "gbps", "times"]
@@ -37,7 +37,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """From "memory", "disk", "32gbps" or "0.5x".
+        """Parses "memory", "disk", "32gbps" or "0.5x".
 
         Raises:
             ValueError: it is none of these, or out of range.
@@ -70,15 +70,15 @@ class Axes:
     Attributes:
         shapes: of models, names from `settings.SHAPES`.
         tokens: lengths of the prefix that is restored; rounded down to full chunks.
-        shares: of the device's compute that others leave.
+        shares: of the device's compute that others leave to us.
         sources: where chunks come from.
         repeats: rounds; in each, every arm of a group is run once.
         chunk_size: tokens.
         dtype, device: of the models, as torch names them.
-        peers: also measure what people do without us.
+        peers: also measure the alternatives without us.
         parity: before the grid, check bit for bit that restoring is exact on this device.
         decode: after the grid, compare decoding at the longest length.
-        minutes: what is not expected to end by then is left out; 0 for no end.
+        minutes: groups that are not expected to end by then are left out; 0 for no limit.
 
     Raises:
         ValueError: an axis is empty or has values out of range.
@@ -117,7 +117,7 @@ class Axes:
         return sorted({tokens // self.chunk_size * self.chunk_size for tokens in self.tokens})
 
     def settings(self, shape: str) -> Settings:
-        """Of a bench for the longest prompt."""
+        """Returns the settings of a bench for the longest prompt."""
         return Settings(
             shape=shape_named(shape),
             tokens=self.lengths[-1],
@@ -129,7 +129,7 @@ class Axes:
         )
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {**asdict(self), "sources": [str(source) for source in self.sources]}
 
 
@@ -143,7 +143,7 @@ def with_options(
     stores: str | None = None,
     **others: int | float | str | bool | None,
 ) -> Axes:
-    """A preset with what the command line gave in place of its own; None is not given.
+    """Returns a preset with the command line's options in place of its own; None means not given.
 
     Args:
         preset: to start from.
@@ -167,7 +167,7 @@ def with_options(
 
 
 def _words(text: str) -> Iterable[str]:
-    """Each once, in the given order."""
+    """Returns each word once, in the given order."""
     return dict.fromkeys(word.strip() for word in text.split(",") if word.strip())
 
 
@@ -211,5 +211,5 @@ PRESETS = {
         minutes=8.0,
     ),
 }
-"""By the name that the command line knows. The order of the groups is by share, then by length with the longest first, so that
-what is left out when the minutes are over tells least."""
+"""Presets by their names on the command line. Groups are ordered by share, then by length with the longest first, so that
+those left out for lack of time tell least."""

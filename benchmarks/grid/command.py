@@ -43,7 +43,7 @@ GRID_HELP = (
 
 
 class Preset(StrEnum):
-    """What the options start from."""
+    """The preset that the options start from."""
 
     CPU = "cpu"
     GPU = "gpu"
@@ -52,9 +52,9 @@ class Preset(StrEnum):
 
 def grid_command(
     preset: Annotated[
-        Preset | None, typer.Option(help="What all other options start from; by default that of the device.")
+        Preset | None, typer.Option(help="The preset for all other options; by default that of the device.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is the GPU if there is one.")] = "auto",
     shape: Annotated[str | None, typer.Option(help=f"Models, separated by commas: {', '.join(SHAPES)}.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Tokens of the cached prefix, e.g. 4096,8192.")] = None,
     shares: Annotated[
@@ -66,25 +66,27 @@ def grid_command(
             help="memory, disk, a throttle like 32gbps, or one like 0.5x: loading takes half as long as computing."
         ),
     ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; in each, everything is run once.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds; in each, everything is run once.")
+    ] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights, and so of the KV.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of the weights, and so of the KV.")] = None,
     peers: Annotated[
         bool | None, typer.Option(help="Also measure whole caches saved with torch and safetensors.")
     ] = None,
     parity: Annotated[bool | None, typer.Option(help="First check on this device that restoring is exact.")] = None,
-    decode: Annotated[bool | None, typer.Option(help="At the end compare decoding at the longest length.")] = None,
+    decode: Annotated[bool | None, typer.Option(help="At the end, compare decoding at the longest length.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Begin nothing that is not expected to end by then; 0 for no limit.")
+        float | None, typer.Option(help="Start nothing that is not expected to end by then; 0 for no limit.")
     ] = None,
     folder: Annotated[
         Path | None,
         typer.Option("--folder", help="Make the (temporary) stores in this directory, to measure its disk."),
     ] = None,
     plot_folder: Annotated[
-        Path | None, typer.Option("--plots", help="Draw PNGs in this directory (needs matplotlib).")
+        Path | None, typer.Option("--plots", help="Write PNGs to this directory (needs matplotlib).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file, anew after each group.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file, again after each group.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")] = False,
 ) -> None:
     """Measure all combinations of the axes; see GRID_HELP."""
@@ -121,7 +123,7 @@ def grid_command(
 
 
 def _write(grid: Grid, out: Path | None) -> None:
-    """Replace the file as a whole: whoever ends this early finds what was measured until then."""
+    """Replaces the file as a whole, so that it always holds the results so far."""
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -131,10 +133,10 @@ def _write(grid: Grid, out: Path | None) -> None:
 
 
 def plot_command(
-    results: Annotated[Path, typer.Argument(help="A file that `python -m benchmarks grid --out` has written.")],
-    folder: Annotated[Path, typer.Argument(help="Where the PNGs go; made when missing.")],
+    results: Annotated[Path, typer.Argument(help="A file written by `python -m benchmarks grid --out`.")],
+    folder: Annotated[Path, typer.Argument(help="The directory for the PNGs; created if missing.")],
 ) -> None:
-    """Draw the plots of a grid that was measured before, here or on another machine (needs matplotlib)."""
+    """Plot a grid that was measured before, here or on another machine (needs matplotlib)."""
     try:
         outcome = json.loads(results.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -147,9 +149,9 @@ def plot_command(
 
 @contextmanager
 def _progress(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr that is gone when all is done, or a line per group where stderr is no terminal.
+    """Shows a bar on stderr until all is done, or a line per group if stderr is no terminal.
 
-    Gives a function that is called with what is done next, `group: run`.
+    Yields a function to be called with the next run, `group: run`.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not (shown and errors.is_terminal)) as progress:

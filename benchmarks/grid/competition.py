@@ -1,9 +1,9 @@
-"""Others who want the same device: processes that leave us a share of it, and rest when told to.
+"""Competing processes that leave us a share of the device, and rest when told to.
 
 Fair scheduling gives k competitors on a core at most `k / (k + 1)` of it, and each what it wants below that. So k processes
 per core, each wanting `(1 - share) / k`, leave us `share` as long as `k >= 1 / share - 1`. A GPU's driver gives processes
-slices of time, which comes to about the same. Threads that wait for the slowest of them get less. What share was really left
-is measured, in every round, as the plain computation's time while they rest over that while they work.
+slices of time, which has about the same effect. Threads that wait for the slowest of them get less. The share that was really
+left is measured in every round: the plain computation's time while they rest over that while they work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from cake_hf.errors import CakeError
 
 LEAST_SHARE = 0.1
-"""Below it there would be more than nine processes per core."""
+"""Below this there would be more than nine processes per core."""
 END_SECONDS = 10.0
 SCRIPT = Path(__file__).with_name("competitor.py")
 
@@ -31,7 +31,7 @@ class Competition:
     """The competing processes; they start when they are first told to work. With a share of 1 there are none.
 
     Args:
-        share: of the device that is to be left, from LEAST_SHARE to 1.
+        share: of the device to be left to us, from LEAST_SHARE to 1.
         device: as torch names it.
 
     Raises:
@@ -59,7 +59,7 @@ class Competition:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """They take their part while the body runs: from before its begin until after its end.
+        """Lets the processes work from before the body starts until after it ends.
 
         Raises:
             CakeError: one of them is gone.
@@ -92,7 +92,7 @@ class Competition:
 
 
 def demand(share: float) -> tuple[int, float]:
-    """How many processes per core, and the part of it that each wants, leave that share."""
+    """Returns how many processes per core, and which part of a core for each, leave that share."""
     if share >= 1:
         return 0, 0.0
     each = max(1, math.ceil(1 / share - 1 - 1e-9))
@@ -100,12 +100,12 @@ def demand(share: float) -> tuple[int, float]:
 
 
 def usable_cores() -> list[int]:
-    """Numbers of the cores that this process may run on."""
+    """Returns the numbers of the cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """A process whose input ends leaves by itself; one that does not is made to."""
+    """Ends a process: it ends by itself when its input does, or is killed."""
     assert process.stdin is not None
     assert process.stdout is not None
     with suppress(OSError):  # it was gone before

@@ -1,11 +1,11 @@
-"""A process that keeps a part of a processor core, or of a GPU, busy: what another user of the machine would do.
+"""A process that keeps a part of a processor core, or of a GPU, busy, as another user of the machine would.
 
 Run as a script by `competition`, with `python -I`, so that it starts without this package:
 
     competitor.py DEVICE PART [CORE]
 
-Where a core is given it stays there: two of them on one core, and none on the other, would be another competition. It
-reads "go" and "rest" from its input, a line each, and repeats the word once it has obeyed. When its input ends, so does it.
+With a core it stays on that core: two of them on one core, and none on the other, would be another competition. It reads "go"
+and "rest" from its input, a line each, and repeats the word once it has obeyed. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MOST_DEBT = 0.05
 """Seconds of work that may be caught up on after others had the device; more would make bursts of it."""
 MATRIX = 4096
 GPU_QUANTUM = 0.01
-"""Seconds of work that a GPU is given at a time: it is shared in slices of some milliseconds, so less would hardly be seen."""
+"""Seconds of work given to a GPU at a time: it is shared in slices of some milliseconds, so less would hardly show."""
 CALIBRATION_ROUNDS = 20
 
 Work = Callable[[], float]
 
 
 def cpu_work() -> float:
-    """Be busy until this thread has had QUANTUM seconds of a core; returns what it had."""
+    """Keeps busy until this thread has had QUANTUM seconds of a core; returns what it had."""
     begin = time.thread_time()
     while (used := time.thread_time() - begin) < QUANTUM:
         sum(range(200))
@@ -37,7 +37,7 @@ def cpu_work() -> float:
 
 
 def gpu_work(device: str) -> Work:
-    """Some matrix products, and how long they take when nobody else wants the GPU (measured now)."""
+    """Returns some matrix products, and how long they take on an idle GPU (measured now)."""
     import torch
 
     matrix = torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device)
@@ -54,10 +54,10 @@ def gpu_work(device: str) -> Work:
 
 
 def in_bursts(multiply: Callable[[int], float]) -> Work:
-    """Work of about GPU_QUANTUM.
+    """Returns work of about GPU_QUANTUM seconds.
 
     Args:
-        multiply: does so many products, and returns the seconds.
+        multiply: does that many products, and returns the seconds.
     """
     multiply(1)
     each = multiply(CALIBRATION_ROUNDS) / CALIBRATION_ROUNDS
@@ -71,7 +71,7 @@ def in_bursts(multiply: Callable[[int], float]) -> Work:
 
 
 def compete(work: Work, part: float, running: threading.Event) -> None:
-    """Take that part of the time from others, as long as `running` is set."""
+    """Takes that part of the time from others, as long as `running` is set."""
     due = time.perf_counter()
     while running.is_set():
         due = max(due, time.perf_counter() - MOST_DEBT) + work() / part
@@ -79,7 +79,7 @@ def compete(work: Work, part: float, running: threading.Event) -> None:
 
 
 def listen(running: threading.Event, changed: threading.Event) -> None:
-    """Obey what comes in."""
+    """Obeys the words on its input."""
     for line in sys.stdin:
         (running.set if line.strip() == "go" else running.clear)()
         changed.set()
@@ -87,7 +87,7 @@ def listen(running: threading.Event, changed: threading.Event) -> None:
 
 
 def main(device: str, part: float, core: int | None = None) -> None:
-    """Work and rest as told, until the input ends."""
+    """Works and rests as told, until the input ends."""
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     work = gpu_work(device) if device.startswith("cuda") else cpu_work

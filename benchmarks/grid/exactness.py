@@ -1,7 +1,8 @@
-"""Is restoring exact on this device? Bit for bit against a chunked `DynamicCache`: logits of all new tokens, and all KV.
+"""Is restoring exact on this device? Compares with a chunked `DynamicCache`, bit for bit: logits of all new tokens, and all
+KV.
 
-What is tried: a cold prompt, each strategy warm, every meeting point of the two sides (a gate decides where), and stores that
-drop, cut, flip, fail and hang. No timing is involved, so this can be asked of any machine at any time.
+The runs are a cold prompt, each strategy warm, every meeting point of the two sides (set by a gate), and stores that drop,
+cut, flip, fail and hang. No timing is involved, so this works on any machine at any time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ CHUNKS = 8
 NEW_TOKENS = 4
 FAULT_SEEDS = range(4)
 HANGING_SECONDS = 0.5
-"""After so long a load that hangs is given up."""
+"""Seconds after which a load that hangs is given up."""
 
 
 @dataclass
 class Exactness:
-    """What was tried, and what came out differently.
+    """What was tried, and what differed.
 
     Attributes:
         tried: names of the runs.
@@ -44,7 +45,7 @@ class Exactness:
     wrong: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {"runs": len(self.tried), "tried": self.tried, "wrong": self.wrong}
 
 
@@ -54,7 +55,7 @@ class _Outcome:
     kv: list[torch.Tensor]
 
     def difference(self, other: _Outcome) -> str:
-        """The first thing in which they differ; empty if there is none."""
+        """Returns the first difference; empty if there is none."""
         if not torch.equal(self.logits, other.logits):
             return "the logits differ"
         unequal = (n for n, pair in enumerate(zip(self.kv, other.kv, strict=True)) if not torch.equal(*pair))
@@ -63,7 +64,7 @@ class _Outcome:
 
 
 def runs_of(chunks: int) -> int:
-    """How many runs an `Examination` has for a prompt of so many chunks."""
+    """Returns how many runs an `Examination` has for a prompt of that many chunks."""
     return 3 + (chunks - 1) + 2 * len(FAULT_SEEDS) + 2
 
 
@@ -79,10 +80,10 @@ class Examination:
         self._store = bench.filled_store()
         self._expected = self._generate(plain_cache(bench.model), prefill_chunk_size=bench.settings.chunk_size)
         self.found = Exactness()
-        self._left_alone = False  # the last run restored nothing, so that no gate would be come to
+        self._left_alone = False  # the last run restored nothing, so no gate would be reached
 
     def steps(self) -> Iterator[str]:
-        """Do one run after the other; gives the name of each before it."""
+        """Does one run after the other; yields the name of each before it."""
         with expected_faults():
             yield from self._steps()
 
@@ -107,7 +108,7 @@ class Examination:
         yield "warm, load", self._store, {"strategy": "load"}
 
     def _try(self, name: str, store: Store, meeting: int | None = None, **options: Any) -> None:
-        """A run through a fresh cache; whatever it comes to is written down."""
+        """Runs once through a new cache and notes any difference."""
         self.found.tried.append(name)
         try:
             with self._bench.cache(store, **options) as cache, _met_at(self._bench, store, meeting):
@@ -162,9 +163,9 @@ class Examination:
 
 @contextmanager
 def _met_at(bench: Workbench, gate: Store, meeting: int | None) -> Iterator[None]:
-    """While chunk `meeting - 1` is being computed, let all later chunks, and no others, be read.
+    """Lets all later chunks, and no others, be read while chunk `meeting - 1` is being computed.
 
-    The cache must be there before: its hook on the model has to come first, so that what is counted here is its chunks.
+    The cache must exist before: its hook on the model must come first, so that the chunks counted here are its own.
     """
     if meeting is None or not isinstance(gate, GateStore):
         yield
@@ -176,7 +177,7 @@ def _met_at(bench: Workbench, gate: Store, meeting: int | None) -> Iterator[None
         forwards += 1
         if forwards == meeting:
             gate.open(later)
-            gate.await_begun(later + 1)  # a contested one of this chunk: by then the one loader has settled the others
+            gate.await_begun(later + 1)  # this chunk's contested load: by then the one loader has settled the others
 
     handle = bench.model.register_forward_pre_hook(reads_only(before), with_kwargs=True)
     try:

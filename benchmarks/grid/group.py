@@ -1,8 +1,8 @@
 """All cells of one model, one length and one share of the device: every arm takes its turn in every round.
 
-Arms that no store is part of (recomputing with transformers alone, compute-only) are shared by the cells. A cache learns what
-computing and loading cost, cell by cell; so in the first round it knows less than in the others, as with a new store, and
-the median is that of a store in use.
+Arms without a store (recomputing with transformers alone, compute-only) are shared by the cells. A cache learns what
+computing and loading cost, cell by cell; so in the first round it knows less than in the others, as with a new store, and the
+median is that of a store in use.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ GOALS = {
 """Two cores are noisier than a GPU."""
 
 FEW_CHUNKS = 8
-"""With fewer chunks a split cannot be fine enough to come near the limit; eta is shown and not judged."""
+"""With fewer chunks a split cannot be fine enough to come near the limit; eta is shown without a goal."""
 WORTH_USING = 0.9
-"""Both sides are worth using where the best split takes no more than so much of the better one alone."""
+"""Both sides are worth using if the best split takes at most this part of the better one alone."""
 
 TURN_SECONDS = {"cpu": 1.0, "cuda": 0.3}
-"""How long one turn of an arm takes at least, unless that takes MOST_RUNS."""
+"""The least time for one turn of an arm, unless that takes MOST_RUNS."""
 MOST_RUNS = 9
 BESIDE_OTHERS = 3
-"""So many times as long are turns beside others: there two runs of the same differ by a third."""
+"""Turns beside a competing load are this many times as long: there, two equal runs differ by a third."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Opened:
 
     Attributes:
         source: what it stands for.
-        store: ours. A wrapper of its own for each cell, since what is learnt about its costs is remembered with it.
+        store: ours. Each cell has a wrapper of its own, since what is learned about its costs is remembered with it.
         bytes_per_second: of the throttle; None for none.
-        held: the peers' files where they come from memory, by format.
+        held: the peers' files by format, if they come from memory.
     """
 
     source: Source
@@ -61,7 +61,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Point:
-    """Where a group is on the axes."""
+    """A group's place on the axes."""
 
     shape: str
     tokens: int
@@ -79,8 +79,8 @@ class Cell:
 
     Attributes:
         source: its name.
-        gbps: 10^9 bits per second of the throttle, or of what load-only runs came to.
-        throttled: whether the former.
+        gbps: 10^9 bits per second of the throttle, or as measured in load-only runs.
+        throttled: whether it is the throttle's.
         figures: by a short name; peers' among them.
         details: JSON-ready.
     """
@@ -92,21 +92,21 @@ class Cell:
     details: dict[str, object]
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         plain = {"source": self.source, "gbps": self.gbps, "throttled": self.throttled, **self.details}
         return {**plain, **{name: figure.as_dict() for name, figure in self.figures.items()}}
 
 
 @dataclass(frozen=True)
 class Group:
-    """What a group came to.
+    """The results of a group.
 
     Attributes:
         point: on the axes.
-        figures: of the arms that all cells share, and the share of the device that was really left.
+        figures: of the arms shared by all cells, and the share of the device that was really left.
         cells: one per source.
-        costs: what T* was computed from.
-        timeline: who did what when, in the median run of the cell where both ends help most.
+        costs: those that T* was computed from.
+        timeline: the actors' work in the median run of the cell where both ends help most.
         failure: empty, or why there are no cells.
     """
 
@@ -118,7 +118,7 @@ class Group:
     failure: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         point = {name: getattr(self.point, name) for name in ("shape", "tokens", "chunks", "share")}
         shared = {name: figure.as_dict() for name, figure in self.figures.items()}
         cells = [cell.as_dict() for cell in self.cells]
@@ -133,11 +133,11 @@ def open_sources(
     rates: Mapping[float, float],
     saved: SavedCache | None,
 ) -> list[Opened]:
-    """Stores for the cells of one group.
+    """Yields stores for the cells of one group.
 
     Args:
         sources: of the cells.
-        disk, memory: filled stores; memory is needed where it is among the sources.
+        disk, memory: filled stores; memory is needed if it is among the sources.
         rates: bytes per second of the throttles that are relative to computing.
         saved: the peers' files, if they are to be measured.
     """
@@ -155,12 +155,12 @@ def open_sources(
 
 
 def goals_for(device: str, chunks: int, limit_over_alone: float) -> Goals:
-    """What a cell is judged by.
+    """Returns the goals of a cell.
 
     Args:
         device: as torch names it.
         chunks: of the prefix.
-        limit_over_alone: T* over what the better method alone would take.
+        limit_over_alone: T* over the time of the better single method.
     """
     goals = GOALS[_kind(device)]
     worth_judging = chunks >= FEW_CHUNKS and limit_over_alone <= WORTH_USING
@@ -172,7 +172,7 @@ def _kind(device: str) -> str:
 
 
 def arm_count(sources: int, *, peers: bool, competing: bool) -> int:
-    """How many runs a round of a group has."""
+    """Returns how many runs a round of a group has."""
     return 2 + (1 if peers else 0) + competing + sources * (2 + (len(FORMATS) if peers else 0))
 
 
@@ -184,15 +184,15 @@ def measure(
     others: Competition,
     step: Callable[[str], None],
 ) -> Group:
-    """Run all rounds of a group.
+    """Runs all rounds of a group.
 
     Args:
         bench: with the group's prompt.
         point: on the axes.
         sources: of the cells.
         saved: the peers' files; None to leave the peers out.
-        others: who leave the group's share of the device.
-        step: called with the name of what is run next.
+        others: the competing processes, which leave the group's share of the device.
+        step: called with the name of the next run.
 
     Raises:
         CakeError: a run did something else than it should, so its time would mean nothing.
@@ -209,9 +209,9 @@ def measure(
 
 
 class Steadied:
-    """An arm that takes a turn of some length: a short run, which any hiccup doubles, is repeated, and the median run counts.
+    """An arm with turns of some length: a short run, which any hiccup doubles, is repeated, and the median run counts.
 
-    Not in the first turn, in which a cache is to know little of what things cost.
+    The first turn has a single run, since a cache is to know little of the costs there.
 
     Args:
         arm: one run.

@@ -1,7 +1,7 @@
-"""What people do without us: the whole `DynamicCache` of a document in one file, loaded before `generate`.
+"""The alternatives without us: the whole `DynamicCache` of a document in one file, loaded before `generate`.
 
-Two ways of saving it are common: `torch.save` of its tensors, and safetensors. A load of it is all or nothing, and nobody
-computes meanwhile. Where a cell is throttled, the file takes no less than its bytes over the bandwidth, as our chunks do.
+Two ways of saving it are common: `torch.save` of its tensors, and safetensors. It is loaded as a whole, and nothing is
+computed meanwhile. In a throttled cell, the file takes no less than its bytes over the bandwidth, as our chunks do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMATS = ("torch", "safetensors")
 
 
 class SavedCache:
-    """The KV of a bench's prefix in a file of each format; made from chunks, so that what follows is exact.
+    """The KV of a bench's prefix in a file of each format; made from chunks, so that a continuation is exact.
 
     Args:
         bench: with the prompt.
@@ -41,16 +41,16 @@ class SavedCache:
         safetensors.torch.save_file(_named(pairs), self._paths["safetensors"])
 
     def in_memory(self) -> dict[str, bytes]:
-        """The files' bytes, by format."""
+        """Returns the files' bytes, by format."""
         return {name: path.read_bytes() for name, path in self._paths.items()}
 
     def loader(self, name: str, bytes_per_second: float | None = None, held: bytes | None = None) -> Callable[[], Any]:
-        """A function that loads the file, every time anew, into a `DynamicCache` on the device.
+        """Returns a function that loads the file, anew each time, into a `DynamicCache` on the device.
 
         Args:
             name: the format.
             bytes_per_second: of the throttle; None for none.
-            held: the file's bytes, where it is to come from memory.
+            held: the file's bytes, if it is to come from memory.
         """
         path, device = self._paths[name], self._device
         read = _from_memory(name, held, device) if held is not None else _from_file(name, path, device)

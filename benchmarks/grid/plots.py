@@ -1,9 +1,9 @@
-"""The grid as pictures, drawn from its JSON alone: what was measured on one machine can be drawn on another.
+"""Plots the grid from its JSON alone: results of one machine can be plotted on another.
 
     ttft-<shape>-<tokens>.png       time to first token over bandwidth, one panel per share of the device
-    timeline-<shape>-<tokens>.png   who did which chunk when, in one run
+    timeline-<shape>-<tokens>.png   the actors' work on each chunk over time, in one run
 
-matplotlib is an extra (`plots`), and is imported when something is drawn.
+matplotlib is an extra (`plots`), and is imported when something is plotted.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ PEERS = {
 POINTS = 80
 DPI = 150
 NEAR = 1.6
-"""Bandwidths nearer than that to each other have names that would overlap."""
+"""Labels of bandwidths nearer to each other than this would overlap."""
 
 
 def draw(outcome: Plain, folder: Path) -> list[Path]:
-    """Draw all pictures of a grid.
+    """Plots all pictures of a grid.
 
     Args:
-        outcome: what `Grid.as_dict` gave, or that read from its file.
-        folder: for the PNGs; made when missing.
+        outcome: from `Grid.as_dict`, or read from its file.
+        folder: for the PNGs; created if missing.
 
     Returns:
         The files, in the order of the groups.
@@ -114,7 +114,7 @@ def _draw_panel(panel: Axes, group: Plain) -> None:
 
 
 def _name_sources(panel: Axes, cells: Sequence[Plain]) -> None:
-    """Above their points, one lower than the other where they are near each other."""
+    """Writes the sources' names above their points, staggered if they are near each other."""
     lowered, previous = False, 0.0
     for cell in cells:
         lowered = not lowered and cell["gbps"] < NEAR * previous
@@ -133,7 +133,7 @@ def _name_sources(panel: Axes, cells: Sequence[Plain]) -> None:
 
 
 def _number_plainly(axis: Any) -> None:
-    """0.5 and 20, not powers of ten."""
+    """Formats numbers as 0.5 and 20, not as powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -144,7 +144,7 @@ def _number_plainly(axis: Any) -> None:
 def _draw_measured(
     panel: Axes, cells: Sequence[Plain], name: str, label: str, colour: str, line: str, *, width: float
 ) -> None:
-    """Medians with their spread, joined where the store was throttled; hollow where its bandwidth, too, is measured."""
+    """Draws medians with their spread, joined if the store was throttled; hollow if the bandwidth is measured, too."""
     slowed = [cell for cell in cells if cell["throttled"]]
     panel.plot(*_points(slowed, name), line, color=colour, lw=width, label=label, zorder=3)
     for found, face in ((slowed, colour), ([cell for cell in cells if not cell["throttled"]], "white")):
@@ -159,7 +159,7 @@ def _points(cells: Sequence[Plain], name: str) -> tuple[list[float], list[float]
 
 
 def _draw_limit(panel: Axes, costs: Plain, low: float, high: float) -> None:
-    """T* for all bandwidths between those of the cells."""
+    """Draws T* for all bandwidths between those of the cells."""
     rates = [low * (high / low) ** (n / (POINTS - 1)) for n in range(POINTS)]
     per_load = [costs["chunk_bytes"] * BITS_PER_BYTE / (rate * GIGA) for rate in rates]
     limits = [optimum(costs["chunk_seconds"], seconds, costs["suffix_seconds"]) for seconds in per_load]

@@ -1,4 +1,4 @@
-"""The whole grid, group by group: makes models and stores, keeps to the time, and says what was left out."""
+"""Runs the whole grid, group by group: makes models and stores, keeps to the time, and says what was left out."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from cake_hf.util.redaction import shown
 Step = Callable[[str], None]
 
 SET_UP_STEPS = 2
-"""Of each shape: making the model, filling the stores."""
+"""For each shape: making the model, filling the stores."""
 
 
 @dataclass
 class Grid:
-    """All that a grid came to, growing as it goes on.
+    """The results of a grid, growing while it runs.
 
     Attributes:
         axes: of it.
         machine: that ran it.
-        exactness: by shape, where asked for.
-        groups: that were measured, or failed.
-        decoding: by shape, where asked for.
-        left_out: names of the groups for which there was no time.
+        exactness: by shape, if asked for.
+        groups: those that were measured, or failed.
+        decoding: by shape, if asked for.
+        left_out: names of the groups that there was no time for.
         parity: of the timed runs of each bench.
         seconds: so far.
     """
@@ -63,7 +63,7 @@ class Grid:
 
     @property
     def faults(self) -> list[str]:
-        """Whatever differed from what was computed plainly, and what could not be measured."""
+        """Returns whatever differed from what was computed plainly, and what could not be measured."""
         wrong = [f"{shape}: {what}" for shape, found in self.exactness.items() for what in found.wrong]
         wrong += [f"{point}: {what}" for point, parity in self.parity.items() for what in parity.mismatches]
         wrong += [f"{group.point}: {group.failure}" for group in self.groups if group.failure]
@@ -72,7 +72,7 @@ class Grid:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {
             "machine": self.machine.as_dict(),
             "axes": self.axes.as_dict(),
@@ -89,7 +89,7 @@ class Grid:
 
 
 def step_count(axes: Axes) -> int:
-    """How often `run` calls `step` if nothing is left out."""
+    """Returns how often `run` calls `step` if nothing is left out."""
     per_round = [
         arm_count(len(axes.sources), peers=axes.peers, competing=share < 1)
         for share in axes.shares
@@ -102,13 +102,13 @@ def step_count(axes: Axes) -> int:
 
 
 def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None]) -> Grid:
-    """Measure the grid.
+    """Measures the grid.
 
     Args:
         axes: of it.
         parent: the directory to make stores in; None for the system's own temporary one.
-        step: called with what is done next.
-        keep: called with the grid so far, whenever a group is done.
+        step: called with the name of the next run.
+        keep: called with the grid so far, after each group.
     """
     grid = Grid(axes, Machine(axes.device))
     if parent is not None:
@@ -119,7 +119,7 @@ def run(axes: Axes, parent: Path | None, step: Step, keep: Callable[[Grid], None
             for _ in _Shape(grid, shape, Path(folder), clock, step).measured():
                 grid.seconds = clock.seconds
                 keep(grid)
-        gc.collect()  # the model goes before the next one comes
+        gc.collect()  # the model must go before the next one is made
     grid.seconds = clock.seconds
     keep(grid)
     return grid
@@ -129,7 +129,7 @@ class GroupClock:
     """Knows whether there is time for one more group, from how long others of its shape took.
 
     Args:
-        minutes: that there are; 0 for no end.
+        minutes: the limit; 0 for none.
         clock: monotonic seconds.
     """
 
@@ -141,14 +141,15 @@ class GroupClock:
 
     @property
     def seconds(self) -> float:
-        """Since the begin."""
+        """Returns the seconds since the start."""
         return self._clock() - self._begin
 
     def allows(self, point: Point) -> bool:
-        """Whether a group can be expected to be done before the end.
+        """Returns whether a group can be expected to be done in time.
 
-        In as long as one of its length took, or else the last one of its shape, in proportion to the prompt; longer, if its
-        share of the device is less. The longest come first: in proportion, shorter ones are rather done sooner.
+        The expected time is that of a group of the same length, or else of the last one of its shape, in proportion to the
+        prompt; longer, if its share of the device is less. The longest groups come first; shorter ones rather take less than
+        in proportion.
         """
         of_shape = [timed for timed in self._timed if timed[0].shape == point.shape]
         if not of_shape:
@@ -159,7 +160,7 @@ class GroupClock:
         return self.seconds + seconds * longer <= self._end
 
     def timed(self, measure: Callable[[], Group]) -> Group:
-        """Measure a group, and learn how long it took, unless it failed."""
+        """Measures a group, and learns how long it took, unless it failed."""
         begin = self.seconds
         group = measure()
         if not group.failure:
@@ -180,7 +181,7 @@ class _Shape:
         self._rates: dict[int, dict[float, float]] = {}
 
     def measured(self) -> Iterator[None]:
-        """Measure one thing after the other; control comes back after each."""
+        """Measures one thing after the other; yields after each."""
         self._tell(f"{self._name}: filling the stores")
         self._longest.filled_store()
         self._grid.parity[f"{self._name}, filling"] = self._longest.parity
@@ -218,7 +219,7 @@ class _Shape:
             return Group(point, failure=shown(error))
 
     def _calibrated(self, bench: Workbench) -> dict[float, float]:
-        """Bandwidths of the throttles that are relative to computing, the same for every share of the device."""
+        """Returns the bandwidths of the throttles that are relative to computing, the same for every share of the device."""
         tokens, wanted = bench.settings.tokens, [s.amount for s in self._axes.sources if s.kind == "times"]
         if tokens not in self._rates:
             self._rates[tokens] = calibrate(bench, wanted) if wanted else {}
@@ -231,7 +232,7 @@ class _Shape:
         return self._saved[tokens]
 
     def _memory(self) -> MemoryStore | None:
-        """A copy of the full store in memory, if that is asked for."""
+        """Returns a copy of the full store in memory, if that is asked for."""
         if all(source.kind != "memory" for source in self._axes.sources):
             return None
         disk = self._longest.filled_store()
@@ -254,5 +255,5 @@ class _Shape:
 
 
 def _examined(axes: Axes) -> int:
-    """Tokens of the prompt that exactness is examined with: short, since every meeting point is a run."""
+    """Returns the tokens of the prompt that exactness is examined with: few, since every meeting point is a run."""
     return min(exactness.CHUNKS * axes.chunk_size, axes.lengths[-1])

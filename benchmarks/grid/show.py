@@ -30,7 +30,7 @@ LEGEND = (
 
 
 def build(grid: Grid) -> RenderableType:
-    """All tables, what was left out, and the summary."""
+    """Returns all tables, what was left out, and the summary."""
     parts: list[RenderableType] = []
     for (shape, share), found in groupby(grid.groups, key=lambda group: (group.point.shape, group.point.share)):
         groups = list(found)
@@ -93,7 +93,7 @@ def _new_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str 
 
 
 def _cells(group: Group) -> Iterable[tuple[bool, Cell]]:
-    """Each cell, and whether it is the first: what they share is shown once."""
+    """Yields each cell, and whether it is the first: figures that cells share are shown once."""
     return ((number == 0, cell) for number, cell in enumerate(group.cells))
 
 

@@ -10,7 +10,7 @@ Found = Sequence[tuple[str, Cell]]
 
 
 def summarise(groups: Iterable[Group]) -> dict[str, object]:
-    """For ratio and eta: judged cells, those that met the goal, and the worst of them by name. JSON-ready."""
+    """Returns for ratio and eta: cells with a goal, those that met it, and the worst of them by name. JSON-ready."""
     cells = [(f"{group.point}, {cell.source}", cell) for group in groups for cell in group.cells]
     return {"cells": len(cells), "ratio": _of("ratio", max, cells), "eta": _of("eta", min, cells)}
 

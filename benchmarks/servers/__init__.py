@@ -1,7 +1,7 @@
-"""Real servers on this machine, for who measures stores or tests them: each in a process of its own, heard by nobody outside.
+"""Real servers on this machine, for measurements and tests: each in a process of its own, reachable only from this machine.
 
-`plain` starts redis-server, moto's S3 and `hub`, a Hub with one pack, which listen on loopback. `mooncake` has a cluster,
-whose servers listen on all interfaces whatever they are told, so it belongs into a network of its own (`own_network`).
+`plain` starts redis-server, moto's S3 and `hub`, a Hub with one pack, which listen on loopback. `mooncake` starts a cluster,
+whose servers listen on all interfaces whatever they are told, so it needs a network of its own (`own_network`).
 """
 
 from benchmarks.servers.plain import (

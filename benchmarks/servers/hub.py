@@ -1,8 +1,8 @@
-"""A Hub with one pack in it: as much of the Hugging Face Hub's protocol as its client speaks when a pack is read.
+"""A Hub with one pack in it: the part of the Hugging Face Hub's protocol that its client uses to read a pack.
 
     python -m benchmarks.servers.hub FOLDER
 
-It listens on loopback, says its port, and ends when its input does: also when its parent is killed.
+It listens on loopback, prints its port, and ends when its input does: also when its parent is killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for one folder. A chunk's first answer is where it is to be had, as with the real Hub."""
+    """Answers for one folder. A chunk's first answer is a redirection, as with the real Hub."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def log_message(self, *arguments: Any) -> None:
-        """Nobody reads it."""
+        """Drops the line, which has no reader."""
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -55,9 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         if asked is None:
             self._send(file.read_bytes(), 200, {"X-Repo-Commit": COMMIT})
             return
-        with file.open(
-            "rb"
-        ) as opened:  # no more than the range: what the server does beside sending counts as the client's
+        with file.open("rb") as opened:  # no more than the range: the server's other work counts as the client's
             size = opened.seek(0, SEEK_END)
             begin, end = int(asked[1]), min(int(asked[2]) + 1, size)
             opened.seek(begin)
@@ -72,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve the folder that is named on the command line."""
+    """Serves the folder named on the command line."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, Path(sys.argv[1])))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

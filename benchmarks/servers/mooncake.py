@@ -20,7 +20,7 @@ store.contains(["0" * 40])
 print("lent", flush=True)
 sys.stdin.read()
 """
-"""Lends memory until its input ends: also when its parent is killed."""
+"""Script of a process that lends memory until its input ends: also when its parent is killed."""
 
 _numbers = count()
 
@@ -29,7 +29,7 @@ class Cluster:
     """A master, and a process that lends it memory. `end` ends them.
 
     Args:
-        folder: for what they write.
+        folder: for the files that they write.
         lend: how much.
         options: more of the master's.
 
@@ -50,7 +50,7 @@ class Cluster:
             raise
 
     def start_master(self) -> subprocess.Popen[bytes]:
-        """Start the master, anew after its end."""
+        """Starts the master, or starts it again after its end."""
         command = [*MASTER, f"--rpc_port={self.port}", f"--metrics_port={self.admin}", *self.options]
         self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
         for port in (self.port, self.admin):
@@ -58,7 +58,7 @@ class Cluster:
         return self.processes[-1]
 
     def start_lender(self, lend: str) -> subprocess.Popen[bytes]:
-        """Start one more process that lends memory."""
+        """Starts one more process that lends memory."""
         lender = self.start(LENDER, f"{self.base()}&lend={lend}")
         assert lender.stdout is not None
         ready, _, _ = select.select([lender.stdout], [], [], PATIENCE)
@@ -67,22 +67,22 @@ class Cluster:
         return lender
 
     def start(self, script: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Run a script in a process of its own, where `MooncakeStore` is imported."""
+        """Starts a script in a process of its own, with `MooncakeStore` imported."""
         command = faceless(f"from cake_hf.stores.mooncake import MooncakeStore\n{script}", arguments)
         pipe = subprocess.PIPE
         self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log))
         return self.processes[-1]
 
     def base(self, prefix: str = "cake_hf") -> str:
-        """The URL of a store in it."""
+        """The URL of a store in the cluster."""
         return f"mooncake://127.0.0.1:{self.port}/{prefix}?admin={self.admin}"
 
     def new_url(self) -> str:
-        """A URL with a prefix that nobody else has."""
+        """Returns a URL with an unused prefix."""
         return self.base(f"test-{next(_numbers)}")
 
     def end(self) -> None:
-        """End all processes."""
+        """Ends all processes."""
         for process in self.processes:
             process.kill()
             process.wait(PATIENCE)

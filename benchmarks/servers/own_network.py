@@ -1,8 +1,8 @@
-"""A network and a process tree of one's own, where a server that listens everywhere is heard by nobody outside.
+"""A network and a process tree of its own, in which a server that listens on all interfaces cannot be reached from outside.
 
     unshare --map-root-user --net ... python script.py
 
-The new network has a loopback interface only, and that one is still down.
+The new network has a loopback interface only, which is still down.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import subprocess
 import sys
 
 NAMESPACES = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
-"""To be put before a command. Whatever happens, all processes in there end with it."""
+"""The prefix of a command that is to run inside. All processes inside end with it, whatever happens."""
 
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 0x1
 
 
 def bring_up_loopback() -> None:
-    """As `ip link set lo up`; to be called inside."""
+    """Does what `ip link set lo up` does; to be called inside."""
     import fcntl
 
     with socket.socket() as any_socket:
@@ -30,7 +30,7 @@ def bring_up_loopback() -> None:
 
 
 def obstacle() -> str:
-    """Why no Mooncake cluster can be started here in a network of its own; empty if nothing is in the way."""
+    """Returns why no Mooncake cluster can be started here in a network of its own; empty if it can."""
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return "Mooncake's servers listen on all interfaces; to keep them in, `unshare` (Linux, util-linux) is needed"
     if importlib.util.find_spec("mooncake") is None:

@@ -1,4 +1,4 @@
-"""redis-server, moto's S3 service and a Hub with one pack, on loopback. Every wait is bounded; the caller kills them."""
+"""redis-server, moto's S3 service and a Hub with one pack, on loopback. Every wait is bounded; the caller kills the servers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ sys.modules["cake_hf"] = package
 
 
 class Unavailable(CakeError):
-    """A server cannot be had on this machine; the message says why and, where there is something, what to install."""
+    """A server cannot run on this machine; the message says why and, if that helps, what to install."""
 
 
 class Server:
@@ -45,7 +45,7 @@ class Server:
         self.port = port
 
     def kill(self) -> None:
-        """End it at once, as a crash would. May be called twice."""
+        """Ends it at once, as a crash would. May be called twice."""
         self._process.kill()
         self._process.wait(PATIENCE)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -60,16 +60,16 @@ class Server:
 
 
 class S3Server(Server):
-    """moto's S3 service: objects are in its memory, and any credentials are good."""
+    """moto's S3 service: it keeps objects in memory, and accepts any credentials."""
 
     @property
     def options(self) -> dict[str, str]:
-        """What `ObjectStore` has to be told to find it."""
+        """Returns the options with which `ObjectStore` finds it."""
         secret = {"access_key_id": "test", "secret_access_key": "test"}
         return {"endpoint": f"http://127.0.0.1:{self.port}", "region": "us-east-1", **secret}
 
     def new_bucket(self) -> str:
-        """Make a bucket and return its name."""
+        """Makes a bucket and returns its name."""
         name = f"bucket-{next(_numbers)}"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
@@ -86,11 +86,11 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
-"""Says its port, and ends when its input does: also when its parent is killed."""
+"""Script that prints its port and ends when its input does: also when its parent is killed."""
 
 
 def start_s3_server() -> S3Server:
-    """Start moto's S3 service on a free port.
+    """Starts moto's S3 service on a free port.
 
     Raises:
         Unavailable: moto is not installed, or its server does not start.
@@ -101,7 +101,7 @@ def start_s3_server() -> S3Server:
 
 
 def start_hub_server(folder: Path) -> Server:
-    """Start a Hub that has the pack in this folder, and nothing else; see `hub`.
+    """Starts a Hub that has the pack in this folder, and nothing else; see `hub`.
 
     Raises:
         Unavailable: it does not start.
@@ -110,12 +110,12 @@ def start_hub_server(folder: Path) -> Server:
 
 
 def start_redis_server(folder: Path, *options: str, port: int | None = None) -> Server:
-    """Start redis-server with nothing kept on disk.
+    """Starts redis-server with nothing kept on disk.
 
     Args:
         folder: for its files.
         options: more of its command line.
-        port: where an earlier one was; a free one by default.
+        port: that of an earlier server; a free one by default.
 
     Raises:
         Unavailable: it is not installed, or does not start.
@@ -123,7 +123,7 @@ def start_redis_server(folder: Path, *options: str, port: int | None = None) -> 
     program = shutil.which("redis-server")
     if program is None:
         raise Unavailable("redis-server is not installed (Debian and Ubuntu: apt-get install redis-server)")
-    for _ in range(5):  # Another process may take the free port before it does.
+    for _ in range(5):  # Another process may take the free port first.
         chosen = port or free_port()
         command = [program, "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", *options]
         process = subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -135,7 +135,7 @@ def start_redis_server(folder: Path, *options: str, port: int | None = None) -> 
 
 
 def _started(command: list[str], name: str) -> tuple[subprocess.Popen[str], int]:
-    """A server that says its port, and that."""
+    """Returns a server that prints its port, and that port."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, env=environment(), text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
@@ -150,13 +150,13 @@ def _started(command: list[str], name: str) -> tuple[subprocess.Popen[str], int]
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on just now."""
+    """Returns a port of 127.0.0.1 on which no process listens at present."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def _answers(process: subprocess.Popen[str], port: int) -> bool:
-    """Wait until the server answers a PING (it may want a password, which is an answer, too)."""
+    """Waits until the server answers a PING (it may want a password, which is an answer, too)."""
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
@@ -168,7 +168,8 @@ def _answers(process: subprocess.Popen[str], port: int) -> bool:
 
 
 def faceless(script: str, arguments: Sequence[str], options: Sequence[str] = ()) -> list[str]:
-    """The command line of a Python process that imports parts of the package past its face, which would bring in transformers.
+    """Returns the command line of a Python process that imports parts of the package without its face, which would bring in
+    transformers.
 
     Args:
         script: finds its arguments from `sys.argv[1]` on, and `os` and `sys` imported.

@@ -1,8 +1,8 @@
 """`python -m benchmarks simulate --changes`: a machine that changes, and beliefs that are wrong, on a virtual clock.
 
-In each of some dozens of settings: compute or bandwidth changes in the middle of a restore; comes in bursts, in noise, drifts;
-was believed to be four times as dear or as cheap; is under a load for some prompts, and then not. Each is set beside the best
-that was possible, and beside the same rule with beliefs that a restore does not correct ("fixed").
+In each of some dozens of settings, compute or bandwidth changes in the middle of a restore; comes in bursts, in noise,
+drifts; was believed to be four times as dear or as cheap; is under a load for some prompts, and then not. Each is compared
+with the best that was possible, and with the same rule with beliefs that a restore does not correct ("fixed").
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ STEP, MEGABYTE = 0.05, 1e6
 """Seconds to compute a first chunk, and bytes of any chunk: only their ratios matter."""
 
 MOMENTS = (0.05, 0.3, 0.5, 0.7, 0.9)
-"""At which parts of the undisturbed restore something changes."""
+"""The parts of the undisturbed restore at which something changes."""
 
 SLOWER = 0.15
-"""What a passing load leaves of the device."""
+"""The share of the device that a passing load leaves."""
 
 TITLE = "A machine that changes, and beliefs that are wrong"
 
@@ -56,7 +56,7 @@ class Row:
     Attributes:
         name: of it.
         both, fixed: one ratio per setting.
-        goal: of the greatest; None for none.
+        goal: of the greatest ratio; None for none.
     """
 
     name: str
@@ -65,18 +65,18 @@ class Row:
     goal: float | None
 
     def cells(self) -> list[str]:
-        """As a table shows them."""
+        """Returns the row's cells in a table."""
         missed = "!" if self.goal is not None and max(self.both) > self.goal else ""
         goal = "-" if self.goal is None else f"{self.goal:g}"
         return [self.name, str(len(self.both)), _three(self.both) + missed, _three(self.fixed), goal]
 
     def plain(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return {"change": self.name, "both": list(self.both), "fixed": list(self.fixed), "goal": self.goal}
 
 
 def settings() -> Iterator[Setting]:
-    """Prompts of 8 and 32 chunks; loading takes from 0.3 to 2 times what computing takes."""
+    """Returns prompts of 8 and 32 chunks; loading takes from 0.3 to 2 times as long as computing."""
     for chunks, ratio, threads, layers in product((8, 32), (0.3, 0.7, 1.0, 2.0), (1, 2), (8, 32)):
         costs = steps(chunks, STEP, 0.02 * STEP)
         bandwidth = MEGABYTE * chunks / (ratio * sum(costs))
@@ -84,7 +84,7 @@ def settings() -> Iterator[Setting]:
 
 
 def table(where: Sequence[Setting], tick: Callable[[], None] = lambda: None) -> list[Row]:
-    """Every kind of change in each of the settings.
+    """Simulates every kind of change in each of the settings.
 
     Args:
         where: the settings.
@@ -99,7 +99,7 @@ def table(where: Sequence[Setting], tick: Callable[[], None] = lambda: None) -> 
 
 
 def sheet(rows: Sequence[Row]) -> Sheet:
-    """The table for people."""
+    """Returns the table for people."""
     return Sheet(TITLE, ("<change", "n", "ours", "fixed", "goal"), [row.cells() for row in rows])
 
 
@@ -146,7 +146,7 @@ def _drift(seconds: float) -> tuple[Speed, Speed]:
 
 
 def _believing(prompt: int, compute: float = 1.0, load: float = 1.0) -> Measure:
-    """At first one side is believed to take so many times what it takes."""
+    """Simulates a restore that at first believes one side to take that many times its real time."""
 
     def measure(setting: Setting, policy: Policy) -> list[float]:
         dear = tuple(seconds * compute for seconds in setting.compute)
@@ -158,7 +158,7 @@ def _believing(prompt: int, compute: float = 1.0, load: float = 1.0) -> Measure:
 
 
 def _after_a_load(setting: Setting, policy: Policy) -> list[float]:
-    """All that is known was learnt under it; over a cache that learnt on the quiet machine."""
+    """Simulates a cache that learned everything under a load; over a cache that learned on the quiet machine."""
     busy = replace(setting, compute_speed=step(0.0, SLOWER))
     taught = learnt(replace(setting, compute=tuple(seconds / SLOWER for seconds in setting.compute)))
     outcomes = simulate_prompts([busy] * 3 + [setting] * 10, taught, policy)[5:]

@@ -32,7 +32,7 @@ from cake_hf.util.sizes import seconds_text
 BITS_PER_BYTE, GIGA, KIB = 8, 10**9, 2**10
 
 CURVE_CHUNK = 512
-"""Tokens of the chunks that the step times are of."""
+"""Tokens of the chunks that the step times are for."""
 
 GPU_STEPS = {"A100": (0.0388, 0.1120), "H100": (0.0274, 0.0935)}
 """Seconds of 7B's chunk 0 and of its chunk 63."""
@@ -40,7 +40,7 @@ GPU_STEPS = {"A100": (0.0388, 0.1120), "H100": (0.0274, 0.0935)}
 LAST_MEASURED = 63
 
 DOUBLING = 1.64
-"""How many times as fast twice the GPUs are."""
+"""The speed of twice the GPUs, relative to one set."""
 
 ASSUMPTIONS = (
     "Assumed: 7B's published step times (A100 38.8 to 112.0 ms, H100 27.4 to 93.5 ms over 64 chunks); for other models "
@@ -51,7 +51,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model decides its costs.
+    """The numbers of a model that decide its costs.
 
     Attributes:
         name: short.
@@ -123,7 +123,7 @@ and the cell with other requests beside it, which is about throughput.)"""
 BEYOND = tuple(
     Case(SEVENTY, "H100", 8, gbps, tokens * KIB) for tokens in (128, 512, 1024) for gbps in (7, 32, 100, 400)
 )
-"""What no machine at hand can run."""
+"""Settings that no machine at hand can run."""
 
 TITLES = {
     "paper": "The paper's cells",
@@ -132,7 +132,7 @@ TITLES = {
 }
 
 NEVER_SLOWER = 1.02
-"""The library's promise: no more than that much of the better single method."""
+"""The library's promise: at most this many times the better single method."""
 
 LEGEND = (
     r"Speedups are over load-only\over compute-only: as the paper reports them, of its policy as simulated (Cake), and ours. "
@@ -143,7 +143,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Own:
-    """A setting as the options describe it. Where no step times are given they are 7B's on one A100."""
+    """A setting as the options describe it. Step times that are not given are 7B's on one A100."""
 
     bandwidth_gbps: float = 32.0
     tokens: int = 16 * KIB
@@ -158,23 +158,30 @@ class Own:
 def simulate_command(
     context: typer.Context,
     paper: Annotated[
-        bool, typer.Option("--paper", help="The paper's cells and some beyond; so, too, without any setting.")
+        bool,
+        typer.Option(
+            "--paper", help="Simulate the paper's cells and some beyond; also the default without any setting."
+        ),
     ] = False,
     changes: Annotated[
-        bool, typer.Option("--changes", help="A machine that changes, and wrong beliefs (takes a minute).")
+        bool, typer.Option("--changes", help="Simulate a machine that changes, and wrong beliefs (takes a minute).")
     ] = False,
-    bandwidth_gbps: Annotated[float, typer.Option(help="Of the line, in 10^9 bits per second.")] = Own.bandwidth_gbps,
-    tokens: Annotated[int, typer.Option(help="Of the prompt.")] = Own.tokens,
+    bandwidth_gbps: Annotated[
+        float, typer.Option(help="Bandwidth of the line, in 10^9 bits per second.")
+    ] = Own.bandwidth_gbps,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = Own.tokens,
     chunk: Annotated[int, typer.Option(help="Tokens per chunk.")] = Own.chunk,
     kv_kib_per_token: Annotated[float, typer.Option(help="KiB of KV per token.")] = Own.kv_kib_per_token,
     base_ms: Annotated[
         float | None, typer.Option(help="Milliseconds to compute the first chunk; by default as 7B on an A100.")
     ] = None,
     slope_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds each further chunk takes more; by default as 7B on an A100.")
+        float | None, typer.Option(help="Additional milliseconds for each further chunk; by default as 7B on an A100.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Of the model; a forward can be left between two.")] = Own.layers,
-    gpu_share: Annotated[float, typer.Option(help="Part of the device, above 0 to 1.")] = Own.gpu_share,
+    layers: Annotated[
+        int, typer.Option(help="Layers of the model; a forward can be preempted between two.")
+    ] = Own.layers,
+    gpu_share: Annotated[float, typer.Option(help="Share of the device, above 0 to 1.")] = Own.gpu_share,
     threads: Annotated[int, typer.Option(help="Loader threads.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
@@ -215,7 +222,7 @@ def _show_changes(*, as_json: bool, others: Sequence[str]) -> None:
 
 
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:
-    """Seconds of a chunk of 512 tokens by the assumptions above."""
+    """Returns the seconds of a chunk of 512 tokens by the assumptions above."""
     first, last = GPU_STEPS[gpu]
     speed = DOUBLING ** math.log2(gpus)
     base = first * model.weights / SEVEN.weights
@@ -224,7 +231,7 @@ def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:
 
 
 def setting_of(case: Case, threads: int) -> Setting:
-    """A row as something that can be simulated."""
+    """Returns the setting of a row."""
     cost = step_cost(case.model, case.gpu, case.gpus)
     return Setting(
         compute=steps(case.tokens // CURVE_CHUNK, cost.base, cost.slope),
@@ -237,7 +244,7 @@ def setting_of(case: Case, threads: int) -> Setting:
 
 
 def own_setting(own: Own, threads: int) -> Setting:
-    """The setting that the options describe.
+    """Returns the setting that the options describe.
 
     Step times that are not given are scaled to the size of the chunks: the weights' work grows with their tokens, that of
     attention with their square.
@@ -264,7 +271,7 @@ def own_setting(own: Own, threads: int) -> Setting:
 
 @dataclass(frozen=True)
 class _Row:
-    """A simulated setting with known costs; its ratio as the first prompt ever; and what the paper reports of it."""
+    """A simulated setting with known costs; its ratio as the first prompt ever; and the paper's numbers."""
 
     name: str
     cell: Cell
@@ -287,7 +294,7 @@ class _Row:
         ]
 
     def plain(self) -> dict[str, Any]:
-        """All numbers, unrounded; times in seconds."""
+        """Returns all numbers, unrounded; times in seconds."""
         cell = self.cell
         return {
             "cell": self.name,

@@ -1,4 +1,4 @@
-"""Speeds that change at given moments: what a simulated machine does while a restore runs."""
+"""Speeds that change at given moments: the behaviour of a simulated machine while a restore runs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Speed:
             raise ValueError(f"A speed must be between {LEAST:g} and {MOST:g}, got {bad[0]:g}.")
 
     def at(self, when: float) -> float:
-        """The speed at that moment."""
+        """Returns the speed at that moment."""
         place = bisect_right([change for change, _ in self.changes], when)
         return self.changes[place - 1][1] if place else 1.0
 
     def end(self, start: float, work: float) -> float:
-        """When work is done that is started at `start` and not interrupted."""
+        """Returns when work is done that starts at `start` and is not interrupted."""
         now = start
         for when, _ in self.changes:
             if when <= now:
@@ -49,18 +49,18 @@ class Speed:
         return now + work / self.at(now)
 
     def work(self, start: float, end: float) -> float:
-        """How much is done between two moments."""
+        """Returns how much work is done between two moments."""
         borders = [start, *(when for when, _ in self.changes if start < when < end), end]
         return sum((b - a) * self.at(a) for a, b in pairwise(borders))
 
 
 def step(when: float, speed: float) -> Speed:
-    """Another speed from one moment on."""
+    """Returns another speed from one moment on."""
     return Speed(((when, speed),))
 
 
 def bursts(period: float, busy: float, speed: float, until: float) -> Speed:
-    """Again and again, for the first `busy` seconds of each `period`, that speed; else 1."""
+    """Returns that speed for the first `busy` seconds of each `period`, and 1 otherwise."""
     changes: list[tuple[float, float]] = []
     start = 0.0
     while start < until:
@@ -70,14 +70,14 @@ def bursts(period: float, busy: float, speed: float, until: float) -> Speed:
 
 
 def drift(start: float, end: float, speed: float, steps: int = 16) -> Speed:
-    """From 1 at `start` to that speed at `end`, by equal factors."""
+    """Returns a speed that goes from 1 at `start` to another one at `end`, by equal factors."""
     return Speed(
         tuple((start + (end - start) * number / steps, speed ** (number / steps)) for number in range(1, steps + 1))
     )
 
 
 def noise(factors: Sequence[float], every: float) -> Speed:
-    """Another speed in each interval."""
+    """Returns another speed in each interval."""
     return Speed(tuple((number * every, factor) for number, factor in enumerate(factors)))
 
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks stores`: how much of what its client can do raw a store gives.
+"""`python -m benchmarks stores`: how much of its client's raw speed each store reaches.
 
-`contenders` and `remote` say, for each store, what raw means; `race` times it; `own_cluster` does so for Mooncake, in a network
-of its own. What is timed is the store alone, without the loader's check: a chunk from where it is kept into a cache's buffers.
+`contenders` and `remote` define, for each store, what raw means; `race` times it; `own_cluster` does so for Mooncake, in a
+network of its own. Only the store is timed, without the loader's check: a chunk from the store into a cache's buffers.
 """

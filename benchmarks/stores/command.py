@@ -40,16 +40,18 @@ Measure = Callable[[], Result]
 
 def stores_command(
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Measure only this one: {', '.join(NAMES)}. May be repeated.")
+        list[str] | None, typer.Option(help=f"Measure only this store: {', '.join(NAMES)}. May be repeated.")
     ] = None,
-    redis: Annotated[str, typer.Option(help="A server of yours, redis://host:6379/0.")] = "",
-    s3: Annotated[str, typer.Option(help="A bucket of yours, s3://bucket/prefix (or gs://, az://).")] = "",
-    mooncake: Annotated[str, typer.Option(help="A cluster of yours, mooncake://master:50051/prefix.")] = "",
+    redis: Annotated[str, typer.Option(help="A server of yours, such as redis://host:6379/0.")] = "",
+    s3: Annotated[str, typer.Option(help="A bucket of yours, such as s3://bucket/prefix (or gs://, az://).")] = "",
+    mooncake: Annotated[str, typer.Option(help="A cluster of yours, such as mooncake://master:50051/prefix.")] = "",
     chunks: Annotated[int | None, typer.Option(min=1, help="Chunks read in a round; 16.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of a chunk, of 1 MiB each; 16.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="The most readers at once; 2.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds; 7, or 2 with --quick.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Little data, two rounds: only to see that it runs.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="The most concurrent readers; 2.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Number of rounds; 7, or 2 with --quick.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use little data and two rounds, only to see that it runs.")
+    ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Make the (temporary) directories in this one, to measure its disk.")
     ] = None,
@@ -87,7 +89,7 @@ def stores_command(
 
 
 def measures(settings: StoreSettings, folder: Path, urls: Mapping[str, str], names: list[str]) -> dict[str, Measure]:
-    """How each of these stores is measured. The values are made once, when the first one needs them."""
+    """Returns the measurement of each of these stores. The values are made once, when the first one needs them."""
     shared: list[Values] = []
 
     def values() -> Values:
@@ -115,10 +117,10 @@ def measures(settings: StoreSettings, folder: Path, urls: Mapping[str, str], nam
 
 
 def measure_all(ways: Mapping[str, Measure], tell: Callable[[str], None]) -> tuple[dict[str, Any], list[Result]]:
-    """Measure one store after the other; what fails or cannot be had is said, and the rest counts.
+    """Measures one store after the other; failures and missing stores are reported, and the rest counts.
 
     Returns:
-        All that there is to say but the settings, JSON-ready; and the results for a table.
+        Everything but the settings, JSON-ready; and the results for a table.
     """
     begin, machine = time.perf_counter(), Machine()
     results: dict[str, Result] = {}

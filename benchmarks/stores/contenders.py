@@ -1,4 +1,4 @@
-"""The stores that need no server, each beside what the machine can do without it."""
+"""The stores that need no server, each beside the machine's raw speed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cake_hf.stores.tiers import TierStore
 
 
 def fill(store: Store, values: Values) -> None:
-    """Write all chunks."""
+    """Writes all chunks."""
     for key, file in zip(values.keys, values.files, strict=True):
         store.write(key, [file])
 
 
 @contextmanager
 def memory(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
-    """Memory, beside a copy of it."""
+    """Measures memory, beside a copy of it."""
     with MemoryStore() as store:
         fill(store, values)
         for file, flat in zip(values.files, values.flat, strict=True):
@@ -41,7 +41,7 @@ def memory(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Co
 
 @contextmanager
 def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
-    """A directory, beside preadv of its files (from the page cache, since they were just written)."""
+    """Measures a directory, beside preadv of its files (from the page cache, since they were just written)."""
     with LocalStore(folder / "local", budget=None) as store:
         fill(store, values)
         paths = [Folder(folder / "local").path(key) for key in values.keys]
@@ -50,7 +50,7 @@ def local(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Con
 
 @contextmanager
 def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
-    """A pack in a folder, beside preadv of its files and the digest that no byte of a pack is used without."""
+    """Measures a pack in a folder, beside preadv of its files and the digest that each byte of a pack needs before use."""
     write_pack(values, settings, folder / "pack")
 
     def raw(number: int) -> None:
@@ -62,7 +62,7 @@ def pack(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Cont
 
 
 def write_pack(values: Values, settings: StoreSettings, folder: Path) -> None:
-    """All chunks as a pack."""
+    """Writes all chunks as a pack."""
     chunks = tuple(
         PackChunk(key, index, len(file), digest_of([file]), block_digests(memoryview(file)))
         for index, (key, file) in enumerate(zip(values.keys, values.files, strict=True))
@@ -77,7 +77,7 @@ def write_pack(values: Values, settings: StoreSettings, folder: Path) -> None:
 
 @contextmanager
 def tiers(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
-    """Memory before a directory, beside that memory alone."""
+    """Measures memory before a directory, beside that memory alone."""
     with MemoryStore() as near, LocalStore(folder / "far", budget=None) as far, TierStore([near, far]) as store:
         fill(store, values)
         raw = partial(read, near, values)

@@ -1,6 +1,6 @@
-"""Mooncake's turn, with a cluster of its own in a network of its own, since Mooncake listens on all interfaces.
+"""Measures Mooncake with a cluster of its own in a network of its own, since Mooncake listens on all interfaces.
 
-python -m benchmarks.stores.own_cluster SETTINGS      (in there; prints the result as one line of JSON)
+python -m benchmarks.stores.own_cluster SETTINGS      (inside; prints the result as one line of JSON)
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from benchmarks.stores.values import StoreSettings, Values
 from cake_hf.errors import CakeError
 
 SECONDS = 300.0
-"""After which it is given up."""
+"""Seconds after which the measurement is given up."""
 
 LEASE = "--default_kv_lease_ttl=60s"
-"""No read may take longer."""
+"""A lease must outlast any read."""
 
 
 def measure(settings: StoreSettings) -> Result:
-    """Measure in a process inside a network of its own.
+    """Measures in a process inside a network of its own.
 
     Raises:
-        Unavailable: this machine has no Mooncake, or gives no such network.
-        CakeError: it failed in there.
+        Unavailable: this machine has no Mooncake, or cannot make such a network.
+        CakeError: the measurement failed.
     """
     if reason := obstacle():
         raise Unavailable(reason)
@@ -52,7 +52,7 @@ def measure(settings: StoreSettings) -> Result:
 
 
 def from_json(told: dict[str, Any]) -> Result:
-    """A result from what `asdict` and JSON made of it."""
+    """Returns a result from what `asdict` and JSON made of it."""
 
     def figure(fields: dict[str, Any]) -> Figure:
         return Figure(**{**fields, "goal": Goal(**fields["goal"]) if fields["goal"] else None})
@@ -62,7 +62,7 @@ def from_json(told: dict[str, Any]) -> Result:
 
 
 def main() -> None:
-    """Inside: bring up the network, start a cluster, measure, tell."""
+    """Runs inside: brings up the network, starts a cluster, measures, prints the result."""
     bring_up_loopback()
     settings = StoreSettings(**json.loads(sys.argv[1]))
     values = Values(settings)

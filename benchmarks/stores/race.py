@@ -1,4 +1,4 @@
-"""A store against its client, in turns: the same bytes, by as many threads."""
+"""Times a store against its client, in turns: the same bytes, with the same number of threads."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Reader = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """A store, and what its client can do without it.
+    """A store, and its client's raw speed.
 
     Attributes:
         title: for people.
         store: with all chunks in it.
-        raw: ways to bring a chunk without the store, by name. It is compared with the fastest of them.
+        raw: ways to read a chunk without the store, by name. The store is compared with the fastest of them.
     """
 
     title: str
@@ -38,10 +38,10 @@ class Contender:
 
 
 def race(contender: Contender, values: Values, settings: StoreSettings) -> Result:
-    """Time the store and the raw ways, in turns, by one thread and by several.
+    """Times the store and the raw ways, in turns, by one thread and by several.
 
     Raises:
-        WrongBytes: a read did not bring what was written.
+        WrongBytes: a read did not return what was written.
         CakeError: the store failed.
     """
     figures: dict[str, Figure] = {}
@@ -70,7 +70,7 @@ def _figures(samples: dict[str, Sample], nbytes: int, threads: int) -> dict[str,
 
 
 def read(store: Store, values: Values, number: int) -> None:
-    """Read a chunk from a store into a cache's buffers.
+    """Reads a chunk from a store into a cache's buffers.
 
     Raises:
         CakeError: it is not there, or cannot be read.
@@ -80,7 +80,7 @@ def read(store: Store, values: Values, number: int) -> None:
 
 
 def _timed(name: str, reader: Reader, values: Values, count: int) -> float:
-    """Seconds until that many threads have read all chunks."""
+    """Returns the seconds until that many threads have read all chunks."""
     values.clear()
     left = iter(range(values.count))  # `next` on it is one step of the interpreter, so threads may share it
     errors: list[Exception] = []

@@ -1,4 +1,4 @@
-"""The stores behind a server, each beside its client. Where no URL is given, a server is started on loopback."""
+"""The stores behind a server, each beside its client. Without a URL, a server is started on loopback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cake_hf.stores.pieces import address_of, even_sizes
 from cake_hf.util.redaction import shown
 
 SECONDS = 60.0
-"""After which an answer is given up."""
+"""Seconds after which an answer is given up."""
 
 SLICE_BYTES = 4 * 2**20
 """As the Redis store cuts values."""
@@ -31,7 +31,7 @@ SLICE_BYTES = 4 * 2**20
 
 @contextmanager
 def filled(store: Store, values: Values) -> Iterator[None]:
-    """The store with all chunks in it while the body runs; they are removed again, since it may be somebody's own."""
+    """Yields the store with all chunks in it; they are removed again, since it may be a user's own store."""
     with store:
         try:
             fill(store, values)
@@ -44,7 +44,7 @@ def filled(store: Store, values: Values) -> Iterator[None]:
 
 @contextmanager
 def redis(values: Values, settings: StoreSettings, folder: Path, url: str = "") -> Iterator[Contender]:
-    """Redis, beside a bare socket and beside redis-py, which get the same slices.
+    """Measures Redis, beside a bare socket and beside redis-py, which get the same slices.
 
     Raises:
         Unavailable: the client or, without a URL, the server is not installed.
@@ -83,7 +83,7 @@ def _slices(values: Values) -> list[tuple[int, int]]:
 
 
 def _bare_socket(pool: Any, names: list[list[str]], values: Values) -> Reader:
-    """All slices of a chunk asked for at once, each received by one call into memory in one piece."""
+    """Asks for all slices of a chunk at once, and receives each by one call into memory in one piece."""
     from cake_hf.stores.redis_client import socket_of
 
     own, spans = threading.local(), _slices(values)
@@ -106,7 +106,7 @@ def _bare_socket(pool: Any, names: list[list[str]], values: Values) -> Reader:
 
 @contextmanager
 def s3(values: Values, settings: StoreSettings, folder: Path, url: str = "") -> Iterator[Contender]:
-    """Object storage, beside obstore: the same ranges asked for in one call, and the object as a whole.
+    """Measures object storage, beside obstore: the same ranges asked for in one call, and the object as a whole.
 
     Raises:
         Unavailable: the client or, without a URL, moto is not installed.
@@ -140,7 +140,7 @@ def s3(values: Values, settings: StoreSettings, folder: Path, url: str = "") -> 
 
 @contextmanager
 def mooncake(values: Values, settings: StoreSettings, folder: Path, url: str) -> Iterator[Contender]:
-    """Mooncake, beside its client's `get_into` registered memory in one piece.
+    """Measures Mooncake, beside its client's `get_into` registered memory in one piece.
 
     Raises:
         Unavailable: the client is not installed.
@@ -169,7 +169,8 @@ def mooncake(values: Values, settings: StoreSettings, folder: Path, url: str) ->
 
 @contextmanager
 def hub(values: Values, settings: StoreSettings, folder: Path) -> Iterator[Contender]:
-    """A pack on the Hub, beside its client's own session: each file as a whole, and the digest that no byte is used without.
+    """Measures a pack on the Hub, beside its client's own session: each file as a whole, and the digest that each byte needs
+    before use.
 
     Raises:
         Unavailable: the client is not installed.

@@ -1,4 +1,4 @@
-"""What every store is given and has to give back: chunk files of random KV, and a cache's buffers to read them into."""
+"""The values that every store is given and must return: chunk files of random KV, and a cache's buffers to read them into."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ HEADS, HEAD_DIM = 4, 128
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """One run.
+    """The settings of one run.
 
     Attributes:
-        chunks: that are read in each round.
+        chunks: read in each round.
         layers: of a chunk; with 512 tokens, each layer has 1 MiB of it.
         tokens: of a chunk.
-        threads: the most readers at once; one alone is measured as well.
+        threads: the most concurrent readers; one alone is measured as well.
         repeats: rounds; in each, every arm reads all chunks once.
     """
 
@@ -38,19 +38,19 @@ class StoreSettings:
     repeats: int = 7
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Returns JSON-ready values."""
         return asdict(self)
 
     def facts(self) -> dict[str, object]:
-        """Of the namespace, as a pack tells them."""
+        """Returns the metadata of the namespace, as a pack has it."""
         return {"chunk_size": self.tokens, "format": "bench", "layout": {}, "model": {"class": "random"}}
 
 
 class Values:
-    """Chunks by their number, and where each is to land.
+    """Chunks by their number, and a place for each to be read into.
 
-    The buffers are laid out as in a cache: the pieces of one layer lie side by side, those of one chunk do not. All memory has
-    been written to before anything is timed.
+    The buffers are laid out as in a cache: the pieces of one layer lie side by side, those of one chunk do not. All memory
+    has been written to before anything is timed.
 
     Args:
         settings: of the run.
@@ -66,7 +66,7 @@ class Values:
         self.layout = ChunkLayout(settings.tokens, tuple(pieces))
         self.count = settings.chunks
         self.namespace = namespace_digest(canonical({**settings.facts(), "salt": ""}))
-        # New ones for each run: it may be somebody's own store that they are put into.
+        # New keys for each run: the store may be a user's own.
         self.keys = [secrets.token_hex(20) for _ in range(self.count)]
         self.files = [self._file(index) for index in range(self.count)]
         self.nbytes = len(self.files[0])
@@ -79,7 +79,7 @@ class Values:
         ]
         whole = _memory(self.nbytes * self.count)
         self.flat = [whole[self.nbytes * n : self.nbytes * (n + 1)] for n in range(self.count)]
-        """Where each chunk can land in one piece, for clients that can do no better."""
+        """Memory in one piece for each chunk, for clients that need that."""
 
     @property
     def total(self) -> int:
@@ -87,12 +87,12 @@ class Values:
         return self.nbytes * self.count
 
     def clear(self) -> None:
-        """Forget what was read."""
+        """Forgets what was read."""
         for area in self._areas:
             np.frombuffer(area, np.uint8).fill(0)
 
     def check(self, what: str) -> None:
-        """Look whether all chunks are in the buffers.
+        """Checks that all chunks are in the buffers.
 
         Raises:
             WrongBytes: one is not.
@@ -114,7 +114,7 @@ class Values:
 
 
 class WrongBytes(CakeError):
-    """A store gave back something else than it was given."""
+    """A store returned something else than it was given."""
 
 
 def _memory(nbytes: int) -> memoryview:

@@ -1,1 +1,1 @@
-"""From a benchmark's files to prompts: rows, where they come from, how they are worded, how they become tokens."""
+"""From a benchmark's files to prompts: the rows, their sources, their wording, and their tokens."""

@@ -1,4 +1,4 @@
-"""From a row to token ids: chat template or plain text, cut in the middle where it is too long for the model."""
+"""From a row to token ids: chat template or plain text, cut in the middle if it is too long for the model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from eval.data.rows import BrokenRow, Row
 from eval.tasks import Task
 
 MOST_CUTS = 8
-"""Cutting changes how the text around the cut is cut into tokens, so a prompt may still be some tokens too long."""
+"""Cutting changes how the text around the cut is tokenized, so a prompt may still be some tokens too long."""
 
 
 class TooLong(BrokenRow):
-    """A row that the model has no room for."""
+    """The row is too long for the model."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Prompt:
     """A row as the model gets it.
 
     Attributes:
-        task, row: which one; its task's name and its id.
+        task, row: its task's name and its id.
         ids: token ids.
-        new_tokens: to generate at most.
+        new_tokens: the most tokens to generate.
         cut: tokens left out of the middle.
     """
 
@@ -42,9 +42,9 @@ class Encoder:
 
     Attributes:
         tokenizer: of the model.
-        limit: tokens of prompt and answer together; None where there is no limit.
+        limit: tokens of prompt and answer together; None for no limit.
         truncate: cut longer prompts in the middle; otherwise they are refused.
-        new_tokens: instead of what the task says; None for that.
+        new_tokens: instead of the task's number; None for that.
     """
 
     tokenizer: Any
@@ -53,7 +53,7 @@ class Encoder:
     new_tokens: int | None = None
 
     def prompt(self, task: Task, template: Template, row: Row) -> Prompt:
-        """The prompt of a row.
+        """Returns the prompt of a row.
 
         Raises:
             TooLong: it does not fit, and may not be cut or would be cut to nothing.
@@ -69,7 +69,7 @@ class Encoder:
         return Prompt(task.name, row.id, tuple(shorter), new_tokens, cut=len(ids) - len(shorter))
 
     def _cut(self, task: Task, said: Sequence[str], tokens: int, room: int) -> list[int]:
-        """As LongBench cuts: the first message keeps its two ends, in equal parts; what it says later stays whole."""
+        """Cuts as LongBench does: the first message keeps its two ends, in equal parts; later messages stay whole."""
         first: list[int] = self.tokenizer(said[0], add_special_tokens=False, verbose=False).input_ids
         keep = len(first)
         for _ in range(MOST_CUTS):
@@ -93,7 +93,7 @@ class Encoder:
     def _as_chat(self, said: Sequence[str]) -> str:
         roles = ("user", "assistant")
         messages = [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(said)]
-        # Answers are short here: a model that thinks aloud first would never come to its answer.
+        # Answers are short here: a model that thinks aloud first would never reach its answer.
         return str(
             self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
@@ -102,7 +102,7 @@ class Encoder:
 
 
 def _as_text(said: Sequence[str]) -> str:
-    """Without a chat template, each answer follows its question, and an empty line follows the answer."""
+    """Renders without a chat template: each answer follows its question, and an empty line follows the answer."""
     text = said[0]
     for answer, question in zip(said[1::2], said[2::2], strict=True):
         text += f" {answer}\n\n{question}"

@@ -1,7 +1,7 @@
 """Records of our own, in the benchmarks' schemas: real text (Python's own source files), made-up questions.
 
-The facts of `recall` are hidden in the text, so the package's small model can answer. For every other task the text is no
-more than something to read, and the answers have the form that the task's score expects.
+The facts of `recall` are hidden in the text, so the package's small model can answer. For every other task the text is only
+something to read, and the answers have the form that the task's score expects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cake_hf.testing.haystack import hide, make_facts, question, real_text
 from eval.tasks import LONGBENCH_V2, SCBENCH, Task
 
 GENERATED_ROWS = 4
-"""Records of a task, where nobody says how many."""
+"""Records of a task, if no number is given."""
 
 QUESTIONS_PER_DOCUMENT = 2
 FACTS = 12
@@ -38,11 +38,11 @@ _ANSWERS = {
 
 
 def generate(task: Task, rows: int, seed: int, chars: int) -> Iterator[dict[str, Any]]:
-    """So many records; the same for the same arguments (and the same Python, whose sources they quote).
+    """Returns records; the same ones for the same arguments (and the same Python, whose sources they quote).
 
     Args:
-        task: whose schema they have.
-        rows: how many; two at a time share a document.
+        task: the one whose schema they have.
+        rows: their number; two at a time share a document.
         seed: of texts, facts and questions.
         chars: of each document.
     """

@@ -1,4 +1,4 @@
-"""How a row is asked: templates, from our own file or the user's, filled in as messages."""
+"""The wording of a row: templates, from our own file or the user's, filled in as messages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OWN_PROMPTS = Path(__file__).parent / "prompts.yaml"
 
 
 class BrokenPrompts(ValueError):
-    """A file of templates that cannot be used; the message says what is wrong with it."""
+    """A file of templates cannot be used; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a task is asked.
+    """The wording of a task.
 
     Attributes:
-        first: has `{context}`, and `{input}` where the task has questions.
+        first: has `{context}`, and `{input}` if the task has questions.
         next: of later turns; has `{input}` alone.
     """
 
@@ -33,7 +33,7 @@ class Template:
     next: str = "{input}"
 
     def messages(self, row: Row) -> list[str]:
-        """What is said in turn: question, answer, question, ...; the last one is the question that is open."""
+        """Returns the messages in turn: question, answer, question, ...; the last one is the open question."""
         asked = [question for question, _ in row.history] + [row.question]
         said = [self.first.format(context=row.document, input=asked[0])]
         for (_, answer), question in zip(row.history, asked[1:], strict=True):
@@ -42,10 +42,10 @@ class Template:
 
 
 def load_templates(path: Path | None = None) -> dict[str, Template]:
-    """Templates of all tasks: our own, and over them those of a file.
+    """Loads the templates of all tasks: our own, and over them those of a file.
 
     Raises:
-        BrokenPrompts: the file is not readable, names a task that is not known, or uses other placeholders.
+        BrokenPrompts: the file is not readable, names an unknown task, or uses other placeholders.
     """
     templates = _read(OWN_PROMPTS)
     return templates | _read(path) if path is not None else templates
@@ -58,7 +58,7 @@ def _read(path: Path) -> dict[str, Template]:
         raise BrokenPrompts(f"The prompts {path} cannot be read: {error}") from error
     if not isinstance(entries, Mapping):
         raise BrokenPrompts(f"The prompts {path} are no mapping of tasks to templates; see {OWN_PROMPTS.name}.")
-    # Names with an underscore in front are there to be referred to.
+    # Names that start with an underscore only exist to be referred to.
     return {name: _template(path, name, entry) for name, entry in entries.items() if not str(name).startswith("_")}
 
 

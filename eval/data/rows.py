@@ -1,4 +1,4 @@
-"""One question about one document, whichever benchmark it comes from; and the benchmarks' own schemas read as such."""
+"""One question about one document, from any benchmark; and the parsers of the benchmarks' own schemas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LETTERS = "ABCD"
 
 
 class BrokenRow(ValueError):
-    """A row that does not have what its benchmark's schema says; the message is the reason."""
+    """A row does not match its benchmark's schema; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Row:
         task: its name.
         id: unique within the task.
         document: the long text; rows with the same one share its KV.
-        question: empty where the task has none (summaries).
-        answers: each of them right.
-        classes: of the task, where it has classes.
+        question: empty if the task has none (summaries).
+        answers: each of them is right.
+        classes: of the task, if it has classes.
         history: (question, answer) of the turns before this one.
     """
 
@@ -39,15 +39,15 @@ class Row:
 
 
 def parse_record(task: Task, record: object, position: int) -> list[Row]:
-    """The rows in one record of a data set: one, or one per turn.
+    """Returns the rows in one record of a data set: one, or one per turn.
 
     Args:
-        task: what the record is read as.
+        task: the one that the record is read as.
         record: in the schema of the task's suite.
-        position: of the record, to name it where it has no id.
+        position: of the record, which names it if it has no id.
 
     Raises:
-        BrokenRow: the record lacks something, or it is not of the type it should be.
+        BrokenRow: the record lacks something, or a value has the wrong type.
     """
     if not isinstance(record, Mapping):
         raise BrokenRow("it is not a JSON object")
@@ -57,7 +57,7 @@ def parse_record(task: Task, record: object, position: int) -> list[Row]:
 
 
 def _plain(task: Task, record: Mapping[str, Any], position: int) -> Row:
-    """LongBench: `_id, dataset, language, input, context, answers, all_classes, length`."""
+    """Parses LongBench: `_id, dataset, language, input, context, answers, all_classes, length`."""
     named = record.get("dataset", task.name)
     if named != task.name:
         raise BrokenRow(f"it says that it belongs to {named!r}")
@@ -73,7 +73,7 @@ def _plain(task: Task, record: Mapping[str, Any], position: int) -> Row:
 
 
 def _multiple_choice(task: Task, record: Mapping[str, Any], position: int) -> Row:
-    """LongBench v2: `_id, domain, ..., question, choice_A .. choice_D, answer, context`."""
+    """Parses LongBench v2: `_id, domain, ..., question, choice_A .. choice_D, answer, context`."""
     choices = [f"({letter}) {_text(record, f'choice_{letter}').strip()}" for letter in LETTERS]
     answer = _text(record, "answer")
     if answer not in LETTERS or len(answer) != 1:
@@ -83,10 +83,10 @@ def _multiple_choice(task: Task, record: Mapping[str, Any], position: int) -> Ro
 
 
 def _turns(task: Task, record: Mapping[str, Any], position: int) -> list[Row]:
-    """SCBench: `id, context, multi_turns: [{input, answer, ...}]`, each turn a row.
+    """Parses SCBench: `id, context, multi_turns: [{input, answer, ...}]`, each turn a row.
 
-    The turns before a row's own are in its history with the right answers, as the benchmark runs them; so no row depends on
-    what the model wrote before.
+    A row's history has the turns before its own with the right answers, as the benchmark runs them; so no row depends on what
+    the model wrote before.
     """
     turns = record.get("multi_turns")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:

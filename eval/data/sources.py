@@ -1,7 +1,7 @@
-"""Where a task's records come from: a folder of the user's, the Hub, or our own generator.
+"""The source of a task's records: a folder of the user's, the Hub, or our own generator.
 
 The benchmarks' dataset scripts no longer run, so the Hub is asked for parquet: of a mirror that has it, or of the copy that
-the Hub converts by itself. Last comes the archive that the original keeps its JSON lines in.
+the Hub converts by itself. The last resort is the archive in which the original keeps its JSON lines.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ HUB = {LONGBENCH: "zai-org/LongBench", LONGBENCH_V2: "zai-org/LongBench-v2", SCB
 """Each suite's own repository; `hub` names another one."""
 
 CONVERTED = "refs/convert/parquet"
-"""The revision that the Hub keeps its own parquet copy in."""
+"""The revision that has the Hub's own parquet copy."""
 
 ARCHIVE = "data.zip"
-"""What LongBench's own repository keeps its JSON lines in."""
+"""The archive with the JSON lines of LongBench's own repository."""
 
 Load = Callable[[], Iterable[object]]
 
 
 class MissingData(ValueError):
-    """A task's rows are not to be had; the message says how to get them."""
+    """A task's rows are missing; the message says how to get them."""
 
 
 @dataclass
 class TaskRows:
-    """A task's rows, those that can be used and those that cannot.
+    """A task's rows, usable or not.
 
     Attributes:
         rows: in the order of the file, but rows about one document one after another.
@@ -47,12 +47,12 @@ class TaskRows:
 
 @dataclass(frozen=True)
 class Source:
-    """Where to look.
+    """The place to look in.
 
     Attributes:
         data: a folder; "generated" for rows of our own; empty for the Hub.
         hub: a repository on the Hub instead of the suite's own.
-        rows: records per task at most; None for all.
+        rows: the most records per task; None for all.
         seed, chars: of generated rows; chars is the length of their documents.
     """
 
@@ -64,7 +64,7 @@ class Source:
 
 
 def load_rows(task: Task, source: Source) -> TaskRows:
-    """All rows of a task. Broken ones are counted with their reason, and the rest goes on.
+    """Loads all rows of a task. Broken ones are counted with their reason, and the rest is used.
 
     Raises:
         MissingData: there are none.
@@ -97,7 +97,7 @@ def _local(task: Task, folder: Path) -> Iterable[object]:
     listed = ["data.json"] if task.suite == LONGBENCH_V2 else []
     for candidate in (f"{name}.jsonl", f"data/{name}.jsonl", f"{name}.json", *listed):
         if (path := folder / candidate).is_file():
-            # Bytes that are no text are replaced: they spoil the row they are in, not the file.
+            # Bytes that are not text are replaced: they spoil the row they are in, not the file.
             text = path.read_text(encoding="utf-8", errors="replace")
             return _json_lines(text.split("\n")) if path.suffix == ".jsonl" else _json_list(path, text)
     for pattern in (f"{name}.parquet", f"{name}/*.parquet", f"data/{name}/*.parquet"):
@@ -110,7 +110,7 @@ def _local(task: Task, folder: Path) -> Iterable[object]:
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[object]:
-    """Record by record, and not by `datasets`, which gives up a whole file for one broken line."""
+    """Reads record by record, not with `datasets`, which gives up a whole file for one broken line."""
     for line in lines:
         if line.strip():
             yield _record(line)
@@ -137,7 +137,7 @@ def _parquet(paths: Sequence[str]) -> Iterable[object]:
     import datasets
 
     try:
-        # Streamed, so that a file of the user's is not copied into a cache first.
+        # Streamed, so that a user's file is not copied into a cache first.
         return list(datasets.load_dataset("parquet", data_files=list(paths), split="train", streaming=True))
     except Exception as error:
         raise MissingData(f"{paths[0]} cannot be read as parquet ({_first_line(error)}); download it again.") from error
@@ -157,7 +157,7 @@ def _from_hub(task: Task, repository: str) -> Iterable[object]:
 
 
 def hub_ways(task: Task, repository: str) -> dict[str, Load]:
-    """The ways to a task's records on the Hub, the best first, by the words that a complaint says them in."""
+    """Returns the ways to a task's records on the Hub, best first, each under the words that an error uses for it."""
     if task.suite == LONGBENCH_V2:
         return {"its train split": lambda: _dataset(repository, split="train")}
     parquet = {"parquet": lambda: _dataset(repository, task.name, split="test")}
@@ -171,7 +171,8 @@ def hub_ways(task: Task, repository: str) -> dict[str, Load]:
 
 
 def _attempt(way: str, load: Load, tried: list[str]) -> Iterable[object] | None:
-    """The records, or None and one more line about what was tried: a complaint is due only when all ways are closed."""
+    """Returns the records, or None and one more line about what was tried; an error is raised only after all ways have
+    failed."""
     try:
         return load()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The scores of LongBench, written from their definitions; `score` is the one that knows which task takes which."""
+"""The scores of LongBench, written from their definitions; `score` alone knows which task uses which."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _PLAIN: dict[str, Callable[[str, str], float]] = {
 }
 
 METRICS: tuple[str, ...] = (*_PLAIN, "classification")
-"""Names of all scores; `classification` is the one that needs the task's classes."""
+"""Names of all scores; only `classification` needs the task's classes."""
 
 
 def score(task: Task, prediction: str, answers: Sequence[str], classes: Sequence[str] | None = None) -> float:
-    """The task's score of a prediction, 0 to 1: the best over the answers; 0 if there is none.
+    """Returns the task's score of a prediction, 0 to 1: the best over the answers; 0 if there is none.
 
     Args:
-        task: whose metric and first-line rule count.
+        task: the one whose metric and first-line rule count.
         prediction: as generated, without the prompt.
-        answers: each of them right.
-        classes: of the task, where it has classes.
+        answers: each of them is right.
+        classes: of the task, if it has classes.
 
     Raises:
-        BrokenAnswer: the answers or classes are not what this task needs.
+        BrokenAnswer: this task cannot use these answers or classes.
         MissingSegmenter: a Chinese task, and jieba is not installed.
     """
     if task.first_line:
@@ -56,7 +56,7 @@ def score(task: Task, prediction: str, answers: Sequence[str], classes: Sequence
 
 
 def score_answer(metric: str, prediction: str, answer: str, classes: Sequence[str] | None = None) -> float:
-    """One metric, against one answer.
+    """Returns one metric, against one answer.
 
     Raises:
         BrokenAnswer, MissingSegmenter: as `score`.

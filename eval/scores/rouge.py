@@ -1,11 +1,11 @@
 """ROUGE-L of summaries as LongBench computes it: what its `rouge` package calls the summary level, on sets of words.
 
-Both texts are cut into sentences at each ".", and sentences into words at spaces. For each pair of a sentence of the answer and
-one of the prediction, one longest common subsequence is walked back; U is the set of all words on these walks. With A and P the
-sets of words of answer and prediction, recall is |U| / |A|, precision |U| / |P|, and F = 2 p r / (p + r + 1e-8).
+Both texts are cut into sentences at each ".", and sentences into words at spaces. For each pair of a sentence of the answer
+and one of the prediction, one longest common subsequence is walked back; U is the set of all words on these walks. With A and
+P the sets of words of answer and prediction, recall is |U| / |A|, precision |U| / |P|, and F = 2 p r / (p + r + 1e-8).
 
 The walk decides between subsequences of equal length, so it is part of the definition: from the ends, equal words are taken,
-and otherwise the step goes back in the answer only where that is strictly better.
+and otherwise the step goes back in the answer only if that is strictly better.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from eval.scores.text import segment
 
 LONGEST_WALK = 989
-"""Steps of a walk that the benchmark's scorer survives. It walks by recursion; beyond Python's default limit of 1000
-frames (ten or eleven of which are its callers') it fails, and a failure scores 0. Chinese texts come there first:
-their full stop is no "." to be cut at."""
+"""The most steps of a walk that the benchmark's scorer survives. It walks by recursion; beyond Python's default limit of 1000
+frames (ten or eleven of which are its callers') it fails, and a failure scores 0. Chinese texts get there first: their full
+stop is not the "." to be cut at."""
 
 
 def rouge_l(prediction: str, answer: str) -> float:
-    """F of ROUGE-L; 0 where a text has no sentence at all, or is too long for the benchmark's scorer (`LONGEST_WALK`)."""
+    """Returns F of ROUGE-L; 0 if a text has no sentence at all, or is too long for the benchmark's scorer (`LONGEST_WALK`)."""
     predicted, expected = _sentences(prediction), _sentences(answer)
     if not predicted or not expected:
         return 0.0
@@ -38,7 +38,7 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 def rouge_l_zh(prediction: str, answer: str) -> float:
-    """ROUGE-L on the words that jieba finds.
+    """Returns ROUGE-L on the words that jieba finds.
 
     Raises:
         MissingSegmenter: jieba is not installed.
@@ -47,7 +47,8 @@ def rouge_l_zh(prediction: str, answer: str) -> float:
 
 
 def common_words(expected: Sequence[str], predicted: Sequence[str]) -> set[str] | None:
-    """The distinct words on the walk along a longest common subsequence; None if the walk is longer than `LONGEST_WALK`."""
+    """Returns the distinct words on the walk along a longest common subsequence; None if the walk is longer than
+    `LONGEST_WALK`."""
     lengths = _lengths(expected, predicted)
     row, column, steps, found = len(expected), len(predicted), 0, set()
     while row and column:
@@ -65,7 +66,7 @@ def common_words(expected: Sequence[str], predicted: Sequence[str]) -> set[str] 
 
 
 def _lengths(one: Sequence[str], other: Sequence[str]) -> list[list[int]]:
-    """`[i][j]`: length of the longest common subsequence of the first i and the first j words."""
+    """Returns `[i][j]`: length of the longest common subsequence of the first i and the first j words."""
     table = [[0] * (len(other) + 1)]
     for word in one:
         above, row = table[-1], [0]
@@ -76,7 +77,7 @@ def _lengths(one: Sequence[str], other: Sequence[str]) -> list[list[int]]:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each sentence. A sentence of spaces alone is one empty word, as it is in the benchmark's scorer."""
+    """Returns the words of each sentence. A sentence of spaces alone is one empty word, as in the benchmark's scorer."""
     return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
 
 

@@ -11,11 +11,11 @@ _COMMENT_MARKS = ("`", "#", "//")
 
 
 class BrokenAnswer(ValueError):
-    """An answer that this score can make nothing of."""
+    """This score cannot use the answer."""
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """1 / the number of classes that the prediction names, if the answer is among them.
+    """Returns 1 / the number of classes that the prediction names, if the answer is among them.
 
     A named class that is part of the answer's own name is not held against the prediction. The benchmark drops such
     classes from the list while it goes through it, and so passes over the one that moves up; that is kept, since it
@@ -32,13 +32,13 @@ def classification(prediction: str, answer: str, classes: Sequence[str]) -> floa
 
 
 def count(prediction: str, answer: str) -> float:
-    """The share of the prediction's numbers that are the answer; 0 without numbers. "07" is not "7"."""
+    """Returns the share of the prediction's numbers that are the answer; 0 without numbers. "07" is not "7"."""
     numbers = _NUMBER.findall(prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """`count`, of the number in an answer like "Paragraph 19".
+    """Returns `count` of the number in an answer such as "Paragraph 19".
 
     Raises:
         BrokenAnswer: the answer names no paragraph.
@@ -47,7 +47,7 @@ def retrieval(prediction: str, answer: str) -> float:
 
 
 def retrieval_zh(prediction: str, answer: str) -> float:
-    """`count`, of the number in an answer like "段落19".
+    """Returns `count` of the number in an answer such as "段落19".
 
     Raises:
         BrokenAnswer: the answer names no paragraph.
@@ -56,7 +56,7 @@ def retrieval_zh(prediction: str, answer: str) -> float:
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """How alike the prediction's first line of code and the answer are, in whole hundredths.
+    """Returns how alike the prediction's first line of code and the answer are, in whole hundredths.
 
     The first line is the first one without a backtick, "#" or "//". Likeness is difflib's ratio, 2 M / T with M the
     characters in matching blocks and T those of both; difflib passes over characters that are popular in lines of 200
@@ -72,14 +72,14 @@ def code_similarity(prediction: str, answer: str) -> float:
 
 
 def choice(prediction: str, answer: str) -> float:
-    """LongBench v2: whether "The correct answer is (X)", also without parentheses, names the answer; "*" is dropped."""
+    """Scores LongBench v2: whether "The correct answer is (X)", also without parentheses, names the answer; "*" is dropped."""
     plain = prediction.replace("*", "")
     found = re.search(r"The correct answer is \(([A-D])\)", plain) or re.search(r"The correct answer is ([A-D])", plain)
     return float(found is not None and found[1] == answer)
 
 
 def contains(prediction: str, answer: str) -> float:
-    """Whether the answer's text stands in the prediction."""
+    """Returns whether the prediction contains the answer's text."""
     return float(answer in prediction)
 
 

@@ -20,7 +20,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 _CHINESE_PUNCTUATION = _PUNCTUATION | frozenset(
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001  # letters that look like others are the point
 )
-"""What the benchmark drops from Chinese words. An opening 《 is not among it, there, and so not here."""
+"""What the benchmark drops from Chinese words. An opening 《 is not among it there, and so not here."""
 
 
 class MissingSegmenter(ImportError):
@@ -28,12 +28,12 @@ class MissingSegmenter(ImportError):
 
 
 def qa_f1(prediction: str, answer: str) -> float:
-    """F1 of the words, after lower case, without punctuation and without English articles."""
+    """Returns F1 of the words, after lower case, without punctuation and without English articles."""
     return bag_f1(_words(prediction), _words(answer))
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    """F1 of the words that jieba finds, after lower case and without punctuation.
+    """Returns F1 of the words that jieba finds, after lower case and without punctuation.
 
     Raises:
         MissingSegmenter: jieba is not installed.
@@ -42,7 +42,7 @@ def qa_f1_zh(prediction: str, answer: str) -> float:
 
 
 def bag_f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """F1 of two bags of words; 0 where they have nothing in common, also if both are empty."""
+    """Returns F1 of two bags of words; 0 if they have nothing in common, also if both are empty."""
     common = sum((Counter(prediction) & Counter(answer)).values())
     if not common:
         return 0.0
@@ -51,7 +51,7 @@ def bag_f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
 
 
 def segment(text: str) -> list[str]:
-    """Chinese text as words, in order; nothing is left out.
+    """Returns Chinese text as words, in order; nothing is left out.
 
     Raises:
         MissingSegmenter: jieba is not installed.
@@ -77,7 +77,7 @@ def _clean_chinese(word: str) -> str:
 def _jieba() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own age: escapes and modules that Python has moved on from
+            warnings.simplefilter("ignore")  # it is old: escapes and modules that Python has dropped
             import jieba
     except ImportError as error:
         raise MissingSegmenter(

@@ -34,7 +34,7 @@ USUAL: dict[str, Any] = {"model": "", "documents": (2000, 5900), "repeats": 3, "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     asked = _options(arguments)
     try:
         if asked.chart:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    """Walk over all documents, and write what came of it, if asked to; JSON-ready.
+    """Walks over all documents, and writes the result if asked to; returns it JSON-ready.
 
     Raises:
         ValueError, CakeError: there is no model, or no document; the message says what to do.
@@ -74,7 +74,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
     def done() -> None:
-        """Writes what there is: a long run that is stopped has something to show."""
+        """Writes the results so far, so that a long run that is stopped has something to show."""
         result.update(
             machine=machine.as_dict(),
             documents=[result_of(walked) for walked in walks],
@@ -90,7 +90,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result that was written.
+    """Reads a result that was written.
 
     Raises:
         ValueError: there is none.
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], docs: Path) -> None:
-    """Draw the chart, and fill the tables of the pages."""
+    """Plots the chart, and fills the tables of the pages."""
     chart.draw(result, docs / "docs" / "walk.svg")
     tables.fill(docs / "docs" / "walk.md", tables.page(result))
     tables.fill(docs / "README.md", tables.readme(result))

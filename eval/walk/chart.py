@@ -1,4 +1,4 @@
-"""The chart of a result: seconds to the first token, by what they were spent on."""
+"""The chart of a result: seconds to the first token, by kind of work."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ FIRST = (SINGLE, CHUNKED, COLD)
 LATER = (RECIPE, COPIED, TORCH_LOAD, NEW)
 
 IN_MEMORY = (RECIPE, COPIED)
-"""What is in memory already counts from the question on."""
+"""The ways whose KV is in memory already; they count from the question on."""
 ROOM = 1.16
-"""Of the longest bar, for the figure behind it."""
+"""Space for the figure behind a bar, as a share of the longest bar."""
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """The longest document, as SVG: text as text, a background of its own so that it can be read on any.
+    """Plots the longest document, as SVG: text as text, a background of its own so that it can be read on any.
 
     Raises:
         CakeError: matplotlib is not installed.
@@ -86,12 +86,12 @@ def _panel(panel: Axes, document: Mapping[str, Any], ways: Sequence[str], title:
 
 
 def shown(seconds: float) -> str:
-    """A bar's figure."""
+    """Formats a bar's figure."""
     return f"{seconds:.1f} s" if seconds >= 9.95 else f"{seconds:.2f} s"
 
 
 def parts_of(document: Mapping[str, Any], way: str) -> dict[str, float]:
-    """Seconds by kind, each a median, of the first question."""
+    """Returns seconds by kind, each a median, of the first question."""
     found = [one for one in document["taken"] if (one["way"], one["question"]) == (way, 0)]
     steps: Sequence[str] = ("asked",) if way in IN_MEMORY else ("prepared", "asked")
     return {kind: median(sum(one[step].get(kind, 0.0) for step in steps) for one in found) for kind in COLOURS}

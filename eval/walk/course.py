@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass
 class Walked:
-    """What came of one document.
+    """The results for one document.
 
     Attributes:
-        document: which.
-        taken: by all ways, in the order of the run.
+        document: the document.
+        taken: of all ways, in the order of the run.
         expected: the questions on a `DynamicCache` that was filled in the pieces of ours.
         on_disk: bytes, by way: the file of `torch.save`, the store.
         save_seconds: of `torch.save`, in each round.
@@ -41,12 +41,12 @@ class Walked:
 
     @property
     def tokens(self) -> int:
-        """Of the document."""
+        """Tokens of the document."""
         return self.document.ids.shape[1]
 
     @property
     def rounds(self) -> int:
-        """So far."""
+        """The number of rounds so far."""
         return len(self.save_seconds)
 
 
@@ -55,12 +55,12 @@ class Course:
     """The model, and how it is asked.
 
     Attributes:
-        name: of the model, as other processes find it.
+        name: of the model, by which other processes find it.
         model, tokenizer: loaded.
         dtype: of the weights.
         tokens: of each answer.
-        chunk_size: of caches of ours.
-        rounds: how many.
+        chunk_size: of our caches.
+        rounds: their number.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Course:
     rounds: int
 
     def walk(self, walked: Walked, tell: Callable[[str], object], done: Callable[[], object]) -> None:
-        """All ways, so many times.
+        """Runs all ways, round by round.
 
         Args:
-            walked: new; what comes of it goes there.
+            walked: a new one, which collects the results.
             tell: called with lines of progress.
             done: called after each round.
         """
@@ -100,12 +100,12 @@ class Course:
 
 @dataclass(frozen=True)
 class Round:
-    """Each way once. What is compared runs one after the other, and each round begins with another one.
+    """Runs each way once. Ways that are compared run one after the other, and each round begins with another one.
 
     Attributes:
-        course: of which this is a round.
+        course: the one that this is a round of.
         ways: with this round's number.
-        walked: what is taken goes there.
+        walked: collects the results.
         number: of the round.
         folder: empty; for store and file.
     """
@@ -117,7 +117,7 @@ class Round:
     folder: Path
 
     def run(self) -> None:
-        """All of it."""
+        """Runs the whole round."""
         recipe = self._first_times()
         self._save(recipe)
         restored = self.ways.restored(self._store)
@@ -157,7 +157,7 @@ class Round:
         self.walked.on_disk[TORCH_LOAD] = self._file.stat().st_size
 
     def _questions(self, recipe: Prepared, restored: Prepared) -> None:
-        """On both caches, in turns; what it took to have them is told with the first question."""
+        """Asks on both caches, in turns; the time to prepare them is told with the first question."""
         for question in range(len(self.walked.document.questions)):
             both = ((RECIPE, recipe), (COPIED, restored))
             for way, prepared in turned(both, self.number + question):
@@ -183,6 +183,6 @@ class Round:
 
 
 def turned(things: Sequence[T], number: int) -> list[T]:
-    """The same, beginning with another one each time."""
+    """Returns the same items, starting with another one each time."""
     at = number % len(things)
     return [*things[at:], *things[:at]]

@@ -1,4 +1,4 @@
-"""What is asked about: rows of LongBench, where the user has them, or Python's own sources with facts hidden in them."""
+"""The documents of the walk: rows of LongBench, if the user has them, or Python's own sources with facts hidden in them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eval.tasks import find_task
 
 TASKS = ("qasper", "2wikimqa")
 QUESTIONS = ("What is the main topic of this text?", "Name one person, place or thing that it mentions.")
-"""Our own, so that nothing of a benchmark is in what is printed and kept."""
+"""Questions of our own, so that nothing of a benchmark is printed or kept."""
 
 GENERATED = "recall"
 SAMPLE_CHARS = 4000
-"""So many characters tell how long a token is."""
+"""This many characters tell how long a token is."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Document:
     """A document and two questions about it, as tokens.
 
     Attributes:
-        name: where it is from.
-        ids: `[1, tokens]`, what the questions begin with.
+        name: its source.
+        ids: `[1, tokens]`, which the questions start with.
         questions: as text.
         prompts: `[1, tokens]` each.
     """
@@ -40,7 +40,7 @@ class Document:
 
 
 def find_documents(data: str, wanted: Sequence[int], tokenizer: Any, limit: int) -> list[Document]:
-    """A document for each number of tokens, about as long as that.
+    """Returns a document for each number of tokens, of about that length.
 
     Args:
         data: a folder with LongBench's rows, of which those of about these lengths are taken whole; empty for made-up ones.
@@ -64,7 +64,7 @@ def find_documents(data: str, wanted: Sequence[int], tokenizer: Any, limit: int)
 
 
 def make_document(tokenizer: Any, name: str, text: str, questions: Sequence[str]) -> Document:
-    """In the model's chat template, if it has one; else the text, and the question right behind it."""
+    """Renders in the model's chat template, if it has one; else the text, and the question right behind it."""
     if getattr(tokenizer, "chat_template", None):
         ids = chat_document(tokenizer, text)
         messages = [[{"role": "user", "content": f"{text}{SEPARATOR}{question}"}] for question in questions]

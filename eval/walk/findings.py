@@ -1,4 +1,4 @@
-"""From what was taken to a result: medians, ratios against the goals, and what is not equal."""
+"""Turns measurements into a result: medians, ratios against the goals, and answers that differ."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ GOALS: dict[str, tuple[str, str, str, Reading, Goal | None]] = {
         Goal(1.05),
     ),
 }
-"""Name -> what it is, the two ways that are compared, what of them, and where it should be."""
+"""Name -> its meaning, the two ways that are compared, by what, and its goal."""
 
 
 def result_of(walked: Walked) -> dict[str, Any]:
-    """Of one document, JSON-ready."""
+    """Returns the result for one document, JSON-ready."""
     return {
         "document": walked.document.name,
         "tokens": walked.tokens,
@@ -68,12 +68,12 @@ def result_of(walked: Walked) -> dict[str, Any]:
 
 
 def plain(taken: Taken) -> dict[str, Any]:
-    """JSON-ready; the digests of all steps, which only mean something beside others, as one."""
+    """Returns JSON-ready values; the digests of all steps, which only mean something beside others, as one."""
     return taken.as_dict() | {"digests": hashlib.sha256("".join(taken.digests).encode()).hexdigest()[:16]}
 
 
 def ratios(taken: Sequence[Taken]) -> dict[str, Figure]:
-    """Each goal's figure: the median of the ratios of what ran one after the other."""
+    """Returns each goal's figure: the median of the ratios of neighbouring runs."""
     found = {}
     for name, (label, above, below, reading, goal) in GOALS.items():
         found[name] = Figure.ratio(label, _sample(taken, above, reading), _sample(taken, below, reading), goal)
@@ -86,10 +86,10 @@ def _sample(taken: Sequence[Taken], way: str, reading: Reading) -> Sample:
 
 
 def broken(walked: Walked, dtype: str) -> list[str]:
-    """A sentence for each way whose answers are not what they must be; none if all are.
+    """Returns a sentence for each way with wrong answers; none if all are right.
 
-    Ours must equal, bit for bit, a `DynamicCache` that was filled in the same pieces. In float32 the tokens of all ways must be
-    those of `generate`; in lower precision a near tie may fall the other way, in every library.
+    Ours must equal, bit for bit, a `DynamicCache` that was filled in the same pieces. In float32 the tokens of all ways must
+    be those of `generate`; in lower precision a near tie may fall the other way, in every library.
     """
     found = dict.fromkeys(_unlike(walked))
     if dtype == "float32":
@@ -104,7 +104,8 @@ def _unlike(walked: Walked) -> Iterator[str]:
 
 
 def _other_tokens(walked: Walked) -> Iterator[str]:
-    """`generate` is asked the first question only; of the second, the recipe stands for it."""
+    """Returns the ways with other tokens. `generate` gets the first question only; for the second, the recipe stands in for
+    it."""
     first = {(taken.way, taken.question): taken.tokens for taken in reversed(walked.taken)}
     for taken in walked.taken:
         reference = SINGLE if taken.question == 0 else RECIPE

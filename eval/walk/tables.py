@@ -16,18 +16,18 @@ HEADINGS = ("document", "question", "first token", "last token", "CPU", "loaded"
 RATIO = "cake_hf's time over the other's"
 RATIO_HEADINGS = ("median", "from, to", "goal", "met")
 BUSY = 0.5
-"""Load average for each core above which a machine was busy."""
+"""Load average for each core above which a machine counts as busy."""
 
 IN_README = (SINGLE, COLD, RECIPE, COPIED, TORCH_LOAD, NEW)
 
 
 def rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each way and question: its name, and cells under `HEADINGS`."""
+    """Returns a row for each way and question: its name, and cells under `HEADINGS`."""
     return [[name, *_cells(document, found)] for name, found in groups(document)]
 
 
 def groups(document: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """What was taken, by way and question, with a name for people."""
+    """Returns the measurements by way and question, with a name for people."""
     for way, name in WAYS.items():
         for question in range(len(document["questions"])):
             found = [one for one in document["taken"] if (one["way"], one["question"]) == (way, question)]
@@ -36,7 +36,7 @@ def groups(document: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, An
 
 
 def seconds(found: Sequence[Mapping[str, Any]], *names: str) -> float:
-    """The median of the sum of these, each of which is a number, or seconds by kind."""
+    """Returns the median of the sum of these, each of which is a number, or seconds by kind."""
     return median(sum(_sum(one[name]) for name in names) for one in found)
 
 
@@ -72,7 +72,7 @@ def _share(found: Sequence[Mapping[str, Any]], name: str, expected: object) -> s
 
 
 def answers(document: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each question, with its answers, each on one line, and the ways that it was given by."""
+    """Returns each question, with its answers, each on one line, and the ways that gave it."""
     for number, question in enumerate(document["questions"]):
         given: dict[str, dict[str, None]] = {}
         for one in document["taken"]:
@@ -83,7 +83,7 @@ def answers(document: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, 
 
 
 def goal_rows(document: Mapping[str, Any]) -> list[list[str]]:
-    """Label, figure, spread, goal, and whether it was met."""
+    """Yields label, figure, spread, goal, and whether it was met."""
     return [
         [
             figure["label"],
@@ -97,14 +97,14 @@ def goal_rows(document: Mapping[str, Any]) -> list[list[str]]:
 
 
 def sheets(document: Mapping[str, Any]) -> Iterator[Sheet]:
-    """For a terminal."""
+    """Returns the tables for a terminal."""
     title = f"{document['document']}: {_length(document)}"
     yield Sheet(title, ("<way", *HEADINGS), rows(document))
     yield Sheet("", (f"<{RATIO}", *RATIO_HEADINGS), goal_rows(document))
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """All of a result, as Markdown."""
+    """Returns a whole result, as Markdown."""
     parts = [_setting(result)]
     for document in result["documents"]:
         parts += [f"### {_length(document)}", _markdown(("", *HEADINGS), rows(document))]
@@ -116,7 +116,7 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def readme(result: Mapping[str, Any]) -> str:
-    """The few figures of the longest document that the README shows."""
+    """Returns the few figures of the longest document that the README shows."""
     document = longest(result)
     by_way = {found[0]["way"]: found for _, found in groups(document) if found[0]["question"] == 0}
     shown = []
@@ -130,13 +130,13 @@ def readme(result: Mapping[str, Any]) -> str:
 
 
 def longest(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The document with the most tokens."""
+    """Returns the document with the most tokens."""
     found: Mapping[str, Any] = max(result["documents"], key=lambda document: document["tokens"])
     return found
 
 
 def fill(path: Path, text: str) -> None:
-    """Put a text between `<!-- walk -->` and `<!-- end of walk -->` in a page.
+    """Puts a text between `<!-- walk -->` and `<!-- end of walk -->` in a page.
 
     Raises:
         ValueError: the page has no such place.
@@ -152,7 +152,7 @@ PLACE = re.compile(r"(<!-- walk -->)\n.*?(<!-- end of walk -->)", re.DOTALL)
 
 
 def machine(result: Mapping[str, Any]) -> str:
-    """Where it ran."""
+    """Describes the machine."""
     ran = result["machine"]
     versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "torch", "transformers", "cake_hf"))
     stolen = f", {ran['stolen_share']:.1%} of its time stolen by other machines" if ran.get("stolen_share") else ""
@@ -162,7 +162,7 @@ def machine(result: Mapping[str, Any]) -> str:
 
 
 def busy(result: Mapping[str, Any]) -> str:
-    """A warning where other programs had a good part of the machine; else nothing."""
+    """Returns a warning if other programs used a good part of the machine; else nothing."""
     ran = result["machine"]
     if (ran["load_average_before"] or 0) <= BUSY * ran["cores"]:
         return ""

@@ -1,4 +1,4 @@
-"""One question, answered in one way: what was waited for, for how long, and the answer."""
+"""One question, answered in one way: the times of waiting by kind, and the answer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from eval.outcomes import digests
 T = TypeVar("T")
 
 COMPUTE, LOAD, COPY, WAIT = "compute", "load", "copy", "wait"
-"""What time is spent on: forwards; bringing KV from a file or a store; copying it in memory; waiting, when the answer is there
-already, for what is still being saved."""
+"""Kinds of work: forwards; bringing KV from a file or a store; copying it in memory; waiting, when the answer is there
+already, for saving to end."""
 
 _ANSWER = "answer"
 
@@ -32,14 +32,14 @@ class Clock:
 
     @contextmanager
     def lap(self, kind: str) -> Iterator[None]:
-        """The body's time is of that kind."""
+        """Counts the body's time under that kind."""
         begin, cpu = time.perf_counter(), time.process_time()
         yield
         self.laps[kind] = self.laps.get(kind, 0.0) + time.perf_counter() - begin
         self.cpu += time.process_time() - cpu
 
     def take(self, kind: str, work: Callable[[], T]) -> T:
-        """As `lap`, of one call."""
+        """Works like `lap`, for one call."""
         with self.lap(kind):
             return work()
 
@@ -50,8 +50,8 @@ class Prepared:
 
     Attributes:
         cache: of any kind.
-        clock: what that took.
-        report: of a cache of ours, about the document.
+        clock: the time it took.
+        report: of our cache, about the document.
     """
 
     cache: Any
@@ -61,24 +61,24 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Taken:
-    """One question answered.
+    """One answered question.
 
     Attributes:
         way: see `ways`.
         document: its number of tokens.
         round: from 0 on.
         question: 0 or 1.
-        prepared: seconds by kind until the document's KV was there; empty where that is no step of its own, or was one of an
+        prepared: seconds by kind until the document's KV was there; empty if that is no step of its own, or was part of an
             earlier question.
         asked: seconds by kind from there to the first token.
         answered: seconds from there to the last token.
         after: seconds of waiting when the answer was there.
         cpu: seconds of all threads, for all of that.
-        loaded, computed: chunks and tails of the document, in a cache of ours.
-        tokens: that were generated.
-        digests: of the logits that each was chosen from; equal ones mean equal bits.
+        loaded, computed: chunks and tails of the document, in our cache.
+        tokens: the generated ones.
+        digests: of the logits that each token was chosen from; equal ones mean equal bits.
         text: the tokens as text.
-        note: why a cache of ours restored nothing, or empty.
+        note: why our cache restored nothing, or empty.
     """
 
     way: str
@@ -99,21 +99,21 @@ class Taken:
 
     @property
     def document_seconds(self) -> float:
-        """Until the document's KV was there."""
+        """Seconds until the document's KV was there."""
         return sum(self.prepared.values())
 
     @property
     def question_seconds(self) -> float:
-        """From the question to the first token of its answer."""
+        """Seconds from the question to the first token of its answer."""
         return sum(self.asked.values())
 
     @property
     def first_token(self) -> float:
-        """From nothing, or from what an earlier question has left, to the first token."""
+        """Seconds to the first token, from nothing, or from what an earlier question has left."""
         return self.document_seconds + self.question_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, rounded to what can be told apart."""
+        """Returns JSON-ready values, rounded to what can be told apart."""
         plain = asdict(self)
         for name in ("answered", "after", "cpu"):
             plain[name] = round(plain[name], 4)
@@ -132,7 +132,7 @@ class Asker:
         prompts: `[1, tokens]` each: the document and a question.
         document: its number of tokens.
         tokens: of each answer. The model cannot end it earlier, so that equal work is compared.
-        round: that is being run.
+        round: the current one.
     """
 
     model: Any
@@ -152,10 +152,10 @@ class Asker:
         finish: Callable[[Any], object] | None = None,
         **options: Any,
     ) -> Taken:
-        """One question.
+        """Asks one question.
 
         Args:
-            way, question: which.
+            way, question: the one to ask.
             prepared: the cache, and what it took if that is to be told with this question.
             copied: makes the copy of the cache that the question is asked with.
             finish: called with the cache when the answer is there, and waited for.

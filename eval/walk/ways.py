@@ -29,19 +29,19 @@ WAYS = {
     TORCH_LOAD: "torch.load, new process",
     NEW: "cake_hf, new process",
 }
-"""Way -> name for people; docs/walk.md says what each is."""
+"""Way -> name for people; docs/walk.md describes each."""
 
 OURS = (COLD, COPIED, DIRECT, NEW)
 
 
 @dataclass(frozen=True)
 class Ways:
-    """All ways but those of other processes, with one model and one document.
+    """All ways except those in other processes, with one model and one document.
 
     Attributes:
         asker: asks the model.
         ids: `[1, tokens]` of the document.
-        chunk_size: of caches of ours, and of transformers' chunks.
+        chunk_size: of our caches, and of transformers' chunks.
     """
 
     asker: Asker
@@ -54,16 +54,16 @@ class Ways:
         return self.asker.model
 
     def single(self, question: int = 0) -> Taken:
-        """`generate` as it comes."""
+        """Runs `generate` as it comes."""
         return self.asker.ask(SINGLE, question, Prepared(self._plain_cache()))
 
     def chunked(self, question: int = 0) -> Taken:
-        """transformers' own chunks."""
+        """Runs transformers' own chunks."""
         plain = Prepared(self._plain_cache())
         return self.asker.ask(CHUNKED, question, plain, prefill_chunk_size=self.chunk_size)
 
     def cold(self, store: Path) -> Taken:
-        """Ours, where the store has nothing yet; the document's end is declared, so that all of it is saved."""
+        """Runs ours with an empty store; the document's end is declared, so that all of it is saved."""
         clock = Clock()
         with clock.lap(COMPUTE):
             cache = CakeCache(self.model, store)
@@ -71,9 +71,9 @@ class Ways:
         return self.asker.ask(COLD, 0, Prepared(cache, clock, report), finish=lambda used: used.close())
 
     def recipe(self) -> Prepared:
-        """A `DynamicCache` that was run over the document in one forward.
+        """Returns a `DynamicCache` that was run over the document in one forward.
 
-        The recipe's own words compute logits of all tokens, which nobody needs; here it is spared that.
+        The recipe's own words compute logits of all tokens, which are not needed; here it is spared that.
         """
         clock, cache = Clock(), self._plain_cache()
         with clock.lap(COMPUTE):
@@ -81,7 +81,7 @@ class Ways:
         return Prepared(cache, clock)
 
     def pieces(self) -> Prepared:
-        """A `DynamicCache` that was run over the document in the pieces of ours: what ours must equal, bit for bit."""
+        """Returns a `DynamicCache` that was run over the document in our pieces: ours must equal it, bit for bit."""
         clock, cache, end = Clock(), self._plain_cache(), self.ids.shape[1]
         with clock.lap(COMPUTE):
             for start in range(0, end, self.chunk_size):
@@ -89,7 +89,7 @@ class Ways:
         return Prepared(cache, clock)
 
     def restored(self, store: Path) -> Prepared:
-        """A cache of ours that has brought the document from the store."""
+        """Returns our cache with the document restored from the store."""
         clock = Clock()
         with clock.lap(LOAD):
             cache = CakeCache(self.model, store)
@@ -97,17 +97,17 @@ class Ways:
         return Prepared(cache, clock, report)
 
     def loaded(self, file: Path) -> Prepared:
-        """A `DynamicCache` as `torch.save` has left it."""
+        """Returns a `DynamicCache` as `torch.save` has left it."""
         clock = Clock()
         cache = clock.take(LOAD, lambda: torch.load(file, weights_only=False))
         return Prepared(cache, clock)
 
     def copied(self, way: str, question: int, prepared: Prepared) -> Taken:
-        """A question on a copy."""
+        """Asks a question on a copy."""
         return self.asker.ask(way, question, prepared, copied=copy.deepcopy)
 
     def used_up(self, way: str, question: int, prepared: Prepared) -> Taken:
-        """A question without a copy, which holds the answer then, too."""
+        """Asks a question without a copy; the cache then holds the answer, too."""
         return self.asker.ask(way, question, prepared)
 
     def _plain_cache(self) -> DynamicCache:

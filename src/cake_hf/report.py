@@ -23,6 +23,19 @@ _FILLS = {
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a prompt, or a part of it, is not restored: returned by the code that decides it, and put on the report by `explain`.
+
+    Attributes:
+        code: a stable name for the reason, listed in docs/troubleshooting.md.
+        text: a clause for people, without a full stop.
+    """
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Span:
     """One actor's work on one chunk.
 
@@ -85,7 +98,8 @@ class Report:
             been faster.
         prefill_seconds: seconds from the call's arrival to the logits of the prompt's last token (the library's part of TTFT).
         timeline: which actor worked on which chunk, and when.
-        reason: empty, or why the prompt, or a part of it, was not restored.
+        reason: empty, or why the prompt, or a part of it, was not restored, in words.
+        reason_code: a stable name for that reason, for programs: see docs/troubleshooting.md.
     """
 
     tokens: int = 0
@@ -112,6 +126,11 @@ class Report:
     prefill_seconds: float = 0.0
     timeline: list[Span] = field(default_factory=list, repr=False)
     reason: str = RedactedText()  # type: ignore[assignment]  # a descriptor
+    reason_code: str = ""
+
+    def explain(self, refusal: Refusal | None) -> None:
+        """Sets `reason` and `reason_code`; None clears them."""
+        self.reason, self.reason_code = ("", "") if refusal is None else (refusal.text, refusal.code)
 
     @property
     def restored(self) -> int:

@@ -89,7 +89,7 @@ class CakeCache(RestoringCache):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
         given, model = model, resolve_model(model, store)
         refuse_unusable(model)
-        layers, reason = checked_layers(model)
+        layers, refusal = checked_layers(model)
         session = Session(
             model,
             store,
@@ -102,7 +102,7 @@ class CakeCache(RestoringCache):
             snapshot_every=snapshot_every,
             compiled=given,
         )
-        super().__init__(session, layers, reason, passive=not layers)
+        super().__init__(session, layers, refusal, passive=not layers)
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -126,7 +126,7 @@ class CakeCache(RestoringCache):
             copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
             return copied
         RestoringCache.__init__(
-            copied, self._session, copied_layers(self.layers, self._ahead, memo), self._model_reason
+            copied, self._session, copied_layers(self.layers, self._ahead, memo), self._model_refusal
         )
         copied._ahead = self._ahead
         copied.report = copy.deepcopy(self.report, memo)
@@ -262,7 +262,7 @@ class CakeCache(RestoringCache):
                 namespace = prompt.namespace if prompt is not None and prompt.keys else None
                 prompt = self._prefill_end(ids, progress, started, namespace) or prompt
         except ComputePlainly as because:
-            self.report = Report(chunk_size=self._session.chunk_size, reason=str(because))
+            self._report_plain(because.refusal)
             return self.report
         if prompt is not None:
             self._prefilled = prompt

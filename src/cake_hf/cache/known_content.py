@@ -15,7 +15,7 @@ from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import keeps_attention
 from cake_hf.model.fingerprint import look_at_weights
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.report import Report
+from cake_hf.report import Refusal, Report
 from cake_hf.restore.guarded import GuardedCache
 from cake_hf.restore.held import Held
 from cake_hf.restore.request import ForwardCall
@@ -43,6 +43,11 @@ class RememberingCache(GuardedCache):
         self._turn: Turn | None = None  # the tokens since then, if their KV can be known
         self._seen = SeenTokens()  # of the prompts in this cache
         self._seals = Seals()
+
+    def _report_plain(self, refusal: Refusal, tokens: int = 0) -> None:
+        """Starts a new report, of a prompt of that many tokens that is computed plainly."""
+        self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size)
+        self.report.explain(refusal)
 
     def _length(self) -> int:
         """Returns the number of tokens in this cache; 0 if the cache cannot tell."""
@@ -136,5 +141,7 @@ class RememberingCache(GuardedCache):
             return
         found = known_turn(self._session, self.layers, self._held, turn)
         if found is not None:
-            save_turn(self._session, self.layers, self._held, *found, self.report)
+            refusal = save_turn(self._session, self.layers, self._held, *found, self.report)
+            if refusal is not None:
+                self.report.explain(refusal)
             self._held.append(found[0].blocks, found[0].keys)

@@ -14,7 +14,7 @@ from cake_hf.cache.phase import IDLE, Phase, Work
 from cake_hf.cache.positions import Ahead, Position
 from cake_hf.model.compiled import as_it_is
 from cake_hf.model.fingerprint import adapters_vary
-from cake_hf.model.foreign_code import stranger_reason
+from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.look import look_again, one_look
 from cake_hf.model.offload import devices_of, home_device
@@ -22,15 +22,31 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.presses import Presses
 from cake_hf.model.ranks import ranks_of
 from cake_hf.model.trials import forget_trials
-from cake_hf.model.vision import numbering_reason
-from cake_hf.report import Report
-from cake_hf.restore.audit import refused_reason
+from cake_hf.model.vision import numbering_refusal
+from cake_hf.report import Refusal, Report
+from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.forwards import Progress, record_suffix
+from cake_hf.restore.misses import NONE_YET, tell_missing
 from cake_hf.restore.pacing import learn_costs, note_savings
+from cake_hf.restore.plan import snapshot_refusal
 from cake_hf.restore.prompt import Prompt, Wanted, off_schedule, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.restore import Restore
-from cake_hf.restore.support import ahead_reason, kept_reason, misunderstood_reason, tell_plain, unlike_reason
+from cake_hf.restore.support import (
+    ahead_refusal,
+    kept_refusal,
+    misunderstood_refusal,
+    ranks_refusal,
+    tell_plain,
+)
+
+NO_FULL_CHUNK = Refusal("no-full-chunk", "the prompt has no full chunk before its last piece, which is always computed")
+NOT_DETERMINISTIC = Refusal(
+    "not-deterministic", "this model does not compute the same twice, so that its KV cannot be exchanged"
+)
+BATCH_AHEAD = Refusal("batch-prefill", "a batch is restored when the model is called with it, not before")
+TRAINING = Refusal("training-mode", "the model is in training mode")
+MIXED_ADAPTERS = Refusal("mixed-adapters", "adapters are chosen by the row, or by the place in the prompt")
 
 
 class PrefixCache(RememberingCache):
@@ -42,13 +58,13 @@ class PrefixCache(RememberingCache):
 
     presses_rest: bool
 
-    def _be_idle(self, reason: str) -> None:
+    def _be_idle(self, refusal: Refusal | None) -> None:
         """Initializes the state, with no prompt.
 
         Args:
-            reason: why the model's prompts are computed plainly; empty if they are restored.
+            refusal: why the model's prompts are computed plainly; None if they are restored.
         """
-        self._model_reason = reason
+        self._model_refusal = refusal
         self._work = IDLE
         self.presses_rest = False
         self._unpressed = False  # `prefill` has brought the start of a prompt without the presses
@@ -95,13 +111,17 @@ class PrefixCache(RememberingCache):
             The restore, to be closed or abandoned later; None if the call is to be left unchanged: the report says why.
         """
         session, started = self._session, time.monotonic() if started is None else started
-        reason = self._refusal(call)
-        if not reason and call.tokens < session.chunk_size and not self._is_cut_in(call):
-            reason = f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}"
-        if not self._model_reason:
-            reason = unlike_reason(session.model, call, session.chunk_size, reason) or reason
-        if reason := reason or kept_reason(session.model, self.layers, call.past + call.tokens):
-            self.report = self._plain_report(call, reason)
+        refusal = self._refusal(call)
+        if refusal is None and call.tokens < session.chunk_size and not self._is_cut_in(call):
+            refusal = Refusal(
+                "short-prompt",
+                f"the prompt has {call.tokens} new tokens, less than one chunk of {session.chunk_size}",
+            )
+        if self._model_refusal is None:
+            refused = refusal is not None
+            refusal = ranks_refusal(session.model, call, session.chunk_size, refused=refused) or refusal
+        if refusal := refusal or kept_refusal(session.model, self.layers, call.past + call.tokens):
+            self._refuse(call, refusal)
             return None
         return self._restore_under(namespace, call, leave, progress, past_loads, report, started)
 
@@ -129,8 +149,8 @@ class PrefixCache(RememberingCache):
         prompt = self._look_up(call, leave, assumed or session.bound_model.namespace(call.ids), report, started)
         self._note_chunks_of(prompt)
         vouched_for = session.bound_model.vouched_for == prompt.namespace
-        if not vouched_for and (reason := ahead_reason(session.model)):
-            self.report = self._plain_report(call, reason)
+        if not vouched_for and (refusal := ahead_refusal(session.model)):
+            self._refuse(call, refusal)
             return None
         restore = self._start(prompt, progress, past_loads=past_loads)
         try:
@@ -140,8 +160,8 @@ class PrefixCache(RememberingCache):
                 else prompt.namespace
             )
             if found == prompt.namespace:
-                if reason := refused_reason(session.model, found):
-                    raise ComputePlainly(reason)
+                if refusal := audit_refusal(session.model, found):
+                    raise ComputePlainly(refusal)
                 restore.run()
                 return restore
         except BaseException:
@@ -149,10 +169,10 @@ class PrefixCache(RememberingCache):
             raise
         self._abandon(restore)  # the model has changed: the loads under way belong to the former one
         if session.bound_model.namespace(call.ids) != found:
-            raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
+            raise ComputePlainly(NOT_DETERMINISTIC)
         forget_trials(session.model)
-        if reason := kept_reason(session.model, self.layers, call.past + call.tokens):
-            raise ComputePlainly(reason)
+        if refusal := kept_refusal(session.model, self.layers, call.past + call.tokens):
+            raise ComputePlainly(refusal)
         return self._restore_under(found, call, leave, progress, past_loads, None, started)
 
     def _note_chunks_of(self, prompt: Prompt) -> None:
@@ -165,17 +185,18 @@ class PrefixCache(RememberingCache):
     ) -> Prompt:
         """Matches the call's full chunks, except for its last `leave` tokens, against the store; returns the prompt."""
         session = self._session
-        report = report or self._plain_report(call, "")
+        report = report or Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size)
         wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
-        report.reason = wanted.reason or report.reason
         if call.past == self._held.end:
             prompt = open_prompt(session, call, wanted, self._held, report, started, namespace)
         else:
             prompt = off_schedule(session, call, wanted, report, started)
-            tell_plain(report.reason)
-        self.report = prompt.report
-        if not (wanted.chunks or report.restored or report.reason):
-            report.reason = "the prompt has no full chunk before its last piece, which is always computed"
+        self.report = report
+        if prompt.refusal is not None:
+            report.explain(prompt.refusal)
+        elif not report.reason:
+            nothing = not (wanted.chunks or report.restored)
+            report.explain(NO_FULL_CHUNK if nothing else snapshot_refusal(prompt))
         return prompt
 
     def _start(self, prompt: Prompt, progress: Progress, *, past_loads: bool) -> Restore:
@@ -210,8 +231,11 @@ class PrefixCache(RememberingCache):
         learn_costs(restore.cost_memory, restore.prompt, restore.pace)
         if restore.brought:
             note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)
-        if (inquiry := restore.prompt.inquiry) is not None:
-            inquiry.settle(restore.prompt.report)
+        if prompt.inquiry is not None:
+            refusal = prompt.inquiry.answer()
+            if refusal is not None and prompt.report.reason_code == NONE_YET.code:
+                prompt.report.explain(refusal)
+                tell_missing(refusal)
 
     def _abandon(self, restore: Restore) -> None:
         self._work = IDLE
@@ -273,7 +297,7 @@ class PrefixCache(RememberingCache):
         ids = input_ids[:, past:].to(home_device(model))
         call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
         if call.is_batch:
-            self.report = self._plain_report(call, "a batch is restored when the model is called with it, not before")
+            self._refuse(call, BATCH_AHEAD)
             return None
         try:
             with torch.no_grad(), one_look():
@@ -302,14 +326,15 @@ class PrefixCache(RememberingCache):
         past = self.get_seq_length()
         begin = Position.take(self.layers, past, self._held)
         ids = input_ids[:, past:]
-        report, reason = self.report, self.report.reason
+        report, refusal = self.report, Refusal(self.report.reason_code, self.report.reason)
         if not report.restored:
-            report.reason = ""  # "no full chunk" no longer applies
+            report.explain(None)  # "no full chunk" no longer applies
         unpressed = self._unpressed
         prompt = self._prefill(input_ids, 0, progress, report=report, started=started, namespace=namespace)
         self._unpressed |= unpressed
         if prompt is None or self.get_seq_length() != input_ids.shape[1]:
-            self.report, report.reason = report, reason
+            self.report = report
+            report.explain(refusal)
             return None
         self._ahead = Ahead(ids.cpu().clone(), Position.take(self.layers, past + ids.shape[1], self._held))
         begin.put(self.layers, kv_template(self._session.model))
@@ -317,24 +342,22 @@ class PrefixCache(RememberingCache):
         self._seen.crop(past)
         return prompt
 
-    def _refusal(self, call: ForwardCall) -> str:
+    def _refusal(self, call: ForwardCall) -> Refusal | None:
+        """Returns why a call must be computed plainly; None if it can be restored."""
         model = self._session.model
-        training = "the model is in training mode" * model.training
-        varying = "adapters are chosen by the row, or by the place in the prompt" * adapters_vary(model)
-        numbering = numbering_reason(model, call.arguments)
-        pressed = Presses.on(model).reason(self.layers, mixed=call.is_batch and not call.is_repeated)
+        presses = Presses.on(model)  # puts each behind its gate, whatever else is found
         return (
-            self._model_reason
-            or misunderstood_reason(model)
+            self._model_refusal
+            or misunderstood_refusal(model)
             or call.refusal()
-            or training
-            or varying
-            or numbering
-            or pressed
-            or stranger_reason(model)
+            or (TRAINING if model.training else None)
+            or (MIXED_ADAPTERS if adapters_vary(model) else None)
+            or numbering_refusal(model, call.arguments)
+            or presses.refusal(self.layers, mixed=call.is_batch and not call.is_repeated)
+            or foreign_code_refusal(model)
         )
 
-    def _plain_report(self, call: ForwardCall, reason: str) -> Report:
-        if reason:
-            tell_plain(reason)
-        return Report(tokens=call.past + call.tokens, chunk_size=self._session.chunk_size, reason=reason)
+    def _refuse(self, call: ForwardCall, refusal: Refusal) -> None:
+        """Reports, and logs, that a call is computed plainly."""
+        tell_plain(refusal)
+        self._report_plain(refusal, call.past + call.tokens)

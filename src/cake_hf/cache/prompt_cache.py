@@ -15,13 +15,14 @@ from cake_hf.errors import CakeError
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.model.caller import given_prompt, is_first_forward, is_within_generate
 from cake_hf.model.plainly import ComputePlainly
-from cake_hf.restore.audit import refused_reason
+from cake_hf.report import Refusal
+from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.batch import BatchRestore
 from cake_hf.restore.forwards import no_progress
 from cake_hf.restore.held import Held
 from cake_hf.restore.hooked import Rewritten
 from cake_hf.restore.request import ForwardCall
-from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_reason
+from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_refusal
 
 
 class PromptCache(PrefixCache):
@@ -60,9 +61,8 @@ class PromptCache(PrefixCache):
             self._make_head_major()
             return None  # decoding: the hot path
         if not self._counts():
-            if not is_one_token:
-                call = ForwardCall.parse(model, args, kwargs, self, 0)
-                self.report = self._plain_report(call, self._model_reason)
+            if not is_one_token and self._model_refusal is not None:
+                self._refuse(ForwardCall.parse(model, args, kwargs, self, 0), self._model_refusal)
             return None
         if not past and self._ahead is None:
             super().reset()  # the cache may have been cropped to nothing, and have had another number of rows
@@ -117,7 +117,7 @@ class PromptCache(PrefixCache):
             self._make_head_major()
             return None  # candidates of assisted decoding, not a prompt
         if not self._session.at_work.begin(self):
-            self.report = self._plain_report(call, CLOSED)
+            self._refuse(call, CLOSED)
             return None
         prefilled = self._prefilled
         self._forget_prefilled()
@@ -189,22 +189,26 @@ class PromptCache(PrefixCache):
     def _handle_batch(self, call: ForwardCall) -> Rewritten | None:
         """Handles several prompts, or a padded one; see `_handle`."""
         session, started = self._session, time.monotonic()
-        reason = self._refusal(call)
-        if not reason and max(call.lengths) < session.chunk_size + call.wanted_logits:
-            reason = f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
-        if not reason and call.is_repeated:
+        refusal = self._refusal(call)
+        if refusal is None and max(call.lengths) < session.chunk_size + call.wanted_logits:
+            refusal = Refusal(
+                "short-batch", f"no prompt of the batch is longer than a chunk of {session.chunk_size} tokens"
+            )
+        if refusal is None and call.is_repeated:
             return self._handle_repeated(call)
-        if reason := reason or batch_reason(self.layers):
-            self.report = self._plain_report(call, reason)
+        if refusal := refusal or batch_refusal(self.layers):
+            self._refuse(call, refusal)
             return None
         namespace = session.bound_model.namespace(call.ids)  # made once for all rows, since that takes milliseconds
-        if reason := refused_reason(session.model, namespace):
-            raise ComputePlainly(reason)
+        if refusal := audit_refusal(session.model, namespace):
+            raise ComputePlainly(refusal)
         batch = BatchRestore(session, self.layers, call, namespace, started)
         self.report = batch.report
         batch.run(self._restore_row)
-        if self._cuts:
-            batch.report.reason = batch.report.reason or NO_CUTS_IN_BATCH
+        if batch.found_some:
+            batch.report.explain(None)  # drop the reason of a single row
+        if self._cuts and not batch.report.reason:
+            batch.report.explain(NO_CUTS_IN_BATCH)
         self._work = Work(Phase.BATCH, batch=batch)
         return (), call.piece(batch.start, call.tokens)
 

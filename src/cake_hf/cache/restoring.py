@@ -27,7 +27,7 @@ from cake_hf.layers.compat import begin_plainly
 from cake_hf.model.compiled import is_compiled
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
-from cake_hf.report import Report
+from cake_hf.report import Refusal, Report
 from cake_hf.restore.forwards import ForwardPreempted
 from cake_hf.restore.guarded import is_within
 from cake_hf.restore.hooked import Rewritten
@@ -41,7 +41,7 @@ from cake_hf.restore.support import (
     plain_layers,
     tell_once,
     tell_plain,
-    unseen_reason,
+    unseen_refusal,
 )
 
 
@@ -51,20 +51,21 @@ class RestoringCache(PromptCache):
     Args:
         session: what the cache shares with its rows and copies: model, store and settings.
         layers: of the cache, empty.
-        reason: why the model's prompts are computed plainly; empty if they are restored.
+        refusal: why the model's prompts are computed plainly; None if they are restored.
         passive: the model, or the version of transformers, is not understood: be the plain cache that `DynamicCache` makes.
 
     Attributes:
         report: what happened to the last prompt.
     """
 
-    def __init__(self, session: Session, layers: list[Any], reason: str, *, passive: bool = False) -> None:
+    def __init__(self, session: Session, layers: list[Any], refusal: Refusal | None, *, passive: bool = False) -> None:
         begin_plainly(self, session.model.config)
         if not passive:
             self.layer_class_to_replicate = None
             self.layers = layers
-        self._remember(session, Report(reason=reason if passive else NOT_USED_YET), passive=passive)
-        self._be_idle(reason)
+        self._remember(session, Report(), passive=passive)
+        self.report.explain(refusal if passive else NOT_USED_YET)
+        self._be_idle(refusal)
         self._user = User()
         self._depth = 0  # how many forwards of our own model, nested in each other, are running
         self._compiled = False  # the model was called by compiled code
@@ -292,19 +293,18 @@ class RestoringCache(PromptCache):
         try:
             return self._handle(model, args, kwargs, past)
         except ComputePlainly as because:
-            reason = str(because)
-            tell_once(f"{type(model).__name__} {reason[:30]}", f"{reason}. Prompts are computed plainly")
+            refusal, text = because.refusal, because.refusal.text
+            tell_once(f"{type(model).__name__} {text[:30]}", f"{text}. Prompts are computed plainly")
         except Exception as error:
             if not is_misunderstanding(model, error):
                 raise
-            reason = not_understood(model, error)
+            refusal = not_understood(model, error)
             if not past:
                 self.reset()
-                self.layers, self._model_reason = plain_layers(model) or self.layers, reason
+                self.layers, self._model_refusal = plain_layers(model) or self.layers, refusal
         self._held = held
         ids = args[0] if args else kwargs.get("input_ids")
-        tokens = past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0)
-        self.report = Report(tokens=tokens, chunk_size=self._session.chunk_size, reason=reason)
+        self._report_plain(refusal, past + (ids.shape[-1] if isinstance(ids, torch.Tensor) else 0))
         return None
 
     def _arrived_outside(self) -> None:
@@ -317,7 +317,7 @@ class RestoringCache(PromptCache):
         """
         if self.closed:
             if not self._length():
-                self.report = Report(chunk_size=self._session.chunk_size, reason=CLOSED)
+                self._report_plain(CLOSED)
             return
         if not is_within(self._session.model):
             raise self._foreign()
@@ -326,8 +326,7 @@ class RestoringCache(PromptCache):
     def _note_unseen(self) -> None:
         """Reports, if a prompt starts, that the hook did not see it."""
         if not self._length():
-            reason = unseen_reason(self._session.model)
-            self.report = Report(chunk_size=self._session.chunk_size, reason=reason)
+            self._report_plain(unseen_refusal(self._session.model))
 
     def _note_bypassed(self, ids: torch.Tensor) -> None:
         """Reports that `generate`, although it was given this cache, runs the model without it.
@@ -335,7 +334,7 @@ class RestoringCache(PromptCache):
         Does nothing while a prompt of this cache is being handled: we may then be trying the model out.
         """
         if not self._session.at_work.has(self):
-            self.report = Report(tokens=ids.numel(), chunk_size=self._session.chunk_size, reason=BYPASSED)
+            self._report_plain(BYPASSED, ids.numel())
             tell_plain(BYPASSED)
 
     def _foreign(self) -> ForeignModel:
@@ -346,4 +345,4 @@ class RestoringCache(PromptCache):
         )
 
     def _new_row(self, layers: list[TokenMajorLayer]) -> RestoringCache:
-        return RestoringCache(self._session, layers, self._model_reason)
+        return RestoringCache(self._session, layers, self._model_refusal)

@@ -22,10 +22,10 @@ from cake_hf.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.model.offload import home_device
 from cake_hf.model.presses import Presses
 from cake_hf.model.ranks import ranks_of
-from cake_hf.report import Report
+from cake_hf.report import Refusal, Report
 from cake_hf.restore.forwards import no_progress
 from cake_hf.restore.session import Session
-from cake_hf.restore.support import layers_and_reason, layers_for, tell_once
+from cake_hf.restore.support import layers_for, layers_or_refusal, tell_once
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.util.forks import Lock
@@ -39,9 +39,15 @@ FLUSH_SECONDS = 60.0
 
 @dataclass
 class _Verdict:
-    """The result of the check for one model; None as `reason` means not checked yet. The lock is held during the check."""
+    """The result of the check for one model. The lock is held during the check.
 
-    reason: str | None = None
+    Attributes:
+        checked: whether there is a result.
+        refusal: the result: why prompts are computed plainly, or None.
+    """
+
+    checked: bool = False
+    refusal: Refusal | None = None
     lock: Lock = field(default_factory=Lock)
 
 
@@ -65,39 +71,44 @@ _verdicts: weakref.WeakKeyDictionary[torch.nn.Module, _Verdict] = weakref.WeakKe
 _lock = Lock()
 
 
-def checked_layers(model: torch.nn.Module) -> tuple[list[Any], str]:
-    """Returns the layers for a cache, and why the model's prompts are computed plainly (empty if they are not).
+def checked_layers(model: torch.nn.Module) -> tuple[list[Any], Refusal | None]:
+    """Returns the layers for a cache, and why the model's prompts are computed plainly (None if they are not).
 
     On an untested version of transformers, the verdict of a restored prompt decides. No layers mean that the model, or the
     version, is not understood: the cache must then be a passive one.
     """
-    layers, reason = layers_and_reason(model)
-    if reason or not compat.is_untested():
-        return layers, reason
-    reason = _verdict(model)
-    return ([] if reason else layers), reason
+    layers, refusal = layers_or_refusal(model)
+    if refusal or not compat.is_untested():
+        return layers, refusal
+    refusal = _verdict(model)
+    return ([] if refusal else layers), refusal
 
 
-def _verdict(model: torch.nn.Module) -> str:
-    """Returns why prompts of this model are computed plainly on the installed transformers; empty if they can be restored."""
+def _verdict(model: torch.nn.Module) -> Refusal | None:
+    """Returns why prompts of this model are computed plainly on the installed transformers; None if they can be restored."""
     if model.training:  # dropout: no two runs are alike
-        return (
-            "the model was in training mode when its cache was made, so this version of transformers could not be tried"
+        return Refusal(
+            "untried-in-training",
+            "the model was in training mode when its cache was made, so this version of transformers could not be tried",
         )
     if ranks_of(model) is not None:  # each rank would come to a verdict of its own
-        return "a tensor-parallel model is not tried on a version of transformers that is newer than the newest tested"
+        return Refusal(
+            "untried-on-ranks",
+            "a tensor-parallel model is not tried on a version of transformers that is newer than the newest tested",
+        )
     with _lock:
         verdict = _verdicts.setdefault(model, _Verdict())
     with verdict.lock:
-        if verdict.reason is None:
+        if not verdict.checked:
             try:
-                verdict.reason = _try_out(model)
+                verdict.refusal = _try_out(model)
             except _Undecided:
-                return ""  # the prompt's own report will say why it is computed
-    return verdict.reason
+                return None  # the prompt's own report will say why it is computed
+            verdict.checked = True
+    return verdict.refusal
 
 
-def _try_out(model: torch.nn.Module) -> str:
+def _try_out(model: torch.nn.Module) -> Refusal | None:
     installed, newest = compat.installed_version(), compat.NEWEST_TESTED
     try:
         wrong = _examine(model)
@@ -113,13 +124,14 @@ def _try_out(model: torch.nn.Module) -> str:
             f"transformers {installed} is newer than {newest}, the newest that was tested; a short prompt was restored "
             "correctly",
         )
-        return ""
-    reason = (
+        return None
+    refusal = Refusal(
+        "version-failed",
         f"transformers {installed} is newer than {newest}, the newest that was tested, and a short prompt could not be "
-        f"restored ({wrong}); update cake_hf, or install transformers<={newest}"
+        f"restored ({wrong}); update cake_hf, or install transformers<={newest}",
     )
-    tell_once(f"{type(model).__name__} failed", f"{reason}. Prompts are computed plainly")
-    return reason
+    tell_once(f"{type(model).__name__} failed", f"{refusal.text}. Prompts are computed plainly")
+    return refusal
 
 
 @torch.no_grad()
@@ -160,7 +172,7 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
         model, store, chunk_size=CHUNK, salt="", save=True, exact=True, strategy=strategy, limits=Limits()
     )
     with closing(session):
-        cache = _Trial(session, layers_for(model), "")
+        cache = _Trial(session, layers_for(model), None)
         new = ids
         if "logits_to_keep" not in parameters_of(forward_of(model)):
             cache._prefill(ids, 1, no_progress)

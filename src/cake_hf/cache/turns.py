@@ -15,14 +15,14 @@ from cake_hf.keys import block_keys, state_key
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.model.fingerprint import adapters_vary, look_at_weights
-from cake_hf.model.foreign_code import stranger_reason
+from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.ranks import ranks_of
-from cake_hf.report import Report
-from cake_hf.restore.audit import refused_reason
+from cake_hf.report import Refusal, Report
+from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.held import Held
 from cake_hf.restore.lookup import stored_mask
 from cake_hf.restore.session import Session
-from cake_hf.restore.support import ahead_reason, kept_reason
+from cake_hf.restore.support import ahead_refusal, kept_refusal
 
 _CHUNK: Literal["chunk"] = "chunk"
 _TAIL: Literal["tail"] = "tail"
@@ -40,15 +40,15 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
     model = session.model
     if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
         return None
-    if model.training or adapters_vary(model) or stranger_reason(model):
+    if model.training or adapters_vary(model) or foreign_code_refusal(model):
         return None
-    if kept_reason(model, layers, turn.end) or ahead_reason(model):
+    if kept_refusal(model, layers, turn.end) or ahead_refusal(model):
         return None
     if not turn.namespace and look_at_weights(model) != turn.look:
         return None
     ids = turn.ids()
     namespace = session.bound_model.namespace(ids)
-    if namespace != (turn.namespace or namespace) or refused_reason(model, namespace):
+    if namespace != (turn.namespace or namespace) or audit_refusal(model, namespace):
         return None
     named = turn.blocks(session.chunk_size)
     from_here = [block.shifted(-turn.begin) for block in named]
@@ -57,8 +57,10 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
     return Held(named, block_keys(namespace, tokens, from_here, session.chunk_size, parent)), namespace
 
 
-def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, namespace: str, report: Report) -> None:
-    """Queues the blocks of a turn that are not stored.
+def save_turn(
+    session: Session, layers: Sequence[Any], held: Held, turn: Held, namespace: str, report: Report
+) -> Refusal | None:
+    """Queues the blocks of a turn that are not stored. Returns why the store could not be asked for them, if so.
 
     Args:
         session: of the cache.
@@ -69,12 +71,11 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
         report: counts what is saved.
     """
     if not session.bound_store.saves or not turn.keys:
-        return
+        return None
     save = partial(session.bound_store.save_chunk, made_with=session.bound_model.facts_of(namespace))
     states = _states(session, layers)
     names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
-    stored, reason = stored_mask(session, names)
-    report.reason = reason or report.reason
+    stored, refusal = stored_mask(session, names)
     parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
     for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
         pieces = _pieces(layers, block, turn.end)
@@ -89,6 +90,7 @@ def save_turn(session: Session, layers: Sequence[Any], held: Held, turn: Held, n
         facts = ChunkMetadata(state_key(key), key, number, namespace, session.bound_model.name)
         layout = session.bound_model.state_layout()
         save(facts, layout, partial(list, states), report, overwrite=False, what="state")
+    return refusal
 
 
 def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:

@@ -1,1 +1,1 @@
-"""The command line. `app` has the list of commands; what each does stands in the modules beside it."""
+"""The command line. `app` lists the commands; the modules beside it implement them."""

@@ -1,4 +1,4 @@
-"""How far a prompt agrees with what is stored, wherever that was cut: for who wonders where two prompts part."""
+"""Finds how far a prompt agrees with stored ones, whatever their cuts, and so where two prompts start to differ."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cake_hf.keys import block_keys
 
 @dataclass(frozen=True)
 class Agreement:
-    """The longest beginning of a prompt that is stored.
+    """The longest stored beginning of a prompt.
 
     Attributes:
-        tokens: up to its end.
-        boundaries: at which it was cut when it was stored.
-        behind: tokens of the longest block that some stored prompt has behind it, which is another one than this prompt's; 0
-            where nothing is stored behind it.
+        tokens: its length.
+        boundaries: the cuts that it was stored with.
+        behind: tokens of the longest stored block that follows it and differs from the prompt's own; 0 if nothing is stored
+            behind it.
     """
 
     tokens: int = 0
@@ -27,20 +27,20 @@ class Agreement:
 
 
 NOTHING = Agreement()
-"""Nothing is stored that begins as the prompt does."""
+"""No stored prompt starts as this one does."""
 
 
 def agreement(
     inventory: Inventory, namespace: str, tokens: memoryview, chunk_size: int, known: Mapping[str, Block]
 ) -> Agreement:
-    """Follow a prompt from block to block of a store.
+    """Follows a prompt through a store, block by block.
 
     Args:
         inventory: of the store.
-        namespace: in which it is looked for.
+        namespace: to search.
         tokens: of the prompt, 64-bit integers.
         chunk_size: of the namespace.
-        known: blocks of the prompt that are stored, by key; what is before one of these may be gone.
+        known: the prompt's stored blocks, by key; blocks before one of these may be gone.
     """
     children: dict[str, list[StoredChunk]] = {}
     for chunk in inventory.chunks.values():
@@ -64,13 +64,13 @@ def agreement(
 
 
 def _back(key: str, ways: Mapping[str, tuple[str, Block]]) -> Iterator[Block]:
-    """The blocks that lead to a key, the last one first; each ends before the one that was given before it."""
+    """Returns the blocks that lead to a key, last one first; each ends where the one returned before it starts."""
     while key in ways:
         key, block = ways[key]
         yield block
 
 
 def _ways(start: int, tokens: int, most: int) -> Iterator[Block]:
-    """How so many tokens may have been run: in one forward, or one by one."""
+    """Returns the ways in which these tokens may have been run: in one forward, or one by one."""
     if start + tokens <= most:
         yield from (Block(start, start + tokens, singly) for singly in (False, True))

@@ -15,18 +15,18 @@ COMMANDS = {
     "ls": Deferred("cake_hf.cli.look_commands:ls_command", "List what a store has, by namespace and by prompt."),
     "info": Deferred("cake_hf.cli.look_commands:info_command", "Show the totals of a store, or all of one chunk."),
     "why": Deferred("cake_hf.cli.why:why_command", "Say why a prompt is not found in a store."),
-    "demo": Deferred("cake_hf.cli.moved:demo", "A demonstration, which is in the repository now."),
+    "demo": Deferred("cake_hf.cli.moved:demo", "A demonstration; it is in the repository now."),
     "verify": Deferred("cake_hf.cli.verify_command:verify_command", "Check what a store has, bit for bit."),
     "gc": Deferred("cake_hf.cli.gc:gc_command", "Delete chunks by age or for a budget."),
     "rm": Deferred("cake_hf.cli.rm:rm_command", "Delete the KV of a document, a model or a namespace."),
-    "pin": Deferred("cake_hf.cli.pin:pin_command", "Keep chunks for some time, whatever has to make room."),
+    "pin": Deferred("cake_hf.cli.pin:pin_command", "Protect chunks from eviction for some time."),
     "stats": Deferred("cake_hf.cli.stats:stats_command", "Show how much came from a store, day by day."),
-    "bench": Deferred("cake_hf.cli.moved:bench", "Measurements, which are in the repository now."),
+    "bench": Deferred("cake_hf.cli.moved:bench", "Measurements; they are in the repository now."),
     "plan": Deferred("cake_hf.cli.plan:plan_command", "Predict how a prompt would be restored, and how fast."),
     "export": Deferred("cake_hf.cli.pack_commands:export_command", "Write a document's KV as a pack, to a folder."),
     "push": Deferred("cake_hf.cli.pack_commands:push_command", "Publish a document's KV as a pack, on the Hub."),
     "pull": Deferred("cake_hf.cli.pack_commands:pull_command", "Copy a pack into a store of your own."),
-    "simulate": Deferred("cake_hf.cli.moved:simulate", "Restores on a virtual clock, which are in the repository now."),
+    "simulate": Deferred("cake_hf.cli.moved:simulate", "Restores on a virtual clock; they are in the repository now."),
 }
 
 app = typer.Typer(
@@ -35,17 +35,20 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
-    help="Keep the KV of long prompts in a store, and look at what is there.",
+    help="Keep the KV of long prompts in a store, and inspect it.",
 )
 
 
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=lambda asked: _show_version(asked), is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=lambda asked: _show_version(asked), is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Keep the KV of long prompts in a store, and look at what is there."""
+    """Keep the KV of long prompts in a store, and inspect it."""
 
 
 def _show_version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""The two consoles, and how an error looks: one sentence, no traceback."""
+"""The two consoles, and the form of an error: one sentence, no traceback."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typer.core import TyperGroup
 from cake_hf.errors import CakeError
 from cake_hf.util.redaction import shown
 
-# What is printed comes from outside for the most part (paths, keys, messages of servers), so none of it is read as markup or as
-# a name of an emoji. What is to be coloured is a `Text` or has a style.
+# Most of what is printed comes from outside (paths, keys, messages of servers), so none of it is read as markup or emoji names.
+# Coloured parts are a `Text` or have a style.
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -25,11 +25,11 @@ WRONG = 1
 FAILED = 2
 """Exit code of a command that could not do its work."""
 STOPPED = 130
-"""Exit code of a command that was stopped by Ctrl-C: 128 and the signal's number, as shells have it."""
+"""Exit code of a command that Ctrl-C stopped: 128 plus the signal's number, as in shells."""
 
 
 class PlainErrors(TyperGroup):
-    """A group of commands whose expected errors are one red sentence: these messages already say what to do."""
+    """A group of commands that shows an expected error as one red sentence; these messages already say what to do."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,7 +41,7 @@ class PlainErrors(TyperGroup):
 
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is gone when its work is done; gives a function to be called with (done, all)."""
+    """Shows a progress bar until the work is done; yields a function to be called with (done, all)."""
     described = TextColumn("{task.description}", markup=False)
     columns = (described, BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False))
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)

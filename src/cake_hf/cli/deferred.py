@@ -1,4 +1,5 @@
-"""Commands whose modules are imported when they are run: torch and transformers take seconds, a list of commands should not."""
+"""Commands whose modules are imported when they run: torch and transformers take seconds to import, and a list of commands
+should not."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from cake_hf.cli.console import PlainErrors
 
 @dataclass(frozen=True)
 class Deferred:
-    """Where a command is.
+    """The location of a command.
 
     Attributes:
         target: "module:name" of a function with typer's annotations, or of a `typer.Typer` with commands of its own.
@@ -26,7 +27,7 @@ class Deferred:
     help: str
 
     def load(self, name: str) -> Any:
-        """The command, from its module."""
+        """Imports the command's module and returns the command."""
         module, attribute = self.target.split(":")
         found = getattr(import_module(module), attribute)
         if isinstance(found, typer.Typer):
@@ -40,7 +41,7 @@ class Deferred:
 
 
 class _Commands(Mapping[str, Any]):
-    """Commands by name; looking one up imports it."""
+    """Commands by name; each is imported when it is looked up."""
 
     def __init__(self, deferred: Mapping[str, Deferred]) -> None:
         self._deferred = deferred
@@ -59,7 +60,7 @@ class _Commands(Mapping[str, Any]):
 
 
 def deferring(deferred: Mapping[str, Deferred]) -> type[PlainErrors]:
-    """A group of these commands, for `typer.Typer(cls=...)`."""
+    """Returns a class of groups with these commands, for `typer.Typer(cls=...)`."""
 
     class Group(PlainErrors):
         def __init__(self, **attributes: Any) -> None:
@@ -70,11 +71,11 @@ def deferring(deferred: Mapping[str, Deferred]) -> type[PlainErrors]:
             return list(deferred)
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            """What the list of commands shows of it; None if there is no such command."""
+            """Returns an entry for the list of commands; None if there is no such command."""
             return TyperCommand(cmd_name, help=deferred[cmd_name].help) if cmd_name in deferred else None
 
         def resolve_command(self, ctx: Any, args: Any) -> Any:
-            """The command itself, to be run."""
+            """Returns the command itself, to be run."""
             name, listed, rest = super().resolve_command(ctx, args)
             return name, listed and self.commands[listed.name], rest
 

@@ -1,4 +1,4 @@
-"""A document as a prompt: the tokens that are made of a text, and where they are cut."""
+"""A document as a prompt: the tokens of a text, and its cuts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cake_hf.cli.options import AsWarmed
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and how tokens are made of it; see the options of `cake-hf warm`.
+    """A text, and how it becomes tokens; see the options of `cake-hf warm`.
 
     Attributes:
         text: of the document.
-        chat: it stands in the model's chat template.
+        chat: whether it is placed in the model's chat template.
         system: the system prompt; with `chat`.
-        tokens: only so many from the start; None for all.
-        boundaries: that are declared, beside the end.
+        tokens: how many tokens to keep, from the start; None for all.
+        boundaries: declared cuts, in addition to the end.
     """
 
     text: str
@@ -34,11 +34,11 @@ class Document:
     boundaries: Sequence[int] = ()
 
     def ids(self, tokenizer: Any) -> torch.Tensor:
-        """`[1, tokens]`.
+        """Returns the token ids, `[1, tokens]`.
 
         Raises:
-            CakeError: the tokenizer has no chat template that will do.
-            ValueError: a boundary is outside of them.
+            CakeError: the tokenizer has no suitable chat template.
+            ValueError: a boundary is outside of the tokens.
         """
         if self.chat:
             ids = chat_document(tokenizer, self.text, system=self.system)
@@ -49,14 +49,14 @@ class Document:
         return ids
 
     def blocks(self, tokens: int, size: int) -> list[Block]:
-        """The chunks and tails of that many tokens, where chunks have that size; the last one may be a tail."""
+        """Returns the chunks and tails of that many tokens, with chunks of that size; the last one may be a tail."""
         return blocks(0, tokens, checked_cuts(self.boundaries, tokens), size)
 
 
 def read_document(
     path: Path, chat: bool, system: Path | None, tokens: int | None, boundaries: Sequence[int]
 ) -> Document:
-    """What there is to be read before a model is loaded.
+    """Reads the files of a document, which needs no model.
 
     Raises:
         ValueError: a file cannot be read, or there is a system prompt without `chat`.
@@ -67,5 +67,5 @@ def read_document(
 
 
 def as_warmed(path: Path, warmed: AsWarmed) -> Document:
-    """As `read_document`."""
+    """Calls `read_document` with these options."""
     return read_document(path, warmed.chat, warmed.system, warmed.tokens, warmed.boundary or ())

@@ -1,4 +1,4 @@
-"""Options that several commands have, declared once, as the fields of a dataclass."""
+"""Options shared by several commands, declared once, as the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, get_type_hints
 
 
 def flat_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer is to see it: a parameter that is a dataclass of options is given as its fields.
+    """Returns a command as typer must see it: a parameter that is a dataclass of options is replaced by its fields.
 
     Args:
-        command: with typer's annotations. Fields of the dataclasses have such annotations, too.
+        command: with typer's annotations, which the dataclass's fields have, too.
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}

@@ -1,4 +1,4 @@
-"""`cake-hf gc`: delete what was not used for long, and what is too much."""
+"""`cake-hf gc`: deletes chunks that were not used for long, and chunks over a budget."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays and what goes.
+    """The chunks that stay and those that go.
 
     Attributes:
-        all: chunks of the store.
-        old: of these, the ones that were not used for too long.
-        over: of the others, the ones that must go for the budget, in the order in which they go.
+        all: the store's chunks.
+        old: those of them that have not been used for too long.
+        over: those of the others that must go to meet the budget, in the order of deletion.
         pinned: chunks that stay, however old.
     """
 
@@ -49,11 +49,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Collected:
-    """What came of it.
+    """The result of a collection.
 
     Attributes:
-        gone: chunks that are deleted.
-        in_use: how many were used after they had been selected, and stay.
+        gone: the deleted chunks.
+        in_use: how many chunks stay because they were used after they had been selected.
         failed: key -> why it could not be deleted.
         swept: files of killed writers that were removed.
     """
@@ -66,28 +66,28 @@ class Collected:
 
 def gc_command(
     store: StoreArgument,
-    budget: Annotated[str, typer.Option(metavar="SIZE", help="Keep so much at most, e.g. 20GB.")] = "",
+    budget: Annotated[str, typer.Option(metavar="SIZE", help="Keep at most this much, e.g. 20GB.")] = "",
     older_than: Annotated[
-        str, typer.Option(metavar="TIME", help="Delete what was not used for so long, e.g. 30d or 12h.")
+        str, typer.Option(metavar="TIME", help="Delete what has not been used for this long, e.g. 30d or 12h.")
     ] = "",
     eviction: Annotated[
         str,
         typer.Option(
-            help="Who goes for the budget: lru (the chunk that was used longest ago) or front-first (of the prompt that was "
-            "used longest ago, the chunk nearest to its start, which is the cheapest to compute)."
+            help="Which chunks go first to meet the budget: lru (the least recently used chunk) or front-first (of the least "
+            "recently used prompt, the chunk nearest to its start, which is the cheapest to compute)."
         ),
     ] = LRU,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
 ) -> None:
     """Delete chunks by age or for a budget; exit code 1 if some could not be deleted.
 
-    Processes that use the store meanwhile are not disturbed: what they read
-    they read to its end, and what is gone is computed when its prompt comes
-    again. Pinned chunks stay (`cake-hf pin`). For directories only: buckets and servers have rules of their own
+    Processes that use the store are not disturbed: they finish the reads that
+    they have started, and compute what is gone when its prompt comes again.
+    Pinned chunks stay (`cake-hf pin`). For directories only: buckets and servers have rules of their own
     (lifecycle, maxmemory).
     """
     if not budget and not older_than:
-        raise ValueError("Say what may go: --budget 20GB, --older-than 30d, or both.")
+        raise ValueError("Say what may be deleted: --budget 20GB, --older-than 30d, or both.")
     most = parse_bytes(budget) if budget else None
     age = parse_seconds(older_than) if older_than else None
     with existing_store(store) as opened:
@@ -111,15 +111,15 @@ def gc_command(
 def select(
     store: LocalStore, budget: int | None, age: float | None, eviction: str, now: float, progress: Progress
 ) -> Selection:
-    """Choose what goes.
+    """Chooses the chunks to delete.
 
     Args:
         store: a directory.
-        budget: most bytes that may stay; None for any.
-        age: seconds without use after which a chunk goes; None for never.
-        eviction: who goes for the budget, see `stores.eviction`.
+        budget: the most bytes that may stay; None for no limit.
+        age: seconds without use after which a chunk is deleted; None for never.
+        eviction: the order of deletion, see `stores.eviction`.
         now: seconds since the epoch.
-        progress: called with (headers that were read, all chunks), where these are needed.
+        progress: called with (headers read, all chunks), if headers are needed.
 
     Raises:
         StoreError: the directory cannot be looked at.
@@ -142,7 +142,7 @@ def select(
 
 
 def collect(store: LocalStore, selection: Selection, progress: Progress) -> Collected:
-    """Delete what was selected, but for what is in use again, and sweep up after killed writers."""
+    """Deletes the selected chunks, except those that are in use again, and removes files left by killed writers."""
     gone: list[Entry] = []
     failed: dict[str, str] = {}
     goes = [*selection.old, *selection.over]
@@ -157,7 +157,7 @@ def collect(store: LocalStore, selection: Selection, progress: Progress) -> Coll
 
 
 def show_selection(selection: Selection, older_than: str) -> None:
-    """Chunks and bytes, before and after."""
+    """Shows chunks and bytes, before and after."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -173,7 +173,7 @@ def show_selection(selection: Selection, older_than: str) -> None:
 
 
 def show_collected(collected: Collected) -> None:
-    """What was deleted, and what was not."""
+    """Shows what was deleted, and what was not."""
     freed = bytes_text(total_bytes(collected.gone))
     deleted = (f"{count_text(len(collected.gone), 'chunk')} deleted", "green")
     console.print(Text.assemble("\n", deleted, f", {freed} are free again."))
@@ -190,12 +190,12 @@ def show_collected(collected: Collected) -> None:
 
 
 def total_bytes(entries: Sequence[Entry]) -> int:
-    """Bytes of some chunks together."""
+    """Returns the total size of some chunks, in bytes."""
     return sum(entry.nbytes for entry in entries)
 
 
 def _order(store: LocalStore, eviction: str, entries: Sequence[Entry], progress: Progress) -> Order:
-    """Who goes first; for one order the places of all chunks are read."""
+    """Returns the order of deletion; front-first needs the places of all chunks, which it reads."""
     places: dict[str, ChunkPosition | None] = {}
     if eviction == FRONT_FIRST:
         with closing(each_answer([entry.key for entry in entries], store.place)) as answers:

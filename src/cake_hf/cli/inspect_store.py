@@ -1,4 +1,4 @@
-"""What lies in a store, read from the chunks' headers alone: by namespace, by prompt, and one chunk in full."""
+"""The content of a store, read from the chunks' headers alone: by namespace, by prompt, and one chunk in full."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from cake_hf.util.redaction import escaped, shown
 Progress = Callable[[int, int], None]
 
 FIRST_BYTES = 2**15
-"""So many bytes are the whole header of chunks of up to 100 layers, and cost hardly more to read than eight."""
+"""This many bytes hold the whole header of chunks with up to 100 layers, and cost hardly more to read than eight bytes."""
 
 MAX_INDEX = 2**40
 MAX_TEXT = 500
-"""What a header says is shown to people only within these bounds; whoever wrote it may have had other ideas."""
+"""Bounds within which values of a header are shown to people; a header may say anything."""
 
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """One chunk as its header tells.
+    """One chunk, as its header describes it.
 
     Attributes:
-        facts: key, parent, place on the grid, namespace, model, checksums.
+        facts: its metadata: key, parent, place on the grid, namespace, model, checksums.
         table: of its tensors.
-        file_bytes: header and payload.
+        file_bytes: size of header and payload.
     """
 
     facts: ChunkMetadata
@@ -43,19 +43,20 @@ class StoredChunk:
 
     @property
     def chunk_size(self) -> int:
-        """Tokens in it."""
+        """Its number of tokens."""
         return self.table.chunk_size
 
 
 @dataclass
 class Inventory:
-    """All chunks of a store, without the checksums of their pieces: these would take most of the memory.
+    """All chunks of a store, without the checksums of their pieces, which would take most of the memory.
 
     Attributes:
         chunks: by key.
-        states: by key, the snapshots of recurrent states that lie beside them.
-        behaviours: by key, what the models compute whose chunks these are; one for each namespace with `exact=False`.
-        unreadable: key -> why, of those whose header makes no sense.
+        states: by key, the stored snapshots of recurrent states.
+        behaviours: by key, the recorded results of the models that the chunks are from; one for each namespace with
+            `exact=False`.
+        unreadable: key -> why its header cannot be read.
     """
 
     chunks: dict[str, StoredChunk] = field(default_factory=dict)
@@ -65,41 +66,41 @@ class Inventory:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of all readable chunks, and of what lies beside them."""
+        """Bytes of all readable chunks, snapshots and recorded results."""
         return total_file_bytes([*self.chunks.values(), *self.states.values(), *self.behaviours.values()])
 
     @property
     def tokens(self) -> int:
-        """Tokens whose KV is stored; those of a prefix that prompts share count once."""
+        """Tokens whose KV is stored; those of a prefix that several prompts share count once."""
         return sum(chunk.chunk_size for chunk in self.chunks.values())
 
 
 @dataclass
 class Namespace:
-    """The chunks that one model under one set of options can use."""
+    """The chunks that one model can use with one set of options."""
 
     digest: str
     chunks: list[StoredChunk] = field(default_factory=list)
 
     @property
     def first(self) -> StoredChunk:
-        """A full chunk, if there is one: model, dtype and chunk size are the same in all of these."""
+        """A full chunk, if there is one: model, dtype and chunk size are the same in all of them."""
         return max(self.chunks, key=lambda chunk: chunk.chunk_size)
 
     @property
     def tokens(self) -> int:
-        """Tokens in all of them."""
+        """Tokens in all chunks."""
         return sum(chunk.chunk_size for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A prompt's chunks, walked from its last one by parents.
+    """A prompt's chunks, found from its last one by following parents.
 
     Attributes:
         leaf: the last chunk.
-        first: index of the first chunk that the walk came to; 0 where the prompt is whole.
-        stored_tokens: in the chunks that the walk came to.
+        first: index of the first chunk that was found; 0 if the prompt is complete.
+        stored_tokens: in the chunks that were found.
     """
 
     leaf: StoredChunk
@@ -108,16 +109,16 @@ class Chain:
 
     @property
     def chunks(self) -> int:
-        """How many of them are stored."""
+        """How many of its chunks are stored."""
         return self.leaf.facts.index + 1 - self.first
 
     def tokens(self, chunk_size: int) -> int:
-        """Up to its end; what is missing is taken for full chunks."""
+        """Tokens up to its end; missing chunks are assumed to be full."""
         return self.first * chunk_size + self.stored_tokens
 
 
 def existing_store(spec: str) -> Store:
-    """Open a store that should be there already; looking must not make an empty one, and is no use of its chunks.
+    """Opens a store that must exist: looking must not make an empty one, and does not count as a use of its chunks.
 
     Raises:
         StoreError: there is none.
@@ -130,17 +131,17 @@ def existing_store(spec: str) -> Store:
             raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
         if not store.is_store():
             raise StoreError(
-                f"The directory {path} is no store of cake_hf: it has neither the mark of one nor chunks; check the path."
+                f"The directory {path} is not a cake_hf store: it has neither a store's marker nor chunks; check the path."
             )
     return store
 
 
 def take_inventory(store: Store, progress: Progress) -> Inventory:
-    """Read the headers of all chunks.
+    """Reads the headers of all chunks.
 
     Args:
         store: any.
-        progress: called with (chunks that were read, all chunks).
+        progress: called with (chunks read, all chunks).
     """
     inventory, keys = Inventory(), list(store.keys())
     with closing(each_answer(keys, partial(_listed, store))) as answers:
@@ -154,10 +155,10 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
 
 
 def read_chunk(store: Store, key: str) -> StoredChunk | None:
-    """A chunk's header, and whether the file fits to it; None if it is gone.
+    """Returns a chunk's header, after comparing it with the file; None if the chunk is gone.
 
     Raises:
-        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+        CorruptChunk: the header cannot be read, is another chunk's, or the file has another length.
         StoreError: it cannot be read.
     """
     size = store.size(key)
@@ -166,7 +167,7 @@ def read_chunk(store: Store, key: str) -> StoredChunk | None:
 
 
 def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
-    """What the start of a chunk's file says.
+    """Parses the start of a chunk's file.
 
     Args:
         raw: the header at least.
@@ -174,7 +175,7 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
         size: of the file.
 
     Raises:
-        CorruptChunk: the header makes no sense, is another chunk's, or the file has another length.
+        CorruptChunk: the header cannot be read, is another chunk's, or the file has another length.
     """
     facts, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
@@ -185,13 +186,13 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
     if not 0 <= facts.index < MAX_INDEX:
-        raise CorruptChunk(f"Chunk {key} says that it stands where no chunk can stand.")
+        raise CorruptChunk(f"Chunk {key} names a place where no chunk can be.")
     name = _shown_name(facts.model)
     return StoredChunk(facts if name == facts.model else replace(facts, model=name), table, size)
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:
-    """The chunks by namespace, the largest first."""
+    """Returns the chunks by namespace, the largest first."""
     found: dict[str, Namespace] = {}
     for chunk in inventory.chunks.values():
         found.setdefault(chunk.facts.namespace, Namespace(chunk.facts.namespace)).chunks.append(chunk)
@@ -199,7 +200,7 @@ def namespaces(inventory: Inventory) -> list[Namespace]:
 
 
 def prompts(inventory: Inventory) -> list[Chain]:
-    """The chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
+    """Returns the chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
     chunks = inventory.chunks
     parents = {chunk.facts.parent for chunk in chunks.values()}
     chains = [_chain(leaf, chunks) for key, leaf in chunks.items() if key not in parents]
@@ -208,16 +209,16 @@ def prompts(inventory: Inventory) -> list[Chain]:
 
 
 def chunk_sizes(inventory: Inventory) -> dict[str, int]:
-    """Of each namespace the tokens of a full chunk, as far as there is one."""
+    """Returns the tokens of a full chunk for each namespace that has one."""
     return {namespace.digest: namespace.first.chunk_size for namespace in namespaces(inventory)}
 
 
 def find_chunk(store: Store, prefix: str) -> StoredChunk:
-    """The one chunk whose key starts so.
+    """Returns the one chunk whose key starts with these digits.
 
     Raises:
-        StoreError: none does, or several do.
-        CorruptChunk: its header makes no sense.
+        StoreError: no key does, or several do.
+        CorruptChunk: its header cannot be read.
     """
     keys = list(filter(lambda key: key.startswith(prefix.lower()), store.keys()))
     if len(keys) > 1:
@@ -229,7 +230,7 @@ def find_chunk(store: Store, prefix: str) -> StoredChunk:
 
 
 def _chain(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> Chain:
-    """Walk up from a leaf as far as parents are stored. Indices have to fall by one, so the walk ends on any input."""
+    """Follows parents from a leaf as far as they are stored. Indices must fall by one, so the walk ends on any input."""
     current, tokens = leaf, leaf.chunk_size
     while (parent := chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
         current, tokens = parent, tokens + parent.chunk_size
@@ -237,7 +238,7 @@ def _chain(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> Chain:
 
 
 def _read_start(store: Store, key: str, size: int) -> bytearray | None:
-    """A value's header at least, and no more where a part can be had for less. Takes memory for what is there only."""
+    """Reads at least a value's header, and no more if the store can read a part. Takes memory only for what is there."""
     if not store.reads_ranges:
         return store.read(key)
     start = bytearray(min(FIRST_BYTES, size))
@@ -245,14 +246,15 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
         return None
     length = 8 + int.from_bytes(start[:8], "little")
     if length <= len(start) or length > min(size, 8 + MAX_HEADER_BYTES):
-        return start  # where that makes no header, parse_header says what is wrong with it
+        return start  # if that is not a header, parse_header says what is wrong with it
     whole = bytearray(length)
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
 def _part_for(facts: ChunkMetadata, inventory: Inventory) -> dict[str, StoredChunk]:
-    """A state has its chunk for its parent; it and what a model computes have keys that follow from other keys."""
-    with suppress(ValueError):  # no key at all
+    """Returns the part of a chunk that a key is for: a state has its chunk as parent; its key, and that of a model's
+    recorded results, follow from other keys."""
+    with suppress(ValueError):  # it is not a key at all
         if facts.key == state_key(facts.parent):
             return inventory.states
         if facts.key == behaviour_key(facts.namespace):
@@ -261,7 +263,7 @@ def _part_for(facts: ChunkMetadata, inventory: Inventory) -> dict[str, StoredChu
 
 
 def _listed(store: Store, key: str) -> StoredChunk | str | None:
-    """A chunk as an inventory has it, or why it cannot be read; None if it is gone."""
+    """Returns a chunk's entry in an inventory, or why it cannot be read; None if it is gone."""
     try:
         chunk = read_chunk(store, key)
     except CorruptChunk as error:
@@ -271,10 +273,10 @@ def _listed(store: Store, key: str) -> StoredChunk | str | None:
 
 @lru_cache(256)
 def _shown_name(model: str) -> str:
-    """Of a model; most chunks of a store have the same."""
+    """Returns a model's name as shown; most chunks of a store have the same name."""
     return shown(model[:MAX_TEXT])
 
 
 def total_file_bytes(chunks: Iterable[StoredChunk]) -> int:
-    """Bytes of some chunks together."""
+    """Returns the total size of some chunks, in bytes."""
     return sum(chunk.file_bytes for chunk in chunks)

@@ -1,4 +1,4 @@
-"""What a store may take, and what it may not lose, in a sentence."""
+"""Sentences about a store's budget, and about what must not be evicted from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cake_hf.util.sizes import bytes_text, count_text
 
 
 def what_it_keeps(store: Store) -> str:
-    """Of a directory; empty for other kinds, which have rules of their own.
+    """Describes a directory's budget; empty for other kinds of stores, which have rules of their own.
 
     Raises:
         StoreError: it cannot be looked at.
@@ -19,7 +19,7 @@ def what_it_keeps(store: Store) -> str:
     if not isinstance(store, LocalStore):
         return ""
     budget = store.budget()
-    may = "It may take as much as there is" if budget is None else f"It may take {bytes_text(budget)}"
+    may = "It may use all the space that there is" if budget is None else f"It may take {bytes_text(budget)}"
     share = f", {store.share}" if budget is not None and store.share else ""
     pinned = store.pinned()
     pins = f" {count_text(len(pinned), 'chunk')} of it are pinned." if pinned else ""
@@ -27,10 +27,10 @@ def what_it_keeps(store: Store) -> str:
 
 
 def refuse_over_budget(store: Store, nbytes: int) -> None:
-    """Raise where a store could never take a chunk, before anything is computed for it.
+    """Raises an error if a store's budget is smaller than one chunk, before anything is computed for it.
 
     Args:
-        store: that is to be written to.
+        store: the one to be written to.
         nbytes: of a chunk.
 
     Raises:
@@ -42,10 +42,11 @@ def refuse_over_budget(store: Store, nbytes: int) -> None:
 
 
 def said_of_new(spec: str) -> str:
-    """What a directory may take, to be told before a store is made there; empty where there is one, and for other kinds."""
+    """Returns what a new directory will hold at most, to be shown before a store is made there; empty if it exists, and for
+    other kinds."""
     if spec.startswith(("memory:", "pack:")) or ("://" in spec and not spec.startswith("file:")):
         return ""
-    with suppress(StoreError), open_store(spec) as store:  # who writes to it says what is wrong
+    with suppress(StoreError), open_store(spec) as store:  # the code that writes to it says what is wrong
         if isinstance(store, LocalStore) and next(store.keys(), None) is None:
             return f"{shown(str(store.root))} is a new store. {what_it_keeps(store)}"
     return ""

@@ -1,4 +1,4 @@
-"""What a store tells of its namespaces beside their chunks, for who lists it."""
+"""The records that a store keeps of its namespaces, for lists of its content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cake_hf.stores.records import Record, records
 
 
 def records_of(store: Store) -> dict[str, Record]:
-    """By namespace what its chunks were made with, as far as the store tells; a store that fails tells nothing."""
+    """Returns for each namespace what its chunks were made with, as far as the store knows; nothing if the store fails."""
     try:
         return {record.namespace: record for record in records(store)}
     except StoreError:
@@ -19,7 +19,7 @@ def records_of(store: Store) -> dict[str, Record]:
 
 
 def first_words(chain: Chain, inventory: Inventory, known: Mapping[str, Record]) -> str:
-    """Those of a prompt, or of the document that it begins with; empty where none are kept."""
+    """Returns the first words of a prompt, or of the document that it starts with; empty if none are kept."""
     record = known.get(chain.leaf.facts.namespace)
     chunk: StoredChunk | None = chain.leaf if record is not None and record.words else None
     while record is not None and chunk is not None:

@@ -1,7 +1,7 @@
-"""What computing and loading cost with a model and a store: as the store remembers it, or measured now.
+"""The costs of computing and loading with a model and a store: from the store's notes, or measured now.
 
-A namespace is made from a model's weights, which would have to be loaded for it. But the chunks in a store say which model and
-namespace they are of; so what was learnt while they were made and used can be found with the model's name and config alone.
+A namespace is made from a model's weights, which would have to be loaded. But the chunks in a store name their model and
+namespace, so the costs learned while they were made and used can be found with the model's name and config alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """Whose costs are looked for.
+    """The model and device whose costs are wanted.
 
     Attributes:
         model: a folder, or a name on the Hub.
@@ -54,7 +54,7 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        """As chunks name their model: the Hub's name, or the last part of a path."""
+        """The model's name as chunks have it: the name on the Hub, or the last part of a path."""
         path = Path(self.model).expanduser()
         return path.name if path.is_absolute() or path.exists() else self.model
 
@@ -71,13 +71,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class KnownCosts:
-    """Costs, and of what.
+    """Costs, and what they are costs of.
 
     Attributes:
         namespace: digest.
         chunk_size: tokens per chunk.
         dtype: of the KV, as safetensors names it.
-        costs: one half of them, at least, is known.
+        costs: at least one half of them is known.
     """
 
     namespace: str
@@ -87,9 +87,9 @@ class KnownCosts:
 
 
 def remembered(store: Store, wanted: Wanted, progress: Progress) -> KnownCosts | None:
-    """What the store's notes have; None if there is nothing.
+    """Returns the costs in the store's notes; None if there are none.
 
-    Of several namespaces, one of which both halves are known comes first; then the one with the most bytes stored.
+    Of several namespaces, one with both halves known comes first; then the one with the most stored bytes.
 
     Args:
         store: any; one without room for notes remembers only what this process has done.
@@ -102,20 +102,20 @@ def remembered(store: Store, wanted: Wanted, progress: Progress) -> KnownCosts |
 
 
 def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCosts:
-    """Compute and read a few chunks of random tokens, and remember what that cost.
+    """Computes and reads a few chunks of random tokens, and stores what that cost.
 
-    A short prompt is computed and saved, computed again, and loaded twice: what comes first is cold. Then the prompt's last
-    chunk is computed behind a context of zeros, which costs as much as any other and tells how much later chunks cost more.
-    The chunks are removed again. (They were read from the page cache, if the store is a disk.)
+    A short prompt is computed and saved, computed again, and loaded twice: the first time of each is a cold one. Then the
+    prompt's last chunk is computed behind a context of zeros, which costs as much as any other context and shows how costs
+    grow with the place. The chunks are removed again. (If the store is a disk, they were read from the page cache.)
 
     Args:
         model: with its weights on the device.
-        store: that can be written to.
+        store: a writable one.
         chunk_size: tokens.
-        chunks: of the prompt that is planned for; at least 1.
+        chunks: of the prompt to plan for; at least 1.
 
     Raises:
-        CakeError: this model's chunks cannot be restored, or not be saved.
+        CakeError: this model's chunks cannot be restored, or cannot be saved.
     """
     noting = _NotingStore(store)
     few = min(SHORT_CHUNKS, chunks)
@@ -126,7 +126,7 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
             _prefill(model, noting, chunk_size, ids, few, strategy=strategy)
         stored = read_chunk(store, noting.written[0])
         if stored is None:
-            raise CakeError("The store has lost a chunk that was just saved; is somebody else deleting from it?")
+            raise CakeError("The store has lost a chunk that was just saved; is another process deleting from it?")
         device = str(next(model.parameters()).device)
         if chunks > few:
             seconds = _last_chunk_seconds(model, saved, chunk_size, chunks)
@@ -138,18 +138,18 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
         for key in noting.written:
             store.delete(key)
     if found is None:
-        raise CakeError("Nothing was learnt from computing and loading; please report this.")
+        raise CakeError("Nothing was learned from computing and loading; please report this.")
     return found
 
 
 def _random_prompt(model: Any, tokens: int) -> torch.Tensor:
-    """One that nobody can have stored."""
+    """Returns a prompt that no store can have."""
     generator = torch.Generator().manual_seed(secrets.randbits(63))
     return torch.randint(0, model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
 
 
 class _NotingStore(WrapperStore):
-    """Notes what was written to the store inside, so that it can be removed."""
+    """Records what was written to the store inside, so that it can be removed."""
 
     counts_hits = False
 
@@ -164,7 +164,7 @@ class _NotingStore(WrapperStore):
         return new
 
     def put_note(self, name: str, note: bytes | None) -> None:
-        """What is removed again leaves no record."""
+        """Drops the note, since the chunks are removed again."""
 
     def notes_folder(self) -> Path | None:
         return self.inner.notes_folder()
@@ -181,7 +181,7 @@ def _recalled(store: Store, namespace: Namespace, device: str) -> KnownCosts | N
 def _prefill(
     model: Any, store: Store, chunk_size: int, ids: torch.Tensor, chunks: int, *, strategy: str, save: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One prompt through a fresh cache; returns its KV.
+    """Runs one prompt through a new cache; returns its KV.
 
     Raises:
         CakeError: it was not restored as it should be.
@@ -206,7 +206,7 @@ def _all_saved(report: Report) -> bool:
 def _last_chunk_seconds(
     model: Any, template: Sequence[tuple[torch.Tensor, torch.Tensor]], chunk_size: int, chunks: int
 ) -> float:
-    """The prompt's last chunk behind as long a context as it will have; the second of two tries."""
+    """Returns the seconds for the prompt's last chunk, behind as long a context as it will have; the second of two tries."""
     seconds = 0.0
     context, device = (chunks - 1) * chunk_size, next(model.parameters()).device
     ids = torch.zeros((1, chunk_size), dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""`cake-hf ls` and `cake-hf info`: what a store has, from the chunks' headers."""
+"""`cake-hf ls` and `cake-hf info`: the content of a store, from the chunks' headers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from cake_hf.util.redaction import shown_url
 
 def ls_command(
     store: StoreArgument,
-    prompts: Annotated[int, typer.Option(min=0, help="Show so many prompts at most, the longest.")] = 20,
+    prompts: Annotated[int, typer.Option(min=0, help="Show at most this many prompts, the longest ones.")] = 20,
 ) -> None:
-    """List what a store has, by namespace and by prompt (reads only the chunks' headers)."""
+    """List the content of a store by namespace and by prompt (reads only the chunks' headers)."""
     with existing_store(store) as opened, progress_bar("reading headers", "chunks") as progress:
         inventory, known = take_inventory(opened, progress), records_of(opened)
     console.print(listing(inventory, prompts, known))
@@ -29,7 +29,7 @@ def info_command(
     store: StoreArgument,
     key: Annotated[str, typer.Argument(help="The first digits of a chunk's key.")] = "",
 ) -> None:
-    """Show the totals of a store, or all that one chunk says about itself."""
+    """Show the totals of a store, or the whole header of one chunk."""
     with existing_store(store) as opened:
         if key:
             console.print(chunk_facts(find_chunk(opened, key)))

@@ -1,4 +1,4 @@
-"""Asking about many chunks, in several threads: what is not in memory is waited for by all of them at once."""
+"""Asks about many chunks in several threads, which wait for slow answers at the same time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ R = TypeVar("R")
 
 THREADS = 8
 MOST_AT_ONCE = 32
-"""Items that a thread takes at once: to hand over each by itself costs as much as to read a header from memory."""
+"""Items that a thread takes at once: handing over each item by itself costs as much as reading a header from memory."""
 
 AHEAD = 2
-"""So many times what the threads are at may be done before it is asked for."""
+"""Answers may be ahead of the caller by this many times what the threads are working on."""
 
 WAKE_SECONDS = 0.2
-"""A signal that comes just before a wait does not end it; so waits are no longer than this."""
+"""A signal that arrives just before a wait does not end it, so no wait is longer than this."""
 
 
 @dataclass
@@ -37,15 +37,15 @@ class _Batch(Generic[T, R]):
 def each_answer(
     items: Sequence[T], ask: Callable[[T], R], threads: int = THREADS
 ) -> Generator[tuple[T, R], None, None]:
-    """Items and what was answered, in the order of the items.
+    """Yields the items with their answers, in the order of the items.
 
-    Whoever closes it early, or is interrupted in it, waits for nobody: each thread ends when its question is answered, and the
-    process does not stay for them. (An iterator that is left by an exception is closed by `contextlib.closing`.)
+    Closing the iterator early, or interrupting it, waits for nothing: each thread ends when its question is answered, and
+    the process does not stay for them. (`contextlib.closing` closes an iterator that an exception leaves.)
 
     Args:
         items: any.
-        ask: called in several threads at once. What it raises is raised here, in its turn.
-        threads: at most; fewer where the system gives no more.
+        ask: called in several threads at once. An error that it raises is raised here, in the item's turn.
+        threads: at most; fewer if the system gives no more.
     """
     tasks: SimpleQueue[_Batch[T, R] | None] = SimpleQueue()
     stopped = threading.Event()
@@ -76,7 +76,7 @@ def _in_turn(
         first = waiting.popleft()
         while not first.done.wait(WAKE_SECONDS):
             pass
-        yield from zip(first.items, first.answers, strict=False)  # without those behind an error
+        yield from zip(first.items, first.answers, strict=False)  # not the items after an error
         if first.error is not None:
             raise first.error
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name or path, with errors that say what to do."""
+"""Loads models and tokenizers by name or path, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
-    """A causal language model, ready for inference.
+    """Loads a causal language model, ready for inference.
 
     Args:
         name: a folder, or a name on the Hugging Face Hub.
         dtype: one of `options.Dtype`.
-        device: as torch names it; "auto" is the GPU where there is one.
+        device: as torch names it; "auto" is the GPU if there is one.
 
     Raises:
         ValueError: there is no such model, or no such device.
@@ -36,7 +36,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """A device by its name; "auto" is the GPU where there is one.
+    """Returns a device by its name; "auto" is the GPU if there is one.
 
     Raises:
         ValueError: it cannot be used here.
@@ -50,7 +50,7 @@ def find_device(name: str) -> torch.device:
 
 
 def load_config(name: str) -> Any:
-    """A model's config, without its weights.
+    """Loads a model's config, without its weights.
 
     Raises:
         ValueError: there is none.
@@ -59,7 +59,7 @@ def load_config(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model.
+    """Loads the tokenizer that comes with a model.
 
     Raises:
         ValueError: there is none.
@@ -68,15 +68,15 @@ def load_tokenizer(name: str) -> Any:
 
 
 def refuse_too_long(config: Any, tokens: int, advice: str) -> None:
-    """Raise where a prompt does not fit the model.
+    """Raises an error if a prompt does not fit the model.
 
     Args:
         config: of the model.
         tokens: of the prompt.
-        advice: what to do; ends the message.
+        advice: what to do: the end of the message.
 
     Raises:
-        ValueError: more tokens than positions.
+        ValueError: the prompt has more tokens than the model has positions.
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and tokens > limit:
@@ -84,7 +84,7 @@ def refuse_too_long(config: Any, tokens: int, advice: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Returns the text of a file.
 
     Raises:
         ValueError: it cannot be read, or is not text.
@@ -99,7 +99,7 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars, advice or notes of retries for the time being: they would tear our tables apart."""
+    """Suppresses transformers' progress bars, advice and notes of retries, which would tear our tables apart."""
     hub = logging.getLogger("huggingface_hub")
     hub_level = hub.level
     verbosity = transformers_logging.get_verbosity()
@@ -117,7 +117,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _folder_of(name: str) -> Path:
-    """The folder that a model's name stands for; one that is not there where it is a name on the Hub."""
+    """Returns the folder that a model's name stands for; one that does not exist if the name is one on the Hub."""
     path = Path(name).expanduser()
     return RECALL_TINY if name == RECALL_TINY.name and not path.is_dir() else path
 

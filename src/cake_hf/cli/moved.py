@@ -1,4 +1,4 @@
-"""Commands that are not in the package any more: each says how it is run from a checkout."""
+"""Commands that have left the package: each says how to run it from a checkout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ REPOSITORY = "https://github.com/cake-hf/cake-hf"
 
 
 def moved(name: str, module: str) -> typer.Typer:
-    """A command of that name that does nothing; what it is called with belongs to the new command line.
+    """Returns a command of that name that only says so; its arguments belong to the new command line.
 
     Args:
         name: of the command.
-        module: what `python -m` runs in a checkout.
+        module: to run with `python -m` in a checkout.
     """
     command = typer.Typer(add_completion=False)
 

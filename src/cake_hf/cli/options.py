@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cake_hf.util.environment import STORE
 
 
 class Dtype(StrEnum):
-    """The dtype of the weights, and so of the KV; "auto" is the one they were saved in."""
+    """The dtype of the weights, and so of the KV; "auto" is the dtype that they were saved in."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -26,51 +26,54 @@ StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, hel
 ChunkSize = Annotated[
     int | None,
     typer.Option(
-        min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key. By default 128 on a CPU and 512 on a GPU."
+        min=MIN_CHUNK_SIZE, help="Tokens per chunk; part of the key. The default is 128 on a CPU and 512 on a GPU."
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")]
-Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="The dtype of the weights, and so of the KV.")]
+Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU if there is one.")]
 Boundaries = Annotated[
     list[int] | None,
     typer.Option(
         "--boundary",
         metavar="TOKENS",
-        help="Where the prompt is cut, in tokens from its start, as with boundaries= in Python; may be given several times.",
+        help="A place where the prompt is cut, in tokens from its start, as boundaries= in Python; may be given several times.",
     ),
 ]
 Chat = Annotated[
-    bool, typer.Option("--chat", help="In the model's chat template, as the beginning of the user's first message.")
+    bool,
+    typer.Option(
+        "--chat", help="Place the text in the model's chat template, at the start of the user's first message."
+    ),
 ]
 System = Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")]
 
 
 @dataclass(frozen=True)
 class AsWarmed:
-    """How a document was warmed: what, beside its text and the model, decides which KV is its own."""
+    """How a document was warmed: everything besides its text and the model that decides which KV is its own."""
 
     chunk_size: ChunkSize = None
-    salt: Annotated[str, typer.Option(help="That the KV was saved under.")] = ""
+    salt: Annotated[str, typer.Option(help="The salt that the KV was saved under.")] = ""
     dtype: DtypeOption = Dtype.AUTO
     device: Device = "auto"
     exact: Annotated[
-        bool, typer.Option(help="As it was warmed; KV saved with --no-exact serves other machines, too.")
+        bool, typer.Option(help="As when it was warmed; KV saved with --no-exact serves other machines, too.")
     ] = True
-    tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens from the start, as it was warmed.")] = (
-        None
-    )
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Only this many tokens from the start, as when it was warmed.")
+    ] = None
     boundary: Boundaries = None
     chat: Chat = False
     system: System = None
 
     @property
     def keyed(self) -> dict[str, Any]:
-        """What a session takes of these: they are part of the chunks' keys."""
+        """Returns those options that a session takes; they are part of the chunks' keys."""
         return {"chunk_size": self.chunk_size or "auto", "salt": self.salt, "exact": self.exact}
 
     @property
     def as_given(self) -> dict[str, Any]:
-        """All of them, by the names that `Wanted` and `RecomputeJob` have for them."""
+        """Returns all options, by the names that `Wanted` and `RecomputeJob` have for them."""
         return {
             **self.keyed,
             "dtype": self.dtype.value,

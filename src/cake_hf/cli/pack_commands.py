@@ -28,37 +28,41 @@ from cake_hf.stores.manifest import PackManifest
 from cake_hf.util.redaction import shown, shown_url
 from cake_hf.util.sizes import bytes_text, count_text
 
-Salt = Annotated[str, typer.Option(help="That the KV was saved under.")]
+Salt = Annotated[str, typer.Option(help="The salt that the KV was saved under.")]
 Warmed = Annotated[str, typer.Argument(metavar="STORE", help="The store that was warmed with the prompt.")]
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a pack is made of, and what its card says; the options that `export` and `push` share."""
+    """The content of a pack and of its card; the options that `export` and `push` share."""
 
-    prompt: Annotated[Path, typer.Option(help="The text file whose KV it is.")]
+    prompt: Annotated[Path, typer.Option(help="The text file whose KV goes into the pack.")]
     model: Annotated[str, typer.Option(help=MODEL)]
-    allow_salted: Annotated[bool, typer.Option("--allow-salted", help="Give away KV saved under a salt.")] = False
+    allow_salted: Annotated[bool, typer.Option("--allow-salted", help="Publish KV that was saved under a salt.")] = (
+        False
+    )
     about: Annotated[
         str,
-        typer.Option("--about", metavar="TEXT", help="What the prompt is, for the card; by default the file's name."),
+        typer.Option("--about", metavar="TEXT", help="A name for the prompt on the card; by default the file's name."),
     ] = ""
     base_model: Annotated[
-        str, typer.Option(metavar="ORG/NAME", help="The model's name on the Hub, for the card, if --model is a folder.")
+        str, typer.Option(metavar="ORG/NAME", help="The model's name on the Hub for the card, if --model is a folder.")
     ] = ""
 
 
 @flat_options
 def export_command(
     store: Warmed,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New, empty, or an older pack, which is replaced.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A new or empty folder, or an older pack, which is replaced.")
+    ],
     published: Published,
     warmed: AsWarmed,
 ) -> None:
     """Write a prompt's KV to a folder, as a pack to be copied or put on a share; `pack:FOLDER` opens it.
 
-    Give the options that it was warmed with. If its end was kept, too (by
-    `cake-hf warm` with --prompt or --chat), it is in the pack.
+    Give the options that the prompt was warmed with. If its end was kept, too
+    (by `cake-hf warm` with --prompt or --chat), the pack contains it.
     """
     with (
         _prompt_of(store, published, warmed) as (opened, loaded, ids),
@@ -72,15 +76,15 @@ def export_command(
 @flat_options
 def push_command(
     store: Warmed,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; made when missing.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; created if missing.")],
     published: Published,
     warmed: AsWarmed,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
-    """Publish a prompt's KV on the Hugging Face Hub, from where anybody's CakeCache can load it.
+    """Publish a prompt's KV on the Hugging Face Hub, where any CakeCache can load it.
 
-    Give the options that it was warmed with. If its end was kept, too (by
-    `cake-hf warm` with --prompt or --chat), it is in the pack.
+    Give the options that the prompt was warmed with. If its end was kept, too
+    (by `cake-hf warm` with --prompt or --chat), the pack contains it.
     """
     _refuse_folder(store, repo)
     with (
@@ -95,7 +99,7 @@ def push_command(
 
 
 def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
-    """As `export_pack` and `push_pack` take them."""
+    """Returns the options as `export_pack` and `push_pack` take them."""
     return {
         **warmed.keyed,
         "boundaries": warmed.boundary or (),
@@ -107,7 +111,7 @@ def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
 
 @contextmanager
 def _prompt_of(store: str, published: Published, warmed: AsWarmed) -> Iterator[tuple[Store, Any, Any]]:
-    """The opened store, the loaded model, and the prompt's `[1, tokens]`."""
+    """Returns the opened store, the loaded model, and the prompt's tokens, `[1, tokens]`."""
     document = as_warmed(published.prompt, warmed)
     with existing_store(store) as opened:
         with console.status("loading the model"):
@@ -118,7 +122,7 @@ def _prompt_of(store: str, published: Published, warmed: AsWarmed) -> Iterator[t
 
 
 def _refuse_folder(store: str, repo: str) -> None:
-    """A folder is no repository, and a name of one folder in another looks like one.
+    """Refuses a folder as the name of a repository; the name of a folder within another one looks like a repository's.
 
     Raises:
         ValueError: it is a folder, or looks like a path.
@@ -127,7 +131,7 @@ def _refuse_folder(store: str, repo: str) -> None:
     if is_path or ("://" not in repo and repo.count("/") != 1):
         folder = repo.removeprefix("pack:")
         raise ValueError(
-            f"{shown(repo)} is no ORG/NAME on the Hugging Face Hub; to write a pack to a folder: cake-hf export "
+            f"{shown(repo)} is not a name on the Hugging Face Hub (ORG/NAME); to write a pack to a folder: cake-hf export "
             f"{shown_url(store)} {shown(folder)} --prompt FILE --model MODEL."
         )
 
@@ -137,14 +141,14 @@ def pull_command(
         str, typer.Argument(metavar="REPO", help="ORG/NAME or ORG/NAME@REVISION on the Hugging Face Hub, or ./FOLDER.")
     ],
     store: Annotated[
-        str, typer.Argument(metavar="STORE", help="Where it goes: a directory (made when missing) or a URL.")
+        str, typer.Argument(metavar="STORE", help="The store to copy to: a directory (created if missing) or a URL.")
     ],
-    model: Annotated[str, typer.Option(help="Refuse the pack if it is of no use to this model (folder or name).")] = "",
+    model: Annotated[str, typer.Option(help="Refuse the pack if this model (a folder or name) cannot use it.")] = "",
     salt: Salt = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
 ) -> None:
-    """Copy a pack into a store, every file checked against the pack's manifest."""
+    """Copy a pack into a store, checking every file against the pack's manifest."""
     is_url_or_path = ":" in repo.partition("@")[0] or repo.startswith((".", "/", "~", "$"))
     source = repo if is_url_or_path else f"{SCHEME}{repo}"
     with console.status("loading the model"):
@@ -155,10 +159,10 @@ def pull_command(
 
 
 def _show_published(what: str, manifest: PackManifest, url: str, named: Sequence[Block]) -> None:
-    """What went into a pack, and what did not.
+    """Shows what went into a pack, and what did not.
 
     Args:
-        what: was done.
+        what: the action, in a word.
         manifest: of the pack.
         url: of the pack.
         named: the blocks of the prompt.
@@ -194,7 +198,7 @@ def _summary(manifest: PackManifest) -> str:
 
 
 def _count_text(chunks: int, states: int, tails: int) -> str:
-    """Of the chunks so many are tails."""
+    """Describes a number of chunks of which so many are tails."""
     whole = chunks - tails
     parts = [count_text(whole, "chunk")] if whole or not tails else []
     parts += [count_text(tails, "tail")] if tails else []
@@ -203,7 +207,7 @@ def _count_text(chunks: int, states: int, tails: int) -> str:
 
 
 def _show_use(store: str, manifest: PackManifest) -> None:
-    """As Python: how the KV is found."""
+    """Shows, as Python code, how to use the KV."""
     console.print(f"\ncache = CakeCache(model, {_arguments(store, manifest)})", soft_wrap=True)
     if line := prefill_line(manifest):
         console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`cake-hf pin`: chunks that stay for some time, whatever has to make room."""
+"""`cake-hf pin`: protects chunks from eviction for some time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cake_hf.stores import LocalStore
 from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import bytes_text, count_text, parse_seconds
 
-NOTHING = "Say what is to stay: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS."
+NOTHING = "Say what to keep: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS."
 
 
 @flat_options
@@ -29,13 +29,15 @@ def pin_command(
     store: StoreArgument,
     naming: Naming,
     warmed: AsWarmed,
-    time_to_live: Annotated[str, typer.Option("--for", metavar="TIME", help="How long it stays, e.g. 7d or 12h.")] = "",
-    off: Annotated[bool, typer.Option("--off", help="Take the pins away again.")] = False,
+    time_to_live: Annotated[
+        str, typer.Option("--for", metavar="TIME", help="How long to keep it, e.g. 7d or 12h.")
+    ] = "",
+    off: Annotated[bool, typer.Option("--off", help="Remove the pins.")] = False,
 ) -> None:
     """Keep the KV of a document, a model or a namespace for some time; without any of these, show what is pinned.
 
-    Neither a store's budget nor `cake-hf gc` evicts what is pinned, until its
-    time is over; `cake-hf rm` deletes it. For directories only.
+    Neither a store's budget nor `cake-hf gc` evicts pinned chunks until their
+    time is over; `cake-hf rm` deletes them. For directories only.
     """
     wanted = Wanted.of(naming, warmed)
     showing = not (wanted.ways or time_to_live or off)
@@ -63,7 +65,7 @@ def pin_command(
 
 
 def _pinned(store: LocalStore, inventory: Inventory) -> RenderableType:
-    """What is pinned, by model and date."""
+    """Shows what is pinned, by model and date."""
     there = _all(inventory)
     groups: dict[tuple[int, str], list[int]] = {}
     for key, until in store.pinned().items():
@@ -83,7 +85,7 @@ def _all(inventory: Inventory) -> dict[str, StoredChunk]:
 
 
 def _date(seconds: float) -> str:
-    """In the time of this machine."""
+    """Returns a date in this machine's time zone."""
     try:
         return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
     except (OverflowError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""`cake-hf plan`: costs in, the best split and what it will take out. Nothing is run, unless it is asked to measure."""
+"""`cake-hf plan`: computes the best split, and the time that it takes, from costs. Runs nothing unless asked to measure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import bytes_text, count_text, seconds_text
 
 CURVE_LINES = 35
-"""The curve is drawn at so many splits at most, and always at the best one."""
+"""The curve is drawn at no more than this many splits, the best one included."""
 
 MAX_CHUNKS = 100_000
 MAX_TOKENS = 2**31
@@ -42,7 +42,7 @@ BITS_PER_BYTE, GIGA, MIB = 8, 10**9, 2**20
 
 def plan_command(
     model: Annotated[str, typer.Option(help="A model's folder or name on the Hub; with --store and --tokens.")] = "",
-    store: Annotated[str, typer.Option(help="The store; what it remembers about the model's costs is taken.")] = "",
+    store: Annotated[str, typer.Option(help="The store whose notes of the model's costs are used.")] = "",
     tokens: Annotated[
         int | None, typer.Option(help="Length of the prompt, all of whose full chunks are stored.")
     ] = None,
@@ -51,15 +51,15 @@ def plan_command(
     ] = False,
     chunk_size: Annotated[
         int | None,
-        typer.Option(help="Tokens per chunk; by default as in the store, or as a cache on that device takes."),
+        typer.Option(help="Tokens per chunk; by default as in the store, or as a cache uses on that device."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights, and so of the KV.")] = Dtype.AUTO,
-    device: Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU where there is one.")] = "auto",
-    chunks: Annotated[int | None, typer.Option(help="Full chunks of the prompt, in place of --tokens.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="The dtype of the weights, and so of the KV.")] = Dtype.AUTO,
+    device: Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU if there is one.")] = "auto",
+    chunks: Annotated[int | None, typer.Option(help="Full chunks of the prompt, instead of --tokens.")] = None,
     compute_base: Annotated[float | None, typer.Option(help="Seconds to compute the first chunk.")] = None,
     compute_slope: Annotated[
         float | None,
-        typer.Option(help="Seconds that each further chunk costs more than the one before; 0 if not given."),
+        typer.Option(help="Additional seconds for each further chunk; 0 if not given."),
     ] = None,
     chunk_mib: Annotated[float | None, typer.Option(help="MiB of KV per chunk.")] = None,
     gbps: Annotated[float | None, typer.Option(help="Bandwidth of the store in 10^9 bits per second.")] = None,
@@ -68,11 +68,11 @@ def plan_command(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Loads at a time; they share the bandwidth and overlap the latency. As measured, or 1."),
+        typer.Option(help="Concurrent loads; they share the bandwidth and overlap the latency. As measured, or 1."),
     ] = None,
-    suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's last piece.")] = 0.0,
+    suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's suffix.")] = 0.0,
     gpu_share: Annotated[
-        float, typer.Option(help="Part of the device's compute, above 0 to 1, that computing chunks gets.")
+        float, typer.Option(help="Share of the device's compute that computing chunks gets, above 0 and up to 1.")
     ] = 1.0,
     costs: Annotated[
         Path | None, typer.Option(help="Measured costs, as written by CostLearner.to_json; options override them.")
@@ -80,7 +80,8 @@ def plan_command(
 ) -> None:
     """Predict the time to first token of computing, loading and both, and where the two ends meet.
 
-    From what a store remembers: cake-hf plan --model DIR --store DIR --tokens 32768. All other options override that.
+    From the costs in a store's notes: cake-hf plan --model DIR --store DIR --tokens 32768. All other options override
+    these.
     """
     if not 0 < gpu_share <= 1:
         raise ValueError(f"--gpu-share must be above 0 and at most 1, got {gpu_share}.")
@@ -106,7 +107,7 @@ def plan_command(
         raise ValueError("--measure needs to know what to measure: give --model, --store and --tokens.")
     elif costs is not None:
         measured = read_costs(costs)
-    kind = find_device(device).type if model else ""  # torch is not needed for numbers alone
+    kind = find_device(device).type if model else ""  # plain numbers do not need torch
     size = known.chunk_size if known else chunk_size or auto_chunk_size(kind)
     count = _chunk_count(tokens, chunks, size)
     compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
@@ -117,7 +118,7 @@ def plan_command(
 
 @dataclass(frozen=True)
 class Question:
-    """Whose costs the options ask for; see `plan_command`."""
+    """The costs that the options ask for; see `plan_command`."""
 
     model: str
     store: str
@@ -127,12 +128,12 @@ class Question:
 
 
 def find_costs(question: Question, tokens: int | None, chunks: int | None, *, measure: bool) -> KnownCosts | None:
-    """From the store's notes, or measured now.
+    """Returns costs from the store's notes, or measured now.
 
     Args:
         question: whose costs.
         tokens, chunks: of the prompt; one of them is given.
-        measure: do it now, whatever is remembered.
+        measure: measure now, whatever the notes have.
 
     Raises:
         CakeError: there is no such store, or costs cannot be measured.
@@ -158,13 +159,13 @@ def _refuse_unknown(question: Question, *, computing: bool, loading: bool) -> No
     if any(missing.values()):
         what = " and ".join(name for name, is_missing in missing.items() if is_missing)
         raise CakeError(
-            f"What {what} costs with {question.model} is not known in the store {shown_url(question.store)}. It is learnt as "
-            "prompts go by; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
+            f"What {what} costs with {question.model} is not known in the store {shown_url(question.store)}. It is learned "
+            "from prompts; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
         )
 
 
 def read_costs(path: Path) -> Costs:
-    """Costs from a file that has what `CostLearner.to_json` gave.
+    """Reads costs from a file written with `CostLearner.to_json`.
 
     Raises:
         CakeError: it cannot be read, or holds something else.
@@ -179,13 +180,13 @@ def read_costs(path: Path) -> Costs:
 
 
 def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "", sized: str = "") -> None:
-    """The decision, what was assumed, the three predictions, and the curve.
+    """Shows the decision, the assumptions, the three predictions, and the curve.
 
     Args:
         compute, load: the costs.
         made: a plan of at least one chunk from them.
-        source: where the costs are from; empty where the user gave them.
-        sized: how large chunks are, and why.
+        source: where the costs are from; empty if the user gave them.
+        sized: the size of a chunk, and where that is from.
     """
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
@@ -218,7 +219,7 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
 
 
 def shown_splits(points: int, best: int) -> list[int]:
-    """At most CURVE_LINES of the splits 0..points-1, evenly spaced, with both ends and the best one."""
+    """Returns at most CURVE_LINES of the splits 0..points-1, evenly spaced, with both ends and the best one."""
     step = max(1, -(-points // (CURVE_LINES - 2)))
     return sorted({*range(0, points, step), best, points - 1})
 
@@ -234,7 +235,7 @@ def _decision_text(made: Plan, split: int) -> str:
     if made.decision == "compute":
         return "compute: load nothing"
     if made.decision == "load":
-        return "load: compute nothing before the last piece"
+        return "load: compute nothing before the suffix"
     return f"both: compute {_chunk_range(0, split - 1)}, load {_chunk_range(split, last)}"
 
 
@@ -243,7 +244,7 @@ def _chunk_range(first: int, last: int) -> str:
 
 
 def _chunk_count(tokens: int | None, chunks: int | None, chunk_size: int) -> int:
-    """Full chunks that are restored: `generate` needs one token left over to run."""
+    """Returns how many full chunks are restored: `generate` needs at least one more token to run."""
     if chunks is None and tokens is None:
         raise ValueError("Give --tokens or --chunks: how long the prompt is.")
     count = chunks if chunks is not None else (tokens or 0) - 1
@@ -263,10 +264,10 @@ def _refuse_outside(option: str, value: int, low: int, high: int) -> None:
 
 
 def _sized(size: int, kind: str) -> str:
-    """The size of a chunk, and that of a cache that is not told any."""
+    """Returns the size of a chunk, and that of a cache with default settings."""
     if not kind:
         return ""
-    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; a cache that is not told takes {why(kind)}"
+    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; the default of a cache is {why(kind)}"
 
 
 def _source(known: KnownCosts | None, store: str) -> str:
@@ -278,7 +279,7 @@ def _source(known: KnownCosts | None, store: str) -> str:
 def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float | None, share: float) -> ComputeCost:
     base = _given("--compute-base", base, measured.base if measured else None)
     slope = _given("--compute-slope", slope, measured.slope if measured else 0.0)
-    ComputeCost(base, slope)  # complains of what was given, not of what the share makes of it
+    ComputeCost(base, slope)  # an error names the value as given, not as changed by the share
     return ComputeCost(base / share, slope / share)
 
 

@@ -1,7 +1,7 @@
-"""`cake-hf verify --recompute`: compute a sample of stored chunks again and compare, bit for bit.
+"""`cake-hf verify --recompute`: computes a sample of stored chunks again and compares them, bit for bit.
 
-A checksum says that a chunk is what somebody wrote. Whether that is what the model computes, only the model can say. Chunks
-hold no tokens (keys are digests of them), so the texts have to be given.
+A checksum says that a chunk is what somebody wrote. Only the model can say whether that is what it computes. Chunks hold no
+tokens (keys are digests of them), so the texts must be given.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from cake_hf.util.redaction import shown
 
 @dataclass(frozen=True)
 class RecomputeJob:
-    """What is to be computed again.
+    """The chunks to be computed again.
 
     Attributes:
-        model: folder or name on the Hub.
+        model: a folder, or a name on the Hub.
         prompts: UTF-8 text files whose chunks, and tails, are sampled.
-        share: of each prompt's stored chunks, at least one of them; in (0, 1].
+        share: of each prompt's stored chunks, but at least one of them; in (0, 1].
         seed: of the choice. The same store, prompts and seed give the same sample.
         chunk_size, salt, exact: as the chunks were saved with.
         dtype, device, tokens, boundaries, chat, system: as `cake-hf warm` takes them.
@@ -65,12 +65,12 @@ class RecomputeJob:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What came of it.
+    """The result.
 
     Attributes:
         sampled: chunks that were computed again.
         stored: chunks of the prompts that the store has.
-        bad: those that are not what the model computes.
+        bad: those that differ from what the model computes.
     """
 
     sampled: int
@@ -79,7 +79,7 @@ class Recomputed:
 
 
 def recompute(job: RecomputeJob, store: Store) -> Recomputed:
-    """Load the model and check a sample of each prompt's chunks.
+    """Loads the model and checks a sample of each prompt's chunks.
 
     Raises:
         CakeError: the store has no chunk of a prompt, or a prompt cannot be restored at all.
@@ -99,13 +99,13 @@ def recompute(job: RecomputeJob, store: Store) -> Recomputed:
 
 
 def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Tensor, name: str) -> Recomputed:
-    """Compute one prompt from its start to the last sampled chunk, and compare the sampled ones with the stored ones.
+    """Computes one prompt from its start to the last sampled chunk, and compares the sampled ones with the stored ones.
 
-    The end counts as declared: that changes no chunk before it, and whether the store has the tail there turns out. Nothing
-    that is stored goes into the computation, so a lie cannot vouch for the one behind it.
+    The end counts as declared: that changes no chunk before it, and shows whether the store has the tail there. Nothing
+    stored goes into the computation, so a forged chunk cannot vouch for the next one.
 
     Args:
-        job: see there.
+        job: what is to be computed.
         store: with the chunks.
         model: loaded.
         ids: `[1, tokens]`.
@@ -160,29 +160,30 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
 
 
 class _Enough(Exception):
-    """Not an error: the last sampled chunk is computed, the rest of the prompt is not needed."""
+    """Not an error: the last sampled chunk has been computed, and the rest of the prompt is not needed."""
 
 
 class Comparing(WrapperStore):
-    """What a cache sees as an empty store. Each chunk that it writes is compared with the stored one, and written nowhere.
+    """Looks like an empty store to a cache. Each chunk that the cache writes is compared with the stored one, and written
+    nowhere.
 
     Args:
         inner: the store with the chunks. Nothing in it is changed.
-        share: of the stored chunks that are compared.
+        share: of the stored chunks to compare.
         seed: of their choice.
 
     Attributes:
         asked: whether the cache has asked for chunks at all.
         stored: how many of the chunks asked for are there.
         sample: keys of those that are compared.
-        last: how many of the prompt's chunks have to be computed for that.
-        compared: how many have been.
+        last: how many of the prompt's chunks must be computed for that.
+        compared: how many have been compared.
         bad: those that differ.
     """
 
     def __init__(self, inner: Store, share: float, seed: int) -> None:
         super().__init__(inner)
-        self.read_only = False  # what is written is compared and goes nowhere, so a pack will do
+        self.read_only = False  # written values are compared and dropped, so a pack will do, too
         self._share, self._seed = share, seed
         self._lock = threading.Lock()
         self.asked = False
@@ -212,20 +213,21 @@ class Comparing(WrapperStore):
         return True
 
     def check_writable(self) -> None:
-        """Nothing will be written."""
+        """Does nothing: nothing will be written."""
 
     def notes(self) -> Mapping[str, bytes]:
-        """An empty store has none."""
+        """Returns nothing, as an empty store does."""
         return {}
 
     def put_note(self, name: str, note: bytes | None) -> None:
-        """As chunks, it goes nowhere."""
+        """Drops the note, as chunks are dropped."""
 
     def _difference(self, key: str, computed: bytes) -> str:
-        """In what the stored chunk differs from the computed one; empty if in nothing that counts, or if it is gone."""
+        """Returns how the stored chunk differs from the computed one; empty if it does not, in what counts, or if it is
+        gone."""
         try:
             size = self.inner.size(key)
-            if size is not None and size > 2 * len(computed):  # what it says takes no memory before that
+            if size is not None and size > 2 * len(computed):  # its header must not make us take memory before that
                 return f"Chunk {key} has {size} bytes, which no chunk of this model has."
             stored = self.inner.read(key)
             if stored is None:

@@ -1,4 +1,4 @@
-"""`cake-hf rm`: delete chunks by document, model or namespace."""
+"""`cake-hf rm`: deletes chunks by document, model or namespace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cake_hf.util.redaction import shown, shown_url
 from cake_hf.util.sizes import bytes_text, count_text
 
 NOTHING = (
-    "Say what is to go: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS; `cake-hf ls STORE` "
+    "Say what to delete: --prompt FILE --model MODEL, --model MODEL, --namespace DIGITS or --chunk DIGITS; `cake-hf ls STORE` "
     "shows what is there, and `cake-hf gc` makes room."
 )
 
@@ -28,12 +28,12 @@ def rm_command(
     store: StoreArgument,
     naming: Naming,
     warmed: AsWarmed,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
 ) -> None:
     """Delete the KV of a document, a model or a namespace; exit code 1 if some could not be deleted.
 
-    With a document goes what goes on from it, such as questions about it.
-    Chunks that other prompts begin with, too, stay. What is deleted is
+    With a document goes all that continues it, such as questions about it.
+    Chunks that other prompts start with, too, stay. What is deleted is
     computed again when its prompt comes; pinned chunks are deleted, too.
     """
     wanted = Wanted.of(naming, warmed)
@@ -62,7 +62,7 @@ def rm_command(
 
 
 def _delete(store: Store, keys: list[str]) -> list[str]:
-    """Delete these, and take their pins away; why some could not be deleted."""
+    """Deletes these chunks and their pins; returns why some could not be deleted."""
     failed = []
     with progress_bar("deleting", "chunks") as progress:
         for count, key in enumerate(keys, start=1):

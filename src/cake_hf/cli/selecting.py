@@ -19,13 +19,13 @@ from cake_hf.stores import Store
 
 @dataclass(frozen=True)
 class Naming:
-    """The options that name chunks, which `rm` and `pin` share."""
+    """The options that name chunks, shared by `rm` and `pin`."""
 
     prompt: Annotated[
         list[Path] | None,
         typer.Option(help="A document: the text file that was warmed. With --model; may be given several times."),
     ] = None
-    model: Annotated[str, typer.Option(help="A model's folder or name; without --prompt, all that is of it.")] = ""
+    model: Annotated[str, typer.Option(help="A model's folder or name; without --prompt, all of its chunks.")] = ""
     namespace: Annotated[str, typer.Option(help="The first digits of a namespace, as `cake-hf ls` shows them.")] = ""
     chunk: Annotated[
         str, typer.Option(help="The first digits of a prompt's last chunk, as `cake-hf ls` shows them.")
@@ -37,11 +37,11 @@ _DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Wanted:
-    """A selection as it was asked for; see the options of the same names.
+    """A selection as given by the options of the same names.
 
     Attributes:
-        prompts, model, namespace, chunk: one of these ways to name chunks.
-        chunk_size, salt, exact, dtype, device, tokens, boundaries, chat, system: of documents, as they were warmed.
+        prompts, model, namespace, chunk: ways to name chunks; one of them is used.
+        chunk_size, salt, exact, dtype, device, tokens, boundaries, chat, system: how the documents were warmed.
     """
 
     prompts: Sequence[Path] = ()
@@ -60,7 +60,7 @@ class Wanted:
 
     @classmethod
     def of(cls, naming: Naming, warmed: AsWarmed) -> Wanted:
-        """From the options of a command."""
+        """Builds a selection from the options of a command."""
         return cls(
             tuple(naming.prompt or ()),
             naming.model,
@@ -71,14 +71,14 @@ class Wanted:
 
     @property
     def ways(self) -> int:
-        """In how many ways chunks are named."""
+        """The number of ways in which chunks are named."""
         return sum(map(bool, (self.prompts or self.model, self.namespace, self.chunk)))
 
     def refuse_unclear(self, nothing: str) -> None:
-        """Raise where chunks are not named in exactly one way.
+        """Raises an error if chunks are not named in exactly one way.
 
         Args:
-            nothing: the sentence for where they are not named at all.
+            nothing: the message if they are not named at all.
 
         Raises:
             ValueError: see above.
@@ -93,23 +93,24 @@ class Wanted:
 
 @dataclass
 class Chosen:
-    """What that is in a store.
+    """The selected chunks of a store.
 
     Attributes:
-        chains: of prompts: keys from their first chunk to the last one, stored or not.
-        keys: of chunks that are named by something else than their prompt.
+        chains: for each prompt, its keys from the first chunk to the last one, stored or not.
+        keys: of chunks that are not named by their prompt.
     """
 
     chains: list[list[str]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
 
     def stored(self, inventory: Inventory) -> list[str]:
-        """The chunks that are meant themselves, with the states at their ends."""
+        """Returns the selected chunks themselves, with the states at their ends."""
         wanted = {key for chain in self.chains for key in chain} | set(self.keys)
         return with_states(wanted, inventory)
 
     def to_delete(self, inventory: Inventory) -> tuple[list[str], int]:
-        """These, with all that goes on from a prompt's end, but for chunks that other prompts begin with, too.
+        """Returns the selected chunks and all that continue a prompt from its end, except those that other prompts start
+        with, too.
 
         Returns:
             The keys, and how many chunks stay for other prompts.
@@ -131,11 +132,11 @@ class Chosen:
 
 
 def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
-    """Find what is meant.
+    """Finds the selected chunks.
 
     Raises:
-        StoreError: nothing in the store is.
-        ValueError: the model or a file cannot be used, or digits are none.
+        StoreError: the store has none of them.
+        ValueError: the model or a file cannot be used, or digits are not hexadecimal.
         CakeError: no KV of the model is kept.
     """
     if wanted.prompts:
@@ -149,14 +150,14 @@ def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
 
 
 def with_states(keys: Iterable[str], inventory: Inventory) -> list[str]:
-    """Those of the keys that are stored, and the snapshots at their ends."""
+    """Returns those of the keys that are stored, and the snapshots at their ends."""
     wanted = set(keys)
     states = [key for key, state in inventory.states.items() if state.facts.parent in wanted]
     return [*(key for key in inventory.chunks if key in wanted), *states]
 
 
 def _below(key: str, children: dict[str, list[str]]) -> set[str]:
-    """A chunk and all that goes on from it, by parents."""
+    """Returns a chunk and all that continue from it, by parents."""
     found, left = {key}, [key]
     while left:
         new = [child for child in children.get(left.pop(), ()) if child not in found]
@@ -166,7 +167,8 @@ def _below(key: str, children: dict[str, list[str]]) -> set[str]:
 
 
 def _of_documents(store: Store, inventory: Inventory, wanted: Wanted) -> tuple[list[list[str]], list[str]]:
-    """Of each document the keys up to its end, or where this was not declared to its last chunk; and the tails beyond these."""
+    """Returns for each document the keys up to its end (or to its last chunk, if the end was not declared), and the tails
+    after these."""
     # These take seconds to import.
     from cake_hf.cli.documents import read_document
     from cake_hf.cli.models import load_model, load_tokenizer
@@ -229,7 +231,7 @@ def _is_path(name: str) -> bool:
 
 
 def _chain_to(leaf: StoredChunk, inventory: Inventory) -> list[str]:
-    """From the first stored chunk of a prompt to this one."""
+    """Returns the keys from the first stored chunk of a prompt to this one."""
     chain, current = [leaf.facts.key], leaf
     while (parent := inventory.chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
         chain.append(parent.facts.key)

@@ -1,4 +1,4 @@
-"""Tables of which no column is lost, however narrow the terminal is."""
+"""Tables that keep all their columns, however narrow the terminal is."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ANY_WIDTH = 10_000
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table that is laid out when its width is known.
+    """A table whose layout depends on the width available.
 
-    Where all columns do not fit side by side, they are shown in several parts below one another, each with the columns that
-    name a row. Where even these and one more do not fit, cells go over several lines.
+    If not all columns fit side by side, they are shown in several parts, one below the other, each with the columns that
+    name a row. If even those and one more do not fit, cells take several lines.
 
     Attributes:
         title: above the table; empty for none.
-        headings: of the columns; one that begins with "<" is of text, and set to the left.
-        rows: as many cells each as there are headings; an empty row ends a section.
-        names: how many columns, from the left, say which row it is.
-        tight: one space between columns, in the place of two.
+        headings: of the columns; one that starts with "<" marks a text column, aligned left.
+        rows: each with as many cells as there are headings; an empty row ends a section.
+        names: how many columns, from the left, name the row.
+        tight: one space between columns instead of two.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Sheet:
             yield table
 
     def _parts(self, console: Console, options: ConsoleOptions) -> Iterator[list[int]]:
-        """The columns of each part."""
+        """Returns the columns of each part."""
         names = list(range(self.names))
         part = list(names)
         for column in range(self.names, len(self.headings)):
@@ -59,11 +59,11 @@ class Sheet:
         return needed <= options.max_width
 
     def _table(self, columns: Sequence[int], *, whole: bool) -> Table:
-        """Some of the columns.
+        """Returns a table of some of the columns.
 
         Args:
             columns: by number.
-            whole: no cell goes over several lines.
+            whole: no cell takes several lines.
         """
         padding = (0, 0 if self.tight else 1, 0, 0)
         table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=padding, pad_edge=False)
@@ -82,5 +82,5 @@ class Sheet:
 
 
 def _text(cell: Cell) -> Text:
-    """Nothing in a cell is read as markup."""
+    """Returns a cell in which nothing is read as markup."""
     return cell if isinstance(cell, Text) else Text(cell)

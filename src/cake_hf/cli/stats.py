@@ -27,13 +27,13 @@ BAR = 20
 
 def stats_command(
     store: StoreArgument,
-    days: Annotated[int, typer.Option(min=1, help="Show so many days at most, the latest.")] = 30,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all days, instead.")] = False,
+    days: Annotated[int, typer.Option(min=1, help="Show at most this many days, the latest ones.")] = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all days instead.")] = False,
 ) -> None:
     """Show how many prompts, and how much of them, came from a store, day by day (in UTC).
 
-    Counted by the caches that write to the store, in a file beside its
-    chunks; those with save=False, and other kinds of stores, leave no trace.
+    The caches that write to the store count in a file beside its chunks;
+    those with save=False, and other kinds of stores, leave no trace.
     """
     with existing_store(store) as opened:
         folder = opened.notes_folder()

@@ -1,4 +1,4 @@
-"""What `cake-hf ls`, `info` and `verify` print."""
+"""The output of `cake-hf ls`, `info` and `verify`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SHORT = 12
 
 
 def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]) -> RenderableType:
-    """All namespaces, then the longest prompts.
+    """Shows all namespaces, then the longest prompts.
 
     Args:
         inventory: of the store.
-        most_prompts: that are shown.
-        known: by namespace what its chunks were made with.
+        most_prompts: how many prompts are shown at most.
+        known: by namespace, what its chunks were made with.
     """
     if not inventory.chunks and not inventory.unreadable:
         return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
@@ -60,7 +60,7 @@ def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]
 
 
 def totals(name: str, inventory: Inventory) -> RenderableType:
-    """A store as a whole."""
+    """Shows a store as a whole."""
     models = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
     table = _facts_table(
         [
@@ -77,7 +77,7 @@ def totals(name: str, inventory: Inventory) -> RenderableType:
 
 
 def chunk_facts(chunk: StoredChunk) -> RenderableType:
-    """All that one chunk says about itself."""
+    """Shows the whole header of one chunk."""
     facts = chunk.facts
     return _facts_table(
         [
@@ -94,12 +94,12 @@ def chunk_facts(chunk: StoredChunk) -> RenderableType:
 
 
 def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
-    """The damaged chunks, if any, and what to do about them.
+    """Shows the damaged chunks, if any, and what to do about them.
 
     Args:
         result: of the check of all chunks.
-        bad: the damaged ones, by whatever check.
-        deleted: how many of them are gone.
+        bad: the damaged chunks that any check has found.
+        deleted: how many of them have been deleted.
     """
     what = _what_was_checked(result)
     if not bad:
@@ -114,7 +114,7 @@ def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> No
 
 
 def show_stopped(result: Verified) -> None:
-    """What a check has found that did not come to its end."""
+    """Shows the findings of a check that was stopped."""
     if result.bad:
         _show_bad(result.bad)
     found = f"{len(result.bad)} damaged of {_what_was_checked(result)} checked"
@@ -135,7 +135,7 @@ def _show_bad(bad: Sequence[BadChunk]) -> None:
 
 
 def show_recomputed(result: Recomputed) -> None:
-    """How many chunks were computed again."""
+    """Shows how many chunks were computed again."""
     of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
     if result.bad:
         console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
@@ -183,10 +183,10 @@ def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequ
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """A table none of whose columns is left out on a narrow terminal: what does not fit goes on in the next line."""
+    """Returns a table that leaves out no column on a narrow terminal: cells that do not fit go on in the next line."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for number, heading in enumerate(texts):
-        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # what is to be copied stays in one line
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # text to be copied stays in one line
     for heading in numbers:
         table.add_column(heading, justify="right", overflow="fold")
     return table
@@ -202,7 +202,7 @@ def _facts_table(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _short_name(model: str) -> str:
-    """A Hub name as it is, the last part of a path."""
+    """Returns a name on the Hub unchanged, and the last part of a path."""
     return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
 
 

@@ -1,4 +1,4 @@
-"""Reports as rich tables, and who did which chunk when as coloured lanes."""
+"""Shows reports as rich tables, and their timelines as coloured lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPUTED = ("black on dark_orange", "black on orange3")
 LOADED = ("white on dodger_blue3", "white on deep_sky_blue4")
 LEFT = ("black on grey70", "black on grey62")
 FAILED = ("white on red3", "white on dark_red")
-"""Two shades each, so that neighbouring chunks can be told apart."""
+"""Two shades for each outcome, so that neighbouring chunks can be told apart."""
 
 
 STYLES = {
@@ -30,7 +30,7 @@ STYLES = {
 
 
 def report_table(report: Report) -> Table:
-    """Label and value of each line of a report."""
+    """Returns a table of the label and value of each line of a report."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -45,7 +45,7 @@ class Lanes:
 
     Attributes:
         report: with the timeline.
-        seconds: what the full width stands for; 0 for the end of the last span.
+        seconds: the time that the full width stands for; 0 for the end of the last span.
     """
 
     report: Report
@@ -65,7 +65,7 @@ class Lanes:
 
 
 def legend(report: Report) -> Text:
-    """What those colours mean that the report's lanes show."""
+    """Explains the colours in the report's lanes."""
     outcomes = {span.outcome for span in report.timeline}
     shown = [(f" {outcome} ", style[0]) for outcome, style in STYLES.items() if outcome in outcomes]
     if outcomes - set(STYLES):
@@ -81,7 +81,7 @@ class Bar:
         label: what was measured.
         seconds: how long it took.
         style: colour.
-        note: said after the number.
+        note: shown after the number.
     """
 
     label: str
@@ -92,7 +92,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Seconds as bars of one scale, as wide as the console."""
+    """Bars of seconds on one scale, as wide as the console."""
 
     bars: Sequence[Bar]
 
@@ -110,7 +110,7 @@ class Bars:
 
 
 def _lane(spans: Sequence[Span], total: float, width: int, fill: str) -> Text:
-    """Each span is its chunk's number and a line in its colour; what is too short for a cell still gets one."""
+    """Returns an actor's lane: each span is its chunk's number and a line in its colour; even a short span gets a cell."""
     lane, position = Text(), 0
     for order, span in enumerate(sorted(spans, key=lambda span: span.start)):
         start = max(position, min(int(span.start / total * width), width - 1))

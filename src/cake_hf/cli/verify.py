@@ -1,4 +1,4 @@
-"""`cake-hf verify`: read every chunk of a store and check it against its own checksum."""
+"""`cake-hf verify`: reads every chunk of a store and checks it against its own checksum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cake_hf.stores import Store
 from cake_hf.util.redaction import shown
 
 THREADS = 4
-"""Each takes memory for what it reads."""
+"""Each thread takes memory for what it reads."""
 
 WHOLE_BYTES = 2**26
 """Larger chunks are read in steps."""
@@ -29,8 +29,8 @@ class BadChunk:
 
     Attributes:
         key: its name.
-        why: a sentence.
-        corrupt: it was read and is wrong; False where the read itself failed, which may be the disk's or a mode's fault.
+        why: the fault, in a sentence.
+        corrupt: it was read and is wrong; False if the read failed, which may be the fault of the disk or of permissions.
     """
 
     key: str
@@ -40,14 +40,14 @@ class BadChunk:
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of it.
+    """The result of a check.
 
     Attributes:
         checked: chunks that were read, damaged ones included.
-        nbytes: of those that are well.
+        nbytes: of the good chunks.
         bad: the damaged ones.
-        left: how many were not come to.
-        stopped: the user has ended it early.
+        left: how many were not checked.
+        stopped: the user ended the check early.
     """
 
     checked: int
@@ -58,13 +58,13 @@ class Verified:
 
 
 def verify(store: Store, progress: Progress) -> Verified:
-    """Check all chunks; those that are deleted meanwhile are left out. Ctrl-C ends it early, and what was found is given.
+    """Checks all chunks, except those that are deleted meanwhile. Ctrl-C ends it early, with the findings so far.
 
-    It only reads: no lock is taken, so no other user of the store waits for it.
+    It only reads: it takes no lock, so no other user of the store waits for it.
 
     Args:
         store: any.
-        progress: called with (chunks that were checked, all chunks).
+        progress: called with (chunks checked, all chunks).
     """
     checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
     left, stopped = len(keys), True
@@ -83,25 +83,25 @@ def verify(store: Store, progress: Progress) -> Verified:
 
 
 def _verdict(store: Store, key: str) -> int | BadChunk | None:
-    """Bytes of a chunk that is well, or what is wrong with it; None if it is gone."""
+    """Returns the bytes of a good chunk, or what is wrong with it; None if it is gone."""
     try:
         return _checked(store, key)
     except StoreError as error:
         return BadChunk(key, shown(error), isinstance(error, CorruptChunk))
     except MemoryError:
-        return BadChunk(key, f"Chunk {key} is larger than the memory.", corrupt=False)
+        return BadChunk(key, f"Chunk {key} does not fit in memory.", corrupt=False)
 
 
 def _checked(store: Store, key: str) -> int | None:
-    """Bytes of a chunk that is well; None if it is gone.
+    """Returns the bytes of a good chunk; None if it is gone.
 
     Raises:
-        CorruptChunk: it is not well.
+        CorruptChunk: it is damaged.
         StoreError: it cannot be read.
     """
     size = store.size(key)
     if size is not None and size > WHOLE_BYTES:
-        # The header first: what it says must fit to the value's size before memory is taken for that. A file may have holes.
+        # The header first: the size it states must match the value's size before memory is taken for it. A file may have holes.
         chunk = read_chunk(store, key)
         if chunk is None or store.reads_ranges:
             return None if chunk is None else _checked_in_steps(store, key, chunk)
@@ -130,11 +130,11 @@ def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
 
 
 def delete(store: Store, bad: Sequence[BadChunk]) -> int:
-    """Remove corrupt chunks, which will be computed and saved again when their prompt comes; returns how many.
+    """Deletes corrupt chunks, which will be computed and saved again when their prompt comes; returns how many.
 
-    A chunk that could not be read at all may be well: it stays.
+    A chunk that could not be read at all may be good, and stays.
 
     Raises:
-        StoreError: one of them cannot be removed.
+        StoreError: one of them cannot be deleted.
     """
     return sum(store.delete(chunk.key) for chunk in bad if chunk.corrupt)

@@ -1,4 +1,4 @@
-"""`cake-hf verify`: what can be asked for."""
+"""The options of `cake-hf verify`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cake_hf.util.sizes import parse_share
 @flat_options
 def verify_command(
     store: StoreArgument,
-    fix: Annotated[bool, typer.Option("--fix", "--delete", help="Remove the damaged chunks.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", "--delete", help="Delete the damaged chunks.")] = False,
     share: Annotated[
         str,
         typer.Option(
             "--recompute",
             metavar="SHARE",
-            help="Also compute so many of the prompts' chunks again, e.g. 5%, and compare every bit; needs --model, --prompt.",
+            help="Also compute a share of the prompts' chunks again, e.g. 5%, and compare every bit; needs --model, --prompt.",
         ),
     ] = "",
     model: Annotated[str, typer.Option(help="The model that the chunks are said to come from.")] = "",
@@ -36,7 +36,7 @@ def verify_command(
             help="A text file whose chunks are sampled; may be given several times. Only texts that you have can be checked."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample: the same store and seed give the same one.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample: the same store and seed give the same one.")] = 0,
     *,
     warmed: AsWarmed,
 ) -> None:
@@ -49,8 +49,8 @@ def verify_command(
     options that they were warmed with; chunks of other machines (--no-exact)
     may differ.
 
-    Other users of the store do not wait for this. Ctrl-C ends it and shows what was
-    found until then.
+    Other users of the store do not wait for this. Ctrl-C ends it and shows the
+    findings so far.
     """
     job = _recompute_job(share, model, prompt or [], seed, warmed)
     with existing_store(store) as opened:
@@ -82,5 +82,5 @@ def _recompute_job(share: str, model: str, prompts: list[Path], seed: int, warme
 
 
 def _together(one: list[BadChunk], other: list[BadChunk]) -> list[BadChunk]:
-    """A chunk that both checks have found counts once, with what the first one says."""
+    """Merges the findings: a chunk that both checks have found counts once, with the first one's words."""
     return list({chunk.key: chunk for chunk in [*other, *one]}.values())

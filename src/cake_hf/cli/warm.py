@@ -1,4 +1,4 @@
-"""`cake-hf warm`: put the KV of a document into a store, so that prompts that start with it need not be computed."""
+"""`cake-hf warm`: puts the KV of a document into a store, so that prompts that start with it need not be computed."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import count_text
 
 QUEUE_BYTES = Limits().save_queue_bytes
-"""Of chunks that wait to be written."""
+"""The most bytes of chunks that wait to be written."""
 
 
 @dataclass(frozen=True)
 class WarmJob:
-    """What is to be warmed.
+    """The document to be warmed, and how.
 
     Attributes:
-        model: folder or name on the Hub.
+        model: a folder, or a name on the Hub.
         file: the document, UTF-8 text.
         store: as `CakeCache` takes it.
-        chunk_size, salt, exact: as `CakeCache` takes them; no size is "auto".
+        chunk_size, salt, exact: as `CakeCache` takes them; without a size, "auto".
         dtype: of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
-        tokens: only so many from the start; None for all.
-        keep_words: of the text, the first ones, for who lists the store.
-        prompt: prompts go on from its very end, so that its last tokens are kept, too, as by `CakeCache.prefill`.
-        chat: it is what a user's message begins with, in the model's chat template.
+        tokens: how many tokens to keep, from the start; None for all.
+        keep_words: store the text's first words, for lists of the store's content.
+        prompt: prompts continue from its very end, so its last tokens are kept, too, as by `CakeCache.prefill`.
+        chat: the document starts a user's message, in the model's chat template.
         system: the system prompt, UTF-8 text; with `chat`.
-        boundaries: in tokens from the start: cuts that prompts declare, too.
+        boundaries: cuts that prompts declare, too, in tokens from the start.
     """
 
     model: str
@@ -76,7 +76,7 @@ Loaded = tuple[Any, Any]
 
 
 def load(job: WarmJob) -> Loaded:
-    """What a job needs, to be used for several of the same model.
+    """Loads what a job needs, to be reused for several jobs with the same model.
 
     Raises:
         ValueError: the model cannot be used.
@@ -86,10 +86,10 @@ def load(job: WarmJob) -> Loaded:
 
 
 def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
-    """Prefill the document into the store and wait until all of it is durable.
+    """Prefills the document into the store and waits until all of it is durable.
 
     Args:
-        job: what is to be warmed.
+        job: the document.
         loaded: the job's model, if it is loaded already.
 
     Raises:
@@ -105,7 +105,7 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
     size = job.chunk_size or "auto"
     with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
-        cache.store.check_writable()  # a cache goes on without a store that takes nothing; here that is all there is to do
+        cache.store.check_writable()  # a cache goes on without a store that takes nothing; here, saving is the whole purpose
         _refuse_over_budget(cache, model, min(chosen_chunk_size(model, size), ids.shape[1]))
         pace = Pace(cache, QUEUE_BYTES // 2)
         with progress_bar("prefill", "chunks") as show:
@@ -128,8 +128,8 @@ class Pace:
     """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait.
 
     Args:
-        cache: that is being filled.
-        most: bytes that may be under way to the store.
+        cache: the one being filled.
+        most: bytes that may be waiting to be written.
     """
 
     def __init__(self, cache: CakeCache, most: int) -> None:
@@ -137,10 +137,10 @@ class Pace:
         self._most = most
 
     def __call__(self, done: int) -> None:
-        """Called after each computed chunk; waits for the writer where too much is queued."""
+        """Is called after each computed chunk; waits for the writer if too much is queued."""
         report = self._cache.report
         if not report.chunks_saved:
-            self._cache.flush()  # from now on the size of a chunk is known
+            self._cache.flush()  # the size of a chunk is known from now on
             return
         chunk_bytes = report.bytes_saved / report.chunks_saved
         if (done - report.chunks_saved - report.chunks_unsaved) * chunk_bytes > self._most:
@@ -148,12 +148,12 @@ class Pace:
 
 
 def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> None:
-    """What was done, what will be restored from it, and how.
+    """Shows what was done, what will be restored from it, and how.
 
     Args:
-        job: that is done.
-        report: of it.
-        has_template: the model is one for chats.
+        job: the one that is done.
+        report: of the document.
+        has_template: the model is a chat model.
     """
     console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
     if report.chunks_computed and report.chunks_loaded:
@@ -168,7 +168,7 @@ def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> 
 
 
 def stored_tokens(job: WarmJob, report: Report) -> int:
-    """Up to which token a document was stored."""
+    """Returns the number of tokens, from its start, that a document was stored with."""
     named = blocks(0, report.tokens, job.boundaries, report.chunk_size)
     is_end_kept = (job.prompt or job.chat) and report.tails_computed + report.tails_loaded > 0
     if named and not named[-1].fills(report.chunk_size) and not is_end_kept:
@@ -177,19 +177,17 @@ def stored_tokens(job: WarmJob, report: Report) -> int:
 
 
 def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
-    """Which prompts find what was stored, as sentences."""
+    """Describes, in sentences, which prompts find what was stored."""
     stored, tails = stored_tokens(job, report), report.tails_computed + report.tails_loaded
     rest = report.tokens - stored
     machine = ", on this machine with these versions and this number of threads" if job.exact else ""
     salt = " and salt" if job.salt else ""
     lines = [
-        f"\nStored are the first {stored:,} of the {report.tokens:,} tokens. Every prompt that begins with them, in any "
+        f"\nThe first {stored:,} of the {report.tokens:,} tokens are stored. Every prompt that starts with them, in any "
         f"process, restores them: with the same model, dtype, chunk size{salt}{machine}.",
     ]
     if rest:
-        lines.append(
-            f"The last {count_text(rest, 'token')} of the text, and what stands behind it, are computed each time."
-        )
+        lines.append(f"The last {count_text(rest, 'token')} of the text, and what follows it, are computed each time.")
     if tails:
         lines.append(
             f"What is not in full chunks ({count_text(tails, 'tail')}) is found by prompts that declare where they are cut, as "
@@ -220,7 +218,7 @@ def _snippet(job: WarmJob) -> str:
 
 
 def _refuse_over_budget(cache: CakeCache, model: Any, tokens: int) -> None:
-    """Raise where the store could not take a block of so many tokens."""
+    """Raises an error if the store could not take a block of so many tokens."""
     with suppress(ComputePlainly):
         if not cache.passive:
             refuse_over_budget(cache.store, stored_bytes(chunk_layout(kv_template(model), tokens)))

@@ -1,4 +1,4 @@
-"""`cake-hf warm`: the KV of documents into a store."""
+"""`cake-hf warm`: puts the KV of documents into a store."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def warm_command(
         ),
     ],
     store: Annotated[
-        str, typer.Option(envvar=STORE, help="Where the KV goes: a directory (made when missing) or a URL.")
+        str, typer.Option(envvar=STORE, help="The store for the KV: a directory (created if missing) or a URL.")
     ],
     chunk_size: ChunkSize = None,
-    salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find it.")] = "",
+    salt: Annotated[str, typer.Option(help="Separates tenants: only prompts with the same salt find the KV.")] = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
-    exact: Annotated[bool, typer.Option(help="Serve only the very same numerics, bit for bit.")] = True,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Take only so many tokens from the start.")] = None,
+    exact: Annotated[bool, typer.Option(help="Serve only processes with the same numerics, bit for bit.")] = True,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Use only this many tokens from the start.")] = None,
     keep_words: Annotated[
-        bool, typer.Option("--keep-words", help="Have ls show the text's first words; not with a salt.")
+        bool, typer.Option("--keep-words", help="Store the text's first words, which ls shows; not with a salt.")
     ] = False,
     prompt: Annotated[
-        bool, typer.Option("--prompt", help="Prompts go on from its very end: keep the last tokens, too.")
+        bool, typer.Option("--prompt", help="Prompts continue from the text's very end: keep its last tokens, too.")
     ] = False,
     boundary: Boundaries = None,
     chat: Chat = False,

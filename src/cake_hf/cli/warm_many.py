@@ -1,4 +1,4 @@
-"""Several documents into a store: files, and the text files of folders."""
+"""Warms several documents: files, and the text files of folders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cake_hf.util.sizes import bytes_text, count_text
 
 @dataclass
 class Warmed:
-    """What came of several documents.
+    """The result for several documents.
 
     Attributes:
-        reports: of those that are stored.
-        left_out: why others are not.
+        reports: of the stored documents.
+        left_out: why others are not stored.
     """
 
     reports: dict[Path, Report] = field(default_factory=dict)
@@ -30,9 +30,9 @@ class Warmed:
 
 
 def documents_in(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, and for folders the files in them, at any depth, in the order of their names.
+    """Returns the files as given, and for folders the files in them, at any depth, sorted by name.
 
-    What is hidden, or a link, in a folder is passed over.
+    Hidden files and links in a folder are skipped.
 
     Raises:
         ValueError: there is no file in a folder.
@@ -50,17 +50,17 @@ def documents_in(paths: Sequence[Path]) -> list[Path]:
 
 
 def warm_many(job: WarmJob, files: Sequence[Path], given: Sequence[Path], loaded: Loaded) -> Warmed:
-    """Warm one after the other; what cannot be, is left out if it was found in a folder.
+    """Warms one document after the other; a file from a folder that cannot be warmed is left out.
 
     Args:
         job: whose file is replaced.
         files: to warm.
-        given: those of them that were named.
+        given: those of the files that the user named.
         loaded: the job's model.
 
     Raises:
-        CakeError: none, or one that was named, could be stored.
-        ValueError: a file that was named cannot be read, or is too long.
+        CakeError: none of them, or one that the user named, could not be stored.
+        ValueError: a file that the user named cannot be read, or is too long.
     """
     warmed = Warmed()
     for number, file in enumerate(files, start=1):
@@ -78,7 +78,7 @@ def warm_many(job: WarmJob, files: Sequence[Path], given: Sequence[Path], loaded
 
 
 def show_many(job: WarmJob, warmed: Warmed) -> None:
-    """What each of them came to, and what finds it."""
+    """Shows the result for each document, and which prompts find it."""
     rows = []
     for file, report in warmed.reports.items():
         chunks = report.chunks_computed + report.chunks_loaded

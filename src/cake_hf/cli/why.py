@@ -1,4 +1,4 @@
-"""`cake-hf why`: whether a prompt is found in a store, and if not, whether it is there from other circumstances."""
+"""`cake-hf why`: whether a prompt is found in a store, and if not, whether it is stored under other conditions."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ SHORT = 12
 
 @dataclass(frozen=True)
 class Found:
-    """Where a prompt is.
+    """Where a prompt's chunks are.
 
     Attributes:
-        chunks: that it has here, tails at declared boundaries included.
+        chunks: how many the prompt has here, tails at declared boundaries included.
         stored: how many of these a cache would find.
         chunk_size: of a chunk, in tokens.
-        elsewhere: namespaces that others of its chunks are stored under.
-        otherwise: why there is nothing at all, as a clause; empty where that is not known.
-        end: tokens of its end that fill no chunk, if they are stored, as those of a document are.
-        agreed: what is stored of its beginning, however that was cut.
-        restored: tokens up to the last snapshot of the model's recurrent state; None where it has no such state.
+        elsewhere: namespaces that more of its chunks are stored under.
+        otherwise: why nothing of it is stored, as a clause; empty if that is not known.
+        end: tokens of its end that fill no chunk, if they are stored, as the end of a document is.
+        agreed: the longest stored beginning of it, whatever its cuts.
+        restored: tokens up to the last snapshot of the model's recurrent state; None if it has no such state.
         holes: chunks that are missing before the last one that is stored.
-        known: tokens up to the end of that one.
+        known: tokens up to the end of the last stored chunk.
     """
 
     chunks: int
@@ -70,17 +70,15 @@ def why_command(
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
     prompt: Annotated[Path, typer.Option(help="A text file with the prompt.")],
     warmed: AsWarmed,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch, as the process has them that you ask for.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, as in the process in question.")] = None,
 ) -> None:
-    """Say whether a prompt is found in a store, and if not, why; exit code 1 if none of it is.
+    """Say whether a prompt is found in a store, and if not, why; exit code 1 if none of it is found.
 
-    Give the options that the cache has. Where chunks of the prompt are stored
-    that were made otherwise (another number of threads, kind of attention,
+    Give the options that the cache has. If chunks of the prompt are stored
+    that were made differently (another number of threads, kind of attention,
     chunk size, dtype, version, processor, revision or adapter), it says what
-    would have to be alike; of what is under another salt it says nothing.
-    Where only the beginning is stored, it says how far the prompts agree.
+    would have to match; it says nothing of chunks under another salt.
+    If only the beginning is stored, it says how far the prompts agree.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -97,7 +95,7 @@ def why_command(
 
 
 def show_found(found: Found, store: str) -> None:
-    """What a cache would find, then where the prompt is besides."""
+    """Shows what a cache would find, then where else the prompt is stored."""
     style = "green" if found.stored or found.end else "bold red"
     end = f"the last {count_text(found.end, 'token')}"
     if found.chunks:
@@ -122,7 +120,7 @@ def show_found(found: Found, store: str) -> None:
         console.print(Text(f"\nSo {found.otherwise}."))
     elif found.chunks and not found.stored and not found.elsewhere and not found.agreed.tokens:
         console.print(
-            "\nNothing else is known to have been made of it. Compare the starts of the prompts: one token that differs "
+            "\nNo other chunks of it are known. Compare the starts of the prompts: one token that differs "
             "changes all that follow. (Stores filled by cake_hf 0.1 do not tell what their chunks were made with.)"
         )
     for line in filter(None, (_what_is_gone(found), _where_it_parts(found), _what_states_allow(found))):
@@ -130,7 +128,8 @@ def show_found(found: Found, store: str) -> None:
 
 
 def _where_it_parts(found: Found) -> str:
-    """Up to which token the prompt agrees with what is stored; empty where all of it is found, or nothing is stored like it."""
+    """Returns up to which token the prompt agrees with a stored one; empty if all of it is found, or no stored prompt is
+    like it."""
     agreed = found.agreed
     if found.stored == found.chunks and found.end:
         return ""
@@ -145,33 +144,33 @@ def _where_it_parts(found: Found) -> str:
         return ""
     if agreed.behind and agreed.tokens:
         return (
-            f"The first {count_text(agreed.tokens, 'token')} agree with what is stored; within the next {agreed.behind:,} it "
-            "differs: compare the texts, the tokenizers and the chat templates there."
+            f"The first {count_text(agreed.tokens, 'token')} agree with what is stored; within the next {agreed.behind:,} they "
+            "differ: compare the texts, the tokenizers and the chat templates there."
         )
     if agreed.behind:
         return (
             f"What is stored for this model and these options differs within the first {count_text(agreed.behind, 'token')}: "
-            "compare the begin of the texts, the tokenizers, a token for the begin and the chat template."
+            "compare the beginnings of the texts, the tokenizers, start tokens and the chat template."
         )
     if agreed.tokens and not found.elsewhere:
-        return f"Of what is behind the first {count_text(agreed.tokens, 'token')}, nothing is stored."
+        return f"Nothing behind the first {count_text(agreed.tokens, 'token')} is stored."
     return ""
 
 
 def _what_is_gone(found: Found) -> str:
-    """Of what was stored before its last chunk."""
+    """Describes chunks that are missing before the last stored one."""
     return f"{count_text(found.holes, 'chunk')} before these are gone, and will be computed." if found.holes else ""
 
 
 def _what_states_allow(found: Found) -> str:
-    """Of a model with recurrent states."""
+    """Describes how far a model with recurrent states can be restored."""
     if found.restored is None or not found.stored or found.restored == found.known:
         return ""
     how = "CakeCache(snapshot_every=1) keeps one after each chunk"
     if not found.restored:
         return f"But no snapshot of the model's recurrent state is stored, without which all is computed; {how}."
     at = f"at token {found.restored:,}"
-    return f"The last snapshot of the model's recurrent state is {at}; what is behind it is computed. {how}."
+    return f"The last snapshot of the model's recurrent state is {at}; what follows it is computed. {how}."
 
 
 def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warmed: AsWarmed) -> Found:
@@ -200,7 +199,9 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
     last = max((number for number, key in enumerate(keys) if has[key]), default=-1)
     otherwise = ""
     if keys and not any(has.values()) and not elsewhere and not agreed.tokens:
-        otherwise = store.mismatch_reason(namespace, partial(dict, facts)) or explanation(store, sought)
+        otherwise = store.mismatch_reason(namespace, partial(dict, facts))
+        if not otherwise and (refusal := explanation(store, sought)):
+            otherwise = refusal.text
     restored = _last_state(store, known) if has_states else None
     return Found(
         chunks=len(chunks),
@@ -217,6 +218,6 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
 
 
 def _last_state(store: Store, known: Mapping[str, Block]) -> int:
-    """Tokens up to the last stored snapshot; 0 for none."""
+    """Returns the number of tokens up to the last stored snapshot; 0 if there is none."""
     stored = store.contains([state_key(key) for key in known]) if known else []
     return max((block.end for block, one in zip(known.values(), stored, strict=True) if one), default=0)

@@ -1,8 +1,8 @@
 """Differences between the supported versions of transformers: names of the cache argument, and missing kinds of layers.
 
 Three things change from release to release: the name under which a forward and `generate` take the cache, the kinds of cache
-layers, and the attributes of these layers. This module detects them by inspecting the installed version. Only `indexer_reason`,
-whose subject cannot be detected by inspection, and `is_untested` go by the version number.
+layers, and the attributes of these layers. This module detects them by inspecting the installed version. Only
+`indexer_refusal`, whose subject cannot be detected by inspection, and `is_untested` go by the version number.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import transformers
 from packaging.version import Version
 
+from cake_hf.report import Refusal
 from cake_hf.util.interrupts import faults_suppressed
 
 OLDEST = "5.0"
@@ -202,16 +203,18 @@ def chosen_functions(config: Any) -> dict[str, Any]:
     return chosen
 
 
-def indexer_reason(config: Any) -> str:
-    """Returns why a model with an indexer (sparse attention) is computed plainly on this version; empty if it need not be.
+def indexer_refusal(config: Any) -> Refusal | None:
+    """Returns why a model with an indexer (sparse attention) is computed plainly on this version; None if it need not be.
 
     Before 5.11 the model keeps the indexer's keys outside the cache, and before 5.17 it attends to the wrong tokens in every
     forward that continues earlier ones. Neither can be detected by inspection, so only this check goes by the version number.
     """
     has_indexer = any(getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
     if not has_indexer or not is_old():
-        return ""
-    return f"transformers before {WELL_KNOWN_FROM} computes models with an indexer wrongly in pieces"
+        return None
+    return Refusal(
+        "indexer-version", f"transformers before {WELL_KNOWN_FROM} computes models with an indexer wrongly in pieces"
+    )
 
 
 # Kinds of layers, and their attributes.

@@ -17,6 +17,7 @@ import torch
 from torch.nn.modules import module as torchs_modules
 
 from cake_hf.model.modules import modules_of
+from cake_hf.report import Refusal
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
 """Libraries that run a model, even from a checkout. Their hooks place weights and inputs, agree with other ranks, or are
@@ -65,26 +66,31 @@ def unobserved() -> Iterator[None]:
         _quiet.on = before
 
 
-def stranger_reason(model: torch.nn.Module) -> str:
-    """Returns the reason why foreign code in the forward requires computing prompts plainly; empty if there is none."""
-    return _hook_reason(model) or _mode_reason() or _training_reason(model)
+def foreign_code_refusal(model: torch.nn.Module) -> Refusal | None:
+    """Returns why foreign code in the forward requires computing prompts plainly; None if there is no such code."""
+    return _hook_refusal(model) or _mode_refusal() or _training_refusal(model)
 
 
-def _hook_reason(model: torch.nn.Module) -> str:
+def _hook_refusal(model: torch.nn.Module) -> Refusal | None:
     advice = "remove it, or mark it with cake_hf.reads_only if it changes nothing and need not see what is loaded"
     everywhere = (torchs_modules._global_forward_pre_hooks, torchs_modules._global_forward_hooks)
     for hook in (hook for hooks in everywhere for hook in hooks.values()):
         if not _is_known(hook, None):
-            return f"a forward hook on all modules ({_name(hook)}) might change the KV; {advice}"
+            return Refusal(
+                "foreign-hook", f"a forward hook on all modules ({_name(hook)}) might change the KV; {advice}"
+            )
     for path, module in modules_of(model):
         if module._forward_pre_hooks or module._forward_hooks:
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 if not _is_known(hook, module):
-                    return f"a forward hook on {path or 'the model'} ({_name(hook)}) might change the KV; {advice}"
-    return ""
+                    return Refusal(
+                        "foreign-hook",
+                        f"a forward hook on {path or 'the model'} ({_name(hook)}) might change the KV; {advice}",
+                    )
+    return None
 
 
-def _mode_reason() -> str:
+def _mode_refusal() -> Refusal | None:
     for kind, count, get in (
         ("function", torch._C._len_torch_function_stack, torch._C._get_function_stack_at),
         ("dispatch", torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at),
@@ -92,18 +98,23 @@ def _mode_reason() -> str:
         for number in range(count()):
             mode = get(number)
             if type(mode).__module__ != "torch.utils._device":  # `with torch.device(...)` only affects new tensors
-                return f"a torch {kind} mode ({type(mode).__qualname__}) is active, which might change the KV; leave it first"
-    return ""
+                name = type(mode).__qualname__
+                return Refusal(
+                    "torch-mode", f"a torch {kind} mode ({name}) is active, which might change the KV; leave it first"
+                )
+    return None
 
 
-def _training_reason(model: torch.nn.Module) -> str:
-    """Returns the reason if a part is in training mode. A whole model in that mode has its own reason elsewhere."""
+def _training_refusal(model: torch.nn.Module) -> Refusal | None:
+    """Returns the refusal if a part is in training mode. A whole model in that mode is refused elsewhere."""
     if model.training:
-        return ""
+        return None
     for path, module in modules_of(model):
         if module.training and _minds_training(module, model):
-            return f"{path} is in training mode, although the model is not; call model.eval()"
-    return ""
+            return Refusal(
+                "part-in-training", f"{path} is in training mode, although the model is not; call model.eval()"
+            )
+    return None
 
 
 def _minds_training(module: torch.nn.Module, model: torch.nn.Module) -> bool:

@@ -19,6 +19,7 @@ from transformers import Cache
 
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import find_cache
+from cake_hf.report import Refusal
 
 SERVED = {"KeyDiffPress", "KnormPress", "LagKVPress", "StreamingLLMPress"}
 """Presses whose scores depend only on K and V; tests/test_kvpress.py runs each."""
@@ -64,24 +65,25 @@ class Presses:
                     module._forward_hooks[number] = hook if isinstance(hook, Gate) else Gate(hook)
         return cls(found)
 
-    def reason(self, layers: list[Any], *, mixed: bool) -> str:
-        """Returns why a prompt with these presses is computed plainly; empty if it can be restored.
+    def refusal(self, layers: list[Any], *, mixed: bool) -> Refusal | None:
+        """Returns why a prompt with these presses is computed plainly; None if it can be restored.
 
         Args:
             layers: of the cache.
             mixed: whether the prompt is padded, or belongs to a batch of different prompts.
         """
         if not self.pressed:
-            return ""
+            return None
         if mixed:
-            return "a press is at work on a batch, or on a prompt with padding"
-        if other := [one.press for one in self.pressed if not _is_served(one.press)]:
-            return (
-                f"{type(other[0]).__name__} looks at more than the KV of a prompt, which is all that a restore brings"
+            return Refusal("press-on-batch", "a press is at work on a batch, or on a prompt with padding")
+        if other := [pressed.press for pressed in self.pressed if not _is_served(pressed.press)]:
+            return Refusal(
+                "press-beyond-kv",
+                f"{type(other[0]).__name__} looks at more than the KV of a prompt, which is all that a restore brings",
             )
-        if not all(isinstance(layers[one.module.layer_idx], TokenMajorLayer) for one in self.pressed):
-            return "a press is at work on layers that do not keep every token"
-        return ""
+        if not all(isinstance(layers[pressed.module.layer_idx], TokenMajorLayer) for pressed in self.pressed):
+            return Refusal("press-on-layers", "a press is at work on layers that do not keep every token")
+        return None
 
     def apply(self, layers: list[Any]) -> None:
         """Applies the presses to layers that hold a whole prompt.
@@ -89,9 +91,9 @@ class Presses:
         Args:
             layers: of the cache.
         """
-        for one in self.pressed:
-            layer = layers[one.module.layer_idx]
-            layer.keys, layer.values = one.press.compress(one.module, None, layer.keys, layer.values, None, {})
+        for pressed in self.pressed:
+            module, layer = pressed.module, layers[pressed.module.layer_idx]
+            layer.keys, layer.values = pressed.press.compress(module, None, layer.keys, layer.values, None, {})
 
 
 def _is_press(owner: Any) -> bool:

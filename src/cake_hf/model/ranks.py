@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cake_hf.report import Refusal
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -59,7 +61,7 @@ def ranks_of(model: torch.nn.Module) -> Ranks | None:
     """Returns the ranks that compute a tensor-parallel model; None for a model that this process computes alone.
 
     Args:
-        model: a model for which `parallel_reason` is empty.
+        model: a model for which `parallel_refusal` is None.
     """
     meshes = _meshes(model)
     if not meshes or meshes[0].size() == 1:
@@ -74,18 +76,24 @@ def ranks_of(model: torch.nn.Module) -> Ranks | None:
     return Ranks(group, dist.get_rank(group), dist.get_world_size(group), device)
 
 
-def parallel_reason(model: torch.nn.Module) -> str:
-    """Returns why the ranks of a distributed model cannot agree on a restore; empty if they can."""
+def parallel_refusal(model: torch.nn.Module) -> Refusal | None:
+    """Returns why the ranks of a distributed model cannot agree on a restore; None if they can."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return ""
+        return None
     if _gathers_weights(model):
-        return "the model's weights are gathered from other processes in each forward, which cannot be restored yet"
+        return Refusal(
+            "gathered-weights",
+            "the model's weights are gathered from other processes in each forward, which cannot be restored yet",
+        )
     meshes, whole = _meshes(model), getattr(model, "_device_mesh", None)
     if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
-        return "the model is parallel in more than one way, which cannot be restored yet"
+        return Refusal("mixed-parallelism", "the model is parallel in more than one way, which cannot be restored yet")
     if whole is not None and whole.size() != (meshes[0].size() if meshes else 1):
-        return "the model is parallel in other ways than by its tensors, which cannot be restored yet"
-    return ""
+        return Refusal(
+            "other-parallelism",
+            "the model is parallel in other ways than by its tensors, which cannot be restored yet",
+        )
+    return None
 
 
 def parallel_facts(model: torch.nn.Module, *, exact: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cake_hf.chunks.tensor_bytes import host_bytes
 from cake_hf.errors import CorruptChunk
 from cake_hf.keys import behaviour_key
 from cake_hf.model.behaviour import Kept
-from cake_hf.model.plainly import ComputePlainly
+from cake_hf.model.plainly import ComputePlainly, no_answer
 from cake_hf.model.side_run import differ
 from cake_hf.stores.base import Store
 from cake_hf.transfer.deadline import Late, ask
@@ -106,7 +106,7 @@ class Shelf:
     def _read(self, mine: Kept) -> tuple[Kept | None, bool]:
         answer = ask(partial(_read, self.store, self.namespace, mine), self.seconds, "lookup", self.reads)
         if answer.value is None:
-            raise ComputePlainly(f"the store could not be asked: {answer.trouble}")
+            raise ComputePlainly(no_answer(answer.trouble))
         return answer.value
 
 

@@ -23,6 +23,7 @@ import torch
 from cake_hf.blocks import Block
 from cake_hf.errors import UnfitImages
 from cake_hf.model.images import Features, UnreadImages, digest_of
+from cake_hf.report import Refusal
 from cake_hf.util.lazy import cached_property
 
 
@@ -76,12 +77,16 @@ def look_at(model: torch.nn.Module, arguments: dict[str, Any], past: int, accept
     return Vision(model, family, arguments, past, sliceable="mm_encoder_outputs" in accepts)
 
 
-def numbering_reason(model: torch.nn.Module, arguments: dict[str, Any]) -> str:
-    """Returns why a call cannot be cut, if its tokens' positions would depend on the model's previous prompt; else empty."""
+def numbering_refusal(model: torch.nn.Module, arguments: dict[str, Any]) -> Refusal | None:
+    """Returns why a call cannot be cut, if its tokens' positions would depend on the model's previous prompt; else None."""
     # Such models keep the shift by images as an attribute; without positions they add it from a prompt's second piece on.
     kept = getattr(getattr(model, "base_model", model), "rope_deltas", None)
-    stale = kept is not None and arguments.get("position_ids") is None
-    return "the model would number the tokens by the prompt it had before; call generate, or give position_ids" * stale
+    if kept is None or arguments.get("position_ids") is not None:
+        return None
+    return Refusal(
+        "stale-positions",
+        "the model would number the tokens by the prompt it had before; call generate, or give position_ids",
+    )
 
 
 def forget_numbering(model: torch.nn.Module) -> None:
@@ -133,24 +138,29 @@ class Vision:
         # The first of four dimensions is for masks, and counts tokens.
         return positions.shape[0] < 4 or torch.equal(positions[0, 0].cpu().long(), self._plain)
 
-    def refusal(self, *, is_batch: bool) -> str:
-        """Returns why the call must not be cut, as far as images are concerned; empty if it can be cut.
+    def refusal(self, *, is_batch: bool) -> Refusal | None:
+        """Returns why the call must not be cut, as far as images are concerned; None if it can be cut.
 
         Args:
             is_batch: whether it has several rows, or padding.
         """
         types = self._types
         if is_batch:
-            beside = self._images is not None or self._features_given or types is not None
-            return "a batch with images, or with types of tokens, is computed as it comes" * beside
+            if self._images is None and not self._features_given and types is None:
+                return None
+            return Refusal("image-batch", "a batch with images, or with types of tokens, is computed as it comes")
         if self._features_given:
-            return "images, or videos, are given as features, not as pixels"
+            return Refusal("image-features", "images, or videos, are given as features, not as pixels")
         if types is not None and tuple(types.shape) != (1, self._past + self._tokens):
-            return (
-                f"the argument {self._family.types!r} does not have a number for each token from the prompt's start on"
+            return Refusal(
+                "token-types",
+                f"the argument {self._family.types!r} does not have a number for each token from the prompt's start on",
             )
         if self._is_cut(0):
-            return "the prompt goes on within an image, whose tokens see each other in both directions"
+            return Refusal(
+                "starts-in-image",
+                "the prompt goes on within an image, whose tokens see each other in both directions",
+            )
         return self._images_refusal()
 
     def uncut(self, ends: Sequence[int]) -> int:
@@ -226,18 +236,23 @@ class Vision:
         """The number of patches per token, if a grid gives each image's number of patches; otherwise 0."""
         return int(self._config.vision_config.spatial_merge_size) ** 2 if self._family.by_grid else 0
 
-    def _images_refusal(self) -> str:
+    def _images_refusal(self) -> Refusal | None:
         if self._images is None:
-            return "the prompt has places for images, but no images come with it" * bool(self._places)
+            if not self._places:
+                return None
+            return Refusal("images-missing", "the prompt has places for images, but no images come with it")
         if not self._sliceable:
-            return "this version of transformers cannot be given a part of an image"
+            return Refusal("image-parts", "this version of transformers cannot be given a part of an image")
         if not self._images.well_formed(by_grid=self._family.by_grid):
-            return "the images have a form that is not understood"
+            return Refusal("image-form", "the images have a form that is not understood")
         if self._bounds[-1] != len(self._places) or len(set(self._bounds)) < len(self._bounds):
-            return "the prompt's places for images are not as many as its images have tokens"
+            return Refusal("image-tokens", "the prompt's places for images are not as many as its images have tokens")
         if self._family.numbers and self._arguments.get("position_ids") is None:
-            return "the positions of tokens follow from the images; call generate, or give position_ids"
-        return ""
+            return Refusal(
+                "image-positions",
+                "the positions of tokens follow from the images; call generate, or give position_ids",
+            )
+        return None
 
     def _is_cut(self, place: int) -> bool:
         """Returns whether an image that must not be cut extends across the border before that new token."""

@@ -19,7 +19,7 @@ from cake_hf.limits import Limits
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.which_model import resolve_model
 from cake_hf.restore.session import Session, chosen_chunk_size
-from cake_hf.restore.support import layers_for, model_reason, refuse_unusable
+from cake_hf.restore.support import layers_for, model_refusal, refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.stores.manifest import CARD, MANIFEST, MAX_CHUNK_BYTES, PackChunk, PackManifest, chunk_path, printable
@@ -183,8 +183,8 @@ def session_for(
     """
     model = resolve_model(model)
     refuse_unusable(model)
-    if reason := model_reason(model, layers_for(model)):
-        raise CakeError(f"No KV of this model is kept: {reason}.")
+    if refusal := model_refusal(model, layers_for(model)):
+        raise CakeError(f"No KV of this model is kept: {refusal.text}.")
     session = Session(
         model,
         store,

@@ -17,6 +17,7 @@ import torch
 from cake_hf.chunks.codec import ChunkMetadata, checksums
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import ranks_of
+from cake_hf.report import Refusal
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.transfer.landing import byte_view
@@ -24,7 +25,7 @@ from cake_hf.transfer.single_reads import ReadBeside, read_facts
 from cake_hf.transfer.writer import pack
 from cake_hf.util.forks import Lock
 
-_refused: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+_refused: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Refusal]] = weakref.WeakKeyDictionary()
 _lock = Lock()
 
 
@@ -94,19 +95,20 @@ class Audit:
             comparison.read.leave()
         self._under_way.clear()
 
-    def _refuse(self, index: int) -> str:
-        """Records that the model, under this namespace, does not compute what is stored; returns the reason."""
-        reason = (
+    def _refuse(self, index: int) -> Refusal:
+        """Records that the model, under this namespace, does not compute what is stored; returns the refusal."""
+        refusal = Refusal(
+            "differs-from-store",
             f"this model does not compute what the store holds (chunk {self._prompt.number + index} is stored with other "
             "values), so something changed it, now or when that was saved. Nothing is loaded or saved for it in this "
-            "process; cake-hf verify --recompute finds what is wrong in the store"
+            "process; cake-hf verify --recompute finds what is wrong in the store",
         )
         with _lock:
-            _refused.setdefault(self._session.model, {})[self._prompt.namespace] = reason
-        return reason
+            _refused.setdefault(self._session.model, {})[self._prompt.namespace] = refusal
+        return refusal
 
 
-def refused_reason(model: torch.nn.Module, namespace: str) -> str:
-    """Returns why nothing is loaded or saved for that model under that namespace; empty if it can be."""
+def audit_refusal(model: torch.nn.Module, namespace: str) -> Refusal | None:
+    """Returns why nothing is loaded or saved for that model under that namespace; None if it can be."""
     with _lock:
-        return _refused.get(model, {}).get(namespace, "")
+        return _refused.get(model, {}).get(namespace)

@@ -97,6 +97,11 @@ class BatchRestore:
             self.abandon()
             raise
 
+    @property
+    def found_some(self) -> bool:
+        """Whether the store has some of the rows' chunks."""
+        return self.report.chunks_missed < sum(row.chunks for row in self._rows) - self.report.chunks_shared
+
     def keep(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the states `[batch, heads, new, head_dim]` of the suffixes, with the states of restored tokens put back."""
         beyond = [(row.number, self._end_of(row)) for row in self._rows if self._end_of(row) > self.start]
@@ -130,8 +135,6 @@ class BatchRestore:
         for row in self._rows:
             self._restore(row, homes, restore_row)
             homes = {**dict.fromkeys(row.keys, row), **homes}
-        if self.report.chunks_missed < sum(row.chunks for row in self._rows) - self.report.chunks_shared:
-            self.report.reason = ""  # drop the reason of a single row
         for layer in self._layers:
             layer.show(self.start)
         self._tail_begin = time.monotonic()

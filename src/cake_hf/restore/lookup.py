@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from cake_hf.model.plainly import no_answer
+from cake_hf.report import Refusal
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
@@ -22,12 +24,12 @@ class PrefixMatch:
     Attributes:
         stored: for each block, whether it is stored.
         states: for each block, whether the snapshot of the model's recurrent state at its end is stored.
-        reason: why the store was not asked, or did not answer, in which case everything counts as missing; empty if it did.
+        refusal: why the store was not asked, or did not answer, in which case everything counts as missing; None if it did.
     """
 
     stored: tuple[bool, ...] = ()
     states: tuple[bool, ...] = ()
-    reason: str = ""
+    refusal: Refusal | None = None
 
     @classmethod
     def none(cls, blocks: int) -> PrefixMatch:
@@ -43,27 +45,27 @@ def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -
         keys: of blocks.
         states: keys of the snapshots at the end of each block; empty if the model has no recurrent state.
     """
-    found, reason = stored_mask(session, [*keys, *states])
+    found, refusal = stored_mask(session, [*keys, *states])
     stored = tuple(found[: len(keys)])
-    return PrefixMatch(stored, tuple(found[len(keys) :]) or (False,) * len(keys), reason)
+    return PrefixMatch(stored, tuple(found[len(keys) :]) or (False,) * len(keys), refusal)
 
 
-def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], str]:
-    """Returns the store's mask and an empty reason; or, if the store cannot be asked, a mask of missing keys and the reason."""
+def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], Refusal | None]:
+    """Returns the store's mask and None; or, if the store cannot be asked, a mask of missing keys and the refusal."""
     none = [False] * len(keys)
     bound = session.bound_store
     if keys and (absence := bound.access.reach()):
-        return none, absence
+        return none, Refusal("store-unusable", absence)
     if not keys or not is_asked(session):
-        return none, ""
+        return none, None
     begin, sharing = time.monotonic(), bound.sharing
     answer = ask(partial(_mask, bound.store, keys, sharing), session.limits.lookup_timeout, "lookup", sharing.lookups)
     observe_lookup(time.monotonic() - begin)
     if answer.value is not None:
         sharing.forget_faults()
-        return answer.value, ""
+        return answer.value, None
     sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
-    return none, f"the store could not be asked: {answer.trouble}"
+    return none, no_answer(answer.trouble)
 
 
 def is_asked(session: Session) -> bool:

@@ -17,7 +17,7 @@ import torch
 
 from cake_hf.blocks import Block, blocks
 from cake_hf.keys import block_keys
-from cake_hf.report import Report
+from cake_hf.report import Refusal
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import tell_once
@@ -29,10 +29,11 @@ from cake_hf.util.canonical import canonical
 
 logger = logging.getLogger("cake_hf")
 
-NONE_YET = "the store has none of the prompt's chunks yet"
-OTHER_SALT = (
+NONE_YET = Refusal("none-stored", "the store has none of the prompt's chunks yet")
+OTHER_SALT = Refusal(
+    "other-salt",
     "the store has none of the prompt's chunks yet; what it has of this model under another salt, or under none, is not "
-    "looked into: pass the salt that it was saved with"
+    "looked into: pass the salt that it was saved with",
 )
 
 FEW_KEYS = 32
@@ -121,15 +122,12 @@ class Inquiry:
             partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
         )
 
-    def settle(self, report: Report) -> None:
-        """Puts the answer into a report, and logs it once per kind."""
+    def answer(self) -> Refusal | None:
+        """Returns why nothing of the prompt was found; None if the store has nothing to say about it, or does not answer."""
         answer = self._question.answer(max(0.0, self._end - time.monotonic()))
         if answer.error is not None:
             logger.debug("Why a prompt was not found is not known: %s", answer.trouble)
-        if answer.value and report.reason == NONE_YET:
-            report.reason = answer.value
-            kind = "".join(letter for letter in answer.value if not letter.isdigit())
-            tell_once(kind, f"A prompt is not found: {answer.value}", logging.INFO)
+        return answer.value
 
     def give_up(self) -> None:
         """Drops the question, since the prompt was abandoned."""
@@ -142,8 +140,14 @@ def marks_of(call: ForwardCall) -> Marks:
     return (lambda named: []) if vision is None else vision.marks
 
 
-def explanation(store: Store, sought: Sought) -> str:
-    """Returns why a prompt was not found, as a clause; empty if the store has nothing of it. May hang if the store hangs.
+def tell_missing(refusal: Refusal) -> None:
+    """Logs, once per kind of reason, why a prompt was not found."""
+    kind = "".join(letter for letter in refusal.text if not letter.isdigit())
+    tell_once(kind, f"A prompt is not found: {refusal.text}", logging.INFO)
+
+
+def explanation(store: Store, sought: Sought) -> Refusal | None:
+    """Returns why a prompt was not found; None if the store has nothing of it. May hang if the store hangs.
 
     Raises:
         Exception: any error that the store raises, or that absurd records lead to.
@@ -151,9 +155,10 @@ def explanation(store: Store, sought: Sought) -> str:
     known = records(store)
     likely = found_elsewhere(store, sought, known, all_chunks=False)
     if likely:
-        return str(_counted(store, likely[0]))
-    others = (one for one in known if not one.is_of(sought.salt))
-    return OTHER_SALT if any(_weights(one.facts) == _weights(sought.facts) for one in others) else ""
+        return Refusal("stored-otherwise", str(_counted(store, likely[0])))
+    others = (record for record in known if not record.is_of(sought.salt))
+    same_weights = any(_weights(record.facts) == _weights(sought.facts) for record in others)
+    return OTHER_SALT if same_weights else None
 
 
 def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, all_chunks: bool) -> list[Elsewhere]:

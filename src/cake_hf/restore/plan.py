@@ -8,11 +8,16 @@ from itertools import accumulate
 
 from cake_hf.blocks import Block
 from cake_hf.model.modules import any_has
+from cake_hf.report import Refusal
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.scheduling.planner import ranges_of
+
+NO_SNAPSHOT = Refusal(
+    "no-snapshot", "stored chunks are computed where no snapshot of the model's state is stored behind them"
+)
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,30 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
         reach: how many tokens the model's longest window reaches back.
         by_layers: whether a forward that follows loads can wait for them layer by layer.
     """
-    stored = usable = prompt.match.stored[: prompt.chunks]
-    state = None
-    if prompt.state_layout.pieces:
-        begin, state = _between_states(stored, prompt.match.states)
-        usable = tuple(state is not None and begin <= index <= state for index in range(prompt.chunks))
-    reason = "stored chunks are computed where no snapshot of the model's state is stored behind them"
+    usable, state = _usable(prompt)
     return RestorePlan(
         usable,
         _windows(usable, prompt.blocks, reach),
         state,
         loads=session.strategy is not Strategy.COMPUTE and any(usable),
         ranges=_ranges(session, prompt, costs) if by_layers else 1,
-        reason="" if usable == stored else reason,
+        reason=NO_SNAPSHOT.text * (snapshot_refusal(prompt) is not None),
     )
+
+
+def snapshot_refusal(prompt: Prompt) -> Refusal | None:
+    """Returns why some chunks are computed although they are stored; None if all stored ones help."""
+    usable, _ = _usable(prompt)
+    return None if usable == prompt.match.stored[: prompt.chunks] else NO_SNAPSHOT
+
+
+def _usable(prompt: Prompt) -> tuple[tuple[bool, ...], int | None]:
+    """Returns for each chunk whether loading it helps, and the chunk at whose end the snapshot of the state is wanted."""
+    stored = prompt.match.stored[: prompt.chunks]
+    if not prompt.state_layout.pieces:
+        return stored, None
+    begin, state = _between_states(stored, prompt.match.states)
+    return tuple(state is not None and begin <= index <= state for index in range(prompt.chunks)), state
 
 
 def window_begin(named: Sequence[Block], stop: int, reach: int) -> int:

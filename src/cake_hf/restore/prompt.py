@@ -16,13 +16,14 @@ from cake_hf.blocks import Block, blocks, suffix_start, tail_ends
 from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import block_keys, state_key
-from cake_hf.report import Report, Span
+from cake_hf.model.plainly import no_answer
+from cake_hf.report import Refusal, Report, Span
 from cake_hf.restore.held import Held
 from cake_hf.restore.lookup import PrefixMatch, is_asked, match_prefix
 from cake_hf.restore.misses import NONE_YET, Inquiry
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
-from cake_hf.restore.support import cut_image_reason, tell_once
+from cake_hf.restore.support import cut_image_refusal, tell_once, tell_plain
 from cake_hf.stores.base import Store
 from cake_hf.transfer.cost_notes import note_seconds
 from cake_hf.transfer.deadline import ask
@@ -52,6 +53,7 @@ class Prompt:
         started: when the call came.
         first_span: the index of the prompt's first span on the report's timeline; rows of a batch follow each other there.
         began: when this row of a batch was looked up; equals `started` for a single prompt.
+        refusal: why some of the call is not restored, as far as it is known before the restore is planned; None if all is.
         inquiry: the question why nothing of it is stored, if one is under way.
     """
 
@@ -70,6 +72,7 @@ class Prompt:
     started: float
     first_span: int = 0
     began: float = 0.0
+    refusal: Refusal | None = None
     inquiry: Inquiry | None = None
 
     @property
@@ -128,13 +131,13 @@ class Wanted:
     Attributes:
         blocks: counted from the call's first token; the suffix of the call is among them if it can be stored.
         chunks: how many of them are to be restored.
-        reason: why the call is not cut as far as it could be, or empty.
+        refusal: why the call is not cut as far as it could be; None if it is.
         ends_document: see `Prompt`.
     """
 
     blocks: list[Block]
     chunks: int
-    reason: str = ""
+    refusal: Refusal | None = None
     ends_document: bool = False
 
     @classmethod
@@ -153,7 +156,7 @@ class Wanted:
         begin = last if leave is None else suffix_start(0, call.tokens, inner, size, leave)
         wanted = blocks(0, begin, inner, size)
         if number := call.uncut([block.end for block in wanted]):
-            return cls(wanted[: number - 1], number - 1, cut_image_reason(call.past // size + number - 1))
+            return cls(wanted[: number - 1], number - 1, cut_image_refusal(call.past // size + number - 1))
         ends_at_cut = call.tokens in inner or (bool(every) and every[-1].tokens == size)
         one_more = len(every) == len(wanted) + 1 and every[: len(wanted)] == wanted and ends_at_cut
         return cls(every if one_more else wanted, len(wanted), ends_document=begin == call.tokens and begin in inner)
@@ -181,7 +184,6 @@ def open_prompt(
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     asked = is_asked(session)
     match = match_prefix(session, keys, state_keys)
-    report.reason = match.reason or report.reason
     first_span = len(report.timeline)
     prompt = Prompt(
         call,
@@ -199,26 +201,43 @@ def open_prompt(
         started,
         first_span,
         began if first_span else started,
+        match.refusal or wanted.refusal,
     )
     absent = [index for index in range(wanted.chunks) if not match.stored[index]]
     report.chunks_missed += len(prompt.counted.intersection(absent))
     report.store = session.bound_store.name
     report.bytes_stored += _bytes_stored(prompt)
-    if wanted.chunks and not any(match.stored) and not report.reason:
-        report.reason = _objection(session, namespace) or _why_none(session)
-        if report.reason == NONE_YET and not held.keys and asked:
-            cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
-            return replace(prompt, inquiry=Inquiry(session, call, namespace, seconds, cuts))
-    return prompt
+    if not wanted.chunks or any(match.stored) or prompt.refusal or report.reason:
+        return prompt
+    refusal = _mismatch(session, namespace) or _why_none(session)
+    if refusal != NONE_YET or held.keys or not asked:
+        return replace(prompt, refusal=refusal)
+    cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
+    return replace(prompt, refusal=refusal, inquiry=Inquiry(session, call, namespace, seconds, cuts))
 
 
 def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
     """Returns the prompt of a call that continues from a cache with unknown content: cut as by `generate`, never stored."""
-    report.reason = f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
     none = PrefixMatch.none(len(wanted.blocks))
-    layouts = session.bound_model.layout(), session.bound_model.state_layout()
+    refusal = Refusal(
+        "off-schedule", f"goes on from {call.past} tokens in the cache, not from the end of a full chunk of a prompt"
+    )
+    tell_plain(refusal)
     return Prompt(
-        call, 0, wanted.blocks, wanted.chunks, "", [], "", none, wanted.ends_document, *layouts, report, started
+        call,
+        0,
+        wanted.blocks,
+        wanted.chunks,
+        "",
+        [],
+        "",
+        none,
+        wanted.ends_document,
+        session.bound_model.layout(),
+        session.bound_model.state_layout(),
+        report,
+        started,
+        refusal=refusal,
     )
 
 
@@ -231,10 +250,11 @@ def _bytes_stored(prompt: Prompt) -> int:
     return chunks + sum(prompt.match.states) * stored_bytes(prompt.state_layout)
 
 
-def _objection(session: Session, namespace: str) -> str:
+def _mismatch(session: Session, namespace: str) -> Refusal | None:
+    """Returns why the store's KV cannot serve this model, if the store can tell."""
     store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).mismatch_reason is Store.mismatch_reason:
-        return ""
+        return None
     facts = session.bound_model.latest_facts()  # read here: the asking thread may hang, and must not hold the session
     answer = ask(
         partial(_mismatch_reason_of, store, namespace, facts),
@@ -243,19 +263,20 @@ def _objection(session: Session, namespace: str) -> str:
         sharing.lookups,
     )
     if answer.error is not None:
-        return f"the store could not be asked: {answer.trouble}"
-    return answer.value or ""
+        return no_answer(answer.trouble)
+    return Refusal("store-mismatch", answer.value) if answer.value else None
 
 
-def _why_none(session: Session) -> str:
+def _why_none(session: Session) -> Refusal:
     if session.exact or "behaviour" not in session.bound_model.latest_facts():
         return NONE_YET
-    reason = (
+    refusal = Refusal(
+        "edited-model",
         "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
-        "own, and the store has none of the prompt's chunks under these yet"
+        "own, and the store has none of the prompt's chunks under these yet",
     )
-    tell_once(f"{type(session.model).__name__} apart", reason[0].upper() + reason[1:])
-    return reason
+    tell_once(f"{type(session.model).__name__} apart", refusal.text[0].upper() + refusal.text[1:])
+    return refusal
 
 
 def _mismatch_reason_of(store: Store, namespace: str, facts: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from cake_hf.blocks import Block
 from cake_hf.layers.compat import CACHE_NAMES, forward_of, named_for, parameters_of
 from cake_hf.model.vision import Vision, look_at
+from cake_hf.report import Refusal
 from cake_hf.util.lazy import cached_property
 
 _UNDERSTOOD = {
@@ -28,6 +29,8 @@ _UNDERSTOOD = {
 
 _OF_ALL_TOKENS = ("output_attentions", "output_hidden_states")
 """Arguments that ask for outputs beside the logits, which would then cover the suffix alone."""
+
+_UNKNOWN_MASK = Refusal("mask", "the attention mask has a form of its own")
 
 
 def understands(arguments: Mapping[str, Any]) -> bool:
@@ -136,31 +139,35 @@ class ForwardCall:
         ids = self.arguments.get("input_ids")
         return isinstance(ids, torch.Tensor) and self.wanted_logits >= ids.shape[1]
 
-    def refusal(self) -> str:
-        """Returns why this call must be left unchanged; empty if it can be cut into chunks with the same result."""
+    def refusal(self) -> Refusal | None:
+        """Returns why this call must be left unchanged; None if it can be cut into chunks with the same result."""
         a = self.arguments
         ids, keep = a.get("input_ids"), a.get("logits_to_keep")
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-            return "the prompt is given as embeddings, not as token ids"
+            return Refusal("no-token-ids", "the prompt is given as embeddings, not as token ids")
         if not self.for_kv and (not isinstance(keep, int) or keep < 1):
-            return "the caller wants the logits of all tokens; call cache.prefill(ids) before, or pass logits_to_keep=1"
+            return Refusal(
+                "all-logits",
+                "the caller wants the logits of all tokens; call cache.prefill(ids) before, or pass logits_to_keep=1",
+            )
         if self.wants_inner:
-            return (
-                "the caller wants hidden states, or attentions, of all tokens; prefill the cache for those of the last"
+            return Refusal(
+                "hidden-states",
+                "the caller wants hidden states, or attentions, of all tokens; prefill the cache for those of the last",
             )
         understood = _UNDERSTOOD if self.vision is None else _UNDERSTOOD | self.vision.understood
         if unknown := sorted(name for name, value in a.items() if name not in understood and value is not None):
-            return f"the argument {unknown[0]!r} is not understood"
-        if reason := self._mask_refusal():
-            return reason
-        if self.vision is not None and (reason := self.vision.refusal(is_batch=self.is_batch)):
-            return reason
+            return Refusal("unknown-argument", f"the argument {unknown[0]!r} is not understood")
+        if refusal := self._mask_refusal():
+            return refusal
+        if self.vision is not None and (refusal := self.vision.refusal(is_batch=self.is_batch)):
+            return refusal
         numbered = self.vision is not None and not self.is_batch and self.vision.numbered
         if not numbered and not self._positions_are_plain():
-            return "the positions are not those of a plain prompt"
+            return Refusal("positions", "the positions are not those of a plain prompt")
         if torch.is_grad_enabled():
-            return "gradients are being recorded; call generate, or use torch.no_grad()"
-        return ""
+            return Refusal("gradients", "gradients are being recorded; call generate, or use torch.no_grad()")
+        return None
 
     @property
     def begins_at_start(self) -> bool:
@@ -215,21 +222,24 @@ class ForwardCall:
         """Returns the number (from 1) of the first of these places where the call must not be cut; 0 if there is none."""
         return 0 if self.vision is None else self.vision.uncut(ends)
 
-    def _mask_refusal(self) -> str:
+    def _mask_refusal(self) -> Refusal | None:
         mask = self.arguments.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
-            return "the attention mask has a form of its own"
+            return _UNKNOWN_MASK
         if not self.is_batch:
-            return ""
+            return None
         if self.past:
-            return "a batch, or a prompt with padding, goes on from what is in the cache"
+            return Refusal("batch-continues", "a batch, or a prompt with padding, goes on from what is in the cache")
         if mask is None:
-            return ""
+            return None
         if mask.shape != self.ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
-            return "the attention mask has a form of its own"
+            return _UNKNOWN_MASK
         if bool((mask[:, :-1] > mask[:, 1:]).any()):
-            return "the attention mask has padding behind tokens, not only before them; pad on the left"
-        return ""
+            return Refusal(
+                "right-padding",
+                "the attention mask has padding behind tokens, not only before them; pad on the left",
+            )
+        return None
 
     @cached_property
     def _mask(self) -> torch.Tensor:

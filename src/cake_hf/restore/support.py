@@ -1,7 +1,7 @@
-"""What can be restored, and if not, why: the single source of these reasons.
+"""What can be restored, and if not, why.
 
 A model that none of our caches can serve is refused with an error. Everything else that is not (yet) restored is computed
-plainly, and the reason from this module goes to `report.reason`.
+plainly: a function returns a `Refusal`, and the cache puts it on its report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cake_hf.layers.compat import (
     LinearAttentionLayer,
     cache_name,
     forward_of,
-    indexer_reason,
+    indexer_refusal,
     installed_version,
     is_old,
     keeps_attention,
@@ -37,9 +37,10 @@ from cake_hf.model.foreign_code import LIBRARIES
 from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_template
 from cake_hf.model.modules import parameters_of
 from cake_hf.model.offload import offloaded_weights
-from cake_hf.model.ranks import parallel_reason, ranks_of
+from cake_hf.model.ranks import parallel_refusal, ranks_of
 from cake_hf.model.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead
 from cake_hf.model.weights import unknown_weights
+from cake_hf.report import Refusal
 from cake_hf.restore.request import ForwardCall
 from cake_hf.util.interrupts import faults_suppressed, is_the_users
 
@@ -47,16 +48,24 @@ logger = logging.getLogger("cake_hf")
 
 _FAILED_THEMSELVES = re.compile("out of memory|DefaultCPUAllocator|CUDA error")
 
-_misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+_misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, Refusal] = weakref.WeakKeyDictionary()
 _told: set[str] = set()
 
-
-BYPASSED = "generate ran the model without the cache that it was given; leave out the option that has it do so"
-NO_CUTS_IN_BATCH = "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out"
-
-CLOSED = "this CakeCache is closed; make a new one to have prompts restored"
-NOT_USED_YET = "no prompt has come with this cache yet; pass it to the model's generate as the cache"
-KEEPS_NO_ATTENTION = "this model keeps no attention at all, so its cache cannot tell how long it is"
+BYPASSED = Refusal(
+    "cache-not-used",
+    "generate ran the model without the cache that it was given; leave out the option that has it do so",
+)
+NO_CUTS_IN_BATCH = Refusal(
+    "batch-boundaries",
+    "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out",
+)
+CLOSED = Refusal("closed", "this CakeCache is closed; make a new one to have prompts restored")
+NOT_USED_YET = Refusal(
+    "no-prompt-yet", "no prompt has come with this cache yet; pass it to the model's generate as the cache"
+)
+KEEPS_NO_ATTENTION = Refusal(
+    "no-attention", "this model keeps no attention at all, so its cache cannot tell how long it is"
+)
 
 
 def refuse_unusable(model: torch.nn.Module) -> None:
@@ -79,14 +88,14 @@ def refuse_unusable(model: torch.nn.Module) -> None:
         raise UnsupportedModel(f"{name}.forward takes no cache; CakeCache cannot be handed to it.")
 
 
-def layers_and_reason(model: torch.nn.Module) -> tuple[list[Any], str]:
+def layers_or_refusal(model: torch.nn.Module) -> tuple[list[Any], Refusal | None]:
     """Returns layers for a cache, ours for the kinds we know, and why the model's prompts are computed plainly, if so.
 
     The list of layers is empty if the model is not understood at all.
     """
     try:
         layers = layers_for(model)
-        return layers, model_reason(model, layers)
+        return layers, model_refusal(model, layers)
     except Exception as error:  # any error that an unknown version or model leads to
         if is_the_users(error):
             raise
@@ -116,47 +125,55 @@ def plain_layers(model: torch.nn.Module) -> list[Any]:
     return []
 
 
-def model_reason(model: torch.nn.Module, layers: list[Any]) -> str:
-    """Returns why this model's prompts are computed plainly; empty if they can be restored."""
+def model_refusal(model: torch.nn.Module, layers: list[Any]) -> Refusal | None:
+    """Returns why this model's prompts are computed plainly; None if they can be restored."""
     other = sorted({type(layer).__name__ for layer in layers if not is_ours(layer)})
     if other or not layers:
-        return f"this model keeps {', '.join(other) or 'no layers we know'}, which cannot be restored yet"
+        named = ", ".join(other) or "no layers we know"
+        return Refusal("layer-kinds", f"this model keeps {named}, which cannot be restored yet")
     if not keeps_attention(layers):
         return KEEPS_NO_ATTENTION
-    if reason := indexer_reason(model.config):
-        return reason
+    if refusal := indexer_refusal(model.config):
+        return refusal
     if lengthy := _rope_types(model.config) & {"dynamic", "longrope"}:
-        return f"this model's rope scaling ({min(lengthy)}) depends on the length of the whole input"
+        return Refusal(
+            "rope-scaling", f"this model's rope scaling ({min(lengthy)}) depends on the length of the whole input"
+        )
     if kind := unknown_weights(model):
-        return f"this model keeps weights as {kind}, whose content cannot be told"
-    return parallel_reason(model)
+        return Refusal("weight-format", f"this model keeps weights as {kind}, whose content cannot be told")
+    return parallel_refusal(model)
 
 
-def not_understood(model: torch.nn.Module, error: Exception) -> str:
+def not_understood(model: torch.nn.Module, error: Exception) -> Refusal:
     """Logs, once per kind, that a model is not understood, and remembers it; returns the reason for computing plainly.
 
     A `RuntimeError` says little about the model, and may not occur again, so it is not remembered.
     """
-    reason = f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})"
-    if type(error) is not RuntimeError:
-        _misunderstood[model] = reason
-    tell_once(f"{type(model).__name__} {type(error).__name__}", f"{reason}. Prompts are computed plainly")
-    return reason
-
-
-def misunderstood_reason(model: torch.nn.Module) -> str:
-    """Returns why a model is computed plainly after it was not understood before; empty if it was, or was not tried."""
-    return _misunderstood.get(model, "")
-
-
-def unseen_reason(model: torch.nn.Module) -> str:
-    """Returns the reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
-    reason = (
-        f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
-        "have prompts restored"
+    kind = f"{type(model).__name__} {type(error).__name__}"
+    refusal = Refusal(
+        "not-understood",
+        f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})",
     )
-    tell_once(f"{type(model).__name__} unseen", f"{reason}. Prompts are computed plainly")
-    return reason
+    if type(error) is not RuntimeError:
+        _misunderstood[model] = refusal
+    tell_once(kind, f"{refusal.text}. Prompts are computed plainly")
+    return refusal
+
+
+def misunderstood_refusal(model: torch.nn.Module) -> Refusal | None:
+    """Returns why a model is computed plainly after it was not understood before; None if it was, or was not tried."""
+    return _misunderstood.get(model)
+
+
+def unseen_refusal(model: torch.nn.Module) -> Refusal:
+    """Returns the reason for a prompt that the hook on the model has not seen. Logged once per kind of model."""
+    refusal = Refusal(
+        "called-directly",
+        f"the forward of {type(model).__name__}, or a part of it, was called directly; call the model, or its generate, to "
+        "have prompts restored",
+    )
+    tell_once(f"{type(model).__name__} unseen", f"{refusal.text}. Prompts are computed plainly")
+    return refusal
 
 
 def tell_once(kind: str, sentence: str, level: int = logging.WARNING) -> None:
@@ -165,9 +182,9 @@ def tell_once(kind: str, sentence: str, level: int = logging.WARNING) -> None:
     _told.add(kind)
 
 
-def tell_plain(reason: str) -> None:
+def tell_plain(refusal: Refusal) -> None:
     """Logs, once per kind of reason, that a prompt is computed plainly."""
-    tell_once(re.sub(r"\d+", "", reason), f"A prompt is computed plainly: {reason}", logging.INFO)
+    tell_once(re.sub(r"\d+", "", refusal.text), f"A prompt is computed plainly: {refusal.text}", logging.INFO)
 
 
 def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
@@ -209,25 +226,25 @@ def _takes_cache(model: torch.nn.Module) -> bool:
     return takes_any(forward) and from_elsewhere and hasattr(model, "prepare_inputs_for_generation")
 
 
-def unlike_reason(model: torch.nn.Module, call: ForwardCall, chunk_size: int, reason: str) -> str:
-    """Returns why the ranks of a tensor-parallel model cannot restore a prompt together; empty for a model alone.
+def ranks_refusal(model: torch.nn.Module, call: ForwardCall, chunk_size: int, *, refused: bool) -> Refusal | None:
+    """Returns why the ranks of a tensor-parallel model cannot restore a prompt together; None for a model alone.
 
     Args:
         model: of a kind that can be restored. If it is tensor-parallel, all ranks have to call this.
         call: with the prompt.
         chunk_size: tokens.
-        reason: why this rank by itself would not restore it.
+        refused: this rank by itself would not restore it.
     """
     ranks = ranks_of(model)
     if ranks is None:
-        return ""
+        return None
     content = zlib.crc32(call.ids.cpu().contiguous().numpy().tobytes()) if call.tokens else 0
-    alike = ranks.all_alike([call.past, call.tokens, chunk_size, content, bool(reason)])
-    return "" if alike else "the ranks of the tensor-parallel model were not called alike"
+    alike = ranks.all_alike([call.past, call.tokens, chunk_size, content, refused])
+    return None if alike else Refusal("ranks-differ", "the ranks of the tensor-parallel model were not called alike")
 
 
-def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
-    """Returns why what a model keeps, as seen when it runs, cannot be restored now; empty if it can.
+def kept_refusal(model: torch.nn.Module, layers: list[Any], tokens: int) -> Refusal | None:
+    """Returns why what a model keeps, as seen when it runs, cannot be restored now; None if it can.
 
     Args:
         model: of a kind whose layers we know.
@@ -236,51 +253,68 @@ def kept_reason(model: torch.nn.Module, layers: list[Any], tokens: int) -> str:
     """
     template = kv_template(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
-        return "the states' past is being recorded for assisted decoding, which cannot be restored yet"
+        return Refusal(
+            "recorded-states",
+            "the states' past is being recorded for assisted decoding, which cannot be restored yet",
+        )
     if any(hasattr(getattr(layer, "keys", None), "device_mesh") for layer in template):
-        return "this model keeps KV as distributed tensors, which cannot be restored yet"
+        return Refusal("distributed-kv", "this model keeps KV as distributed tensors, which cannot be restored yet")
     if any(getattr(layer, "indexer_position_ids", None) is not None for layer in template):
-        return "this model's indexer keeps positions beside its keys, which cannot be restored yet"
+        return Refusal(
+            "indexer-positions",
+            "this model's indexer keeps positions beside its keys, which cannot be restored yet",
+        )
     if not all(keeps_each_token_once(layer) for layer in template):
-        return "this model keeps another number of tokens than it is given"
+        return Refusal("token-count", "this model keeps another number of tokens than it is given")
     if any(isinstance(layer, LinearAttentionLayer) for layer in template) and forgets(model):
-        return (
-            "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece"
+        return Refusal(
+            "forgets-state",
+            "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece",
         )
     if not any(keeps_tokens(layer) for layer in template):
         return KEEPS_NO_ATTENTION
     if differs_beyond_window(model, tokens):
-        return "this model gives other results for a prompt longer than its window in pieces than in one"
+        return Refusal(
+            "beyond-window",
+            "this model gives other results for a prompt longer than its window in pieces than in one",
+        )
     is_unknown = is_old() or not type(model).__module__.startswith("transformers.")
     if is_unknown and differs_in_pieces(model):
-        return "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece"
-    return ""
+        return Refusal(
+            "pieces-differ",
+            "this model gives other results for a prompt in pieces than in one, so that prompts can only be run in one piece",
+        )
+    return None
 
 
-def ahead_reason(model: torch.nn.Module) -> str:
-    """Returns why prompts of a model can only be run in one piece, if a token's KV depends on later ones; else empty.
+def ahead_refusal(model: torch.nn.Module) -> Refusal | None:
+    """Returns why prompts of a model can only be run in one piece, if a token's KV depends on later ones; else None.
 
     The first call for a model runs it twice, on a few tokens.
     """
-    if looks_ahead(model):
-        return (
-            "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece"
-        )
-    return ""
-
-
-def cut_image_reason(chunk: int) -> str:
-    """Returns why everything from that chunk on belongs to the suffix."""
-    return (
-        f"from chunk {chunk} on the prompt is computed in one piece, since an image lies across that chunk's end, and its "
-        "tokens see each other in both directions; another chunk_size may cut elsewhere"
+    if not looks_ahead(model):
+        return None
+    return Refusal(
+        "looks-ahead",
+        "this model's KV of a token depends on the tokens behind it, so that prompts can only be run in one piece",
     )
 
 
-def batch_reason(layers: list[Any]) -> str:
-    """Returns why batches on these layers are computed plainly; empty if they can be restored."""
+def cut_image_refusal(chunk: int) -> Refusal:
+    """Returns why everything from that chunk on belongs to the suffix."""
+    return Refusal(
+        "image-across-chunks",
+        f"from chunk {chunk} on the prompt is computed in one piece, since an image lies across that chunk's end, and its "
+        "tokens see each other in both directions; another chunk_size may cut elsewhere",
+    )
+
+
+def batch_refusal(layers: list[Any]) -> Refusal | None:
+    """Returns why batches on these layers are computed plainly; None if they can be restored."""
     other = sorted({type(layer).__name__ for layer in layers if type(layer) is not TokenMajorLayer})
-    return f"batches cannot be restored where a model keeps {', '.join(other)}" if other else ""
+    if not other:
+        return None
+    return Refusal("batch-layers", f"batches cannot be restored where a model keeps {', '.join(other)}")
 
 
 def _rope_types(config: Any) -> set[str]:
