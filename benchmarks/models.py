@@ -1,4 +1,7 @@
-"""A model to measure with, made from a config: nothing is downloaded. The one file of the bench that knows transformers."""
+"""A model to measure with, made from a config: nothing is downloaded.
+
+Beside `gpu_check.families`, this is the one file of the bench that knows transformers.
+"""
 
 from __future__ import annotations
 

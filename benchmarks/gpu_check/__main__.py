@@ -1,14 +1,16 @@
-"""`python -m benchmarks.gpu_check OUT`, in a checkout; `scripts/gpu_check.sh` also takes packages along."""
+"""`python -m benchmarks.gpu_check OUT`, with this checkout's `src` on the path; `scripts/gpu_check.sh OUT` puts it there."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu_check import page
 from benchmarks.gpu_check.outcome import Outcome
+from benchmarks.gpu_check.packages import wheels_in
 from benchmarks.gpu_check.runner import Runner, child_command
 from benchmarks.gpu_check.stages import BUDGET, STAGES, choose
 
@@ -29,21 +31,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU: only to see that it runs")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for all stages together")
     parser.add_argument("--folder", type=Path, help="make the (temporary) stores here, to measure this disk")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages that are missing here")
     asked = parser.parse_args(arguments)
     try:
         stages = choose(STAGES, asked.first, asked.only)
+        wheels = wheels_in(asked.wheels) if asked.wheels else []
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     asked.out.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(asked.out / RESULTS, rehearsal=asked.rehearse, adds=bool(asked.first or asked.only))
-    command = child_command(rehearse=asked.rehearse)
-    Runner(stages, outcome, asked.out / LOG, command, parent=asked.folder, budget=asked.budget).run()
+    command, log = child_command(rehearse=asked.rehearse), asked.out / LOG
+    Runner(stages, outcome, log, command, parent=asked.folder, budget=asked.budget, wheels=wheels).run()
     text = page.of_result(outcome.content)
     (asked.out / PAGE).write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
 
 
+def end(number: int, frame: object) -> None:
+    """Whoever is told to end ends the stage's process, and removes what it has made."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
     sys.exit(main())

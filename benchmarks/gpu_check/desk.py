@@ -59,7 +59,8 @@ class Desk:
         longest._filled = self._filled(longest)
         settings = replace(settings, **{"tokens": tokens, **changes})
         ids = longest.ids[:, : tokens + settings.suffix_tokens]
-        bench = replace(longest, settings=settings, ids=ids, parity=Parity())
+        seen = longest.parity  # while the store was filled
+        bench = replace(longest, settings=settings, ids=ids, parity=Parity(seen.checks, list(seen.mismatches)))
         bench.plain_run("warm-up")
         return bench
 

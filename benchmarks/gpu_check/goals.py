@@ -14,8 +14,8 @@ ETA, RATIO, SPEED, DECODING, OVER_PLAIN, SAVING = 0.95, 1.02, 0.9, 0.9, 1.03, 1.
 USUAL_THREADS = 2
 """Loader threads of a cache, unless told otherwise."""
 REACHED = 0.9
-"""A throttle counts as reached if load-only runs came to so much of it. Otherwise the throttle's Python, its sleeps and its store
-are what is measured, and T* is that of the rate that was reached."""
+"""A throttle counts as reached if load-only runs came to so much of it. Otherwise it is the throttle's Python, sleeps and store
+that are measured, and T* is that of the rate that was reached."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ from typing import IO
 
 from benchmarks.children import environment
 from benchmarks.gpu_check.outcome import CUT_SHORT, DONE, FAILED, LEFT_OUT, NO_GPU, RUNNING, Outcome, Plain, read
+from benchmarks.gpu_check.packages import unpack
 from benchmarks.gpu_check.stages import BUDGET, Stage
 
 LEAST_SECONDS = 10.0
 """With less left no stage is begun: Python, torch and CUDA take about that long to start."""
 END_SECONDS = 10.0
 """How long a killed process may take to be gone."""
+
+PACKAGES = "packages"
 
 ALLOCATOR = "expandable_segments:True"
 """Otherwise growing caches leave the GPU's memory in pieces, and whoever comes next waits for it to be tidied up."""
@@ -64,10 +67,17 @@ def child_command(*, rehearse: bool) -> Command:
     return command
 
 
-def child_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a stage's process: no allocator is put in place of one that was chosen."""
+def child_environment(given: Mapping[str, str], packages: Path | None = None) -> dict[str, str]:
+    """The variables of a stage's process.
+
+    Args:
+        given: those of this one. No allocator is put in place of one that was chosen.
+        packages: a folder to import from as well.
+    """
     chosen = any(name in given for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     own = {} if chosen else {"PYTORCH_ALLOC_CONF": ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR}
+    if packages is not None:
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(packages))))
     return {**given, **own, "PYTHONUNBUFFERED": "1"}
 
 
@@ -83,6 +93,7 @@ class Runner:
         tell: called with a line for people.
         parent: the directory for stores; None for the system's own temporary one.
         budget: seconds for all.
+        wheels: of packages that the processes are to find.
     """
 
     stages: Sequence[Stage]
@@ -92,6 +103,7 @@ class Runner:
     tell: Callable[[str], None] = print
     parent: Path | None = None
     budget: float = BUDGET
+    wheels: Sequence[Path] = ()
     clock: Callable[[], float] = time.monotonic
 
     def run(self) -> None:
@@ -102,6 +114,7 @@ class Runner:
         work = Path(tempfile.mkdtemp(prefix="cake-gpu-check-", dir=self.parent))
         missing = ""
         try:
+            unpack(self.wheels, work / PACKAGES)
             for number, stage in enumerate(self.stages):
                 left = end - self.clock()
                 later = sum(other.seconds for other in self.stages[number + 1 :])
@@ -126,7 +139,7 @@ class Runner:
             log.write(f"== {stage.name}, at most {seconds:.0f} s\n")
             log.flush()
             try:
-                how = _watched(self.command(job), seconds, log)
+                how = _watched(self.command(job), seconds, log, work / PACKAGES if self.wheels else None)
             except OSError as error:
                 how = f"its process could not be started: {type(error).__name__}"
         found = _judged(read(file), how)
@@ -143,14 +156,14 @@ def _judged(found: Plain, how: str) -> Plain:
     return {**found, "status": FAILED, "reason": how or "its process ended without a result"}
 
 
-def _watched(command: Sequence[str], seconds: float, log: IO[str]) -> str:
+def _watched(command: Sequence[str], seconds: float, log: IO[str], packages: Path | None) -> str:
     """Run a process to its end, or to that of its time; empty if it ended well by itself, else how it ended."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=child_environment(environment()),
+        env=child_environment(environment(), packages),
         start_new_session=True,
     )
     try:

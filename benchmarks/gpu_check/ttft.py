@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.gpu_check.desk import Desk
+from benchmarks.gpu_check.outcome import Plain
 from benchmarks.grid.axes import Axes
+from benchmarks.grid.run import Grid
 from benchmarks.grid.run import run as run_grid
 
 SPARE_SECONDS = 15.0
@@ -27,4 +29,9 @@ def run(desk: Desk) -> None:
         minutes=max(1.0, desk.left - SPARE_SECONDS) / 60,
         throttled="memory",
     )
-    run_grid(axes, desk.folder, lambda step: print(step, flush=True), lambda grid: desk.keep({"grid": grid.as_dict()}))
+    run_grid(axes, desk.folder, lambda step: print(step, flush=True), lambda grid: desk.keep(_kept(grid)))
+
+
+def _kept(grid: Grid) -> Plain:
+    """The grid so far; what could not be measured, or was wrong, makes the stage a failure."""
+    return {"grid": grid.as_dict(), "failure": "; ".join(grid.faults)}
