@@ -117,6 +117,8 @@ class Examination:
             self._left_alone = not report.restored
             if not wrong and report.chunks_computed + report.chunks_loaded != self._bench.settings.chunks:
                 wrong = f"not all chunks were restored ({report.reason})"
+            if not wrong and meeting is not None and report.chunks_computed != meeting:
+                wrong = f"the two sides met at chunk {report.chunks_computed}"
         except (CakeError, TimeoutError, RuntimeError) as error:
             wrong = f"{type(error).__name__}: {shown(error)}"
         if wrong:
