@@ -426,27 +426,45 @@ def test_a_wheel_that_is_none_is_refused(tmp_path: Path) -> None:
         wheels_in(tmp_path)
 
 
-def test_whoever_is_told_to_end_ends_the_stage_and_removes_what_it_made(tmp_path: Path) -> None:
+def stubbed(stage: str, *arguments: object) -> list[str]:
+    """The command, in a process of its own, with a script in place of each stage."""
+    script = (
+        "import sys\n"
+        "from benchmarks.gpu_check import __main__ as command_line\n"
+        f"command = lambda job: [sys.executable, '-I', '-S', '-c', {stage!r}]\n"
+        "command_line.child_command = lambda *, rehearse: command\n"
+        "command_line.end_when_told()\n"
+        "sys.exit(command_line.main(sys.argv[1:]))\n"
+    )
+    return [sys.executable, "-c", script, *map(str, arguments), "--rehearse"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_whoever_is_told_to_end_ends_the_stage_and_removes_what_it_made(tmp_path: Path, number: signal.Signals) -> None:
     """The stage's process has a pipe open as long as it lives."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     stage = f"import os, time; end = os.open({str(pipe)!r}, os.O_WRONLY); os.write(end, b'x'); time.sleep(1000)"
-    script = (
-        "import signal, sys\n"
-        "from benchmarks.gpu_check import __main__ as command_line\n"
-        f"command = lambda job: [sys.executable, '-I', '-S', '-c', {stage!r}]\n"
-        "command_line.child_command = lambda *, rehearse: command\n"
-        "signal.signal(signal.SIGTERM, command_line.end)\n"
-        "sys.exit(command_line.main(sys.argv[1:]))\n"
-    )
-    arguments = [str(tmp_path / "out"), "--rehearse", "--folder", str(tmp_path / "work")]
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT)
+    command = stubbed(stage, tmp_path / "out", "--folder", tmp_path / "work")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     with pipe.open("rb", buffering=0) as reading:
         assert reading.read(1) == b"x"
-        process.terminate()
-        assert process.wait(LONG) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(LONG) != 0
         assert reading.read(1) == b""
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_nobody_has_to_listen(tmp_path: Path) -> None:
+    """The terminal is gone, or the pipe: what is measured is measured all the same."""
+    nobody, end = os.pipe()
+    os.close(nobody)
+    process = subprocess.run(
+        stubbed(GOOD, tmp_path / "out"), cwd=ROOT, stdout=end, stderr=subprocess.PIPE, timeout=LONG, check=False
+    )
+    os.close(end)
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert len(read(tmp_path / "out" / command_line.RESULTS)["stages"]) == len(STAGES)
 
 
 def test_the_command_ends_well_whatever_its_stages_come_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

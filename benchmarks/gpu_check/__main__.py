@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,18 +43,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     outcome = Outcome(asked.out / RESULTS, rehearsal=asked.rehearse, adds=bool(asked.first or asked.only))
     command, log = child_command(rehearse=asked.rehearse), asked.out / LOG
-    Runner(stages, outcome, log, command, parent=asked.folder, budget=asked.budget, wheels=wheels).run()
+    Runner(stages, outcome, log, command, say, parent=asked.folder, budget=asked.budget, wheels=wheels).run()
     text = page.of_result(outcome.content)
     (asked.out / PAGE).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    say(text)
     return 0
 
 
-def end(number: int, frame: object) -> None:
-    """Whoever is told to end ends the stage's process, and removes what it has made."""
-    sys.exit(128 + number)
+def say(text: str) -> None:
+    """Print it, if anybody still listens: the check goes on when a terminal or a pipe is gone."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end_when_told() -> None:
+    """Whoever is told to end first ends the stage's process, and removes what it has made."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end)
+    end_when_told()
     sys.exit(main())
