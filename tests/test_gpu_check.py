@@ -160,6 +160,29 @@ def test_a_process_that_cannot_be_started_is_a_failure(tmp_path: Path) -> None:
     assert (found["one"]["status"], found["two"]["status"]) == (FAILED, DONE)
 
 
+@pytest.mark.parametrize("what", ["log", "results.json"])
+def test_what_cannot_be_written_does_not_end_the_check(tmp_path: Path, what: str) -> None:
+    """A folder stands in its place until the first stage is over, as a full disk might be emptied."""
+    place = tmp_path / "out" / what
+    place.mkdir(parents=True)
+    check = Check(tmp_path, {"one": (GOOD, done(x=1)), "two": (GOOD, done(x=2))})
+    told = check.runner.tell
+
+    def tell(line: str) -> None:
+        told(line)
+        if place.is_dir():
+            place.rmdir()
+
+    check.runner.tell = tell
+    found = check.run()
+    assert found["two"]["status"] == DONE
+    if what == "log":
+        assert "could not be started: IsADirectoryError" in found["one"]["reason"]
+    else:
+        assert found["one"]["status"] == DONE
+        assert check.said[0].endswith("(not written: IsADirectoryError)")
+
+
 def test_without_a_gpu_no_further_stage_is_begun(tmp_path: Path) -> None:
     none = {"status": NO_GPU, "reason": "torch finds no GPU here", "result": {}}
     found = Check(tmp_path, {"one": (GOOD, none), "two": (GOOD, done()), "three": (GOOD, done())}).run()

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, log = child_command(rehearse=asked.rehearse), asked.out / LOG
     Runner(stages, outcome, log, command, say, parent=asked.folder, budget=asked.budget, wheels=wheels).run()
     text = page.of_result(outcome.content)
-    (asked.out / PAGE).write_text(text + "\n", encoding="utf-8")
     say(text)
+    (asked.out / PAGE).write_text(text + "\n", encoding="utf-8")
     return 0
 
 

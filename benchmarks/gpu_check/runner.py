@@ -123,28 +123,37 @@ class Runner:
                 else:
                     found = self._stage(stage, work, min(left, max(stage.seconds, left - later)))
                 if found["status"] == NO_GPU:
-                    missing = str(found["reason"])
-                self.outcome.put(stage.name, found)
-                self.tell(_line(stage, found))
+                    missing = str(found.get("reason"))
+                self.tell(_line(stage, found) + self._put(stage, found))
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    def _put(self, stage: Stage, found: Plain) -> str:
+        """Keep a result; what cannot be written now is written with the next one."""
+        try:
+            self.outcome.put(stage.name, found)
+        except OSError as error:
+            return f" (not written: {type(error).__name__})"
+        return ""
+
     def _stage(self, stage: Stage, work: Path, seconds: float) -> Plain:
-        begin, folder, shared = self.clock(), work / stage.name, work / "shared"
-        file = work / f"{stage.name}.json"
-        for path in (folder, shared):
-            path.mkdir(parents=True, exist_ok=True)
-        job = Job(stage, time.time() + seconds, file, folder, shared)
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"== {stage.name}, at most {seconds:.0f} s\n")
-            log.flush()
-            try:
-                how = _watched(self.command(job), seconds, log, work / PACKAGES if self.wheels else None)
-            except OSError as error:
-                how = f"its process could not be started: {type(error).__name__}"
-        found = _judged(read(file), how)
-        shutil.rmtree(folder, ignore_errors=True)
+        begin = self.clock()
+        job = Job(stage, time.time() + seconds, work / f"{stage.name}.json", work / stage.name, work / "shared")
+        try:
+            how = self._process(job, seconds, work / PACKAGES if self.wheels else None)
+        except OSError as error:  # no such program, no space left, ...
+            how = f"its process could not be started: {type(error).__name__}"
+        found = _judged(read(job.file), how)
+        shutil.rmtree(job.folder, ignore_errors=True)
         return {**found, "title": stage.title, "seconds": round(self.clock() - begin, 1), "limit": round(seconds, 1)}
+
+    def _process(self, job: Job, seconds: float, packages: Path | None) -> str:
+        for path in (job.folder, job.shared):
+            path.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"== {job.stage.name}, at most {seconds:.0f} s\n")
+            log.flush()
+            return _watched(self.command(job), seconds, log, packages)
 
 
 def _judged(found: Plain, how: str) -> Plain:
