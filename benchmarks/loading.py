@@ -105,9 +105,10 @@ def measure(bench: Workbench) -> Result:
     """Times loaders and bare reads, interleaved, from one thread to as many as a cache has."""
     chunks, counts = Chunks.of(bench), range(1, bench.settings.limits.loader_threads + 1)
     on_gpu = chunks.device != "cpu"
+    arms_with = _gpu_arms(chunks) if on_gpu else partial(_host_arms, chunks)
     arms: dict[str, Arm] = {}
     for count in counts:
-        arms |= _gpu_arms(chunks, count) if on_gpu else _host_arms(chunks, count)
+        arms |= arms_with(count)
     samples = {name: Sample(tuple(found)) for name, found in interleave(arms, bench.settings.repeats).items()}
     figures: dict[str, Figure] = {}
     for count in counts:
@@ -143,16 +144,26 @@ def _host_figures(samples: dict[str, Sample], count: int) -> dict[str, Figure]:
     return figures
 
 
-def _gpu_arms(chunks: Chunks, count: int) -> dict[str, Arm]:
+def _gpu_arms(chunks: Chunks) -> Callable[[int], dict[str, Arm]]:
+    """The arms for a number of threads; all use the same memory, since a long prompt's takes seconds to lock."""
     touched, target = chunks.memory(), chunks.device_memory()
     for buffer in touched:
         buffer.zero_()
-    pinned = [torch.zeros(buffer.shape, dtype=buffer.dtype, pin_memory=True) for buffer in touched]
-    return {
-        f"bare, {count}": partial(_timed, lambda: touched, partial(read_bare, chunks, count)),
-        f"copy, {count}": partial(_timed, lambda: target, partial(_copy, pinned, chunks.device)),
-        f"loaders, {count}": partial(_timed, lambda: target, partial(load, chunks, count)),
-    }
+    pinned = [_locked(buffer) for buffer in touched]
+
+    def arms(count: int) -> dict[str, Arm]:
+        return {
+            f"bare, {count}": partial(_timed, lambda: touched, partial(read_bare, chunks, count)),
+            f"copy, {count}": partial(_timed, lambda: target, partial(_copy, pinned, chunks.device)),
+            f"loaders, {count}": partial(_timed, lambda: target, partial(load, chunks, count)),
+        }
+
+    return arms
+
+
+def _locked(like: torch.Tensor) -> torch.Tensor:
+    """Page-locked memory, where there is a GPU to copy from it."""
+    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
 
 
 def _gpu_figures(samples: dict[str, Sample], count: int) -> dict[str, Figure]:

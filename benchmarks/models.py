@@ -1,4 +1,7 @@
-"""Makes a model to measure with from a config: nothing is downloaded. The only file of the bench that knows transformers."""
+"""Makes a model to measure with from a config: nothing is downloaded.
+
+Beside `gpu_check.families`, this is the only file of the bench that knows transformers.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.cells import Costs, calibrate, seconds_per_load
 from benchmarks.command import bench_app
+from benchmarks.grid import exactness
 from benchmarks.grid.axes import PRESETS, Source
 from benchmarks.grid.exactness import Examination, runs_of
 from benchmarks.grid.group import Group, Point, Steadied, goals_for
@@ -27,6 +29,7 @@ from cake_hf.chunks.codec import checksums, encode_header, header_size, parse_he
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.report import Report, Span
 from cake_hf.stores.local import LocalStore
+from cake_hf.testing import GateStore
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,6 +191,25 @@ def test_exactness_sees_a_chunk_that_is_wrong_in_good_order(tmp_path: Path) -> N
     assert len(names) == runs_of(4)
     assert "warm, load: the logits differ" in examination.found.wrong
     assert not any(wrong.startswith("cold") for wrong in examination.found.wrong)
+
+
+def test_exactness_sees_sides_that_do_not_meet_where_they_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the gate: with no chunk let through, everything is computed, and no bit differs."""
+    monkeypatch.setattr(exactness, "_met_at", lambda *_: nullcontext())
+    monkeypatch.setattr(exactness, "GateStore", lambda store: Emptied(store))
+    examination = Examination(workbench(tmp_path))
+    for _ in examination.steps():
+        pass
+    assert examination.found.wrong == [f"meeting at chunk {n}: the two sides met at chunk 4" for n in (1, 2, 3)]
+
+
+class Emptied(GateStore):
+    """What it is said to have cannot be read."""
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return None
 
 
 def tamper(store: LocalStore, layout: ChunkLayout) -> None:

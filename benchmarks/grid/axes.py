@@ -79,6 +79,7 @@ class Axes:
         parity: before the grid, check bit for bit that restoring is exact on this device.
         decode: after the grid, compare decoding at the longest length.
         minutes: groups that are not expected to end by then are left out; 0 for no limit.
+        throttled: what is behind the throttles. A disk is slower than a fast line; "memory" needs memory for all chunks.
 
     Raises:
         ValueError: an axis is empty or has values out of range.
@@ -96,6 +97,7 @@ class Axes:
     parity: bool = False
     decode: bool = False
     minutes: float = 0.0
+    throttled: Literal["disk", "memory"] = "disk"
 
     def __post_init__(self) -> None:
         for shape in self.shapes:
@@ -110,6 +112,13 @@ class Axes:
         for name in ("shapes", "tokens", "shares", "sources"):
             if not getattr(self, name):
                 raise ValueError(f"The grid has no {name}; give one at least.")
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether some source reads from a copy in memory."""
+        if self.throttled == "memory" and any(source.kind in ("gbps", "times") for source in self.sources):
+            return True
+        return any(source.kind == "memory" for source in self.sources)
 
     @property
     def lengths(self) -> list[int]:

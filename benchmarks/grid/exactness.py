@@ -18,7 +18,8 @@ from benchmarks.loading import Chunks
 from benchmarks.workbench import Workbench, await_loaders
 from cake_hf import reads_only
 from cake_hf.errors import CakeError
-from cake_hf.layers.compat import for_generate, plain_cache
+from cake_hf.layers.compat import LinearAttentionLayer, for_generate, plain_cache
+from cake_hf.layers.recurrent import states_of
 from cake_hf.limits import Limits
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
@@ -117,6 +118,8 @@ class Examination:
             self._left_alone = not report.restored
             if not wrong and report.chunks_computed + report.chunks_loaded != self._bench.settings.chunks:
                 wrong = f"not all chunks were restored ({report.reason})"
+            if not wrong and meeting is not None and report.chunks_computed != meeting:
+                wrong = f"the two sides met at chunk {report.chunks_computed}"
         except (CakeError, TimeoutError, RuntimeError) as error:
             wrong = f"{type(error).__name__}: {shown(error)}"
         if wrong:
@@ -157,8 +160,16 @@ class Examination:
             return_dict_in_generate=True,
             **options,
         )
-        kv = [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return _Outcome(torch.stack(out.logits), kv)
+        return _Outcome(torch.stack(out.logits), [tensor.clone() for tensor in kept_in(cache)])
+
+
+def kept_in(cache: Any) -> Iterator[torch.Tensor]:
+    """All tensors that a cache's layers keep, in order: keys and values, an indexer's keys, recurrent states."""
+    for layer in cache.layers:
+        named = (getattr(layer, name, None) for name in ("keys", "values", "indexer_keys"))
+        yield from (tensor for tensor in named if isinstance(tensor, torch.Tensor))
+        if isinstance(layer, LinearAttentionLayer):
+            yield from states_of(layer).values()
 
 
 @contextmanager
@@ -171,13 +182,17 @@ def _met_at(bench: Workbench, gate: Store, meeting: int | None) -> Iterator[None
         yield
         return
     forwards, later = 0, bench.settings.chunks - meeting
+    # Recurrent states are values beside the chunks. Each is read by a thread of its own, among the first.
+    states = sum(1 for _ in gate.keys()) - bench.settings.chunks  # noqa: SIM118  # a store is no mapping
 
     def before(module: torch.nn.Module, args: object, kwargs: object) -> None:
         nonlocal forwards
         forwards += 1
         if forwards == meeting:
-            gate.open(later)
-            gate.await_begun(later + 1)  # this chunk's contested load: by then the one loader has settled the others
+            gate.await_begun(states + 1)
+            gate.open(states + later)
+            # This chunk's contested load: by then the one loader has settled the others.
+            gate.await_begun(states + later + 1)
 
     handle = bench.model.register_forward_pre_hook(reads_only(before), with_kwargs=True)
     try:

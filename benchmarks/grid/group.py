@@ -82,7 +82,8 @@ class Cell:
         gbps: 10^9 bits per second of the throttle, or as measured in load-only runs.
         throttled: whether it is the throttle's.
         figures: by a short name; peers' among them.
-        details: JSON-ready.
+        details: JSON-ready. A throttle may allow more than its store, or this Python, can read: `reached_gbps` is what
+            load-only runs came to, and `eta_as_reached` is eta with T* for that rate.
     """
 
     source: str
@@ -132,6 +133,7 @@ def open_sources(
     memory: MemoryStore | None,
     rates: Mapping[float, float],
     saved: SavedCache | None,
+    throttled: Store | None = None,
 ) -> list[Opened]:
     """Yields stores for the cells of one group.
 
@@ -140,6 +142,7 @@ def open_sources(
         disk, memory: filled stores; memory is needed if it is among the sources.
         rates: bytes per second of the throttles that are relative to computing.
         saved: the peers' files, if they are to be measured.
+        throttled: what is behind the throttles; the disk unless told otherwise.
     """
     opened = []
     for source in sources:
@@ -150,7 +153,7 @@ def open_sources(
             opened.append(Opened(source, WrapperStore(disk)))
         else:
             rate = rates[source.amount] if source.kind == "times" else source.amount * GIGA / BITS_PER_BYTE
-            opened.append(Opened(source, ThrottledStore(disk, rate), rate))
+            opened.append(Opened(source, ThrottledStore(throttled or disk, rate), rate))
     return opened
 
 
@@ -273,6 +276,7 @@ def _shared_figures(runs: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
     figures = {
         "plain_seconds": Figure.of("DynamicCache, by chunks", plain),
         "compute_seconds": Figure.of("compute-only", ttft(runs["compute"])),
+        "compute_over_plain": Figure.ratio("compute-only over DynamicCache, by chunks", ttft(runs["compute"]), plain),
     }
     if "one forward" in runs:
         figures["one_forward_seconds"] = Figure.of("DynamicCache, one forward", ttft(runs["one forward"]))
@@ -284,7 +288,8 @@ def _shared_figures(runs: Mapping[str, Sequence[Run]]) -> dict[str, Figure]:
 def _cell(opened: Opened, runs: Mapping[str, Sequence[Run]], costs: Costs, bench: Workbench) -> Cell:
     compute, rate = ttft(runs["compute"]), opened.bytes_per_second
     load_runs, both_runs = runs[f"load {opened.source}"], runs[f"both {opened.source}"]
-    per_load = costs.chunk_bytes / rate if rate else seconds_per_load(load_runs)
+    loaded = seconds_per_load(load_runs)
+    per_load = costs.chunk_bytes / rate if rate else loaded
     limit, alone = costs.limit(per_load), costs.alone(per_load)
     goals = goals_for(bench.settings.device, bench.settings.chunks, limit / alone)
     figures = cell_figures(compute, ttft(load_runs), ttft(both_runs), limit, goals)
@@ -293,6 +298,8 @@ def _cell(opened: Opened, runs: Mapping[str, Sequence[Run]], costs: Costs, bench
             figures[f"{kind}_seconds"] = Figure.of(f"saved with {kind}", ttft(runs[f"{kind} {opened.source}"]))
     better = min(compute, ttft(load_runs), key=lambda sample: sample.median)
     details = {
+        "reached_gbps": costs.chunk_bytes / loaded * BITS_PER_BYTE / GIGA,
+        "eta_as_reached": costs.limit(max(per_load, loaded)) / ttft(both_runs).median,
         "limit_over_alone": limit / alone,
         "first_round_ratio": both_runs[0].seconds / better.median,
         "chunks_computed": statistics.median(len(run.spans()) for run in both_runs),

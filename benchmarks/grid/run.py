@@ -213,7 +213,8 @@ class _Shape:
         try:
             saved = self._saved_cache(bench) if self._axes.peers else None
             rates = self._calibrated(bench)
-            sources = open_sources(self._axes.sources, bench.filled_store(), memory, rates, saved)
+            behind = memory if self._axes.throttled == "memory" else None
+            sources = open_sources(self._axes.sources, bench.filled_store(), memory, rates, saved, behind)
             return measure(bench, point, sources, saved, others, lambda name: self._tell(f"{point}: {name}"))
         except (CakeError, torch.OutOfMemoryError) as error:
             return Group(point, failure=shown(error))
@@ -233,7 +234,7 @@ class _Shape:
 
     def _memory(self) -> MemoryStore | None:
         """Returns a copy of the full store in memory, if that is asked for."""
-        if all(source.kind != "memory" for source in self._axes.sources):
+        if not self._axes.needs_memory:
             return None
         disk = self._longest.filled_store()
         memory = MemoryStore(self._longest.settings.chunks * self._longest.chunk_bytes())
