@@ -22,7 +22,7 @@ REST_SECONDS = 15.0
 STUCK_SECONDS = 10.0
 """Seconds after which a running operation counts as trouble while it lasts: a lost disk or mount may never report an error."""
 
-MOST_SHUNNED = 4096
+MOST_QUARANTINED = 4096
 """Most quarantined keys per store."""
 
 
@@ -98,7 +98,7 @@ class TierHealth:
         self._lock = Lock()
         self._counts = TierCounts(name)
         self._told: set[tuple[str, str]] = set()
-        self._shunned: OrderedDict[str, None] = OrderedDict()
+        self._quarantined: OrderedDict[str, None] = OrderedDict()
         self._close_breakers()
         renewed_in_child(self._close_breakers)
 
@@ -143,18 +143,18 @@ class TierHealth:
     def quarantine(self, key: str) -> None:
         """Quarantines a key: from now on the store counts as not having it."""
         with self._lock:
-            self._shunned[key] = None
-            if len(self._shunned) > MOST_SHUNNED:
-                self._shunned.popitem(last=False)
+            self._quarantined[key] = None
+            if len(self._quarantined) > MOST_QUARANTINED:
+                self._quarantined.popitem(last=False)
 
-    def welcome(self, key: str) -> None:
+    def lift_quarantine(self, key: str) -> None:
         """Lifts the quarantine of a key, whose value is good again or gone."""
         with self._lock:
-            self._shunned.pop(key, None)
+            self._quarantined.pop(key, None)
 
-    def shuns(self, key: str) -> bool:
+    def is_quarantined(self, key: str) -> bool:
         """Returns whether a key is quarantined."""
-        return key in self._shunned
+        return key in self._quarantined
 
     def _close_breakers(self) -> None:
         """Sets the breakers up; also in a forked child, since other threads' operations end in the parent only."""

@@ -82,7 +82,7 @@ class TierPlace:
         with self.health.change("written"):
             written = self.store.write(key, parts, replace=replace)
         if written:
-            self.health.welcome(key)
+            self.health.lift_quarantine(key)
         return written
 
     def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
@@ -103,15 +103,15 @@ class TierPlace:
             Exception: whatever the store raises.
         """
         if self.tier.read_only:
-            if not self.health.shuns(key) and self.contains([key])[0]:
+            if not self.health.is_quarantined(key) and self.contains([key])[0]:
                 raise StoreError(f"{self.health.name} is only read here: delete it there, or give the tier write=True.")
             return False
         with self.health.change("deleted"):
             deleted = self.store.delete(key)
-        self.health.welcome(key)
+        self.health.lift_quarantine(key)
         return deleted
 
-    def disown(self, key: str) -> None:
+    def discard(self, key: str) -> None:
         """Removes the value of this key, which is wrong if there is one; quarantines the key if it cannot be removed."""
         deleted = False
         try:
@@ -137,7 +137,7 @@ def look_up(places: Sequence[TierPlace], keys: Sequence[str]) -> tuple[list[bool
     found, answered = [False] * len(keys), False
     faults: list[BaseException] = []
     for place in sorted(places, key=lambda place: place.health.reads_badly()):
-        missing = [n for n, key in enumerate(keys) if not found[n] and not place.health.shuns(key)]
+        missing = [n for n, key in enumerate(keys) if not found[n] and not place.health.is_quarantined(key)]
         if answered and (not missing or place.health.reads_badly()):
             continue
         with collected(faults):
@@ -167,7 +167,7 @@ def first(
     """
     lacking: list[tuple[TierPlace, bool]] = []
     faults: list[BaseException] = []
-    asked = [place for place in places if not place.health.shuns(key)]
+    asked = [place for place in places if not place.health.is_quarantined(key)]
     for place in sorted(asked, key=lambda place: (place.health.reads_badly(), place.level, place.health.load())):
         with collected(faults):
             try:

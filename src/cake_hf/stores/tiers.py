@@ -288,7 +288,7 @@ class TierStore(Store):
         for place in self._places:
             place.health.count(written=written.get(place, False))
             if replace and place not in written:
-                place.disown(key)
+                place.discard(key)
         return any(written.values())
 
     def _write_soon(self, key: str, parts: Sequence[Part], *, replace: bool) -> None:
