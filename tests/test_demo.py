@@ -233,7 +233,7 @@ def test_lanes_fill_the_width_and_fit_it() -> None:
         Span("load-0", 2, 0.0, 2.0, "loaded"),
         Span("load-0", 1, 2.0, 4.0, "corrupt"),
     ]
-    compute, load, *meaning = printed(Lanes(Report(timeline=spans)), width=49)
+    compute, load, *meaning = printed(Lanes(Report(timeline=spans)), width=50)
     assert compute == "compute |0=========                    t=========|"
     assert load == "load-0  |2===================1!!!!!!!!!!!!!!!!!!!|"
     assert "!: unusable" in " ".join(meaning)

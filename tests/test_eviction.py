@@ -820,7 +820,7 @@ def test_only_what_changed_is_looked_at_under_the_lock(tmp_path: Path, monkeypat
         store.write(key_of(number), [value_of(number)])
         os.utime(tmp_path / key_of(number)[:2], (LONG_AGO, LONG_AGO))
     again, listed, locked = LocalStore(tmp_path, budget=10**6), [], []
-    listing, take = again._folder.shard_listing, again._room._make_room
+    listing, take = again._folder.shard_listing, again._budget._make_room
 
     def make_room(*arguments: Any) -> Any:
         locked.append(len(listed))
@@ -831,7 +831,7 @@ def test_only_what_changed_is_looked_at_under_the_lock(tmp_path: Path, monkeypat
         return listing(shard)
 
     monkeypatch.setattr(again._folder, "shard_listing", note)
-    monkeypatch.setattr(again._room, "_make_room", make_room)
+    monkeypatch.setattr(again._budget, "_make_room", make_room)
     assert again.write(key_of(50), [value_of(50)])
     shards = {key_of(number)[:2] for number in range(20)}
     assert sorted(set(listed)) == sorted(shards)

@@ -85,6 +85,10 @@ class TierPlace:
             self.health.lift_quarantine(key)
         return written
 
+    def takes_copies(self) -> bool:
+        """Returns whether values found in a farther tier should be copied here now."""
+        return self.tier.takes_copies and not self.health.writes_badly()
+
     def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
         """Writes a value if the store is healthy; faults are counted but not raised."""
         written = False

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.limits import Limits
@@ -119,7 +119,8 @@ class TierStore(Store):
         stamp, nbytes = self._queue.stamp(), total_bytes(parts)
         size, place, lacking = first(self._places, key, lambda store: store.read_into(key, parts), nbytes)
         if place is not None:
-            self._promote_soon(key, parts, stamp, place, lacking)
+            targets = [(near, wrong) for near, wrong in lacking if near.level < place.level and near.takes_copies()]
+            self._copy_soon(key, parts, targets, "promoted", self._check, stamp)
         return size
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
@@ -169,7 +170,8 @@ class TierStore(Store):
             return False
         else:
             written = self._write_now(key, parts, replace=False)
-        self._write_soon(key, parts, replace=replace)
+        behind = [(place, replace) for place in self._places if place.tier.write == "behind"]
+        self._copy_soon(key, parts, behind, "written")
         return written
 
     def delete(self, key: str) -> bool:
@@ -244,28 +246,7 @@ class TierStore(Store):
                 if place.tier.owned:
                     stack.callback(place.store.close)
 
-    # Internals: promotion and writes.
-
-    def _promote_soon(
-        self, key: str, parts: Sequence[memoryview], stamp: int, source: TierPlace, lacking: Lacking
-    ) -> None:
-        """Queues copies of a value that was read to the nearer tiers that lack it. Never waits."""
-        targets = [
-            (place, wrong)
-            for place, wrong in lacking
-            if place.level < source.level and place.tier.takes_copies and not place.health.writes_badly()
-        ]
-
-        def promote(value: bytearray) -> None:
-            try:
-                if self._check is not None:
-                    self._check(value, key)
-            except CorruptChunk:  # The reader of the value finds that out as well, and reports it.
-                return
-            for place, wrong in targets:
-                place.health.count(promoted=place.put(key, value, replace=wrong))
-
-        self._queue_copies(key, parts, [place for place, _ in targets], promote, stamp)
+    # Internals.
 
     def _eager(self) -> list[TierPlace]:
         places = [place for place in self._places if place.tier.write is True]
@@ -291,31 +272,31 @@ class TierStore(Store):
                 place.discard(key)
         return any(written.values())
 
-    def _write_soon(self, key: str, parts: Sequence[Part], *, replace: bool) -> None:
-        places = [place for place in self._places if place.tier.write == "behind"]
-
-        def write(value: bytearray) -> None:
-            for place in places:
-                place.health.count(written=place.put(key, value, replace=replace))
-
-        self._queue_copies(key, parts, places, write)
-
-    def _queue_copies(
+    def _copy_soon(
         self,
         key: str,
         parts: Sequence[Part],
-        places: Sequence[TierPlace],
-        put: Callable[[bytearray], None],
+        targets: Lacking,
+        counted: Literal["promoted", "written"],
+        check: Check | None = None,
         stamp: int | None = None,
     ) -> None:
-        """Queues the work that puts a copy of a value in those places; if it does not fit, that is counted."""
+        """Queues copies of a value to these tiers. Never waits: copies that do not fit are skipped."""
+
+        def put(value: bytearray) -> None:
+            try:
+                if check is not None:
+                    check(value, key)
+            except CorruptChunk:  # The reader of the value finds that out as well, and reports it.
+                return
+            for place, wrong in targets:
+                place.health.count(**{counted: place.put(key, value, replace=wrong)})
+
         nbytes = total_bytes(parts)
-        if not places:
-            return
-        if not (
+        if targets and not (
             self._queue.has_room(nbytes) and self._queue.offer(Task(key, nbytes, partial(put, joined(parts))), stamp)
         ):
-            for place in places:
+            for place, _ in targets:
                 place.health.count(skipped=1)
 
 
