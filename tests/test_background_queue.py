@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from cake_hf.stores import background_queue
 from cake_hf.stores.background_queue import NOTES, PURPOSES, TIERS, WRITER, QueueUser, Task
 from cake_hf.stores.base import Store
 from cake_hf.stores.tiers import Tier, TierStore
-from cake_hf.transfer.cost_notes import note_of
+from cake_hf.transfer.cost_notes import flush_notes, note_of
 from cake_hf.transfer.hits import count_hits, flush_hits, read_hits
 from cake_hf.transfer.writer import Writer
 from children import command_of
@@ -263,6 +264,18 @@ def test_notes_that_hang_are_bounded(what: str, tmp_path: Path, monkeypatch: pyt
         assert 1 <= sum(found.prompts for found in read_hits(tmp_path / "notes").values()) <= 200 // 20
     else:
         assert notes[0].read(PATIENCE) == "49" * 30  # the newest of those that wait
+
+
+def test_a_note_that_waits_to_be_written_is_read_by_all_who_ask_for_it(tmp_path: Path) -> None:
+    gate, file = Gate(), tmp_path / "notes" / "costs-1.json"
+    busy = note_of(tmp_path / "notes" / "costs-0.json")
+    assert busy.queue.offer(Task("busy", 0, gate))
+    note_of(file).write("text")
+    gc.collect()  # nobody holds that note but its queue
+    assert note_of(file).read(PATIENCE) == "text"
+    gate.go.set()
+    assert flush_notes(PATIENCE)
+    assert file.read_text() == "text"
 
 
 EXIT = """

@@ -64,8 +64,12 @@ class Note:
     def write(self, text: str) -> None:
         """Replaces the file soon, in the background. A newer text takes the place of one that is still waiting."""
         self._newest = text
-        if not self.queue.offer(Task(self._file.name, len(text), partial(_write, self._file, text)), supersede=True):
+        if not self.queue.offer(Task(self._file.name, len(text), partial(self._put, text)), supersede=True):
             logger.debug("Costs are not remembered in %s: the background queue refuses them.", self._file)
+
+    def _put(self, text: str) -> None:
+        """Writes the file. A task that waits keeps the note object alive, which therefore knows the newest text."""
+        _write(self._file, text)
 
     def _load(self) -> str:
         """Reads the file. A hanging read keeps the note object alive, which therefore knows that the read hangs."""
