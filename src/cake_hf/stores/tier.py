@@ -128,8 +128,8 @@ class TierPlace:
                 self.health.quarantine(key)
 
 
-Lacking = Sequence[tuple[TierPlace, bool]]
-"""Tiers that have no usable value of a key, each with whether it has a corrupt one."""
+Targets = Sequence[tuple[TierPlace, bool]]
+"""Tiers without a usable value of a key, each with whether a corrupt one has to be replaced there."""
 
 
 def look_up(places: Sequence[TierPlace], keys: Sequence[str]) -> tuple[list[bool], list[BaseException]]:
@@ -153,7 +153,7 @@ def look_up(places: Sequence[TierPlace], keys: Sequence[str]) -> tuple[list[bool
 
 def first(
     places: Sequence[TierPlace], key: str, ask: Callable[[Store], T | None], nbytes: int | None = None
-) -> tuple[T | None, TierPlace | None, Lacking]:
+) -> tuple[T | None, TierPlace | None, Targets]:
     """Asks one tier after the other for a value.
 
     Args:

@@ -24,7 +24,7 @@ from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.stores.health import TierCounts
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pieces import joined
-from cake_hf.stores.tier import Lacking, Tier, TierPlace, collected, first, look_up, raise_any
+from cake_hf.stores.tier import Targets, Tier, TierPlace, collected, first, look_up, raise_any
 
 Check = Callable[[bytearray, str], object]
 """Called with a value and its key; raises `CorruptChunk` if the value does not belong to the key."""
@@ -276,7 +276,7 @@ class TierStore(Store):
         self,
         key: str,
         parts: Sequence[Part],
-        targets: Lacking,
+        targets: Targets,
         counted: Literal["promoted", "written"],
         check: Check | None = None,
         stamp: int | None = None,
