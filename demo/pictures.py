@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cake_hf.cli.console import console
-from cake_hf.cli.tables import Bar, Bars, Lanes, legend
+from cake_hf.cli.tables import Bar, Bars, Lanes
 from cake_hf.util.sizes import bytes_text, seconds_text
 from demo.asking import Answer
 from demo.race import Race
@@ -93,7 +93,6 @@ def show_verdict(logits: bool, answers: bool) -> None:
 def _show_lanes(heading: str, answer: Answer) -> None:
     console.print(heading)
     console.print(Lanes(answer.report))
-    console.print(legend(answer.report))
     console.print()
 
 

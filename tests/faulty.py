@@ -107,7 +107,7 @@ METHODS = (
 )
 
 
-IDLE = ("cake-writer", "cake-behind")
+IDLE = ("cake-writer", "cake-tiers")
 """Threads that wait for work as long as somebody may bring some."""
 
 

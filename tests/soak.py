@@ -261,12 +261,12 @@ def make_chunks(folder: Path) -> list[int]:
 
 def bytes_of(root: Path) -> int:
     """Bytes of all chunks and of what is being written or was left by the dead; exact, since the account is locked for it."""
-    from cake_hf.stores.byte_count import Account
+    from cake_hf.stores.byte_count import ByteCount
     from cake_hf.stores.folder import BYTES, Folder
 
     if not root.is_dir():
         return 0
-    with Account(root / BYTES).opened():
+    with ByteCount(root / BYTES).opened():
         folder = Folder(root)
         return sum(entry.nbytes for entry in folder.entries()) + folder.partial_bytes()
 

@@ -109,7 +109,7 @@ def test_the_collector_waits_for_no_store(no_collector: None) -> None:
         assert not gate.is_set()
     finally:
         gate.set()
-    await_true(lambda: not [thread for thread in threading.enumerate() if thread.name in ("cake-close", "cake-behind")])
+    await_true(lambda: not [thread for thread in threading.enumerate() if thread.name in ("cake-close", "cake-tiers")])
 
 
 def test_a_store_that_the_cache_has_opened_is_closed_by_the_collector_too(tmp_path: Path) -> None:

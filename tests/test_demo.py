@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.assets import RECALL_TINY
-from cake_hf.cli.tables import Bar, Bars, Lanes, legend
+from cake_hf.cli.tables import Bar, Bars, Lanes
 from cake_hf.report import Span
 from demo.__main__ import app
 from demo.asking import Answer, ask_plainly, ask_with_store
@@ -235,17 +235,11 @@ def test_lanes_fill_the_width_and_fit_it() -> None:
         Span("load-0", 2, 0.0, 2.0, "loaded"),
         Span("load-0", 1, 2.0, 4.0, "corrupt"),
     ]
-    compute, load, axis = printed(Lanes(Report(timeline=spans)), width=49)
-    assert compute == "compute  0─────────                    tail──────"
-    assert load == "load-0   2───────────────────1───────────────────"
-    assert axis.split() == ["0", "4.00", "s"]
+    compute, load, *meaning = printed(Lanes(Report(timeline=spans)), width=50)
+    assert compute == "compute |0=========                    t=========|"
+    assert load == "load-0  |2===================1!!!!!!!!!!!!!!!!!!!|"
+    assert "!: unusable" in " ".join(meaning)
     assert printed(Lanes(Report())) == []
-
-
-def test_the_legend_names_what_is_there() -> None:
-    spans = [Span("compute", 0, 0.0, 1.0, "computed"), Span("load-0", 1, 0.0, 1.0, "late")]
-    assert legend(Report(timeline=spans)).plain.split() == ["computed", "not", "usable"]
-    assert legend(Report(timeline=spans[:1])).plain.split() == ["computed"]
 
 
 def test_lanes_of_any_timeline_stay_within_the_width() -> None:

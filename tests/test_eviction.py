@@ -27,7 +27,7 @@ from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
 from cake_hf.stores import byte_budget as room
-from cake_hf.stores.byte_count import Account
+from cake_hf.stores.byte_count import ByteCount
 from cake_hf.stores.eviction import (
     EVICTIONS,
     ChunkPosition,
@@ -235,7 +235,7 @@ def test_no_bytes_upset_the_reading_of_a_place(noise: bytes, at: int) -> None:
 
 def total(root: Path) -> int:
     """Bytes of all chunks, and of what is being written or was left behind; exact, since all that adds bytes takes the lock."""
-    with Account(root / "bytes").opened():
+    with ByteCount(root / "bytes").opened():
         found: dict[int, int] = {}  # by inode: for a moment a new chunk has two names
         for pattern in ("*/*.safetensors", "partial/*"):
             for path in root.glob(pattern):
@@ -508,7 +508,7 @@ def test_files_that_were_copied_in_are_counted_at_the_next_look(
 ) -> None:
     now = [0.0]
     store = LocalStore(tmp_path, budget=4000)
-    monkeypatch.setattr(store._room, "_clock", lambda: now[0])
+    monkeypatch.setattr(store._budget, "_clock", lambda: now[0])
     store.write(key_of(0), [value_of(0)])
     for number in (1, 2, 3):
         path = tmp_path / key_of(number)[:2] / f"{key_of(number)}.safetensors"
@@ -531,13 +531,16 @@ def test_a_dead_writers_leftover_takes_no_room(tmp_path: Path) -> None:
 def test_a_lock_that_is_never_free_is_an_error_and_no_wait_for_ever(tmp_path: Path) -> None:
     with open(tmp_path / "bytes", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(StoreError, match="has held the lock"), Account(tmp_path / "bytes", patience=0.01).opened():
+        with (
+            pytest.raises(StoreError, match="has held the lock"),
+            ByteCount(tmp_path / "bytes", patience=0.01).opened(),
+        ):
             raise AssertionError("the lock was given twice")
 
 
 def test_a_lock_on_a_deleted_account_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between our open and our lock the file may be deleted; a lock on it would keep out nobody who comes later."""
-    accounts, flock = Account(tmp_path / "bytes"), fcntl.flock
+    accounts, flock = ByteCount(tmp_path / "bytes"), fcntl.flock
 
     def delete_first(descriptor: int, how: int) -> None:
         monkeypatch.setattr(fcntl, "flock", flock)
@@ -817,7 +820,7 @@ def test_only_what_changed_is_looked_at_under_the_lock(tmp_path: Path, monkeypat
         store.write(key_of(number), [value_of(number)])
         os.utime(tmp_path / key_of(number)[:2], (LONG_AGO, LONG_AGO))
     again, listed, locked = LocalStore(tmp_path, budget=10**6), [], []
-    listing, take = again._folder.shard_listing, again._room._make_room
+    listing, take = again._folder.shard_listing, again._budget._make_room
 
     def make_room(*arguments: Any) -> Any:
         locked.append(len(listed))
@@ -828,7 +831,7 @@ def test_only_what_changed_is_looked_at_under_the_lock(tmp_path: Path, monkeypat
         return listing(shard)
 
     monkeypatch.setattr(again._folder, "shard_listing", note)
-    monkeypatch.setattr(again._room, "_make_room", make_room)
+    monkeypatch.setattr(again._budget, "_make_room", make_room)
     assert again.write(key_of(50), [value_of(50)])
     shards = {key_of(number)[:2] for number in range(20)}
     assert sorted(set(listed)) == sorted(shards)
@@ -843,14 +846,14 @@ def test_much_that_has_to_go_goes_in_several_turns(tmp_path: Path, monkeypatch: 
     for number in range(20):
         large.write(key_of(number), [value_of(number)])
         use(large, number, number)
-    turns, opened = 0, Account.opened
+    turns, opened = 0, ByteCount.opened
 
-    def count(self: Account, *, create: bool = False) -> Any:
+    def count(self: ByteCount, *, create: bool = False) -> Any:
         nonlocal turns
         turns += create
         return opened(self, create=create)
 
-    monkeypatch.setattr(Account, "opened", count)
+    monkeypatch.setattr(ByteCount, "opened", count)
     LocalStore(tmp_path, budget=3000).write(key_of(30), [value_of(30)])
     assert present(large, [*range(20), 30]) == [18, 19, 30]
     assert turns > 5

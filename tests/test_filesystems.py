@@ -20,7 +20,7 @@ from cake_hf import LocalStore
 from cake_hf.cli.gc import collect, select
 from cake_hf.errors import StoreError
 from cake_hf.stores import locks
-from cake_hf.stores.byte_count import Account
+from cake_hf.stores.byte_count import ByteCount
 from cake_hf.stores.partial import LEFTOVER_SECONDS
 from cake_hf.testing.contract import key_of, value_of
 from children import start_child
@@ -231,12 +231,12 @@ def test_where_nothing_can_be_locked_a_living_writers_file_stays_and_an_old_one_
 
 def test_a_lock_file_keeps_others_out(tmp_path: Path, refused: Refused) -> None:
     no_locks(refused, errno.EOPNOTSUPP)
-    with Account(tmp_path / "bytes").opened(create=True) as balance:
+    with ByteCount(tmp_path / "bytes").opened(create=True) as balance:
         assert balance is not None
-        other = Account(tmp_path / "bytes", patience=0.01)
+        other = ByteCount(tmp_path / "bytes", patience=0.01)
         with pytest.raises(StoreError, match="has held the lock"), other.opened():
             raise AssertionError("the lock was given twice")
-    with Account(tmp_path / "bytes").opened() as balance:
+    with ByteCount(tmp_path / "bytes").opened() as balance:
         assert balance is not None
 
 
@@ -320,14 +320,14 @@ def test_a_child_of_fork_holds_no_lock(
 def test_a_fork_inside_the_account_leaves_it_free(tmp_path: Path) -> None:
     """Also where the parent goes on only after the child: the lock is given back, not only closed."""
     told, tells = os.pipe()
-    with Account(tmp_path / "bytes").opened(create=True) as balance:
+    with ByteCount(tmp_path / "bytes").opened(create=True) as balance:
         assert balance is not None
         child = os.fork()
         if not child:
             os.read(told, 1)
             os._exit(0)
     try:
-        with Account(tmp_path / "bytes", patience=1.0).opened() as balance:
+        with ByteCount(tmp_path / "bytes", patience=1.0).opened() as balance:
             assert balance is not None
     finally:
         os.write(tells, b".")

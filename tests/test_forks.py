@@ -17,7 +17,7 @@ from cake_hf import CakeCache, MemoryStore
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.pace import Pace
 from cake_hf.stores import LocalStore
-from cake_hf.stores.background_queue import Line, Share, Work
+from cake_hf.stores.background_queue import TIERS, WRITER, QueueUser, Task
 from cake_hf.stores.health import TierHealth
 from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
 from cake_hf.transfer.fault_log import FaultLog
@@ -87,12 +87,11 @@ class Shape:
         return 7
 
 
-def use_line() -> None:
-    line = Line("cake-behind")
-    share = Share(lambda: line, 10, PATIENCE)
-    assert share.offer(Work("key", 1, lambda: None))
-    assert share.flush(PATIENCE)
-    assert share.close()
+def use_queue() -> None:
+    user = QueueUser(TIERS, object, 10, PATIENCE)
+    assert user.offer(Task("key", 1, lambda: None))
+    assert user.flush(PATIENCE)
+    assert user.close()
 
 
 def held(lock: Any) -> Callable[[Callable[[], int]], int]:
@@ -121,21 +120,24 @@ def held(lock: Any) -> Callable[[Callable[[], int]], int]:
 def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     """By name: a lock that another thread holds, and what needs it in the child."""
     memory, turns, standing = MemoryStore(), FinalizerLock(), TierHealth("store", lambda: 0.0)
-    sharing, line, note = Sharing(), Line("cake-writer"), note_of(path / "note")
-    share = Share(lambda: line, 10, PATIENCE)
+    sharing, queue, note = Sharing(), QueueUser(WRITER, object, 10, PATIENCE), note_of(path / "note")
     costs = recall_costs(LocalStore(path), "ns", "cpu")
 
     def take(turns: FinalizerLock) -> None:
         with turns:
             pass
 
+    def looked(standing: TierHealth) -> None:
+        with standing.look("read"):
+            pass
+
     return {
         "memory": (memory._lock, lambda: memory.write("0" * 40, [b"value"])),
         "turns": (turns._lock, lambda: take(turns)),
-        "standing": (standing._lock, lambda: standing.look("read", lambda: None)),
+        "standing": (standing._lock, lambda: looked(standing)),
         "sharing": (sharing._changed, lambda: sharing.begin_read(1, lambda: False)),
-        "line": (line.changed, lambda: share.offer(Work("key", 1, lambda: None)) and share.flush(PATIENCE)),
-        "note": (note._changed, lambda: (note.write("text"), note.flush(PATIENCE))),
+        "queue": (queue.queue.changed, lambda: queue.offer(Task("key", 1, lambda: None)) and queue.flush(PATIENCE)),
+        "note": (note.queue.queue.changed, lambda: (note.write("text"), note.queue.flush(PATIENCE))),
         "costs": (costs._lock, lambda: costs.costs(100)),
     }
 
@@ -145,7 +147,7 @@ def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     "A process forks while another thread holds a lock of the library.",
     "Each lock is a new one in the child, and what only the parent's threads could end is forgotten there.",
 )
-@pytest.mark.parametrize("name", ["memory", "turns", "standing", "sharing", "line", "note", "costs"])
+@pytest.mark.parametrize("name", ["memory", "turns", "standing", "sharing", "queue", "note", "costs"])
 def test_a_lock_that_was_held_holds_nobody_up_in_the_child(name: str, tmp_path: Path) -> None:
     lock, needs_it = locked_things(tmp_path)[name]
     assert held(lock)(lambda: in_child(needs_it)) == 0
@@ -204,7 +206,7 @@ def test_children_of_a_busy_process(tmp_path: Path) -> None:
     def use_costs() -> None:
         recall_costs(LocalStore(tmp_path), "ns", "cpu").learn(Pace(Costs()), [], 100)
 
-    jobs = (use_store, use_sharing, use_costs, use_line, lambda: log.tell("kind", "%s", "text"))
+    jobs = (use_store, use_sharing, use_costs, use_queue, lambda: log.tell("kind", "%s", "text"))
     with busy(*jobs):
         assert [in_child(lambda: [job() for job in jobs]) for _ in range(FORKS)] == [0] * FORKS
     assert flush_notes(PATIENCE)

@@ -15,6 +15,7 @@ from old_versions import OLD
 NOT_NEEDED = [
     *("rich", "typer", "click", "matplotlib"),  # people
     *("obstore", "redis", "mooncake", "blake3"),  # remote stores
+    "opentelemetry.metrics",  # takes as long as all of the package
     *("datasets", "evaluate", "pandas", "pytest", "hypothesis", "IPython"),
     *("cake_hf.cli", "cake_hf.testing", "cake_hf.stores.object", "cake_hf.stores.redis", "cake_hf.stores.hub"),
 ]

@@ -734,7 +734,7 @@ def test_a_report_that_fails_does_not_end_the_saving(caplog: pytest.LogCaptureFi
         raise RuntimeError("nobody listens")
 
     writer = Writer(store, capacity=2**20, exit_flush_seconds=PATIENCE)
-    writer.offer(SaveJob(good.facts, good.layout, good.payload, False, fail))
+    writer.offer(SaveJob(good.metadata, good.layout, good.payload, False, fail))
     writer.offer(saving.job(1))
     assert writer.flush(PATIENCE) is True
     assert saving.done == {1: True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,11 +93,23 @@ def test_a_reason_cannot_break_out_of_the_page() -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_the_page_draws_each_span_once() -> None:
+def test_the_page_has_the_table_and_the_timeline() -> None:
     timeline = [Span("compute", 0, 0.0, 1.0, "computed"), Span("load-0", 1, 0.0, 2.0, "late")]
-    page = Report(timeline=timeline)._repr_html_()
-    assert page.count("position:absolute") == 2
-    assert "late" in page
+    report = Report(timeline=timeline)
+    assert "\n".join(report.text_lanes()) in report._repr_html_()
+    assert "<pre>" not in Report()._repr_html_()
+
+
+def test_an_actor_cannot_break_out_of_the_page() -> None:
+    page = Report(timeline=[Span("<b>", 0, 0.0, 1.0, "computed")])._repr_html_()
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+
+
+@pytest.mark.parametrize("width", [10, 60, 200])
+def test_the_timeline_is_as_wide_as_it_is_wanted(width: int) -> None:
+    timeline = [Span("compute", 0, 0.0, 1.0, "computed"), Span("load-0", 11, 0.5, 2.0, "loaded")]
+    assert {len(line) for line in Report(timeline=timeline).text_lanes(width)} == {len("compute ||") + width}
 
 
 def test_what_was_not_usable_looks_different() -> None:

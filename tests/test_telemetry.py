@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from cake_hf import CakeCache, MemoryStore
 from cake_hf.report import Report
 from cake_hf.testing.contract import run_together
 from cake_hf.transfer import telemetry
 from cake_hf.transfer.fault_log import FaultLog
+from models import CHUNK, shared_model
 
 REPORT = Report(
     tokens=130,
@@ -126,10 +128,37 @@ def test_units_and_buckets_are_for_seconds(meter: FakeMeter) -> None:
     assert all(made.description.endswith(".") for made in meter.made.values())
 
 
-def test_without_the_package_nothing_happens(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)  # what makes an import fail
+@pytest.mark.parametrize("lost", ["opentelemetry", "opentelemetry.metrics", "get_meter"])
+def test_an_api_that_cannot_be_imported_is_said_once_and_in_nobodys_way(
+    fresh: None, lost: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is a dependency: without it, or with parts of it, the installation is broken."""
+    if lost == "get_meter":
+        monkeypatch.setitem(sys.modules, "opentelemetry", ModuleType("opentelemetry"))
+        monkeypatch.setitem(sys.modules, "opentelemetry.metrics", ModuleType("opentelemetry.metrics"))
+    else:
+        monkeypatch.delitem(sys.modules, "opentelemetry.metrics", raising=False)
+        monkeypatch.setitem(sys.modules, lost, None)  # what makes an import fail
+    observe_everything()
     observe_everything()
     assert telemetry._watch._instruments is None
+    assert [message for message in caplog.messages if "OpenTelemetry" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_a_provider_that_raises_is_in_nobodys_way(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("no provider")
+
+    monkeypatch.setattr("opentelemetry.metrics.get_meter", fail)
+    observe_everything()
+    assert telemetry._watch._instruments is None
+
+
+def test_a_cache_is_made_with_its_instruments_and_importing_it_brings_none(fresh: None) -> None:
+    """The first prompt does not wait for the import."""
+    with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK):
+        assert telemetry._watch._instruments is not None
 
 
 def test_the_global_meter_is_asked_for_once_and_late(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +236,7 @@ def test_a_fault_seen_by_many_threads_is_logged_once(caplog: pytest.LogCaptureFi
 
 def test_the_real_sdk_collects_it(fresh: None) -> None:
     """What the fakes above stand for: instruments made by OpenTelemetry's own SDK, read as an exporter reads them."""
-    sdk = pytest.importorskip("opentelemetry.sdk.metrics", reason="opentelemetry-sdk is not installed")
+    sdk = pytest.importorskip("opentelemetry.sdk.metrics", reason="the extra telemetry is not installed")
     export = importlib.import_module("opentelemetry.sdk.metrics.export")
     reader = export.InMemoryMetricReader()
     provider = sdk.MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
@@ -251,6 +280,5 @@ def test_the_real_sdk_collects_it(fresh: None) -> None:
 
 def test_the_real_api_without_an_sdk_does_nothing(fresh: None) -> None:
     """Its instruments are made once and take everything."""
-    pytest.importorskip("opentelemetry.metrics", reason="opentelemetry-api is not installed")
     observe_everything()
     assert telemetry._watch._instruments is not None

@@ -18,7 +18,7 @@ import pytest
 from cake_hf import CakeCache, Limits
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store
-from cake_hf.stores.background import Behind, Errand
+from cake_hf.stores.background_queue import TIERS
 from cake_hf.stores.base import Part
 from cake_hf.stores.health import REST_SECONDS, STUCK_SECONDS
 from cake_hf.stores.tiers import Tier, TierStore, open_tiers
@@ -42,7 +42,7 @@ def no_thread_stays() -> Iterator[None]:
 
 
 def background_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "cake-behind"]
+    return [thread for thread in threading.enumerate() if thread.name == TIERS]
 
 
 # The contract, for each policy.
@@ -407,46 +407,27 @@ def test_reads_spread_over_tiers_that_are_equally_near() -> None:
     assert [count.reads for count in store.counts()] == [2, 2]
 
 
-class Paced(WrapperStore):
-    """Reads take time on a clock of its own."""
-
-    def __init__(self, clock: FakeClock, seconds: float) -> None:
-        super().__init__(MemoryStore())
-        self.inner.write(KEY, [VALUE])
-        self.clock, self.seconds = clock, seconds
-
-    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        self.clock.now += self.seconds
-        return super().read_into(key, parts)
+def test_one_reader_takes_tiers_that_are_equally_near_in_turn() -> None:
+    store = TierStore([[Watched(*range(8)), Watched(*range(8))]])
+    assert [get(store, number) for number in range(8)] == [value_of(number) for number in range(8)]
+    assert [count.reads for count in store.counts()] == [4, 4]
 
 
-def reads_after(store: TierStore, count: int) -> list[int]:
-    for _ in range(count):
-        assert get(store) == VALUE
-    return [counts.reads for counts in store.counts()]
-
-
-def test_the_faster_of_two_equally_near_tiers_is_read_and_the_slower_tried_now_and_then() -> None:
-    clock = FakeClock()
-    slow, fast = Paced(clock, 2.0), Paced(clock, 1.0)
-    reads = reads_after(TierStore([[slow, fast]], clock=clock), 100)
-    assert 2 <= reads[0] <= 8
-    assert sum(reads) == 100
-
-
-def test_a_tier_that_was_slow_once_gets_another_chance() -> None:
-    clock = FakeClock()
-    first, second = Paced(clock, 10.0), Paced(clock, 2.0)
-    store = TierStore([[first, second]], clock=clock)
-    reads_after(store, 5)
-    first.seconds = 1.0
-    before = store.counts()[0].reads
-    assert reads_after(store, 200)[0] - before > 50
-
-
-def test_pace_decides_nothing_between_levels() -> None:
-    clock = FakeClock()
-    assert reads_after(TierStore([Paced(clock, 2.0), Paced(clock, 1.0)], clock=clock), 20) == [20, 0]
+@pytest.mark.parametrize("slow", [0, 1])
+def test_of_tiers_that_are_equally_near_the_one_that_is_slow_gets_fewer_reads(slow: int) -> None:
+    stores = [Watched(*range(6)), Watched(*range(6))]
+    stores[slow] = Held(*range(6), what="read_into", number=slow)
+    store = TierStore([stores])
+    for _ in range(slow):
+        get(store, 5)
+    reader = start(lambda: get(store, slow))
+    assert stores[slow].begun.wait(PATIENCE)  # type: ignore[attr-defined]
+    before = store.counts()[1 - slow].reads
+    for number in range(2, 6):
+        assert get(store, number) == value_of(number)
+    assert store.counts()[1 - slow].reads == before + 4
+    stores[slow].go.set()  # type: ignore[attr-defined]
+    reader.join(PATIENCE)
 
 
 # Promotion.
@@ -864,59 +845,6 @@ def test_tiers_are_opened_from_what_users_write(tmp_path: Path) -> None:
         open_tiers([], open_one)
     with pytest.raises(StoreError, match="another must be written at once"):
         open_tiers([Tier(MemoryStore(), write="behind")], open_one)
-
-
-# The background on its own.
-
-
-def test_the_background_keeps_its_bound() -> None:
-    gate, ran = threading.Event(), []
-    behind = Behind(capacity=100, exit_seconds=PATIENCE)
-    assert behind.offer(Errand("a", 60, lambda: gate.wait(PATIENCE)))
-    assert not behind.offer(Errand("b", 50, lambda: ran.append("b")))
-    assert not behind.has_room(50)
-    assert behind.has_room(40)
-    assert behind.offer(Errand("c", 40, lambda: ran.append("c")))
-    gate.set()
-    assert behind.flush(PATIENCE)
-    assert ran == ["c"]
-    assert behind.close()
-    assert not behind.offer(Errand("d", 1, lambda: None))
-    assert not behind.has_room(1)
-
-
-def test_closing_waits_no_longer_than_told() -> None:
-    gate = threading.Event()
-    behind = Behind(capacity=100, exit_seconds=0.01)
-    behind.offer(Errand("a", 60, lambda: gate.wait(PATIENCE)))
-    assert behind.close() is False
-    gate.set()
-    assert behind.flush(PATIENCE)
-
-
-def test_an_errand_that_raises_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    def fail() -> None:
-        raise RuntimeError("unforeseen")
-
-    ran: list[int] = []
-    behind = Behind(capacity=100, exit_seconds=PATIENCE)
-    behind.offer(Errand("a", 60, fail))
-    behind.offer(Errand("b", 40, lambda: ran.append(1)))
-    assert behind.close()
-    assert ran == [1]
-    assert "unforeseen" in caplog.text
-
-
-def test_what_was_read_before_a_change_comes_too_late() -> None:
-    behind = Behind(capacity=100, exit_seconds=PATIENCE)
-    before = behind.stamp()
-    with behind.changing("a"):
-        assert not behind.offer(Errand("a", 1, lambda: None))
-        during = behind.stamp()
-    for stamp in (before, during):
-        assert not behind.offer(Errand("a", 1, lambda: None), stamp)
-    assert behind.offer(Errand("a", 1, lambda: None), behind.stamp())
-    behind.close()
 
 
 # With a model.

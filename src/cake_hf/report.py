@@ -10,12 +10,6 @@ from cake_hf.util.redaction import shown
 
 LANE_WIDTH = 60
 
-_COLOURS = {
-    **dict.fromkeys(("computed", "gated"), "#e07b39"),
-    "loaded": "#3a7ca5",
-    "shared": "#5b9a68",
-    **dict.fromkeys(("preempted", "superseded"), "#8a8f98"),
-}
 _FILLS = {
     **dict.fromkeys(("computed", "gated", "loaded", "shared"), "="),
     **dict.fromkeys(("preempted", "superseded"), "~"),
@@ -187,14 +181,15 @@ class Report:
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
         table = [f"{label:<{width}}  {value}" for label, value in self.rows()]
-        return "\n".join(["cake_hf report", *table, *self._text_lanes()])
+        return "\n".join(["cake_hf report", *table, *self.text_lanes()])
 
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><th style='text-align:left'>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
             for label, value in self.rows()
         )
-        return f"<table><caption>cake_hf report</caption>{rows}</table>{self._html_lanes()}"
+        lanes = html.escape("\n".join(self.text_lanes()))
+        return f"<table><caption>cake_hf report</caption>{rows}</table>{lanes and f'<pre>{lanes}</pre>'}"
 
     def as_dict(self) -> dict[str, object]:
         """Returns all fields as JSON-ready values, the timeline as lists."""
@@ -202,47 +197,30 @@ class Report:
         spans = [[s.actor, s.chunk, round(s.start, 6), round(s.end, 6), s.outcome] for s in self.timeline]
         return {**plain, "timeline": spans}
 
-    def _text_lanes(self) -> list[str]:
+    def text_lanes(self, width: int = LANE_WIDTH) -> list[str]:
+        """Returns the timeline as text: a line per actor, in which each chunk has its number and a bar as long as it took.
+
+        Args:
+            width: characters that stand for the time from the restore's start to the end of the last span.
+        """
         lanes = self.lanes()
         total = max((span.end for span in self.timeline), default=0.0)
         if not total:
             return []
-        width = max(len(actor) for actor in lanes)
-        return [f"{actor:<{width}} |{_text_lane(spans, total)}|" for actor, spans in lanes.items()]
-
-    def _html_lanes(self) -> str:
-        total = max((span.end for span in self.timeline), default=0.0)
-        if not total:
-            return ""
-        lanes = "".join(
-            f"<div style='display:flex;align-items:center'><code style='width:6em'>{html.escape(actor)}</code>"
-            f"<div style='position:relative;height:1.4em;flex:1;background:#8882'>"
-            f"{''.join(_html_span(span, total) for span in spans)}</div></div>"
-            for actor, spans in self.lanes().items()
-        )
-        return f"<div style='max-width:60em'>{lanes}</div>"
+        margin = max(len(actor) for actor in lanes)
+        return [f"{actor:<{margin}} |{_text_lane(spans, total, width)}|" for actor, spans in lanes.items()]
 
 
-def _text_lane(spans: list[Span], total: float) -> str:
+def _text_lane(spans: list[Span], total: float, width: int) -> str:
     """Returns an actor's lane: each span is its chunk's number, then '=' ('~': preempted or superseded, '!': unusable)."""
-    cells = [" "] * LANE_WIDTH
+    cells = [" "] * width
     for span in spans:
-        start = min(int(span.start / total * LANE_WIDTH), LANE_WIDTH - 1)
-        end = max(start + 1, round(span.end / total * LANE_WIDTH))
+        start = min(int(span.start / total * width), width - 1)
+        end = max(start + 1, round(span.end / total * width))
         fill = _FILLS.get(span.outcome, "!")
         label = "t" if span.chunk < 0 else str(span.chunk)
         cells[start:end] = list((label + fill * (end - start))[: end - start])
     return "".join(cells)
-
-
-def _html_span(span: Span, total: float) -> str:
-    colour = _COLOURS.get(span.outcome, "#b00020")
-    label = "tail" if span.chunk < 0 else str(span.chunk)
-    return (
-        f"<div title='{html.escape(span.actor)}: {label}, {(span.end - span.start) * 1e3:.1f} ms, {span.outcome}' "
-        f"style='position:absolute;left:{span.start / total:.4%};width:{(span.end - span.start) / total:.4%};"
-        f"height:100%;background:{colour};outline:1px solid #fff8;overflow:hidden;font-size:.7em'>{label}</div>"
-    )
 
 
 def _bytes(count: int) -> str:

@@ -18,7 +18,7 @@ from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import load_model, load_tokenizer
 from cake_hf.cli.options import AsWarmed, Device, Dtype, DtypeOption
-from cake_hf.packs.card import prefill_line
+from cake_hf.packs.card import cache_line, prefill_line
 from cake_hf.packs.export import export_pack
 from cake_hf.packs.importing import Imported, import_pack
 from cake_hf.packs.publish import push_pack
@@ -208,14 +208,6 @@ def _count_text(chunks: int, states: int, tails: int) -> str:
 
 def _show_use(store: str, manifest: PackManifest) -> None:
     """Shows, as Python code, how to use the KV."""
-    console.print(f"\ncache = CakeCache(model, {_arguments(store, manifest)})", soft_wrap=True)
+    console.print(f"\n{cache_line(manifest, repr(store))}", soft_wrap=True)
     if line := prefill_line(manifest):
         console.print(line, soft_wrap=True)
-
-
-def _arguments(store: str, manifest: PackManifest) -> str:
-    options = [repr(store)]
-    options += [f"chunk_size={manifest.chunk_size}"]
-    options += [] if "numerics" in manifest.facts else ["exact=False"]
-    options += ["salt=..."] if manifest.salted else []
-    return ", ".join(options)

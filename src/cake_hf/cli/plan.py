@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from rich.text import Text
 from cake_hf.cli import known_costs
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.known_costs import KnownCosts
+from cake_hf.cli.known_costs import KnownCosts, Wanted
 from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
 from cake_hf.cli.options import Dtype
 from cake_hf.cli.tables import Bar, Bars
@@ -95,11 +94,12 @@ def plan_command(
     if model or store:
         if not (model and store and (tokens or chunks)):
             raise ValueError("Give --model, --store and --tokens together; or --chunks and the costs themselves.")
-        question = Question(model, store, chunk_size, dtype.value, device)
-        known = find_costs(question, tokens, chunks, measure=measure)
+        wanted = Wanted(model, load_config(model), str(find_device(device)), chunk_size, dtype.value)
+        known = find_costs(wanted, store, tokens, chunks, measure=measure)
         measured = known.costs if known else measured
         _refuse_unknown(
-            question,
+            wanted,
+            store,
             computing=measured.compute is None and compute_base is None,
             loading=measured.load is None and None in (chunk_mib, gbps),
         )
@@ -116,50 +116,40 @@ def plan_command(
     show_plan(compute, load, made, _source(known, store), _sized(size, kind))
 
 
-@dataclass(frozen=True)
-class Question:
-    """The costs that the options ask for; see `plan_command`."""
-
-    model: str
-    store: str
-    chunk_size: int | None
-    dtype: str
-    device: str
-
-
-def find_costs(question: Question, tokens: int | None, chunks: int | None, *, measure: bool) -> KnownCosts | None:
+def find_costs(
+    wanted: Wanted, store: str, tokens: int | None, chunks: int | None, *, measure: bool
+) -> KnownCosts | None:
     """Returns costs from the store's notes, or measured now.
 
     Args:
-        question: whose costs.
+        wanted: whose costs.
+        store: as the user named it.
         tokens, chunks: of the prompt; one of them is given.
         measure: measure now, whatever the notes have.
 
     Raises:
         CakeError: there is no such store, or costs cannot be measured.
-        ValueError: there is no such model or device, or the prompt is too long or too short for it.
+        ValueError: the prompt is too long or too short for the model.
     """
-    config, device = load_config(question.model), str(find_device(question.device))
     if tokens is not None:
-        refuse_too_long(config, tokens, "give fewer --tokens.")
+        refuse_too_long(wanted.config, tokens, "give fewer --tokens.")
     if measure:
-        size = question.chunk_size or auto_chunk_size(find_device(question.device).type)
+        size = wanted.chunk_size or auto_chunk_size(find_device(wanted.device).type)
         count = _chunk_count(tokens, chunks, size)
         with console.status("loading the model"):
-            loaded = load_model(question.model, question.dtype, device)
-        with open_store(question.store) as opened, console.status("computing and loading a few chunks"):
+            loaded = load_model(wanted.model, wanted.dtype, wanted.device)
+        with open_store(store) as opened, console.status("computing and loading a few chunks"):
             return known_costs.measure(loaded, opened, size, count)
-    wanted = known_costs.Wanted(question.model, config, device, question.chunk_size, question.dtype)
-    with existing_store(question.store) as opened, progress_bar("reading headers", "chunks") as progress:
+    with existing_store(store) as opened, progress_bar("reading headers", "chunks") as progress:
         return known_costs.remembered(opened, wanted, progress)
 
 
-def _refuse_unknown(question: Question, *, computing: bool, loading: bool) -> None:
+def _refuse_unknown(wanted: Wanted, store: str, *, computing: bool, loading: bool) -> None:
     missing = {"computing": computing, "loading": loading}
     if any(missing.values()):
         what = " and ".join(name for name, is_missing in missing.items() if is_missing)
         raise CakeError(
-            f"What {what} costs with {question.model} is not known in the store {shown_url(question.store)}. It is learned "
+            f"What {what} costs with {wanted.model} is not known in the store {shown_url(store)}. It is learned "
             "from prompts; or measure it now with --measure, or give --compute-base, and --chunk-mib with --gbps."
         )
 
@@ -191,19 +181,19 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
         raise ValueError("A plan from unknown costs has nothing to show.")
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
-    facts.add_row("decision", _decision_text(made, split))
-    facts.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
-    facts.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
-    facts.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    grid.add_row("decision", _decision_text(made, split))
+    grid.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
+    grid.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
+    grid.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
     if sized:
-        facts.add_row("chunks", sized)
+        grid.add_row("chunks", sized)
     if source:
-        facts.add_row("costs", Text(source))
-    facts.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
-    console.print(facts)
+        grid.add_row("costs", Text(source))
+    grid.add_row("gain", f"{made.gain:.2f}x over the better of the two alone")
+    console.print(grid)
     console.print("\npredicted time to first token", style="bold")
     console.print(
         Bars(

@@ -21,7 +21,7 @@ from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
 from cake_hf.cli.keeping import refuse_over_budget
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
-from cake_hf.cli.tables import Lanes, legend, report_table
+from cake_hf.cli.tables import Lanes, report_table
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.limits import Limits
@@ -158,7 +158,6 @@ def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> 
     console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
     if report.chunks_computed and report.chunks_loaded:
         console.print(Lanes(report))
-        console.print(legend(report))
     for line in what_hits(job, report, has_template=has_template):
         console.print(line)
     console.print()

@@ -134,9 +134,6 @@ def _snippet(manifest: PackManifest, name: str, about: About) -> str:
     model = [json.dumps(_base_model(manifest, about) or manifest.model)]
     model += [f'revision="{revision}"'] if (revision := _revision(manifest, about)) else []
     model += [f"dtype=torch.{_TORCH_NAMES[manifest.dtype]}"] if manifest.dtype in _TORCH_NAMES else []
-    cache = ["model", json.dumps(name), f"chunk_size={manifest.chunk_size}"]
-    cache += [] if "numerics" in manifest.facts else ["exact=False"]
-    cache += ["salt=..."] if manifest.salted else []
     used = "\n".join(filter(None, [prefill_line(manifest), GENERATE_LINE]))
     return f"""import torch
 from transformers import AutoModelForCausalLM
@@ -144,8 +141,21 @@ from transformers import AutoModelForCausalLM
 from cake_hf import CakeCache
 
 model = AutoModelForCausalLM.from_pretrained({", ".join(model)})
-cache = CakeCache({", ".join(cache)})
+{cache_line(manifest, json.dumps(name))}
 {used}"""
+
+
+def cache_line(manifest: PackManifest, store: str) -> str:
+    """Returns the line of Python that makes a cache which finds the pack's chunks.
+
+    Args:
+        manifest: of the pack.
+        store: the store that has them, as a Python expression.
+    """
+    options = ["model", store, f"chunk_size={manifest.chunk_size}"]
+    options += [] if "numerics" in manifest.facts else ["exact=False"]
+    options += ["salt=..."] if manifest.salted else []
+    return f"cache = CakeCache({', '.join(options)})"
 
 
 def prefill_line(manifest: PackManifest) -> str:

@@ -145,7 +145,7 @@ class Store(ABC):
         """Returns whether notes may be written to `notes_folder`."""
         return True
 
-    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, metadata: Callable[[], Mapping[str, Any]]) -> str:
         """Returns the mismatch reason: a clause that tells people why nothing in this store can serve a namespace.
 
         The clause is empty if something in the store may serve it. Called when nothing of a prompt was found; never raises
@@ -153,7 +153,7 @@ class Store(ABC):
 
         Args:
             namespace: digest that the keys were made with.
-            facts: returns the metadata that `namespace` is a digest of, without the salt.
+            metadata: returns the metadata that `namespace` is a digest of, without the salt.
         """
         return ""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cake_hf.errors import StoreError
-from cake_hf.stores.byte_count import Account, Balance
+from cake_hf.stores.byte_count import ByteCount, OpenCount
 from cake_hf.stores.default_budget import FreeShare
 from cake_hf.stores.eviction import Entry, Order, least_recently_used
 from cake_hf.stores.folder import BYTES, Folder, ShardListing
@@ -64,7 +64,7 @@ class Survey:
         return shard.changed > self.begun - COARSE_SECONDS * 10**9
 
 
-class Room:
+class ByteBudget:
     """Reserves and counts bytes; with a budget, also evicts chunks.
 
     Args:
@@ -83,7 +83,7 @@ class Room:
         self._budget = None if isinstance(budget, FreeShare) else budget
         self._order = order
         self._clock = clock
-        self._account = Account(folder.root / BYTES)
+        self._count = ByteCount(folder.root / BYTES)
         # Chunks found by the last survey, in the order of eviction. Guarded by the byte count's lock, like all that follows.
         self._candidates: deque[Entry] = deque()
         self._evictable = 0
@@ -113,10 +113,10 @@ class Room:
         survey = self._look() if self._budget is not None and self._clock() >= self._survey_due else None
         looks = 0
         while True:
-            with self._account.opened(create=self._budget is not None) as balance:
-                room = balance is None or self._budget is None or self._make_room(balance, nbytes, survey)
+            with self._count.opened(create=self._budget is not None) as count:
+                room = count is None or self._budget is None or self._make_room(count, nbytes, survey)
                 if room is True:
-                    self._take(descriptor, nbytes, balance)
+                    self._take(descriptor, nbytes, count)
                     return
             if room is None:  # many chunks have to be evicted: other processes may take the lock in between
                 survey = None
@@ -130,13 +130,13 @@ class Room:
     @contextmanager
     def counting(self) -> Iterator[Callable[[int], object]]:
         """Locks the byte count while files change; yields a function that adds a number of bytes (negative to subtract)."""
-        with self._account.opened() as balance:
-            yield (lambda nbytes: None) if balance is None else balance.add
+        with self._count.opened() as count:
+            yield (lambda nbytes: None) if count is None else count.add
 
     def give_back(self, nbytes: int) -> None:
         """Cancels a reservation. If that cannot be recorded, the byte count is too high until the next survey."""
-        with suppress(StoreError, OSError), self.counting() as count:
-            count(-nbytes)
+        with suppress(StoreError, OSError), self.counting() as add:
+            add(-nbytes)
 
     def worked_out(self, stored: int) -> int | None:
         """Returns the budget in bytes, or what it would be if it were computed now; None for no limit. Changes nothing."""
@@ -155,13 +155,13 @@ class Room:
             StoreError: another process holds the lock for too long.
             OSError: passed through.
         """
-        with self._account.opened(create=True):
+        with self._count.opened(create=True):
             self._pins.change(pinned, unpinned, time.time())
 
     def _work_out(self, share: FreeShare) -> None:
         """Computes the budget in bytes, and logs it once per store and process."""
-        with self._account.opened() as balance:
-            stored = None if balance is None else balance.total
+        with self._count.opened() as count:
+            stored = None if count is None else count.total
         if stored is None:
             stored = sum(entry.nbytes for entry in self._folder.entries())
         self._budget = share.bytes_for(self._folder.root, stored)
@@ -179,19 +179,19 @@ class Room:
                 share,
             )
 
-    def _take(self, descriptor: int, nbytes: int, balance: Balance | None) -> None:
-        if balance is not None:
-            balance.add(nbytes)
+    def _take(self, descriptor: int, nbytes: int, count: OpenCount | None) -> None:
+        if count is not None:
+            count.add(nbytes)
         try:
             os.ftruncate(descriptor, nbytes)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                if balance is not None:
-                    balance.add(-nbytes)
+                if count is not None:
+                    count.add(-nbytes)
                 raise
             # Not every filesystem can extend a file. Until the bytes are written, only the byte count includes them.
 
-    def _make_room(self, balance: Balance, nbytes: int, survey: Survey | None) -> bool | None:
+    def _make_room(self, count: OpenCount, nbytes: int, survey: Survey | None) -> bool | None:
         """Evicts chunks until `nbytes` fit.
 
         Returns:
@@ -201,8 +201,8 @@ class Room:
             StoreError: the directory was just surveyed, and evicting all evictable chunks would not suffice.
         """
         if survey is not None:
-            self._take_in(balance, survey)
-        total, budget = balance.total, self._budget
+            self._take_in(count, survey)
+        total, budget = count.total, self._budget
         if total is None or budget is None:
             return False
         if total + nbytes > budget and self._pins.mark() != self._pins_seen:
@@ -218,7 +218,7 @@ class Room:
                 return False
             entry = self._candidates.popleft()
             self._evictable -= entry.nbytes
-            total = balance.add(-self._folder.discard(entry))
+            total = count.add(-self._folder.discard(entry))
         return True if total + nbytes <= budget else None
 
     def _look(self) -> Survey:
@@ -228,7 +228,7 @@ class Room:
         shards = {shard: self._folder.shard_listing(shard) for shard in self._folder.shards()}
         return Survey(now, shards, self._order([entry for shard in shards.values() for entry in shard.entries]))
 
-    def _take_in(self, balance: Balance, survey: Survey) -> None:
+    def _take_in(self, count: OpenCount, survey: Survey) -> None:
         """Applies a survey, and lists again the folders that changed since: each added or removed name changes the date."""
         self._pins_seen, pinned = self._pins.mark(), self._pins.read(time.time())
         known = {entry.key for entry in survey.candidates}
@@ -247,7 +247,7 @@ class Room:
         stored = sum(entry.nbytes for entry in there)
         if self._share is not None and self._budget is not None:  # a share never declares stored chunks to be too many
             self._budget = max(self._budget, stored)
-        balance.set(stored + self._folder.partial_bytes())
+        count.set(stored + self._folder.partial_bytes())
 
     def _no_room(self, nbytes: int) -> StoreError:
         return StoreError(

@@ -27,7 +27,7 @@ _PAUSE = 0.002
 _DIGITS = 20
 
 
-class Balance:
+class OpenCount:
     """The byte count, while the lock is held.
 
     Attributes:
@@ -57,7 +57,7 @@ class Balance:
         return 0 if self.total is None else self.set(max(0, self.total + nbytes))
 
 
-class Account:
+class ByteCount:
     """The file with the byte count. The first process with a budget creates it; from then on all writers update it."""
 
     def __init__(self, file: Path, patience: float = PATIENCE) -> None:
@@ -65,7 +65,7 @@ class Account:
         self._patience = patience
 
     @contextmanager
-    def opened(self, *, create: bool = False) -> Iterator[Balance | None]:
+    def opened(self, *, create: bool = False) -> Iterator[OpenCount | None]:
         """Locks the file and yields the byte count; None if there is no file and `create` is not set.
 
         Raises:
@@ -82,7 +82,7 @@ class Account:
                     raise
                 yield None
                 return
-            yield Balance(descriptor, partial(self._replace, folder, file))
+            yield OpenCount(descriptor, partial(self._replace, folder, file))
 
     def _locked(self, folder: int, file: locks.LockFile, create: bool, held: ExitStack) -> int:
         """Returns a descriptor of the file, locked until `held` is closed."""

@@ -1,20 +1,17 @@
-"""Tier health: the counts of one tier, whether it is in trouble, and how fast it reads."""
+"""Tier health: the counts of one tier, its circuit breakers, and the keys that are quarantined there."""
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from cake_hf.errors import CorruptChunk, is_a_fault
 from cake_hf.util.forks import Lock, renewed_in_child
 
 logger = logging.getLogger("cake_hf")
-
-T = TypeVar("T")
 
 FAULTS_TO_REST = 2
 """Faults in a row after which the store counts as failing, not just a value. (A single bad sector does not condemn a disk.)"""
@@ -25,14 +22,8 @@ REST_SECONDS = 15.0
 STUCK_SECONDS = 10.0
 """Seconds after which a running operation counts as trouble while it lasts: a lost disk or mount may never report an error."""
 
-MOST_SHUNNED = 4096
+MOST_QUARANTINED = 4096
 """Most quarantined keys per store."""
-
-NEW_WEIGHT = 0.3
-"""Weight of the newest read in the smoothed pace."""
-
-FORGETTING = 0.98
-"""Factor on a store's pace each time it is passed over for being slow, so that a store that was slow once is tried again."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +49,8 @@ class TierCounts:
     faults: int = 0
 
 
-class Health:
-    """Tracks whether one kind of operation is in trouble. Called with its owner's lock held.
+class Breaker:
+    """A circuit breaker for one kind of operation. Called with its owner's lock held.
 
     Args:
         clock: monotonic seconds.
@@ -67,34 +58,34 @@ class Health:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._under_way: dict[int, float] = {}
-        self._begun = 0
         self._faults_in_a_row = 0
         self._rests_until = float("-inf")
+        self.under_way: dict[object, float] = {}
+        """Operation -> when it started."""
 
-    def begin(self) -> int:
-        """Records the start of an operation; returns its number for `end`."""
-        self._begun += 1
-        self._under_way[self._begun] = self._clock()
-        return self._begun
+    def start(self) -> object:
+        """Records the start of an operation, and returns the operation for `end`."""
+        operation = object()
+        self.under_way[operation] = self._clock()
+        return operation
 
-    def end(self, number: int, *, well: bool) -> None:
+    def end(self, operation: object, *, well: bool) -> None:
         """Records the end of an operation."""
-        self._under_way.pop(number, None)  # absent in a forked child, if the operation started in the parent
+        self.under_way.pop(operation, None)  # absent in a forked child, if the operation started in the parent
         self._faults_in_a_row = 0 if well else self._faults_in_a_row + 1
         rests = self._faults_in_a_row >= FAULTS_TO_REST
         self._rests_until = self._clock() + REST_SECONDS if rests else float("-inf")
 
-    def in_trouble(self) -> bool:
+    def is_open(self) -> bool:
         """Returns whether the last operations failed, or one hangs."""
         now = self._clock()
-        return now < self._rests_until or now - min(self._under_way.values(), default=now) > STUCK_SECONDS
+        return now < self._rests_until or now - min(self.under_way.values(), default=now) > STUCK_SECONDS
 
 
 class TierHealth:
     """The health of one tier. All methods may be called from any thread.
 
-    Reads and writes are tracked separately: a full disk still reads well.
+    Reads and writes have a breaker each: a full disk still reads well.
 
     Args:
         name: name of the store, for messages.
@@ -106,111 +97,73 @@ class TierHealth:
         self._clock = clock
         self._lock = Lock()
         self._counts = TierCounts(name)
-        self._reads, self._writes = Health(clock), Health(clock)
-        self._reading = 0
-        self._pace = 0.0
         self._told: set[tuple[str, str]] = set()
-        self._shunned: OrderedDict[str, None] = OrderedDict()
-        renewed_in_child(self._renew)
+        self._quarantined: OrderedDict[str, None] = OrderedDict()
+        self._close_breakers()
+        renewed_in_child(self._close_breakers)
 
     def counts(self) -> TierCounts:
         """Returns a snapshot of the counts."""
-        with self._lock:
-            return self._counts
+        return self._counts
 
     def count(self, **more: int) -> None:
         """Adds to the counts of these names."""
         with self._lock:
             self._counts = replace(self._counts, **{name: getattr(self._counts, name) + n for name, n in more.items()})
 
-    # Operations. Their errors are counted, and the first of each kind is logged.
-
-    def look(self, what: str, call: Callable[[], T]) -> T:
-        """Runs an operation that queries the store.
+    def look(self, what: str) -> AbstractContextManager[None]:
+        """Watches over an operation that queries the store; its faults are counted, and the first of each kind is logged.
 
         Args:
             what: the operation as a past participle, for the message.
-            call: the operation.
-
-        Raises:
-            Exception: whatever the operation raised.
         """
-        with self._watched(self._reads, what):
-            return call()
+        return self._watched(self._reads, what)
 
-    def change(self, what: str, call: Callable[[], T]) -> T:
-        """Runs an operation that changes the store; otherwise like `look`."""
-        with self._watched(self._writes, what):
-            return call()
-
-    def read(self, nbytes: int, call: Callable[[], T | None]) -> T | None:
-        """Runs a read of that many bytes and learns the store's pace from it, unless it is a miss; otherwise like `look`."""
-        with self._lock:
-            self._reading += 1
-            together, begin = self._reading, self._clock()
-        try:
-            result = self.look("read", call)
-        finally:
-            with self._lock:
-                self._reading -= 1
-        if result is not None:
-            self.count(reads=1, bytes_read=nbytes)
-        if result is not None and nbytes:
-            with self._lock:
-                # Concurrent reads share the bandwidth, so the time of one is divided by their number.
-                pace = (self._clock() - begin) / nbytes / together
-                self._pace = pace if not self._pace else self._pace + NEW_WEIGHT * (pace - self._pace)
-        return result
+    def change(self, what: str) -> AbstractContextManager[None]:
+        """Watches over an operation that changes the store; otherwise like `look`."""
+        return self._watched(self._writes, what)
 
     def reads_badly(self) -> bool:
         """Returns whether the store should not be read from for the moment."""
         with self._lock:
-            return self._reads.in_trouble()
+            return self._reads.is_open()
 
     def writes_badly(self) -> bool:
         """Returns whether the store should not be written to for the moment."""
         with self._lock:
-            return self._writes.in_trouble()
+            return self._writes.is_open()
 
-    # Pace.
-
-    def seconds_until_read(self, nbytes: int) -> tuple[float, int]:
-        """Returns the seconds that one more read would take (0 if nothing was measured yet), and the reads under way."""
+    def load(self) -> tuple[int, int]:
+        """Returns how busy the store is: the operations under way, and the reads so far."""
         with self._lock:
-            return self._pace * nbytes * (self._reading + 1), self._reading
-
-    def passed_over(self) -> None:
-        """Records that another store is read because this one seems slower."""
-        with self._lock:
-            self._pace *= FORGETTING
+            return len(self._reads.under_way), self._counts.reads
 
     # Quarantine: values that are known to be wrong and cannot be replaced.
 
     def quarantine(self, key: str) -> None:
         """Quarantines a key: from now on the store counts as not having it."""
         with self._lock:
-            self._shunned[key] = None
-            if len(self._shunned) > MOST_SHUNNED:
-                self._shunned.popitem(last=False)
+            self._quarantined[key] = None
+            if len(self._quarantined) > MOST_QUARANTINED:
+                self._quarantined.popitem(last=False)
 
-    def welcome(self, key: str) -> None:
+    def lift_quarantine(self, key: str) -> None:
         """Lifts the quarantine of a key, whose value is good again or gone."""
         with self._lock:
-            self._shunned.pop(key, None)
+            self._quarantined.pop(key, None)
 
-    def shuns(self, key: str) -> bool:
+    def is_quarantined(self, key: str) -> bool:
         """Returns whether a key is quarantined."""
-        with self._lock:
-            return key in self._shunned
+        return key in self._quarantined
 
-    def _renew(self) -> None:
-        """Resets a forked child: other threads' operations end in the parent only."""
-        self._reads, self._writes, self._reading = Health(self._clock), Health(self._clock), 0
+    def _close_breakers(self) -> None:
+        """Sets the breakers up; also in a forked child, since other threads' operations end in the parent only."""
+        self._reads, self._writes = Breaker(self._clock), Breaker(self._clock)
 
     @contextmanager
-    def _watched(self, health: Health, what: str) -> Iterator[None]:
+    def _watched(self, breaker: Breaker, what: str) -> Iterator[None]:
         with self._lock:
-            number = health.begin()
+            operation = breaker.start()
         well = False
         try:
             yield
@@ -222,7 +175,7 @@ class TierHealth:
             raise
         finally:
             with self._lock:
-                health.end(number, well=well)
+                breaker.end(operation, well=well)
 
     def _tell(self, what: str, error: BaseException) -> None:
         self.count(faults=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, total_bytes
-from cake_hf.stores.byte_budget import Room
+from cake_hf.stores.byte_budget import ByteBudget
 from cake_hf.stores.default_budget import USUAL, FreeShare
 from cake_hf.stores.eviction import LRU, ChunkPosition, Entry, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
@@ -78,11 +78,11 @@ class LocalStore(Store):
         self.eviction = eviction
         self.share = budget if isinstance(budget, FreeShare) else None
         self._folder = Folder(self.root)
-        self._room = Room(self._folder, budget, order_named(eviction, self.place))
+        self._budget = ByteBudget(self._folder, budget, order_named(eviction, self.place))
         self._check_root()
 
     def __repr__(self) -> str:
-        budget = "" if self._room.budget is None else f", budget={self._room.budget}"
+        budget = "" if self._budget.budget is None else f", budget={self._budget.budget}"
         eviction = "" if self.eviction == LRU else f", eviction={self.eviction!r}"
         return f"LocalStore({str(self.root)!r}{budget}{eviction})"
 
@@ -134,7 +134,7 @@ class LocalStore(Store):
             return self._publish(key, parts, replace)
 
     def delete(self, key: str) -> bool:
-        with self._told(f"Chunk {key} cannot be deleted from {self.root}: "), self._room.counting() as count:
+        with self._told(f"Chunk {key} cannot be deleted from {self.root}: "), self._budget.counting() as count:
             freed = self._folder.remove(key)
             count(-(freed or 0))
             return freed is not None
@@ -229,7 +229,7 @@ class LocalStore(Store):
         Raises:
             StoreError: the chunk cannot be deleted.
         """
-        with self._told(f"Chunk {entry.key} cannot be deleted from {self.root}: "), self._room.counting() as count:
+        with self._told(f"Chunk {entry.key} cannot be deleted from {self.root}: "), self._budget.counting() as count:
             count(-self._folder.discard(entry))
             return self._folder.statuses([entry.key])[0] is None
 
@@ -240,7 +240,7 @@ class LocalStore(Store):
             StoreError: the directory cannot be accessed.
         """
         with self._told(f"The chunks in {self.root} cannot be looked at: "):
-            return self._room.worked_out(sum(entry.nbytes for entry in self._folder.entries()))
+            return self._budget.worked_out(sum(entry.nbytes for entry in self._folder.entries()))
 
     def pin(self, keys: Iterable[str], until: float) -> int:
         """Protects chunks from eviction until a date, which replaces an earlier one. `delete` still deletes them.
@@ -259,7 +259,7 @@ class LocalStore(Store):
         there = [key for key, has in zip(wanted, self.contains(wanted), strict=True) if has]
         with self._told(f"Chunks in {self.root} cannot be pinned: "):
             if there:
-                self._room.pin(dict.fromkeys(there, math.ceil(until)), ())
+                self._budget.pin(dict.fromkeys(there, math.ceil(until)), ())
         return len(there)
 
     def unpin(self, keys: Iterable[str]) -> int:
@@ -268,7 +268,7 @@ class LocalStore(Store):
         wanted = [key for key in dict.fromkeys(keys) if key in pinned]
         with self._told(f"Chunks in {self.root} cannot be unpinned: "):
             if wanted:
-                self._room.pin({}, wanted)
+                self._budget.pin({}, wanted)
         return len(wanted)
 
     def pinned(self) -> dict[str, int]:
@@ -278,7 +278,7 @@ class LocalStore(Store):
             StoreError: the directory cannot be accessed.
         """
         with self._told(f"The pins in {self.root} cannot be read: "):
-            return self._room.pinned()
+            return self._budget.pinned()
 
     def _check_root(self) -> None:
         with self._told(f"The store directory {self.root} cannot be opened: "), suppress(FileNotFoundError):
@@ -292,22 +292,22 @@ class LocalStore(Store):
         nbytes = total_bytes(parts)
         with self._folder.partial_file(key) as partial:
             self._begin_to_write()
-            self._room.reserve(partial.descriptor, nbytes)
+            self._budget.reserve(partial.descriptor, nbytes)
             named = False
             try:
                 write_gathered(partial.descriptor, parts)
                 sync_file(partial.descriptor)
-                with self._room.counting() as count:
+                with self._budget.counting() as count:
                     replaced = (self.size(key) or 0) if replace else 0
                     named = self._folder.give_name(partial, key, replace=replace)
                     count(-replaced)
                 if named:
                     self._folder.make_name_durable(key)
             except BaseException:
-                self._room.give_back(nbytes)
+                self._budget.give_back(nbytes)
                 raise
             if not named:
-                self._room.give_back(nbytes)
+                self._budget.give_back(nbytes)
             return named
 
     def _begin_to_write(self) -> None:

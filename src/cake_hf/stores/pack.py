@@ -144,10 +144,10 @@ class PackStore(Store):
     def check_writable(self) -> None:
         raise self._read_only()
 
-    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, metadata: Callable[[], Mapping[str, Any]]) -> str:
         if namespace == self.manifest.namespace:
             return ""
-        ours = json.loads(canonical(facts()))
+        ours = json.loads(canonical(metadata()))
         return f"the pack {self.source} {why_not(self.manifest.facts, self.manifest.salted, ours)}"
 
     def _refuse_other(self, got: str, expected: str, chunk: PackChunk) -> None:

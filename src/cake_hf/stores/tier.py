@@ -1,12 +1,11 @@
-"""A tier: one store among others, with its policy; and the row of tiers that is asked for values."""
+"""A tier: one store among others, with its policy, its position and its health; and how a row of tiers is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from cake_hf.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.stores.base import Part, Store
@@ -69,39 +68,36 @@ class TierPlace:
         self.health = TierHealth(_name(tier.store), clock)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
-        """Returns the store's mask for the keys.
-
-        Raises:
-            Exception: whatever the store raises; also if its mask is not as long as `keys`.
-        """
-
-        def ask() -> list[bool]:
+        """Returns the store's mask for the keys; raises whatever the store raises, also if its mask has another length."""
+        with self.health.look("looked up"):
             return [has for _, has in zip(keys, self.store.contains(keys), strict=True)]
-
-        return self.health.look("looked up", ask)
 
     def listing(self) -> list[str]:
         """Returns all keys; raises whatever the store raises."""
-        return self.health.look("listed", lambda: list(self.store.keys()))
+        with self.health.look("listed"):
+            return list(self.store.keys())
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
         """Writes a value; raises whatever the store raises."""
-        written = self.health.change("written", lambda: self.store.write(key, parts, replace=replace))
+        with self.health.change("written"):
+            written = self.store.write(key, parts, replace=replace)
         if written:
-            self.health.welcome(key)
+            self.health.lift_quarantine(key)
         return written
+
+    def takes_copies(self) -> bool:
+        """Returns whether values found in a farther tier should be copied here now."""
+        return self.tier.takes_copies and not self.health.writes_badly()
 
     def put(self, key: str, value: bytearray, *, replace: bool) -> bool:
         """Writes a value if the store is healthy; faults are counted but not raised."""
+        written = False
         if self.health.writes_badly():
             self.health.count(skipped=1)
-            return False
-        try:
-            return self.write(key, [value], replace=replace)
-        except BaseException as error:
-            if not is_a_fault(error):
-                raise
-            return False
+        else:
+            with collected([]):
+                written = self.write(key, [value], replace=replace)
+        return written
 
     def delete(self, key: str) -> bool:
         """Removes a key; returns False if it was not stored.
@@ -110,151 +106,112 @@ class TierPlace:
             StoreError: the key is stored, and the tier is read-only.
             Exception: whatever the store raises.
         """
-        if not self.tier.read_only:
-            deleted = self.health.change("deleted", lambda: self.store.delete(key))
-            self.health.welcome(key)
-            return deleted
-        if not self.health.shuns(key) and self.contains([key])[0]:
-            raise StoreError(f"{self.health.name} is only read here: delete it there, or give the tier write=True.")
-        return False
+        if self.tier.read_only:
+            if not self.health.is_quarantined(key) and self.contains([key])[0]:
+                raise StoreError(f"{self.health.name} is only read here: delete it there, or give the tier write=True.")
+            return False
+        with self.health.change("deleted"):
+            deleted = self.store.delete(key)
+        self.health.lift_quarantine(key)
+        return deleted
 
-    def disown(self, key: str) -> None:
+    def discard(self, key: str) -> None:
         """Removes the value of this key, which is wrong if there is one; quarantines the key if it cannot be removed."""
-        if not self.tier.read_only and not self.health.writes_badly():
-            try:
-                self.delete(key)
-            except BaseException as error:
-                self.health.quarantine(key)
-                if not is_a_fault(error):
-                    raise
-        else:
-            self.health.quarantine(key)
-
-
-class Faults:
-    """Collects the faults of several places while the work goes on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: BaseException | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catches and counts a fault that the body raises."""
+        deleted = False
         try:
-            yield
-        except BaseException as error:
-            if not is_a_fault(error):
-                raise
-            self.count += 1
-            # A corrupt value says more than a store's failure: such a value has to be replaced.
-            if self._first is None or (isinstance(error, CorruptChunk) and not isinstance(self._first, CorruptChunk)):
-                self._first = error
-
-    def tell(self, what: str) -> None:
-        """Raises if a fault was caught.
-
-        Raises:
-            CorruptChunk: a CorruptChunk was among the faults.
-            StoreError: otherwise; its message is the sentence `what` and the first fault.
-        """
-        if isinstance(self._first, CorruptChunk):
-            raise self._first
-        if self._first is not None:
-            raise StoreError(f"{what} {self._first}") from self._first
+            if not self.tier.read_only and not self.health.writes_badly():
+                with collected([]):
+                    self.delete(key)
+                    deleted = True
+        finally:
+            if not deleted:
+                self.health.quarantine(key)
 
 
-@dataclass(frozen=True)
-class TierAnswer(Generic[T]):
-    """The result of asking one tier after the other for a value.
+Targets = Sequence[tuple[TierPlace, bool]]
+"""Tiers without a usable value of a key, each with whether a corrupt one has to be replaced there."""
 
-    Attributes:
-        value: None for a miss.
-        place: the tier that had the value.
-        lacking: the tiers asked before that one, which had no usable value, each with whether it had a corrupt one.
+
+def look_up(places: Sequence[TierPlace], keys: Sequence[str]) -> tuple[list[bool], list[BaseException]]:
+    """Asks each tier once, about the keys that the tiers before it lack.
+
+    Returns:
+        The mask over all tiers; and the faults, if no tier answered.
     """
-
-    value: T | None = None
-    place: TierPlace | None = None
-    lacking: Sequence[tuple[TierPlace, bool]] = field(default=())
-
-    def targets(self) -> list[tuple[TierPlace, bool]]:
-        """Returns the entries of `lacking` to which the value should be copied."""
-        return [
-            (place, wrong)
-            for place, wrong in self.lacking
-            if self.place is not None
-            and place.level < self.place.level
-            and place.tier.takes_copies
-            and not place.health.writes_badly()
-        ]
+    found, answered = [False] * len(keys), False
+    faults: list[BaseException] = []
+    for place in sorted(places, key=lambda place: place.health.reads_badly()):
+        missing = [n for n, key in enumerate(keys) if not found[n] and not place.health.is_quarantined(key)]
+        if answered and (not missing or place.health.reads_badly()):
+            continue
+        with collected(faults):
+            for n, has in zip(missing, place.contains([keys[n] for n in missing]), strict=True):
+                found[n] = has
+            answered = True
+    return found, [] if answered else faults
 
 
-class TierRow:
-    """All tiers, nearest first, asked as if they were one store.
+def first(
+    places: Sequence[TierPlace], key: str, ask: Callable[[Store], T | None], nbytes: int | None = None
+) -> tuple[T | None, TierPlace | None, Targets]:
+    """Asks one tier after the other for a value.
 
     Args:
-        places: the tiers in order.
+        places: the tiers.
+        key: of the value.
+        ask: asks one store; returns None for a miss.
+        nbytes: bytes that are read, to be counted; None if `ask` does not read.
+
+    Returns:
+        The answer, the tier that gave it, and the tiers asked before that one, which had no usable value. Of a miss, None.
+
+    Raises:
+        CorruptChunk: a tier has the value, but not of the right size, and no tier has a better one.
+        StoreError: no tier has the value, and at least one failed.
     """
+    lacking: list[tuple[TierPlace, bool]] = []
+    faults: list[BaseException] = []
+    asked = [place for place in places if not place.health.is_quarantined(key)]
+    for place in sorted(asked, key=lambda place: (place.health.reads_badly(), place.level, place.health.load())):
+        with collected(faults):
+            try:
+                with place.health.look("read"):
+                    value = ask(place.store)
+            except CorruptChunk:
+                lacking.append((place, True))
+                raise
+            if value is not None:
+                if nbytes is not None:
+                    place.health.count(reads=1, bytes_read=nbytes)
+                return value, place, lacking
+            lacking.append((place, False))
+    raise_any(faults, f"Chunk {key} cannot be read from any tier.")
+    return None, None, lacking
 
-    def __init__(self, places: Sequence[TierPlace]) -> None:
-        self._places = list(places)
 
-    def look_up(self, keys: Sequence[str]) -> tuple[list[bool], Faults]:
-        """Asks each tier once, about the keys that the tiers before it lack.
+@contextmanager
+def collected(faults: list[BaseException]) -> Iterator[None]:
+    """Catches a fault that the body raises, and appends it to a list."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_a_fault(error):
+            raise
+        faults.append(error)
 
-        Returns:
-            The mask over all tiers; and the faults, if no tier answered.
-        """
-        found, answers, faults = [False] * len(keys), 0, Faults()
-        for place in sorted(self._places, key=lambda place: place.health.reads_badly()):
-            missing = [n for n, key in enumerate(keys) if not found[n] and not place.health.shuns(key)]
-            if answers and (not missing or place.health.reads_badly()):
-                continue
-            with faults.caught():
-                for n, has in zip(missing, place.contains([keys[n] for n in missing]), strict=True):
-                    found[n] = has
-                answers += 1
-        return found, Faults() if answers else faults
 
-    def first(self, key: str, ask: Callable[[Store], T | None], nbytes: int | None = None) -> TierAnswer[T]:
-        """Asks one tier after the other until one has the value.
+def raise_any(faults: Sequence[BaseException], what: str) -> None:
+    """Raises if there are faults.
 
-        Args:
-            key: of the value.
-            ask: asks one store; returns None for a miss.
-            nbytes: bytes that a read returns; None if `ask` does not read, so that the store's pace is not updated.
-
-        Raises:
-            CorruptChunk: a tier has the value, but not of the right size, and no tier has a better one.
-            StoreError: no tier has the value, and at least one failed.
-        """
-        lacking: list[tuple[TierPlace, bool]] = []
-        faults = Faults()
-        for place in self._route(key, nbytes or 0):
-            question = partial(ask, place.store)
-            with faults.caught():
-                try:
-                    value = (
-                        place.health.look("read", question) if nbytes is None else place.health.read(nbytes, question)
-                    )
-                except CorruptChunk:
-                    lacking.append((place, True))
-                    raise
-                if value is not None:
-                    return TierAnswer(value, place, lacking)
-                lacking.append((place, False))
-        faults.tell(f"Chunk {key} cannot be read from any tier.")
-        return TierAnswer()
-
-    def _route(self, key: str, nbytes: int) -> list[TierPlace]:
-        """Returns the tiers in the order in which they are asked for a value."""
-        places = [place for place in self._places if not place.health.shuns(key)]
-        places.sort(key=lambda p: (p.health.reads_badly(), p.level, p.health.seconds_until_read(nbytes)))
-        for place in places[1:]:
-            if nbytes and place.level == places[0].level:
-                place.health.passed_over()
-        return places
+    Raises:
+        CorruptChunk: a CorruptChunk is among the faults. It says more than a store's failure: such a value has to be replaced.
+        StoreError: otherwise; its message is the sentence `what` and the first fault.
+    """
+    for fault in faults:
+        if isinstance(fault, CorruptChunk):
+            raise fault
+    if faults:
+        raise StoreError(f"{what} {faults[0]}") from faults[0]
 
 
 def _name(store: Store) -> str:

@@ -2,7 +2,7 @@
 
     reading   from the nearest tier that has the value; if a tier fails, the next one is asked
     writing   to each tier by its own policy: at once, behind, or never
-    behind    one background thread copies values found in a far tier to nearer ones, and does the writes of policy "behind"
+    behind    the background queue copies values found in a far tier to nearer ones, and does the writes of policy "behind"
 
 No lock is held while a tier works, so threads that load different chunks use different tiers at the same time.
 """
@@ -10,22 +10,21 @@ No lock is held while a tier works, so threads that load different chunks use di
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.limits import Limits
-from cake_hf.stores.background import Behind, Errand
+from cake_hf.stores.background_queue import TIERS, QueueUser, Task
 from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.stores.health import TierCounts
 from cake_hf.stores.memory import MemoryStore
 from cake_hf.stores.pieces import joined
-from cake_hf.stores.tier import Faults, Tier, TierAnswer, TierPlace, TierRow
+from cake_hf.stores.tier import Targets, Tier, TierPlace, collected, first, look_up, raise_any
 
 Check = Callable[[bytearray, str], object]
 """Called with a value and its key; raises `CorruptChunk` if the value does not belong to the key."""
@@ -40,10 +39,10 @@ class TierStore(Store):
     only if no tier has the value and at least one failed. A value read from a far tier is copied to the nearer tiers in the
     background.
 
-    *Tiers of one level* are equally near: two disks, or a disk and a network that are both worth using. A read goes to the
-    tier that should finish it first, judging by its pace so far and the reads under way there; so two loader threads share
-    the tiers, and the throughputs add up. Levels are not weighed against each other: the nearer one is meant to be much
-    faster, and a chunk fetched from a farther one would be the chunk that everything else waits for.
+    *Tiers of one level* are equally near, such as two disks. A read goes to the tier with the fewest operations under way, and
+    otherwise to each in turn; so two loader threads share the tiers, and the throughputs add up. Levels are not weighed
+    against each other: the nearer one is meant to be much faster, and a chunk fetched from a farther one would be the chunk
+    that everything else waits for.
 
     *Writing* tries every tier with `write=True` before it returns, and raises only if none of them took the value; nothing is
     listed then. The value is durable as soon as the first durable tier has it (memory is not durable). If such a tier fails,
@@ -83,13 +82,11 @@ class TierStore(Store):
             raise ValueError("A tier store needs at least one tier.")
         if "behind" in policies and True not in policies:
             raise ValueError('Where a tier is written "behind", another must be written at once (write=True).')
-        self._row = TierRow(self._places)
         self.reads_ranges = all(place.store.reads_ranges for place in self._places)
         self.range_seconds = max(place.store.range_seconds for place in self._places)
         self.read_only = all(place.tier.read_only for place in self._places)
         self._check = check
-        self._behind = Behind(queue_bytes, close_seconds, partial(_lasting_place, self._places))
-        weakref.finalize(self, self._behind.retire).atexit = False
+        self._queue = QueueUser(TIERS, partial(_lasting_place, self._places), queue_bytes, close_seconds)
 
     def __repr__(self) -> str:
         return f"TierStore([{', '.join(place.health.name for place in self._places)}])"
@@ -104,9 +101,9 @@ class TierStore(Store):
 
     # Queries.
 
-    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
+    def mismatch_reason(self, namespace: str, metadata: Callable[[], Mapping[str, Any]]) -> str:
         """Returns the first mismatch reason that a tier gives."""
-        return next(filter(None, (place.store.mismatch_reason(namespace, facts) for place in self._places)), "")
+        return next(filter(None, (place.store.mismatch_reason(namespace, metadata) for place in self._places)), "")
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         """Asks each tier once, about the keys that the tiers before it lack. A tier that fails counts as empty.
@@ -114,36 +111,37 @@ class TierStore(Store):
         Raises:
             StoreError: all tiers failed.
         """
-        found, faults = self._row.look_up(keys)
-        faults.tell("None of the tiers can be asked for chunks.")
+        found, faults = look_up(self._places, keys)
+        raise_any(faults, "None of the tiers can be asked for chunks.")
         return found
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
-        stamp, nbytes = self._behind.stamp(), total_bytes(parts)
-        answer = self._row.first(key, lambda store: store.read_into(key, parts), nbytes)
-        if answer.place is not None:
-            self._carry_on(key, parts, stamp, answer)
-        return answer.value
+        stamp, nbytes = self._queue.stamp(), total_bytes(parts)
+        size, place, lacking = first(self._places, key, lambda store: store.read_into(key, parts), nbytes)
+        if place is not None:
+            targets = [(near, wrong) for near, wrong in lacking if near.level < place.level and near.takes_copies()]
+            self._copy_soon(key, parts, targets, "promoted", self._check, stamp)
+        return size
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        answer = self._row.first(key, lambda store: store.read_range(key, parts, offset) or None, total_bytes(parts))
-        return answer.place is not None
+        nbytes = total_bytes(parts)
+        return bool(first(self._places, key, lambda store: store.read_range(key, parts, offset) or None, nbytes)[0])
 
     def head(self, key: str, nbytes: int) -> bytes | None:
-        return self._row.first(key, lambda store: store.head(key, nbytes)).value
+        return first(self._places, key, lambda store: store.head(key, nbytes))[0]
 
     def read(self, key: str) -> bytearray | None:
         """Returns the value from the first tier that has it.
 
         It is not copied to nearer tiers: callers of this method go through the whole store.
         """
-        answer = self._row.first(key, lambda store: store.read(key))
-        if answer.place is not None and answer.value is not None:
-            answer.place.health.count(reads=1, bytes_read=len(answer.value))
-        return answer.value
+        value, place, _ = first(self._places, key, lambda store: store.read(key))
+        if place is not None and value is not None:
+            place.health.count(reads=1, bytes_read=len(value))
+        return value
 
     def size(self, key: str) -> int | None:
-        return self._row.first(key, lambda store: store.size(key)).value
+        return first(self._places, key, lambda store: store.size(key))[0]
 
     def keys(self) -> Iterator[str]:
         """Iterates over the keys of all tiers, each key once; a tier that cannot be listed counts as empty.
@@ -152,27 +150,28 @@ class TierStore(Store):
             StoreError: none of the tiers can be listed.
         """
         seen: set[str] = set()
-        faults = Faults()
+        faults: list[BaseException] = []
         for place in self._places:
             new: list[str] = []
-            with faults.caught():
+            with collected(faults):
                 new = [key for key in place.listing() if key not in seen]
             seen.update(new)
             yield from new
-        if faults.count == len(self._places):
-            faults.tell("None of the tiers can be listed.")
+        if len(faults) == len(self._places):
+            raise_any(faults, "None of the tiers can be listed.")
 
     # Changes.
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
-        if not replace and self._row.look_up([key])[0][0]:
-            return False
         if replace:
-            with self._behind.changing(key):
+            with self._queue.changing(key):
                 written = self._write_now(key, parts, replace=True)
+        elif look_up(self._places, [key])[0][0]:
+            return False
         else:
             written = self._write_now(key, parts, replace=False)
-        self._write_behind(key, parts, replace=replace)
+        behind = [(place, replace) for place in self._places if place.tier.write == "behind"]
+        self._copy_soon(key, parts, behind, "written")
         return written
 
     def delete(self, key: str) -> bool:
@@ -181,12 +180,13 @@ class TierStore(Store):
         Raises:
             StoreError: a tier failed, or has the key and is read-only. The key was still removed from the others.
         """
-        deleted, faults = False, Faults()
-        with self._behind.changing(key):
+        deleted = False
+        faults: list[BaseException] = []
+        with self._queue.changing(key):
             for place in self._places:
-                with faults.caught():
+                with collected(faults):
                     deleted |= place.delete(key)
-        faults.tell(f"Chunk {key} cannot be deleted from all tiers.")
+        raise_any(faults, f"Chunk {key} cannot be deleted from all tiers.")
         return deleted
 
     def check_writable(self) -> None:
@@ -195,12 +195,13 @@ class TierStore(Store):
         Raises:
             StoreError: all of these tiers refuse.
         """
-        eager, faults = self._eager(), Faults()
+        eager = self._eager()
+        faults: list[BaseException] = []
         for place in eager:
-            with faults.caught():
-                place.health.change("written", place.store.check_writable)
-        if faults.count == len(eager):
-            faults.tell("Nothing can be written to any tier.")
+            with collected(faults), place.health.change("written"):
+                place.store.check_writable()
+        if len(faults) == len(eager):
+            raise_any(faults, "Nothing can be written to any tier.")
 
     def look_only(self) -> None:
         for place in self._places:
@@ -218,7 +219,7 @@ class TierStore(Store):
         """Returns the notes of all tiers that can be read; of two notes with the same name, the nearest tier's."""
         found: dict[str, bytes] = {}
         for place in self._places:
-            with Faults().caught():
+            with collected([]):
                 found = {**place.store.notes(), **found}
         return found
 
@@ -226,7 +227,7 @@ class TierStore(Store):
         """Keeps the note in every tier that values are written to; faults are ignored."""
         for place in self._places:
             if place.tier.write:
-                with Faults().caught():
+                with collected([]):
                     place.store.put_note(name, note)
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -235,36 +236,17 @@ class TierStore(Store):
         Without a timeout it waits as long as there is progress, and returns False once one copy takes longer than
         `close_seconds`.
         """
-        return self._behind.flush(timeout)
+        return self._queue.flush(timeout)
 
     def close(self) -> None:
         """Waits for the background queue, at most `close_seconds`, and closes the tiers that are owned."""
-        self._behind.close()
+        self._queue.close()
         with ExitStack() as stack:
             for place in self._places:
                 if place.tier.owned:
                     stack.callback(place.store.close)
 
-    # Internals: promotion and writes.
-
-    def _carry_on(self, key: str, parts: Sequence[memoryview], stamp: int, answer: TierAnswer[int]) -> None:
-        """Queues copies of a value that was read to the nearer tiers that lack it, if they fit. Never waits."""
-        targets, nbytes = answer.targets(), total_bytes(parts)
-        if targets and self._behind.has_room(nbytes):
-            errand = Errand(key, nbytes, partial(self._promote, key, joined(parts), targets))
-            if self._behind.offer(errand, stamp):
-                return
-        for place, _ in targets:
-            place.health.count(skipped=1)
-
-    def _promote(self, key: str, value: bytearray, targets: Sequence[tuple[TierPlace, bool]]) -> None:
-        try:
-            if self._check is not None:
-                self._check(value, key)
-        except CorruptChunk:  # The reader of the value finds that out as well, and reports it.
-            return
-        for place, wrong in targets:
-            place.health.count(promoted=place.put(key, value, replace=wrong))
+    # Internals.
 
     def _eager(self) -> list[TierPlace]:
         places = [place for place in self._places if place.tier.write is True]
@@ -275,37 +257,47 @@ class TierStore(Store):
     def _write_now(self, key: str, parts: Sequence[Part], *, replace: bool) -> bool:
         """Writes to the tiers that are written at once; to tiers in trouble only if no other tier takes the value."""
         written: dict[TierPlace, bool] = {}
-        faults = Faults()
+        faults: list[BaseException] = []
         for place in sorted(self._eager(), key=lambda place: place.health.writes_badly()):
             if written and place.health.writes_badly():
                 place.health.count(skipped=1)
                 continue
-            with faults.caught():
+            with collected(faults):
                 written[place] = place.write(key, parts, replace=replace)
         if not written:
-            faults.tell(f"Chunk {key} cannot be written to any tier.")
+            raise_any(faults, f"Chunk {key} cannot be written to any tier.")
         for place in self._places:
             place.health.count(written=written.get(place, False))
             if replace and place not in written:
-                place.disown(key)
+                place.discard(key)
         return any(written.values())
 
-    def _write_behind(self, key: str, parts: Sequence[Part], *, replace: bool) -> None:
-        places = [place for place in self._places if place.tier.write == "behind"]
-        if not places:
-            return
+    def _copy_soon(
+        self,
+        key: str,
+        parts: Sequence[Part],
+        targets: Targets,
+        counted: Literal["promoted", "written"],
+        check: Check | None = None,
+        stamp: int | None = None,
+    ) -> None:
+        """Queues copies of a value to these tiers. Never waits: copies that do not fit are skipped."""
 
-        def run() -> None:
-            for place in places:
-                place.health.count(written=place.put(key, value, replace=replace))
+        def put(value: bytearray) -> None:
+            try:
+                if check is not None:
+                    check(value, key)
+            except CorruptChunk:  # The reader of the value finds that out as well, and reports it.
+                return
+            for place, wrong in targets:
+                place.health.count(**{counted: place.put(key, value, replace=wrong)})
 
         nbytes = total_bytes(parts)
-        if self._behind.has_room(nbytes):
-            value = joined(parts)
-            if self._behind.offer(Errand(key, nbytes, run)):
-                return
-        for place in places:
-            place.health.count(skipped=1)
+        if targets and not (
+            self._queue.has_room(nbytes) and self._queue.offer(Task(key, nbytes, partial(put, joined(parts))), stamp)
+        ):
+            for place, _ in targets:
+                place.health.count(skipped=1)
 
 
 def _lasting_place(places: Sequence[TierPlace]) -> Hashable:

@@ -56,8 +56,8 @@ class WrapperStore(Store):
     def leaves_traces(self) -> bool:
         return self.inner.leaves_traces()
 
-    def mismatch_reason(self, namespace: str, facts: Callable[[], Mapping[str, Any]]) -> str:
-        return self.inner.mismatch_reason(namespace, facts)
+    def mismatch_reason(self, namespace: str, metadata: Callable[[], Mapping[str, Any]]) -> str:
+        return self.inner.mismatch_reason(namespace, metadata)
 
     def notes(self) -> Mapping[str, bytes]:
         return self.inner.notes()

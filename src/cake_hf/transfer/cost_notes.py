@@ -7,11 +7,9 @@ ignored and rewritten. Waits for it are short, because its directory may be on a
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,17 +21,19 @@ from cake_hf.report import Span
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.stores.background_queue import leaving_since
+from cake_hf.stores.background_queue import NOTES, QueueUser, Task, users_of
 from cake_hf.stores.base import Store
 from cake_hf.stores.safe_paths import directory, make_directory, opened, replace_file
-from cake_hf.transfer.deadline import Late, ask, in_words
-from cake_hf.util.forks import Lock, renewed_in_child
+from cake_hf.transfer.deadline import Late, ask
+from cake_hf.util.forks import Lock
 from cake_hf.util.processor import processor
-from cake_hf.util.threads import refusal
 
 logger = logging.getLogger("cake_hf")
 
 MAX_FILE_BYTES = 2**20
+
+QUEUE_BYTES = MAX_FILE_BYTES
+"""Bytes of notes that may wait to be written in one directory; what is beyond that is not noted."""
 
 NOTE_SECONDS = 5.0
 """Maximum seconds to wait for a note, when it is read and when the interpreter exits; without it, costs are learnt anew."""
@@ -44,53 +44,32 @@ _lock = Lock()
 
 
 class Note:
-    """A small file with at most one hanging read and one hanging write. Get it from `note_of`.
-
-    It is written in the background; a newer text replaces one that is still waiting.
-    """
+    """A small file with at most one hanging read, written in the background. Get it from `note_of`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._late = Late()
-        self.exit_seconds = 0.0
-        self._begin_anew()
-        renewed_in_child(self._begin_anew)
-
-    def _begin_anew(self) -> None:
-        """Resets the state, also in a forked child: what the parent is about to write is left to the parent."""
-        self._changed = threading.Condition()
-        self._waiting: str | None = None
-        self._written: str | None = None  # being written now
-        self._busy = False
+        self._newest = ""
+        self.queue = note_queue(file.parent)
 
     def read(self, seconds: float = NOTE_SECONDS) -> str | None:
         """Returns the text written last, or about to be written; None if there is none or it does not arrive in time."""
-        with self._changed:
-            text = self._waiting if self._waiting is not None else self._written
-        if text is not None:
-            return text
+        if not self.queue.is_idle():
+            return self._newest
         answer = ask(self._load, seconds, "notes", self._late)
         if answer.error is not None:
             logger.debug("Costs are not recalled from %s: %s", self._file, answer.trouble)
         return answer.value
 
     def write(self, text: str) -> None:
-        """Replaces the file soon, in the background."""
-        with self._changed:
-            self._waiting = self._join(self._waiting, text)
-            if self._busy:
-                return
-            self._busy = True
-        error = refusal(threading.Thread(target=self._run, name="cake-notes", daemon=True))
-        if error is not None:
-            logger.debug("Costs are not remembered in %s: %s", self._file, error)
-            with self._changed:
-                self._busy = False
+        """Replaces the file soon, in the background. A newer text takes the place of one that is still waiting."""
+        self._newest = text
+        if not self.queue.offer(Task(self._file.name, len(text), partial(self._put, text)), supersede=True):
+            logger.debug("Costs are not remembered in %s: the background queue refuses them.", self._file)
 
-    def flush(self, seconds: float) -> bool:
-        """Waits until nothing is left to be written; False if it took longer."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._busy, seconds)
+    def _put(self, text: str) -> None:
+        """Writes the file. A task that waits keeps the note object alive, which therefore knows the newest text."""
+        _write(self._file, text)
 
     def _load(self) -> str:
         """Reads the file. A hanging read keeps the note object alive, which therefore knows that the read hangs."""
@@ -101,27 +80,6 @@ class Note:
             opened(name, os.O_RDONLY, at) as (file, _),
         ):
             return os.read(file, MAX_FILE_BYTES).decode()
-
-    def _run(self) -> None:
-        while (text := self._take()) is not None:
-            try:
-                self._put(text)
-            except BaseException as error:  # otherwise waits for this thread would never end
-                logger.debug("Costs are not remembered in %s: %s", self._file, in_words(error))
-
-    def _join(self, waiting: str | None, text: str) -> str:
-        """Combines a text that is still waiting to be written with a newer one: here the newer one wins."""
-        return text
-
-    def _put(self, text: str) -> None:
-        _write(self._file, text)
-
-    def _take(self) -> str | None:
-        with self._changed:
-            self._written, self._waiting = self._waiting, None
-            self._busy = self._written is not None
-            self._changed.notify_all()
-            return self._written
 
 
 class CostMemory:
@@ -181,11 +139,11 @@ class CostMemory:
     def let_exit_wait(self, seconds: float) -> None:
         """Makes the interpreter's exit wait at least `seconds` for the note to be written."""
         if self._note is not None:
-            self._note.exit_seconds = max(self._note.exit_seconds, seconds)
+            let_exit_wait(self._note.queue, seconds)
 
     def flush(self, seconds: float) -> bool:
         """Waits until what was learnt is written; False if it took longer."""
-        return self._note is None or self._note.flush(seconds)
+        return self._note is None or self._note.queue.flush(seconds)
 
 
 def recall_costs(
@@ -248,52 +206,48 @@ def _file_for(store: Store, name: str) -> tuple[Path, Callable[[], bool]] | None
     return folder / f"costs-{name}.json", permission(store)
 
 
-def note_of(file: Path, kind: type[Note] = Note) -> Note:
-    """Returns the one object of this process for a file; it lives as long as it is used, read or written.
-
-    Args:
-        file: of the note.
-        kind: class of the object, if it has to be made.
-    """
+def note_of(file: Path) -> Note:
+    """Returns the one object of this process for a file; it lives as long as it is used, read or written."""
     with _lock:
         note = _notes.get(file)
         if note is None:
-            note = _notes[file] = kind(file)
+            note = _notes[file] = Note(file)
         return note
+
+
+def note_queue(folder: Path) -> QueueUser:
+    """Returns a new user of the background queue that writes to the notes in a folder."""
+    return QueueUser(NOTES, lambda: folder, QUEUE_BYTES, exit_seconds=0.0)
+
+
+def let_exit_wait(queue: QueueUser, seconds: float) -> None:
+    """Makes the interpreter's exit wait for notes at least `seconds`, but not longer than `NOTE_SECONDS`."""
+    queue.exit_seconds = max(queue.exit_seconds, min(seconds, NOTE_SECONDS))
 
 
 def flush_costs(store: Store, seconds: float) -> bool:
     """Waits until what was learnt about a store is written, so that its directory may be removed; False if it took longer."""
     with _lock:
         known = list(_learners.get(store, {}).values())
-    return _flush_all(known, min(seconds, NOTE_SECONDS))
+    return _flush_all([one.flush for one in known], min(seconds, NOTE_SECONDS))
 
 
 def flush_notes(seconds: float) -> bool:
     """Waits until all notes are written; False if it took longer."""
-    with _lock:
-        notes = list(_notes.values())
-    return _flush_all(notes, seconds)
+    return _flush_all([user.flush for user in users_of(NOTES)], seconds)
 
 
-@atexit.register
-def _leave() -> None:
-    """Waits for notes at exit, because a daemon thread stopped in the middle of a write would leave a partial file behind."""
-    seconds = min(NOTE_SECONDS, max((note.exit_seconds for note in list(_notes.values())), default=0.0))
-    flush_notes(leaving_since() + seconds - time.monotonic())
-
-
-def _flush_all(what: Sequence[CostMemory | Note], seconds: float) -> bool:
+def _flush_all(flushes: Sequence[Callable[[float], bool]], seconds: float) -> bool:
     end = time.monotonic() + seconds
-    return all(one.flush(max(0.0, end - time.monotonic())) for one in what)
+    return all(flush(max(0.0, end - time.monotonic())) for flush in flushes)
 
 
 def _write(file: Path, text: str) -> None:
-    """Replaces the file as a whole. If that is not possible (a read-only store), nothing is remembered."""
+    """Replaces the file as a whole. If that is not possible (in a read-only store), nothing is remembered."""
     try:
         with directory(file.parent.parent) as root:
             make_directory(file.parent.name, root)
             with directory(file.parent.name, root) as folder:
                 replace_file(file.name, text.encode(), folder)
-    except OSError as error:
+    except Exception as error:
         logger.debug("Costs are not remembered in %s: %s", file, error)

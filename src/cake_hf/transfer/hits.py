@@ -19,9 +19,10 @@ from pathlib import Path
 
 from cake_hf.limits import Limits
 from cake_hf.report import Report
+from cake_hf.stores.background_queue import QueueUser, Task
 from cake_hf.stores.base import Store
 from cake_hf.stores.safe_paths import directory, make_directory, open_file, opened, replace_file
-from cake_hf.transfer.cost_notes import NOTE_SECONDS, Note, note_of, permission
+from cake_hf.transfer.cost_notes import NOTE_SECONDS, let_exit_wait, note_queue, permission
 from cake_hf.transfer.deadline import Late, ask
 from cake_hf.util.forks import Lock
 
@@ -89,24 +90,12 @@ def read_hits(folder: Path) -> dict[str, Hits]:
         return {}
 
 
-class HitNote(Note):
-    """The file to which the totals of prompts are appended."""
-
-    def _join(self, waiting: str | None, text: str) -> str:
-        return (waiting or "") + text
-
-    def _put(self, text: str) -> None:
-        try:
-            _append(self._file, text)
-        except OSError as error:
-            logger.debug("Hits are not counted in %s: %s", self._file, error)
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a store's hits are counted, and whether they may be counted now."""
 
-    note: Note
+    file: Path
+    queue: QueueUser
     may_write: Callable[[], bool]
 
 
@@ -130,42 +119,51 @@ def count_hits(store: Store, report: Report, limits: Limits, late: Late | None =
         with _lock:
             place = _places.setdefault(store, place)
     if place is not None and place.may_write():
-        place.note.exit_seconds = max(place.note.exit_seconds, limits.exit_flush_seconds)
-        place.note.write(_line(datetime.now(UTC).date().isoformat(), Hits.of(report)))
+        let_exit_wait(place.queue, limits.exit_flush_seconds)
+        line = _line(datetime.now(UTC).date().isoformat(), Hits.of(report))
+        if not place.queue.offer(Task(FILE, len(line), partial(_append, place.file, line))):
+            logger.debug("Hits are not counted in %s: the background queue refuses them.", place.file)
 
 
 def flush_hits(store: Store, seconds: float) -> bool:
     """Waits until what was counted beside a store is written; False if it took longer."""
     with _lock:
         place = _places.get(store)
-    return place is None or place.note.flush(max(0.0, min(seconds, NOTE_SECONDS)))
+    return place is None or place.queue.flush(max(0.0, min(seconds, NOTE_SECONDS)))
 
 
 def _place_of(store: Store) -> _Place | None:
     folder = store.notes_folder() if store.counts_hits else None
     if not isinstance(folder, Path) or not folder.is_absolute():
         return None
-    return _Place(note_of(folder / FILE, HitNote), permission(store))
+    return _Place(folder / FILE, note_queue(folder), permission(store))
 
 
 def _line(day: str, hits: Hits) -> str:
     return f"{day} {' '.join(map(str, astuple(hits)))}\n"
 
 
-def _append(file: Path, text: str) -> None:
-    with directory(file.parent.parent) as root:
-        make_directory(file.parent.name, root)
-        with directory(file.parent.name, root) as folder:
-            descriptor, status = open_file(file.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, folder)
-            try:
-                if status.st_size + len(text) <= MAX_FILE_BYTES:
-                    os.write(descriptor, text.encode())
-                    return
-            finally:
-                os.close(descriptor)
-            days = parsed(_text(file) + text)
-            kept = list(days.items())[-DAYS_KEPT:]
-            replace_file(file.name, "".join(_line(day, hits) for day, hits in kept).encode(), folder)
+def _append(file: Path, line: str) -> None:
+    """Adds a line to the file. If that is not possible (in a read-only store), the prompt is not counted."""
+    try:
+        with directory(file.parent.parent) as root:
+            make_directory(file.parent.name, root)
+            with directory(file.parent.name, root) as folder:
+                _append_in(folder, file, line)
+    except Exception as error:
+        logger.debug("Hits are not counted in %s: %s", file, error)
+
+
+def _append_in(folder: int, file: Path, line: str) -> None:
+    descriptor, status = open_file(file.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, folder)
+    try:
+        if status.st_size + len(line) <= MAX_FILE_BYTES:
+            os.write(descriptor, line.encode())
+            return
+    finally:
+        os.close(descriptor)
+    kept = list(parsed(_text(file) + line).items())[-DAYS_KEPT:]
+    replace_file(file.name, "".join(_line(day, hits) for day, hits in kept).encode(), folder)
 
 
 def _text(file: Path) -> str:

@@ -26,6 +26,7 @@ from cake_hf.stores.unavailable import AbsentStore
 from cake_hf.transfer.deadline import Call, ask, in_words
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_retries import door_of
+from cake_hf.transfer.telemetry import prepare
 from cake_hf.transfer.writer import Writer
 from cake_hf.util import environment
 from cake_hf.util.forks import Lock
@@ -98,6 +99,7 @@ class Access:
         self._share = share
         self._door = door_of(spec)
         self._trying = Lock()
+        prepare()
         found = self._open()
         if found.error is not None and not self._is_excused(found):
             if found.store is not None and found.store is not spec:
@@ -216,8 +218,8 @@ class Access:
             door.works(found.sharing, well=found.error is None)
             if found.error is not None:
                 door.faults.tell("save", "Chunks are not being saved (generation goes on). %s", in_words(found.error))
-        room, seconds = limits.save_queue_bytes, limits.exit_flush_seconds
-        self.writer = Writer(self.store, room, seconds, found.place, self.sharing.unsaved)
+        capacity, seconds = limits.save_queue_bytes, limits.exit_flush_seconds
+        self.writer = Writer(self.store, capacity, seconds, found.place, self.sharing.unsaved)
         self._found = found
 
 

@@ -5,52 +5,26 @@
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
 
-If `opentelemetry-api` is not installed, nothing happens; if it is installed but no SDK is set up, its instruments do nothing.
-No error in this module ever affects a prompt.
+Without an SDK that the program sets up, the API's instruments do nothing. No error in this module ever affects a prompt.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from cake_hf.report import Report
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
+
 logger = logging.getLogger("cake_hf")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Bucket bounds of the histograms. The SDK's defaults are for milliseconds: all our values would be in the first bucket."""
-
-
-class Counter(Protocol):
-    """The used part of an OpenTelemetry counter."""
-
-    def add(self, amount: int, attributes: Mapping[str, str]) -> None: ...
-
-
-class Histogram(Protocol):
-    """The used part of an OpenTelemetry histogram."""
-
-    def record(self, amount: float) -> None: ...
-
-
-class Meter(Protocol):
-    """The used part of an OpenTelemetry meter."""
-
-    def create_counter(self, name: str, unit: str = "", description: str = "") -> Counter: ...
-
-    def create_histogram(
-        self,
-        name: str,
-        unit: str = "",
-        description: str = "",
-        *,
-        explicit_bucket_boundaries_advisory: Sequence[float] | None = None,
-    ) -> Histogram: ...
 
 
 class Instruments:
@@ -125,7 +99,7 @@ class _Watch:
     def tell(self, what: Callable[[Instruments], None]) -> None:
         """Records something, if there are instruments."""
         if not self._made:
-            self.use(_installed_meter, again=False)
+            self.use(_global_meter, again=False)
         instruments = self._instruments
         if instruments is None:
             return
@@ -138,6 +112,11 @@ class _Watch:
 
 
 _watch = _Watch()
+
+
+def prepare() -> None:
+    """Makes the instruments now, so that the first prompt need not wait for the API's import."""
+    _watch.tell(lambda instruments: None)
 
 
 def observe(report: Report) -> None:
@@ -165,14 +144,8 @@ def use_meter(meter: Meter | None) -> None:
     _watch.use(lambda: meter, again=True)
 
 
-def _installed_meter() -> Meter | None:
-    """Returns the global meter, or None if the package is not installed.
+def _global_meter() -> Meter:
+    """Returns the program's meter. The API is imported here since that takes longer than importing cake_hf."""
+    from opentelemetry.metrics import get_meter
 
-    The package is imported by name, since its types may be missing.
-    """
-    try:
-        metrics = importlib.import_module("opentelemetry.metrics")
-    except ImportError:
-        return None
-    meter: Meter = metrics.get_meter("cake_hf")
-    return meter
+    return get_meter("cake_hf")

@@ -1,4 +1,4 @@
-"""Write-behind: chunks wait in a queue bounded in bytes, and one background thread per place makes them durable."""
+"""Write-behind: chunks wait in a background queue until its thread has made them durable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.errors import StoreError
-from cake_hf.stores.background_queue import WRITER, Share, Work, line_of
+from cake_hf.stores.background_queue import WRITER, QueueUser, Task
 from cake_hf.stores.base import Store, place_of
 from cake_hf.transfer.copy_streams import copy_out
 from cake_hf.transfer.fault_log import FaultLog
@@ -27,14 +27,14 @@ class SaveJob:
     """One chunk on its way to the store.
 
     Attributes:
-        facts: the chunk's metadata; the checksums are filled in by the writer.
+        metadata: of the chunk; the checksums are filled in by the writer.
         layout: of the chunk.
         payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way.
         overwrite: whether the store has a chunk of this key that turned out to be unusable.
         done: called with whether the chunk is durable now.
     """
 
-    facts: ChunkMetadata
+    metadata: ChunkMetadata
     layout: ChunkLayout
     payload: Slot
     overwrite: bool
@@ -42,7 +42,7 @@ class SaveJob:
 
 
 class Writer:
-    """What one session has to save: its share of the background queue in front of a store.
+    """What one session has to save: a user of the background queue in front of a store.
 
     All writers of a process for one place share a thread and a byte budget. An offer beyond that budget is refused at once;
     nothing ever waits for room.
@@ -64,32 +64,32 @@ class Writer:
         faults: FaultLog | None = None,
     ) -> None:
         self._store = store
-        line = partial(line_of, WRITER, place_of(store) if place is None else place)
-        self._share = Share(line, capacity, exit_flush_seconds)
+        known = place_of(store) if place is None else place
+        self._queue = QueueUser(WRITER, lambda: known, capacity, exit_flush_seconds)
         self._faults = faults or FaultLog()
 
     def has_room(self, nbytes: int) -> bool:
         """Returns whether a chunk of that size would be accepted now; asked before the chunk is copied out."""
-        return self._share.has_room(nbytes)
+        return self._queue.has_room(nbytes)
 
     def offer(self, job: SaveJob) -> bool:
         """Queues a chunk; False, without any effect, if it does not fit, the writer is closed, or no thread is available."""
-        return self._share.offer(Work(job.facts.key, job.layout.nbytes, partial(self._bring, job)))
+        return self._queue.offer(Task(job.metadata.key, job.layout.nbytes, partial(self._bring, job)))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything offered to this writer, so far and meanwhile, is durable.
 
         Returns False on time-out, or, without a timeout, if one chunk takes longer than `exit_flush_seconds`.
         """
-        return self._share.flush(timeout)
+        return self._queue.flush(timeout)
 
     def close(self) -> bool:
         """Accepts nothing more and waits, within a bound, for what is queued; False on time-out."""
-        return self._share.close()
+        return self._queue.close()
 
     def retire(self) -> None:
         """Accepts nothing more; what is queued is still written."""
-        self._share.retire()
+        self._queue.retire()
 
     def _bring(self, job: SaveJob) -> None:
         durable = self._save(job)
@@ -102,8 +102,8 @@ class Writer:
         try:
             job.payload.await_copy()
             payload = byte_view(job.payload.memory)
-            facts = replace(job.facts, checksums=checksums(payload, job.layout))
-            self._store.write(facts.key, [encode_header(job.layout, facts), payload], replace=job.overwrite)
+            metadata = replace(job.metadata, checksums=checksums(payload, job.layout))
+            self._store.write(metadata.key, [encode_header(job.layout, metadata), payload], replace=job.overwrite)
         except BaseException as error:  # whatever a store's client raises must affect this chunk only
             self.tell(error)
             return False
