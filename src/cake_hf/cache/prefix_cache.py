@@ -148,6 +148,7 @@ class PrefixCache(RememberingCache):
             self._abandon(restore)
             raise
         self._abandon(restore)  # the model has changed: the loads under way belong to the former one
+        look_again()
         if session.bound_model.namespace(call.ids) != found:
             raise ComputePlainly("this model does not compute the same twice, so that its KV cannot be exchanged")
         forget_trials(session.model)
