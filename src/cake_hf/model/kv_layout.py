@@ -126,7 +126,7 @@ def keeps_tokens(layer: Any) -> bool:
 
 
 def keeps_each_token_once(layer: Any) -> bool:
-    """Returns whether a layer from `kv_template` holds each of its tokens once, except those before its window, or keeps none."""
+    """Returns whether a layer from `kv_template` holds each token once, except those before a window, or keeps none."""
     most = [tensor.shape[2] for tensor in _kept_per_token(layer).values()]
     return all(tokens == TOKENS or (tokens < TOKENS and is_windowed(layer)) for tokens in most)
 
