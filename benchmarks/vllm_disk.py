@@ -81,8 +81,11 @@ def memory_side(options: argparse.Namespace) -> Ask:
         model(ids[:, :loaded], logits_to_keep=1, **{cache_name(forward_of(model)): held})
 
     def once() -> dict[str, Any]:
-        answer = ask(model, ids, copy.deepcopy(held), 1)
+        copied = copy.deepcopy(held)
+        cpu = time.process_time()
+        answer = ask(model, ids, copied, 1)
         return {
+            "cpu": time.process_time() - cpu,
             "token": int(answer.tokens[0]),
             "loaded": loaded,
             "threads": torch.get_num_threads(),

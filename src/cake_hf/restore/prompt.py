@@ -204,7 +204,7 @@ def open_prompt(
     report.chunks_missed += len(prompt.counted.intersection(absent))
     report.store = session.bound_store.name
     report.bytes_stored += _bytes_stored(prompt)
-    if wanted.chunks and not any(match.stored) and not report.reason:
+    if wanted.chunks and not (any(match.stored) or report.chunks_loaded or report.reason):
         report.reason = _objection(session, namespace) or _why_none(session)
         if report.reason == NONE_YET and not held.keys and asked:
             cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
