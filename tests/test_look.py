@@ -167,6 +167,25 @@ def test_what_is_changed_between_two_prompts_is_seen() -> None:
         assert cache.report.chunks_loaded == 3
 
 
+@pytest.mark.parametrize("change", ["bfloat16", "float16", "autocast"])
+def test_chunks_of_another_layout_are_not_read_as_if_they_were_broken(
+    change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, store = build("llama"), prompt(3 * CHUNK + 5), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        run(model, ids, cache)
+    is_autocast = change == "autocast"
+    if not is_autocast:
+        model.to(getattr(torch, change))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast),
+        CakeCache(model, store, chunk_size=CHUNK) as cache,
+    ):
+        run(model, ids, cache)
+        assert (cache.report.chunks_loaded, cache.report.chunks_failed) == (0, 0)
+    assert "not usable" not in caplog.text
+
+
 def test_the_script_counts_files_functions_and_crossings(trace: Any) -> None:
     assert 0 < len(trace.files) <= len(trace.functions) <= sum(trace.functions.values())
     assert trace.total == sum(n for (caller, _), n in trace.crossings.items() if caller != SCRIPT.OUTSIDE)
