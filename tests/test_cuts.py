@@ -372,3 +372,15 @@ def test_other_ways_to_answer_behind_a_document(mode: dict[str, Any]) -> None:
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         cache.prefill(document())
         assert torch.equal(model.generate(ids, **cache_given(cache), **{**OPTIONS, **mode}), expected)
+
+
+@pytest.mark.parametrize("stored", [1, 2, 3])
+def test_a_document_of_which_only_the_tail_is_new_was_found(stored: int) -> None:
+    model, store, ids = shared_model("llama"), MemoryStore(), prompt(3 * CHUNK + 5)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(ids[:, : stored * CHUNK], whole=True)
+        cache.flush()
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as cache:
+        report = cache.prefill(ids)
+        assert (report.chunks_loaded, report.tails_computed) == (stored, 1)
+        assert report.reason == ""

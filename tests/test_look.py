@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.model import kv_layout as probe
+from cake_hf.model import kv_layout, offload, probe
 from cake_hf.model import modules as tree
-from cake_hf.model import offload
 from cake_hf.model.look import look_again, once_per_look, one_look
+from cake_hf.model.side_run import run_aside
 from models import CHUNK, build, prompt, run
 
 
@@ -112,7 +112,7 @@ def test_another_thread_has_a_look_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("function", "most"),
     [
-        (probe.made_by, 2),
+        (kv_layout.made_by, 2),
         (offload.home_device, 2),
         (tree.modules_of, 3),  # the third one asks whether the model is compiled by now
         (tree.modules_everywhere, 1),
@@ -121,6 +121,35 @@ def test_another_thread_has_a_look_of_its_own() -> None:
 )
 def test_a_warm_prompt_looks_at_its_model_before_and_after_a_forward(trace: Any, function: Any, most: int) -> None:
     assert 1 <= trace.functions[function.__wrapped__.__code__] <= most
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_first_prompt_of_a_model_probes_it_once(
+    stored: bool, rows: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of its KV and its behaviour are read from the same short forward."""
+    ids, store, count = prompt(3 * CHUNK + 5).repeat(rows, 1), MemoryStore(), 0
+    if stored:
+        earlier = build(family)
+        with CakeCache(earlier, store, chunk_size=CHUNK) as cache:
+            run(earlier, ids, cache)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return run_aside(*args, **kwargs)
+
+    model = build(family)  # nothing is known of it, as in a new process
+    monkeypatch.setattr(probe, "run_aside", counted)
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        run(model, ids, cache)
+        assert count == 1
+        assert cache.report.chunks_loaded == (3 if stored else 0)
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        run(model, ids, cache)
+        assert count == 2  # it may have been changed since
 
 
 def test_what_is_changed_between_two_prompts_is_seen() -> None:
@@ -136,6 +165,25 @@ def test_what_is_changed_between_two_prompts_is_seen() -> None:
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         run(model, ids, cache)
         assert cache.report.chunks_loaded == 3
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "float16", "autocast"])
+def test_chunks_of_another_layout_are_not_read_as_if_they_were_broken(
+    change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, store = build("llama"), prompt(3 * CHUNK + 5), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        run(model, ids, cache)
+    is_autocast = change == "autocast"
+    if not is_autocast:
+        model.to(getattr(torch, change))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast),
+        CakeCache(model, store, chunk_size=CHUNK) as cache,
+    ):
+        run(model, ids, cache)
+        assert (cache.report.chunks_loaded, cache.report.chunks_failed) == (0, 0)
+    assert "not usable" not in caplog.text
 
 
 def test_the_script_counts_files_functions_and_crossings(trace: Any) -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.model import numerics
+from cake_hf.model.embedding_rows import remember_rows, rows_changed
 from cake_hf.model.fingerprint import _device_digest, weights_digest
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 
@@ -301,3 +302,23 @@ def test_the_checksum_for_devices_fills_up_the_last_row(nbytes: int) -> None:
     filled = torch.nn.functional.pad(content[:nbytes], (0, -nbytes % (8 * 2**15)))
     assert _device_digest(content[:nbytes]) == _device_digest(filled)
     assert _device_digest(content[1:]) == _device_digest(content[1:].clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 8, 65])
+def test_any_edit_of_a_row_of_the_embedding_is_seen(dtype: torch.dtype, width: int) -> None:
+    """Also where a row is no whole number of 64-bit words; and only prompts with that token are asked to look closer."""
+    embedding = torch.nn.Embedding(7, width, dtype=dtype)
+    model: Any = torch.nn.Sequential(embedding)
+    model.get_input_embeddings = lambda: embedding
+    remember_rows(model)
+    weight = embedding.weight.data
+    for place in range(width):
+        before = weight[3, place].clone()
+        weight[3, place] += 1
+        assert rows_changed(model, torch.tensor([[1, 3]]))
+        assert not rows_changed(model, torch.tensor([[1, 2, 4]]))
+        weight[3, place] = before
+    assert not rows_changed(model, torch.tensor([[1, 3]]))
+    weight[5] = weight[5].flip(0) + 1
+    assert rows_changed(model, torch.tensor([[5]]))

@@ -47,7 +47,7 @@ class Position:
 
         Args:
             layers: of the cache.
-            template: the same layers with one token in them.
+            template: the same layers with some tokens in them.
         """
         for number, layer in enumerate(layers):
             if isinstance(layer, SlidingWindowLayer):

@@ -168,6 +168,7 @@ class PrefixCache(RememberingCache):
             self._abandon(restore)
             raise
         self._abandon(restore)  # the model has changed: the loads under way belong to the former one
+        look_again()
         if session.bound_model.namespace(call.ids) != found:
             raise ComputePlainly(NOT_DETERMINISTIC)
         forget_trials(session.model)

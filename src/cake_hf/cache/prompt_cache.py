@@ -14,6 +14,7 @@ from cake_hf.cache.prefix_cache import PrefixCache
 from cake_hf.errors import CakeError
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.model.caller import given_prompt, is_first_forward, is_within_generate
+from cake_hf.model.look import look_again
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal
 from cake_hf.restore.audit import audit_refusal
@@ -226,6 +227,7 @@ class PromptCache(PrefixCache):
 
     def _restore_row(self, layers: list[TokenMajorLayer], known: list[str], ids: torch.Tensor, **counted: Any) -> None:
         """Restores one row of a batch, consisting of full chunks only, into its own layers, through a cache of its own."""
+        look_again()  # the rows before may have taken seconds to load
         row = self._new_row(layers)
         row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
         if row._prefill(ids, 0, no_progress, **counted) is None:

@@ -20,25 +20,20 @@ from cake_hf.chunks.tensor_bytes import host_bytes
 from cake_hf.layers.compat import LinearAttentionLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.model.kv_layout import forget_if_unlike
-from cake_hf.model.side_run import run_aside, some_tokens
-from cake_hf.model.vision import family_of
+from cake_hf.model.probe import probed_layers
 
-TOKENS = 2
-"""Tokens of the forward: the fewest that attend to one another. Half are far behind the others, where positions matter more."""
-FARTHEST = 8192
 Kept = dict[str, torch.Tensor]
 
 
 def behaviour(model: torch.nn.Module) -> Kept:
-    """Returns the KV that a model currently computes for a few tokens, by name. Takes one forward of `TOKENS` tokens.
+    """Returns the KV that a model currently computes for a few tokens, by name; see `probed_layers`.
 
     If that KV has a different layout from the remembered one, the layout will be determined again.
 
     Args:
         model: of a kind whose layers are known.
     """
-    ids = some_tokens(model, TOKENS, 7919)
-    _, layers = run_aside(model, [ids], positions=_positions(model, ids.device))
+    layers = probed_layers(model)
     forget_if_unlike(model, layers)
     return {name: tensor.cpu() for name, tensor in _kept(layers)}
 
@@ -50,23 +45,6 @@ def behaviour_digest(seen: Kept) -> str:
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         parts.append(bytes(host_bytes(tensor)))
     return checksum(b"".join(parts))
-
-
-def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
-    """Returns positions `[1, TOKENS]`, half near the start, half far from it; None if the config gives no maximum position."""
-    start = _far_start(model)
-    near = torch.arange(TOKENS // 2, device=device)
-    return torch.cat([near, near + start]).unsqueeze(0) if start else None
-
-
-def _far_start(model: Any) -> int:
-    """Returns the position of the second half of the tokens; 0 if the config does not determine it."""
-    if family_of(model) is not None:  # these models number tokens in several dimensions
-        return 0
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 4 * TOKENS:
-        return 0
-    return min(positions, FARTHEST) - TOKENS // 2
 
 
 def _kept(layers: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The layout of a model's KV, determined by running one token, once per model and mode.
+"""The layout of a model's KV, determined by running a few tokens, once per model and mode.
 
 No config entry gives the number and size of the kept heads for all model families, and a wrong guess would cost a restore.
 """
@@ -18,7 +18,7 @@ from cake_hf.layers.recurrent import states_of
 from cake_hf.model.look import once_per_look
 from cake_hf.model.numerics import autocast_facts
 from cake_hf.model.offload import home_device
-from cake_hf.model.side_run import run_aside
+from cake_hf.model.probe import TOKENS, probed_layers
 from cake_hf.util.forks import Lock
 
 
@@ -27,8 +27,8 @@ class Made:
     """The kind of KV that a model computes.
 
     Attributes:
-        layers: of a `DynamicCache` that holds one token.
-        token: the layout of that token's KV.
+        layers: of a `DynamicCache` that holds `probe.TOKENS` tokens.
+        token: the layout of one token's KV.
         states: the layout of a snapshot of the recurrent states; without pieces if there are none.
     """
 
@@ -64,13 +64,12 @@ def made_by(model: torch.nn.Module) -> Made:
     with _lock:
         known = _known.setdefault(model, {})
         if mode not in known:
-            one_token = torch.zeros((1, 1), dtype=torch.long, device=home_device(model))
-            known[mode] = Made.of(run_aside(model, [one_token])[1])
+            known[mode] = Made.of(probed_layers(model))
         return known[mode]
 
 
 def kv_template(model: torch.nn.Module) -> list[Any]:
-    """Returns the layers of a `DynamicCache` that holds one token, as the model currently creates them; see `made_by`."""
+    """Returns the layers of a `DynamicCache` that holds `probe.TOKENS` tokens, as the model currently creates them."""
     return made_by(model).layers
 
 
@@ -127,8 +126,9 @@ def keeps_tokens(layer: Any) -> bool:
 
 
 def keeps_each_token_once(layer: Any) -> bool:
-    """Returns whether a layer from `kv_template`, after one token, holds one token, or keeps none."""
-    return all(tensor.shape[2] == 1 for tensor in _kept_per_token(layer).values())
+    """Returns whether a layer from `kv_template` holds each token once, except those before a window, or keeps none."""
+    most = [tensor.shape[2] for tensor in _kept_per_token(layer).values()]
+    return all(tokens == TOKENS or (tokens < TOKENS and is_windowed(layer)) for tokens in most)
 
 
 def _mode(model: torch.nn.Module) -> object:
@@ -140,7 +140,7 @@ def _mode(model: torch.nn.Module) -> object:
 
 
 def _kept_per_token(layer: Any) -> dict[str, torch.Tensor]:
-    """Returns a layer's tensors `[1, heads, 1, head_dim]` by name, in payload order."""
+    """Returns a layer's tensors `[1, heads, tokens, head_dim]` by name, in payload order."""
     if getattr(layer, "keys", None) is None:  # a layer that uses another layer's KV, or has only a state
         return {}
     kept = {"keys": layer.keys, "values": layer.values}

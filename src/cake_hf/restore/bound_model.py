@@ -122,9 +122,14 @@ class BoundModel:
             return self._facts()
 
     def latest_namespace(self) -> str:
-        """Returns the last result of `namespace` for this model and these options, in this process; empty if there is none."""
+        """Returns the last result of `namespace` for this model and these options, in this process.
+
+        Empty if there is none, or if the model keeps its KV in another layout by now.
+        """
         latest = _latest.get(self.model, {}).get(self._options)
-        return "" if latest is None else latest.namespace
+        if latest is None or latest.facts["layout"] != self.layout().tensor_table:
+            return ""
+        return latest.namespace
 
     def latest_facts(self) -> dict[str, Any]:
         """Returns the metadata behind `latest_namespace`. Runs the model only if `namespace` was not called yet."""

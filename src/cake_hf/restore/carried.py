@@ -30,7 +30,7 @@ class Carried:
 
     Args:
         layers: of the cache, all kinds.
-        template: the same layers with one token in them.
+        template: the same layers with some tokens in them.
         blocks: of the prompt, counted from chunk 0.
         past: tokens in the layers now; chunk 0 comes after them.
         state_layout: of a snapshot.

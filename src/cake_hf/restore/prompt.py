@@ -207,7 +207,7 @@ def open_prompt(
     report.chunks_missed += len(prompt.counted.intersection(absent))
     report.store = session.bound_store.name
     report.bytes_stored += _bytes_stored(prompt)
-    if not wanted.chunks or any(match.stored) or prompt.refusal or report.reason:
+    if not wanted.chunks or any(match.stored) or report.chunks_loaded or prompt.refusal or report.reason:
         return prompt
     refusal = _mismatch(session, namespace) or _why_none(session)
     if refusal != NONE_YET or held.keys or not asked:

@@ -16,7 +16,7 @@ class WindowBuffers:
     Args:
         prompt: from `open_prompt`.
         windows: see `RestorePlan`.
-        template: the model's layers with one token in them; each has its buffers on its own device.
+        template: the model's layers with some tokens in them; each has its buffers on its own device.
     """
 
     def __init__(self, prompt: Prompt, windows: dict[int, int], template: Sequence[Any]) -> None:
