@@ -43,7 +43,7 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Setting:
-    """One prompt, all of whose full chunks are stored, on one machine.
+    """One prompt, whose full chunks are stored, on one machine.
 
     Attributes:
         compute: f_i, seconds to compute chunk i with the whole device. For a straight line see `steps`.
@@ -59,6 +59,7 @@ class Setting:
             restore does (`Pace.near`, and at most STAGED_PER_THREAD chunks staged per thread).
         on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
+        holes: chunks that are not stored.
         compute_speed: how it changes while the restore runs, beside the share.
         line_speed: likewise.
 
@@ -78,6 +79,7 @@ class Setting:
     near: int | None = None
     on_host: bool = False
     read_timeout: float = math.inf
+    holes: tuple[int, ...] = ()
     compute_speed: Speed = CONSTANT
     line_speed: Speed = CONSTANT
 
@@ -215,15 +217,22 @@ def simulate(setting: Setting, strategy: Policy) -> Outcome:
 
 def best_seconds(setting: Setting) -> float:
     """T*, the least time of any token-wise split whose last piece comes after all else:
-    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
+    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`, and with holes what `planner.plan` says.
 
     L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
     order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
     n - m others are loads over the same line. (Running the last piece beside the last loads may be: eta then exceeds 1.)
     """
-    fronts = accumulate(setting.step_seconds, initial=0.0)
-    finish = setting.line.finish
-    return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
+    seconds, finish = setting.step_seconds, setting.line.finish
+    fronts = list(accumulate(seconds, initial=0.0))
+    best, loads, behind = fronts[-1], 0, 0.0
+    for m in reversed(range(setting.chunks)):
+        if m in setting.holes:
+            behind += seconds[m]
+        else:
+            loads += 1
+            best = min(best, max(fronts[m], finish(loads)) + behind)
+    return best + setting.suffix_seconds
 
 
 def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
@@ -282,7 +291,8 @@ def learnt(setting: Setting) -> CostLearner:
     """What was learnt from a prompt that was all computed and one that was all loaded, at speed 1."""
     learner = CostLearner()
     learner.saw_steps(list(enumerate(setting.step_seconds)))
-    first = _Restore(replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT), "load", Costs()).run()
+    whole = replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT, holes=())
+    first = _Restore(whole, "load", Costs()).run()
     learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
     return learner
 
@@ -415,7 +425,7 @@ class _Restore:
             self.pace.given = setting.near or 0
         aside_all = policy == "cake" or setting.near is not None
         self._frontier = Frontier(
-            [True] * setting.chunks,
+            [index not in setting.holes for index in range(setting.chunks)],
             strategy=Strategy.BOTH if policy in ("cake", "fixed") else Strategy(policy),
             read_timeout=setting.read_timeout,
             most_staged=setting.chunks if aside_all else STAGED_PER_THREAD * setting.threads,
