@@ -101,7 +101,6 @@ def settings() -> Iterator[Setting]:
             threads=threads,
             suffix=STEP / 5,
             holes=(chunks // 2, chunks - 2) if has_holes else (),
-            on_host=True,
         )
 
 
