@@ -201,7 +201,9 @@ def test_what_is_refused_again_after_a_wait_is_refused() -> None:
     assert frontier.claim() is None
 
 
-events = st.lists(st.tuples(st.sampled_from(["claim", "settle", "belief", "worth", "trial"]), st.integers(0, 7)), max_size=60)
+events = st.lists(
+    st.tuples(st.sampled_from(["claim", "settle", "belief", "worth", "trial"]), st.integers(0, 7)), max_size=60
+)
 
 
 @settings(max_examples=300)
@@ -254,7 +256,9 @@ def test_the_main_thread_never_waits_for_what_nobody_will_load(
 @pytest.mark.parametrize("seed", range(10))
 def test_real_threads_with_beliefs_that_change_all_the_time_lose_nothing(seed: int) -> None:
     draw = random.Random(seed)
-    judge = Told(lambda _: draw.choice([0.5, 0.5, 1.0, math.inf]), lambda _: draw.random() < 0.7, lambda _: draw.random() < 0.2)
+    judge = Told(
+        lambda _: draw.choice([0.5, 0.5, 1.0, math.inf]), lambda _: draw.random() < 0.7, lambda _: draw.random() < 0.2
+    )
     frontier = Frontier([draw.random() < 0.9 for _ in range(200)], judge=judge, most_staged=6, read_timeout=PATIENCE)
     claimed: list[int] = []
 
@@ -419,9 +423,7 @@ def test_the_rule_saves_loads_where_computing_is_faster() -> None:
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3", "float32"), ("gpt_neox", "bfloat16")])
 @pytest.mark.parametrize("kept", [0, 3, CHUNKS])
-def test_no_bit_depends_on_what_is_refused(
-    family: str, dtype: str, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_bit_depends_on_what_is_refused(family: str, dtype: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads of the first chunks would come too late, whatever happens; the main thread computes these."""
     model = shared_model(family, dtype)
     monkeypatch.setattr(RestorePace, "slack", lambda pace, front, chunk, *_: late_below(kept)(chunk))

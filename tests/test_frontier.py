@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cake_hf.scheduling.frontier import Frontier, Outcome, State, Strategy
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.deadline import ask
-from paces import Told, in_place, no, staged
+from paces import Told, in_place, staged
 
 TIMEOUT = 10
 PATIENCE = 60.0

@@ -162,7 +162,7 @@ def test_a_share_of_the_device_slows_computing_only() -> None:
 
 
 def grid(threads: tuple[int, ...], latencies: tuple[float, ...], **rest: float | None) -> Iterator[Setting]:
-    """Tl/Tc from 1/100 to 100, costs from flat to steep; latencies in units of a chunk's time on the line. All may be staged."""
+    """Tl/Tc from 1/100 to 100, costs from flat to steep; latencies in chunks' times on the line. All may be staged."""
     ratios = (0.01, 0.1, 0.3, 0.55, 0.8, 1.0, 1.3, 1.9, 4.0, 10.0, 100.0)
     for chunks, ratio, slope in product((1, 2, 4, 8, 32), ratios, (0.0, 0.02, 1.0)):
         costs = steps(chunks, 0.05, 0.05 * slope)

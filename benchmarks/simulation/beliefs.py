@@ -114,9 +114,7 @@ def table(where: Sequence[Setting], tick: Callable[[], None] = lambda: None) -> 
     singles = [min(simulate(one, "compute").seconds, simulate(one, "load").seconds) for one in where]
     rows = []
     for belief in BELIEFS:
-        taken = [
-            simulate_prompts([one] * belief.prompts, belief.learner(one))[-1].seconds for one in where
-        ]
+        taken = [simulate_prompts([one] * belief.prompts, belief.learner(one))[-1].seconds for one in where]
         over_single = tuple(seconds / single for seconds, single in zip(taken, singles, strict=True))
         over_best = tuple(seconds / best_seconds(one) for seconds, one in zip(taken, where, strict=True))
         rows.append(Row(belief, over_single, over_best))
@@ -126,7 +124,9 @@ def table(where: Sequence[Setting], tick: Callable[[], None] = lambda: None) -> 
 
 def sheet(rows: Sequence[Row]) -> Sheet:
     """Returns the table for people."""
-    return Sheet(TITLE, ("<belief", "n", "over the better single", "over the best split"), [row.cells() for row in rows])
+    return Sheet(
+        TITLE, ("<belief", "n", "over the better single", "over the best split"), [row.cells() for row in rows]
+    )
 
 
 def three(values: Sequence[float]) -> str:

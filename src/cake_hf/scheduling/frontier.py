@@ -10,25 +10,21 @@ and nothing else.
 One number decides about each load before it starts, its *slack*: how many times as long as believed it may take and still
 arrive before the main thread has computed the chunk (`Judge.slack`).
 
-- Slack below 1: the load would come too late, so no loader claims it. It may be claimed later, if beliefs change or if the main
-  thread finds that waiting is faster: a loader that has nothing to claim waits (`await_claim`) until every stored chunk has been
-  claimed or computed.
-- Slack below HEDGE: the load is *staged*, read into memory of its own, because the main thread may come to write to the chunk's
-  place. If the load is late, the main thread computes the chunk; the side that finishes first wins.
+- Slack below 1: the load would come too late, so no loader claims it. It may be claimed later, if beliefs change or if the
+  main thread finds that waiting is faster: a loader that has nothing to claim waits (`await_claim`) until every stored chunk
+  has been claimed or computed.
+- Slack below HEDGE: the load is *staged*, read into memory of its own, because the main thread may come to write to the
+  chunk's place. If the load is late, the main thread computes the chunk; the side that finishes first wins.
 - Otherwise the load goes in place, where nobody else may write. The main thread waits for it, up to its deadline.
 
-Where costs are not known, everything is loaded and staged, as long as there is room for staging, and a loader that finds nothing
-else to load loads the chunk that is being computed.
+Where costs are not known, everything is loaded, and staged as long as there is room; a loader that finds nothing else to load
+loads the chunk that is being computed.
 
-Now and then the main thread computes a chunk although waiting seems better, to find out whether it still is (`is_trial`); such a
-chunk may be given back (`give_back`).
-
-What comes after the last loads need not wait for all of them: once every remaining load is under way, the main thread may go
+A chunk may be computed on trial, to find out whether waiting is still better (`is_trial`), and given back (`give_back`). What
+comes after the last loads need not wait for all of them: once every remaining load is under way, the main thread may go
 beyond them (`advance(past_loads=True)`), and `layer_gate.LayerGate` then waits in each layer only for that layer of the loads.
 
-Conservation law: every chunk is in exactly one `State`, so
-`computed + computing + loaded + loading + failed + absent + waiting = all` at any moment, and a chunk is claimed by one side at
-a time.
+Conservation law: at any moment every chunk is in exactly one `State`, and a chunk is claimed by one side at a time.
 """
 
 from __future__ import annotations
@@ -36,16 +32,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Protocol
 
-from cake_hf.scheduling.judge import Judge
-from cake_hf.scheduling.states import THERE, Outcome, State, Strategy
+from cake_hf.scheduling.ledger import THERE, Changed, Ledger
+from cake_hf.scheduling.states import Judge, Outcome, State, Strategy
 from cake_hf.util.forks import renewed_in_child
 
-__all__ = ["HEDGE", "Changed", "Frontier", "Judge", "Outcome", "State", "Strategy"]
+__all__ = ["HEDGE", "Frontier", "Judge", "Outcome", "State", "Strategy"]
 
 SECOND_THOUGHTS = 0.005
 """Seconds after which a waiting main thread checks again whether waiting is still faster."""
@@ -57,23 +50,7 @@ Fewer staged loads save copies. More of them let the main thread compute on when
 """
 
 
-class Changed(Protocol):
-    """What the frontier needs of a `threading.Condition`."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> object: ...
-
-    def wait(self, timeout: float | None = None) -> object:
-        """Waits until notified, or for that many seconds of the frontier's clock."""
-
-    def notify_all(self) -> None:
-        """Wakes up all waiting threads."""
-
-
-class Frontier:
+class Frontier(Ledger):
     """Ledger of one restore. All methods may be called from any thread; `advance` only from the main thread.
 
     Args:
@@ -99,17 +76,11 @@ class Frontier:
         clock: Callable[[], float] = time.monotonic,
         changed: Changed | None = None,
     ) -> None:
-        loadable = strategy is not Strategy.COMPUTE
-        self._states = [State.WAITING if has and loadable else State.ABSENT for has in present]
-        self._stored = [has and loadable for has in present]
-        self._outcomes: dict[int, Outcome] = {}
+        super().__init__([has and strategy is not Strategy.COMPUTE for has in present], most_staged, changed)
         self._strategy = strategy
         self._read_timeout = read_timeout
-        self._most_staged = most_staged
-        self._waiting = self._loads_left = self._states.count(State.WAITING)  # loads left: waiting or loading
         self._judge = judge or Judge()
         self._clock = clock
-        self._changed: Changed = threading.Condition() if changed is None else changed
         if changed is None:
             renewed_in_child(self._renew)
         self._front = 0
@@ -117,15 +88,8 @@ class Frontier:
         self._waits = False  # the main thread would rather wait for loads than compute
         self._refused = False  # a loader found no load that would arrive in time
         self._trial: int | None = None
-        self._in_parts: set[int] = set()  # loads that deliver layer by layer
-        self._back = len(self._states) - 1
         self._last_progress = clock()
-        self._claimed_at: dict[int, float] = {}
-        self._staged: dict[int, bool] = {}  # loads in flight -> whether they are staged
-        self._arrived_staged: list[int] = []  # staged, not yet committed
         self._open = True
-        self._abandoned = False
-        self._left_behind = False
 
     # Loader side.
 
@@ -135,10 +99,10 @@ class Frontier:
             index = self._claimable()
             if index is None:
                 return None
-            self._staged[index] = self._is_to_be_staged(index)
+            self._last_progress = now = self._clock()
+            self._loads.start(index, now, staged=self._is_to_be_staged(index))
             if self._states[index] is State.WAITING:
-                self._turn(index, State.LOADING)
-            self._claimed_at[index] = self._last_progress = now = self._clock()
+                self._states.turn(index, State.LOADING)
             self._judge.loading(now)
             self._changed.notify_all()
             return index
@@ -156,25 +120,10 @@ class Frontier:
                 self._changed.wait()
             return True
 
-    def is_untouched(self, index: int) -> bool:
-        """Returns whether no load of that chunk ever started."""
-        with self._changed:
-            return index not in self._claimed_at
-
     def has_claims(self) -> bool:
         """Returns whether `claim` would return a chunk now."""
         with self._changed:
             return self._claimable() is not None
-
-    def is_wanted(self, index: int) -> bool:
-        """Returns whether the load of a chunk is under way, and was neither superseded nor given up."""
-        with self._changed:
-            return index in self._staged
-
-    def is_staged(self, index: int) -> bool:
-        """Returns whether a claimed chunk must be loaded into memory of its own, for the main thread to commit."""
-        with self._changed:
-            return self._staged.get(index, True)
 
     def comes_in_parts(self, index: int, last: int) -> bool:
         """Returns whether a claimed chunk is best delivered layer by layer: it is among the `last` ones to be loaded.
@@ -183,15 +132,12 @@ class Frontier:
         be of chunks that the main thread reaches first.
         """
         with self._changed:
-            front = self._front
-            if front < len(self._states) and self._states[front] is State.COMPUTING:
-                front += 1
-            nothing_left = front == len(self._states)
-            waits = self._strategy is not Strategy.BOTH or nothing_left or not self._is_worth(front, whole=False)
-            if waits and index < front + last:
-                self._in_parts.add(index)
-                return True
-            return False
+            front = self._front + self._states.is_computing(self._front)
+            may_compute = self._strategy is Strategy.BOTH and front < len(self._states)
+            if index >= front + last or (may_compute and self._is_worth(front, whole=False)):
+                return False
+            self._loads.in_parts.add(index)
+            return True
 
     def notify(self) -> None:
         """Has the main thread check again what it waits for."""
@@ -207,10 +153,8 @@ class Frontier:
         with self._changed:
             if outcome is Outcome.LOADED and self._open:
                 self._judge.loaded(self._clock())
-            if index not in self._staged:
+            if index not in self._loads:
                 return False
-            if self._staged[index] and outcome is Outcome.LOADED:
-                self._arrived_staged.append(index)
             self._finish(index, outcome)
             self._last_progress = self._clock()
             self._changed.notify_all()
@@ -221,8 +165,8 @@ class Frontier:
     def advance(self, *, until: int | None = None, past_loads: bool = False) -> int | None:
         """Walks over the chunks that are already there and claims the next chunk to compute; None when the two sides have met.
 
-        Blocks only while a load is faster (see `worth`) or goes in place, and at most until that read's deadline; then all loads in flight are given up (see `take_abandoned`). The returned chunk may be preempted later (see
-        `preempted`).
+        Blocks only while a load is faster (see `worth`) or goes in place, and at most until that read's deadline; then all
+        loads in flight are given up (see `take_abandoned`). The returned chunk may be preempted later (see `preempted`).
 
         Args:
             until: the walk ends before this chunk; by default after the last one.
@@ -239,7 +183,7 @@ class Frontier:
                     self._front += 1
                 elif not self._should_wait(self._front, state):
                     return self._give_out(self._front)
-                elif past_loads and (after := self._after_loads()) is not None:
+                elif past_loads and self._open and (after := self._states.after_loads(self._front)) is not None:
                     return self._give_out(after) if after < end else None
                 elif self._tries(self._front):
                     self._rather_wait()
@@ -252,12 +196,7 @@ class Frontier:
     def missing(self, before: int) -> list[int]:
         """Returns the chunks before that one which are not there, and which the main thread has therefore gone beyond."""
         with self._changed:
-            return [index for index in range(self._front, before) if self._states[index] not in THERE]
-
-    def under_way(self, index: int) -> bool:
-        """Returns whether a chunk is being loaded, and nothing else."""
-        with self._changed:
-            return self._states[index] is State.LOADING
+            return self._states.missing(self._front, before)
 
     def await_load(self, index: int, enough: Callable[[], bool]) -> bool:
         """Blocks until a chunk that the main thread went beyond is there, or enough of it while its load is under way.
@@ -267,15 +206,11 @@ class Frontier:
                 it is, `advance(until=...)`, before anything else.
         """
         with self._changed:
-            while (state := self._states[index]) not in THERE:
-                if state is not State.LOADING:
-                    return False
-                if enough():
-                    return True
+            while (state := self._states[index]) is State.LOADING and not enough():
                 if not self._should_wait(index, state):
                     return False
                 self._wait_for(index)
-            return True
+            return state is State.LOADING or state in THERE
 
     def is_trial(self, index: int) -> bool:
         """Returns whether a chunk was given out only to measure the cost of computing, and may be given back (`give_back`)."""
@@ -290,11 +225,11 @@ class Frontier:
             self._changed.notify_all()
             if self._states[index] is not State.COMPUTING:
                 return
-            if index in self._staged:
-                self._turn(index, State.LOADING)
+            if index in self._loads:
+                self._states.turn(index, State.LOADING)
             else:
-                self._turn(index, State.FAILED if index in self._outcomes or not self._stored[index] else State.WAITING)
-                self._back = max(self._back, index)
+                failed = index in self._loads.outcomes or not self._states.is_stored(index)
+                self._states.turn(index, State.FAILED if failed else State.WAITING)
 
     def goes_on(self, index: int) -> bool:
         """Returns whether a chunk that was given out on trial turns out to be worth computing."""
@@ -315,12 +250,8 @@ class Frontier:
             if index not in self._given_out:
                 raise RuntimeError(f"Chunk {index} is {self._states[index].value}, not computing.")
             self._given_out.remove(index)
-            self._turn(index, State.COMPUTED)
-            self._left_behind |= self._staged.pop(index, None) is not None
-            if index in self._arrived_staged:
-                self._arrived_staged.remove(index)
-            if self._outcomes.get(index) is Outcome.LOADED:
-                del self._outcomes[index]
+            self._states.turn(index, State.COMPUTED)
+            self._loads.supersede(index)
             self._changed.notify_all()
 
     def take_staged(self) -> list[int]:
@@ -330,20 +261,7 @@ class Frontier:
         first.
         """
         with self._changed:
-            landed = [index for index in self._arrived_staged if index not in self._given_out]
-            self._arrived_staged = [index for index in self._arrived_staged if index in self._given_out]
-            return landed
-
-    def left_behind(self) -> bool:
-        """Returns whether a load was superseded or given up, so that its thread may still be busy when all else is done."""
-        with self._changed:
-            return self._left_behind
-
-    def take_abandoned(self) -> bool:
-        """Returns whether loads in place were given up since the last call. Their threads may still write there."""
-        with self._changed:
-            abandoned, self._abandoned = self._abandoned, False
-            return abandoned
+            return self._loads.take_arrived(self._given_out)
 
     def close(self) -> None:
         """Allows no more claims. Loads in flight may still arrive."""
@@ -364,19 +282,7 @@ class Frontier:
     def stop(self) -> None:
         """Ends the restore early: allows no more claims and gives up loads in flight."""
         with self._changed:
-            self._give_up(Outcome.LATE)
-
-    # Both.
-
-    def counts(self) -> Counter[State]:
-        """Returns how many chunks are in each state."""
-        with self._changed:
-            return Counter(self._states)
-
-    def outcomes(self) -> dict[int, Outcome]:
-        """Returns the outcome of each load that has ended, by chunk."""
-        with self._changed:
-            return dict(self._outcomes)
+            self._give_up()
 
     # Called with the lock held.
 
@@ -384,47 +290,38 @@ class Frontier:
         """Returns the chunk to load next: the last unclaimed one, or else the one that is being computed."""
         if not self._open:
             return None
-        while self._back >= 0 and self._states[self._back] is not State.WAITING:
-            self._back -= 1
-        index = self._back if self._back >= 0 else self._contested()
-        if index is None:
+        if (index := self._states.last_waiting()) is None and (index := self._contested()) is None:
             return None
         if not self._waits and self._slack(index) < 1:
             self._refused = True
-            if not self._staged:
+            if not self._loads:
                 self._judge.paused()
             return None
         return index
 
     def _contested(self) -> int | None:
         index = self._front
-        if not self._in_parts.isdisjoint(self._staged):  # this load would share the path with one in parts
+        if self._loads.share_in_parts():  # this load would share the path with one in parts
             return None
         return index if self._is_computed_unclaimed(index) and self._is_to_be_staged(index) else None
 
     def _may_be_claimed_later(self) -> bool:
-        return self._open and (self._waiting > 0 or self._is_computed_unclaimed(self._front))
+        return self._open and (self._states.waiting > 0 or self._is_computed_unclaimed(self._front))
 
     def _is_computed_unclaimed(self, index: int) -> bool:
         """Returns whether a chunk is being computed that is stored, and that no loader has ever claimed."""
-        computing = index < len(self._states) and self._states[index] is State.COMPUTING
-        return computing and self._stored[index] and index not in self._claimed_at
+        computing = self._states.is_computing(index)
+        return computing and self._states.is_stored(index) and self._loads.started_at(index) is None
 
     def _slack(self, index: int) -> float:
         if self._strategy is not Strategy.BOTH:
             return math.inf
-        front = next((i for i in range(self._front, index) if self._states[i] not in THERE), index)
-        return self._judge.slack(front, index, len(self._staged) + 1, self._clock())
+        front = next(iter(self._states.missing(self._front, index)), index)
+        return self._judge.slack(front, index, len(self._loads) + 1, self._clock())
 
     def _is_to_be_staged(self, index: int) -> bool:
         may_be_reached = math.inf if self._states[index] is State.COMPUTING else HEDGE
-        return self._has_room(index) and self._slack(index) < may_be_reached
-
-    def _has_room(self, index: int) -> bool:
-        """Returns whether another chunk may be staged. A third of the room is kept for the chunks nearest to the front, which are
-        loaded last and most likely to be superseded."""
-        kept = min(index - self._front, self._most_staged // 3)
-        return sum(self._staged.values()) + len(self._arrived_staged) < self._most_staged - kept
+        return self._loads.has_room(index - self._front) and self._slack(index) < may_be_reached
 
     def _should_wait(self, index: int, state: State) -> bool:
         if state is not State.LOADING and (state is not State.WAITING or not self._open):
@@ -433,17 +330,17 @@ class Frontier:
 
     def _has_choice(self, index: int) -> bool:
         """Returns whether the main thread may compute a chunk that can be loaded: not where a load in place may write."""
-        return self._strategy is Strategy.BOTH and self._staged.get(index, True)
+        return self._strategy is Strategy.BOTH and self._loads.is_staged(index)
 
     def _is_worth(self, index: int, *, whole: bool | None = None) -> bool:
         """Asks the judge. Whether the chunk itself is already being computed does not affect the answer."""
-        left = self._loads_left + (self._states[index] is State.COMPUTING and self._stored[index])
+        left = self._states.to_load + (self._states[index] is State.COMPUTING and self._states.is_stored(index))
         if whole is None:
-            whole = self._states[index] is State.LOADING and index not in self._in_parts
+            whole = self._states[index] is State.LOADING and index not in self._loads.in_parts
         return self._judge.worth(index, left, self._clock(), whole=whole)
 
     def _tries(self, index: int) -> bool:
-        return self._has_choice(index) and self._judge.tries(index, self._loads_left, self._clock())
+        return self._has_choice(index) and self._judge.tries(index, self._states.to_load, self._clock())
 
     def _rather_wait(self) -> None:
         """Lets the loaders claim everything: the main thread will not compute before they have brought it."""
@@ -453,54 +350,35 @@ class Frontier:
         self._waits, self._refused = True, False
 
     def _give_out(self, index: int) -> int:
-        self._turn(index, State.COMPUTING)
+        self._states.turn(index, State.COMPUTING)
         self._given_out.add(index)
         self._waits = index == self._trial
         return index
 
-    def _after_loads(self) -> int | None:
-        """Returns the chunk after the loads if all of them are under way; None if some are still unclaimed."""
-        there = (State.LOADED, State.COMPUTED, State.LOADING)
-        after = next(
-            (i for i in range(self._front, len(self._states)) if self._states[i] not in there), len(self._states)
-        )
-        waiting = after < len(self._states) and self._states[after] is State.WAITING
-        return None if waiting or not self._open else after
-
     def _wait_for(self, index: int) -> None:
         self._rather_wait()
-        since = self._claimed_at.get(index, self._last_progress)
-        remaining = since + self._read_timeout - self._clock()
+        started = self._loads.started_at(index)
+        remaining = (self._last_progress if started is None else started) + self._read_timeout - self._clock()
         if remaining <= 0:
-            self._give_up(Outcome.LATE)
+            self._give_up()
         else:
             # The main thread reconsiders now and then if it could also compute the chunk.
             self._changed.wait(min(remaining, SECOND_THOUGHTS) if self._has_choice(index) else remaining)
 
-    def _give_up(self, outcome: Outcome) -> None:
-        """Gives up all loads under way, wherever they land."""
+    def _give_up(self) -> None:
+        """Gives up all loads under way, wherever they land: they are late."""
         self._open = False
-        for index, staged in list(self._staged.items()):
-            self._abandoned |= not staged
-            self._left_behind = True
-            self._finish(index, outcome)
+        for index in self._loads.give_up():
+            self._finish(index, Outcome.LATE)
         self._changed.notify_all()
 
     def _finish(self, index: int, outcome: Outcome) -> None:
         """Ends a load. A chunk that is also being computed stays with the main thread unless the load delivered it."""
-        del self._staged[index]
-        self._outcomes[index] = outcome
+        self._loads.end(index, outcome)
         if outcome is Outcome.LOADED:
-            self._turn(index, State.LOADED)
+            self._states.turn(index, State.LOADED)
         elif self._states[index] is State.LOADING:
-            self._turn(index, State.FAILED)
-
-    def _turn(self, index: int, state: State) -> None:
-        """Changes a chunk's state. All changes go through here, so that the remaining loads need not be counted each time."""
-        self._waiting += (state is State.WAITING) - (self._states[index] is State.WAITING)
-        to_load = (State.WAITING, State.LOADING)
-        self._loads_left += (state in to_load) - (self._states[index] in to_load)
-        self._states[index] = state
+            self._states.turn(index, State.FAILED)
 
     def _renew(self) -> None:
         """Replaces the lock in a forked child. The loaders do not exist there: what they had claimed never arrives and is not

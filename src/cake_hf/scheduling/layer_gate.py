@@ -1,7 +1,7 @@
 """The layer gate: what comes after the last loads runs through a layer as soon as that layer of them has arrived.
 
-The last loads, one per thread, are read in ranges of layers. The main thread goes past them (`Frontier.advance(past_loads=True)`)
-and then, in each layer of the forward that follows, waits here for that layer of the loads.
+The last loads, one per thread, are read in ranges of layers. The main thread goes past them
+(`Frontier.advance(past_loads=True)`) and then, in each layer of the forward that follows, waits here for that layer of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LayerGate:
         """
         missing = self._frontier.missing(self.beyond)
         if all(self._frontier.await_load(index, partial(self._has, index, layer)) for index in missing):
-            commit([index for index in missing if self._frontier.under_way(index) and self._has(index, layer)])
+            commit([index for index in missing if self._frontier.is_wanted(index) and self._has(index, layer)])
         else:
             make(self.beyond)
 

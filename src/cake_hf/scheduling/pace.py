@@ -85,7 +85,9 @@ class Pace(Judge):
         self.credit = credit
         self._factor = 1.0  # on the believed compute time
         self._began: float | None = None  # when loading started
-        self._arrivals: list[float] = []  # when it started, or went on after a pause, and when each load since has ended
+        self._arrivals: list[
+            float
+        ] = []  # when it started, or went on after a pause, and when each load since has ended
         self._before = 1.0  # the lateness of loads before the pause
         self._any_arrived = False
         self.steps: list[tuple[int, float]] = []
