@@ -198,8 +198,8 @@ class Restore:
             self._settle_in()
             self._job.place.catch_up()
             # Loaders that wait for other prompts' reads are no longer needed.
-            self._session.bound_store.sharing.wake()
             self._frontier.close()
+            self._session.bound_store.sharing.wake()
             if not self._frontier.left_behind():
                 for thread in self._threads:
                     thread.join()
