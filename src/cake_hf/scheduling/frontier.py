@@ -316,7 +316,7 @@ class Frontier(Ledger):
     def _slack(self, index: int) -> float:
         if self._strategy is not Strategy.BOTH:
             return math.inf
-        front = next(iter(self._states.missing(self._front, index)), index)
+        front = next((i for i in range(self._front, index) if self._states[i] not in THERE), index)
         return self._judge.slack(front, index, len(self._loads) + 1, self._clock())
 
     def _is_to_be_staged(self, index: int) -> bool:
