@@ -33,6 +33,7 @@ from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.scheduling.pace import Pace
 from cake_hf.stores.folder import Folder
 from cake_hf.stores.local import LocalStore
@@ -146,14 +147,13 @@ def decide_seconds(chunks: int, layers: int) -> float:
     frontier = Frontier(
         [True] * chunks,
         most_staged=STAGED_PER_THREAD * threads,
-        nearest=threads,
-        last=threads,
         judge=Pace(ALWAYS_WORTH, chunks=chunks, threads=threads, layers=layers),
     )
+    gate = LayerGate(frontier, last=threads, ranges=layers)
     while (chunk := frontier.advance(past_loads=True)) is not None:
         if frontier.has_claims() and (claimed := frontier.claim()) is not None:
             frontier.is_staged(claimed)
-            frontier.comes_last(claimed)
+            gate.ranges_of(claimed)
             frontier.settle(claimed, Outcome.LOADED)
         preempted = any(frontier.preempted(chunk) for _ in range(layers))
         if not preempted:

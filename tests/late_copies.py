@@ -112,7 +112,6 @@ def late_copies() -> Iterator[LateCopiesOut]:
     """All restores in the body, see above; what is saved meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cake_hf.restore.restore.place_for", place.DevicePlace)
-        patch.setattr("cake_hf.restore.restore.is_host_place", lambda buffers: False)
         patch.setattr(place, "CopyStreams", LateCopies)
         patch.setattr(place, "_DeviceLanding", LateLanding)
         out = LateCopiesOut()

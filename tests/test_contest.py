@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +12,11 @@ from hypothesis import strategies as st
 from cake_hf import CakeCache, Limits
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore.pacing import RestorePace
-from cake_hf.scheduling import planner
-from cake_hf.scheduling.frontier import Frontier, Outcome, State
+from cake_hf.scheduling.frontier import HEDGE, Frontier, Judge, Outcome, State
 from cake_hf.testing import GateStore
 from forwards import attentions, before_forward
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
-from paces import Told, no, tell, yes
+from paces import Told, in_place, no, tell, yes
 from stored import filled_store
 from waiting import await_true, join_loaders
 
@@ -49,20 +50,12 @@ def test_a_forward_is_left_at_the_next_layer(family: str, dtype: str, contested:
     assert [span.chunk for span in report.timeline if span.outcome == "preempted"] == [contested]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("family", "dtype"), VARIANTS)
-def test_a_load_that_does_not_come_is_overtaken(
-    family: str, dtype: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No deadline is needed for that: the main thread computes what loaders hold near the front.
-
-    Had it expected all loads to be there at once they would come into place, where nobody else may write.
-    """
+def test_a_staged_load_that_does_not_come_is_superseded(family: str, dtype: str) -> None:
+    """No deadline is needed for that: the main thread computes what loaders hold near the front."""
     model = shared_model(family, dtype)
     gate = GateStore(filled_store(model))
     held = 2
-    if in_place:
-        tell(monkeypatch, worth=no, overdue=yes)
     with CakeCache(
         model, gate, chunk_size=CHUNK, save=False, limits=Limits(loader_threads=held, read_timeout=60)
     ) as cache:
@@ -70,7 +63,6 @@ def test_a_load_that_does_not_come_is_overtaken(
         outcome = run(model, prompt(), cache)
         assert cache.report.chunks_failed == 0
         assert cache.report.chunks_computed >= held  # at least those whose reads the gate held back
-        assert cache.report.chunks_computed == held or not in_place
         gate.open()  # what comes now is nobody's
         join_loaders()
         for layer, keys in zip(cache.layers, outcome.keys, strict=True):
@@ -86,63 +78,60 @@ def standing_clock() -> float:
 moves = st.lists(
     st.tuples(
         st.sampled_from(
-            ["claim", "settle", "advance", "computed", "give back", "wait or not", "late or not", "try or not"]
+            ["claim", "settle", "advance", "computed", "give back", "wait or not", "try or not", "slack", "commit"]
         ),
         st.integers(0, 7),
     ),
     max_size=80,
 )
+SLACKS = (0.0, 0.5, 1.0, 1.0, HEDGE, math.inf)
 
 
-@settings(max_examples=200)
+@settings(max_examples=300)
 @given(
     present=st.lists(st.booleans(), min_size=1, max_size=9),
-    near=st.integers(1, 4),
+    most=st.integers(0, 4),
     steps=moves,
     outcomes=st.lists(st.sampled_from([Outcome.LOADED, Outcome.LOADED, Outcome.CORRUPT, Outcome.MISSED]), min_size=1),
-    turns=st.booleans(),
 )
 def test_conservation_under_any_interleaving(
-    present: list[bool], near: int, steps: list[tuple[str, int]], outcomes: list[Outcome], turns: bool
+    present: list[bool], most: int, steps: list[tuple[str, int]], outcomes: list[Outcome]
 ) -> None:
     """One thread plays all parts, in an order that hypothesis draws, then everybody finishes.
 
-    Now and then the main thread would rather wait, so that loads go into place, and now and then these are late. What it
-    computes although it would rather wait it may give back. Where what is
-    on its way into place can be turned aside, all but contested loads go there.
+    Beliefs change at any moment: the main thread would rather wait, or not; loads would come too late, may be late, or will
+    not be. What it computes although it would rather wait it may give back.
     """
-    waits = late = tries = left_the_place = False
-
-    def restage(index: int) -> None:
-        assert index in loading
-        in_place.remove(index)
-
+    waits = tries = False
+    slack = 1.0
     frontier = Frontier(
         present,
-        judge=Told(near, lambda _: not waits, lambda _: late, lambda _: tries),
-        supersedes_in_place=not turns,
+        most_staged=most,
+        judge=Told(lambda _: slack, lambda _: not waits, lambda _: tries),
         clock=standing_clock,
-        restage=restage if turns else None,
     )
     loading: list[int] = []
     computing: int | None = None
     in_place: set[int] = set()
     done: dict[int, str] = {}
+    committed: set[int] = set()
     met = False
 
     def play(move: str, number: int) -> None:
-        nonlocal computing, met, waits, late, tries, left_the_place
+        nonlocal computing, met, waits, tries, slack
         if move == "wait or not":
             waits = not waits
-        elif move == "late or not":
-            late = not late
         elif move == "try or not":
             tries = not tries
+        elif move == "slack":
+            slack = SLACKS[number % len(SLACKS)]
         elif move == "give back" and computing is not None and frontier.is_trial(computing):
             frontier.give_back(computing)
             computing = None
         elif move == "claim":
+            claims = frontier.has_claims()
             index = frontier.claim()
+            assert claims == (index is not None)
             if index is not None:
                 assert present[index]
                 assert index not in loading
@@ -150,24 +139,18 @@ def test_conservation_under_any_interleaving(
                 if not frontier.is_staged(index):
                     in_place.add(index)
                     assert index != computing
-                assert not turns or (index in in_place) == (index != computing)
                 loading.append(index)
         elif move == "settle" and loading:
             index = loading.pop(number % len(loading))
             outcome = outcomes[number % len(outcomes)]
             accepted = frontier.settle(index, outcome)
-            assert not (accepted and left_the_place)
+            assert accepted or index not in in_place  # what goes in place is waited for
             if accepted and outcome is Outcome.LOADED:
                 assert done.setdefault(index, "loaded") == "loaded"
         elif move == "advance" and computing is None and not met and _will_not_block():
             computing = frontier.advance()
             met = computing is None
-            if frontier.take_abandoned():
-                assert not turns
-                assert computing in in_place
-                assert late
-                left_the_place = True
-            assert computing is None or left_the_place or not (computing in in_place and computing in loading)
+            assert computing is None or not (computing in in_place and computing in loading)
         elif move == "computed" and computing is not None:
             if frontier.preempted(computing):
                 assert done[computing] == "loaded"
@@ -175,20 +158,24 @@ def test_conservation_under_any_interleaving(
                 frontier.computed(computing)
                 assert done.setdefault(computing, "computed") == "computed"
             computing = None
+        elif move == "commit":
+            landed = frontier.take_staged()
+            assert computing not in landed
+            assert not committed.intersection(landed)
+            committed.update(landed)
         assert sum(frontier.counts().values()) == len(present)
+        assert sum(frontier.is_staged(index) for index in loading if index not in done) <= most
 
     def _will_not_block() -> bool:
         """What is waited for at the front nobody else could settle meanwhile."""
         front = next((index for index in range(len(present)) if done.get(index) is None), None)
-        if front is None or left_the_place:
+        if front is None:
             return True
-        if front in loading:
-            return late if front in in_place and not turns else not waits
-        return not waits
+        return not (waits or (front in loading and front in in_place))
 
     for move, number in steps:
         play(move, number)
-    waits, late, tries = False, True, False
+    waits, tries = False, True
     for _ in range(200):
         for move in ("settle", "advance", "computed", "claim", "settle"):
             play(move, 0)
@@ -197,15 +184,16 @@ def test_conservation_under_any_interleaving(
     counts = frontier.counts()
     assert counts[State.COMPUTED] + counts[State.LOADED] == len(present)
     assert counts[State.LOADED] == sum(outcome is Outcome.LOADED for outcome in frontier.outcomes().values())
-    landed = frontier.take_staged()
-    assert all(done[index] == "loaded" and index not in in_place for index in landed)
-    assert set(landed) == {index for index, how in done.items() if how == "loaded"} - in_place
-    assert frontier.left_behind() or not left_the_place
-    assert frontier.take_staged() == []
+    play("commit", 0)
+    assert all(done[index] == "loaded" and index not in in_place for index in committed)
+    assert committed == {index for index, how in done.items() if how == "loaded"} - in_place
+    assert not frontier.take_abandoned()
+    assert not frontier.has_claims()
+    assert not frontier.await_claim()
 
 
 def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
-    frontier = Frontier([True], judge=Told(1))
+    frontier = Frontier([True], judge=Told())
     assert frontier.advance() == 0
     assert frontier.claim() == 0
     assert frontier.is_staged(0)
@@ -216,45 +204,38 @@ def test_a_bad_contested_load_leaves_the_computation_alone() -> None:
     assert frontier.advance() is None
 
 
-def test_loads_go_into_place_while_the_main_thread_would_rather_wait() -> None:
-    """They are not copied once more then. Whether they can be overtaken there is decided by whoever knows the memory."""
-    for overtakes in (True, False):
-        frontier = Frontier([True] * 3, judge=Told(3, no), supersedes_in_place=overtakes)
-        assert frontier.claim() == 2
-        assert frontier.is_staged(2) == (not overtakes)
+@pytest.mark.parametrize(("slack", "is_staged"), [(1.0, True), (HEDGE * 0.99, True), (HEDGE, False), (math.inf, False)])
+def test_a_load_is_staged_that_the_front_may_reach_first(slack: float, *, is_staged: bool) -> None:
+    frontier = Frontier([True] * 3, judge=Told(lambda _: slack))
+    assert frontier.claim() == 2
+    assert frontier.is_staged(2) == is_staged
 
 
-def test_between_two_steps_loads_near_the_front_go_aside() -> None:
-    """The main thread is not done with computing; it is only not at it."""
-    told = Told(4)
-    frontier = Frontier([True] * 4, judge=told, supersedes_in_place=True)
-    assert frontier.advance() == 0
-    frontier.computed(0)
-    told.is_worth = no  # of chunk 0, which is there
-    assert frontier.claim() == 3
-    assert frontier.is_staged(3)
+def test_no_more_is_staged_than_there_is_room_for() -> None:
+    """Until the main thread has committed it, a staged chunk takes room, whether it has arrived or not."""
+    frontier = Frontier([True] * 6, most_staged=2, judge=Told())  # too few to keep a third
+    assert [frontier.claim(), frontier.claim(), frontier.claim()] == [5, 4, 3]
+    assert [frontier.is_staged(index) for index in (5, 4, 3)] == [True, True, False]
+    assert frontier.settle(5, Outcome.LOADED)
+    assert frontier.claim() == 2
+    assert not frontier.is_staged(2)
+    assert frontier.take_staged() == [5]
+    assert frontier.claim() == 1
+    assert frontier.is_staged(1)
 
 
-@pytest.mark.parametrize("few", [CHUNKS, CHUNKS + 1])
-def test_only_what_is_short_is_loaded_in_place_to_be_overtaken_there(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the last piece, the prompt takes the room of one chunk more. Of a long one, too much would be in memory twice."""
-    model = shared_model("llama")
-    monkeypatch.setattr(planner, "FEW_CHUNKS", few)
-    tell(monkeypatch, worth=no)
-    is_staged, staged = Frontier.is_staged, []
-    monkeypatch.setattr(Frontier, "is_staged", lambda *args: (staged.append(is_staged(*args)), staged[-1])[1])
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
-        assert difference(run(model, prompt(), cache), expected()) == ""
-        assert cache.report.chunks_loaded == CHUNKS
-    assert any(staged) == (few == CHUNKS)
+def test_a_third_of_the_room_is_kept_for_the_chunks_nearest_to_the_front() -> None:
+    frontier = Frontier([True] * 8, most_staged=6, judge=Told())
+    assert [frontier.claim() for _ in range(8)] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert [frontier.is_staged(index) for index in range(8)] == [True, True, False, False, True, True, True, True]
 
 
-def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
-    late = False
-    frontier = Frontier([True] * 4, judge=Told(4, no, lambda _: late), supersedes_in_place=True, clock=standing_clock)
+def test_a_late_load_in_place_is_waited_for_until_its_deadline_and_given_up_with_all_that_is_under_way() -> None:
+    now = 0.0
+    frontier = Frontier([True] * 4, judge=Told(in_place), read_timeout=10.0, clock=lambda: now)
     assert [frontier.claim() for _ in range(4)] == [3, 2, 1, 0]
     assert frontier.settle(3, Outcome.LOADED)
-    late = True
+    now = 10.0
     assert frontier.advance() == 0
     assert frontier.take_abandoned()
     assert frontier.claim() is None
@@ -264,37 +245,35 @@ def test_a_late_load_in_place_is_overtaken_with_all_that_is_under_way() -> None:
         assert frontier.advance() == expected_next
     frontier.computed(2)
     assert frontier.advance() is None
-    assert frontier.outcomes() == {3: Outcome.LOADED}
+    assert frontier.outcomes() == {0: Outcome.LATE, 1: Outcome.LATE, 2: Outcome.LATE, 3: Outcome.LOADED}
 
 
-def test_a_late_load_in_place_is_turned_aside_and_may_still_win() -> None:
-    late, turned = False, list[int]()
-    frontier = Frontier([True] * 4, judge=Told(4, lambda _: late), restage=turned.append, clock=standing_clock)
-    assert [frontier.claim() for _ in range(3)] == [3, 2, 1]
-    assert frontier.claim() == 0
-    assert not any(frontier.is_staged(index) for index in range(4))
-    late = True
+def test_a_staged_load_and_the_main_thread_race() -> None:
+    worth = no
+    frontier = Frontier([True] * 4, judge=Told(is_worth=lambda chunk: worth(chunk)), clock=standing_clock)
+    assert [frontier.claim() for _ in range(4)] == [3, 2, 1, 0]
+    worth = yes
     assert frontier.advance() == 0
-    assert turned == [0]
-    assert frontier.is_staged(0)
-    assert not frontier.take_abandoned()
     assert frontier.settle(0, Outcome.LOADED)
     assert frontier.preempted(0)
-    assert frontier.take_staged() == []  # the forward on it has not been left yet
+    assert frontier.take_staged() == []  # the forward on it has not ended yet
     assert frontier.advance() == 1
     assert frontier.take_staged() == [0]
     frontier.computed(1)
-    assert not frontier.settle(1, Outcome.LOADED)  # it was overtaken
-    assert frontier.settle(2, Outcome.LOADED)  # as if nothing had been late
+    assert not frontier.settle(1, Outcome.LOADED)  # it was superseded
+    assert frontier.settle(2, Outcome.LOADED)
     assert frontier.settle(3, Outcome.LOADED)
-    assert frontier.take_staged() == []
+    assert frontier.take_staged() == [2, 3]
     assert frontier.advance() is None
+    assert not frontier.take_abandoned()
+    assert frontier.left_behind()
 
 
-def test_without_nearness_there_is_no_contest() -> None:
-    frontier = Frontier([True])
-    assert frontier.advance() == 0
-    assert frontier.claim() is None
+def test_where_nothing_is_staged_there_is_no_contest() -> None:
+    for judge, most_staged in ((Judge(), 2**31), (Told(in_place), 2**31), (Told(), 0)):
+        frontier = Frontier([True], judge=judge, most_staged=most_staged)
+        assert frontier.advance() == 0
+        assert frontier.claim() is None
 
 
 def test_worth_decides_between_waiting_and_computing() -> None:
@@ -304,7 +283,7 @@ def test_worth_decides_between_waiting_and_computing() -> None:
         asked.append(chunk)
         return len(asked) > 2  # two times no, then yes
 
-    frontier = Frontier([True, True], judge=Told(2, worth), clock=standing_clock)
+    frontier = Frontier([True, True], judge=Told(is_worth=worth), clock=standing_clock)
     assert frontier.claim() == 1
     assert frontier.advance() == 0
     assert asked == [0] * 3
@@ -360,7 +339,7 @@ def test_a_trial_is_left_after_a_layer_or_goes_on(
 
 
 def test_what_a_trial_gives_back_is_loaded_or_computed_as_before() -> None:
-    told = Told(4, no, is_tried=yes)
+    told = Told(is_worth=no, is_tried=yes)
     frontier = Frontier([True] * 3, judge=told, clock=standing_clock)
     assert frontier.claim() == 2
     assert frontier.advance() == 0
@@ -376,7 +355,7 @@ def test_what_a_trial_gives_back_is_loaded_or_computed_as_before() -> None:
 
 
 def test_a_load_of_a_chunk_on_trial_keeps_it_when_it_is_given_back() -> None:
-    frontier = Frontier([True], judge=Told(1, no, is_tried=yes), clock=standing_clock)
+    frontier = Frontier([True], judge=Told(is_worth=no, is_tried=yes), clock=standing_clock)
     assert frontier.advance() == 0
     assert frontier.claim() == 0  # beside the trial
     frontier.give_back(0)
@@ -386,7 +365,7 @@ def test_a_load_of_a_chunk_on_trial_keeps_it_when_it_is_given_back() -> None:
 
 
 def test_a_chunk_whose_load_failed_during_its_trial_is_computed() -> None:
-    frontier = Frontier([True], judge=Told(1, no, is_tried=yes), clock=standing_clock)
+    frontier = Frontier([True], judge=Told(is_worth=no, is_tried=yes), clock=standing_clock)
     assert frontier.advance() == 0
     assert frontier.claim() == 0
     assert frontier.settle(0, Outcome.CORRUPT)

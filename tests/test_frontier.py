@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cake_hf.scheduling.frontier import Frontier, Outcome, State, Strategy
+from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.deadline import ask
-from paces import Told, no
+from paces import Told, in_place, staged
 
 TIMEOUT = 10
 PATIENCE = 60.0
@@ -481,34 +482,29 @@ LAYERS = 3
 @given(
     present=st.lists(st.booleans(), min_size=1, max_size=8),
     strategy=st.sampled_from([Strategy.BOTH, Strategy.LOAD]),
-    near=st.integers(0, 4),
+    contest=st.booleans(),
     moves=st.lists(st.tuples(st.sampled_from(["claim", "landed", "settle", "walk"]), st.integers(0, 7)), max_size=60),
     outcomes=st.lists(st.sampled_from([Outcome.LOADED, Outcome.LOADED, Outcome.CORRUPT, Outcome.MISSED]), min_size=1),
-    patience=st.none() | st.integers(0, 20),
+    patience=st.integers(0, 60),
 )
 def test_nothing_is_used_before_it_is_there(
     present: list[bool],
     strategy: Strategy,
-    near: int,
+    contest: bool,
     moves: list[tuple[str, int]],
     outcomes: list[Outcome],
-    patience: int | None,
+    patience: int,
 ) -> None:
     """The main thread goes beyond the loads wherever it may, and asks for layer after layer; loaders act in between.
 
     One thread plays all parts, in an order that hypothesis draws. Whenever `await_layer` says yes, that layer of all chunks
-    before is there; when it says no, walking again mends it; and in the end each chunk was made once. Loads into place are
-    overtaken once the main thread has asked often enough.
+    before is there; where it is not, all is made up for; and in the end each chunk was made once. All loads are in place, or
+    all are staged and are superseded once the main thread has asked often enough.
     """
     asked = itertools.count()
-    frontier = Frontier(
-        present,
-        strategy=strategy,
-        last=2,
-        judge=Told(near, no, lambda _: patience is not None and next(asked) > patience),
-        supersedes_in_place=patience is not None,
-        clock=Clock(),
-    )
+    judge = Told(staged if contest else in_place, lambda _: next(asked) > patience)
+    frontier = Frontier(present, strategy=strategy, judge=judge, clock=Clock())
+    gate = LayerGate(frontier, last=2, ranges=LAYERS)
     made: set[int] = set()
     there = dict.fromkeys(range(len(present)), 0)  # how many layers
     loading: list[int] = []
@@ -520,7 +516,7 @@ def test_nothing_is_used_before_it_is_there(
         elif move == "landed" and loading:
             index = loading[number % len(loading)]
             if there[index] < LAYERS:
-                frontier.landed(index, there[index] + 1)
+                gate.landed(index, there[index] + 1)
                 there[index] += 1
         elif move == "settle" and loading:
             index = loading.pop(number % len(loading))
@@ -549,28 +545,28 @@ def test_nothing_is_used_before_it_is_there(
 
     frontier._changed = FinalizerLock()
 
+    def make(until: int) -> None:
+        walk(until, past_loads=False)
+        assert all(there[index] == LAYERS for index in range(until))
+
     def use_all_layers(before: int) -> None:
         for layer in range(LAYERS):
             let_loaders_act()
-            if not frontier.await_layer(layer):
-                walk(frontier.beyond(), past_loads=False)
-                assert all(there[index] == LAYERS for index in range(before))
+            if gate.beyond:
+                gate.await_layer(layer, lambda _: None, make)
             assert all(there[index] > layer for index in range(before))
 
     def walk(until: int, *, past_loads: bool) -> None:
         while (index := frontier.advance(until=until, past_loads=past_loads)) is not None:
             assert index < until
-            if frontier.take_abandoned():  # the layers move out, and what is under way lands where they were
-                for left in loading:
-                    there[left] = LAYERS if left in made else 0
-                loading.clear()
+            gate.went_to(index)
             if past_loads:
                 use_all_layers(index)
             assert all(there[before] == LAYERS for before in range(index))
             frontier.computed(index)
-            assert there[index] < LAYERS
             there[index] = LAYERS
             made.add(index)
+        gate.went_to(until)
 
     let_loaders_act()
     walk(len(present), past_loads=True)

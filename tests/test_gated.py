@@ -40,7 +40,7 @@ def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["load", "both"])
 def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Load-only puts chunks into place at once; both has them aside, and here never finds one worth computing."""
+    """Load-only has all chunks in place; both stages some, and here never finds one worth computing."""
     tell(monkeypatch, worth=no)
     return str(request.param)
 
@@ -146,13 +146,13 @@ def test_a_load_that_fails_within_the_last_piece_is_made_up_for(
     assert report.chunks_failed + report.chunks_missed == 1
 
 
-def test_a_late_load_is_overtaken_within_the_last_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although it comes into place, no deadline is needed: the layers move out in the middle of the forward."""
+def test_a_late_load_is_superseded_within_the_last_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is staged, so no deadline is needed: its chunk is computed in the middle of the forward."""
     model = shared_model("llama", "float32")
     gate = GateStore(filled_store(model), ranges=True)
     gate.open(WHOLE + 1)
     late = threading.Event()
-    tell(monkeypatch, worth=lambda _: late.is_set(), overdue=lambda _: late.is_set())
+    tell(monkeypatch, worth=lambda _: late.is_set())
     with (
         cache_of(model, gate, "both", read_timeout=60) as warm,
         before_layers(model, lambda layer, forward: late.set() if (layer, forward) == (1, 1) else None),

@@ -32,8 +32,8 @@ from waiting import PATIENCE, join_loaders
 
 
 @pytest.mark.parametrize("held", [1, 2])
-def test_a_load_that_does_not_come_is_overtaken_alone(held: int) -> None:
-    """It was on its way into place, wherever that is: no deadline is needed, and all other loads go on."""
+def test_a_load_that_does_not_come_is_superseded_alone(held: int) -> None:
+    """It is staged: no deadline is needed, and all other loads go on."""
     model = shared_model("llama")
     gate = GateStore(filled_store(model))
     limits = Limits(loader_threads=held, read_timeout=PATIENCE)

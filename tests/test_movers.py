@@ -43,6 +43,7 @@ from cake_hf.transfer.staging import Slot, SlotRing
 from cake_hf.transfer.writer import SaveJob, Writer, pack
 from children import command_of
 from device_marks import devices
+from paces import Told
 from waiting import PATIENCE, await_true
 
 SPACE = "2c" * 20
@@ -175,27 +176,6 @@ def test_threads_of_a_device_place_do_not_share_host_memory(device: str) -> None
 
 
 @devices
-def test_what_is_on_its_way_to_a_device_can_be_turned_aside(device: str) -> None:
-    """Part of it was there already; then the main thread writes to the place. Should it be wanted after all, all is brought."""
-    buffers = make_buffers(device)
-    place = DevicePlace(buffers, LAYOUT)
-    landing = place.landing(2, staged=False)
-    fill_parts(landing, 2)
-    landing.commit(1)
-    landing.restage()
-    place.catch_up()
-    for buffer in buffers:
-        buffer.zero_()
-    landing.commit(len(LAYOUT.pieces))
-    place.catch_up()
-    assert untouched(buffers, 2)
-    landing.commit_parts(len(LAYOUT.pieces))
-    landing.release()
-    place.catch_up()
-    assert chunk_in(buffers, 2) == payload_of(2)
-
-
-@devices
 def test_what_was_let_go_comes_to_no_device(device: str) -> None:
     buffers = make_buffers(device)
     place = DevicePlace(buffers, LAYOUT)
@@ -208,27 +188,46 @@ def test_what_was_let_go_comes_to_no_device(device: str) -> None:
     assert untouched(buffers, 2)
 
 
-def test_a_load_that_begins_when_it_was_turned_or_given_up_lands_there() -> None:
-    """The main thread decides between a loader's claim and its first read."""
-    for decide, staged in (("turned", True), ("given up", False)):
-        buffers = make_buffers()
-        restore = Restore(filled_store(), DevicePlace(buffers, LAYOUT))
-        index = restore.frontier.claim()
-        assert index is not None
-        if decide == "turned":
-            restore.job.restage(index)
-            restore.frontier.is_staged = lambda index: True  # type: ignore[method-assign]
-        else:
-            assert restore.job.detach()
+@pytest.mark.parametrize("kind", [HostPlace, DevicePlace])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_load_that_was_given_up_brings_nothing_more(kind: type[Place], *, staged: bool, begun: bool) -> None:
+    """It was given up between a loader's claim and its first read, or between its first piece and the next one.
+
+    What it reads directly into the buffers still comes there: the layers go on in other ones.
+    """
+    buffers = make_buffers()
+    restore = Restore(filled_store(), kind(buffers, LAYOUT))
+    restore.frontier.is_staged = lambda index: staged  # type: ignore[method-assign]
+    index = restore.frontier.claim()
+    assert index is not None
+    landing = restore.job.lands(index) if begun else None
+    restore.frontier.stop()
+    restore.job.drop_late()
+    if landing is None:
         landing = restore.job.lands(index)
-        fill_parts(landing, index)
-        landing.commit(len(LAYOUT.pieces))
-        assert (restore.job.staged.get(index) is landing) == staged
-        assert untouched(buffers, index)
+    fill_parts(landing, index)
+    landing.commit(len(LAYOUT.pieces))
+    landing.commit_parts(len(LAYOUT.pieces))
+    restore.job.commit_staged()
+    restore.job.place.catch_up()
+    assert untouched(buffers, index) == (not restore.job.place.is_read_into or staged)
 
 
-def test_what_is_read_into_the_buffers_cannot_be_detached() -> None:
-    assert not Restore(filled_store(), HostPlace(make_buffers(), LAYOUT)).job.detach()
+@pytest.mark.parametrize("kind", [HostPlace, DevicePlace])
+def test_a_load_that_was_superseded_before_it_began_brings_nothing(kind: type[Place]) -> None:
+    buffers = make_buffers()
+    restore = Restore(filled_store(), kind(buffers, LAYOUT))
+    restore.frontier = restore.job.frontier = Frontier([True], judge=Told())
+    assert restore.frontier.claim() == 0
+    assert restore.frontier.advance() == 0
+    restore.frontier.computed(0)
+    landing = restore.job.lands(0)
+    fill_parts(landing, 0)
+    landing.commit(len(LAYOUT.pieces))
+    assert landing.staged
+    assert 0 not in restore.job.staged
+    assert untouched(buffers, 0)
 
 
 def test_slots_go_round_once_there_are_enough() -> None:

@@ -232,18 +232,6 @@ def test_a_stuck_store_is_waited_for_no_longer_than_a_part_of_a_step(
     assert pace.worth(index, left, due + step / LATE * (1 + 1e-9) + 1e-9)
 
 
-@given(computes, loads, st.integers(0, 50), st.integers(1, 8))
-def test_loads_in_place_are_overtaken_later_than_others(
-    compute: ComputeCost, load: LoadCost, index: int, left: int
-) -> None:
-    pace = pace_of(Costs(compute, load), [], threads=load.threads, first=3)
-    due = load.finish(left)
-    assert not pace.overdue(index, left, 0.0) or due > left * compute.seconds(3 + index)
-    assert pace.overdue(index, left, due + left * compute.seconds(3 + index) + 1e-9)
-    assert not pace_of(Costs(compute, None), []).overdue(index, left, 1e6)
-    assert not pace_of(Costs(None, load), []).overdue(index, left, 1e6)
-
-
 def test_unknown_costs_and_holes_are_worth_it() -> None:
     known = Costs(ComputeCost(5.0), load_cost(1.0))
     assert not pace_of(known, []).worth(0, 5, 0.0)

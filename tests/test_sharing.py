@@ -22,9 +22,8 @@ from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.testing.contract import run_together
 from cake_hf.transfer.single_flight import LEFT_PER_READ, ReadSlot, Sharing, sharing_of
 from forwards import before_forward
-from hanging import no_waiting_for
+from hanging import no_waiting_for, no_waiting_when
 from models import CHUNK, CHUNKS, Outcome, difference, expected, oracle, prompt, run, shared_model
-from paces import no, tell, yes
 from stored import filled_store, keys_in_order, without
 from waiting import PATIENCE, await_answer, await_true, join_loaders, loaders
 
@@ -342,7 +341,6 @@ def test_a_copied_chunk_lands_where_the_layers_have_moved_to(monkeypatch: pytest
     payload = torch.frombuffer(bytearray(value), dtype=torch.uint8)[-parse_header(value)[1].payload_bytes :]
     gate = GateStore(without(complete, hole))
     gate.open(hole - 1)  # all but one
-    tell(monkeypatch, worth=no, overdue=yes)
     board, moved = sharing_of(gate), []
     move_out = TokenMajorLayer.move_out
     monkeypatch.setattr(TokenMajorLayer, "move_out", lambda *args: (moved.append(1), move_out(*args))[1])
@@ -350,8 +348,9 @@ def test_a_copied_chunk_lands_where_the_layers_have_moved_to(monkeypatch: pytest
     limits = Limits(loader_threads=1, read_timeout=PATIENCE)
 
     def generate() -> None:
-        with CakeCache(model, gate, chunk_size=CHUNK, limits=limits) as cache:
-            outcomes.append(run(model, prompt(), cache))
+        with CakeCache(model, gate, chunk_size=CHUNK, strategy="load", limits=limits) as cache:
+            with no_waiting_when(lambda: gate._reads_begun == hole):  # one loader: all others have come
+                outcomes.append(run(model, prompt(), cache))
             assert cache.report.chunks_shared == 1
             gate.open()
 

@@ -51,8 +51,7 @@ any_setting = st.builds(
     suffix=st.floats(0, 5),
     gpu_share=st.floats(0.1, 1),
     costs_known=st.booleans(),
-    near=st.none() | st.integers(0, 50),
-    on_host=st.booleans(),
+    most_staged=st.none() | st.integers(0, 50),
     read_timeout=st.sampled_from([float("inf"), 10.0, 0.5]),
 )
 
@@ -132,7 +131,7 @@ def test_a_restore_by_hand() -> None:
 
     With known costs, chunk 1 is not begun at 2 s: it will be loaded sooner. The first prompt does begin it, and leaves it.
     """
-    where = setting(4, 2, 0, 1, threads=1, layers=2, near=4)
+    where = setting(4, 2, 0, 1, threads=1, layers=2)
     known = simulate(where, "both")
     assert (known.seconds, known.computed, known.left) == (3, 1, 0)
     first = simulate(replace(where, costs_known=False), "both")
@@ -144,7 +143,7 @@ def test_a_restore_by_hand() -> None:
 
 def test_a_forward_is_left_only_between_layers() -> None:
     """Chunk 1 arrives at 3.5 s, in a forward from 3 to 6 s; layers end at 4, 5 and 6 s."""
-    where = setting(2, 3, 0, 3.5, threads=1, layers=3, near=2, costs_known=False)
+    where = setting(2, 3, 0, 3.5, threads=1, layers=3, costs_known=False)
     outcome = simulate(where, "both")
     assert (outcome.seconds, outcome.left) == (4, 1)
 
@@ -163,13 +162,13 @@ def test_a_share_of_the_device_slows_computing_only() -> None:
 
 
 def grid(threads: tuple[int, ...], latencies: tuple[float, ...], **rest: float | None) -> Iterator[Setting]:
-    """Tl/Tc from 1/100 to 100, costs from flat to steep; latencies in units of a chunk's time on the line. All land aside."""
+    """Tl/Tc from 1/100 to 100, costs from flat to steep; latencies in chunks' times on the line. All may be staged."""
     ratios = (0.01, 0.1, 0.3, 0.55, 0.8, 1.0, 1.3, 1.9, 4.0, 10.0, 100.0)
     for chunks, ratio, slope in product((1, 2, 4, 8, 32), ratios, (0.0, 0.02, 1.0)):
         costs = steps(chunks, 0.05, 0.05 * slope)
         load = ratio * sum(costs) / chunks
         for count, latency, layers in product(threads, latencies, (1, 32)):
-            where = {"threads": count, "layers": layers, "suffix": 0.01, "near": chunks, "on_host": True, **rest}
+            where = {"threads": count, "layers": layers, "suffix": 0.01, "most_staged": chunks, **rest}
             yield setting(chunks, 0.05, 0.05 * slope, load, latency * load, **where)
 
 
@@ -204,20 +203,18 @@ def test_near_perfect_with_known_costs() -> None:
     assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0))) == []
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_never_slower_with_as_many_chunks_loaded_aside_as_a_restore_takes(on_host: bool) -> None:
-    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None, on_host=on_host)) == []
-    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0), near=None, on_host=on_host)) == []
+def test_never_slower_with_as_many_staged_chunks_as_a_restore_takes() -> None:
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3, 3.0), most_staged=None)) == []
+    assert wasteful(grid((1, 2, 4), (0.0, 0.3, 3.0), most_staged=None)) == []
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk(on_host: bool) -> None:
-    assert too_slow(grid((1, 2, 4), (0.0, 0.3), near=None, suffix=0.05, on_host=on_host)) == []
+def test_never_slower_where_the_last_piece_is_as_long_as_a_chunk() -> None:
+    assert too_slow(grid((1, 2, 4), (0.0, 0.3), most_staged=None, suffix=0.05)) == []
 
 
-def test_too_few_chunks_aside_would_be_slower() -> None:
-    """Negative control, and the reason for `Pace.near`: the main thread would wait for chunks that are loaded in place."""
-    assert too_slow(grid((4,), (0.0,), near=1))
+def test_without_staging_it_would_be_slower() -> None:
+    """Negative control, and the reason for staging: the main thread would wait for chunks that are loaded in place."""
+    assert too_slow(grid((4,), (0.0,), most_staged=0))
 
 
 def test_the_last_piece_hides_behind_the_last_loads() -> None:
@@ -256,7 +253,7 @@ def test_the_first_prompt_ever_is_at_most_one_layer_from_the_best_split() -> Non
         ({"suffix": -1}, "suffix's seconds must be"),
         ({"gpu_share": 0}, "part of the device must be"),
         ({"gpu_share": 1.1}, "part of the device must be"),
-        ({"near": -1}, "number of chunks loaded aside must be"),
+        ({"most_staged": -1}, "number of staged chunks must be"),
         ({"read_timeout": 0}, "deadline of a read must be"),
     ],
 )
@@ -280,7 +277,7 @@ def test_so_many_steps_are_refused(chunks: int) -> None:
 def test_the_papers_policy_is_near_what_the_paper_reports(case: command_module.Case) -> None:
     """Within a fifth, from step times of one model only. Its losing cells are wins or draws of ours, with enough aside."""
     where = setting_of(case, 2)
-    cell = evaluate(replace(where, near=where.chunks))
+    cell = evaluate(replace(where, most_staged=where.chunks))
     assert case.published is not None
     simulated = (cell.load / cell.cake, cell.compute / cell.cake)
     for published, ratio in zip(case.published, simulated, strict=True):

@@ -80,7 +80,7 @@ def settings() -> Iterator[Setting]:
     for chunks, ratio, threads, layers in product((8, 32), (0.3, 0.7, 1.0, 2.0), (1, 2), (8, 32)):
         costs = steps(chunks, STEP, 0.02 * STEP)
         bandwidth = MEGABYTE * chunks / (ratio * sum(costs))
-        yield Setting(costs, MEGABYTE, bandwidth, threads=threads, layers=layers, suffix=STEP / 5, on_host=True)
+        yield Setting(costs, MEGABYTE, bandwidth, threads=threads, layers=layers, suffix=STEP / 5)
 
 
 def table(where: Sequence[Setting], tick: Callable[[], None] = lambda: None) -> list[Row]:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.simulation import beliefs as believing
 from benchmarks.simulation import changes as changing
 from benchmarks.simulation.simulator import Cell, Setting, evaluate, simulate, steps
 from cake_hf.cli.console import console, progress_bar
@@ -166,6 +167,10 @@ def simulate_command(
     changes: Annotated[
         bool, typer.Option("--changes", help="Simulate a machine that changes, and wrong beliefs (takes a minute).")
     ] = False,
+    beliefs: Annotated[
+        bool,
+        typer.Option("--beliefs", help="Simulate known, wrong and unknown costs in 168 settings (takes a minute)."),
+    ] = False,
     bandwidth_gbps: Annotated[
         float, typer.Option(help="Bandwidth of the line, in 10^9 bits per second.")
     ] = Own.bandwidth_gbps,
@@ -189,8 +194,12 @@ def simulate_command(
     given = [field.name for field in fields(Own) if _was_given(context, field.name)]
     if paper and given:
         raise ValueError(f"--paper has settings of its own; leave out {_options_text(given)}.")
+    others = [*given, *(["paper"] if paper else [])]
+    if beliefs:
+        _show_beliefs(as_json=as_json, others=[*others, *(["changes"] if changes else [])])
+        return
     if changes:
-        _show_changes(as_json=as_json, others=[*given, *(["paper"] if paper else [])])
+        _show_changes(as_json=as_json, others=others)
         return
     if given:
         own = Own(bandwidth_gbps, tokens, chunk, kv_kib_per_token, base_ms, slope_ms, layers, gpu_share)
@@ -219,6 +228,20 @@ def _show_changes(*, as_json: bool, others: Sequence[str]) -> None:
     console.print(changing.LEGEND, style="dim")
     if as_json:
         console.print(json.dumps({"changes": [row.plain() for row in rows]}), soft_wrap=True)
+
+
+def _show_beliefs(*, as_json: bool, others: Sequence[str]) -> None:
+    if others:
+        raise ValueError(f"--beliefs has settings of its own; leave out {_options_text(others)}.")
+    with progress_bar("simulating", "beliefs") as progress:
+        progress(0, len(believing.BELIEFS))
+        done = count(1)
+        rows = believing.table(list(believing.settings()), lambda: progress(next(done), len(believing.BELIEFS)))
+    console.print(believing.sheet(rows))
+    console.print()
+    console.print(believing.LEGEND, style="dim")
+    if as_json:
+        console.print(json.dumps({"beliefs": [row.plain() for row in rows]}), soft_wrap=True)
 
 
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:

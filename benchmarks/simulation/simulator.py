@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate
 from types import TracebackType
@@ -29,9 +29,10 @@ from cake_hf.report import Span
 from cake_hf.scheduling.costs import MAX_SECONDS, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
 from cake_hf.scheduling.frontier import Outcome as LoadOutcome
+from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import ranges_of, supersedes_in_place
+from cake_hf.scheduling.planner import ranges_of
 
 Policy = Literal["both", "compute", "load", "cake", "fixed"]
 """What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in
@@ -43,7 +44,7 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Setting:
-    """One prompt, all of whose full chunks are stored, on one machine.
+    """One prompt, whose full chunks are stored, on one machine.
 
     Attributes:
         compute: f_i, seconds to compute chunk i with the whole device. For a straight line see `steps`.
@@ -55,10 +56,9 @@ class Setting:
         suffix: S, seconds to compute the prompt's last piece with the whole device.
         gpu_share: s, the part of the device that computing gets, above 0 to 1; f_i and S are divided by it.
         costs_known: whether both single methods were measured before. If not, it is the first prompt ever.
-        near: chunks beyond the front that are loaded aside (see `Frontier`), without a bound on their number; None for what a
-            restore does (`Pace.near`, and at most STAGED_PER_THREAD chunks staged per thread).
-        on_host: KV is in host memory, where what is on its way into place cannot be turned aside (see `Frontier`).
+        most_staged: the most chunks that are staged at a time; None for what a restore does (STAGED_PER_THREAD per thread).
         read_timeout: seconds until a load that is waited for is given up. No load fails here, so by default never.
+        holes: chunks that are not stored.
         compute_speed: how it changes while the restore runs, beside the share.
         line_speed: likewise.
 
@@ -75,9 +75,9 @@ class Setting:
     suffix: float = 0.0
     gpu_share: float = 1.0
     costs_known: bool = True
-    near: int | None = None
-    on_host: bool = False
+    most_staged: int | None = None
     read_timeout: float = math.inf
+    holes: tuple[int, ...] = ()
     compute_speed: Speed = CONSTANT
     line_speed: Speed = CONSTANT
 
@@ -86,7 +86,7 @@ class Setting:
         _check("number of chunks", len(self.compute), 1, MAX_CHUNKS)
         _check("number of layers", self.layers, 1, MAX_LAYERS)
         _check("part of the device", self.gpu_share, 1e-6, 1)
-        _check("number of chunks loaded aside", self.near or 0, 0, MAX_CHUNKS)
+        _check("number of staged chunks", self.most_staged or 0, 0, MAX_CHUNKS)
         _check("deadline of a read", self.read_timeout, 1e-9, math.inf)
         _check("suffix's seconds", self.suffix / self.gpu_share, 0, MAX_SECONDS)
         for seconds in self.compute:
@@ -215,15 +215,22 @@ def simulate(setting: Setting, strategy: Policy) -> Outcome:
 
 def best_seconds(setting: Setting) -> float:
     """T*, the least time of any token-wise split whose last piece comes after all else:
-    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`.
+    `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`, and with holes what `planner.plan` says.
 
     L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
     order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
     n - m others are loads over the same line. (Running the last piece beside the last loads may be: eta then exceeds 1.)
     """
-    fronts = accumulate(setting.step_seconds, initial=0.0)
-    finish = setting.line.finish
-    return min(max(front, finish(setting.chunks - m)) for m, front in enumerate(fronts)) + setting.suffix_seconds
+    seconds, finish = setting.step_seconds, setting.line.finish
+    fronts = list(accumulate(seconds, initial=0.0))
+    best, loads, behind = fronts[-1], 0, 0.0
+    for m in reversed(range(setting.chunks)):
+        if m in setting.holes:
+            behind += seconds[m]
+        else:
+            loads += 1
+            best = min(best, max(fronts[m], finish(loads)) + behind)
+    return best + setting.suffix_seconds
 
 
 def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
@@ -282,7 +289,8 @@ def learnt(setting: Setting) -> CostLearner:
     """What was learnt from a prompt that was all computed and one that was all loaded, at speed 1."""
     learner = CostLearner()
     learner.saw_steps(list(enumerate(setting.step_seconds)))
-    first = _Restore(replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT), "load", Costs()).run()
+    whole = replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT, holes=())
+    first = _Restore(whole, "load", Costs()).run()
     learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
     return learner
 
@@ -323,9 +331,10 @@ class _Clock:
 class _Changed:
     """Stands in for a `threading.Condition`: there is one thread, so the lock is nothing and waiting lets time pass."""
 
-    def __init__(self, clock: _Clock) -> None:
+    def __init__(self, clock: _Clock, notified: Callable[[], None]) -> None:
         self._clock = clock
         self._notified = False
+        self._when_notified = notified
 
     def __enter__(self) -> None:
         pass
@@ -348,16 +357,14 @@ class _Changed:
 
     def notify_all(self) -> None:
         self._notified = True
+        self._when_notified()
 
 
 class _CakesOwn(Judge):
-    """It computes whatever is not there when it asks."""
+    """It loads all, and computes whatever is not there when it asks."""
 
-    def __init__(self, chunks: int) -> None:
-        self._chunks = chunks
-
-    def near(self, now: float) -> int:
-        return self._chunks
+    def slack(self, front: int, chunk: int, loads: int, now: float) -> float:
+        return 1.0
 
 
 class _Fixed(Pace):
@@ -380,15 +387,6 @@ class _Fixed(Pace):
         return 1.0
 
 
-class _GivenNear(Pace):
-    """With a number of chunks that are loaded aside from outside."""
-
-    given = 0
-
-    def near(self, now: float) -> int:
-        return self.given
-
-
 class _Restore:
     """One restore: the main thread's walk is `run`, loader threads are events. Mirrors `restore.py` and `loader.py`."""
 
@@ -401,8 +399,8 @@ class _Restore:
         self._reads: list[tuple[int, float, float]] = []
         self._left = 0
         self._ranges = ranges_of(costs, setting.layers, setting.latency)
-        kind = _Fixed if policy == "fixed" else Pace if setting.near is None else _GivenNear
-        self.pace = kind(
+        self._idle: list[str] = []  # loaders that found nothing to load
+        self.pace = (_Fixed if policy == "fixed" else Pace)(
             costs,
             chunks=setting.chunks,
             layers=setting.layers,
@@ -411,27 +409,22 @@ class _Restore:
             ranges=self._ranges,
             credit=credit,
         )
-        if isinstance(self.pace, _GivenNear):
-            self.pace.given = setting.near or 0
-        aside_all = policy == "cake" or setting.near is not None
+        staged = STAGED_PER_THREAD * setting.threads if setting.most_staged is None else setting.most_staged
         self._frontier = Frontier(
-            [True] * setting.chunks,
+            [index not in setting.holes for index in range(setting.chunks)],
             strategy=Strategy.BOTH if policy in ("cake", "fixed") else Strategy(policy),
             read_timeout=setting.read_timeout,
-            most_staged=setting.chunks if aside_all else STAGED_PER_THREAD * setting.threads,
-            nearest=setting.threads,
-            last=setting.threads,
-            judge=_CakesOwn(setting.chunks) if policy == "cake" else self.pace,
-            supersedes_in_place=policy != "cake" and supersedes_in_place(setting.chunks),
-            restage=None if setting.on_host else lambda index: None,
+            most_staged=setting.chunks if policy == "cake" else staged,
+            judge=_CakesOwn() if policy == "cake" else self.pace,
             clock=self._clock,
-            changed=_Changed(self._clock),
+            changed=_Changed(self._clock, self._wake),
         )
+        self._gate = LayerGate(self._frontier, last=setting.threads, ranges=self._ranges)
 
     def run(self) -> Outcome:
         for number in range(self._setting.threads if self._policy != "compute" else 0):
             self._load_next(f"load-{number}")
-        self._walk(self._setting.chunks, past_loads=self._ranges > 1)
+        self._walk(self._setting.chunks, past_loads=self._gate.is_open)
         self._last_piece()
         self.pace.end(self._clock.now)
         loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
@@ -450,6 +443,7 @@ class _Restore:
                 self._frontier.give_back(index)
                 self._left += 1
                 self._record("compute", index, begin, "preempted")
+        self._gate.went_to(until)
 
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
@@ -470,21 +464,27 @@ class _Restore:
 
     def _last_piece(self) -> None:
         """Each layer of it waits for that layer of the loads that are under way."""
-        if not self._frontier.beyond():
+        if not self._gate.beyond:
             self._clock.go_to(self._setting.compute_speed.end(self._clock.now, self._setting.suffix_seconds))
             return
         for layer in range(self._setting.layers):
-            if not self._frontier.await_layer(layer):
-                self._walk(self._setting.chunks, past_loads=False)
+            self._gate.await_layer(layer, lambda _: None, lambda until: self._walk(until, past_loads=False))
             seconds = self._setting.suffix_seconds / self._setting.layers
             self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
+
+    def _wake(self) -> None:
+        """Something has changed: whoever found nothing to load looks again, at the same moment."""
+        woken, self._idle = self._idle, []
+        for actor in woken:
+            self._clock.plan(self._clock.now, partial(self._load_next, actor))
 
     def _load_next(self, actor: str) -> None:
         """A loader claims a chunk; it reads it whole, or one range of layers after the other."""
         index = self._frontier.claim()
-        if index is not None:
-            ranges = self._ranges if self._frontier.comes_last(index) else 1
-            self._read(actor, index, self._clock.now, 1, ranges)
+        if index is None:
+            self._idle.append(actor)
+        else:
+            self._read(actor, index, self._clock.now, 1, self._gate.ranges_of(index))
 
     def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
         """Book the line for the next range; what the loader does when that read ends is planned."""
@@ -495,7 +495,7 @@ class _Restore:
 
         def read_ends() -> None:
             if number < ranges:
-                self._frontier.landed(index, self._setting.layers * number // ranges)
+                self._gate.landed(index, self._setting.layers * number // ranges)
                 self._read(actor, index, begin, number + 1, ranges)
                 return
             if self._frontier.settle(index, LoadOutcome.LOADED):

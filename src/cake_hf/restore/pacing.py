@@ -14,7 +14,6 @@ from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import supersedes_in_place
 from cake_hf.transfer.cost_notes import CostMemory
 
 
@@ -44,6 +43,10 @@ class RestorePace(Pace):
         super().end(now)
         self.can_run = self.can_leave = _never
 
+    def slack(self, front: int, chunk: int, loads: int, now: float) -> float:
+        slack = super().slack(front, chunk, loads, now)
+        return max(1.0, slack) if any(block.singly for block in self.blocks[front : chunk + 1]) else slack
+
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         if not self.can_run(chunk):
             return False
@@ -51,9 +54,6 @@ class RestorePace(Pace):
             wait = self._wait(loads_left, now)
             return wait is None or self._compute is None or self.blocks[chunk].tokens * self._seconds(chunk) < wait
         return super().worth(chunk, loads_left, now, whole=whole)
-
-    def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
-        return self.can_run(chunk) and super().overdue(chunk, loads_left, now)
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:
         return self.can_leave(chunk) and super().tries(chunk, loads_left, now)
@@ -101,34 +101,20 @@ def new_pace(
     )
 
 
-def new_frontier(
-    session: Session,
-    prompt: Prompt,
-    plan: RestorePlan,
-    pace: RestorePace,
-    *,
-    restage: Callable[[int], None] | None,
-) -> Frontier:
+def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace) -> Frontier:
     """Returns the ledger of one restore.
 
     Args:
         session: of the cache.
-        prompt: from `open_prompt`.
         plan: of the restore.
         pace: of the restore.
-        restage: see `Frontier`.
     """
-    threads = session.limits.loader_threads
     return Frontier(
         plan.usable,
         strategy=session.strategy,
         read_timeout=session.limits.read_timeout,
-        most_staged=STAGED_PER_THREAD * threads,
-        nearest=threads,
-        restage=restage,
-        last=threads,
+        most_staged=STAGED_PER_THREAD * session.limits.loader_threads,
         judge=pace,
-        supersedes_in_place=restage is None and supersedes_in_place(_chunks_in_memory(prompt)),
     )
 
 
@@ -166,12 +152,6 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
     if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
         computed += compute.seconds((past + prompt.rest) // size) * (prompt.call.tokens - prompt.rest) / size
     report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds
-
-
-def _chunks_in_memory(prompt: Prompt) -> int:
-    """Returns how many chunks' worth of memory the cache takes with the prompt in it, over all rows."""
-    tokens = prompt.call.past + prompt.call.tokens
-    return -(-tokens // prompt.layout.chunk_size) * prompt.report.batch
 
 
 def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> float:

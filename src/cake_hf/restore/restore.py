@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +47,9 @@ from cake_hf.restore.snapshots import StoredStates
 from cake_hf.restore.steps import steps_for
 from cake_hf.restore.windows import WindowBuffers
 from cake_hf.scheduling.frontier import Outcome
+from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.copy_streams import let_copies_out_end
-from cake_hf.transfer.landing import is_host_place, place_for
+from cake_hf.transfer.landing import place_for
 from cake_hf.transfer.loader import LoadJob, start_loaders
 
 
@@ -122,7 +124,6 @@ class Restore:
         buffers = [buffer[:, past:] for layer in self._layers for buffer in layer.buffers] + self._windows.buffers
         if not plan.loads:
             buffers = []  # they may be head-major, which no chunk is
-        restage = None if is_host_place(buffers) else self._restage
         self.pace = new_pace(
             session,
             prompt,
@@ -133,7 +134,8 @@ class Restore:
             can_run=self._can_run,
             can_leave=self._can_leave,
         )
-        self._frontier = new_frontier(session, prompt, plan, self.pace, restage=restage)
+        self._frontier = new_frontier(session, plan, self.pace)
+        self._gate = LayerGate(self._frontier, last=session.limits.loader_threads, ranges=plan.ranges)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers)
         # A chunk taken from another restore comes without the state after it, and is missing on the other ranks.
@@ -168,8 +170,8 @@ class Restore:
             ComputePlainly: the model does not compute what the store holds.
         """
         prompt = self.prompt
-        self._walk(prompt.chunks, past_loads=self._plan.ranges > 1)
-        self.pending = self._frontier.beyond() > 0
+        self._walk(prompt.chunks, past_loads=self._gate.is_open)
+        self.pending = self._gate.beyond > 0
         self._audit.settle()
         self._audit.end()  # from now on the suffix is in the model
         self._progress(prompt.chunks, prompt.chunks)
@@ -177,18 +179,10 @@ class Restore:
     def await_layer(self, layer: int) -> None:
         """Returns once that layer of all chunks before the piece that is in the model is in the layers' buffers."""
         self._job.commit_staged()  # frees the staged memory for other loads
-        if not self._frontier.beyond():
+        if not self._gate.beyond:
             return
         self._runs.waited = True
-        if self._frontier.await_layer(layer):
-            self._job.commit_layer(layer)
-        else:
-            # A load has failed or is late. Make all chunks before the piece now; then the piece continues.
-            lengths = [held.lengths for held in self._layers]
-            self._walk(self._frontier.beyond(), past_loads=False)
-            self._runs.waited = True
-            for held, length in zip(self._layers, lengths, strict=True):
-                held.show_lengths(length)
+        self._gate.await_layer(layer, partial(self._job.commit_layer, layer), self._make_within)
         self._job.place.catch_up()
 
     def close(self, *, save_suffix: bool = False) -> None:
@@ -204,6 +198,7 @@ class Restore:
             self._settle_in()
             self._job.place.catch_up()
             # Loaders that wait for other prompts' reads are no longer needed.
+            self._frontier.close()
             self._session.bound_store.sharing.wake()
             if not self._frontier.left_behind():
                 for thread in self._threads:
@@ -228,13 +223,12 @@ class Restore:
         if self.prompt.inquiry is not None:
             self.prompt.inquiry.give_up()
         self._frontier.stop()
-        detached = not self._plan.loads or self._job.detach()
-        self._job.place.catch_up()
         self._job.let_go()
+        self._job.place.catch_up()
         self._states.let_go()
         let_copies_out_end()
         try:
-            self._go_back(detached=detached)
+            self._go_back(late_reads=self._plan.loads and self._job.place.is_read_into)
             self._carried.go_back()
         finally:
             self._carried.end()
@@ -257,20 +251,21 @@ class Restore:
                     layer.reset()
             raise
 
-    def _go_back(self, *, detached: bool) -> None:
+    def _go_back(self, *, late_reads: bool) -> None:
         past = self.prompt.call.past
         for layer in self._layers:
             if not past:
                 layer.reset()
-            elif detached:
-                layer.show(past)
-            else:
+            elif late_reads:
                 # Loads under way may still write to these buffers: use others, as small as possible, since memory may be short.
                 layer.move_out(past, capacity=past)
+            else:
+                layer.show(past)
 
     def _walk(self, until: int, *, past_loads: bool) -> None:
         """Computes, or takes from the loaders, all chunks before `until`, and makes them the content of the layers."""
         while (index := self._steps.advance(until=until, past_loads=past_loads)) is not None:
+            self._gate.went_to(index)
             self._settle_in()
             self._see(index)
             with self._flights.flight(index) as plan:
@@ -281,11 +276,20 @@ class Restore:
                     self._made = index + 1
                     self._flights.hand_out(index, plan)
             self._progress(index + 1, self.prompt.chunks)
+        self._gate.went_to(until)
         self._settle_in()
         self._job.place.catch_up()
         self._runs.waited = False
         self._runs.stand(until)
         self._runs.show(until)
+
+    def _make_within(self, until: int) -> None:
+        """Makes all chunks before `until` in the middle of the forward on the piece after them, which then continues."""
+        lengths = [held.lengths for held in self._layers]
+        self._walk(until, past_loads=False)
+        self._runs.waited = True
+        for held, length in zip(self._layers, lengths, strict=True):
+            held.show_lengths(length)
 
     def _loaded_block(self, index: int) -> Windows | None:
         loaded = self._frontier.outcomes().get(index) is Outcome.LOADED
@@ -294,12 +298,14 @@ class Restore:
     def _settle_in(self) -> None:
         """Commits what is staged. If late reads may still write to the buffers, the layers then move to other ones.
 
-        Nothing arrives after that: giving up one load, or superseding it in place, ends all loading.
+        Nothing arrives after that: giving up one load ends all loading.
         """
         self._job.commit_staged()
-        if self._frontier.take_abandoned() and not self._job.detach():
-            for layer in self._layers:
-                layer.move_out(self._end)
+        if self._frontier.take_abandoned():
+            self._job.drop_late()
+            if self._job.place.is_read_into:
+                for layer in self._layers:
+                    layer.move_out(self._end)
 
     def _see(self, index: int) -> None:
         """Has the devices wait, before they compute a chunk, for copies to the memory that this chunk reads or writes.
@@ -316,9 +322,6 @@ class Restore:
     def _can_leave(self, index: int) -> bool:
         """False if the model carries something, which would be half done, or if other ranks are in the same forward."""
         return index in self.prompt.full and not self._carried and self._ranks is None
-
-    def _restage(self, index: int) -> None:
-        self._job.restage(index)
 
     def _load_job(self, buffers: list[torch.Tensor]) -> LoadJob:
         limits = self._session.limits
@@ -339,7 +342,7 @@ class Restore:
             sharing=self._session.bound_store.sharing,
             most_reads=limits.loader_threads,
             patience=limits.read_timeout,
-            ranges=self._plan.ranges,
+            gate=self._gate,
         )
 
     def _count(self) -> int:

@@ -25,12 +25,6 @@ LATE = 8.0
 """A load that is late by x is expected to take this many times x more. Computing in vain is cheap: the forward is preempted
 when the load arrives."""
 
-IN_PLACE = 2.0
-"""Superseding loads in place loses all loads under way, so the gain must be this many times the cost."""
-
-MARGIN = 2.0
-"""Loads go in place if computing is not worth it, and would not be even if loads took this many times as long."""
-
 
 class Pace(Judge):
     """The costs of one restore as currently believed. Used under the frontier's lock, except `saw_forward`: main thread only.
@@ -90,7 +84,12 @@ class Pace(Judge):
         self._ranges = ranges
         self.credit = credit
         self._factor = 1.0  # on the believed compute time
-        self._arrivals: list[float] = []  # when loading started, and when each load ended
+        self._began: float | None = None  # when loading started
+        self._arrivals: list[
+            float
+        ] = []  # when it started, or went on after a pause, and when each load since has ended
+        self._before = 1.0  # the lateness of loads before the pause
+        self._any_arrived = False
         self.steps: list[tuple[int, float]] = []
         self.lateness = 1.0
         self.shares: list[float] = []
@@ -100,12 +99,22 @@ class Pace(Judge):
 
     def loading(self, now: float) -> None:
         """Notes that a load has started."""
+        if self._began is None:
+            self._began = now
         if not self._arrivals:
             self._arrivals.append(now)
 
     def loaded(self, now: float) -> None:
         """Notes that a load has arrived."""
-        self._arrivals.append(now)
+        self._any_arrived = True
+        if self._arrivals:
+            self._arrivals.append(now)
+
+    def paused(self) -> None:
+        """Notes that no load is under way because none is worth starting. Until the next one starts, none is late."""
+        if self._load is not None and self._arrivals:
+            self._before = self._past(self._load)
+            self._arrivals.clear()
 
     def saw_forward(self, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
         """Records that a chunk, or the given share of it, was computed.
@@ -158,58 +167,52 @@ class Pace(Judge):
         it is asked again meanwhile.
         """
         wait = self._wait(loads_left, now)
-        if wait is None or self._compute is None:
+        if wait is None or self._compute is None or self._began is None:
             return True
         if not self._seconds(chunk) < wait:
             return False
         hidden = 0.0 if whole else self._hidden()
         return hidden == 0 or self._meeting(chunk, loads_left, now) < wait - hidden
 
-    def may_be_worth(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Returns whether computing the chunk would be worth it if the loads were somewhat slower than believed."""
-        wait = self._wait(loads_left, now)
-        return wait is None or self._compute is None or self._seconds(chunk) < MARGIN * wait
+    def slack(self, front: int, chunk: int, loads: int, now: float) -> float:
+        """Returns how many times as long as believed a load may take and still arrive before its chunk is computed.
 
-    def overdue(self, chunk: int, loads_left: int, now: float) -> bool:
-        """Returns whether loads in place are so late that computing them all is better. All loads under way are then lost."""
-        wait = self._wait(loads_left, now)
-        return wait is not None and self._compute is not None and IN_PLACE * loads_left * self._seconds(chunk) < wait
+        1 if a cost is not known: then the load is started, and it may be late. So it is for the first load of a restore, which
+        measures what loading takes now.
+
+        Proof that not to start loads with a slack below 1 loses nothing when the costs hold. Let F be the time at which the
+        main thread has computed all chunks up to this one, L that at which the loads under way have arrived, and L' >= L that
+        at which this load would, so F < L'. Without it the sides meet at max(F, L), which is less than L' or equal to L. With
+        it they meet when it has arrived or F is over, whichever is sooner, but not before L: no sooner than max(F, L).
+        """
+        wait = self._wait(loads, now)
+        if wait is None or self._compute is None:
+            return 1.0
+        slack = self._compute_seconds(front, chunk - front + 1) / wait if wait > 0 else math.inf
+        return slack if self._any_arrived else max(1.0, slack)
 
     def tries(self, chunk: int, loads_left: int, now: float) -> bool:
         """Returns whether to start a chunk that is not worth computing, to find out whether that is true."""
         wait = self._wait(loads_left, now)
         # The very last loads may arrive layer by layer, which a concurrent trial would prevent.
-        if wait is None or self._compute is None or self._layers < 2 or loads_left <= self._threads:
+        if wait is None or self._compute is None or self._began is None:
+            return False
+        if self._layers < 2 or loads_left <= self._threads:
             return False
         layer = self._quiet * self._seconds(chunk) / self._layers
         price = BESIDE_LOADS * min(layer, wait) + max(0.0, layer - wait)
-        restore = now - self._arrivals[0] + wait
+        restore = now - self._began + wait
         if price > TRIAL_SHARE * (self.credit + restore):
             return False
         self.credit = -restore
         return True
 
-    def near(self, now: float) -> int:
-        """Returns how many chunks beyond the front should be staged, so that the main thread need not wait for their loads.
-
-        While `threads` loads are under way, which takes `threads * interval` seconds, the main thread computes
-        `threads * interval / f` chunks, and may reach that many chunks nearest to the front before their loads end. The result
-        is twice that number, plus one chunk per thread, or all chunks if a cost is not known.
-        """
-        if self._compute is None or self._load is None:
-            return self._chunks
-        reach = 2 * self._threads * self._load.interval * self._lateness(now)
-        step = self._seconds(0)
-        return (
-            self._chunks if reach >= step * self._chunks else min(self._chunks, self._threads + math.ceil(reach / step))
-        )
-
     def end(self, now: float) -> None:
         """Ends the restore."""
-        if not self._arrivals:
+        if self._began is None:
             return
-        self.credit += now - self._arrivals[0]
-        if len(self._arrivals) == 1:
+        self.credit += now - self._began
+        if not self._any_arrived:
             self.lateness = max(1.0, self._lateness(now))
 
     # What is believed.
@@ -217,6 +220,12 @@ class Pace(Judge):
     def _seconds(self, chunk: int) -> float:
         assert self._compute is not None
         return self._factor * self._compute.seconds(self._first + chunk)
+
+    def _compute_seconds(self, first: int, count: int) -> float:
+        """Returns the seconds to compute so many chunks, from `first` on."""
+        assert self._compute is not None
+        middle = self._compute.base + self._compute.slope * (self._first + first + (count - 1) / 2)
+        return self._factor * count * middle
 
     def _hidden(self) -> float:
         """Returns the seconds of the loads' time that are hidden by reading the last chunks in ranges of layers.
@@ -234,10 +243,7 @@ class Pace(Judge):
         bisection."""
 
         def ends(computed: int) -> tuple[float, float]:
-            assert self._compute is not None
-            first = self._first + chunk
-            middle = self._compute.base + self._compute.slope * (first + (computed - 1) / 2)
-            return self._factor * computed * middle, self._wait(left - computed, now) or 0.0
+            return self._compute_seconds(chunk, computed), self._wait(left - computed, now) or 0.0
 
         def have_met(computed: int) -> bool:
             front, back = ends(computed)
@@ -253,8 +259,10 @@ class Pace(Judge):
         A load that is late is expected to take another `LATE` times that delay.
         """
         load, done = self._load, len(self._arrivals) - 1
-        if load is None or left < 1 or done < 0:
+        if load is None or left < 1:
             return None
+        if done < 0:
+            return self._before * load.finish(left)
         idle = now - self._arrivals[-1]
         late = idle - self._past(load) * (load.finish(done + min(left, self._threads)) - load.finish(done))
         return max(self._lateness(now) * (load.finish(done + left) - load.finish(done)) - idle, LATE * late, 0.0)
@@ -263,7 +271,7 @@ class Pace(Judge):
         """Returns the factor by which loads now take longer than believed. An awaited load counts as soon as it is late."""
         load, done = self._load, len(self._arrivals) - 1
         if load is None or done < 0:
-            return 1.0
+            return self._before
         start = max(0, done - self._threads)
         due = load.finish(done + self._threads) - load.finish(start)
         return max(self._past(load), (now - self._arrivals[start]) / due if due > 0 else 0.0)
@@ -274,7 +282,7 @@ class Pace(Judge):
         start = max(0, done - self._threads)
         took = self._arrivals[done] - self._arrivals[start]
         if done == 0 or load.finish(done) <= load.finish(start):
-            return 1.0
+            return self._before
         at_most = took / (load.finish(done) - load.finish(start))
         at_least = took / (load.finish(max(done, self._threads)) - load.finish(start))
-        return min(max(1.0, at_least), at_most) if done < self._threads else at_most
+        return min(max(self._before, at_least), at_most) if done < self._threads else at_most

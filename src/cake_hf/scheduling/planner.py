@@ -18,9 +18,6 @@ Decision = Literal["compute", "load", "both"]
 MAX_RANGES = 16
 """Finer ranges would hide hardly any more time, and each costs a read."""
 
-FEW_CHUNKS = 32
-"""See `supersedes_in_place`."""
-
 RANGES_COST = 0.05
 """Fraction of a chunk's load time that reading it in ranges may add; only the last few chunks pay it."""
 
@@ -119,18 +116,6 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
         return 1
     affordable = RANGES_COST * costs.load.interval / range_seconds if range_seconds > 0 else layers
     return max(1, int(min(layers, MAX_RANGES, affordable)))
-
-
-def supersedes_in_place(chunks: int) -> bool:
-    """Returns whether loads that the main thread waits for go in place, to be superseded there if they are late.
-
-    Applies to a prompt in host memory. In a longer prompt, the extra copy of the few staged chunks costs next to nothing,
-    whereas the KV, which would be in memory twice from the superseding until the late loads end, is large.
-
-    Args:
-        chunks: number of chunks in memory with that prompt.
-    """
-    return chunks <= FEW_CHUNKS
 
 
 def _curve(

@@ -38,13 +38,6 @@ class Landing(ABC):
     def commit(self, end: int) -> None:
         """Commits the first `end` parts, which hold checked pieces, unless staged. For the thread that filled them."""
 
-    def restage(self) -> None:
-        """Stages the whole chunk from now on, because what was committed to the buffers will be overwritten there.
-
-        Only if no read goes directly into the buffers. For the main thread, or for the thread that fills the parts.
-        """
-        raise NotImplementedError  # a read that goes directly into the buffers cannot be redirected
-
     def release(self) -> None:
         """Declares that the parts are no longer written to, and that what was not committed is not wanted."""
 
@@ -68,8 +61,7 @@ class Place(ABC):
     """Destination of the chunks of one restore.
 
     Attributes:
-        is_read_into: whether reads that are not staged write directly to the buffers, so that a read under way cannot be
-            redirected.
+        is_read_into: whether reads that are not staged write directly to the buffers, so that a late read may do so, too.
 
     Args:
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
@@ -221,14 +213,9 @@ class _DeviceLanding(Landing):
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
 
     def commit(self, end: int) -> None:
-        with self._bringing:
-            if not self.staged:
+        if not self.staged:
+            with self._bringing:
                 self.commit_parts(end)
-
-    def restage(self) -> None:
-        with self._bringing:
-            if not self.staged:
-                self.staged, self._brought = True, 0
 
     def let_go(self) -> None:
         with self._bringing:

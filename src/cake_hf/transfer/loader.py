@@ -15,6 +15,7 @@ from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout, LayerRange
 from cake_hf.errors import CorruptChunk
 from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import Landing, Place, byte_view
@@ -51,7 +52,7 @@ class LoadJob:
         sharing: with the other restores of this process.
         most_reads: maximum number of reads under way, including those of other restores.
         patience: seconds to wait for a chunk that another restore loads or computes.
-        ranges: number of layer ranges in which a chunk is read whose layers are waited for.
+        gate: where layers of the last loads are waited for; None if all chunks are read whole.
         staged: staged chunks, including those still being loaded, by index, until the main thread commits them.
         shared: chunks that came from another restore.
         faults: of all loads.
@@ -67,14 +68,13 @@ class LoadJob:
     sharing: Sharing = field(default_factory=Sharing)
     most_reads: int = 2**31
     patience: float = 10.0
-    ranges: int = 1
+    gate: LayerGate | None = None
     staged: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
     _landings: dict[int, Landing] = field(default_factory=dict)
     _over: bool = False
-    _detached: bool = False
 
     def commit_staged(self) -> None:
         """Commits the staged chunks that have arrived. Main thread only."""
@@ -83,36 +83,24 @@ class LoadJob:
             landing.commit_parts(len(landing.parts))
             landing.release()
 
-    def commit_layer(self, layer: int) -> None:
-        """Commits this layer, and those before it, of all chunks that the main thread went beyond. Main thread only.
+    def commit_layer(self, layer: int, chunks: Sequence[int]) -> None:
+        """Commits this layer, and those before it, of chunks that have delivered it so far. Main thread only.
 
         If a load fails meanwhile, the part of this layer that it delivered was good; its memory is not reused (see `_bring`).
         """
-        for index in self.frontier.arriving(layer):
+        for index in chunks:
             landing = self.staged.get(index)
             if landing is not None:
                 landing.commit_parts(self.layout.ends[layer])
         self.commit_staged()
 
-    def restage(self, index: int) -> None:
-        """Stages a load under way from now on, including what it has delivered already: see `Frontier`."""
-        landing = self._landings.get(index)
-        if landing is not None:  # else the load has not started, and will ask when it does
-            landing.restage()
-            self.staged[index] = landing
-
-    def detach(self) -> bool:
-        """Keeps loads under way, which are no longer waited for, from writing to the buffers; False if they read right into
-        them.
+    def drop_late(self) -> None:
+        """Lets loads that were given up bring nothing more. A read that goes directly into the buffers still writes there.
 
         Main thread only, after everything that was staged has been committed.
         """
-        if self.place.is_read_into:
-            return False
-        self._detached = True
         for landing in list(self._landings.values()):
             landing.let_go()
-        return True
 
     def let_go(self) -> None:
         """Ends the restore: waiting loaders end, and hanging reads no longer count as under way.
@@ -131,15 +119,13 @@ class LoadJob:
         self.place.let_go()
 
     def lands(self, index: int) -> Landing:
-        """Returns the landing for a loader's chunk. If the restore ends meanwhile, it lands nowhere."""
+        """Returns the landing for a loader's chunk. If the load was given up meanwhile, it lands nowhere."""
         landing = self._landings[index] = self.place.landing(index, staged=self.frontier.is_staged(index))
-        if not self.place.is_read_into and self.frontier.is_staged(index):
-            landing.restage()
         if landing.staged:
             self.staged[index] = landing
-        if self._over or self._detached:
+        if self._over or not self.frontier.is_wanted(index):
             landing.let_go()
-            self.staged.clear()
+            self.staged.pop(index, None)
         return landing
 
 
@@ -165,7 +151,12 @@ def run_loader(job: LoadJob, actor: str) -> None:
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()
 
-    while (slot := job.sharing.begin_read(job.most_reads, has_no_claims, job.patience)) is not None:
+    while job.frontier.await_claim():
+        slot = job.sharing.begin_read(job.most_reads, has_no_claims, job.patience)
+        if slot is None:
+            if _is_refused(job):
+                return
+            continue
         job._slots[actor] = slot
         try:
             index = job.frontier.claim()
@@ -173,10 +164,16 @@ def run_loader(job: LoadJob, actor: str) -> None:
                 _bring(job, actor, index, header, slot)
         finally:
             slot.release()
+
+
+def _is_refused(job: LoadJob) -> bool:
+    """Returns whether nothing may be read as long as reads hang, and has the main thread compute everything then."""
     hanging = job.sharing.hanging()
-    if hanging >= job.most_reads and job.frontier.has_claims():
-        job.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
-        job.frontier.close()
+    if hanging < job.most_reads or not job.frontier.has_claims():
+        return False
+    job.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
+    job.frontier.close()
+    return True
 
 
 def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadSlot) -> None:
@@ -214,7 +211,7 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
         if plan.followed is not None:
             slot.release()  # another restore does the read
             return _copy(job, index, landing, plan.followed)
-        ranges = job.layout.ranges(job.ranges if job.frontier.comes_last(index) else 1)
+        ranges = job.layout.ranges(1 if job.gate is None else job.gate.ranges_of(index))
         if not _read(job, index, landing, header, ranges):
             return Outcome.MISSED
         plan.payload = lambda: _joined(landing.parts)
@@ -260,7 +257,8 @@ def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges
         if not job.store.read_range(key, buffers, offset):
             return False
         commit(part.end)
-        job.frontier.landed(index, part.layers)
+        if job.gate is not None:
+            job.gate.landed(index, part.layers)
         offset += sum(buffer.nbytes for buffer in buffers)
     return True
 
