@@ -149,7 +149,7 @@ def find_costs(question: Question, tokens: int | None, chunks: int | None, *, me
             loaded = load_model(question.model, question.dtype, device)
         with open_store(question.store) as opened, console.status("computing and loading a few chunks"):
             return known_costs.measure(loaded, opened, size, count)
-    wanted = known_costs.Wanted(question.model, config, device, question.chunk_size, question.dtype)
+    wanted = known_costs.CostQuery(question.model, config, device, question.chunk_size, question.dtype)
     with existing_store(question.store) as opened, progress_bar("reading headers", "chunks") as progress:
         return known_costs.remembered(opened, wanted, progress)
 
