@@ -30,11 +30,11 @@ from cake_hf.plots import require_matplotlib
 from cake_hf.transfer.cost_notes import NOTE_SECONDS, flush_notes
 
 ADAPT_HELP = (
-    "Measure how soon a cache follows a change: a competing load that has passed, seen by the same store object and by a "
-    "new one that reads the notes; a bandwidth that falls tenfold, and comes back.\n\n"
-    "Times are over those of a cache that has known only what there is now, in turns; 1.05 is the goal. The model has random "
-    "weights. Goals never decide the exit code; it is 1 only if a restored prompt gave other logits than a computed one, or "
-    "something could not be measured."
+    "Measure how soon a cache follows a change: a competing load that has ended, for the same store object and for a "
+    "new one that reads the notes; a bandwidth that falls to a tenth, and recovers.\n\n"
+    "Times are relative to those of a cache that only knows the new conditions, in turns; 1.05 is the goal. The model has "
+    "random weights. Goals never decide the exit code; it is 1 only if a restored prompt gave other logits than a computed "
+    "one, or something could not be measured."
 )
 
 FORGOTTEN = Goal(1.05)
@@ -131,7 +131,7 @@ def after_load(bench: Workbench, course: Course) -> Result:
                 with load.working():
                     beside.append(cache.prompts(LOADED, course.loaded))
                 if not flush_notes(NOTE_SECONDS):
-                    raise CakeError("What was learnt could not be written in time.")
+                    raise CakeError("The learned costs could not be written in time.")
                 note = stack.enter_context(make("note", like=cache.folder, turn=turn))
                 arms = {"kept": cache, "note": note, "quiet": quiet}
                 found = in_turns({name: partial(one.prompt, QUIET) for name, one in arms.items()}, course.quiet)

@@ -21,10 +21,10 @@ from cake_hf.limits import MIN_CHUNK_SIZE
 HELP = (
     "Measure this machine: both ends against each alone, saving, decoding, memory, a full hit against the bare disk, "
     "the weights' checksum, loading against bare reads, bookkeeping.\n\n"
-    "The model has random weights and is made on the spot; --model takes one of yours, for which nothing is judged. "
-    "Goals are judged in the table and never decide the exit code; it is "
+    "The model has random weights and is made on the spot; --model takes one of yours, which has no goals. "
+    "The table compares figures with goals, which never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
-    "For one length; `grid` goes over lengths, stores, models and shares of the device. `stores` "
+    "It measures one length; `grid` goes over lengths, stores, models and shares of the device. `stores` "
     "measures each store beside its client, `adapt` how soon a cache follows a change; `simulate` runs restores on a "
     "virtual clock."
 )

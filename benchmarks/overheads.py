@@ -27,8 +27,8 @@ from benchmarks.workbench import Workbench, remove
 from cake_hf.errors import CakeError
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Report
-from cake_hf.restore.held import Held
-from cake_hf.restore.prompt import Prompt, Wanted, open_prompt
+from cake_hf.restore.held import HeldBlocks
+from cake_hf.restore.prompt import CallBlocks, Prompt, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
@@ -107,8 +107,8 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
-    wanted = Wanted.of(call, (), session.chunk_size, 1)
-    return open_prompt(session, call, wanted, Held(), Report(), time.monotonic(), session.namespace())
+    wanted = CallBlocks.of(call, (), session.chunk_size, 1)
+    return open_prompt(session, call, wanted, HeldBlocks(), Report(), time.monotonic(), session.namespace())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:

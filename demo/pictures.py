@@ -26,7 +26,7 @@ def show_task(task: Task, model: str, chunk_size: int) -> None:
     facts.add_column(overflow="fold")
     facts.add_row("model", Text(model))
     facts.add_row("prompt", f"{tokens:,} tokens: {task.source}")
-    facts.add_row("chunks", f"{(tokens - 1) // chunk_size} of {chunk_size} tokens, and a last piece")
+    facts.add_row("chunks", f"{(tokens - 1) // chunk_size} of {chunk_size} tokens, and a suffix")
     facts.add_row("question", Text(task.question, style="bold"))
     if task.answer:
         facts.add_row("right answer", Text(task.answer.strip(), style="bold green"))
@@ -54,7 +54,7 @@ def show_warm(task: Task, tokenizer: Any, oracle: Answer, cold: Answer, warm: An
     console.print(Rule("1  the same prompt, asked again", align="left", style="dim"))
     console.print(table)
     faster = cold.ttft / max(1e-9, warm.ttft)
-    _show_lanes(f"First token {faster:.1f} times sooner when warm. Who brought which chunk, and when:", warm)
+    _show_lanes(f"First token {faster:.1f} times sooner when warm. Which side brought each chunk, and when:", warm)
 
 
 def show_race(race: Race) -> None:
@@ -83,11 +83,13 @@ def show_race(race: Race) -> None:
 def show_verdict(logits: bool, answers: bool) -> None:
     """Shows whether all runs agree."""
     if logits and answers:
-        text = "In every run the same answer, from logits bit for bit equal to those of transformers alone."
+        text = "All runs gave the same answer, from logits bit for bit equal to those of transformers alone."
         console.print(Text(text, style="bold green"))
         return
     wrong = " and ".join(name for name, same in (("logits", logits), ("answers", answers)) if not same)
-    console.print(Text(f"The {wrong} differ from those of transformers alone. This must not be.", style="bold red"))
+    console.print(
+        Text(f"The {wrong} differ from those of transformers alone, which must not happen.", style="bold red")
+    )
 
 
 def _show_lanes(heading: str, answer: Answer) -> None:

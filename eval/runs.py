@@ -27,7 +27,7 @@ import yaml
 from benchmarks.machine import describe
 from cake_hf.errors import StoreError
 from cake_hf.model.fingerprint import weights_digest
-from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.numerics import numerics_metadata
 from cake_hf.stores import Store
 from eval.compare import ORACLES
 from eval.config import RunConfig
@@ -159,7 +159,7 @@ def describe_environment(model: Any) -> dict[str, Any]:
         "weights": weights_digest(model),
         "dtype": str(model.dtype),
         **{name: machine[name] for name in ("transformers", "cake_hf")},
-        **numerics_facts(model),
+        **numerics_metadata(model),
     }
     return {"numerics": json.loads(json.dumps(numerics, default=str)), "machine": machine, "versions": versions}
 

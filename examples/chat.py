@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A chat that survives a restart
 #
-# A chat begins with a long text and goes on for some turns; then the process ends. Another process takes it up: the
-# KV of all that was said comes from the store. Both are real processes here, with nothing in common but a directory.
+# A chat starts with a long text and continues for some turns; then the process ends. Another process resumes it: the KV
+# of the whole conversation comes from the store. Both are real processes here, which share only a directory.
 
 # %%
 import json

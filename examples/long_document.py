@@ -1,8 +1,8 @@
 # %% [markdown]
 # # One document, many questions
 #
-# A long document is brought into a cache once. Each question then goes on from a copy of it, and computes nothing but
-# itself. Tomorrow, or in another process, the document comes from the store.
+# A long document is brought into a cache once. Each question then continues from a copy of it, and only its own
+# tokens are computed. Tomorrow, or in another process, the document comes from the store.
 
 # %%
 import copy

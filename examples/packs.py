@@ -86,7 +86,7 @@ print(f"{imported.chunks} chunks, {imported.nbytes / 2**20:.1f} MiB")
 print(f"once more: {cake_hf.import_pack(pack.name, reader.name, model=model).chunks} chunks")
 
 # %% [markdown]
-# **Another model** finds nothing in it. With a changed weight it is another model: a pack cannot be used by mistake.
+# **Another model** finds nothing in it. A changed weight makes another model: a pack cannot be used by mistake.
 
 # %%
 changed = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").eval()

@@ -38,7 +38,7 @@ print(f"The question: {question(facts[1].key)!r}")
 
 
 # %% [markdown]
-# Any cache can be handed to `generate`; that is all there is to it. The model's answer is one token, so the time of
+# Any cache can be handed to `generate`, and nothing else changes. The model's answer is one token, so the time of
 # the call is that to the first token.
 
 
@@ -100,8 +100,8 @@ print(warm_cache.report)
 
 # %% [markdown]
 # Its timeline as a picture: the loader threads bring chunks from the back, the main thread would meet them from the
-# front. From a disk as near as this one, loading is so much faster than computing that next to nothing but the last
-# piece is left to compute. (Grey is a forward that was left in the middle, since its chunk had come from the store.)
+# front. From a disk as near as this one, loading is so much faster than computing that next to nothing but the
+# suffix is left to compute. (Grey is a forward that was preempted, since its chunk had come from the store.)
 # The tuning notebook slows the store down, and there the two meet in the middle.
 
 # %%

@@ -71,8 +71,8 @@ bars.savefig("tuning-bandwidth.png")
 bars
 
 # %% [markdown]
-# Both ends at once are at best twice as fast as the better of the two alone, and that is where the two are equally
-# fast. Who did what, at that bandwidth:
+# Both ends at once are at best twice as fast as the better of the two alone, namely if the two are equally fast. The
+# timeline at that bandwidth:
 
 # %%
 timeline = cake_hf.plot_timeline(met["as fast"])
@@ -82,8 +82,8 @@ timeline
 # %% [markdown]
 # ## The split
 #
-# What a chunk costs to compute and to load is learnt from the runs above. From that follows what each split would
-# take; the best one is about where the sides are done at the same time. The marks are runs.
+# The costs of computing and loading a chunk are learned from the runs above. They tell how long each split would
+# take; with the best one, both sides are done at about the same time. The marks are runs.
 
 # %%
 learner = CostLearner()
@@ -95,8 +95,8 @@ curve.savefig("tuning-split.png")
 curve
 
 # %% [markdown]
-# `cake-hf plan --model MODEL --store STORE --tokens 32768` draws the same for any model and store, from what was
-# learnt in their earlier runs.
+# `cake-hf plan --model MODEL --store STORE --tokens 32768` draws the same for any model and store, from the costs
+# learned in their earlier runs.
 #
 # ## Chunk size
 #
@@ -120,8 +120,8 @@ bars
 # ## Threads and time-outs
 #
 # `CakeCache(..., limits=Limits(loader_threads=4, read_timeout=2.5))`, or `CAKE_HF_LOADER_THREADS=4` where the program
-# cannot be changed; see [docs/environment.md](../docs/environment.md). More threads help where a store's latency is
-# what takes the time, and not where its bandwidth does:
+# cannot be changed; see [docs/environment.md](../docs/environment.md). More threads help if a store's latency takes the
+# time, and not if its bandwidth does:
 
 # %%
 far = ThrottledStore(store, 4 * as_fast, latency=compute_seconds / chunks)

@@ -20,7 +20,7 @@ import models
 import test_movers
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.offload import devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
 from cake_hf.transfer.landing import DevicePlace, place_for
@@ -90,9 +90,9 @@ def case_the_split_model_computes_what_the_plain_one_does() -> None:
     assert home_device(model) == CPU
     assert where_computed(model) == "cpu, other:0"
     assert difference(run(model, prompt(), None), run(plain, prompt(), None)) == ""
-    facts = numerics_facts(model)
+    facts = numerics_metadata(model)
     assert [part[1]["device"] for part in facts["parts"] if part[0] == "model.layers.1.mlp.up_proj"] == ["other"]
-    assert "parts" not in numerics_facts(plain)
+    assert "parts" not in numerics_metadata(plain)
 
 
 def case_every_way_to_restore() -> None:

@@ -155,6 +155,12 @@ def test_a_model_without_a_template(tmp_path: Path, how: str) -> None:
         chat_document(tokenizer, DOCUMENT) if how == "document" else chat_prompt(tokenizer, [user("Who?")])
 
 
+def warm_arguments(file: Path, store: Path) -> list[str]:
+    """The command line that warms a text with the small model."""
+    options = ["--store", str(store), "--dtype", "float32", "--chunk-size", str(CHUNK)]
+    return ["warm", str(RECALL_TINY), str(file), *options]
+
+
 def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command has stored is all that a process with a new cache has before the question."""
     monkeypatch.setenv("COLUMNS", "100")
@@ -162,17 +168,7 @@ def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch:
     file, system, store = tmp_path / "text.txt", tmp_path / "system.txt", tmp_path / "store"
     file.write_text(DOCUMENT)
     system.write_text("Be brief.")
-    arguments = [
-        "warm",
-        str(RECALL_TINY),
-        str(file),
-        "--store",
-        str(store),
-        "--dtype",
-        "float32",
-        "--chunk-size",
-        str(CHUNK),
-    ]
+    arguments = warm_arguments(file, store)
     result = CliRunner().invoke(app, [*arguments, "--chat", "--system", str(system)])
     assert result.exit_code == 0, result.output
     assert "chat_document" in result.output
@@ -187,17 +183,7 @@ def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch:
 def test_warm_with_prompt(model: Any, tmp_path: Path) -> None:
     file, store = tmp_path / "text.txt", tmp_path / "store"
     file.write_text(DOCUMENT)
-    arguments = [
-        "warm",
-        str(RECALL_TINY),
-        str(file),
-        "--store",
-        str(store),
-        "--dtype",
-        "float32",
-        "--chunk-size",
-        str(CHUNK),
-    ]
+    arguments = warm_arguments(file, store)
     assert CliRunner().invoke(app, [*arguments, "--prompt"]).exit_code == 0
     ids = load_tokenizer(str(RECALL_TINY))(DOCUMENT, return_tensors="pt").input_ids
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:

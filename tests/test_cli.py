@@ -138,17 +138,17 @@ def test_ls_shows_namespaces_and_prompts(
         (CHUNK * 4, 4),
     ]
     for chain in chains:
-        assert chain.leaf.facts.key[:12] in result.output
+        assert chain.leaf.metadata.key[:12] in result.output
     assert "1 shorter prompt" in flat(command("ls", store, "--prompts", 1).output)
 
 
 def test_ls_says_where_a_prompt_has_a_hole(store: Path, command: Command) -> None:
     with existing_store(str(store)) as opened:
         chunks = take_inventory(opened, lambda done, total: None).chunks
-        key = next(key for key, chunk in chunks.items() if chunk.facts.index == 1)
+        key = next(key for key, chunk in chunks.items() if chunk.metadata.index == 1)
         opened.delete(key)
         chains = prompts(take_inventory(opened, lambda done, total: None))
-    assert [(chain.leaf.facts.index, chain.first) for chain in chains] == [(4, 2), (0, 0)]
+    assert [(chain.leaf.metadata.index, chain.first) for chain in chains] == [(4, 2), (0, 0)]
     assert "chunk 1" in flat(command("ls", store).output)
 
 

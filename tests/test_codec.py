@@ -73,7 +73,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
-def facts_of(payload: bytes, model: str = "a model", layout: ChunkLayout | None = None) -> ChunkMetadata:
+def metadata_of(payload: bytes, model: str = "a model", layout: ChunkLayout | None = None) -> ChunkMetadata:
     return ChunkMetadata(KEY, PARENT, 3, SPACE, model, checksums(payload, layout or LAYOUT))
 
 
@@ -90,7 +90,7 @@ def parts_of(raw: bytes) -> tuple[bytes, list[bytes]]:
 
 def chunk_file(model: str = "a model") -> bytes:
     pieces = [bytes_of(value) for value in VALUES]
-    return encode_header(LAYOUT, facts_of(b"".join(pieces), model)) + b"".join(pieces)
+    return encode_header(LAYOUT, metadata_of(b"".join(pieces), model)) + b"".join(pieces)
 
 
 def file_with_header(header: object, payload: bytes = b"") -> bytes:
@@ -131,7 +131,7 @@ def test_no_model_name_bursts_the_header(name: str) -> None:
 @given(layouts(), st.data())
 def test_the_safetensors_library_reads_what_we_write(layout: ChunkLayout, data: st.DataObject) -> None:
     payload = data.draw(st.binary(min_size=layout.nbytes, max_size=layout.nbytes))
-    raw = encode_header(layout, facts_of(payload, layout=layout)) + payload
+    raw = encode_header(layout, metadata_of(payload, layout=layout)) + payload
     tensors = load(raw)
     assert set(tensors) == {piece.name for piece in layout.pieces}
     for piece in layout.pieces:
@@ -182,7 +182,7 @@ def test_any_wrong_letter_of_the_header_is_caught(data: st.DataObject) -> None:
 def test_a_file_that_is_right_is_taken() -> None:
     raw = chunk_file()
     size = header_size(LAYOUT)
-    assert check_file(raw, KEY) == facts_of(raw[size:])
+    assert check_file(raw, KEY) == metadata_of(raw[size:])
     assert check_file(memoryview(raw), KEY) == check_file(bytearray(raw), KEY)
     take(*parts_of(raw), KEY, LAYOUT)
 
@@ -472,7 +472,7 @@ def test_fuzz_a_header_of_the_right_shape(place: str, value: object) -> None:
 @given(layouts(), layouts())
 def test_check_header_takes_its_own_layout_only(layout: ChunkLayout, other: ChunkLayout) -> None:
     payload = bytes(layout.nbytes)
-    header = encode_header(layout, facts_of(payload, layout=layout))
+    header = encode_header(layout, metadata_of(payload, layout=layout))
     check_header(header, KEY, layout)
     assume(layout != other)
     with pytest.raises(CorruptChunk):

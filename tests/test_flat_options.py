@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cake_hf.cli.app import COMMANDS
 from cake_hf.cli.flat_options import flat_options
-from cake_hf.cli.options import AsWarmed
+from cake_hf.cli.options import WarmedOptions
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ def test_a_field_without_a_default_is_required() -> None:
 @pytest.mark.parametrize("pair", [("rm", "pin"), ("export", "push"), ("verify", "why")])
 def test_commands_that_take_a_document_have_the_same_options_for_it(pair: tuple[str, str]) -> None:
     one, other = ({p.name: (p.opts, p.help) for p in COMMANDS[name].load(name).params} for name in pair)
-    shared = AsWarmed.__dataclass_fields__
+    shared = WarmedOptions.__dataclass_fields__
     assert set(shared) <= set(one) & set(other)
     assert all(one[name] == other[name] for name in shared)

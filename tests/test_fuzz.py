@@ -37,7 +37,7 @@ from cake_hf.chunks.codec import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
-from cake_hf.cli.store_tables import chunk_facts, listing, totals
+from cake_hf.cli.store_tables import chunk_table, listing, totals
 from cake_hf.errors import CorruptChunk
 from cake_hf.stores import MemoryStore
 from cake_hf.stores.places import START_BYTES, place_in
@@ -260,9 +260,9 @@ def inspect(good: Sample, raw: bytes) -> StoredChunk:
 
 def show(chunk: StoredChunk) -> str:
     """As `cake-hf ls` and `info` print it."""
-    shown, inventory = io.StringIO(), Inventory({chunk.facts.key: chunk})
+    shown, inventory = io.StringIO(), Inventory({chunk.metadata.key: chunk})
     console = Console(file=shown, width=100)
-    for table in (chunk_facts(chunk), listing(inventory, 5, {}), totals("a store", inventory)):
+    for table in (chunk_table(chunk), listing(inventory, 5, {}), totals("a store", inventory)):
         console.print(table)
     return shown.getvalue()
 

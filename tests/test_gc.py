@@ -144,7 +144,7 @@ def test_gc_keeps_the_account_of_a_budget(store: LocalStore) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "Say what may go"),
+        ((), "Say what may be deleted"),
         (("--budget", "lots"), "like 4GB"),
         (("--older-than", "1y"), "like 30d"),
         (("--budget", "1GB", "--eviction", "random"), "choose one of lru, front-first"),

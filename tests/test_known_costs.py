@@ -15,7 +15,7 @@ from cake_hf import CakeCache, LocalStore, MemoryStore, reads_only
 from cake_hf.assets import RECALL_TINY
 from cake_hf.cli import known_costs
 from cake_hf.cli.app import app
-from cake_hf.cli.known_costs import Wanted, measure, remembered
+from cake_hf.cli.known_costs import CostQuery, measure, remembered
 from cake_hf.cli.models import load_model
 from cake_hf.errors import CakeError
 from cake_hf.transfer.cost_notes import flush_notes
@@ -93,7 +93,7 @@ def test_a_chunk_size_picks_among_namespaces(used: Path, tmp_path: Path) -> None
     config = AutoConfig.from_pretrained(RECALL_TINY)
     sizes = {}
     for wanted in (None, 16, CHUNK, 64):
-        found = remembered(store, Wanted(str(RECALL_TINY), config, "cpu", wanted), lambda done, total: None)
+        found = remembered(store, CostQuery(str(RECALL_TINY), config, "cpu", wanted), lambda done, total: None)
         sizes[wanted] = found and found.chunk_size
     assert sizes == {None: CHUNK, 16: 16, CHUNK: CHUNK, 64: None}
 
@@ -104,12 +104,12 @@ def test_other_models_dtypes_and_devices_are_not_taken(used: Path) -> None:
     other.num_hidden_layers += 1
     store = LocalStore(used)
     name = str(RECALL_TINY)
-    assert remembered(store, Wanted(name, config, "cpu"), lambda done, total: None) is not None
+    assert remembered(store, CostQuery(name, config, "cpu"), lambda done, total: None) is not None
     for wanted in (
-        Wanted("someone/else", config, "cpu"),
-        Wanted(name, other, "cpu"),
-        Wanted(name, config, "cuda:0"),
-        Wanted(name, config, "cpu", dtype="float16"),
+        CostQuery("someone/else", config, "cpu"),
+        CostQuery(name, other, "cpu"),
+        CostQuery(name, config, "cuda:0"),
+        CostQuery(name, config, "cpu", dtype="float16"),
     ):
         assert remembered(store, wanted, lambda done, total: None) is None
 
@@ -200,6 +200,6 @@ def test_measuring_needs_a_model(command: Command) -> None:
 
 
 def test_names_are_those_in_the_chunks() -> None:
-    assert Wanted("org/model", None, "cpu").name == "org/model"
-    assert Wanted(str(RECALL_TINY), None, "cpu").name == RECALL_TINY.name
+    assert CostQuery("org/model", None, "cpu").name == "org/model"
+    assert CostQuery(str(RECALL_TINY), None, "cpu").name == RECALL_TINY.name
     assert known_costs.SHORT_CHUNKS >= 2  # a line needs two points

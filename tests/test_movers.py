@@ -67,7 +67,7 @@ def payload_of(index: int) -> bytes:
     return random.Random(index).randbytes(LAYOUT.nbytes)
 
 
-def facts_of(index: int, payload: bytes = b"") -> ChunkMetadata:
+def metadata_of(index: int, payload: bytes = b"") -> ChunkMetadata:
     return ChunkMetadata(key_of(index), SPACE, index, SPACE, "a model", checksums(payload, LAYOUT) if payload else ())
 
 
@@ -75,7 +75,7 @@ def filled_store() -> MemoryStore:
     store = MemoryStore()
     for index in range(CHUNKS):
         payload = payload_of(index)
-        store.write(key_of(index), [encode_header(LAYOUT, facts_of(index, payload)), payload])
+        store.write(key_of(index), [encode_header(LAYOUT, metadata_of(index, payload)), payload])
     return store
 
 
@@ -380,7 +380,7 @@ class Raising(WrapperStore):
 def other_header(index: int, **changes: object) -> MemoryStore:
     """A store in which one chunk's header is a good one, but another's."""
     store, payload = filled_store(), payload_of(index)
-    facts = ChunkMetadata(**{**vars(facts_of(index, payload)), **changes})  # type: ignore[arg-type]
+    facts = ChunkMetadata(**{**vars(metadata_of(index, payload)), **changes})  # type: ignore[arg-type]
     store.write(key_of(index), [encode_header(LAYOUT, facts), payload], replace=True)
     return store
 
@@ -397,7 +397,7 @@ def other_layout() -> MemoryStore:
     first, *rest = LAYOUT.pieces
     turned = ChunkLayout(CHUNK, (Piece(first.name, first.head_dim, first.heads, first.dtype), *rest))
     assert header_size(turned) == header_size(LAYOUT)
-    store.write(key_of(2), [encode_header(turned, facts_of(2, payload)), payload], replace=True)
+    store.write(key_of(2), [encode_header(turned, metadata_of(2, payload)), payload], replace=True)
     return store
 
 
@@ -597,7 +597,7 @@ class Saving:
     def job(self, index: int, *, overwrite: bool = False) -> SaveJob:
         payload = Slot(LAYOUT.nbytes, pinned=False)
         byte_view(payload.memory)[:] = payload_of(index)
-        return SaveJob(facts_of(index), LAYOUT, payload, overwrite, lambda durable: self.report(index, durable))
+        return SaveJob(metadata_of(index), LAYOUT, payload, overwrite, lambda durable: self.report(index, durable))
 
     def report(self, index: int, durable: bool) -> None:
         self.done[index] = durable
@@ -626,7 +626,7 @@ def test_what_is_offered_becomes_a_chunk_in_the_store() -> None:
     for index in range(CHUNKS):
         value = store.read(key_of(index))
         assert value is not None
-        assert check_file(value, key_of(index)) == facts_of(index, payload_of(index))
+        assert check_file(value, key_of(index)) == metadata_of(index, payload_of(index))
         assert value.endswith(payload_of(index))
     assert writer.close() is True
 

@@ -21,7 +21,7 @@ from cake_hf import CakeCache, Limits, MemoryStore, reads_only
 from cake_hf.errors import UnsupportedModel
 from cake_hf.model.fingerprint import weights_digest
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.offload import Offloaded, devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
 from families import family_model, here
@@ -252,7 +252,7 @@ def test_an_offloaded_model_computes_on_its_home_device(tmp_path: Path) -> None:
         moved = offload(build("llama"), tmp_path / offload.__name__)
         assert (home_device(moved), devices_of(moved)) == (cpu, [cpu])
         assert where_computed(moved) == "cpu, weights offloaded"
-        assert numerics_facts(moved) == numerics_facts(plain)
+        assert numerics_metadata(moved) == numerics_metadata(plain)
     assert where_computed(plain) == "cpu"
 
 

@@ -152,8 +152,8 @@ def test_there_is_one_small_value_for_a_namespace() -> None:
     inventory = take_inventory(store, lambda done, total: None)
     (entry,) = inventory.behaviours.values()
     assert len(inventory.chunks) == CHUNKS
-    assert entry.facts.namespace == next(iter(inventory.chunks.values())).facts.namespace
-    assert entry.facts.key == behaviour_key(entry.facts.namespace)
+    assert entry.metadata.namespace == next(iter(inventory.chunks.values())).metadata.namespace
+    assert entry.metadata.key == behaviour_key(entry.metadata.namespace)
     assert entry.file_bytes < 2**14
 
 
@@ -314,8 +314,8 @@ def test_the_store_is_asked_again_after_a_while_so_that_eviction_does_not_take_i
 
     def differs() -> bool:
         late = reference.Late()
-        shelf = reference.Shelf(counting, "ab" * 20, "", True, 60.0, late, late, lambda: now[0])
-        return reference.computes_otherwise(model, "content", mine, shelf)
+        reference_place = reference.ReferencePlace(counting, "ab" * 20, "", True, 60.0, late, late, lambda: now[0])
+        return reference.computes_otherwise(model, "content", mine, reference_place)
 
     counting = Counting(store)
     for seconds, times in ((0.0, 0), (1.0, 0), (reference.AGREED_SECONDS, 1)):

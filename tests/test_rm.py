@@ -10,7 +10,7 @@ from typer.testing import Result
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.cli.inspect_store import take_inventory
-from cake_hf.cli.selecting import Wanted, choose
+from cake_hf.cli.selecting import Selector, choose
 from commands import flat, run_command, save_model, write_text
 from families import family_model
 from models import prompt as tokens_of
@@ -100,9 +100,9 @@ def test_the_last_document_takes_what_was_shared(store: Path, models: tuple[Path
 
 def test_by_model_namespace_and_last_chunk(store: Path, models: tuple[Path, Path]) -> None:
     inventory = take_inventory(LocalStore(store), lambda done, total: None)
-    [namespace] = {chunk.facts.namespace for chunk in inventory.chunks.values() if chunk.table.dtypes == "BF16"}
-    leaf = max(inventory.chunks.values(), key=lambda chunk: chunk.facts.index)
-    assert "4 chunks, " in done(run_command("rm", store, "--chunk", leaf.facts.key[:12]))
+    [namespace] = {chunk.metadata.namespace for chunk in inventory.chunks.values() if chunk.table.dtypes == "BF16"}
+    leaf = max(inventory.chunks.values(), key=lambda chunk: chunk.metadata.index)
+    assert "4 chunks, " in done(run_command("rm", store, "--chunk", leaf.metadata.key[:12]))
     assert count(store) == 7
     done(run_command("rm", store, "--namespace", namespace[:12].upper()))
     assert count(store) == 4
@@ -122,8 +122,8 @@ def test_any_store_can_lose_a_document() -> None:
         with CakeCache(model, memory, chunk_size=CHUNK) as cache:
             cache.prefill(tokens_of(4 * CHUNK, seed), whole=True)
     inventory = take_inventory(memory, lambda done, total: None)
-    [leaf, _] = [chunk for chunk in inventory.chunks.values() if chunk.facts.index == 3]
-    keys, shared = choose(memory, inventory, Wanted(chunk=leaf.facts.key)).to_delete(inventory)
+    [leaf, _] = [chunk for chunk in inventory.chunks.values() if chunk.metadata.index == 3]
+    keys, shared = choose(memory, inventory, Selector(chunk=leaf.metadata.key)).to_delete(inventory)
     assert (len(keys), shared) == (4, 0)
 
 
@@ -134,7 +134,7 @@ def test_snapshots_go_with_their_chunks(tmp_path: Path) -> None:
         cache.prefill(tokens_of(4 * CHUNK), whole=True)
     inventory = take_inventory(store, lambda done, total: None)
     assert inventory.states
-    name = next(iter(inventory.chunks.values())).facts.model
+    name = next(iter(inventory.chunks.values())).metadata.model
     assert "pinned" in done(run_command("pin", store.root, "--model", name, "--for", "1h"))
     assert set(store.pinned()) == {*inventory.chunks, *inventory.states}
     done(run_command("rm", store.root, "--model", name))
@@ -145,8 +145,8 @@ def test_snapshots_go_with_their_chunks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "Say what is to go"),
-        (("--dry-run",), "Say what is to go"),
+        ((), "Say what to delete"),
+        (("--dry-run",), "Say what to delete"),
         (("--prompt", "short.txt"), "--prompt needs --model"),
         (("--model", "tiny", "--namespace", "ab"), "Name chunks in one way"),
         (("--model", "nobody/nothing"), "has nothing of the model 'nobody/nothing'; it has chunks of other, tiny."),
@@ -191,8 +191,8 @@ def test_a_document_is_pinned_for_a_time(store: Path, models: tuple[Path, Path],
     [
         (("--model", "tiny"), "Say for how long"),
         (("--model", "tiny", "--for", "7d", "--off"), "Say for how long"),
-        (("--for", "7d"), "Say what is to stay"),
-        (("--off",), "Say what is to stay"),
+        (("--for", "7d"), "Say what to keep"),
+        (("--off",), "Say what to keep"),
         (("--model", "tiny", "--for", "soon"), "is not a time"),
         (("--model", "tiny", "--for", "0s"), "is not a time"),
     ],

@@ -336,14 +336,14 @@ def test_an_image_at_once_in_the_way_leaves_the_prompt_as_it_is() -> None:
     assert cache.report.chunks_saved == 0
 
 
-def test_marks_are_part_of_keys() -> None:
+def test_extra_hashes_are_part_of_keys() -> None:
     namespace, tokens = "0" * 40, list(range(48))
     plain = chunk_keys(namespace, tokens, 16)
-    assert chunk_keys(namespace, tokens, 16, marks=[b"", b"", b""]) == plain
-    marked = chunk_keys(namespace, tokens, 16, marks=[b"", b"x", b""])
+    assert chunk_keys(namespace, tokens, 16, extra_hashes=[b"", b"", b""]) == plain
+    marked = chunk_keys(namespace, tokens, 16, extra_hashes=[b"", b"x", b""])
     assert marked[0] == plain[0]
     assert len({*plain, *marked}) == 5
-    assert chunk_keys(namespace, tokens, 16, marks=[b"", b"y", b""])[1] != marked[1]
+    assert chunk_keys(namespace, tokens, 16, extra_hashes=[b"", b"y", b""])[1] != marked[1]
 
 
 # What is computed as it comes.

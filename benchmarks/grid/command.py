@@ -26,17 +26,17 @@ from cake_hf.util.redaction import shown
 
 GRID_HELP = (
     "Measure the grid: model x length x share of compute left x store, both ends against each alone and against peers.\n\n"
-    "Goals are judged in the table and never decide the exit code; it is 1 only if a restored prompt gave other logits than a "
-    "computed one, or something could not be measured.\n\n"
+    "The table compares figures with goals, which never decide the exit code; it is 1 only if a restored prompt gave other "
+    "logits than a computed one, or something could not be measured.\n\n"
     "On a GPU the preset first checks that restoring is exact there, then measures the 8b model at 4K to 32K tokens, and "
-    "decoding. It leaves out what would not end within eight minutes, and says so; the rest is for another command:\n\n"
+    "decoding. It leaves out what would take more than eight minutes, and says so; further commands measure the rest:\n\n"
     "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n\n"
     "python -m benchmarks grid --device cuda --out benchmarks/results/gpu-8b.json\n\n"
     "python -m benchmarks grid --device cuda --out benchmarks/results/gpu-8b-shared.json --shares 0.5 --no-parity "
     "--no-peers\n\n"
     "python -m benchmarks grid --device cuda --out benchmarks/results/gpu-1b.json --shape 1b --shares 1 --repeats 5\n\n"
-    "Without the first line the growing caches of others leave the GPU's memory in pieces, and whoever comes next waits for it "
-    "to be tidied up.\n\n"
+    "Without the first line the growing caches of other runs fragment the GPU's memory, and the next run waits until it is "
+    "compacted.\n\n"
     "The 8b model at 32K tokens takes about 30 GB of GPU memory, 25 GB of memory and 21 GB of disk; with --no-peers a third of "
     "the memory and a quarter of the disk."
 )

@@ -24,11 +24,11 @@ from cake_hf.errors import CakeError
 from cake_hf.util.redaction import shown
 
 STORES_HELP = (
-    "Measure each store as a share of what its client can do raw; 0.8 or more is the goal.\n\n"
-    "Servers are started on loopback where they are installed: redis-server, moto for S3, a Hub, a Mooncake cluster in a "
+    "Measure each store's speed as a share of its client's raw speed; 0.8 or more is the goal.\n\n"
+    "Servers that are installed are started on loopback: redis-server, moto for S3, a Hub, a Mooncake cluster in a "
     "network of its own. With --redis, --s3 or --mooncake yours is measured instead: what is written there is removed again. "
-    "What cannot be had here is named with the reason.\n\n"
-    "Goals never decide the exit code; it is 1 only if a store gave back other bytes than it was given, or failed."
+    "Stores that are missing here are named with the reason.\n\n"
+    "Goals never decide the exit code; it is 1 only if a store returned other bytes than it was given, or failed."
 )
 
 NAMES = ("local", "memory", "redis", "s3", "mooncake", "pack", "hub", "tiers")

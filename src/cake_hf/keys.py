@@ -17,16 +17,16 @@ TOKEN_BYTES = 8
 KEY_BYTES = 20
 
 
-def namespace_digest(facts: str) -> str:
+def namespace_digest(metadata: str) -> str:
     """Returns the digest of everything, beside the tokens, that must be equal for KV to be interchangeable.
 
     Args:
-        facts: canonical text of this metadata (the caller serialises it in one fixed way).
+        metadata: canonical text of it (the caller serialises it in one fixed way).
 
     Returns:
         40 hexadecimal digits.
     """
-    return hashlib.blake2b(facts.encode(), digest_size=KEY_BYTES, person=b"cake-namespace").hexdigest()
+    return hashlib.blake2b(metadata.encode(), digest_size=KEY_BYTES, person=b"cake-namespace").hexdigest()
 
 
 def chunk_keys(
@@ -34,7 +34,7 @@ def chunk_keys(
     token_ids: Sequence[int] | memoryview,
     chunk_size: int,
     parent: str = "",
-    marks: Sequence[bytes] = (),
+    extra_hashes: Sequence[bytes] = (),
 ) -> list[str]:
     """Returns the keys of all full chunks of a prompt; tokens after the last full chunk are ignored.
 
@@ -44,14 +44,14 @@ def chunk_keys(
             copied, which takes a tenth of the time.
         chunk_size: tokens per chunk.
         parent: key of the chunk just before `token_ids`; empty at the start of a prompt.
-        marks: one extra hash per full chunk, a digest of what else shapes its KV, such as an image behind its tokens; empty if
+        extra_hashes: one per full chunk, a digest of what else shapes its KV, such as an image behind its tokens; empty if
             nothing does.
 
     Returns:
         `len(token_ids) // chunk_size` keys of 40 hexadecimal digits.
     """
     chunks = blocks(0, len(token_ids) // chunk_size * chunk_size, (), chunk_size)
-    return block_keys(namespace, token_ids, chunks, chunk_size, parent, marks)
+    return block_keys(namespace, token_ids, chunks, chunk_size, parent, extra_hashes)
 
 
 def block_keys(
@@ -60,7 +60,7 @@ def block_keys(
     named: Sequence[Block],
     chunk_size: int,
     parent: str = "",
-    marks: Sequence[bytes] = (),
+    extra_hashes: Sequence[bytes] = (),
 ) -> list[str]:
     """Returns the keys of consecutive blocks; see `chunk_keys`.
 
@@ -72,7 +72,7 @@ def block_keys(
         named: the blocks, with positions relative to the first of these tokens.
         chunk_size: tokens of a full chunk.
         parent: key of the block just before the first one; empty at the start of a prompt.
-        marks: one extra hash per block, a digest of what else shapes its KV; empty if nothing does.
+        extra_hashes: one per block, a digest of what else shapes its KV; empty if nothing does.
     """
     root = bytes.fromhex(namespace)
     previous = bytes.fromhex(parent or namespace)
@@ -81,8 +81,8 @@ def block_keys(
         digest = hashlib.blake2b(root, digest_size=KEY_BYTES, person=_kind(block, chunk_size))
         digest.update(previous)
         digest.update(raw[block.start * TOKEN_BYTES : block.end * TOKEN_BYTES])
-        if marks:
-            digest.update(marks[number])
+        if extra_hashes:
+            digest.update(extra_hashes[number])
         previous = digest.digest()
         keys.append(previous.hex())
     return keys

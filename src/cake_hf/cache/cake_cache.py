@@ -126,9 +126,9 @@ class CakeCache(RestoringCache):
             copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
             return copied
         RestoringCache.__init__(
-            copied, self._session, copied_layers(self.layers, self._ahead, memo), self._model_refusal
+            copied, self._session, copied_layers(self.layers, self._hidden, memo), self._model_refusal
         )
-        copied._ahead = self._ahead
+        copied._hidden = self._hidden
         copied.report = copy.deepcopy(self.report, memo)
         if self._prefilled is not None and self._prefilled.report is self.report:
             copied._prefilled = replace(self._prefilled, report=copied.report)
@@ -243,10 +243,10 @@ class CakeCache(RestoringCache):
         self._prefilled = None
         self._seals.look()
         self._forget_edited()
-        self._forget_retold(ids)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and self._goes_on(ahead, ids):
-            self._show_ahead(ahead)
+        self._forget_changed_reply(ids)
+        hidden, self._hidden = self._hidden, None
+        if hidden is not None and self._continues(hidden, ids):
+            self._show_hidden(hidden)
         if not self._length():
             self.reset()
             forget_numbering(self._session.model)

@@ -16,7 +16,7 @@ from typing import Any
 
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.sliding_window import Content
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 
 _BETWEEN = ("cake_hf", "torch._dynamo", "contextlib")
 """Modules whose frames may lie between a forward and its hooks, and end with the hook."""
@@ -38,14 +38,14 @@ class Checkpoint:
     """
 
     past: int
-    held: Held
+    held: HeldBlocks
     windows: dict[int, Content]
     replaced: dict[int, tuple[Any, Any]]
     frame: FrameType | None
     thread: int
 
     @classmethod
-    def take(cls, layers: Sequence[Any], past: int, held: Held, *, traced: bool = False) -> Checkpoint:
+    def take(cls, layers: Sequence[Any], past: int, held: HeldBlocks, *, traced: bool = False) -> Checkpoint:
         """Records the current state. The hook before the forward calls it."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         replaced = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cake_hf.blocks import Block
-from cake_hf.cache.positions import Ahead
+from cake_hf.cache.positions import HiddenBlock
 from cake_hf.cache.seals import Seals
 from cake_hf.cache.seen import SeenTokens
 from cake_hf.cache.turn import Turn
@@ -17,7 +17,7 @@ from cake_hf.model.fingerprint import look_at_weights
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.guarded import GuardedCache
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 
@@ -37,9 +37,9 @@ class RememberingCache(GuardedCache):
         """Initializes the state, with no content."""
         self.passive, self.report = passive, report
         self._session = session
-        self._held = Held()  # what is known of the content
+        self._held = HeldBlocks()  # what is known of the content
         self._cuts: list[int] = []  # declared for the next prompt
-        self._ahead: Ahead | None = None  # held, but not shown yet
+        self._hidden: HiddenBlock | None = None  # held, but not shown yet
         self._turn: Turn | None = None  # the tokens since then, if their KV can be known
         self._seen = SeenTokens()  # of the prompts in this cache
         self._seals = Seals()
@@ -61,7 +61,7 @@ class RememberingCache(GuardedCache):
         """Returns the number of rows in this cache; 0 if no layer can tell."""
         return next((len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None), 0)
 
-    def _spread(self, ids: torch.Tensor) -> None:
+    def _repeat_single_row(self, ids: torch.Tensor) -> None:
         """Gives each of several prompts `[rows, tokens]` that continue from the single row in this cache a row of its own."""
         if ids.shape[0] > 1 and self._rows() == 1:
             self._repeat(ids)
@@ -78,7 +78,7 @@ class RememberingCache(GuardedCache):
     def _forget_content(self) -> None:
         """Forgets which prompt the content belongs to."""
         self._held.forget()
-        self._ahead = self._turn = None
+        self._hidden = self._turn = None
         self._seen.forget()
 
     @property
@@ -110,16 +110,16 @@ class RememberingCache(GuardedCache):
                     "for one that is."
                 )
 
-    def _goes_on(self, ahead: Ahead, ids: torch.Tensor, first: int = 0) -> bool:
+    def _continues(self, hidden: HiddenBlock, ids: torch.Tensor, first: int = 0) -> bool:
         """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, continue from the document's end."""
-        begin = ahead.end.tokens - ahead.tokens
-        return self._held.end == self._length() == begin and ahead.begins(ids[:, begin - first :])
+        begin = hidden.end.tokens - hidden.tokens
+        return self._held.end == self._length() == begin and hidden.begins(ids[:, begin - first :])
 
-    def _show_ahead(self, ahead: Ahead) -> None:
-        begin = ahead.end.tokens - ahead.tokens
-        ahead.end.put(self.layers, kv_template(self._session.model))
-        self._held = ahead.end.held.copy()
-        self._seen.note(begin, ahead.ids)
+    def _show_hidden(self, hidden: HiddenBlock) -> None:
+        begin = hidden.end.tokens - hidden.tokens
+        hidden.end.put(self.layers, kv_template(self._session.model))
+        self._held = hidden.end.held.copy()
+        self._seen.note(begin, hidden.ids)
 
     def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
         """Starts a turn: the model runs a suffix after the first `known` new tokens, and later prompts may continue from it."""
@@ -127,7 +127,7 @@ class RememberingCache(GuardedCache):
             look = 0 if namespace else look_at_weights(self._session.model)
             self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
 
-    def _forget_retold(self, ids: torch.Tensor) -> None:
+    def _forget_changed_reply(self, ids: torch.Tensor) -> None:
         """Forgets the turn if a prompt has other tokens for the reply, as text that is tokenized again may."""
         turn = self._turn
         if turn is not None:

@@ -12,7 +12,7 @@ import torch
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.layers.sliding_window import Content
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Position:
     """
 
     tokens: int
-    held: Held
+    held: HeldBlocks
     windows: dict[int, Content]
     states: dict[int, dict[str, torch.Tensor]]
 
     @classmethod
-    def take(cls, layers: Sequence[Any], tokens: int, held: Held) -> Position:
+    def take(cls, layers: Sequence[Any], tokens: int, held: HeldBlocks) -> Position:
         """Records where the layers stand now."""
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         states = {
@@ -58,7 +58,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class HiddenBlock:
     """The end of a document, which the cache holds but does not show until a prompt comes that continues from it.
 
     Attributes:
@@ -86,20 +86,20 @@ def show_tokens(layers: Sequence[Any], tokens: int) -> None:
             layer.show(tokens)
 
 
-def copied_layers(layers: Sequence[Any], ahead: Ahead | None, memo: dict[int, Any]) -> list[Any]:
+def copied_layers(layers: Sequence[Any], hidden: HiddenBlock | None, memo: dict[int, Any]) -> list[Any]:
     """Copies a cache's layers, including the end of a document, and has the copies show as much as the originals do.
 
     Args:
         layers: of the cache. They are only read, so several threads may each copy a document that all of them ask about.
-        ahead: the end of the document that they do not show.
+        hidden: the end of the document that they do not show.
         memo: of `copy.deepcopy`.
     """
-    if ahead is None:
+    if hidden is None:
         return copy.deepcopy(list(layers), memo)
-    end = ahead.end.tokens
+    end = hidden.end.tokens
     copied = [
         layer.copied(memo, end) if isinstance(layer, TokenMajorLayer) else copy.deepcopy(layer, memo)
         for layer in layers
     ]
-    show_tokens(copied, end - ahead.tokens)
+    show_tokens(copied, end - hidden.tokens)
     return copied

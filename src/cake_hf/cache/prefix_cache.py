@@ -11,7 +11,7 @@ import torch
 
 from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
-from cake_hf.cache.positions import Ahead, Position
+from cake_hf.cache.positions import HiddenBlock, Position
 from cake_hf.model.compiled import as_it_is
 from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import foreign_code_refusal
@@ -29,7 +29,7 @@ from cake_hf.restore.forwards import Progress, record_suffix
 from cake_hf.restore.misses import NONE_YET, tell_missing
 from cake_hf.restore.pacing import learn_costs, note_savings
 from cake_hf.restore.plan import snapshot_refusal
-from cake_hf.restore.prompt import Prompt, Wanted, off_schedule, open_prompt
+from cake_hf.restore.prompt import CallBlocks, Prompt, off_schedule, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.restore import Restore
 from cake_hf.restore.support import (
@@ -187,7 +187,7 @@ class PrefixCache(RememberingCache):
         """Matches the call's full chunks, except for its last `leave` tokens, against the store; returns the prompt."""
         session = self._session
         report = report or Report(tokens=call.past + call.tokens, chunk_size=session.chunk_size)
-        wanted = Wanted.of(call, self._cuts, session.chunk_size, leave)
+        wanted = CallBlocks.of(call, self._cuts, session.chunk_size, leave)
         if call.past == self._held.end:
             prompt = open_prompt(session, call, wanted, self._held, report, started, namespace)
         else:
@@ -337,7 +337,7 @@ class PrefixCache(RememberingCache):
             self.report = report
             report.explain(refusal)
             return None
-        self._ahead = Ahead(ids.cpu().clone(), Position.take(self.layers, past + ids.shape[1], self._held))
+        self._hidden = HiddenBlock(ids.cpu().clone(), Position.take(self.layers, past + ids.shape[1], self._held))
         begin.put(self.layers, kv_template(self._session.model))
         self._held = begin.held
         self._seen.crop(past)

@@ -20,7 +20,7 @@ from cake_hf.report import Refusal
 from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.batch import BatchRestore
 from cake_hf.restore.forwards import no_progress
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.hooked import Rewritten
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_refusal
@@ -54,18 +54,18 @@ class PromptCache(PrefixCache):
         if past and (not is_one_token or is_first_forward(model)):
             self._require_same_prompt(model, past)
         if past and is_one_token and ids is not None:
-            self._ahead = None
+            self._hidden = None
             if self._turn is not None and (len(args) > 1 or not self._turn.decoded(ids, kwargs, past)):
                 self._turn = None
             if ids.shape[0] > 1:
-                self._spread(ids)
+                self._repeat_single_row(ids)
             self._make_head_major()
             return None  # decoding: the hot path
         if not self._counts():
             if not is_one_token and self._model_refusal is not None:
                 self._refuse(ForwardCall.parse(model, args, kwargs, self, 0), self._model_refusal)
             return None
-        if not past and self._ahead is None:
+        if not past and self._hidden is None:
             super().reset()  # the cache may have been cropped to nothing, and have had another number of rows
             self._seals.forget()
             self._seen.forget()
@@ -82,30 +82,30 @@ class PromptCache(PrefixCache):
         if rest.tokens > 1:
             rewritten = self._handle_call(rest)
         else:  # decoding without `use_cache`
-            self._spread(rest.ids)
+            self._repeat_single_row(rest.ids)
             rewritten = None
         return rewritten or ((), rest.piece(0, rest.tokens))
 
     def _handle_call(self, call: ForwardCall) -> Rewritten | None:
         """Handles a call, from the end of a document on if the call continues from it; see `_handle`."""
-        behind = self._behind_document(call)
+        behind = self._after_document(call)
         if behind is not None:
             return self._handle_new(behind) or ((), behind.piece(0, behind.tokens))
         return self._handle_new(call)
 
-    def _behind_document(self, call: ForwardCall) -> ForwardCall | None:
+    def _after_document(self, call: ForwardCall) -> ForwardCall | None:
         """If a call starts with the end of the document that the cache holds, shows that end; returns the call for the rest."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
             return None
         self._forget_edited()
-        if call.tokens > ahead.tokens and call.vision is None and self._goes_on(ahead, call.ids, call.past):
+        if call.tokens > hidden.tokens and call.vision is None and self._continues(hidden, call.ids, call.past):
             within = replace(
                 call, for_kv=call.for_kv or is_first_forward(self._session.model)
             )  # `generate` uses only the last logits
-            if call.wanted_logits <= call.tokens - ahead.tokens and not self._refusal(within):
-                self._show_ahead(ahead)
-                return call.after(ahead.tokens)
+            if call.wanted_logits <= call.tokens - hidden.tokens and not self._refusal(within):
+                self._show_hidden(hidden)
+                return call.after(hidden.tokens)
         if not call.past:
             super().reset()
         return None
@@ -114,7 +114,7 @@ class PromptCache(PrefixCache):
         """Handles a call that brings only new tokens; see `_handle`."""
         if call.past and call.wants_all_logits:
             self._turn = None
-            self._spread(call.ids)
+            self._repeat_single_row(call.ids)
             self._make_head_major()
             return None  # candidates of assisted decoding, not a prompt
         if not self._session.at_work.begin(self):
@@ -129,7 +129,7 @@ class PromptCache(PrefixCache):
         is_rest = prefilled is not None and self._is_rest(call)
         if call.tokens:
             if call.past:
-                self._spread(call.ids)
+                self._repeat_single_row(call.ids)
             self._seen.note(call.past, call.ids)
         if is_rest and prefilled is not None and not call.is_padded:
             self._work = Work(Phase.SUFFIX, prefilled, begin=time.monotonic())
@@ -175,7 +175,7 @@ class PromptCache(PrefixCache):
         given = given_prompt(model)
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
-            self._forget_retold(given.ids)
+            self._forget_changed_reply(given.ids)
 
     def _is_rest(self, call: ForwardCall) -> bool:
         """Whether what comes after `prefill` is only a suffix.
@@ -229,6 +229,6 @@ class PromptCache(PrefixCache):
         """Restores one row of a batch, consisting of full chunks only, into its own layers, through a cache of its own."""
         look_again()  # the rows before may have taken seconds to load
         row = self._new_row(layers)
-        row._held = Held(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
+        row._held = HeldBlocks(blocks(0, len(known) * self._session.chunk_size, (), self._session.chunk_size), known)
         if row._prefill(ids, 0, no_progress, **counted) is None:
             raise CakeError(f"A row of the batch cannot be restored by itself: {row.report.reason}.")

@@ -105,7 +105,7 @@ class RestoringCache(PromptCache):
         self._go_back_if_left()
         super().crop(tokens_to_remove)
         self._forget_prefilled()
-        self._ahead = self._turn = None
+        self._hidden = self._turn = None
         length = self._length()
         self._held.crop(length)
         self._seen.crop(length)
@@ -114,7 +114,7 @@ class RestoringCache(PromptCache):
         super().reset()
         self._held.forget()
         self._forget_prefilled()
-        self._ahead = self._turn = None
+        self._hidden = self._turn = None
         self._unpressed = False
         self._seals.forget()
         self._seen.forget()

@@ -19,7 +19,7 @@ from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.ranks import ranks_of
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.audit import audit_refusal
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.lookup import stored_mask
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import ahead_refusal, kept_refusal
@@ -28,7 +28,7 @@ _CHUNK: Literal["chunk"] = "chunk"
 _TAIL: Literal["tail"] = "tail"
 
 
-def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> tuple[Held, str] | None:
+def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn) -> tuple[HeldBlocks, str] | None:
     """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say.
 
     Args:
@@ -54,11 +54,11 @@ def known_turn(session: Session, layers: list[Any], held: Held, turn: Turn) -> t
     from_here = [block.shifted(-turn.begin) for block in named]
     tokens = ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace
-    return Held(named, block_keys(namespace, tokens, from_here, session.chunk_size, parent)), namespace
+    return HeldBlocks(named, block_keys(namespace, tokens, from_here, session.chunk_size, parent)), namespace
 
 
 def save_turn(
-    session: Session, layers: Sequence[Any], held: Held, turn: Held, namespace: str, report: Report
+    session: Session, layers: Sequence[Any], held: HeldBlocks, turn: HeldBlocks, namespace: str, report: Report
 ) -> Refusal | None:
     """Queues the blocks of a turn that are not stored. Returns why the store could not be asked for them, if so.
 
@@ -72,7 +72,7 @@ def save_turn(
     """
     if not session.bound_store.saves or not turn.keys:
         return None
-    save = partial(session.bound_store.save_chunk, made_with=session.bound_model.facts_of(namespace))
+    save = partial(session.bound_store.save_chunk, made_with=session.bound_model.metadata_of(namespace))
     states = _states(session, layers)
     names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
     stored, refusal = stored_mask(session, names)
@@ -81,15 +81,15 @@ def save_turn(
         pieces = _pieces(layers, block, turn.end)
         if stored[number] or not pieces:
             continue
-        facts = ChunkMetadata(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
+        metadata = ChunkMetadata(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
         what = _CHUNK if block.fills(session.chunk_size) else _TAIL
         layout = session.bound_model.layout().of(block.tokens)
-        save(facts, layout, partial(list, pieces), report, overwrite=False, what=what)
+        save(metadata, layout, partial(list, pieces), report, overwrite=False, what=what)
     if states and not stored[-1]:
         key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
-        facts = ChunkMetadata(state_key(key), key, number, namespace, session.bound_model.name)
+        metadata = ChunkMetadata(state_key(key), key, number, namespace, session.bound_model.name)
         layout = session.bound_model.state_layout()
-        save(facts, layout, partial(list, states), report, overwrite=False, what="state")
+        save(metadata, layout, partial(list, states), report, overwrite=False, what="state")
     return refusal
 
 

@@ -36,8 +36,11 @@ def keep_words(cache: RestoringCache, text: str) -> None:
     if not cache._held.keys:
         return
     now, words = int(time.time()), " ".join(text.split(maxsplit=MOST_KEPT)[:MOST_KEPT])[:MAX_LETTERS]
-    namespace, facts = session.bound_model.latest_namespace(), json.loads(canonical(session.bound_model.latest_facts()))
+    namespace, metadata = (
+        session.bound_model.latest_namespace(),
+        json.loads(canonical(session.bound_model.latest_metadata())),
+    )
     keep(
         session.bound_store.store,
-        Record(namespace, facts, session.bound_model.name, now, now, {cache._held.keys[-1]: words}),
+        Record(namespace, metadata, session.bound_model.name, now, now, {cache._held.keys[-1]: words}),
     )

@@ -44,14 +44,14 @@ def agreement(
     """
     children: dict[str, list[StoredChunk]] = {}
     for chunk in inventory.chunks.values():
-        children.setdefault(chunk.facts.parent, []).append(chunk)
+        children.setdefault(chunk.metadata.parent, []).append(chunk)
     ways: dict[str, tuple[str, Block]] = {key: ("", block) for key, block in known.items()}
     best, open_ends = (0, namespace), [(0, namespace), *((block.end, key) for key, block in known.items())]
     while open_ends:
         end, parent = open_ends.pop()
         best = max(best, (end, parent))
         for child in children.get(parent, ()):
-            key = child.facts.key
+            key = child.metadata.key
             for block in _ways(end, child.chunk_size, len(tokens)):
                 if block_keys(namespace, tokens, [block], chunk_size, parent) == [key]:
                     if key not in known:

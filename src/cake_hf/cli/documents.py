@@ -12,7 +12,7 @@ import torch
 from cake_hf.blocks import Block, blocks, checked_cuts
 from cake_hf.cache import chat_document
 from cake_hf.cli.models import read_text
-from cake_hf.cli.options import AsWarmed
+from cake_hf.cli.options import WarmedOptions
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ def read_document(
     return Document(read_text(path), chat, "" if system is None else read_text(system), tokens, tuple(boundaries))
 
 
-def as_warmed(path: Path, warmed: AsWarmed) -> Document:
+def read_warmed(path: Path, warmed: WarmedOptions) -> Document:
     """Calls `read_document` with these options."""
     return read_document(path, warmed.chat, warmed.system, warmed.tokens, warmed.boundary or ())

@@ -32,12 +32,12 @@ class StoredChunk:
     """One chunk, as its header describes it.
 
     Attributes:
-        facts: its metadata: key, parent, place on the grid, namespace, model, checksums.
+        metadata: key, parent, place on the grid, namespace, model, checksums.
         table: of its tensors.
         file_bytes: size of header and payload.
     """
 
-    facts: ChunkMetadata
+    metadata: ChunkMetadata
     table: TensorTable
     file_bytes: int
 
@@ -110,7 +110,7 @@ class Chain:
     @property
     def chunks(self) -> int:
         """How many of its chunks are stored."""
-        return self.leaf.facts.index + 1 - self.first
+        return self.leaf.metadata.index + 1 - self.first
 
     def tokens(self, chunk_size: int) -> int:
         """Tokens up to its end; missing chunks are assumed to be full."""
@@ -131,7 +131,7 @@ def existing_store(spec: str) -> Store:
             raise StoreError(f"There is no store at {path}; `cake-hf warm MODEL FILE --store {path}` makes one.")
         if not store.is_store():
             raise StoreError(
-                f"The directory {path} is not a cake_hf store: it has neither a store's marker nor chunks; check the path."
+                f"The directory {path} is no store of cake_hf: it has neither a store's marker nor chunks; check the path."
             )
     return store
 
@@ -149,7 +149,7 @@ def take_inventory(store: Store, progress: Progress) -> Inventory:
             if isinstance(chunk, str):
                 inventory.unreadable[key] = chunk
             elif chunk is not None:
-                _part_for(chunk.facts, inventory)[key] = chunk
+                _part_for(chunk.metadata, inventory)[key] = chunk
             progress(count, len(keys))
     return inventory
 
@@ -177,35 +177,35 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
     Raises:
         CorruptChunk: the header cannot be read, is another chunk's, or the file has another length.
     """
-    facts, table = parse_header(raw)
+    metadata, table = parse_header(raw)
     (length,) = struct.unpack("<Q", raw[:8])
-    if facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {escaped(facts.key[:MAX_TEXT])}.")
+    if metadata.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {escaped(metadata.key[:MAX_TEXT])}.")
     if size != 8 + length + table.payload_bytes:
         raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
-    if not 0 <= facts.index < MAX_INDEX:
+    if not 0 <= metadata.index < MAX_INDEX:
         raise CorruptChunk(f"Chunk {key} names a place where no chunk can be.")
-    name = _shown_name(facts.model)
-    return StoredChunk(facts if name == facts.model else replace(facts, model=name), table, size)
+    name = _shown_name(metadata.model)
+    return StoredChunk(metadata if name == metadata.model else replace(metadata, model=name), table, size)
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:
     """Returns the chunks by namespace, the largest first."""
     found: dict[str, Namespace] = {}
     for chunk in inventory.chunks.values():
-        found.setdefault(chunk.facts.namespace, Namespace(chunk.facts.namespace)).chunks.append(chunk)
+        found.setdefault(chunk.metadata.namespace, Namespace(chunk.metadata.namespace)).chunks.append(chunk)
     return sorted(found.values(), key=lambda namespace: -sum(chunk.file_bytes for chunk in namespace.chunks))
 
 
 def prompts(inventory: Inventory) -> list[Chain]:
     """Returns the chunks by prompt, the longest first. Prompts that share a prefix share its chunks."""
     chunks = inventory.chunks
-    parents = {chunk.facts.parent for chunk in chunks.values()}
+    parents = {chunk.metadata.parent for chunk in chunks.values()}
     chains = [_chain(leaf, chunks) for key, leaf in chunks.items() if key not in parents]
     sizes = chunk_sizes(inventory)
-    return sorted(chains, key=lambda chain: -chain.tokens(sizes[chain.leaf.facts.namespace]))
+    return sorted(chains, key=lambda chain: -chain.tokens(sizes[chain.leaf.metadata.namespace]))
 
 
 def chunk_sizes(inventory: Inventory) -> dict[str, int]:
@@ -232,9 +232,9 @@ def find_chunk(store: Store, prefix: str) -> StoredChunk:
 def _chain(leaf: StoredChunk, chunks: dict[str, StoredChunk]) -> Chain:
     """Follows parents from a leaf as far as they are stored. Indices must fall by one, so the walk ends on any input."""
     current, tokens = leaf, leaf.chunk_size
-    while (parent := chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
+    while (parent := chunks.get(current.metadata.parent)) and parent.metadata.index == current.metadata.index - 1:
         current, tokens = parent, tokens + parent.chunk_size
-    return Chain(leaf, current.facts.index, tokens)
+    return Chain(leaf, current.metadata.index, tokens)
 
 
 def _read_start(store: Store, key: str, size: int) -> bytearray | None:
@@ -251,13 +251,13 @@ def _read_start(store: Store, key: str, size: int) -> bytearray | None:
     return whole if store.read_range(key, [memoryview(whole)], 0) else None
 
 
-def _part_for(facts: ChunkMetadata, inventory: Inventory) -> dict[str, StoredChunk]:
+def _part_for(metadata: ChunkMetadata, inventory: Inventory) -> dict[str, StoredChunk]:
     """Returns the part of a chunk that a key is for: a state has its chunk as parent; its key, and that of a model's
     recorded results, follow from other keys."""
     with suppress(ValueError):  # it is not a key at all
-        if facts.key == state_key(facts.parent):
+        if metadata.key == state_key(metadata.parent):
             return inventory.states
-        if facts.key == behaviour_key(facts.namespace):
+        if metadata.key == behaviour_key(metadata.namespace):
             return inventory.behaviours
     return inventory.chunks
 
@@ -268,7 +268,7 @@ def _listed(store: Store, key: str) -> StoredChunk | str | None:
         chunk = read_chunk(store, key)
     except CorruptChunk as error:
         return shown(error)
-    return None if chunk is None else replace(chunk, facts=replace(chunk.facts, checksums=()))
+    return None if chunk is None else replace(chunk, metadata=replace(chunk.metadata, checksums=()))
 
 
 @lru_cache(256)

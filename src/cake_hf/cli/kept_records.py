@@ -20,11 +20,11 @@ def records_of(store: Store) -> dict[str, Record]:
 
 def first_words(chain: Chain, inventory: Inventory, known: Mapping[str, Record]) -> str:
     """Returns the first words of a prompt, or of the document that it starts with; empty if none are kept."""
-    record = known.get(chain.leaf.facts.namespace)
+    record = known.get(chain.leaf.metadata.namespace)
     chunk: StoredChunk | None = chain.leaf if record is not None and record.words else None
     while record is not None and chunk is not None:
-        if words := record.words.get(chunk.facts.key):
+        if words := record.words.get(chunk.metadata.key):
             return words
-        above = inventory.chunks.get(chunk.facts.parent)
-        chunk = above if above is not None and above.facts.index == chunk.facts.index - 1 else None
+        above = inventory.chunks.get(chunk.metadata.parent)
+        chunk = above if above is not None and above.metadata.index == chunk.metadata.index - 1 else None
     return ""

@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CostQuery:
     """The model and device whose costs are wanted.
 
     Attributes:
@@ -62,7 +62,7 @@ class Wanted:
         """Whether a chunk is of this model, as far as its header tells."""
         layers = {name.rsplit(".", 1)[0] for name in chunk.table}
         return (
-            chunk.facts.model == self.name
+            chunk.metadata.model == self.name
             and len(layers) == self.config.get_text_config().num_hidden_layers
             and self.chunk_size in (None, chunk.chunk_size)
             and (self.dtype == "auto" or chunk.table.dtypes == dtype_name(getattr(torch, self.dtype)))
@@ -86,7 +86,7 @@ class KnownCosts:
     costs: Costs
 
 
-def remembered(store: Store, wanted: Wanted, progress: Progress) -> KnownCosts | None:
+def remembered(store: Store, wanted: CostQuery, progress: Progress) -> KnownCosts | None:
     """Returns the costs in the store's notes; None if there are none.
 
     Of several namespaces, one with both halves known comes first; then the one with the most stored bytes.
@@ -98,7 +98,7 @@ def remembered(store: Store, wanted: Wanted, progress: Progress) -> KnownCosts |
     """
     fitting = [found for found in namespaces(take_inventory(store, progress)) if wanted.fits(found.first)]
     known = [found for found in (_recalled(store, namespace, wanted.device) for namespace in fitting) if found]
-    return min(known, key=lambda one: None in (one.costs.compute, one.costs.load), default=None)
+    return min(known, key=lambda candidate: None in (candidate.costs.compute, candidate.costs.load), default=None)
 
 
 def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCosts:
@@ -132,8 +132,8 @@ def measure(model: Any, store: Store, chunk_size: int, chunks: int) -> KnownCost
             seconds = _last_chunk_seconds(model, saved, chunk_size, chunks)
             pace = Pace(Costs())
             pace.saw_forward(chunks - 1, seconds)
-            recall_costs(noting, stored.facts.namespace, device).learn(pace, [], stored.table.payload_bytes)
-        found = _recalled(noting, Namespace(stored.facts.namespace, [stored]), device)
+            recall_costs(noting, stored.metadata.namespace, device).learn(pace, [], stored.table.payload_bytes)
+        found = _recalled(noting, Namespace(stored.metadata.namespace, [stored]), device)
     finally:
         for key in noting.written:
             store.delete(key)

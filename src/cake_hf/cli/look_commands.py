@@ -11,7 +11,7 @@ from cake_hf.cli.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.cli.keeping import what_it_keeps
 from cake_hf.cli.kept_records import records_of
 from cake_hf.cli.options import StoreArgument
-from cake_hf.cli.store_tables import chunk_facts, listing, totals
+from cake_hf.cli.store_tables import chunk_table, listing, totals
 from cake_hf.util.redaction import shown_url
 
 
@@ -32,7 +32,7 @@ def info_command(
     """Show the totals of a store, or the whole header of one chunk."""
     with existing_store(store) as opened:
         if key:
-            console.print(chunk_facts(find_chunk(opened, key)))
+            console.print(chunk_table(find_chunk(opened, key)))
             return
         with progress_bar("reading headers", "chunks") as progress:
             inventory = take_inventory(opened, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -48,8 +49,23 @@ Chat = Annotated[
 System = Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WarmedSettings:
+    """The settings that documents were warmed with; see the options of `cake-hf warm`."""
+
+    chunk_size: int | str = "auto"
+    salt: str = ""
+    exact: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    tokens: int | None = None
+    boundaries: Sequence[int] = ()
+    chat: bool = False
+    system: Path | None = None
+
+
 @dataclass(frozen=True)
-class AsWarmed:
+class WarmedOptions:
     """How a document was warmed: everything besides its text and the model that decides which KV is its own."""
 
     chunk_size: ChunkSize = None
@@ -73,7 +89,7 @@ class AsWarmed:
 
     @property
     def as_given(self) -> dict[str, Any]:
-        """Returns all options, by the names that `Wanted` and `RecomputeJob` have for them."""
+        """Returns all options, by the names of `WarmedSettings`."""
         return {
             **self.keyed,
             "dtype": self.dtype.value,

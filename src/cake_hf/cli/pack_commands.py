@@ -12,12 +12,12 @@ import typer
 
 from cake_hf.blocks import Block, blocks
 from cake_hf.cli.console import console, errors, progress_bar
-from cake_hf.cli.documents import as_warmed
+from cake_hf.cli.documents import read_warmed
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import load_model, load_tokenizer
-from cake_hf.cli.options import AsWarmed, Device, Dtype, DtypeOption
+from cake_hf.cli.options import Device, Dtype, DtypeOption, WarmedOptions
 from cake_hf.packs.card import cache_line, prefill_line
 from cake_hf.packs.export import export_pack
 from cake_hf.packs.importing import Imported, import_pack
@@ -57,7 +57,7 @@ def export_command(
         Path, typer.Argument(metavar="FOLDER", help="A new or empty folder, or an older pack, which is replaced.")
     ],
     published: Published,
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
 ) -> None:
     """Write a prompt's KV to a folder, as a pack to be copied or put on a share; `pack:FOLDER` opens it.
 
@@ -78,7 +78,7 @@ def push_command(
     store: Warmed,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the Hugging Face Hub; created if missing.")],
     published: Published,
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Publish a prompt's KV on the Hugging Face Hub, where any CakeCache can load it.
@@ -98,7 +98,7 @@ def push_command(
     _show_published("push", pushed.manifest, pushed.url, named)
 
 
-def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
+def _options(published: Published, warmed: WarmedOptions) -> dict[str, Any]:
     """Returns the options as `export_pack` and `push_pack` take them."""
     return {
         **warmed.keyed,
@@ -110,9 +110,9 @@ def _options(published: Published, warmed: AsWarmed) -> dict[str, Any]:
 
 
 @contextmanager
-def _prompt_of(store: str, published: Published, warmed: AsWarmed) -> Iterator[tuple[Store, Any, Any]]:
+def _prompt_of(store: str, published: Published, warmed: WarmedOptions) -> Iterator[tuple[Store, Any, Any]]:
     """Returns the opened store, the loaded model, and the prompt's tokens, `[1, tokens]`."""
-    document = as_warmed(published.prompt, warmed)
+    document = read_warmed(published.prompt, warmed)
     with existing_store(store) as opened:
         with console.status("loading the model"):
             tokenizer = load_tokenizer(published.model)

@@ -13,8 +13,8 @@ from rich.text import Text
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
-from cake_hf.cli.options import AsWarmed, StoreArgument
-from cake_hf.cli.selecting import Naming, Wanted, choose
+from cake_hf.cli.options import StoreArgument, WarmedOptions
+from cake_hf.cli.selecting import Naming, Selector, choose
 from cake_hf.cli.sheets import Sheet
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore
@@ -28,7 +28,7 @@ NOTHING = "Say what to keep: --prompt FILE --model MODEL, --model MODEL, --names
 def pin_command(
     store: StoreArgument,
     naming: Naming,
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
     time_to_live: Annotated[
         str, typer.Option("--for", metavar="TIME", help="How long to keep it, e.g. 7d or 12h.")
     ] = "",
@@ -39,7 +39,7 @@ def pin_command(
     Neither a store's budget nor `cake-hf gc` evicts pinned chunks until their
     time is over; `cake-hf rm` deletes them. For directories only.
     """
-    wanted = Wanted.of(naming, warmed)
+    wanted = Selector.of(naming, warmed)
     showing = not (wanted.ways or time_to_live or off)
     if not showing:
         wanted.refuse_unclear(NOTHING)
@@ -70,7 +70,7 @@ def _pinned(store: LocalStore, inventory: Inventory) -> RenderableType:
     groups: dict[tuple[int, str], list[int]] = {}
     for key, until in store.pinned().items():
         if key in there:
-            groups.setdefault((until, there[key].facts.model), []).append(there[key].file_bytes)
+            groups.setdefault((until, there[key].metadata.model), []).append(there[key].file_bytes)
     if not groups:
         return Text("Nothing is pinned.")
     rows = [

@@ -14,7 +14,7 @@ from rich.text import Text
 from cake_hf.cli import known_costs
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.known_costs import KnownCosts, Wanted
+from cake_hf.cli.known_costs import CostQuery, KnownCosts
 from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
 from cake_hf.cli.options import Dtype
 from cake_hf.cli.tables import Bar, Bars
@@ -94,7 +94,7 @@ def plan_command(
     if model or store:
         if not (model and store and (tokens or chunks)):
             raise ValueError("Give --model, --store and --tokens together; or --chunks and the costs themselves.")
-        wanted = Wanted(model, load_config(model), str(find_device(device)), chunk_size, dtype.value)
+        wanted = CostQuery(model, load_config(model), str(find_device(device)), chunk_size, dtype.value)
         known = find_costs(wanted, store, tokens, chunks, measure=measure)
         measured = known.costs if known else measured
         _refuse_unknown(
@@ -117,7 +117,7 @@ def plan_command(
 
 
 def find_costs(
-    wanted: Wanted, store: str, tokens: int | None, chunks: int | None, *, measure: bool
+    wanted: CostQuery, store: str, tokens: int | None, chunks: int | None, *, measure: bool
 ) -> KnownCosts | None:
     """Returns costs from the store's notes, or measured now.
 
@@ -144,7 +144,7 @@ def find_costs(
         return known_costs.remembered(opened, wanted, progress)
 
 
-def _refuse_unknown(wanted: Wanted, store: str, *, computing: bool, loading: bool) -> None:
+def _refuse_unknown(wanted: CostQuery, store: str, *, computing: bool, loading: bool) -> None:
     missing = {"computing": computing, "loading": loading}
     if any(missing.values()):
         what = " and ".join(name for name, is_missing in missing.items() if is_missing)

@@ -24,6 +24,7 @@ from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
+from cake_hf.cli.options import WarmedSettings
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import QUEUE_BYTES, Pace
 from cake_hf.errors import CakeError, StoreError
@@ -36,7 +37,7 @@ from cake_hf.util.redaction import shown
 
 
 @dataclass(frozen=True)
-class RecomputeJob:
+class RecomputeJob(WarmedSettings):
     """The chunks to be computed again.
 
     Attributes:
@@ -44,23 +45,12 @@ class RecomputeJob:
         prompts: UTF-8 text files whose chunks, and tails, are sampled.
         share: of each prompt's stored chunks, but at least one of them; in (0, 1].
         seed: of the choice. The same store, prompts and seed give the same sample.
-        chunk_size, salt, exact: as the chunks were saved with.
-        dtype, device, tokens, boundaries, chat, system: as `cake-hf warm` takes them.
     """
 
     model: str
     prompts: Sequence[Path]
     share: float
     seed: int = 0
-    chunk_size: int | str = "auto"
-    salt: str = ""
-    exact: bool = True
-    dtype: str = "auto"
-    device: str = "auto"
-    tokens: int | None = None
-    boundaries: Sequence[int] = ()
-    chat: bool = False
-    system: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -232,14 +222,14 @@ class Comparing(WrapperStore):
             stored = self.inner.read(key)
             if stored is None:
                 return ""
-            facts = check_file(stored, key)
+            metadata = check_file(stored, key)
         except StoreError as error:
             return shown(error)
         own, table = parse_header(computed)
         if parse_header(stored)[1] != table:
             return f"Chunk {key} holds other tensors than the model's KV."
-        if (facts.parent, facts.index, facts.namespace) != (own.parent, own.index, own.namespace):
-            return f"Chunk {key} says that it is number {facts.index}; it is number {own.index} of its prompt."
+        if (metadata.parent, metadata.index, metadata.namespace) != (own.parent, own.index, own.namespace):
+            return f"Chunk {key} says that it is number {metadata.index}; it is number {own.index} of its prompt."
         differing = np.flatnonzero(_payload(stored) != _payload(computed))
         if not differing.size:
             return ""

@@ -10,8 +10,8 @@ from rich.text import Text
 from cake_hf.cli.console import WRONG, console, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
-from cake_hf.cli.options import AsWarmed, StoreArgument
-from cake_hf.cli.selecting import Naming, Wanted, choose
+from cake_hf.cli.options import StoreArgument, WarmedOptions
+from cake_hf.cli.selecting import Naming, Selector, choose
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
 from cake_hf.util.redaction import shown, shown_url
@@ -27,7 +27,7 @@ NOTHING = (
 def rm_command(
     store: StoreArgument,
     naming: Naming,
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
 ) -> None:
     """Delete the KV of a document, a model or a namespace; exit code 1 if some could not be deleted.
@@ -36,7 +36,7 @@ def rm_command(
     Chunks that other prompts start with, too, stay. What is deleted is
     computed again when its prompt comes; pinned chunks are deleted, too.
     """
-    wanted = Wanted.of(naming, warmed)
+    wanted = Selector.of(naming, warmed)
     wanted.refuse_unclear(NOTHING)
     with existing_store(store) as opened:
         if opened.read_only:

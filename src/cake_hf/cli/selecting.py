@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, find_chunk, namespaces
-from cake_hf.cli.options import AsWarmed
+from cake_hf.cli.options import WarmedOptions, WarmedSettings
 from cake_hf.errors import StoreError
 from cake_hf.keys import block_keys
 from cake_hf.stores import Store
@@ -36,30 +36,20 @@ _DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selector(WarmedSettings):
     """A selection as given by the options of the same names.
 
     Attributes:
         prompts, model, namespace, chunk: ways to name chunks; one of them is used.
-        chunk_size, salt, exact, dtype, device, tokens, boundaries, chat, system: how the documents were warmed.
     """
 
     prompts: Sequence[Path] = ()
     model: str = ""
     namespace: str = ""
     chunk: str = ""
-    chunk_size: int | str = "auto"
-    salt: str = ""
-    exact: bool = True
-    dtype: str = "auto"
-    device: str = "auto"
-    tokens: int | None = None
-    boundaries: Sequence[int] = ()
-    chat: bool = False
-    system: Path | None = None
 
     @classmethod
-    def of(cls, naming: Naming, warmed: AsWarmed) -> Wanted:
+    def of(cls, naming: Naming, warmed: WarmedOptions) -> Selector:
         """Builds a selection from the options of a command."""
         return cls(
             tuple(naming.prompt or ()),
@@ -92,7 +82,7 @@ class Wanted:
 
 
 @dataclass
-class Chosen:
+class SelectedChunks:
     """The selected chunks of a store.
 
     Attributes:
@@ -117,7 +107,7 @@ class Chosen:
         """
         children: dict[str, list[str]] = {}
         for key, chunk in inventory.chunks.items():
-            children.setdefault(chunk.facts.parent, []).append(key)
+            children.setdefault(chunk.metadata.parent, []).append(key)
         gone = set(self.keys)
         for chain in self.chains:
             gone |= _below(chain[-1], children)
@@ -131,7 +121,7 @@ class Chosen:
         return with_states(gone, inventory), shared
 
 
-def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
+def choose(store: Store, inventory: Inventory, wanted: Selector) -> SelectedChunks:
     """Finds the selected chunks.
 
     Raises:
@@ -140,19 +130,19 @@ def choose(store: Store, inventory: Inventory, wanted: Wanted) -> Chosen:
         CakeError: no KV of the model is kept.
     """
     if wanted.prompts:
-        return Chosen(*_of_documents(store, inventory, wanted))
+        return SelectedChunks(*_of_documents(store, inventory, wanted))
     if wanted.namespace:
-        return Chosen(keys=_of_namespace(inventory, wanted.namespace))
+        return SelectedChunks(keys=_of_namespace(inventory, wanted.namespace))
     if wanted.chunk:
         _refuse_no_digits("--chunk", wanted.chunk)
-        return Chosen(chains=[_chain_to(find_chunk(store, wanted.chunk), inventory)])
-    return Chosen(keys=_of_model(inventory, wanted.model))
+        return SelectedChunks(chains=[_chain_to(find_chunk(store, wanted.chunk), inventory)])
+    return SelectedChunks(keys=_of_model(inventory, wanted.model))
 
 
 def with_states(keys: Iterable[str], inventory: Inventory) -> list[str]:
     """Returns those of the keys that are stored, and the snapshots at their ends."""
     wanted = set(keys)
-    states = [key for key, state in inventory.states.items() if state.facts.parent in wanted]
+    states = [key for key, state in inventory.states.items() if state.metadata.parent in wanted]
     return [*(key for key in inventory.chunks if key in wanted), *states]
 
 
@@ -166,7 +156,7 @@ def _below(key: str, children: dict[str, list[str]]) -> set[str]:
     return found
 
 
-def _of_documents(store: Store, inventory: Inventory, wanted: Wanted) -> tuple[list[list[str]], list[str]]:
+def _of_documents(store: Store, inventory: Inventory, wanted: Selector) -> tuple[list[list[str]], list[str]]:
     """Returns for each document the keys up to its end (or to its last chunk, if the end was not declared), and the tails
     after these."""
     # These take seconds to import.
@@ -212,14 +202,14 @@ def _of_namespace(inventory: Inventory, digits: str) -> list[str]:
         raise StoreError(f"{len(found)} namespaces start with {digits}; give more digits.")
     if not found:
         raise StoreError(f"No namespace in the store starts with {digits}; `cake-hf ls STORE` lists them.")
-    return [chunk.facts.key for chunk in found[0].chunks]
+    return [chunk.metadata.key for chunk in found[0].chunks]
 
 
 def _of_model(inventory: Inventory, name: str) -> list[str]:
     wanted = {name, Path(name).name if _is_path(name) else name}
-    found = [key for key, chunk in inventory.chunks.items() if chunk.facts.model in wanted]
+    found = [key for key, chunk in inventory.chunks.items() if chunk.metadata.model in wanted]
     if not found:
-        there = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
+        there = sorted({chunk.metadata.model for chunk in inventory.chunks.values()})
         has = f"it has chunks of {', '.join(there)}" if there else "it is empty"
         raise StoreError(f"The store has nothing of the model {name!r}; {has}.")
     return found
@@ -232,9 +222,11 @@ def _is_path(name: str) -> bool:
 
 def _chain_to(leaf: StoredChunk, inventory: Inventory) -> list[str]:
     """Returns the keys from the first stored chunk of a prompt to this one."""
-    chain, current = [leaf.facts.key], leaf
-    while (parent := inventory.chunks.get(current.facts.parent)) and parent.facts.index == current.facts.index - 1:
-        chain.append(parent.facts.key)
+    chain, current = [leaf.metadata.key], leaf
+    while (
+        parent := inventory.chunks.get(current.metadata.parent)
+    ) and parent.metadata.index == current.metadata.index - 1:
+        chain.append(parent.metadata.key)
         current = parent
     return chain[::-1]
 

@@ -51,7 +51,7 @@ def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]
         _prompt_table(
             chains[:most_prompts],
             chunk_sizes(inventory),
-            [first_words(one, inventory, known) for one in chains[:most_prompts]],
+            [first_words(chain, inventory, known) for chain in chains[:most_prompts]],
         ),
     ]
     if len(chains) > most_prompts:
@@ -61,8 +61,8 @@ def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]
 
 def totals(name: str, inventory: Inventory) -> RenderableType:
     """Shows a store as a whole."""
-    models = sorted({chunk.facts.model for chunk in inventory.chunks.values()})
-    table = _facts_table(
+    models = sorted({chunk.metadata.model for chunk in inventory.chunks.values()})
+    table = _pairs_table(
         [
             ("store", name),
             ("chunks", f"{len(inventory.chunks):,}"),
@@ -76,19 +76,19 @@ def totals(name: str, inventory: Inventory) -> RenderableType:
     return Group(table, *_unreadable_note(inventory))
 
 
-def chunk_facts(chunk: StoredChunk) -> RenderableType:
+def chunk_table(chunk: StoredChunk) -> RenderableType:
     """Shows the whole header of one chunk."""
-    facts = chunk.facts
-    return _facts_table(
+    metadata = chunk.metadata
+    return _pairs_table(
         [
-            ("key", facts.key),
-            ("parent", facts.parent if facts.index else "none (the prompt's first chunk)"),
-            ("chunk", f"number {facts.index} of its prompt, {chunk.chunk_size:,} tokens"),
-            ("namespace", facts.namespace),
-            ("model", facts.model),
+            ("key", metadata.key),
+            ("parent", metadata.parent if metadata.index else "none (the prompt's first chunk)"),
+            ("chunk", f"number {metadata.index} of its prompt, {chunk.chunk_size:,} tokens"),
+            ("namespace", metadata.namespace),
+            ("model", metadata.model),
             ("tensors", f"{len(chunk.table)} of {chunk.table.dtypes}, {' and '.join(map(str, chunk.table.shapes))}"),
             ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
-            ("checksums", f"{len(facts.checksums)}, one per tensor (xxh3-128)"),
+            ("checksums", f"{len(metadata.checksums)}, one per tensor (xxh3-128)"),
         ]
     )
 
@@ -151,7 +151,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
         first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
         table.add_row(
             Text(namespace.digest[:SHORT]),
-            Text(_short_name(first.facts.model)),
+            Text(_short_name(first.metadata.model)),
             Text(first.table.dtypes),
             str(first.chunk_size),
             f"{count:,}",
@@ -169,12 +169,12 @@ def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequ
     if any(words):
         table.add_column("first words", overflow="fold")
     for chain, begin in zip(chains, words, strict=True):
-        facts = chain.leaf.facts
+        metadata = chain.leaf.metadata
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
         cells = [
-            facts.key[:SHORT],
-            _short_name(facts.model),
-            f"{chain.tokens(sizes[facts.namespace]):,}",
+            metadata.key[:SHORT],
+            _short_name(metadata.model),
+            f"{chain.tokens(sizes[metadata.namespace]):,}",
             f"{chain.chunks:,}",
             missing,
         ]
@@ -192,7 +192,7 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     return table
 
 
-def _facts_table(rows: Sequence[tuple[str, str]]) -> Table:
+def _pairs_table(rows: Sequence[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

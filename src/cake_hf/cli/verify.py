@@ -110,14 +110,14 @@ def _checked(store: Store, key: str) -> int | None:
         return None
     chunk = chunk_of(raw, key, len(raw))
     payload = memoryview(raw)[len(raw) - chunk.table.payload_bytes :]
-    check_pieces([payload[start:end] for start, end in spans_of(chunk.facts, chunk.table)], chunk.facts)
+    check_pieces([payload[start:end] for start, end in spans_of(chunk.metadata, chunk.table)], chunk.metadata)
     return len(raw)
 
 
 def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
-    spans = spans_of(chunk.facts, chunk.table)
+    spans = spans_of(chunk.metadata, chunk.table)
     payload, step = chunk.file_bytes - chunk.table.payload_bytes, memoryview(bytearray(STEP_BYTES))
-    for (start, end), expected in zip(spans, chunk.facts.checksums, strict=True):
+    for (start, end), expected in zip(spans, chunk.metadata.checksums, strict=True):
         digest = Checksum()
         for offset in range(start, end, STEP_BYTES):
             part = step[: min(STEP_BYTES, end - offset)]

@@ -10,7 +10,7 @@ import typer
 from cake_hf.cli.console import STOPPED, WRONG, progress_bar
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.options import AsWarmed, StoreArgument
+from cake_hf.cli.options import StoreArgument, WarmedOptions
 from cake_hf.cli.recompute import RecomputeJob, recompute
 from cake_hf.cli.store_tables import show_recomputed, show_stopped, show_verified
 from cake_hf.cli.verify import BadChunk, delete, verify
@@ -38,7 +38,7 @@ def verify_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample: the same store and seed give the same one.")] = 0,
     *,
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
 ) -> None:
     """Check every chunk against its checksum; exit code 1 if a damaged one is left.
 
@@ -69,7 +69,9 @@ def verify_command(
         raise typer.Exit(WRONG)
 
 
-def _recompute_job(share: str, model: str, prompts: list[Path], seed: int, warmed: AsWarmed) -> RecomputeJob | None:
+def _recompute_job(
+    share: str, model: str, prompts: list[Path], seed: int, warmed: WarmedOptions
+) -> RecomputeJob | None:
     if not share:
         if model or prompts:
             raise ValueError("--model and --prompt are for --recompute; add for instance --recompute 5%.")

@@ -17,14 +17,14 @@ from rich.text import Text
 from cake_hf.blocks import Block
 from cake_hf.cli.agreement import NOTHING, Agreement, agreement
 from cake_hf.cli.console import WRONG, console, progress_bar
-from cake_hf.cli.documents import Document, as_warmed
+from cake_hf.cli.documents import Document, read_warmed
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.models import load_model, load_tokenizer
-from cake_hf.cli.options import AsWarmed, StoreArgument
+from cake_hf.cli.options import StoreArgument, WarmedOptions
 from cake_hf.keys import block_keys, state_key
 from cake_hf.packs.contents import session_for
-from cake_hf.restore.misses import Elsewhere, Sought, explanation, found_elsewhere
+from cake_hf.restore.misses import MissedPrompt, StoredElsewhere, explanation, found_elsewhere
 from cake_hf.stores import Store
 from cake_hf.stores.differences import in_a_sentence
 from cake_hf.stores.records import records
@@ -36,7 +36,7 @@ SHORT = 12
 
 
 @dataclass(frozen=True)
-class Found:
+class Findings:
     """Where a prompt's chunks are.
 
     Attributes:
@@ -55,7 +55,7 @@ class Found:
     chunks: int
     stored: int
     chunk_size: int
-    elsewhere: Sequence[Elsewhere] = ()
+    elsewhere: Sequence[StoredElsewhere] = ()
     otherwise: str = ""
     end: int = 0
     agreed: Agreement = NOTHING
@@ -69,7 +69,7 @@ def why_command(
     store: StoreArgument,
     model: Annotated[str, typer.Option(help="A model's folder, or its name on the Hugging Face Hub.")],
     prompt: Annotated[Path, typer.Option(help="A text file with the prompt.")],
-    warmed: AsWarmed,
+    warmed: WarmedOptions,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, as in the process in question.")] = None,
 ) -> None:
     """Say whether a prompt is found in a store, and if not, why; exit code 1 if none of it is found.
@@ -82,7 +82,7 @@ def why_command(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    document = as_warmed(prompt, warmed)
+    document = read_warmed(prompt, warmed)
     with existing_store(store) as opened:
         with console.status("loading the model"):
             tokenizer = load_tokenizer(model)
@@ -94,7 +94,7 @@ def why_command(
         raise typer.Exit(WRONG)
 
 
-def show_found(found: Found, store: str) -> None:
+def show_found(found: Findings, store: str) -> None:
     """Shows what a cache would find, then where else the prompt is stored."""
     style = "green" if found.stored or found.end else "bold red"
     end = f"the last {count_text(found.end, 'token')}"
@@ -111,11 +111,13 @@ def show_found(found: Found, store: str) -> None:
             f"The prompt has less than one chunk of {found.chunk_size} tokens: a cache stores nothing of it, unless it is "
             "declared to be a document (CakeCache.prefill, `cake-hf warm --prompt`)."
         )
-    for one in found.elsewhere:
-        saved = time.strftime("%Y-%m-%d", time.gmtime(one.record.last))
-        head = f"Namespace {one.record.namespace[:SHORT]} has {one.stored:,} of {count_text(len(one.keys), 'chunk')}"
+    for there in found.elsewhere:
+        saved = time.strftime("%Y-%m-%d", time.gmtime(there.record.last))
+        head = (
+            f"Namespace {there.record.namespace[:SHORT]} has {there.stored:,} of {count_text(len(there.keys), 'chunk')}"
+        )
         console.print(Text(f"\n{head}, saved last on {saved}:"), soft_wrap=True)
-        console.print(Padding(Text(f"{in_a_sentence(one.differences)}."), (0, 0, 0, 2)))
+        console.print(Padding(Text(f"{in_a_sentence(there.differences)}."), (0, 0, 0, 2)))
     if found.otherwise:
         console.print(Text(f"\nSo {found.otherwise}."))
     elif found.chunks and not found.stored and not found.elsewhere and not found.agreed.tokens:
@@ -127,7 +129,7 @@ def show_found(found: Found, store: str) -> None:
         console.print(f"\n{line}")
 
 
-def _where_it_parts(found: Found) -> str:
+def _where_it_parts(found: Findings) -> str:
     """Returns up to which token the prompt agrees with a stored one; empty if all of it is found, or no stored prompt is
     like it."""
     agreed = found.agreed
@@ -157,12 +159,12 @@ def _where_it_parts(found: Found) -> str:
     return ""
 
 
-def _what_is_gone(found: Found) -> str:
+def _what_is_gone(found: Findings) -> str:
     """Describes chunks that are missing before the last stored one."""
     return f"{count_text(found.holes, 'chunk')} before these are gone, and will be computed." if found.holes else ""
 
 
-def _what_states_allow(found: Found) -> str:
+def _what_states_allow(found: Findings) -> str:
     """Describes how far a model with recurrent states can be restored."""
     if found.restored is None or not found.stored or found.restored == found.known:
         return ""
@@ -173,12 +175,12 @@ def _what_states_allow(found: Found) -> str:
     return f"The last snapshot of the model's recurrent state is {at}; what follows it is computed. {how}."
 
 
-def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warmed: AsWarmed) -> Found:
+def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warmed: WarmedOptions) -> Findings:
     tokens = ids[0].to(torch.int64).contiguous().numpy().data
     with session_for(model, store, **warmed.keyed) as session:
-        namespace, facts, name, size = (
+        namespace, metadata, name, size = (
             session.namespace(),
-            session.latest_facts(),
+            session.latest_metadata(),
             session.model_name,
             session.chunk_size,
         )
@@ -190,8 +192,8 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
     end = named[-1].tokens if is_end and has[keys[-1]] else 0
     chunks = keys[:-1] if is_end else keys
     stored = sum(has[key] for key in chunks)
-    sought = Sought(namespace, facts, warmed.salt, name, tokens, lambda named: [], [*document.boundaries])
-    elsewhere = found_elsewhere(store, sought, records(store), all_chunks=True)
+    missed = MissedPrompt(namespace, metadata, warmed.salt, name, tokens, lambda named: [], [*document.boundaries])
+    elsewhere = found_elsewhere(store, missed, records(store), all_chunks=True)
     known, agreed = {key: block for key, block in zip(keys, named, strict=True) if has[key]}, NOTHING
     if len(known) < len(keys):
         with progress_bar("reading headers", "chunks") as progress:
@@ -199,11 +201,11 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
     last = max((number for number, key in enumerate(keys) if has[key]), default=-1)
     otherwise = ""
     if keys and not any(has.values()) and not elsewhere and not agreed.tokens:
-        otherwise = store.mismatch_reason(namespace, partial(dict, facts))
-        if not otherwise and (refusal := explanation(store, sought)):
+        otherwise = store.mismatch_reason(namespace, partial(dict, metadata))
+        if not otherwise and (refusal := explanation(store, missed)):
             otherwise = refusal.text
     restored = _last_state(store, known) if has_states else None
-    return Found(
+    return Findings(
         chunks=len(chunks),
         stored=stored,
         chunk_size=size,
@@ -220,4 +222,4 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
 def _last_state(store: Store, known: Mapping[str, Block]) -> int:
     """Returns the number of tokens up to the last stored snapshot; 0 if there is none."""
     stored = store.contains([state_key(key) for key in known]) if known else []
-    return max((block.end for block, one in zip(known.values(), stored, strict=True) if one), default=0)
+    return max((block.end for block, has_state in zip(known.values(), stored, strict=True) if has_state), default=0)

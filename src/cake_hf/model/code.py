@@ -40,7 +40,7 @@ def code_digest(model: torch.nn.Module, chosen: Mapping[str, Any]) -> str:
         chosen: functions that its config selects by name, such as the kind of attention.
     """
     digest = xxhash.xxh3_128()
-    for fact in _facts(model, chosen):
+    for fact in _digest_parts(model, chosen):
         digest.update(f"{fact};".encode(errors="replace"))
     return str(digest.hexdigest())
 
@@ -81,7 +81,7 @@ def is_users_code(module: str, file: str, own: Collection[str]) -> bool:
     return _package(module) not in own and not file.startswith((*_INSTALLED, "<frozen "))
 
 
-def _facts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
+def _digest_parts(model: torch.nn.Module, chosen: Mapping[str, Any]) -> Iterator[str]:
     modules = _by_shortest_path(model)
     kinds = sorted({type(module) for _, module in modules}, key=_name)
     for kind in kinds:
@@ -241,7 +241,10 @@ def _cells(function: Any) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _code(code: CodeType) -> str:
-    constants = [_code(one) if isinstance(one, CodeType) else _plain(one, MAX_DEPTH) for one in code.co_consts]
+    constants = [
+        _code(constant) if isinstance(constant, CodeType) else _plain(constant, MAX_DEPTH)
+        for constant in code.co_consts
+    ]
     text = f"{constants} {code.co_names}".encode(errors="replace")
     return hashlib.blake2b(code.co_code + text, digest_size=16).hexdigest()
 

@@ -46,7 +46,7 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, _Known]] = weakref
 _known_lock = Lock()
 
 
-def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
+def model_metadata(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     """Returns everything about a model that changes its KV, except the machine's numerics.
 
     Args:
@@ -56,20 +56,20 @@ def model_facts(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
     Returns:
         JSON-ready metadata.
     """
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "class": type(model).__name__,
-        "config": config_facts(model.config),
+        "config": config_metadata(model.config),
         "weights": weights_digest(model, portable=portable),
-        "adapters": adapter_facts(model),
+        "adapters": adapter_metadata(model),
     }
     if rounded := rounded_buffers(model):
-        facts["rounded"] = rounded
+        metadata["rounded"] = rounded
     if foreign := foreign_modules(model):
-        facts["modules"] = foreign
-    return facts
+        metadata["modules"] = foreign
+    return metadata
 
 
-def config_facts(config: Any) -> dict[str, Any]:
+def config_metadata(config: Any) -> dict[str, Any]:
     """Returns the config without entries that do not affect the computation (name, path, library version)."""
 
     def strip(value: Any) -> Any:
@@ -79,8 +79,8 @@ def config_facts(config: Any) -> dict[str, Any]:
             return [strip(item) for item in value]
         return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
-    facts: dict[str, Any] = strip(config.to_dict())
-    return facts
+    metadata: dict[str, Any] = strip(config.to_dict())
+    return metadata
 
 
 def rounded_buffers(model: torch.nn.Module) -> list[str]:
@@ -100,13 +100,13 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def adapter_facts(model: torch.nn.Module) -> list[str]:
+def adapter_metadata(model: torch.nn.Module) -> list[str]:
     """Lists the active adapters, module by module. Their weights are parameters and are counted there."""
-    facts = []
+    metadata = []
     for name, module in those_with(model, "active_adapters", "merged_adapters"):
         state = (module.active_adapters, module.merged_adapters, module.disable_adapters)
-        facts.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
-    return facts
+        metadata.append(f"{name}: {state} {sorted(getattr(module, 'scaling', {}).items())}")
+    return metadata
 
 
 def foreign_modules(model: torch.nn.Module) -> list[str]:

@@ -45,15 +45,15 @@ class Features:
     def of(cls, output: Any) -> Features:
         """Creates features from an output of the vision part."""
         pooled, deep = output.pooler_output, getattr(output, "deepstack_features", None)
-        flat = None if deep is None else tuple(_flat(one) for one in deep)
+        flat = None if deep is None else tuple(_flat(level) for level in deep)
         return cls(_flat(pooled), flat, type(output), isinstance(pooled, torch.Tensor))
 
     @classmethod
     def join(cls, several: Sequence[Features]) -> Features:
         """Concatenates features in the given order."""
-        levels = zip(*(one.deep or () for one in several), strict=True)
+        levels = zip(*(features.deep or () for features in several), strict=True)
         deep = None if several[0].deep is None else tuple(torch.cat(level) for level in levels)
-        return replace(several[0], pooled=torch.cat([one.pooled for one in several]), deep=deep)
+        return replace(several[0], pooled=torch.cat([features.pooled for features in several]), deep=deep)
 
     @property
     def tokens(self) -> int:
@@ -62,14 +62,14 @@ class Features:
 
     def rows(self, start: int, end: int) -> Features:
         """Returns the features of tokens `start` to `end` only."""
-        deep = None if self.deep is None else tuple(one[start:end] for one in self.deep)
+        deep = None if self.deep is None else tuple(level[start:end] for level in self.deep)
         return replace(self, pooled=self.pooled[start:end], deep=deep)
 
     def output(self) -> Any:
         """Returns the features in the form that a forward takes."""
         named: dict[str, Any] = {"pooler_output": self.pooled.unsqueeze(0) if self.as_tensor else [self.pooled]}
         if self.deep is not None:
-            named["deepstack_features"] = [[one] for one in self.deep]
+            named["deepstack_features"] = [[level] for level in self.deep]
         return self.kind(**named)
 
 
@@ -180,7 +180,7 @@ def digest_of(inputs: dict[str, torch.Tensor]) -> bytes:
 
 def _flat(features: Any) -> torch.Tensor:
     """Returns `[tokens, hidden]` of all images, from one tensor or a list with a tensor per image."""
-    return torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
+    return torch.cat([row.reshape(-1, row.shape[-1]) for row in features])
 
 
 def _prepare(model: torch.nn.Module, is_wanted: Callable[[dict[str, Any]], bool], *args: Any, **kwargs: Any) -> Any:

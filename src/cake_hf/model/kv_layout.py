@@ -16,7 +16,7 @@ from cake_hf.layers.compat import LinearAttentionLayer
 from cake_hf.layers.kinds import is_windowed
 from cake_hf.layers.recurrent import states_of
 from cake_hf.model.look import once_per_look
-from cake_hf.model.numerics import autocast_facts
+from cake_hf.model.numerics import autocast_metadata
 from cake_hf.model.offload import home_device
 from cake_hf.model.probe import TOKENS, probed_layers
 from cake_hf.util.forks import Lock
@@ -135,7 +135,7 @@ def _mode(model: torch.nn.Module) -> object:
     """Returns everything besides the model on which the layout may depend."""
     device = home_device(model)
     placed = str(getattr(model, "hf_device_map", ""))
-    autocast = tuple(autocast_facts(kind) for kind in sorted({"cpu", "cuda", device.type}))
+    autocast = tuple(autocast_metadata(kind) for kind in sorted({"cpu", "cuda", device.type}))
     return next(model.parameters()).dtype, device, placed, autocast
 
 

@@ -61,31 +61,31 @@ _CUDA_VARIABLES = (
 """Variables by which libraries below torch choose their kernels, and which torch does not report."""
 
 
-def numerics_facts(model: torch.nn.Module) -> dict[str, Any]:
+def numerics_metadata(model: torch.nn.Module) -> dict[str, Any]:
     """Returns all that makes the same weights and tokens round differently: device, kernels, libraries, threads, modes."""
-    facts: dict[str, Any] = {
-        "attention": _attention_facts(model.config),
+    metadata: dict[str, Any] = {
+        "attention": _attention_metadata(model.config),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "torch": torch.__version__,
         "precision": _precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    by_device = {device: _device_facts(device) for device in devices_of(model)}
-    facts.update(next(iter(by_device.values())))
+    by_device = {device: _device_metadata(device) for device in devices_of(model)}
+    metadata.update(next(iter(by_device.values())))
     if any(other != next(iter(by_device.values())) for other in by_device.values()):
         # The kind of device of each part. Devices of one kind round alike, so it does not matter which of them computes a part.
-        facts["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
-    return facts
+        metadata["parts"] = [(path, by_device[device]) for path, device in computing_devices(model)]
+    return metadata
 
 
-def autocast_facts(device_type: str) -> str:
+def autocast_metadata(device_type: str) -> str:
     """Returns the dtype in which autocast currently computes, or "off"."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return "off"
     return str(torch.get_autocast_dtype(device_type))
 
 
-def _attention_facts(config: Any) -> Any:
+def _attention_metadata(config: Any) -> Any:
     """Returns the attention kernels of the model, and of its parts if it has several (text, vision)."""
     own = str(getattr(config, "_attn_implementation", None))
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
@@ -93,24 +93,24 @@ def _attention_facts(config: Any) -> Any:
     return {"": own, **named} if named else own
 
 
-def _device_facts(device: torch.device) -> dict[str, Any]:
+def _device_metadata(device: torch.device) -> dict[str, Any]:
     """Returns everything that makes a device round differently from others."""
-    facts: dict[str, Any] = {"device": device.type, "autocast": autocast_facts(device.type)}
+    metadata: dict[str, Any] = {"device": device.type, "autocast": autocast_metadata(device.type)}
     if device.type == "cuda":
-        facts["hardware"] = torch.cuda.get_device_name(device)
+        metadata["hardware"] = torch.cuda.get_device_name(device)
         settings = _CUDA_SETTINGS if _setting("fp32_precision") else _CUDA_SETTINGS + _OLD_CUDA_SETTINGS
-        facts["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, settings)]
-        facts["sdpa"] = _sdpa_facts()
-        facts["variables"] = _variables(_CUDA_VARIABLES)
+        metadata["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, settings)]
+        metadata["sdpa"] = _sdpa_metadata()
+        metadata["variables"] = _variables(_CUDA_VARIABLES)
     elif device.type == "cpu":
-        facts["hardware"] = torch.backends.cpu.get_cpu_capability()
-        facts["processor"] = processor()
-        facts["threads"] = torch.get_num_threads()
-        facts["quantized"] = torch.backends.quantized.engine
-        facts["mkldnn"] = list(map(_setting, _CPU_SETTINGS))
-        facts["sdpa"] = _sdpa_facts()
-        facts["variables"] = _variables(_CPU_VARIABLES)
-    return facts
+        metadata["hardware"] = torch.backends.cpu.get_cpu_capability()
+        metadata["processor"] = processor()
+        metadata["threads"] = torch.get_num_threads()
+        metadata["quantized"] = torch.backends.quantized.engine
+        metadata["mkldnn"] = list(map(_setting, _CPU_SETTINGS))
+        metadata["sdpa"] = _sdpa_metadata()
+        metadata["variables"] = _variables(_CPU_VARIABLES)
+    return metadata
 
 
 def _precision() -> str:
@@ -136,7 +136,7 @@ def _said(ask: Callable[[], object]) -> str:
         return ""
 
 
-def _sdpa_facts() -> list[bool]:
+def _sdpa_metadata() -> list[bool]:
     backends = torch.backends.cuda
     return [
         backends.flash_sdp_enabled(),

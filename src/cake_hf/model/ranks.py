@@ -96,13 +96,13 @@ def parallel_refusal(model: torch.nn.Module) -> Refusal | None:
     return None
 
 
-def parallel_facts(model: torch.nn.Module, *, exact: bool) -> dict[str, Any]:
+def parallel_metadata(model: torch.nn.Module, *, exact: bool) -> dict[str, Any]:
     """Returns rank and group size and, if `exact`, the backend that sums the ranks' parts; empty for a single process."""
     ranks = ranks_of(model)
     if ranks is None:
         return {}
-    facts: dict[str, Any] = {"rank": ranks.rank, "size": ranks.size}
-    return {**facts, "backend": dist.get_backend(ranks.group)} if exact else facts
+    metadata: dict[str, Any] = {"rank": ranks.rank, "size": ranks.size}
+    return {**metadata, "backend": dist.get_backend(ranks.group)} if exact else metadata
 
 
 def _meshes(model: torch.nn.Module) -> list[Any]:

@@ -54,7 +54,7 @@ _lock = Lock()
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ReferencePlace:
     """The place of a namespace's reference in a store.
 
     Attributes:
@@ -110,15 +110,17 @@ class Shelf:
         return answer.value
 
 
-def computes_otherwise(model: torch.nn.Module, content: str, seen: Kept, shelf: Shelf | None) -> bool:
+def computes_otherwise(
+    model: torch.nn.Module, content: str, seen: Kept, reference_place: ReferencePlace | None
+) -> bool:
     """Returns whether a model's results differ, by more than rounding, from those of the model whose KV is stored.
 
     Args:
         model: any model.
         content: digest of its config, weights and code: with a different digest it is another model.
         seen: its current results, from `behaviour`.
-        shelf: holds the reference; None if there is none. Without a reference the model is compared with its own first results
-            in this process.
+        reference_place: holds the reference; None if there is none. Without a reference the model is compared with its own
+            first results in this process.
 
     Raises:
         ComputePlainly: the store does not answer.
@@ -126,7 +128,7 @@ def computes_otherwise(model: torch.nn.Module, content: str, seen: Kept, shelf: 
     mine = _some_numbers(seen)
     with _lock:
         first = _first.setdefault(model, {}).setdefault(content, mine)
-    reference = None if shelf is None or not _is_sound(first) else shelf.reference(first)
+    reference = None if reference_place is None or not _is_sound(first) else reference_place.reference(first)
     reference = first if reference is None else reference
     tolerance = max(TOLERANCES.get(tensor.dtype, TOLERANCE) for tensor in mine.values()) if mine else 0.0
     return reference.keys() != mine.keys() or any(
@@ -167,5 +169,5 @@ def _write(store: Store, namespace: str, model: str, numbers: Kept, *, replace: 
     """Writes the reference; returns False if another one already existed."""
     layout, key = _layout(numbers), behaviour_key(namespace)
     payload = b"".join(host_bytes(numbers[piece.name]) for piece in layout.pieces)
-    facts = ChunkMetadata(key, namespace, 0, namespace, model, checksums(payload, layout))
-    return store.write(key, [encode_header(layout, facts), payload], replace=replace)
+    metadata = ChunkMetadata(key, namespace, 0, namespace, model, checksums(payload, layout))
+    return store.write(key, [encode_header(layout, metadata), payload], replace=replace)

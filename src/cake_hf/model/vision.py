@@ -167,9 +167,9 @@ class Vision:
         """Returns the number (from 1) of the first of these places that is inside an image that must not be cut; 0 if none."""
         return next((number for number, end in enumerate(ends, 1) if self._is_cut(end)), 0)
 
-    def marks(self, named: Sequence[Block]) -> list[bytes]:
+    def extra_hashes(self, named: Sequence[Block]) -> list[bytes]:
         """Returns the extra hash of each block: a digest of all that affects its KV beside tokens; empty if nothing does."""
-        return [self._mark(block.start, block.end) for block in named]
+        return [self._extra_hash(block.start, block.end) for block in named]
 
     def piece(self, piece: dict[str, Any], start: int, end: int) -> dict[str, Any]:
         """Returns the arguments of a piece of the call, with the features of the images that it needs, and of no others.
@@ -207,7 +207,9 @@ class Vision:
 
     @property
     def _features_given(self) -> bool:
-        return any(name != "image" or not isinstance(one, UnreadImages) for name, one in self._given_outputs.items())
+        return any(
+            name != "image" or not isinstance(output, UnreadImages) for name, output in self._given_outputs.items()
+        )
 
     @property
     def _types(self) -> torch.Tensor | None:
@@ -277,18 +279,18 @@ class Vision:
         positions: torch.Tensor = self._arguments["position_ids"][:, 0].cpu().long()
         return positions[-3:] if positions.shape[0] > 1 else positions.expand(3, -1)
 
-    def _mark(self, start: int, end: int) -> bytes:
-        facts: list[bytes] = []
+    def _extra_hash(self, start: int, end: int) -> bytes:
+        parts: list[bytes] = []
         planes = self._planes[:, start:end]
         if not bool((planes == self._plain[start:end]).all()):
-            facts += [b"positions", planes.contiguous().numpy().tobytes()]
+            parts += [b"positions", planes.contiguous().numpy().tobytes()]
         if self._types is not None:
-            facts += [b"types", self._types[0, self._past + start : self._past + end].cpu().long().numpy().tobytes()]
+            parts += [b"types", self._types[0, self._past + start : self._past + end].cpu().long().numpy().tobytes()]
         for number in self._begun_in(start, end):
             where = self._places[self._bounds[number]] - start
             count = self._bounds[number + 1] - self._bounds[number]
-            facts += [b"image", f"{where} {count}".encode(), self._image_digest(number)]
-        return _digest(facts)
+            parts += [b"image", f"{where} {count}".encode(), self._image_digest(number)]
+        return _digest(parts)
 
     def _begun_in(self, start: int, end: int) -> list[int]:
         """Returns the images whose first token is in that range. Keys of earlier chunks cover images that started earlier."""
@@ -324,11 +326,11 @@ class Vision:
         return self._read[number]
 
 
-def _digest(facts: Sequence[bytes]) -> bytes:
-    if not facts:
+def _digest(parts: Sequence[bytes]) -> bytes:
+    if not parts:
         return b""
     digest = hashlib.blake2b(digest_size=20, person=b"cake-mark")
-    for fact in facts:
-        digest.update(len(fact).to_bytes(8, "little"))
-        digest.update(fact)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
     return digest.digest()

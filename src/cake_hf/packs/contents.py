@@ -150,7 +150,7 @@ def contents_of(
     opened = open_store(store)
     try:
         with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact) as session:
-            facts, namespace = json.loads(canonical(session.namespace_facts())), session.namespace()
+            facts, namespace = json.loads(canonical(session.namespace_metadata())), session.namespace()
             revision = getattr(session.model.config, "_commit_hash", None) or ""
             name, has_states = printable(session.model_name), bool(session.state_layout().pieces)
         named = blocks(0, tokens, cuts, chunk_size)

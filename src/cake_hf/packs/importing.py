@@ -112,7 +112,7 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
     manifest = pack.manifest
     exact = "numerics" in manifest.facts
     with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact) as session:
-        if mismatch_reason := pack.mismatch_reason(session.namespace(), session.namespace_facts):
+        if mismatch_reason := pack.mismatch_reason(session.namespace(), session.namespace_metadata):
             raise StoreError(f"{mismatch_reason[0].upper()}{mismatch_reason[1:]}.")
 
 

@@ -82,10 +82,10 @@ class Audit:
         """
         while self._under_way:
             index, computed, read, due = self._under_way.pop(0)
-            facts = read.wait(max(0.0, due - time.monotonic()))
-            if facts is None:
+            metadata = read.wait(max(0.0, due - time.monotonic()))
+            if metadata is None:
                 read.leave()
-            elif facts.checksums != computed:
+            elif metadata.checksums != computed:
                 raise ComputePlainly(self._refuse(index))
 
     def end(self) -> None:

@@ -129,7 +129,7 @@ class BatchRestore:
 
     def _run(self, restore_row: RestoreRow) -> None:
         for layer, template in zip(self._layers, kv_template(self._session.model), strict=True):
-            keys, values = (one.expand(len(self._rows), -1, -1, -1) for one in (template.keys, template.values))
+            keys, values = (states.expand(len(self._rows), -1, -1, -1) for states in (template.keys, template.values))
             layer.reserve(keys, values, self._call.tokens + HEADROOM_TOKENS)
         homes: dict[str, Row] = {}  # by the key of a chunk, the first row that has it
         for row in self._rows:

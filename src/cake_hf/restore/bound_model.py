@@ -18,13 +18,13 @@ from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest
 from cake_hf.model.code import code_digest, users_functions
 from cake_hf.model.embedding_rows import forget_rows, remember_rows, rows_changed
-from cake_hf.model.fingerprint import forget_weights, model_facts
+from cake_hf.model.fingerprint import forget_weights, model_metadata
 from cake_hf.model.kv_layout import made_by
 from cake_hf.model.look import one_look
-from cake_hf.model.numerics import numerics_facts
+from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.offload import where_computed
-from cake_hf.model.ranks import parallel_facts, ranks_of
-from cake_hf.model.reference import Shelf, computes_otherwise
+from cake_hf.model.ranks import parallel_metadata, ranks_of
+from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.chunk_size import auto_chunk_size
@@ -35,7 +35,7 @@ from cake_hf.util.redaction import shown
 
 class _Latest(NamedTuple):
     namespace: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 _latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], _Latest]] = weakref.WeakKeyDictionary()
@@ -48,8 +48,8 @@ class BoundModel:
     Args:
         model: any that a `CakeCache` takes.
         chunk_size, salt, exact: as for `CakeCache`; the size as it was chosen.
-        shelf: returns where a store keeps what models compute under a namespace, given that namespace and the model's name.
-            Called with `exact=False` only.
+        reference_place: returns where a store keeps what models compute under a namespace, given that namespace and the
+            model's name. Called with `exact=False` only.
         compiled: what the user passed as the model.
 
     Attributes:
@@ -65,7 +65,7 @@ class BoundModel:
         chunk_size: int,
         salt: str,
         exact: bool,
-        shelf: Callable[[str, str], Shelf],
+        reference_place: Callable[[str, str], ReferencePlace],
         compiled: Any = None,
     ) -> None:
         self.model = model
@@ -73,7 +73,7 @@ class BoundModel:
         self.salt = salt
         self.exact = exact
         self.vouched_for: str | None = None
-        self._shelf = shelf
+        self._reference_place = reference_place
         self._options = (chunk_size, salt, exact)
         self.hook = ModelHook.attach(model)
         self.hook.stay_in_front(compiled)
@@ -110,16 +110,16 @@ class BoundModel:
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
-        facts = self.facts()
-        namespace = self._digest(facts)
+        metadata = self.metadata()
+        namespace = self._digest(metadata)
         remember_rows(self.model)
-        _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, facts)
+        _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, metadata)
         return namespace
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Returns the metadata that the namespace is a digest of, without the secret salt. Runs and inspects the model."""
         with one_look():
-            return self._facts()
+            return self._current_metadata()
 
     def latest_namespace(self) -> str:
         """Returns the last result of `namespace` for this model and these options, in this process.
@@ -131,52 +131,52 @@ class BoundModel:
             return ""
         return latest.namespace
 
-    def latest_facts(self) -> dict[str, Any]:
+    def latest_metadata(self) -> dict[str, Any]:
         """Returns the metadata behind `latest_namespace`. Runs the model only if `namespace` was not called yet."""
         latest = _latest.get(self.model, {}).get(self._options)
-        return self.facts() if latest is None else latest.facts
+        return self.metadata() if latest is None else latest.metadata
 
-    def facts_of(self, namespace: str) -> dict[str, Any] | None:
+    def metadata_of(self, namespace: str) -> dict[str, Any] | None:
         """Returns the metadata of a namespace; None if it is no longer known."""
         latest = _latest.get(self.model, {}).get(self._options)
-        return latest.facts if latest is not None and latest.namespace == namespace else None
+        return latest.metadata if latest is not None and latest.namespace == namespace else None
 
     def where_computed(self) -> str:
         """Returns the devices that the model computes on, in words; the costs of computing are those of these devices."""
         return where_computed(self.model)
 
-    def _facts(self) -> dict[str, Any]:
+    def _current_metadata(self) -> dict[str, Any]:
         seen = behaviour(self.model)
-        facts: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "chunk_size": self.chunk_size,
             "layout": self.layout().tensor_table,
-            "model": model_facts(self.model, portable=not self.exact),
+            "model": model_metadata(self.model, portable=not self.exact),
         }
         if states := self.state_layout().tensor_table:
-            facts["states"] = states
-        if parallel := parallel_facts(self.model, exact=self.exact):
-            facts["parallel"] = parallel
+            metadata["states"] = states
+        if parallel := parallel_metadata(self.model, exact=self.exact):
+            metadata["parallel"] = parallel
         if self.exact:
-            facts["numerics"] = {"transformers": transformers.__version__, **numerics_facts(self.model)}
-            facts["code"] = code_digest(self.model, chosen_functions(self.model.config))
-            facts["behaviour"] = behaviour_digest(seen)
-            return facts
+            metadata["numerics"] = {"transformers": transformers.__version__, **numerics_metadata(self.model)}
+            metadata["code"] = code_digest(self.model, chosen_functions(self.model.config))
+            metadata["behaviour"] = behaviour_digest(seen)
+            return metadata
         if replaced := users_functions(self.model, chosen_functions(self.model.config)):
-            facts["code"] = replaced
-        if self._computes_otherwise(facts, seen):
-            facts["behaviour"] = behaviour_digest(seen)
-        return facts
+            metadata["code"] = replaced
+        if self._computes_otherwise(metadata, seen):
+            metadata["behaviour"] = behaviour_digest(seen)
+        return metadata
 
-    def _digest(self, facts: dict[str, Any]) -> str:
-        return namespace_digest(canonical({**facts, "salt": self.salt}))
+    def _digest(self, metadata: dict[str, Any]) -> str:
+        return namespace_digest(canonical({**metadata, "salt": self.salt}))
 
-    def _computes_otherwise(self, facts: dict[str, Any], seen: Kept) -> bool:
+    def _computes_otherwise(self, metadata: dict[str, Any], seen: Kept) -> bool:
         """Whether the model differs from the one whose KV is stored under this metadata, which excludes its behaviour."""
         alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
-        shelf = self._shelf(self._digest(facts), self.name) if alone else None
-        content = canonical([facts["model"], facts.get("code")])
-        return computes_otherwise(self.model, content, seen, shelf)
+        reference_place = self._reference_place(self._digest(metadata), self.name) if alone else None
+        content = canonical([metadata["model"], metadata.get("code")])
+        return computes_otherwise(self.model, content, seen, reference_place)
 
 
 def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:

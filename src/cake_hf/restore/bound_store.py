@@ -11,7 +11,7 @@ import torch
 from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.limits import Limits
-from cake_hf.model.reference import Shelf
+from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
 from cake_hf.restore.namespace_record import recorder
 from cake_hf.stores.base import Store
@@ -76,7 +76,7 @@ class BoundStore:
         self.access.close_store(end - time.monotonic())
         return flushed
 
-    def shelf(self, namespace: str, model: str) -> Shelf:
+    def reference_place(self, namespace: str, model: str) -> ReferencePlace:
         """Returns where the store keeps what the model of a namespace computes.
 
         Args:
@@ -84,7 +84,7 @@ class BoundStore:
             model: its name.
         """
         sharing, seconds = self.sharing, self.limits.lookup_timeout
-        return Shelf(self.store, namespace, model, self.saves, seconds, sharing.lookups, sharing.claims)
+        return ReferencePlace(self.store, namespace, model, self.saves, seconds, sharing.lookups, sharing.claims)
 
     def cost_memory(self, namespace: str, where: str) -> CostMemory:
         """Returns what computing on these devices, and loading from this store, costs with the model of that namespace."""
@@ -97,7 +97,7 @@ class BoundStore:
 
     def save_chunk(
         self,
-        facts: ChunkMetadata,
+        metadata: ChunkMetadata,
         layout: ChunkLayout,
         pieces: Callable[[], Sequence[torch.Tensor]],
         report: Report,
@@ -111,7 +111,7 @@ class BoundStore:
         Before a chunk's tensors are written to again, `let_copies_out_end` has to be called.
 
         Args:
-            facts: the chunk's metadata, without its checksums.
+            metadata: the chunk's metadata, without its checksums.
             layout: of the chunk.
             pieces: returns its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: counts the outcome.
@@ -119,7 +119,7 @@ class BoundStore:
             made_with: the metadata of the chunk's namespace, kept in the store once the chunk is there; None to keep none.
             what: the kind of value; a state is the snapshot at the end of a chunk or a tail.
         """
-        record = self._recorder(facts, made_with)
+        record = self._recorder(metadata, made_with)
 
         def done(saved: bool) -> None:
             if saved:
@@ -153,7 +153,7 @@ class BoundStore:
             if what == "state":
                 # The next chunk changes the state. A chunk's KV stays while its restore lasts: any write there writes the same.
                 let_copies_out_end()
-        if not writer.offer(SaveJob(facts, layout, payload, overwrite, done)):
+        if not writer.offer(SaveJob(metadata, layout, payload, overwrite, done)):
             done(False)
 
     def _recorder(self, chunk: ChunkMetadata, made_with: dict[str, Any] | None) -> Callable[[], None]:

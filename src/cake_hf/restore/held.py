@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cake_hf.blocks import Block, tail_ends
 
 
-class Held:
+class HeldBlocks:
     """The known blocks of one cache.
 
     Attributes:
@@ -52,6 +52,6 @@ class Held:
         """Drops all blocks."""
         self.blocks, self.keys = [], []
 
-    def copy(self) -> Held:
+    def copy(self) -> HeldBlocks:
         """Returns an independent copy."""
-        return Held(self.blocks, self.keys)
+        return HeldBlocks(self.blocks, self.keys)

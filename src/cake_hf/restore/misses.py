@@ -39,29 +39,29 @@ OTHER_SALT = Refusal(
 FEW_KEYS = 32
 """The most keys of a namespace that are asked for at once; a bucket takes a request for each."""
 
-Marks = Callable[[Sequence[Block]], Sequence[bytes]]
+ExtraHashes = Callable[[Sequence[Block]], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
-class Sought:
+class MissedPrompt:
     """A prompt that was not found, and the session that looked for it.
 
     Attributes:
         namespace: digest, of the session.
-        facts: the metadata that the namespace is a digest of, without the salt.
+        metadata: the metadata that the namespace is a digest of, without the salt.
         salt: of the session.
         model: its name.
         tokens: of the prompt, 64-bit integers.
-        marks: returns the extra hashes of blocks, see `ForwardCall.marks`.
+        extra_hashes: returns the extra hashes of blocks, see `ForwardCall.extra_hashes`.
         cuts: the declared ones.
     """
 
     namespace: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     salt: str
     model: str
     tokens: memoryview
-    marks: Marks
+    extra_hashes: ExtraHashes
     cuts: Sequence[int] = ()
 
     def keys(self, record: Record) -> list[str]:
@@ -73,17 +73,19 @@ class Sought:
         last = named[-1] if named else None
         if last and not last.fills(record.chunk_size) and (len(named) > 1 or last.end not in self.cuts):
             named.pop()
-        return block_keys(record.namespace, self.tokens, named, record.chunk_size, marks=self.marks(named))
+        return block_keys(
+            record.namespace, self.tokens, named, record.chunk_size, extra_hashes=self.extra_hashes(named)
+        )
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class StoredElsewhere:
     """Chunks of a prompt that are stored under another namespace.
 
     Attributes:
         record: of the namespace.
         differences: between that namespace and the session's own.
-        keys: of the prompt's chunks there, see `Sought.keys`.
+        keys: of the prompt's chunks there, see `MissedPrompt.keys`.
         stored: how many of these are stored.
     """
 
@@ -115,11 +117,11 @@ class Inquiry:
     ) -> None:
         self._end = time.monotonic() + seconds
         tokens = call.ids[0].to("cpu", torch.int64, copy=True).contiguous().numpy().data
-        facts, model = session.bound_model.latest_facts(), session.bound_model.name
+        metadata, model = session.bound_model.latest_metadata(), session.bound_model.name
         # Does not hold the session: the thread that asks may hang.
-        sought = Sought(namespace, facts, session.salt, model, tokens, marks_of(call), cuts)
+        missed = MissedPrompt(namespace, metadata, session.salt, model, tokens, extra_hashes_of(call), cuts)
         self._question = Question(
-            partial(explanation, session.bound_store.store, sought), "notes", session.bound_store.sharing.notes
+            partial(explanation, session.bound_store.store, missed), "notes", session.bound_store.sharing.notes
         )
 
     def answer(self) -> Refusal | None:
@@ -134,10 +136,10 @@ class Inquiry:
         self._question.give_up()
 
 
-def marks_of(call: ForwardCall) -> Marks:
+def extra_hashes_of(call: ForwardCall) -> ExtraHashes:
     """Returns the function that gives a prompt's extra hashes for any blocks, without holding the call's cache."""
     vision = call.vision
-    return (lambda named: []) if vision is None else vision.marks
+    return (lambda named: []) if vision is None else vision.extra_hashes
 
 
 def tell_missing(refusal: Refusal) -> None:
@@ -146,57 +148,61 @@ def tell_missing(refusal: Refusal) -> None:
     tell_once(kind, f"A prompt is not found: {refusal.text}", logging.INFO)
 
 
-def explanation(store: Store, sought: Sought) -> Refusal | None:
+def explanation(store: Store, missed: MissedPrompt) -> Refusal | None:
     """Returns why a prompt was not found; None if the store has nothing of it. May hang if the store hangs.
 
     Raises:
         Exception: any error that the store raises, or that absurd records lead to.
     """
     known = records(store)
-    likely = found_elsewhere(store, sought, known, all_chunks=False)
+    likely = found_elsewhere(store, missed, known, all_chunks=False)
     if likely:
         return Refusal("stored-otherwise", str(_counted(store, likely[0])))
-    others = (record for record in known if not record.is_of(sought.salt))
-    same_weights = any(_weights(record.facts) == _weights(sought.facts) for record in others)
+    others = (record for record in known if not record.is_of(missed.salt))
+    same_weights = any(_weights(record.facts) == _weights(missed.metadata) for record in others)
     return OTHER_SALT if same_weights else None
 
 
-def found_elsewhere(store: Store, sought: Sought, known: Sequence[Record], *, all_chunks: bool) -> list[Elsewhere]:
+def found_elsewhere(
+    store: Store, missed: MissedPrompt, known: Sequence[Record], *, all_chunks: bool
+) -> list[StoredElsewhere]:
     """Returns the other namespaces that a prompt is stored under, nearest first. Those with another salt are skipped.
 
     Args:
         store: to be asked.
-        sought: the prompt.
+        missed: the prompt.
         known: records of the store.
         all_chunks: ask for each chunk; if False, only for some, which costs less, and `stored` is not a full count.
     """
-    ours = json.loads(canonical(sought.facts))
-    others = [one for one in known if one.namespace != sought.namespace and one.is_of(sought.salt)]
-    asked = {one.namespace: keys if all_chunks else _sample(keys) for one in others if (keys := sought.keys(one))}
+    ours = json.loads(canonical(missed.metadata))
+    others = [record for record in known if record.namespace != missed.namespace and record.is_of(missed.salt)]
+    asked = {
+        record.namespace: keys if all_chunks else _sample(keys) for record in others if (keys := missed.keys(record))
+    }
     wanted = [key for keys in asked.values() for key in keys]
     has = dict(zip(wanted, store.contains(wanted), strict=True)) if wanted else {}
     found = [
-        Elsewhere(
-            one,
-            between(one.facts, ours, one.model, sought.model),
-            sought.keys(one),
-            sum(bool(has[key]) for key in asked.get(one.namespace, ())),
+        StoredElsewhere(
+            record,
+            between(record.facts, ours, record.model, missed.model),
+            missed.keys(record),
+            sum(bool(has[key]) for key in asked.get(record.namespace, ())),
         )
-        for one in others
-        if any(has[key] for key in asked.get(one.namespace, ()))
+        for record in others
+        if any(has[key] for key in asked.get(record.namespace, ()))
     ]
-    return sorted(found, key=lambda one: (severity(one.differences), -one.stored))
+    return sorted(found, key=lambda elsewhere: (severity(elsewhere.differences), -elsewhere.stored))
 
 
-def _weights(facts: Mapping[str, Any]) -> Any:
-    model = facts.get("model")
+def _weights(metadata: Mapping[str, Any]) -> Any:
+    model = metadata.get("model")
     return model.get("weights") if isinstance(model, Mapping) else None
 
 
-def _counted(store: Store, one: Elsewhere) -> Elsewhere:
+def _counted(store: Store, elsewhere: StoredElsewhere) -> StoredElsewhere:
     """Returns the same result, counted over all of its chunks."""
-    stored = sum(map(bool, store.contains(one.keys)))
-    return Elsewhere(one.record, one.differences, one.keys, max(1, stored))
+    stored = sum(map(bool, store.contains(elsewhere.keys)))
+    return StoredElsewhere(elsewhere.record, elsewhere.differences, elsewhere.keys, max(1, stored))
 
 
 def _sample(keys: list[str]) -> list[str]:

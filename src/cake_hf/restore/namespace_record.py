@@ -26,13 +26,13 @@ _lock = Lock()
 
 
 def recorder(
-    store: Store, facts: Mapping[str, Any], namespace: str, model: str, seconds: float, late: Late
+    store: Store, metadata: Mapping[str, Any], namespace: str, model: str, seconds: float, late: Late
 ) -> Callable[[], None]:
     """Returns a function for the thread that writes to the store, to be called whenever a chunk of a namespace became durable.
 
     Args:
         store: with the chunk.
-        facts: the metadata that the namespace is a digest of, without the salt.
+        metadata: the metadata that the namespace is a digest of, without the salt.
         namespace: of the chunk.
         model: its name, for display.
         seconds: that the thread waits for the write to finish.
@@ -46,12 +46,12 @@ def recorder(
             if days.get(namespace) == now // DAY:
                 return
             days[namespace] = now // DAY
-        answer = ask(partial(_keep, store, facts, namespace, model, now), seconds, "notes", late)
+        answer = ask(partial(_keep, store, metadata, namespace, model, now), seconds, "notes", late)
         if answer.error is not None:  # the chunk is there; only its description is missing
             logger.debug("What chunks were made with is not kept: %s", answer.trouble)
 
     return record
 
 
-def _keep(store: Store, facts: Mapping[str, Any], namespace: str, model: str, now: int) -> None:
-    keep(store, Record(namespace, json.loads(canonical(facts)), model, now, now))
+def _keep(store: Store, metadata: Mapping[str, Any], namespace: str, model: str, now: int) -> None:
+    keep(store, Record(namespace, json.loads(canonical(metadata)), model, now, now))

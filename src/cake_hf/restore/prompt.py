@@ -18,7 +18,7 @@ from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import block_keys, state_key
 from cake_hf.model.plainly import no_answer
 from cake_hf.report import Refusal, Report, Span
-from cake_hf.restore.held import Held
+from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.lookup import PrefixMatch, is_asked, match_prefix
 from cake_hf.restore.misses import NONE_YET, Inquiry
 from cake_hf.restore.request import ForwardCall
@@ -105,12 +105,12 @@ class Prompt:
         """Returns the layout of block `index`."""
         return self.layout.of(self.blocks[index].tokens)
 
-    def facts(self, session: Session, index: int) -> ChunkMetadata:
+    def metadata(self, session: Session, index: int) -> ChunkMetadata:
         """Returns the metadata of block `index` of the call (its checksums are not known yet)."""
         parent = self.keys[index - 1] if index else self.parent
         return ChunkMetadata(self.keys[index], parent, self.number + index, self.namespace, session.bound_model.name)
 
-    def state_facts(self, session: Session, index: int) -> ChunkMetadata:
+    def state_metadata(self, session: Session, index: int) -> ChunkMetadata:
         """Returns the metadata of the snapshot at the end of chunk `index`."""
         key = self.keys[index]
         return ChunkMetadata(state_key(key), key, self.number + index, self.namespace, session.bound_model.name)
@@ -125,7 +125,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CallBlocks:
     """How a call is cut into blocks.
 
     Attributes:
@@ -141,7 +141,7 @@ class Wanted:
     ends_document: bool = False
 
     @classmethod
-    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> Wanted:
+    def of(cls, call: ForwardCall, cuts: Sequence[int], size: int, leave: int | None) -> CallBlocks:
         """Cuts a call on the canonical schedule.
 
         Args:
@@ -163,7 +163,13 @@ class Wanted:
 
 
 def open_prompt(
-    session: Session, call: ForwardCall, wanted: Wanted, held: Held, report: Report, started: float, namespace: str
+    session: Session,
+    call: ForwardCall,
+    wanted: CallBlocks,
+    held: HeldBlocks,
+    report: Report,
+    started: float,
+    namespace: str,
 ) -> Prompt:
     """Gives keys to the prompt's blocks and asks the store which of them it has.
 
@@ -179,7 +185,7 @@ def open_prompt(
     began = time.monotonic()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace
-    keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.marks(wanted.blocks))
+    keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.extra_hashes(wanted.blocks))
     state_layout = session.bound_model.state_layout()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     asked = is_asked(session)
@@ -216,7 +222,7 @@ def open_prompt(
     return replace(prompt, refusal=refusal, inquiry=Inquiry(session, call, namespace, seconds, cuts))
 
 
-def off_schedule(session: Session, call: ForwardCall, wanted: Wanted, report: Report, started: float) -> Prompt:
+def off_schedule(session: Session, call: ForwardCall, wanted: CallBlocks, report: Report, started: float) -> Prompt:
     """Returns the prompt of a call that continues from a cache with unknown content: cut as by `generate`, never stored."""
     none = PrefixMatch.none(len(wanted.blocks))
     refusal = Refusal(
@@ -255,9 +261,11 @@ def _mismatch(session: Session, namespace: str) -> Refusal | None:
     store, sharing = session.bound_store.store, session.bound_store.sharing
     if type(store).mismatch_reason is Store.mismatch_reason:
         return None
-    facts = session.bound_model.latest_facts()  # read here: the asking thread may hang, and must not hold the session
+    metadata = (
+        session.bound_model.latest_metadata()
+    )  # read here: the asking thread may hang, and must not hold the session
     answer = ask(
-        partial(_mismatch_reason_of, store, namespace, facts),
+        partial(_mismatch_reason_of, store, namespace, metadata),
         session.limits.lookup_timeout,
         "mismatch_reason",
         sharing.lookups,
@@ -268,7 +276,7 @@ def _mismatch(session: Session, namespace: str) -> Refusal | None:
 
 
 def _why_none(session: Session) -> Refusal:
-    if session.exact or "behaviour" not in session.bound_model.latest_facts():
+    if session.exact or "behaviour" not in session.bound_model.latest_metadata():
         return NONE_YET
     refusal = Refusal(
         "edited-model",
@@ -279,8 +287,8 @@ def _why_none(session: Session) -> Refusal:
     return refusal
 
 
-def _mismatch_reason_of(store: Store, namespace: str, facts: dict[str, Any]) -> str:
-    mismatch_reason = store.mismatch_reason(namespace, lambda: facts)
+def _mismatch_reason_of(store: Store, namespace: str, metadata: dict[str, Any]) -> str:
+    mismatch_reason = store.mismatch_reason(namespace, lambda: metadata)
     return mismatch_reason if isinstance(mismatch_reason, str) else ""
 
 

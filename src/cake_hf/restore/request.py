@@ -214,9 +214,9 @@ class ForwardCall:
             piece["logits_to_keep"] = 1
         return {**piece, "use_cache": True}
 
-    def marks(self, named: Sequence[Block]) -> list[bytes]:
+    def extra_hashes(self, named: Sequence[Block]) -> list[bytes]:
         """Returns the extra hash of each block, which its key covers beside tokens; an empty list if no block has any."""
-        return [] if self.vision is None else self.vision.marks(named)
+        return [] if self.vision is None else self.vision.extra_hashes(named)
 
     def uncut(self, ends: Sequence[int]) -> int:
         """Returns the number (from 1) of the first of these places where the call must not be cut; 0 if there is none."""
@@ -269,6 +269,10 @@ def _is_wanted(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) 
 def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns all arguments of a forward by name; arguments that it takes as `*args` get numbers, which no code understands."""
     parameters = parameters_of(forward).values()
-    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    names = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
     names += [f"*{number}" for number in range(len(names), len(args))]
     return {**dict(zip(names, args, strict=False)), **kwargs}

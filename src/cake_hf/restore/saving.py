@@ -66,12 +66,12 @@ class Saver:
         self._audit.settle()
         pieces = partial(self.pieces, index)
         session.bound_store.save_chunk(
-            prompt.facts(session, index),
+            prompt.metadata(session, index),
             prompt.layout_of(index),
             pieces,
             prompt.report,
             overwrite=corrupt,
-            made_with=session.bound_model.facts_of(prompt.namespace),
+            made_with=session.bound_model.metadata_of(prompt.namespace),
             what="chunk" if index in prompt.counted else "tail",
         )
 
@@ -95,12 +95,12 @@ class Saver:
             return  # another shape than in the probe, so the layout does not fit
         self._audit.settle()
         session.bound_store.save_chunk(
-            prompt.state_facts(session, index),
+            prompt.state_metadata(session, index),
             prompt.state_layout,
             lambda: states,
             prompt.report,
             overwrite=unusable,
-            made_with=session.bound_model.facts_of(prompt.namespace),
+            made_with=session.bound_model.metadata_of(prompt.namespace),
             what="state",
         )
 

@@ -59,7 +59,12 @@ class Session:
         self.at_work = AtWork()
         self.bound_store = BoundStore(store, limits, save=save)
         self.bound_model = BoundModel(
-            model, chunk_size=chunk_size, salt=salt, exact=exact, shelf=self.bound_store.shelf, compiled=compiled
+            model,
+            chunk_size=chunk_size,
+            salt=salt,
+            exact=exact,
+            reference_place=self.bound_store.reference_place,
+            compiled=compiled,
         )
         # For when the last cache of this session is gone without a call of `close`.
         self._release = weakref.finalize(self, _forsake, self.bound_model.hook, self.bound_store.access)
@@ -101,13 +106,13 @@ class Session:
         """See `BoundModel`."""
         return self.bound_model.namespace(ids)
 
-    def namespace_facts(self) -> dict[str, Any]:
-        """See `BoundModel.facts`."""
-        return self.bound_model.facts()
+    def namespace_metadata(self) -> dict[str, Any]:
+        """See `BoundModel.metadata`."""
+        return self.bound_model.metadata()
 
-    def latest_facts(self) -> dict[str, Any]:
+    def latest_metadata(self) -> dict[str, Any]:
         """See `BoundModel`."""
-        return self.bound_model.latest_facts()
+        return self.bound_model.latest_metadata()
 
     def layout(self) -> ChunkLayout:
         """See `BoundModel`."""
