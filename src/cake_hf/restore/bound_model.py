@@ -127,7 +127,7 @@ class BoundModel:
         Empty if there is none, or if the model keeps its KV in another layout by now.
         """
         latest = _latest.get(self.model, {}).get(self._options)
-        if latest is None or latest.facts["layout"] != self.layout().tensor_table:
+        if latest is None or latest.metadata["layout"] != self.layout().tensor_table:
             return ""
         return latest.namespace
 
