@@ -87,7 +87,9 @@ def show_verdict(logits: bool, answers: bool) -> None:
         console.print(Text(text, style="bold green"))
         return
     wrong = " and ".join(name for name, same in (("logits", logits), ("answers", answers)) if not same)
-    console.print(Text(f"The {wrong} differ from those of transformers alone, which must not happen.", style="bold red"))
+    console.print(
+        Text(f"The {wrong} differ from those of transformers alone, which must not happen.", style="bold red")
+    )
 
 
 def _show_lanes(heading: str, answer: Answer) -> None:
