@@ -30,7 +30,6 @@ class RestorePlan:
         state: the chunk at whose end the snapshot of the recurrent state is wanted; None for none.
         loads: whether anything is loaded.
         ranges: in how many ranges of layers the last chunks are read. With more than one, the main thread may go past loads.
-        reason: why chunks are computed although they are stored; empty if none are.
     """
 
     usable: tuple[bool, ...]
@@ -38,7 +37,6 @@ class RestorePlan:
     state: int | None
     loads: bool
     ranges: int
-    reason: str
 
 
 def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, by_layers: bool) -> RestorePlan:
@@ -58,7 +56,6 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
         state,
         loads=session.strategy is not Strategy.COMPUTE and any(usable),
         ranges=_ranges(session, prompt, costs) if by_layers else 1,
-        reason=NO_SNAPSHOT.text * (snapshot_refusal(prompt) is not None),
     )
 
 

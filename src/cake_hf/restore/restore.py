@@ -116,7 +116,6 @@ class Restore:
         costs = self.cost_memory.costs(prompt.layout.nbytes)
         by_layers = past_loads and not self._carried and self._ranks is None
         self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
-        prompt.report.reason = prompt.report.reason or plan.reason
         self._windows = WindowBuffers(prompt, plan.windows, template)
         self._reserve(kept)  # the last step that takes memory: a failure before it has nothing to release
         past = prompt.call.past
