@@ -153,7 +153,7 @@ def test_an_interrupted_generate_leaves_the_cache_idle(where: str, monkeypatch: 
 def test_the_prefix_match_and_the_plan_are_immutable() -> None:
     match = PrefixMatch.none(2)
     assert (match.stored, match.states, match.refusal) == ((False, False), (False, False), None)
-    plan = RestorePlan((True,), {}, None, loads=True, ranges=1, reason="")
+    plan = RestorePlan((True,), {}, None, loads=True, ranges=1)
     for frozen, name in ((match, "stored"), (plan, "usable")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(frozen, name, ())
