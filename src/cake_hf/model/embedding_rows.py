@@ -71,5 +71,5 @@ def _checksums(rows: torch.Tensor) -> torch.Tensor:
         octets = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 8))
     words = octets.view(torch.int64)
     factors = odd_factors(words.shape[1]).to(words.device)
-    # The product of a matrix takes no memory, and a tenth of the time; torch has it for whole numbers on the host only.
+    # The product of a matrix takes no memory and far less time; torch has it for whole numbers on the host only.
     return words @ factors if words.device.type == "cpu" else (words * factors).sum(dim=1)
