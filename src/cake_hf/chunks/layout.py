@@ -105,6 +105,13 @@ class ChunkLayout:
         return tuple(piece.token_bytes * self.chunk_size for piece in self.pieces)
 
     @cached_property
+    def channels(self) -> tuple[int, ...]:
+        """Numbers per token of each bfloat16 piece; 0 for pieces of other dtypes, which are never encoded."""
+        return tuple(
+            piece.heads * piece.head_dim if piece.dtype is torch.bfloat16 else 0 for piece in self.pieces
+        )
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole payload."""
         return sum(self.sizes)
