@@ -35,6 +35,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Returns the dtype that has this name in safetensors.
+
+    Raises:
+        ValueError: KV is never kept in that dtype.
+    """
+    item_bytes(name)
+    return next(dtype for dtype, known in _NAMES.items() if known == name)
+
+
 def item_bytes(name: object) -> int:
     """Returns the bytes per number of a dtype, given safetensors' name of it.
 
@@ -107,9 +117,7 @@ class ChunkLayout:
     @cached_property
     def channels(self) -> tuple[int, ...]:
         """Numbers per token of each bfloat16 piece; 0 for pieces of other dtypes, which are never encoded."""
-        return tuple(
-            piece.heads * piece.head_dim if piece.dtype is torch.bfloat16 else 0 for piece in self.pieces
-        )
+        return tuple(piece.heads * piece.head_dim if piece.dtype is torch.bfloat16 else 0 for piece in self.pieces)
 
     @cached_property
     def nbytes(self) -> int:
@@ -156,6 +164,11 @@ class ChunkLayout:
             assert math.prod(shape) * piece.dtype.itemsize == size
             offset += size
         return table
+
+    @cached_property
+    def name_bytes(self) -> int:
+        """Bytes of all pieces' names in JSON."""
+        return sum(len(plain_json(piece.name)) for piece in self.pieces)
 
     @cached_property
     def table_json(self) -> str:

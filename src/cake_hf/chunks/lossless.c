@@ -23,7 +23,7 @@
 enum { ABI = 1 };                                            /* of the functions below; lossless_native.py expects it */
 enum { BLOCK = 256, LANES = 32, REST = 96 };                 /* numbers of a block and of a vector; bytes of its refinement */
 enum { WINDOW = 7, ESCAPE = 7, LOWEST = 6, HIGHEST = 254 };  /* exponents of a window; code of those outside; bounds of its top */
-enum { SAMPLED = 64, CANDIDATES = 4 };                       /* tokens that decide about a window; tops that are tried */
+enum { SAMPLED = 64, CANDIDATES = 4, TABLES = 3 + CANDIDATES };  /* tokens that decide about a window; tops that are tried */
 enum { OK, BAD_SIZES, BAD_TABLE, BAD_ESCAPES, NO_MEMORY };   /* lossless_native.py names them */
 enum { AUTOMATIC, PORTABLE, VECTOR };                        /* variants */
 
@@ -227,12 +227,12 @@ static int fits(int64_t nbytes, int64_t channels) {
   return channels > 0 && channels <= MOST_CHANNELS && nbytes > 0 && nbytes <= MOST_BYTES && nbytes % (2 * channels) == 0;
 }
 
-/* The scratch memory for pieces of at most so many channels: a repeated table, a sample's maxima and its counts. */
-static uint8_t *scratch(const int64_t *channels, int64_t count, int64_t stride, int64_t tables) {
+/* The most channels of any piece that has not too many. */
+static int64_t most_channels(const int64_t *channels, int64_t count, int64_t stride) {
   int64_t most = 0;
   for (int64_t i = 0; i < count; i++)
     if (channels[i * stride] > most && channels[i * stride] <= MOST_CHANNELS) most = channels[i * stride];
-  return malloc((size_t)(most * tables + BLOCK));
+  return most;
 }
 
 static int decode_piece(Decode *decode, const uint8_t *base, int64_t base_bytes, const uint8_t *rest, int64_t rest_bytes,
@@ -265,23 +265,20 @@ static int decode_piece(Decode *decode, const uint8_t *base, int64_t base_bytes,
 
 INLINE uint8_t exponent_at(const uint8_t *number) { return (uint8_t)(number[1] << 1 | number[0] >> 7); }
 
-/* Chooses each channel's window by some of the tokens: of those below their largest exponent, the one that holds most of them. */
-INLINE void choose_windows(uint8_t *tops, const uint8_t *in, int64_t tokens, int64_t channels) {
-  uint8_t *restrict most = tops + channels + BLOCK, *restrict counts = most + channels;
-  const int64_t step = (tokens + SAMPLED - 1) / SAMPLED, row = 2 * channels;
-  memset(most, LOWEST, (size_t)channels);
-  memset(counts, 0, (size_t)(CANDIDATES * channels));
-  for (int64_t t = step / 2; t < tokens; t += step)
-    for (int64_t c = 0; c < channels; c++) {
-      uint8_t e = exponent_at(in + t * row + 2 * c);
-      e = e > HIGHEST ? LOWEST : e;  /* infinities and NaN */
-      most[c] = e > most[c] ? e : most[c];
-    }
-  for (int64_t t = step / 2; t < tokens; t += step)
+/* Chooses each channel's window by some of the tokens: of four around their mean exponent, the one that holds most of them.
+ * `room` has TABLES bytes per channel. */
+INLINE void choose_windows(uint8_t *restrict tops, uint16_t *restrict room, const uint8_t *in, int64_t tokens, int64_t channels) {
+  uint8_t *restrict lowest_top = (uint8_t *)(room + channels), *restrict counts = lowest_top + channels;
+  const int64_t step = (tokens + SAMPLED - 1) / SAMPLED, first = step / 2, sampled = (tokens - first + step - 1) / step;
+  memset(room, 0, (size_t)(TABLES * channels));
+  for (int64_t t = first; t < tokens; t += step)
+    for (int64_t c = 0; c < channels; c++) room[c] = (uint16_t)(room[c] + exponent_at(in + 2 * (t * channels + c)));
+  for (int64_t c = 0; c < channels; c++) lowest_top[c] = (uint8_t)(room[c] / sampled < HIGHEST ? room[c] / sampled + 1 : HIGHEST);
+  for (int64_t t = first; t < tokens; t += step)
     for (int j = 0; j < CANDIDATES; j++) {
       uint8_t *restrict count = counts + j * channels;
       for (int64_t c = 0; c < channels; c++) {
-        uint8_t below = (uint8_t)(most[c] - j - exponent_at(in + t * row + 2 * c));
+        uint8_t below = (uint8_t)(lowest_top[c] + j - exponent_at(in + 2 * (t * channels + c)));
         count[c] = (uint8_t)(count[c] + (below < WINDOW));
       }
     }
@@ -289,29 +286,30 @@ INLINE void choose_windows(uint8_t *tops, const uint8_t *in, int64_t tokens, int
     int best = 0;
     for (int j = 1; j < CANDIDATES; j++)
       if (counts[j * channels + c] > counts[best * channels + c]) best = j;
-    tops[c] = (uint8_t)(most[c] - best < LOWEST ? LOWEST : most[c] - best);
+    int top = lowest_top[c] + best;
+    tops[c] = (uint8_t)(top < LOWEST ? LOWEST : top > HIGHEST ? HIGHEST : top);
   }
 }
 
-typedef void Choose(uint8_t *tops, const uint8_t *in, int64_t tokens, int64_t channels);
+typedef void Choose(uint8_t *tops, uint16_t *room, const uint8_t *in, int64_t tokens, int64_t channels);
 
-static void choose_portable(uint8_t *tops, const uint8_t *in, int64_t tokens, int64_t channels) {
-  choose_windows(tops, in, tokens, channels);
+static void choose_portable(uint8_t *tops, uint16_t *room, const uint8_t *in, int64_t tokens, int64_t channels) {
+  choose_windows(tops, room, in, tokens, channels);
 }
 
 #ifdef AVX2
-static AVX2 void choose_avx2(uint8_t *tops, const uint8_t *in, int64_t tokens, int64_t channels) {
-  choose_windows(tops, in, tokens, channels);
+static AVX2 void choose_avx2(uint8_t *tops, uint16_t *room, const uint8_t *in, int64_t tokens, int64_t channels) {
+  choose_windows(tops, room, in, tokens, channels);
 }
 #endif
 
 /* Encodes a piece; returns the bytes of its base, or 0 if it would not shrink. There is room for the piece and for its refinement. */
 static int64_t encode_piece(Encode *encode, Choose *choose, const uint8_t *in, int64_t nbytes, int64_t channels, uint8_t *base,
-                            uint8_t *rest, uint8_t *tops) {
+                            uint8_t *rest, uint8_t *tops, uint16_t *room_to_choose) {
   const int64_t numbers = nbytes / 2, whole = numbers / BLOCK, left = numbers % BLOCK, step = BLOCK % channels;
   const int64_t room = nbytes - 1 - channels - numbers - rest_size(numbers);
   if (room < 0) return 0;
-  choose(tops, in, numbers / channels, channels);
+  choose(tops, room_to_choose, in, numbers / channels, channels);
   repeat(tops, channels);
   memcpy(base, tops, (size_t)channels);
   uint8_t *codes = base + channels;
@@ -348,7 +346,7 @@ API int cake_has_vectors(void) { return has_vectors(AUTOMATIC); }
 API int64_t cake_decode(int variant, int near, int64_t count, const int64_t *rows) {
   enum { FIELDS = 7 };
   Decode *decode = CHOOSE(variant, decode);
-  uint8_t *tops = scratch(rows + 6, count, FIELDS, 1);
+  uint8_t *tops = malloc((size_t)(most_channels(rows + 6, count, FIELDS) + BLOCK));
   if (!tops) return NO_MEMORY;
   int64_t result = OK;
   for (int64_t i = 0; i < count && !result; i++, rows += FIELDS) {
@@ -371,11 +369,13 @@ API int64_t cake_decode(int variant, int near, int64_t count, const int64_t *row
  * Returns like `cake_decode`. */
 API int64_t cake_encode(int variant, int64_t count, int64_t *rows, uint8_t *bases, int64_t bases_room, uint8_t *rests,
                         int64_t rests_room) {
-  enum { FIELDS = 5, TABLES = 2 + CANDIDATES };
+  enum { FIELDS = 5 };
   Encode *encode = CHOOSE(variant, encode);
   Choose *choose = CHOOSE(variant, choose);
-  uint8_t *tops = scratch(rows + 2, count, FIELDS, TABLES);
-  if (!tops) return NO_MEMORY;
+  const int64_t most = most_channels(rows + 2, count, FIELDS);
+  uint16_t *room_to_choose = malloc((size_t)((TABLES + 1) * most + BLOCK));
+  if (!room_to_choose) return NO_MEMORY;
+  uint8_t *tops = (uint8_t *)room_to_choose + TABLES * most;
   int64_t result = OK;
   for (int64_t i = 0; i < count && !result; i++, rows += FIELDS) {
     const uint8_t *in = (const uint8_t *)(uintptr_t)rows[0];
@@ -384,7 +384,7 @@ API int64_t cake_encode(int variant, int64_t count, int64_t *rows, uint8_t *base
       result = i * 256 + BAD_SIZES;
       break;
     }
-    rows[3] = needed ? encode_piece(encode, choose, in, nbytes, channels, bases, rests, tops) : 0;
+    rows[3] = needed ? encode_piece(encode, choose, in, nbytes, channels, bases, rests, tops, room_to_choose) : 0;
     rows[4] = rows[3] ? needed : 0;
     if (!rows[3]) {
       if (nbytes) memcpy(bases, in, (size_t)nbytes);
@@ -392,6 +392,6 @@ API int64_t cake_encode(int variant, int64_t count, int64_t *rows, uint8_t *base
     }
     bases += rows[3], bases_room -= rows[3], rests += rows[4], rests_room -= rows[4];
   }
-  free(tops);
+  free(room_to_choose);
   return result;
 }

@@ -106,6 +106,8 @@ def encode(payload: Buffer, layout: ChunkLayout, codec: Codec | None = None) -> 
     array = np.frombuffer(payload, np.uint8)
     if array.nbytes != layout.nbytes:
         raise ValueError(f"{array.nbytes} bytes are not the {layout.nbytes} of the layout.")
+    if not layout.pieces:
+        return Encoded(memoryview(b""), memoryview(b""), EncodedSizes((), ()))
     bases, refinements, sizes = (codec or default_codec()).encode(array, layout.sizes, layout.channels)
     return Encoded(bases.data, refinements.data, EncodedSizes(*map(tuple, sizes.T.tolist())))
 
@@ -170,6 +172,8 @@ def _decode(
     first: int,
     codec: Codec | None,
 ) -> None:
+    if not parts:
+        return
     wanted = slice(first, first + len(parts))
     if tuple([part.nbytes for part in parts]) != layout.sizes[wanted] or len(sizes.bases) != len(layout.pieces):
         raise ValueError("These are not the sizes and places of that layout's pieces.")

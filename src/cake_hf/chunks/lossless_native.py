@@ -14,6 +14,7 @@ from cake_hf.errors import CorruptChunk
 
 Bytes = NDArray[np.uint8]
 Sizes = NDArray[np.int64]
+Library = ctypes.CDLL
 
 LIBRARY = Path(__file__).with_name("_lossless.so")
 """Made by `python scripts/build_native.py`, and by installing the package."""
@@ -31,7 +32,7 @@ _REFINEMENT_BLOCK, _REFINEMENT_BYTES = 512, 96
 
 
 @cache
-def library(path: Path = LIBRARY) -> ctypes.CDLL | None:
+def library(path: Path = LIBRARY) -> Library | None:
     """Returns the library, or None if it was not built, does not fit this machine or is of another version."""
     try:
         loaded = ctypes.CDLL(str(path))
@@ -55,7 +56,7 @@ class NativeCodec:
         variant: of the kernels.
     """
 
-    def __init__(self, loaded: ctypes.CDLL, variant: int = AUTOMATIC) -> None:
+    def __init__(self, loaded: Library, variant: int = AUTOMATIC) -> None:
         self._library = loaded
         self._variant = variant
 

@@ -99,12 +99,12 @@ def _chosen_windows(exponents: Bytes) -> Bytes:
         exponents: `[tokens, channels]`.
     """
     step = -(-len(exponents) // _SAMPLED)
-    sample = exponents[step // 2 :: step]
-    most = np.maximum(np.where(sample > _HIGHEST, _LOWEST, sample).max(0), _LOWEST).astype(np.uint8)
-    tops = [most - np.uint8(below) for below in range(_CANDIDATES)]
-    counts = [np.count_nonzero(top - sample < _WINDOW, axis=0) for top in tops]
-    best = np.argmax(counts, axis=0).astype(np.uint8)  # the first of equal ones
-    return np.maximum(most - best, _LOWEST)
+    sample = exponents[step // 2 :: step].astype(np.int16)
+    lowest = np.minimum(sample.sum(0, dtype=np.int64) // len(sample) + 1, _HIGHEST)
+    below = [(lowest + above - sample) & 255 for above in range(_CANDIDATES)]
+    counts = [np.count_nonzero(each < _WINDOW, axis=0) for each in below]
+    best = np.argmax(counts, axis=0)  # the first of equal ones
+    return np.clip(lowest + best, _LOWEST, _HIGHEST).astype(np.uint8)
 
 
 def _decode(base: Bytes, rest: Bytes | None, channels: int, out: Bytes) -> str:

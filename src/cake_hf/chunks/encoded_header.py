@@ -1,0 +1,373 @@
+"""The stored form of an encoded chunk: a safetensors file of format version 3. codec.py has version 2, of chunks as they are.
+
+    8 bytes          header length, little endian
+    header           JSON, padded with spaces: metadata + tensor table
+    payload          the bases of all pieces, back to back, then their refinements
+
+An encoded piece is two tensors of bytes in the table, NAME.base and NAME.refinement. A piece that is stored as it is has one
+tensor of its own dtype and shape. The sizes of encoded pieces vary, but the header's does not: it follows from the layout, and a
+whole file is never longer than `most_stored_bytes`. docs/format.md describes all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+
+from cake_hf.chunks.codec import (
+    ALIGNMENT,
+    CHECKSUM_DIGITS,
+    FORMS,
+    Buffer,
+    ChunkMetadata,
+    checksum,
+    header_bytes,
+)
+from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name, dtype_named, plain_json
+from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, Encoded, EncodedSizes, decode_into
+from cake_hf.chunks.tensor_table import MAX_EXTENT, MAX_PAYLOAD_BYTES, METADATA
+from cake_hf.errors import CorruptChunk
+
+ENCODED_VERSION = "3"
+SHORT_DIGITS = 16
+"""Of a checksum of encoded bytes: the first half of what `checksum` returns. It guards against accidents, and the decoded piece
+has a whole one."""
+
+MOST_MODEL_BYTES = 256
+"""Of a model's name in JSON, without quotes."""
+
+_UNREADABLE = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
+_RUN = re.compile(r"([1-9]\d{0,5}):([A-Z0-9_]{1,12}):([1-9]\d{0,9}):([1-9]\d{0,9})")
+_LIST = r"(?:0|[1-9]\d{0,12})(?: (?:0|[1-9]\d{0,12}))*"
+_VALUES = {
+    "format": "cake_hf",
+    "version": ENCODED_VERSION,
+    **FORMS,
+    "model": rf"(?:[ !#-\[\]-~]|\\[ -~]){{0,{MOST_MODEL_BYTES}}}",
+    "codec": r"[a-z0-9_]{1,32}",
+    "codec_version": r"[0-9]{1,9}",
+    "tokens": r"[1-9]\d{0,9}",
+    "pieces": r"[A-Z0-9_:,]*",
+    "bases": _LIST,
+    "refinements": _LIST,
+    "base_checksums": rf"(?:[0-9a-f]{{{SHORT_DIGITS}}})*",
+    "refinement_checksums": rf"(?:[0-9a-f]{{{SHORT_DIGITS}}})*",
+    "header": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
+}
+_METADATA = re.compile(
+    rf'\{{"{METADATA}":\{{' + ",".join(f'"{name}":"(?P<{name}>{form})"' for name, form in _VALUES.items()) + r"\},"
+)
+"""The metadata as `encode_header` writes it; no other form is accepted."""
+
+_SUFFIXES = (".base", ".refinement")
+_ENTRY_BYTES = sum(len(f'{suffix}:{{"dtype":"U8","shape":[],"data_offsets":[,]}},') for suffix in _SUFFIXES)
+"""Of a piece's entries in the table, beside its name and the numbers."""
+
+
+@dataclass(frozen=True)
+class EncodedMetadata:
+    """What an encoded chunk says about itself.
+
+    Attributes:
+        facts: what every chunk says; the checksums are those of the decoded pieces.
+        sizes: of the encoded pieces.
+        base_checksums: of each base, `SHORT_DIGITS` hexadecimal digits.
+        refinement_checksums: of each refinement.
+    """
+
+    facts: ChunkMetadata
+    sizes: EncodedSizes
+    base_checksums: tuple[str, ...]
+    refinement_checksums: tuple[str, ...]
+
+
+def describe(facts: ChunkMetadata, encoded: Encoded) -> EncodedMetadata:
+    """Returns the metadata of an encoded chunk.
+
+    Args:
+        facts: with the checksums of the chunk's pieces as they are.
+        encoded: the chunk.
+    """
+    bases = _short_checksums(encoded.bases, encoded.sizes.bases)
+    return EncodedMetadata(
+        facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements)
+    )
+
+
+def encoded_header_size(layout: ChunkLayout) -> int:
+    """Returns the bytes before the payload of an encoded chunk. They depend on the layout alone."""
+    size_digits, offset_digits = len(str(max(layout.sizes, default=0))), len(str(layout.nbytes))
+    entries = _ENTRY_BYTES + 2 * (size_digits + 2 * offset_digits)
+    values = 2 * (size_digits + 1) + CHECKSUM_DIGITS + 2 * SHORT_DIGITS
+    table = 2 * layout.name_bytes + len(layout.pieces) * (entries + values)
+    return -(-(8 + _FIXED_BYTES + len(_runs(layout)) + table) // ALIGNMENT) * ALIGNMENT
+
+
+def most_stored_bytes(layout: ChunkLayout) -> int:
+    """Returns the most bytes that an encoded chunk may have as a file: with no piece that shrinks."""
+    return encoded_header_size(layout) + layout.nbytes
+
+
+def encode_header(layout: ChunkLayout, metadata: EncodedMetadata) -> bytes:
+    """Returns the bytes that precede the payload: `encoded_header_size(layout)` of them."""
+    facts, sizes = metadata.facts, metadata.sizes
+    values = {
+        "format": "cake_hf",
+        "version": ENCODED_VERSION,
+        "key": facts.key,
+        "parent": facts.parent,
+        "index": str(facts.index),
+        "namespace": facts.namespace,
+        "model": _shortened(facts.model),
+        "checksums": "".join(facts.checksums),
+        "codec": CODEC,
+        "codec_version": CODEC_VERSION,
+        "tokens": str(layout.chunk_size),
+        "pieces": _runs(layout),
+        "bases": " ".join(map(str, sizes.bases)),
+        "refinements": " ".join(map(str, sizes.refinements)),
+        "base_checksums": "".join(metadata.base_checksums),
+        "refinement_checksums": "".join(metadata.refinement_checksums),
+        "header": "",
+    }
+    begin, end = f'{{"{METADATA}":{plain_json(values)[:-2]}', f'"}},{_table(layout, sizes)}'
+    nbytes = encoded_header_size(layout)
+    text = f"{begin}{checksum((begin + end).encode())}{end}".encode()
+    assert len(text) <= nbytes - 8  # see encoded_header_size
+    return (nbytes - 8).to_bytes(8, "little") + text.ljust(nbytes - 8)
+
+
+def is_encoded(raw: Buffer) -> bool:
+    """Returns whether a file that starts so claims to be an encoded chunk of this format version."""
+    return bytes(raw[8:80]).startswith(f'{{"{METADATA}":{{"format":"cake_hf","version":"{ENCODED_VERSION}",'.encode())
+
+
+def check_encoded_header(raw: Buffer, key: str, layout: ChunkLayout) -> EncodedMetadata:
+    """Refuses an encoded chunk that is not exactly the requested one, in the layout that the model needs. Returns its metadata.
+
+    Args:
+        raw: the file's first `encoded_header_size(layout)` bytes, or more.
+        key: of the requested chunk.
+        layout: that the model needs.
+
+    Raises:
+        CorruptChunk: another key, other tensors, or not a header that can be trusted.
+    """
+    written, table = _sealed(raw)
+    metadata = _metadata(written, len(layout.pieces))
+    if metadata.facts.key != key:
+        raise CorruptChunk(f"Asked for chunk {key}, got {metadata.facts.key[:40]!r}.")
+    if (written["tokens"], written["pieces"]) != (str(layout.chunk_size), _runs(layout)):
+        raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
+    _check_table(table, layout, metadata, raw)
+    return metadata
+
+
+def parse_encoded_header(raw: Buffer) -> tuple[EncodedMetadata, ChunkLayout]:
+    """Returns metadata and layout from the start of an encoded chunk, without a model at hand; trusts nothing in it.
+
+    The layout's pieces have their names, shapes and dtypes; to which layers they belong is not stored.
+
+    Raises:
+        CorruptChunk: not a header of this format and version, or not as it was written.
+    """
+    written, table = _sealed(raw)
+    try:
+        layout = _described(written, list(json.loads(f"{{{table}")))
+    except _UNREADABLE as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+    metadata = _metadata(written, len(layout.pieces))
+    _check_table(table, layout, metadata, raw)
+    return metadata, layout
+
+
+def check_encoded(
+    bases: Buffer, refinements: Buffer, metadata: EncodedMetadata, first: int = 0, count: int = 2**31
+) -> None:
+    """Refuses encoded bytes that are not as they were written: to be called before they are decoded.
+
+    Args:
+        bases: of `count` consecutive pieces, back to back.
+        refinements: likewise; empty if the bases alone are decoded.
+        metadata: of the chunk.
+        first: number of the first of these pieces in the chunk.
+        count: of pieces; all that follow by default.
+
+    Raises:
+        CorruptChunk: they do not match their checksums.
+    """
+    wanted, sizes = slice(first, first + count), metadata.sizes
+    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[wanted]
+    if good and len(refinements):
+        found = _short_checksums(refinements, sizes.refinements[wanted])
+        good = found == metadata.refinement_checksums[wanted]
+    if not good:
+        raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
+
+
+def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedMetadata:
+    """Verifies a whole encoded file without a model at hand. Returns its metadata.
+
+    Args:
+        raw: the file.
+        key: by which it is stored.
+        deep: whether the pieces are decoded and compared with their checksums, too.
+
+    Raises:
+        CorruptChunk: the header, the payload's length or a checksum is wrong, or the key differs.
+    """
+    metadata, layout = parse_encoded_header(raw)
+    view, sizes = memoryview(raw), metadata.sizes
+    payload = view[encoded_header_size(layout) :]
+    if metadata.facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {metadata.facts.key[:40]!r}.")
+    if len(payload) != sizes.nbytes:
+        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {sizes.nbytes}.")
+    bases, refinements = payload[: sizes.base_bytes], payload[sizes.base_bytes :]
+    check_encoded(bases, refinements, metadata)
+    if deep:
+        parts = [memoryview(bytearray(size)) for size in layout.sizes]
+        decode_into(bases, refinements, sizes, layout, parts)
+        if tuple(map(checksum, parts)) != metadata.facts.checksums:
+            raise CorruptChunk(f"Chunk {key} decodes to other KV than was encoded.")
+    return metadata
+
+
+def _check_table(table: str, layout: ChunkLayout, metadata: EncodedMetadata, raw: Buffer) -> None:
+    """Refuses a header whose sizes, tensor table or length do not follow from each other.
+
+    Raises:
+        CorruptChunk: they do not.
+    """
+    metadata.sizes.check(layout)
+    length = int.from_bytes(bytes(raw[:8]), "little")
+    if table != _table(layout, metadata.sizes) or length + 8 != encoded_header_size(layout):
+        raise CorruptChunk(f"Chunk {metadata.facts.key} holds other tensors than the model's KV.")
+
+
+def _table(layout: ChunkLayout, sizes: EncodedSizes) -> str:
+    """Returns the members of the tensor table and the closing brace, as written in a header."""
+    entries, refinements = [], []
+    start, end = 0, sizes.base_bytes
+    for piece, base, refinement in zip(layout.pieces, sizes.bases, sizes.refinements, strict=True):
+        name = plain_json(piece.name)[:-1]
+        where = f'"data_offsets":[{start},{start + base}]}}'
+        if refinement:
+            entries.append(f'{name}.base":{{"dtype":"U8","shape":[{base}],{where}')
+            where = f'"data_offsets":[{end},{end + refinement}]}}'
+            refinements.append(f'{name}.refinement":{{"dtype":"U8","shape":[{refinement}],{where}')
+        else:
+            shape = f"[{layout.chunk_size},{piece.heads},{piece.head_dim}]"
+            entries.append(f'{name}":{{"dtype":"{dtype_name(piece.dtype)}","shape":{shape},{where}')
+        start, end = start + base, end + refinement
+    return ",".join(entries + refinements) + "}"
+
+
+def _runs(layout: ChunkLayout) -> str:
+    """Returns how many pieces in a row have which dtype, heads and head_dim."""
+    alike = groupby((dtype_name(piece.dtype), piece.heads, piece.head_dim) for piece in layout.pieces)
+    return ",".join([f"{len(list(run))}:{dtype}:{heads}:{dim}" for (dtype, heads, dim), run in alike])
+
+
+def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
+    """Returns the layout that metadata describes; raises one of `_UNREADABLE` if it describes none.
+
+    Args:
+        written: the metadata.
+        names: of the tensors, in order: the first ones are those of bases, and of pieces as they are.
+    """
+    pieces: list[Piece] = []
+    tokens = int(written["tokens"])
+    raw = [refinement == "0" for refinement in written["refinements"].split(" ")]
+    names = [name if there else name.removesuffix(_SUFFIXES[0]) for name, there in zip(names, raw, strict=False)]
+    for run in written["pieces"].split(","):
+        count, dtype, heads, head_dim = _RUN.fullmatch(run).groups()  # type: ignore[union-attr]
+        piece = Piece("", int(heads), int(head_dim), dtype_named(dtype))
+        if max(tokens, piece.heads, piece.head_dim) >= MAX_EXTENT or tokens * piece.token_bytes >= MAX_PAYLOAD_BYTES:
+            raise ValueError("a piece is too large")
+        if len(pieces) + int(count) > len(names):
+            raise ValueError("there are fewer tensors than pieces")
+        pieces += [replace(piece, name=name) for name in names[len(pieces) : len(pieces) + int(count)]]
+    return ChunkLayout(tokens, tuple(pieces))
+
+
+def _sealed(raw: Buffer) -> tuple[re.Match[str], str]:
+    """Returns the metadata, and the tensor table's members with the closing brace, of a header that is as it was written.
+
+    Raises:
+        CorruptChunk: it is not, or the chunk has another format, version or codec.
+    """
+    text = header_bytes(raw).decode("latin-1").rstrip(" ")
+    written = _METADATA.match(text)
+    if written is None:
+        raise CorruptChunk("The file is not an encoded chunk of this format version.")
+    begin, end = written.span("header")
+    if checksum((text[:begin] + text[end:]).encode("latin-1")) != written["header"]:
+        raise CorruptChunk("The chunk's header does not match its checksum.")
+    codec = written["codec"], written["codec_version"]
+    if codec != (CODEC, CODEC_VERSION):
+        raise CorruptChunk(
+            f"The chunk is encoded by version {codec[1]} of {codec[0]!r}, which this cake_hf does not know."
+        )
+    return written, text[written.end() :]
+
+
+def _metadata(written: re.Match[str], pieces: int) -> EncodedMetadata:
+    """Returns the metadata of a chunk of so many pieces.
+
+    Raises:
+        CorruptChunk: it is of another number of pieces.
+    """
+    found = EncodedMetadata(
+        ChunkMetadata(
+            key=written["key"],
+            parent=written["parent"],
+            index=int(written["index"]),
+            namespace=written["namespace"],
+            model=_unescaped(written["model"]),
+            checksums=_cut(written["checksums"], CHECKSUM_DIGITS),
+        ),
+        EncodedSizes(*(tuple(map(int, written[name].split(" "))) for name in ("bases", "refinements"))),
+        _cut(written["base_checksums"], SHORT_DIGITS),
+        _cut(written["refinement_checksums"], SHORT_DIGITS),
+    )
+    counts = map(len, (found.facts.checksums, found.sizes.bases, found.base_checksums, found.refinement_checksums))
+    if {*counts} != {pieces}:
+        raise CorruptChunk(f"Chunk {found.facts.key} holds other tensors than the model's KV.")
+    return found
+
+
+def _cut(digits: str, length: int) -> tuple[str, ...]:
+    return tuple([digits[at : at + length] for at in range(0, len(digits), length)])
+
+
+def _short_checksums(data: Buffer, sizes: Sequence[int]) -> tuple[str, ...]:
+    view, ends = memoryview(data), accumulate(sizes)
+    return tuple([checksum(view[end - size : end])[:SHORT_DIGITS] for end, size in zip(ends, sizes, strict=True)])
+
+
+def _shortened(model: str) -> str:
+    """Returns the end of a model's name that has at most `MOST_MODEL_BYTES` in JSON, with text only in it."""
+    name = model[-MOST_MODEL_BYTES:].encode(errors="replace").decode()
+    while len(plain_json(name)) > MOST_MODEL_BYTES + 2:
+        name = name[1:]
+    return name
+
+
+def _unescaped(text: str) -> str:
+    """Raises a CorruptChunk if the text is not the inside of a JSON string."""
+    try:
+        name: str = json.loads(f'"{text}"')
+    except ValueError as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+    return name
+
+
+_FIXED_BYTES = len(plain_json({METADATA: dict.fromkeys(_VALUES, "")})) + sum(
+    {"key": 40, "parent": 40, "namespace": 40, "index": 18, "model": MOST_MODEL_BYTES, "tokens": 10}.get(name, 0)
+    for name in _VALUES
+) + len("cake_hf" + ENCODED_VERSION + CODEC + CODEC_VERSION) + CHECKSUM_DIGITS  # fmt: skip
+"""Of the metadata's values that are there once, at most; with all names and punctuation."""
