@@ -2,9 +2,9 @@
 
     python scripts/build_native.py
 
-Installing the package (from a checkout, editable or not, or from an sdist) runs this, too: it is the build hook of hatchling, and
-the wheel is then one for this platform. Without a compiler the wheel is for all platforms, and numpy does what the library would.
-CC in the environment chooses the compiler.
+Installing the package (from a checkout, editable or not, or from an sdist) runs this, too: it is the build hook of hatchling,
+and the wheel is then one for this platform. Without a compiler the wheel is for all platforms, and numpy does what the library
+would. CC in the environment chooses the compiler.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     payload          the bases of all pieces, back to back, then their refinements
 
 An encoded piece is two tensors of bytes in the table, NAME.base and NAME.refinement. A piece that is stored as it is has one
-tensor of its own dtype and shape. The sizes of encoded pieces vary, but the header's does not: it follows from the layout, and a
-whole file is never longer than `most_stored_bytes`. docs/format.md describes all of it.
+tensor of its own dtype and shape. The sizes of encoded pieces vary, but the header's does not: it follows from the layout, and
+a whole file is never longer than `most_stored_bytes`. docs/format.md describes all of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import groupby
 
 from cake_hf.chunks.codec import (
     ALIGNMENT,
@@ -27,7 +27,7 @@ from cake_hf.chunks.codec import (
     header_bytes,
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name, dtype_named, plain_json
-from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, Encoded, EncodedSizes, decode_into
+from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, EncodedSizes
 from cake_hf.chunks.tensor_table import MAX_EXTENT, MAX_PAYLOAD_BYTES, METADATA
 from cake_hf.errors import CorruptChunk
 
@@ -82,19 +82,6 @@ class EncodedMetadata:
     sizes: EncodedSizes
     base_checksums: tuple[str, ...]
     refinement_checksums: tuple[str, ...]
-
-
-def describe(facts: ChunkMetadata, encoded: Encoded) -> EncodedMetadata:
-    """Returns the metadata of an encoded chunk.
-
-    Args:
-        facts: with the checksums of the chunk's pieces as they are.
-        encoded: the chunk.
-    """
-    bases = _short_checksums(encoded.bases, encoded.sizes.bases)
-    return EncodedMetadata(
-        facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements)
-    )
 
 
 def encoded_header_size(layout: ChunkLayout) -> int:
@@ -184,58 +171,6 @@ def parse_encoded_header(raw: Buffer) -> tuple[EncodedMetadata, ChunkLayout]:
     return metadata, layout
 
 
-def check_encoded(
-    bases: Buffer, refinements: Buffer, metadata: EncodedMetadata, first: int = 0, count: int = 2**31
-) -> None:
-    """Refuses encoded bytes that are not as they were written: to be called before they are decoded.
-
-    Args:
-        bases: of `count` consecutive pieces, back to back.
-        refinements: likewise; empty if the bases alone are decoded.
-        metadata: of the chunk.
-        first: number of the first of these pieces in the chunk.
-        count: of pieces; all that follow by default.
-
-    Raises:
-        CorruptChunk: they do not match their checksums.
-    """
-    wanted, sizes = slice(first, first + count), metadata.sizes
-    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[wanted]
-    if good and len(refinements):
-        found = _short_checksums(refinements, sizes.refinements[wanted])
-        good = found == metadata.refinement_checksums[wanted]
-    if not good:
-        raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
-
-
-def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedMetadata:
-    """Verifies a whole encoded file without a model at hand. Returns its metadata.
-
-    Args:
-        raw: the file.
-        key: by which it is stored.
-        deep: whether the pieces are decoded and compared with their checksums, too.
-
-    Raises:
-        CorruptChunk: the header, the payload's length or a checksum is wrong, or the key differs.
-    """
-    metadata, layout = parse_encoded_header(raw)
-    view, sizes = memoryview(raw), metadata.sizes
-    payload = view[encoded_header_size(layout) :]
-    if metadata.facts.key != key:
-        raise CorruptChunk(f"The file named {key} says that it is {metadata.facts.key[:40]!r}.")
-    if len(payload) != sizes.nbytes:
-        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {sizes.nbytes}.")
-    bases, refinements = payload[: sizes.base_bytes], payload[sizes.base_bytes :]
-    check_encoded(bases, refinements, metadata)
-    if deep:
-        parts = [memoryview(bytearray(size)) for size in layout.sizes]
-        decode_into(bases, refinements, sizes, layout, parts)
-        if tuple(map(checksum, parts)) != metadata.facts.checksums:
-            raise CorruptChunk(f"Chunk {key} decodes to other KV than was encoded.")
-    return metadata
-
-
 def _check_table(table: str, layout: ChunkLayout, metadata: EncodedMetadata, raw: Buffer) -> None:
     """Refuses a header whose sizes, tensor table or length do not follow from each other.
 
@@ -284,7 +219,10 @@ def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
     raw = [refinement == "0" for refinement in written["refinements"].split(" ")]
     names = [name if there else name.removesuffix(_SUFFIXES[0]) for name, there in zip(names, raw, strict=False)]
     for run in written["pieces"].split(","):
-        count, dtype, heads, head_dim = _RUN.fullmatch(run).groups()  # type: ignore[union-attr]
+        parts = _RUN.fullmatch(run)
+        if parts is None:
+            raise ValueError("a run of pieces is not of its form")
+        count, dtype, heads, head_dim = parts.groups()
         piece = Piece("", int(heads), int(head_dim), dtype_named(dtype))
         if max(tokens, piece.heads, piece.head_dim) >= MAX_EXTENT or tokens * piece.token_bytes >= MAX_PAYLOAD_BYTES:
             raise ValueError("a piece is too large")
@@ -342,11 +280,6 @@ def _metadata(written: re.Match[str], pieces: int) -> EncodedMetadata:
 
 def _cut(digits: str, length: int) -> tuple[str, ...]:
     return tuple([digits[at : at + length] for at in range(0, len(digits), length)])
-
-
-def _short_checksums(data: Buffer, sizes: Sequence[int]) -> tuple[str, ...]:
-    view, ends = memoryview(data), accumulate(sizes)
-    return tuple([checksum(view[end - size : end])[:SHORT_DIGITS] for end, size in zip(ends, sizes, strict=True)])
 
 
 def _shortened(model: str) -> str:

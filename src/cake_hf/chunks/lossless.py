@@ -63,7 +63,7 @@ class EncodedSizes:
             raise CorruptChunk("An encoded chunk holds another number of pieces than the model's KV.")
         pairs = zip(self.bases, self.refinements, strict=True)
         for size, channels, (base, refinement) in zip(layout.sizes, layout.channels, pairs, strict=True):
-            encoded = channels > 0 and 0 < base and 0 < refinement and base + refinement < size
+            encoded = channels and base > 0 and refinement > 0 and base + refinement < size
             if (base, refinement) != (size, 0) and not encoded:
                 raise CorruptChunk(f"A piece of {size} bytes cannot be encoded in {base} and {refinement}.")
 
@@ -146,8 +146,7 @@ def decode_base_into(
     first: int = 0,
     codec: Codec | None = None,
 ) -> None:
-    """Decodes like `decode_into` from the bases alone: each number becomes that of `rounded`. A piece that was not encoded stays
-    exact."""
+    """Decodes like `decode_into`, from the bases alone: each number of an encoded piece becomes that of `rounded`."""
     _decode(bases, None, sizes, layout, parts, first, codec)
 
 

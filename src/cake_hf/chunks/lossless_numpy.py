@@ -104,7 +104,8 @@ def _chosen_windows(exponents: Bytes) -> Bytes:
     below = [(lowest + above - sample) & 255 for above in range(_CANDIDATES)]
     counts = [np.count_nonzero(each < _WINDOW, axis=0) for each in below]
     best = np.argmax(counts, axis=0)  # the first of equal ones
-    return np.clip(lowest + best, _LOWEST, _HIGHEST).astype(np.uint8)
+    tops: Bytes = np.clip(lowest + best, _LOWEST, _HIGHEST).astype(np.uint8)
+    return tops
 
 
 def _decode(base: Bytes, rest: Bytes | None, channels: int, out: Bytes) -> str:
