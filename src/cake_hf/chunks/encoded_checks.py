@@ -39,11 +39,11 @@ def check_encoded(
     Raises:
         CorruptChunk: they do not match their checksums.
     """
-    wanted, sizes = slice(first, first + count), metadata.sizes
-    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[wanted]
+    sizes, wanted = metadata.sizes, slice(first, first + count)
+    digits = slice(first * SHORT_DIGITS, (first + count) * SHORT_DIGITS)
+    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[digits]
     if good and len(refinements):
-        found = _short_checksums(refinements, sizes.refinements[wanted])
-        good = found == metadata.refinement_checksums[wanted]
+        good = _short_checksums(refinements, sizes.refinements[wanted]) == metadata.refinement_checksums[digits]
     if not good:
         raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
 
@@ -76,6 +76,6 @@ def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedM
     return metadata
 
 
-def _short_checksums(data: Buffer, sizes: Sequence[int]) -> tuple[str, ...]:
+def _short_checksums(data: Buffer, sizes: Sequence[int]) -> str:
     view, ends = memoryview(data), accumulate(sizes)
-    return tuple([checksum(view[end - size : end])[:SHORT_DIGITS] for end, size in zip(ends, sizes, strict=True)])
+    return "".join([checksum(view[end - size : end])[:SHORT_DIGITS] for end, size in zip(ends, sizes, strict=True)])

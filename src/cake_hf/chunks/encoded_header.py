@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from cake_hf.chunks.codec import (
     ALIGNMENT,
@@ -41,20 +40,21 @@ MOST_MODEL_BYTES = 256
 
 _UNREADABLE = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
 _RUN = re.compile(r"([1-9]\d{0,5}):([A-Z0-9_]{1,12}):([1-9]\d{0,9}):([1-9]\d{0,9})")
-_LIST = r"(?:0|[1-9]\d{0,12})(?: (?:0|[1-9]\d{0,12}))*"
 _VALUES = {
     "format": "cake_hf",
     "version": ENCODED_VERSION,
     **FORMS,
+    "checksums": r"[0-9a-f]*",
     "model": rf"(?:[ !#-\[\]-~]|\\[ -~]){{0,{MOST_MODEL_BYTES}}}",
     "codec": r"[a-z0-9_]{1,32}",
     "codec_version": r"[0-9]{1,9}",
     "tokens": r"[1-9]\d{0,9}",
     "pieces": r"[A-Z0-9_:,]*",
-    "bases": _LIST,
-    "refinements": _LIST,
-    "base_checksums": rf"(?:[0-9a-f]{{{SHORT_DIGITS}}})*",
-    "refinement_checksums": rf"(?:[0-9a-f]{{{SHORT_DIGITS}}})*",
+    "layout": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
+    "bases": r"[0-9 ]+",
+    "refinements": r"[0-9 ]+",
+    "base_checksums": r"[0-9a-f]*",
+    "refinement_checksums": r"[0-9a-f]*",
     "header": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
 }
 _METADATA = re.compile(
@@ -74,14 +74,14 @@ class EncodedMetadata:
     Attributes:
         facts: what every chunk says; the checksums are those of the decoded pieces.
         sizes: of the encoded pieces.
-        base_checksums: of each base, `SHORT_DIGITS` hexadecimal digits.
-        refinement_checksums: of each refinement.
+        base_checksums: of all bases, `SHORT_DIGITS` hexadecimal digits each.
+        refinement_checksums: of all refinements.
     """
 
     facts: ChunkMetadata
     sizes: EncodedSizes
-    base_checksums: tuple[str, ...]
-    refinement_checksums: tuple[str, ...]
+    base_checksums: str
+    refinement_checksums: str
 
 
 def encoded_header_size(layout: ChunkLayout) -> int:
@@ -90,7 +90,7 @@ def encoded_header_size(layout: ChunkLayout) -> int:
     entries = _ENTRY_BYTES + 2 * (size_digits + 2 * offset_digits)
     values = 2 * (size_digits + 1) + CHECKSUM_DIGITS + 2 * SHORT_DIGITS
     table = 2 * layout.name_bytes + len(layout.pieces) * (entries + values)
-    return -(-(8 + _FIXED_BYTES + len(_runs(layout)) + table) // ALIGNMENT) * ALIGNMENT
+    return -(-(8 + _FIXED_BYTES + len(layout.runs) + table) // ALIGNMENT) * ALIGNMENT
 
 
 def most_stored_bytes(layout: ChunkLayout) -> int:
@@ -113,11 +113,12 @@ def encode_header(layout: ChunkLayout, metadata: EncodedMetadata) -> bytes:
         "codec": CODEC,
         "codec_version": CODEC_VERSION,
         "tokens": str(layout.chunk_size),
-        "pieces": _runs(layout),
+        "pieces": layout.runs,
+        "layout": layout.digest,
         "bases": " ".join(map(str, sizes.bases)),
         "refinements": " ".join(map(str, sizes.refinements)),
-        "base_checksums": "".join(metadata.base_checksums),
-        "refinement_checksums": "".join(metadata.refinement_checksums),
+        "base_checksums": metadata.base_checksums,
+        "refinement_checksums": metadata.refinement_checksums,
         "header": "",
     }
     begin, end = f'{{"{METADATA}":{plain_json(values)[:-2]}', f'"}},{_table(layout, sizes)}'
@@ -143,14 +144,12 @@ def check_encoded_header(raw: Buffer, key: str, layout: ChunkLayout) -> EncodedM
     Raises:
         CorruptChunk: another key, other tensors, or not a header that can be trusted.
     """
-    written, table = _sealed(raw)
-    metadata = _metadata(written, len(layout.pieces))
-    if metadata.facts.key != key:
-        raise CorruptChunk(f"Asked for chunk {key}, got {metadata.facts.key[:40]!r}.")
-    if (written["tokens"], written["pieces"]) != (str(layout.chunk_size), _runs(layout)):
+    written, _ = _sealed(raw)
+    if written["key"] != key:
+        raise CorruptChunk(f"Asked for chunk {key}, got {written['key']!r}.")
+    if written["layout"] != layout.digest or written["tokens"] != str(layout.chunk_size):
         raise CorruptChunk(f"Chunk {key} holds other tensors than the model's KV.")
-    _check_table(table, layout, metadata, raw)
-    return metadata
+    return _metadata(written, layout, raw)
 
 
 def parse_encoded_header(raw: Buffer) -> tuple[EncodedMetadata, ChunkLayout]:
@@ -166,45 +165,27 @@ def parse_encoded_header(raw: Buffer) -> tuple[EncodedMetadata, ChunkLayout]:
         layout = _described(written, list(json.loads(f"{{{table}")))
     except _UNREADABLE as error:
         raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
-    metadata = _metadata(written, len(layout.pieces))
-    _check_table(table, layout, metadata, raw)
+    metadata = _metadata(written, layout, raw)
+    if written["layout"] != layout.digest or table != _table(layout, metadata.sizes):
+        raise CorruptChunk(f"The header of chunk {written['key']} contradicts itself.")
     return metadata, layout
-
-
-def _check_table(table: str, layout: ChunkLayout, metadata: EncodedMetadata, raw: Buffer) -> None:
-    """Refuses a header whose sizes, tensor table or length do not follow from each other.
-
-    Raises:
-        CorruptChunk: they do not.
-    """
-    metadata.sizes.check(layout)
-    length = int.from_bytes(bytes(raw[:8]), "little")
-    if table != _table(layout, metadata.sizes) or length + 8 != encoded_header_size(layout):
-        raise CorruptChunk(f"Chunk {metadata.facts.key} holds other tensors than the model's KV.")
 
 
 def _table(layout: ChunkLayout, sizes: EncodedSizes) -> str:
     """Returns the members of the tensor table and the closing brace, as written in a header."""
-    entries, refinements = [], []
-    start, end = 0, sizes.base_bytes
-    for piece, base, refinement in zip(layout.pieces, sizes.bases, sizes.refinements, strict=True):
-        name = plain_json(piece.name)[:-1]
-        where = f'"data_offsets":[{start},{start + base}]}}'
+    first, second = [], []
+    at, end = 0, sizes.base_bytes
+    for n, (name, base, refinement) in enumerate(zip(layout.json_names, sizes.bases, sizes.refinements, strict=True)):
         if refinement:
-            entries.append(f'{name}.base":{{"dtype":"U8","shape":[{base}],{where}')
-            where = f'"data_offsets":[{end},{end + refinement}]}}'
-            refinements.append(f'{name}.refinement":{{"dtype":"U8","shape":[{refinement}],{where}')
+            first.append(f'"{name}.base":{{"dtype":"U8","shape":[{base}],"data_offsets":[{at},{at + base}]}}')
+            offsets = f'"data_offsets":[{end},{end + refinement}]'
+            second.append(f'"{name}.refinement":{{"dtype":"U8","shape":[{refinement}],{offsets}}}')
         else:
+            piece, offsets = layout.pieces[n], f'"data_offsets":[{at},{at + base}]'
             shape = f"[{layout.chunk_size},{piece.heads},{piece.head_dim}]"
-            entries.append(f'{name}":{{"dtype":"{dtype_name(piece.dtype)}","shape":{shape},{where}')
-        start, end = start + base, end + refinement
-    return ",".join(entries + refinements) + "}"
-
-
-def _runs(layout: ChunkLayout) -> str:
-    """Returns how many pieces in a row have which dtype, heads and head_dim."""
-    alike = groupby((dtype_name(piece.dtype), piece.heads, piece.head_dim) for piece in layout.pieces)
-    return ",".join([f"{len(list(run))}:{dtype}:{heads}:{dim}" for (dtype, heads, dim), run in alike])
+            first.append(f'"{name}":{{"dtype":"{dtype_name(piece.dtype)}","shape":{shape},{offsets}}}')
+        at, end = at + base, end + refinement
+    return ",".join(first + second) + "}"
 
 
 def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
@@ -253,33 +234,38 @@ def _sealed(raw: Buffer) -> tuple[re.Match[str], str]:
     return written, text[written.end() :]
 
 
-def _metadata(written: re.Match[str], pieces: int) -> EncodedMetadata:
-    """Returns the metadata of a chunk of so many pieces.
+def _metadata(written: re.Match[str], layout: ChunkLayout, raw: Buffer) -> EncodedMetadata:
+    """Returns the metadata of a chunk of that layout.
 
     Raises:
-        CorruptChunk: it is of another number of pieces.
+        CorruptChunk: its values, or the header's length, do not fit the layout.
     """
+    digits, count = written["checksums"], len(layout.pieces)
+    try:
+        model = json.loads(f'"{written["model"]}"')
+        sizes = EncodedSizes(*(tuple(map(int, written[name].split(" "))) for name in ("bases", "refinements")))
+    except ValueError as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
     found = EncodedMetadata(
         ChunkMetadata(
             key=written["key"],
             parent=written["parent"],
             index=int(written["index"]),
             namespace=written["namespace"],
-            model=_unescaped(written["model"]),
-            checksums=_cut(written["checksums"], CHECKSUM_DIGITS),
+            model=model,
+            checksums=tuple([digits[at : at + CHECKSUM_DIGITS] for at in range(0, len(digits), CHECKSUM_DIGITS)]),
         ),
-        EncodedSizes(*(tuple(map(int, written[name].split(" "))) for name in ("bases", "refinements"))),
-        _cut(written["base_checksums"], SHORT_DIGITS),
-        _cut(written["refinement_checksums"], SHORT_DIGITS),
+        sizes,
+        written["base_checksums"],
+        written["refinement_checksums"],
     )
-    counts = map(len, (found.facts.checksums, found.sizes.bases, found.base_checksums, found.refinement_checksums))
-    if {*counts} != {pieces}:
-        raise CorruptChunk(f"Chunk {found.facts.key} holds other tensors than the model's KV.")
+    sizes.check(layout)
+    short = {len(found.base_checksums), len(found.refinement_checksums)}
+    if len(digits) != count * CHECKSUM_DIGITS or short != {count * SHORT_DIGITS}:
+        raise CorruptChunk(f"Chunk {written['key']} has checksums of another number of pieces.")
+    if int.from_bytes(bytes(raw[:8]), "little") + 8 != encoded_header_size(layout):
+        raise CorruptChunk(f"Chunk {written['key']} has a header of another length.")
     return found
-
-
-def _cut(digits: str, length: int) -> tuple[str, ...]:
-    return tuple([digits[at : at + length] for at in range(0, len(digits), length)])
 
 
 def _shortened(model: str) -> str:
@@ -290,17 +276,8 @@ def _shortened(model: str) -> str:
     return name
 
 
-def _unescaped(text: str) -> str:
-    """Raises a CorruptChunk if the text is not the inside of a JSON string."""
-    try:
-        name: str = json.loads(f'"{text}"')
-    except ValueError as error:
-        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
-    return name
-
-
 _FIXED_BYTES = len(plain_json({METADATA: dict.fromkeys(_VALUES, "")})) + sum(
-    {"key": 40, "parent": 40, "namespace": 40, "index": 18, "model": MOST_MODEL_BYTES, "tokens": 10}.get(name, 0)
+    {"key": 40, "parent": 40, "namespace": 40, "index": 18, "model": MOST_MODEL_BYTES, "tokens": 10, "layout": 32}.get(name, 0)
     for name in _VALUES
 ) + len("cake_hf" + ENCODED_VERSION + CODEC + CODEC_VERSION) + CHECKSUM_DIGITS  # fmt: skip
 """Of the metadata's values that are there once, at most; with all names and punctuation."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
+import xxhash
 
 from cake_hf.util.lazy import cached_property
 
@@ -167,8 +168,24 @@ class ChunkLayout:
 
     @cached_property
     def name_bytes(self) -> int:
-        """Bytes of all pieces' names in JSON."""
-        return sum(len(plain_json(piece.name)) for piece in self.pieces)
+        """Bytes of all pieces' names in JSON, with quotes."""
+        return sum(len(name) + 2 for name in self.json_names)
+
+    @cached_property
+    def runs(self) -> str:
+        """How many pieces in a row have which dtype, heads and head_dim, e.g. "60:BF16:3:64"."""
+        alike = groupby((dtype_name(piece.dtype), piece.heads, piece.head_dim) for piece in self.pieces)
+        return ",".join([f"{len(list(run))}:{dtype}:{heads}:{dim}" for (dtype, heads, dim), run in alike])
+
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of the tensor table: of names, order, dtypes and shapes."""
+        return xxhash.xxh3_128_hexdigest(self.table_json.encode())
+
+    @cached_property
+    def json_names(self) -> tuple[str, ...]:
+        """The pieces' names in JSON, without quotes."""
+        return tuple(plain_json(piece.name)[1:-1] for piece in self.pieces)
 
     @cached_property
     def table_json(self) -> str:
