@@ -49,10 +49,12 @@ def codec_command(
 ) -> None:
     """Measure the codec; see CODEC_HELP."""
     begin, machine = time.perf_counter(), Machine()
-    sizes = chunk_size or [size for size in (128, 512) if size <= tokens]
+    sizes = chunk_size or [size for size in (128, 512) if size <= tokens] or [tokens]
     with quiet_transformers():
         loaded = load_model(model, "bfloat16", "cpu")
     found = _kv(loaded, model, text or [], tokens, min(sizes), kv)
+    if (shortest := min(one.tokens for one in found)) < max(sizes):
+        raise ValueError(f"A text of {shortest} tokens has no chunk of {max(sizes)}; choose a smaller --chunk-size.")
     results = _measured(loaded, found, sizes, rounds, (lambda line: None) if as_json else _tell)
     outcome = {
         "machine": machine.as_dict(),
