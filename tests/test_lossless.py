@@ -186,6 +186,24 @@ def test_each_exponent_comes_back(codec: Codec) -> None:
     assert decoded(encoded, layout, codec) == payload
 
 
+@pytest.mark.parametrize("disturbed", ["zeros", "a zero channel", "huge tokens", "infinities and NaN"])
+def test_kv_with_unusual_numbers_in_it_shrinks(codec: Codec, disturbed: str) -> None:
+    tensor = torch.frombuffer(bytearray(kv(128, 96)), dtype=torch.bfloat16).view(128, 96)
+    match disturbed:
+        case "zeros":
+            tensor[torch.rand(128, 96, generator=torch.Generator().manual_seed(1)) < 0.3] = 0
+        case "a zero channel":
+            tensor[:, ::3] = 0
+        case "huge tokens":
+            tensor[[0, 77]] *= 2**20
+        case "infinities and NaN":
+            tensor[::9, ::9], tensor[::7, 5] = float("inf"), float("nan")
+    layout, payload = layout_of(128, 96), bytes_of(tensor)
+    encoded = encode(payload, layout, codec)
+    assert decoded(encoded, layout, codec) == payload
+    assert encoded.sizes.nbytes < 0.88 * len(payload)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn])
 def test_other_dtypes_stay_as_they_are(codec: Codec, dtype: torch.dtype) -> None:
     layout = ChunkLayout(

@@ -265,15 +265,23 @@ static int decode_piece(Decode *decode, const uint8_t *base, int64_t base_bytes,
 
 INLINE uint8_t exponent_at(const uint8_t *number) { return (uint8_t)(number[1] << 1 | number[0] >> 7); }
 
-/* Chooses each channel's window by some of the tokens: of four around their mean exponent, the one that holds most of them.
- * `room` has TABLES bytes per channel. */
+/* Chooses each channel's window by some of the tokens: of four around the mean exponent of what is not zero, the one that holds
+ * most of them. `room` has TABLES bytes per channel. */
 INLINE void choose_windows(uint8_t *restrict tops, uint16_t *restrict room, const uint8_t *in, int64_t tokens, int64_t channels) {
   uint8_t *restrict lowest_top = (uint8_t *)(room + channels), *restrict counts = lowest_top + channels;
-  const int64_t step = (tokens + SAMPLED - 1) / SAMPLED, first = step / 2, sampled = (tokens - first + step - 1) / step;
+  const int64_t step = (tokens + SAMPLED - 1) / SAMPLED, first = step / 2;
   memset(room, 0, (size_t)(TABLES * channels));
   for (int64_t t = first; t < tokens; t += step)
-    for (int64_t c = 0; c < channels; c++) room[c] = (uint16_t)(room[c] + exponent_at(in + 2 * (t * channels + c)));
-  for (int64_t c = 0; c < channels; c++) lowest_top[c] = (uint8_t)(room[c] / sampled < HIGHEST ? room[c] / sampled + 1 : HIGHEST);
+    for (int64_t c = 0; c < channels; c++) {
+      uint8_t e = exponent_at(in + 2 * (t * channels + c));
+      room[c] = (uint16_t)(room[c] + e);
+      counts[c] = (uint8_t)(counts[c] + (e != 0));
+    }
+  for (int64_t c = 0; c < channels; c++) {
+    int mean = counts[c] ? room[c] / counts[c] : 0;
+    lowest_top[c] = (uint8_t)(mean < HIGHEST ? mean + 1 : HIGHEST);
+    counts[c] = 0;
+  }
   for (int64_t t = first; t < tokens; t += step)
     for (int j = 0; j < CANDIDATES; j++) {
       uint8_t *restrict count = counts + j * channels;

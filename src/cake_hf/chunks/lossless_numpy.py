@@ -100,7 +100,8 @@ def _chosen_windows(exponents: Bytes) -> Bytes:
     """
     step = -(-len(exponents) // _SAMPLED)
     sample = exponents[step // 2 :: step].astype(np.int16)
-    lowest = np.minimum(sample.sum(0, dtype=np.int64) // len(sample) + 1, _HIGHEST)
+    means = sample.sum(0, dtype=np.int64) // np.maximum(np.count_nonzero(sample, axis=0), 1)
+    lowest = np.minimum(means + 1, _HIGHEST)
     below = [(lowest + above - sample) & 255 for above in range(_CANDIDATES)]
     counts = [np.count_nonzero(each < _WINDOW, axis=0) for each in below]
     best = np.argmax(counts, axis=0)  # the first of equal ones
