@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cake_hf.chunks import lossless_native
+from cake_hf.chunks import lossless, lossless_native
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.lossless import (
     Codec,
@@ -396,6 +396,14 @@ def test_the_library_is_used_if_it_fits(built: Path, tmp_path: Path) -> None:
     assert library(tmp_path / "missing.so") is None
     (tmp_path / "broken.so").write_bytes(b"no library")
     assert library(tmp_path / "broken.so") is None
+
+
+def test_numpy_steps_in_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
+    found = library(built)
+    monkeypatch.setattr(lossless, "library", lambda: None)
+    assert isinstance(lossless.default_codec.__wrapped__(), NumpyCodec)
+    monkeypatch.setattr(lossless, "library", lambda: found)
+    assert isinstance(lossless.default_codec.__wrapped__(), NativeCodec)
 
 
 def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
