@@ -32,8 +32,8 @@ from cake_hf.chunks.lossless import decode_into, encode
 from cake_hf.chunks.lossless_numpy import NumpyCodec
 
 UNDISTURBED = Goal(0.95, at_most=False)
-BEFORE, AT_ONCE, FORWARDS = 256, 16, 3
-"""Tokens in the cache, tokens of a forward, and forwards of a run."""
+BEFORE, AT_ONCE = 256, 16
+"""Tokens in the cache, and tokens of a forward."""
 
 Load = Callable[[], object]
 
@@ -44,11 +44,11 @@ def measure(model: Any, kv: RealKv, chunk_size: int, rounds: int, folder: Path) 
     loads: dict[str, Load] = {"busy": _busy, **_loads(kv, layout, folder)}
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, BEFORE + AT_ONCE))
     cache = prefilled(model, ids[:, :BEFORE], BEFORE)
-    run = partial(_forwards, model, cache, ids[:, BEFORE:])
+    run = partial(_forward_seconds, model, cache, ids[:, BEFORE:])
     run(None)
     arms = {"alone": partial(run, None), **{name: partial(run, load) for name, load in loads.items()}}
     seconds = {name: Sample(tuple(found)) for name, found in interleave(arms, rounds).items()}
-    figures = {"seconds": Figure.of(f"{FORWARDS} forwards of {AT_ONCE} tokens, alone", seconds["alone"])}
+    figures = {"seconds": Figure.of(f"a forward of {AT_ONCE} tokens, alone", seconds["alone"])}
     for name in loads:
         figures[name.replace(" ", "_")] = Figure.of(f"beside {name}", seconds[name])
     for name in ("encoded loads", "decoding", "decoding in numpy"):
@@ -59,8 +59,8 @@ def measure(model: Any, kv: RealKv, chunk_size: int, rounds: int, folder: Path) 
     return Result(f"{kv.name}: the main thread beside one thread that loads chunks of {chunk_size} tokens", figures)
 
 
-def _forwards(model: Any, cache: Any, ids: torch.Tensor, load: Load | None) -> float:
-    """Seconds that some forwards take while a thread repeats the load."""
+def _forward_seconds(model: Any, cache: Any, ids: torch.Tensor, load: Load | None) -> float:
+    """Seconds that a forward takes while a thread repeats the load."""
     stop, started = threading.Event(), threading.Event()
 
     def repeat() -> None:
@@ -74,10 +74,9 @@ def _forwards(model: Any, cache: Any, ids: torch.Tensor, load: Load | None) -> f
         started.wait()
     begin = time.perf_counter()
     with torch.inference_mode():
-        for _ in range(FORWARDS):
-            run_on(model, cache, ids)
-            cache.crop(-ids.shape[1])
-    seconds = time.perf_counter() - begin
+        run_on(model, cache, ids)
+        seconds = time.perf_counter() - begin
+        cache.crop(-ids.shape[1])
     stop.set()
     thread.join()
     return seconds

@@ -99,7 +99,7 @@ def _measured(model: Any, texts: Sequence[RealKv], sizes: Sequence[int], rounds:
         results[f"together_{chunk_size}"] = speed.measure_together(texts[0], chunk_size, rounds, cores)
     tell("measuring the main thread beside loads ...")
     with tempfile.TemporaryDirectory(prefix="cake-bench-") as folder:
-        results["beside"] = beside.measure(model, texts[0], min(sizes), rounds, Path(folder))
+        results["beside"] = beside.measure(model, texts[0], min(sizes), 3 * rounds, Path(folder))
     return results
 
 
