@@ -14,11 +14,16 @@ CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_ca
 
 .PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
+NATIVE := src/cake_hf/chunks/_lossless.so
 SETUP := pyproject.toml scripts/setup.sh scripts/cpu_torch.sh
 
 $(READY): requirements/locked.txt $(SETUP)
 	PYTHON=$(PYTHON) TORCH=$(TORCH) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
+
+# The library of the lossless codec. Setting up an environment builds it, too; here it is built when its source has changed.
+$(NATIVE): src/cake_hf/chunks/lossless.c scripts/build_native.py
+	$(PYTHON) scripts/build_native.py
 
 .venv-oldest/.ready: requirements/oldest.txt $(SETUP)
 	PYTHON=$(PYTHON) bash scripts/setup.sh .venv-oldest requirements/oldest.txt
@@ -40,22 +45,22 @@ $(READY): requirements/locked.txt $(SETUP)
 demo: $(DEMO)/.ready  ## ask a question about a long text, cold and warm, and see what happened
 	$(DEMO)/bin/python -m demo
 
-test: $(READY)  ## the whole test suite, in two processes of one thread each
+test: $(READY) $(NATIVE)  ## the whole test suite, in two processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
-test-core: $(READY)  ## what a version can break; `make test-core VENV=.venv-torch TORCH=2.7.1`, or with PYTHON=python3.13
+test-core: $(READY) $(NATIVE)  ## what a version can break; `make test-core VENV=.venv-torch TORCH=2.7.1`, or with PYTHON=python3.13
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) $(CORE)
 
-test-oldest: .venv-oldest/.ready  ## the whole suite with the oldest transformers that is supported
+test-oldest: .venv-oldest/.ready $(NATIVE)  ## the whole suite with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(TOGETHER)
 
-test-newest: .venv-newest  ## the whole suite with the newest release of everything, and pre-releases of transformers
+test-newest: .venv-newest $(NATIVE)  ## the whole suite with the newest release of everything, and pre-releases of transformers
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(TOGETHER)
 
-test-core-oldest: .venv-oldest/.ready  ## with the oldest transformers, the tests that a version of it can break
+test-core-oldest: .venv-oldest/.ready $(NATIVE)  ## with the oldest transformers, the tests that a version of it can break
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(TOGETHER) $(CORE)
 
-test-core-newest: .venv-newest  ## the same with the newest of everything
+test-core-newest: .venv-newest $(NATIVE)  ## the same with the newest of everything
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(TOGETHER) $(CORE)
 
 test-kvpress: .venv-kvpress/.ready  ## kvpress beside us
@@ -69,7 +74,7 @@ lint: $(READY)  ## style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the whole grid on this machine; on two cores half an hour or more
+bench: $(READY) $(NATIVE)  ## the whole grid on this machine; on two cores half an hour or more
 	$(BIN)/python -m benchmarks grid --out benchmarks/results/grid.json --plots benchmarks/plots
 
 eval: $(READY)  ## is every restored prompt exact? a quick run without the Hub
@@ -85,4 +90,4 @@ versions: $(READY)  ## docs/versions.md: every family on a row of transformers v
 	$(BIN)/python scripts/versions.py
 
 clean:
-	rm -rf $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .venv-demo .demo docs/_build build/notebooks
+	rm -rf $(NATIVE) $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .venv-demo .demo docs/_build build/notebooks

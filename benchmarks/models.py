@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.own_model import own_model, own_prompt
 from benchmarks.settings import Settings
-from cake_hf.layers.compat import plain_cache
+from cake_hf.layers.compat import named_for, plain_cache
 
 SEED = 20240
 
@@ -71,6 +71,20 @@ def plain_copy(model: Any, cache: Any) -> Any:
 def cache_of(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     """Returns a `DynamicCache` that starts with these K and V, `[1, heads, tokens, head_dim]`, one pair per layer."""
     return DynamicCache(pairs, config=model.config)
+
+
+def prefilled(model: Any, ids: torch.Tensor, chunk_size: int) -> Any:
+    """A `DynamicCache` with the KV of `[1, tokens]` ids, computed chunk by chunk."""
+    cache = plain_cache(model)
+    with torch.inference_mode():
+        for piece in ids.split(chunk_size, dim=1):
+            run_on(model, cache, piece)
+    return cache
+
+
+def run_on(model: Any, cache: Any, ids: torch.Tensor) -> None:
+    """Run the model on `[1, tokens]` ids behind what the cache holds."""
+    model(ids, **named_for(model, cache), logits_to_keep=1)
 
 
 def transformers_version() -> str:

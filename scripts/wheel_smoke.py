@@ -12,6 +12,7 @@ import sys
 from importlib.metadata import entry_points, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 CHUNK = 32
 
@@ -30,10 +31,28 @@ def main(checkout: Path) -> None:
         assert find_spec(extra) is None, (
             f"{extra} is here, so this environment does not show that the package needs none"
         )
+    use_the_codec()
     restore_a_prompt(Path("store"))
     ask_for_a_store_without_its_library()
     use_the_command(home / "assets" / "recall-tiny", Path("command-store"))
     print(f"cake-hf {cake_hf.__version__}: the wheel works in an environment of its own.")
+
+
+def use_the_codec() -> None:
+    """In C where this machine has a compiler, as the wheel was built here."""
+    import torch
+
+    from cake_hf.chunks.layout import ChunkLayout, Piece
+    from cake_hf.chunks.lossless import decode_into, encode, is_native
+
+    compiler = any(which(name) for name in ("cc", "gcc", "clang"))
+    assert is_native() == compiler, "the wheel has no library of the codec" if compiler else "a library from nowhere"
+    layout = ChunkLayout(64, (Piece("layers.0.keys", 2, 16, torch.bfloat16),))
+    payload = torch.randn(64 * 32).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    encoded, part = encode(payload, layout), memoryview(bytearray(len(payload)))
+    decode_into(encoded.bases, encoded.refinements, encoded.sizes, layout, [part])
+    assert encoded.sizes.nbytes < len(payload)
+    assert part == payload
 
 
 def restore_a_prompt(store: Path) -> None:

@@ -45,7 +45,7 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 Buffer = bytes | bytearray | memoryview
 
-_FORMS = {
+FORMS = {
     "key": r"[0-9a-f]{40}",
     "parent": r"[0-9a-f]{40}",
     "index": r"0|[1-9][0-9]{0,17}",
@@ -55,7 +55,7 @@ _FORMS = {
 }
 """The forms of the metadata values, in writing order. A namespace is a digest, like a key. An index fits 64 bits."""
 
-_PATTERNS = {name: re.compile(form) for name, form in _FORMS.items()}
+_PATTERNS = {name: re.compile(form) for name, form in FORMS.items()}
 
 _UNESCAPED = rf"[ !#-\[\]-~]{{0,{MAX_MODEL_NAME}}}"
 """A name whose characters JSON does not escape."""
@@ -67,7 +67,7 @@ _USUAL = re.compile(
         for name, form in {
             "format": "cake_hf",
             "version": FORMAT_VERSION,
-            **_FORMS,
+            **FORMS,
             "model": _UNESCAPED,
             "header": rf"[0-9a-f]{{{CHECKSUM_DIGITS}}}",
         }.items()
@@ -168,16 +168,25 @@ def parse_header(raw: Buffer) -> tuple[ChunkMetadata, TensorTable]:
     Raises:
         CorruptChunk: not a header of this format and version, or not as it was written.
     """
+    written = header_bytes(raw)
+    try:
+        return _recognised(written) or _parsed(written)
+    except _UNREADABLE as error:
+        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+
+
+def header_bytes(raw: Buffer) -> bytes:
+    """Returns the JSON of the header at the start of a file, with its padding.
+
+    Raises:
+        CorruptChunk: the file does not begin with a header of plausible length.
+    """
     if len(raw) < 8:
         raise CorruptChunk("The chunk is shorter than a header.")
     (length,) = struct.unpack("<Q", bytes(raw[:8]))
     if length > MAX_HEADER_BYTES or length > len(raw) - 8:
         raise CorruptChunk(f"The chunk's header claims {length} bytes.")
-    written = bytes(raw[8 : 8 + length])
-    try:
-        return _recognised(written) or _parsed(written)
-    except _UNREADABLE as error:
-        raise CorruptChunk(f"The chunk's header cannot be read ({type(error).__name__}).") from error
+    return bytes(raw[8 : 8 + length])
 
 
 def check_header(raw: Buffer, key: str, layout: ChunkLayout) -> ChunkMetadata:

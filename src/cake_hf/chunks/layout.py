@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
+import xxhash
 
 from cake_hf.util.lazy import cached_property
 
@@ -33,6 +34,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
         raise ValueError(f"KV of dtype {dtype} cannot be stored; known are {', '.join(map(str, _NAMES))}.")
     return _NAMES[dtype]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Returns the dtype that has this name in safetensors.
+
+    Raises:
+        ValueError: KV is never kept in that dtype.
+    """
+    item_bytes(name)
+    return next(dtype for dtype, known in _NAMES.items() if known == name)
 
 
 def item_bytes(name: object) -> int:
@@ -105,6 +116,11 @@ class ChunkLayout:
         return tuple(piece.token_bytes * self.chunk_size for piece in self.pieces)
 
     @cached_property
+    def channels(self) -> tuple[int, ...]:
+        """Numbers per token of each bfloat16 piece; 0 for pieces of other dtypes, which are never encoded."""
+        return tuple(piece.heads * piece.head_dim if piece.dtype is torch.bfloat16 else 0 for piece in self.pieces)
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole payload."""
         return sum(self.sizes)
@@ -149,6 +165,27 @@ class ChunkLayout:
             assert math.prod(shape) * piece.dtype.itemsize == size
             offset += size
         return table
+
+    @cached_property
+    def name_bytes(self) -> int:
+        """Bytes of all pieces' names in JSON, with quotes."""
+        return sum(len(name) + 2 for name in self.json_names)
+
+    @cached_property
+    def runs(self) -> str:
+        """How many pieces in a row have which dtype, heads and head_dim, e.g. "60:BF16:3:64"."""
+        alike = groupby((dtype_name(piece.dtype), piece.heads, piece.head_dim) for piece in self.pieces)
+        return ",".join([f"{len(list(run))}:{dtype}:{heads}:{dim}" for (dtype, heads, dim), run in alike])
+
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of the tensor table: of names, order, dtypes and shapes."""
+        return xxhash.xxh3_128_hexdigest(self.table_json.encode())
+
+    @cached_property
+    def json_names(self) -> tuple[str, ...]:
+        """The pieces' names in JSON, without quotes."""
+        return tuple(plain_json(piece.name)[1:-1] for piece in self.pieces)
 
     @cached_property
     def table_json(self) -> str:

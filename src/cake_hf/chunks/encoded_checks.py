@@ -1,0 +1,81 @@
+"""Checks of encoded chunks: of their bytes before they are decoded, and of whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from cake_hf.chunks.codec import Buffer, ChunkMetadata, checksum
+from cake_hf.chunks.encoded_header import SHORT_DIGITS, EncodedMetadata, encoded_header_size, parse_encoded_header
+from cake_hf.chunks.lossless import Encoded, decode_into
+from cake_hf.errors import CorruptChunk
+
+
+def describe(facts: ChunkMetadata, encoded: Encoded) -> EncodedMetadata:
+    """Returns the metadata of an encoded chunk.
+
+    Args:
+        facts: with the checksums of the chunk's pieces as they are.
+        encoded: the chunk.
+    """
+    bases = _short_checksums(encoded.bases, encoded.sizes.bases)
+    return EncodedMetadata(
+        facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements)
+    )
+
+
+def check_encoded(
+    bases: Buffer, refinements: Buffer, metadata: EncodedMetadata, first: int = 0, count: int = 2**31
+) -> None:
+    """Refuses encoded bytes that are not as they were written: to be called before they are decoded.
+
+    Args:
+        bases: of `count` consecutive pieces, back to back.
+        refinements: likewise; empty if the bases alone are decoded.
+        metadata: of the chunk.
+        first: number of the first of these pieces in the chunk.
+        count: of pieces; all that follow by default.
+
+    Raises:
+        CorruptChunk: they do not match their checksums.
+    """
+    sizes, wanted = metadata.sizes, slice(first, first + count)
+    digits = slice(first * SHORT_DIGITS, (first + count) * SHORT_DIGITS)
+    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[digits]
+    if good and len(refinements):
+        good = _short_checksums(refinements, sizes.refinements[wanted]) == metadata.refinement_checksums[digits]
+    if not good:
+        raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
+
+
+def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedMetadata:
+    """Verifies a whole encoded file without a model at hand. Returns its metadata.
+
+    Args:
+        raw: the file.
+        key: by which it is stored.
+        deep: whether the pieces are decoded and compared with their checksums, too.
+
+    Raises:
+        CorruptChunk: the header, the payload's length or a checksum is wrong, or the key differs.
+    """
+    metadata, layout = parse_encoded_header(raw)
+    view, sizes = memoryview(raw), metadata.sizes
+    payload = view[encoded_header_size(layout) :]
+    if metadata.facts.key != key:
+        raise CorruptChunk(f"The file named {key} says that it is {metadata.facts.key[:40]!r}.")
+    if len(payload) != sizes.nbytes:
+        raise CorruptChunk(f"Chunk {key} has {len(payload)} payload bytes, its header says {sizes.nbytes}.")
+    bases, refinements = payload[: sizes.base_bytes], payload[sizes.base_bytes :]
+    check_encoded(bases, refinements, metadata)
+    if deep:
+        parts = [memoryview(bytearray(size)) for size in layout.sizes]
+        decode_into(bases, refinements, sizes, layout, parts)
+        if tuple(map(checksum, parts)) != metadata.facts.checksums:
+            raise CorruptChunk(f"Chunk {key} decodes to other KV than was encoded.")
+    return metadata
+
+
+def _short_checksums(data: Buffer, sizes: Sequence[int]) -> str:
+    view, ends = memoryview(data), accumulate(sizes)
+    return "".join([checksum(view[end - size : end])[:SHORT_DIGITS] for end, size in zip(ends, sizes, strict=True)])
