@@ -1,7 +1,7 @@
 """The two-ended ledger: which chunks are computed, which are loaded, and where both sides meet.
 
-The main thread walks up from chunk 0, and loader threads claim chunks from the back. Both sides share this one locked object
-and nothing else.
+The main thread walks up from chunk 0, and loader threads claim chunks from the back. What each side may do is
+decided by this one locked object.
 
     chunk      0      1      2      3      4      5      6      7
             computed   |   computing       loading   loaded ...
