@@ -160,9 +160,9 @@ def test_a_caches_limits_bound_what_its_tiers_hold_and_how_long_closing_takes() 
         with open_store(["memory:1MB", "memory:2MB"], limits) as tiers:
             expected = limits or Limits()
             assert isinstance(tiers, TierStore)
-            assert tiers._behind.has_room(expected.tier_queue_bytes)
-            assert not tiers._behind.has_room(expected.tier_queue_bytes + 1)
-            assert tiers._behind._exit_seconds == expected.exit_flush_seconds
+            assert tiers._queue.has_room(expected.tier_queue_bytes)
+            assert not tiers._queue.has_room(expected.tier_queue_bytes + 1)
+            assert tiers._queue._exit_seconds == expected.exit_flush_seconds
 
 
 UNUSABLE = [

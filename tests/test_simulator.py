@@ -138,7 +138,9 @@ def test_a_restore_by_hand() -> None:
     assert (first.seconds, first.computed, first.left) == (3, 1, 1)
     assert [(s.chunk, s.start, s.end) for s in first.spans if s.actor == "compute"] == [(0, 0, 2), (1, 2, 3)]
     assert simulate(where, "cake").seconds == 4
-    assert simulate(replace(where, costs_known=False, layers=1), "both").seconds == 4
+    whole = replace(where, costs_known=False, layers=1, most_staged=4)  # a forward that cannot be preempted
+    assert simulate(whole, "both").seconds == 4
+    assert simulate(replace(whole, most_staged=1), "both").seconds == 3  # no room: in place, so it is waited for
 
 
 def test_a_forward_is_left_only_between_layers() -> None:
