@@ -162,7 +162,7 @@ def test_a_caches_limits_bound_what_its_tiers_hold_and_how_long_closing_takes() 
             assert isinstance(tiers, TierStore)
             assert tiers._queue.has_room(expected.tier_queue_bytes)
             assert not tiers._queue.has_room(expected.tier_queue_bytes + 1)
-            assert tiers._queue._exit_seconds == expected.exit_flush_seconds
+            assert tiers._queue.exit_seconds == expected.exit_flush_seconds
 
 
 UNUSABLE = [
