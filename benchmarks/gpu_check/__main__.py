@@ -59,12 +59,15 @@ def say(text: str) -> None:
 
 
 def end_when_told() -> None:
-    """Whoever is told to end first ends the stage's process, and removes what it has made."""
+    """Makes a signal end the stage's process first, and remove what was made.
+
+    Also SIGINT, which a shell has its background jobs ignore.
+    """
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, end)
 
 
