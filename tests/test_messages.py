@@ -52,7 +52,7 @@ def test_every_warning_is_explained() -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    speak = ("cache/", "stores/mismatch", "model/ranks")
+    speak = ("cache/", "serving/", "stores/mismatch", "model/ranks")
     files = {name: module for name, module in messages.sources().items() if name.startswith(speak)}
     found = [text for module in files.values() for text in messages.reasons(module)]
     assert len(found) > 20

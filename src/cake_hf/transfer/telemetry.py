@@ -4,6 +4,8 @@
     cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
+    cake_hf.requests          counter, {request} by cake_hf.outcome: restored, plain; of continuous batching
+    cake_hf.steps             counter, {step}    by cake_hf.kind: alone, yielded; of continuous batching
 
 If `opentelemetry-api` is not installed, nothing happens; if it is installed but no SDK is set up, its instruments do nothing.
 No error in this module ever affects a prompt.
@@ -54,7 +56,7 @@ class Meter(Protocol):
 
 
 class Instruments:
-    """The four instruments, made by a meter."""
+    """The instruments, made by a meter."""
 
     def __init__(self, meter: Meter) -> None:
         self._chunks = meter.create_counter("cake_hf.chunks", "{chunk}", "Chunks of prompts, by what became of them.")
@@ -71,6 +73,17 @@ class Instruments:
             "Asking a store which of a prompt's chunks it has.",
             explicit_bucket_boundaries_advisory=SECONDS,
         )
+
+        self._requests = meter.create_counter("cake_hf.requests", "{request}", "Requests of continuous batching.")
+        self._steps = meter.create_counter("cake_hf.steps", "{step}", "Steps that restores took, or left to others.")
+
+    def request(self, restored: bool) -> None:
+        """See `observe_request`."""
+        self._requests.add(1, {"cake_hf.outcome": "restored" if restored else "plain"})
+
+    def step(self, kind: str) -> None:
+        """See `observe_step`."""
+        self._steps.add(1, {"cake_hf.kind": kind})
 
     def prompt(self, report: Report) -> None:
         """See `observe`."""
@@ -143,6 +156,20 @@ _watch = _Watch()
 def observe(report: Report) -> None:
     """Counts a finished prompt. Its saved chunks are counted later, by `observe_save`."""
     _watch.tell(lambda instruments: instruments.prompt(report))
+
+
+def observe_request(report: Report) -> None:
+    """Counts a request of continuous batching whose prompt is done: was anything of it loaded, or computed in chunks?"""
+    _watch.tell(lambda instruments: instruments.request(bool(report.restored)))
+
+
+def observe_step(kind: str) -> None:
+    """Counts a step of continuous batching.
+
+    Args:
+        kind: "alone" if one restore had it alone, "yielded" if a restore left it to other requests.
+    """
+    _watch.tell(lambda instruments: instruments.step(kind))
 
 
 def observe_lookup(seconds: float) -> None:

@@ -1,0 +1,80 @@
+"""One request that is being restored, as its manager, its loaders and the engine's steps see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from cake_hf.chunks.codec import ChunkMetadata
+from cake_hf.report import Report, Span
+from cake_hf.scheduling.frontier import Outcome
+from cake_hf.serving.ledger import Ledger
+
+if TYPE_CHECKING:
+    from cake_hf.serving.seams import RequestState
+
+
+class Phase(Enum):
+    """How far a restore is."""
+
+    LOOKING = auto()  # the store is being asked
+    WAITING = auto()  # for memory, or for another request that makes the same chunks
+    RESTORING = auto()
+    OVER = auto()  # all chunks are there, or it was abandoned: the engine goes on as with any request
+
+
+@dataclass(eq=False)
+class Restore:
+    """The restore of one request's prompt.
+
+    Attributes:
+        request_id, tokens: of the request.
+        chunks: number of chunks to restore; at least one token is left to run.
+        started: when the request came.
+        report: counts what happens to it.
+        phase: how far it is.
+        namespace, keys: of its chunks; empty until they have been looked up.
+        stored: which of them the store has.
+        saves: whether computed chunks are saved.
+        ledger: who makes which chunk.
+        state: the engine's, once the restore has been admitted.
+        ready_since: since when its front could have gone on; None while it cannot.
+        outcomes: how loads ended that brought nothing, by chunk.
+        steps: index and seconds of the chunks that were computed.
+        arrivals: when loading began, and when each load arrived.
+        first_token: whether the first token of its answer has come.
+    """
+
+    request_id: str
+    tokens: list[int]
+    chunks: int
+    started: float
+    report: Report
+    phase: Phase = Phase.LOOKING
+    namespace: str = ""
+    keys: list[str] = field(default_factory=list)
+    stored: Sequence[bool] = ()
+    saves: bool = False
+    ledger: Ledger | None = None
+    state: RequestState | None = None
+    ready_since: float | None = None
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    first_token: bool = False
+
+    def metadata(self, index: int, model: str) -> ChunkMetadata:
+        """Returns the metadata of a chunk, without its checksums."""
+        parent = self.keys[index - 1] if index else self.namespace
+        return ChunkMetadata(self.keys[index], parent, index, self.namespace, model)
+
+    def record(self, actor: str, chunk: int, begin: float, end: float, outcome: str) -> None:
+        """Adds a chunk's work to the report's timeline."""
+        self.report.timeline.append(Span(actor, chunk, begin - self.started, end - self.started, outcome))
+
+    def shared_with(self, other: Restore) -> int:
+        """Returns how many chunks from the start the two prompts have in common."""
+        pairs = zip(self.keys, other.keys, strict=False)
+        return next((n for n, (mine, its) in enumerate(pairs) if mine != its), min(len(self.keys), len(other.keys)))
