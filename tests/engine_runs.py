@@ -191,6 +191,19 @@ def generated_kv(dtype: str = "float32", chunks: int = CHUNKS) -> list[torch.Ten
     return [one[0, :, : chunks * CHUNK].transpose(0, 1).contiguous().view(torch.uint8).reshape(-1) for one in pieces]
 
 
+def whole(steps: Stepper) -> bool:
+    """Whether all memory is free, but for what is kept to be found again."""
+    return bool(steps.engine.account()["tables"] == 0)
+
+
+def is_restored(steps: Stepper, name: str = "document") -> bool:
+    """Whether all chunks of a request's prompt are there, and it has blocks."""
+    report = steps.manager.report(name)
+    assert report is not None
+    state = steps.engine.active().get(name)
+    return report.restored == CHUNKS and state is not None and state.position_offset >= CHUNKS * CHUNK
+
+
 def alike(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
     """Whether two lists of bytes are equal."""
     return len(one) == len(other) and all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))

@@ -13,10 +13,10 @@ from engine_runs import (
     COMPANY,
     DOCUMENT,
     SHORT,
-    Stepper,
     alike,
     engine_config,
     generated_kv,
+    is_restored,
     needs_engine,
     plain_company,
     served,
@@ -50,14 +50,6 @@ def test_kv_in_the_blocks_is_generate_s(dtype: str, page: int, missing: Any) -> 
         steps.run()
         if dtype == "float32":
             assert steps.tokens("document") == plain_company()[1]
-
-
-def is_restored(steps: Stepper, name: str = "document") -> bool:
-    """Whether all chunks of a request's prompt are there, and it has blocks."""
-    report = steps.manager.report(name)
-    assert report is not None
-    state = steps.engine.active().get(name)
-    return report.restored == CHUNKS and state is not None and state.position_offset >= CHUNKS * CHUNK
 
 
 def test_what_a_mixed_step_computes_differs_and_is_not_saved() -> None:

@@ -114,29 +114,36 @@ class Loaders:
         return any(_ledger(restore).next_load() is not None for restore in self._restores)
 
     def _run(self) -> None:
+        try:
+            if not self._load_all():
+                return  # a read was abandoned, and another thread has taken this one's place
+        except Exception as error:
+            self.faults.tell(
+                type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", repr(error)
+            )
+            self._close_all()
+        with self._lock:
+            self._threads -= 1
+        self._start()  # something may have come since
+
+    def _load_all(self) -> bool:
+        """Loads until there is nothing to claim, or nothing can be loaded; False if this thread's read was abandoned."""
         header = byte_view(empty_aligned([header_size(self._layout)], torch.uint8))
         sharing, limits = self._bound.sharing, self._bound.limits
         while True:
             slot = sharing.begin_read(limits.loader_threads, lambda: not self._has_claims(), limits.read_timeout)
             if slot is None:
                 break
-            mine = True
             try:
                 claimed = self._claim()
-                if claimed is not None:
-                    mine = self._bring(*claimed, header, slot)
+                if claimed is not None and not self._bring(*claimed, header, slot):
+                    return False
             finally:
                 slot.release()
-            if not mine:
-                return  # the read was abandoned, and another thread has taken this one's place
-        if sharing.hanging() >= limits.loader_threads and self._has_claims():
-            self.faults.tell(
-                "hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", sharing.hanging()
-            )
+        if (hanging := sharing.hanging()) >= limits.loader_threads and self._has_claims():
+            self.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
             self._close_all()
-        with self._lock:
-            self._threads -= 1
-        self._start()  # something may have come since
+        return True
 
     def _claim(self) -> tuple[Restore, Load] | None:
         while True:

@@ -22,6 +22,7 @@ from cake_hf.serving.restore import Phase, Restore
 from cake_hf.serving.saving import Saver
 from cake_hf.serving.seams import Engine, RequestState, Step
 from cake_hf.serving.watcher import Watcher
+from cake_hf.transfer.telemetry import observe_step
 
 CHANGED = "the model was paused for, and may have been changed, while the prompt was being restored"
 
@@ -153,6 +154,8 @@ class Restorer(Watcher):
         restore.report.chunks_computed += 1
         restore.record("compute", index, now - seconds, now, "computed")
         restore.steps.append((index, seconds))
+        if self._session.exact:
+            observe_step("alone")
         self._beliefs.saw_chunk(index, seconds)
         self._engine.publish(state, until)
         self._saver.chunk(restore, index)

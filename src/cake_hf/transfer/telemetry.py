@@ -4,8 +4,12 @@
     cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
-    cake_hf.requests          counter, {request} by cake_hf.outcome: restored, plain; of continuous batching
-    cake_hf.steps             counter, {step}    by cake_hf.kind: alone, yielded; of continuous batching
+
+and of continuous batching
+
+    cake_hf.ttft              histogram, s       a request's arrival to the first token of its answer
+    cake_hf.requests          counter, {request} by cake_hf.outcome: restored, plain
+    cake_hf.steps             counter, {step}    by cake_hf.kind: alone, yielded
 
 If `opentelemetry-api` is not installed, nothing happens; if it is installed but no SDK is set up, its instruments do nothing.
 No error in this module ever affects a prompt.
@@ -77,9 +81,17 @@ class Instruments:
         self._requests = meter.create_counter("cake_hf.requests", "{request}", "Requests of continuous batching.")
         self._steps = meter.create_counter("cake_hf.steps", "{step}", "Steps that restores took, or left to others.")
 
-    def request(self, restored: bool) -> None:
+        self._ttft = meter.create_histogram(
+            "cake_hf.ttft",
+            "s",
+            "From a request's arrival to the first token of its answer.",
+            explicit_bucket_boundaries_advisory=SECONDS,
+        )
+
+    def request(self, restored: bool, seconds: float) -> None:
         """See `observe_request`."""
         self._requests.add(1, {"cake_hf.outcome": "restored" if restored else "plain"})
+        self._ttft.record(seconds)
 
     def step(self, kind: str) -> None:
         """See `observe_step`."""
@@ -160,7 +172,7 @@ def observe(report: Report) -> None:
 
 def observe_request(report: Report) -> None:
     """Counts a request of continuous batching whose prompt is done: was anything of it loaded, or computed in chunks?"""
-    _watch.tell(lambda instruments: instruments.request(bool(report.restored)))
+    _watch.tell(lambda instruments: instruments.request(bool(report.restored), report.prefill_seconds))
 
 
 def observe_step(kind: str) -> None:
