@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cake_hf.cache.self_check import checked_layers
+from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.errors import CakeError
 from cake_hf.limits import Limits
 from cake_hf.model.which_model import resolve_model
@@ -18,7 +19,7 @@ from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.serving.beliefs import Beliefs
-from cake_hf.serving.loads import Loaders
+from cake_hf.serving.loads import Blocks, Loaders
 from cake_hf.serving.matching import Matching
 from cake_hf.serving.probe import computes_as_generate
 from cake_hf.serving.requests import Requests
@@ -39,8 +40,6 @@ class BatchingManager(EngineManager):
     Attributes:
         store: where chunks are kept.
     """
-
-    clock = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -84,6 +83,10 @@ class BatchingManager(EngineManager):
         self._loaders: Loaders | None = None
         self._restorer: Restorer | None = None
         self._release = lend_to(model, self)
+
+    def clock(self) -> float:
+        """Returns monotonic seconds: of everything but the length of a step."""
+        return time.monotonic()
 
     @property
     def store(self) -> Store:
@@ -160,6 +163,11 @@ class BatchingManager(EngineManager):
             self._requests.desk.open()
             return None
 
+    def loaders_for(self, layout: ChunkLayout, blocks: Blocks) -> Loaders:
+        """Returns what loads for an engine."""
+        device = torch.device(self.model.device)
+        return Loaders(self._session.bound_store, layout, blocks, self._beliefs, device, self.wake, self.clock)
+
     def model_changed(self) -> None:
         """See `EngineManager`."""
         if self._restorer is not None:
@@ -180,8 +188,7 @@ class BatchingManager(EngineManager):
         saver = Saver(session, engine, layout)
         if self._loaders is not None:
             self._loaders.stop()
-        device = torch.device(self.model.device)
-        self._loaders = Loaders(session.bound_store, layout, saver.blocks, self._beliefs, device, self.wake, self.clock)
+        self._loaders = self.loaders_for(layout, saver.blocks)
         self._restorer = Restorer(
             session,
             engine,
