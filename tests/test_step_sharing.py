@@ -14,6 +14,7 @@ from cake_hf.scheduling.step_sharing import (
     AGEING,
     StallBudget,
     first_front,
+    holds_back,
     is_worth_computing,
     loads_wait,
     next_load,
@@ -87,6 +88,17 @@ def test_a_restore_that_loads_on_yields_sooner(
 ) -> None:
     if yields(f, None, remaining, queued, requests, 0.0):
         assert yields(f, load, remaining, queued, requests, 0.0)
+
+
+@given(queued=seconds, requests=st.integers(0, 30), delay=st.floats(0.0, 10.0), waited=st.floats(0.0, 100.0))
+def test_nobody_is_held_back_for_nothing_or_for_ever(queued: float, requests: int, delay: float, waited: float) -> None:
+    held = holds_back(queued, requests, delay, waited)
+    assert not held or (requests > 0 and queued <= requests * delay / 2)
+    assert not holds_back(queued, requests, delay, delay / AGEING)
+    assert not holds_back(queued, requests, 0.0, waited)
+    if held:
+        assert holds_back(queued, requests, delay, 0.0)
+        assert holds_back(queued, requests + 1, delay, waited)
 
 
 @given(st.lists(st.tuples(seconds, st.floats(0.0, 100.0)), min_size=1, max_size=8))

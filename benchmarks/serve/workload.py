@@ -129,7 +129,9 @@ class Bench:
             self.model,
             self._store if warm else store or MemoryStore(),
             interval=share * self.alone / load.chunks if warm else 0.0,
-            generation_config=GenerationConfig(max_new_tokens=load.new, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            generation_config=GenerationConfig(
+                max_new_tokens=load.new, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=load.chunk, num_blocks=load.blocks(), max_batch_tokens=load.chunk
             ),

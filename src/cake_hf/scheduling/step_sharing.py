@@ -90,6 +90,23 @@ def yields(
     return queued_seconds * share <= queued_requests * (remaining - AGEING * waited)
 
 
+def holds_back(queued_seconds: float, queued_requests: int, delay: float, waited: float) -> bool:
+    """Returns whether a prompt whose prefix is there waits before its last tokens join the steps of the others.
+
+    With attention over a mask, each token of a step is compared with all KV of all its requests: a long prompt makes the steps
+    of the others dear, while its own last tokens take next to nothing. If it joins, the k others wait longer by half of that
+    delay on average; if it does not, it waits for their w seconds. It goes last while `w <= k * delay / 2`, until it has waited
+    long.
+
+    Args:
+        queued_seconds: w, prefill of the others that is waiting.
+        queued_requests: k.
+        delay: seconds by which the others' prefill takes longer with the prompt in their steps.
+        waited: seconds since its prefix was there.
+    """
+    return queued_requests > 0 and queued_seconds <= queued_requests * (delay / 2 - AGEING * waited)
+
+
 def first_front(fronts: Sequence[tuple[float, float]]) -> int:
     """Returns which of several fronts gets the step: the one with the least R, less its age.
 

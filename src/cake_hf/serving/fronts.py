@@ -11,6 +11,7 @@ from cake_hf.scheduling.step_sharing import (
     LATE,
     StallBudget,
     first_front,
+    holds_back,
     is_worth_computing,
     remaining_seconds,
     yields,
@@ -105,6 +106,19 @@ class Fronts:
         else:
             self._stall.earn()
         return front, turn
+
+    def holds_back(self, restore: Restore, tokens: int, requests: int, now: float) -> bool:
+        """Returns whether a request whose chunks are all there stays out of the others' steps for now.
+
+        Args:
+            restore: of the request.
+            tokens: of the other requests' prompts that wait to be computed.
+            requests: their number.
+            now: monotonic seconds.
+        """
+        first, chunks = self._compute(0), tokens / self._session.chunk_size
+        dearer = max(0.0, self._compute(restore.chunks) - first)
+        return holds_back(chunks * first, requests, chunks * dearer, now - restore.ended)
 
     def _compute(self, index: int) -> float:
         seconds = self._beliefs.compute_seconds(index)

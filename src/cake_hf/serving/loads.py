@@ -87,8 +87,8 @@ class Loaders:
             self._start()
 
     def stop(self) -> None:
-        """Loads nothing any more. Reads under way are left to their threads."""
-        self._restores = ()
+        """Loads nothing any more. Reads under way are left to their threads, which keep nothing of the engine alive."""
+        self._restores, self._blocks = (), _nowhere
         with self._lock:
             reads = list(self._reads)
         for load in reads:
@@ -241,6 +241,10 @@ class Loaders:
         for restore in self._restores:
             _ledger(restore).close_loading()
         self._wake()
+
+
+def _nowhere(restore: Restore, chunk: int) -> Sequence[torch.Tensor]:
+    raise RuntimeError("the engine is gone")
 
 
 def _ledger(restore: Restore) -> Ledger:

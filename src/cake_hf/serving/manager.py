@@ -105,7 +105,7 @@ class BatchingManager(EngineManager):
 
         Raises:
             CakeError: the manager is closed.
-            ValueError: the prompt is longer than the engine's memory.
+            ValueError: the prompt is longer than the engine's memory, or a request of that id is under way.
         """
         if self._closed:
             raise CakeError("This manager is closed; make a new one with cake_hf.batching.")
@@ -116,6 +116,8 @@ class BatchingManager(EngineManager):
                 "ContinuousBatchingConfig, or shorten the prompt."
             )
         request_id = self.next_id() if request_id is None else request_id
+        if self.is_under_way(request_id):  # the engine would mix their KV
+            raise ValueError(f"A request {request_id!r} is under way; give each one an id of its own.")
         self._requests.open(request_id, input_ids, self.num_return_sequences - 1)
         try:
             added: str | None = super().add_request(input_ids, request_id, *args, **kwargs)
@@ -148,8 +150,7 @@ class BatchingManager(EngineManager):
         self._release()
         if self.is_running():
             self.stop(block=True)
-        if self._loaders is not None:
-            self._loaders.stop()
+        self.engine_gone()
         self._requests.desk.wait(self._session.limits.exit_flush_seconds)
         self._session.close()
 
@@ -167,6 +168,12 @@ class BatchingManager(EngineManager):
         """Returns what loads for an engine."""
         device = torch.device(self.model.device)
         return Loaders(self._session.bound_store, layout, blocks, self._beliefs, device, self.wake, self.clock)
+
+    def engine_gone(self) -> None:
+        """See `EngineManager`."""
+        if self._loaders is not None:
+            self._loaders.stop()
+        self._loaders = self._restorer = None
 
     def model_changed(self) -> None:
         """See `EngineManager`."""
@@ -186,8 +193,7 @@ class BatchingManager(EngineManager):
         if session.exact:
             self._matching.apart = {} if computes_as_generate(model, engine, layout) else engine.facts()
         saver = Saver(session, engine, layout)
-        if self._loaders is not None:
-            self._loaders.stop()
+        self.engine_gone()
         self._loaders = self.loaders_for(layout, saver.blocks)
         self._restorer = Restorer(
             session,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.keys import chunk_keys, namespace_digest
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
@@ -74,7 +75,7 @@ class Matching:
             restore.saves = session.bound_store.saves
             report, missing = restore.report, restore.chunks - sum(restore.stored)
             report.store, report.chunks_missed = session.bound_store.name, report.chunks_missed + missing
-            report.bytes_stored += sum(restore.stored) * size
+            report.bytes_stored += sum(restore.stored) * stored_bytes(session.layout())
             report.reason = absence or (NONE_YET if missing == restore.chunks else "")
         if session.exact and any(stored):
             session.bound_model.vouched_for = plain

@@ -36,7 +36,9 @@ class Requests:
         self._reports: dict[str, Report] = {}
         self.desk = Desk(look_up, give_up)
 
-    def open(self, request_id: str, tokens: Sequence[int], children: int = 0, *, again: bool = False) -> Restore:
+    def open(
+        self, request_id: str, tokens: Sequence[int], children: int = 0, *, again: bool = False, kept: bool = False
+    ) -> Restore:
         """Begins a request: has its chunks looked up, if it has any. Never waits.
 
         Args:
@@ -45,6 +47,7 @@ class Requests:
             children: requests that are forked from it before its last token.
             again: it is a request of the engine's own making, such as one that starts again since memory ran out; its report
                 goes on.
+            kept: the engine has kept its KV elsewhere, and brings it back by itself.
         """
         size = self._session.chunk_size
         report = self._reports.get(request_id) if again else None
@@ -54,21 +57,30 @@ class Requests:
         restore = Restore(request_id, list(tokens), chunks, self._clock(), report)
         restore.first_token = report.prefill_seconds > 0
         with self._lock:
+            if len(self._known) >= MOST_REPORTS:  # the engine refused some before they came to its scheduler
+                lost = next((name for name, one in self._known.items() if one.state is None), None)
+                self._known.pop(lost or "", None)
             self._known[request_id] = restore
             self._reports.pop(request_id, None)
             self._reports[request_id] = report
             while len(self._reports) > MOST_REPORTS:
                 del self._reports[next(iter(self._reports))]
-        if chunks:
+        if chunks and not kept:
             self.desk.ask(restore)
-        else:
-            restore.phase = Phase.OVER
+            return restore
+        restore.phase = Phase.OVER
+        if not chunks:
             report.reason = f"the prompt has {len(tokens)} tokens, not more than one chunk of {size}"
         return restore
 
     def known(self, request_id: str) -> Restore | None:
         """Returns a request that has not ended; None if there is none of that id."""
         return self._known.get(request_id)
+
+    def under_way(self) -> list[Restore]:
+        """Returns the requests that have not ended."""
+        with self._lock:
+            return list(self._known.values())
 
     def drop(self, request_id: str) -> Restore | None:
         """Forgets a request, but not its report."""
@@ -101,6 +113,10 @@ class Requests:
         for index, seconds in restore.steps:
             pace.saw_forward(index, seconds)
         memory.learn(pace, restore.report.timeline, layout.nbytes)
+        compute = memory.costs(layout.nbytes).compute
+        if compute is not None and restore.ended and (restore.report.chunks_loaded or restore.report.chunks_shared):
+            computed = sum(compute.seconds(index) for index in range(restore.chunks))
+            restore.report.seconds_saved = computed - (restore.ended - restore.began)
 
 
 def give_up(restore: Restore, reason: str = "the system provides no thread to look the prompt up") -> None:

@@ -22,6 +22,7 @@ class Phase(Enum):
     LOOKING = auto()  # the store is being asked
     WAITING = auto()  # for memory, or for another request that makes the same chunks
     RESTORING = auto()
+    HELD = auto()  # all chunks are there; what follows does not join the others' steps yet
     OVER = auto()  # all chunks are there, or it was abandoned: the engine goes on as with any request
 
 
@@ -40,7 +41,8 @@ class Restore:
         saves: whether computed chunks are saved.
         ledger: who makes which chunk.
         state: the engine's, once the restore has been admitted.
-        ready_since: since when its front could have gone on; None while it cannot.
+        ready_since: since when its front could go on, or has gone on; None while it waits for loads.
+        began, ended: when it was admitted, and when all chunks were there; 0 for not yet.
         outcomes: how loads ended that brought nothing, by chunk.
         steps: index and seconds of the chunks that were computed.
         arrivals: when loading began, and when each load arrived.
@@ -60,6 +62,8 @@ class Restore:
     ledger: Ledger | None = None
     state: RequestState | None = None
     ready_since: float | None = None
+    began: float = 0.0
+    ended: float = 0.0
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     steps: list[tuple[int, float]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)

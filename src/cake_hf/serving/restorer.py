@@ -66,7 +66,8 @@ class Restorer(Watcher):
         self._fronts = Fronts(session, beliefs, stall)
         self._restoring: list[Restore] = []
         self._computing: dict[str, int] = {}
-        self._stale = False
+        self._held: list[Restore] = []
+        self._stale: float | None = None
 
     # What the engine calls.
 
@@ -74,27 +75,28 @@ class Restorer(Watcher):
         """See `Hooks`."""
         try:
             self._look_for_first_tokens()
-            if self._stale:
-                self._start_anew()
+            if self._stale is not None:
+                self._start_anew(self._stale)
             return self._plan()
         except Exception as error:
             self._tell(error)
-            for restore in list(self._restoring):
-                self._abandon(restore, _broken(error))
+            for restore in self._requests.under_way():
+                if restore.phase not in (Phase.LOOKING, Phase.OVER):
+                    self._abandon(restore, _broken(error))
             return Step(hidden=self._hidden())
 
     def reset(self) -> None:
         """See `Hooks`."""
-        for restore in list(self._restoring):
-            self._abandon(restore, "the engine was started anew")
         super().reset()
-        self._engine.forget_canonical()
+        self._engine.canonical.clear()
+        for restore in list(self._restoring):
+            self._guarded(restore, partial(self._abandon, reason="the engine was started anew"))
 
     # Other threads.
 
     def model_changed(self) -> None:
-        """The model may have been changed: what is being restored is not taken further."""
-        self._stale = True
+        """The model may have been changed: what is being restored is not taken further, and no KV of before is found."""
+        self._stale = self._clock()
 
     # One step.
 
@@ -104,21 +106,35 @@ class Restorer(Watcher):
         self._admit_all()
         fronts = [front for restore in list(self._restoring) if (front := self._guarded(restore, self._advance))]
         hidden = self._hidden()
-        step, chosen = Step(hidden=hidden), None
+        tokens, requests, decoding = self._engine.queue(hidden)
+        for restore in list(self._held):
+            if not self._fronts.holds_back(restore, tokens, requests, self._clock()):
+                self._let_go(restore, hidden)
+        step = Step(hidden=hidden, let_go=self._let_go_all if self._held else None)
         if fronts:
-            chosen, turn = self._fronts.choose(fronts, *self._engine.queue(hidden))
+            chosen, turn = self._fronts.choose(fronts, tokens, requests, decoding)
             if not self._session.exact:
                 self._run_beside(chosen, step)
             elif turn:
                 step.alone = self._run_alone(chosen)
             else:
-                step.fallback = partial(self._run_alone, chosen)
+                step.fallback = partial(self._guarded, chosen.restore, lambda _: self._run_alone(chosen))
         return step
 
     def _hidden(self) -> set[str]:
         names = [*self._engine.active(), *(state.request_id for state in self._engine.waiting())]
         known = ((name, self._requests.known(name)) for name in names)
         return {name for name, restore in known if restore is not None and restore.phase is not Phase.OVER}
+
+    def _let_go(self, restore: Restore, hidden: set[str]) -> None:
+        self._held.remove(restore)
+        restore.phase = Phase.OVER
+        hidden.discard(restore.request_id)
+
+    def _let_go_all(self, step: Step) -> None:
+        """The others have nothing to run, so nobody is held back."""
+        for restore in list(self._held):
+            self._let_go(restore, step.hidden)
 
     def _run_alone(self, front: Front) -> tuple[RequestState, int] | None:
         state = self._begin(front)
@@ -136,7 +152,6 @@ class Restorer(Watcher):
             if not ledger.begin():
                 return None
             self._computing[restore.request_id] = (ledger.front + 1) * self._size
-        restore.ready_since = None
         return restore.state
 
     def _note_computed(self, restore: Restore) -> None:
@@ -169,7 +184,11 @@ class Restorer(Watcher):
             self._engine.go_on_from(state, ledger.front * self._size)
             self._engine.publish(state, state.position_offset)
         if at is None:
+            restore.ended = now
             self._finish(restore)
+            if self._engine.masks:
+                restore.phase = Phase.HELD
+                self._held.append(restore)
             return None
         if at is not Chunk.COMPUTING and not self._fronts.may_compute(restore, at, now):
             restore.ready_since = None
@@ -222,7 +241,8 @@ class Restorer(Watcher):
         restore.ledger = Ledger([has and loads for has in restore.stored], self._clock)
         restore.ledger.skip(there)
         restore.report.chunks_shared += there
-        restore.arrivals.append(self._clock())
+        restore.began = self._clock()
+        restore.arrivals.append(restore.began)
         restore.phase = Phase.RESTORING
         self._restoring.append(restore)
         self._loaders.serve(self._restoring)
@@ -234,6 +254,8 @@ class Restorer(Watcher):
             restore.ledger.end()
         restore.phase = Phase.OVER
         self._computing.pop(restore.request_id, None)
+        if restore in self._held:
+            self._held.remove(restore)
         if restore in self._restoring:
             self._restoring.remove(restore)
             self._loaders.serve(self._restoring)
@@ -242,11 +264,12 @@ class Restorer(Watcher):
         restore.report.reason = reason
         self._finish(restore)
 
-    def _start_anew(self) -> None:
-        self._stale = False
-        self._engine.forget_canonical()
-        for restore in list(self._restoring):
-            self._abandon(restore, CHANGED)
+    def _start_anew(self, changed: float) -> None:
+        self._stale = None
+        self._engine.forget_content()
+        for restore in self._requests.under_way():
+            if restore.phase is not Phase.OVER and restore.started <= changed:
+                self._abandon(restore, CHANGED)
 
     # Faults.
 

@@ -45,12 +45,14 @@ class Step:
         hidden: requests that are left out, by id.
         alone: a request that runs alone, with this many tokens; None for a step of the others.
         fallback: returns what runs alone if the others have nothing to run after all; None for nothing.
+        let_go: called if the others have nothing to run after all; it takes requests out of `hidden`. None for nothing.
         last: requests that get what the others leave of the step, up to this many tokens each, by id.
     """
 
     hidden: set[str] = field(default_factory=set)
     alone: tuple[RequestState, int] | None = None
     fallback: Callable[[], tuple[RequestState, int] | None] | None = None
+    let_go: Callable[[Step], None] | None = None
     last: dict[str, int] = field(default_factory=dict)
 
 
@@ -171,6 +173,11 @@ class Engine:
     def ranks(self) -> int:
         """Number of processes that compute the model together."""
         return int(self._processor.distributed_helper.tp_size)
+
+    @property
+    def masks(self) -> bool:
+        """Whether attention is over a mask: each token of a step is compared with the KV of all its requests."""
+        return self._processor.inputs_and_outputs.attention_mask is not None
 
     @property
     def shares(self) -> bool:
@@ -298,9 +305,11 @@ class Engine:
             ledger.cached_blocks.pop(block)
             self._cache.pool.free_blocks(self._allocator.index, [block])
 
-    def forget_canonical(self) -> None:
-        """From now on nothing in memory is known to be canonical: the model may have changed."""
+    def forget_content(self) -> None:
+        """No request finds any KV that is in memory now: the model may have changed."""
         self.canonical.clear()
+        for block in list(self._allocator.ledger.block_to_hash):
+            self._hide(block)
 
     def parts(self, request_id: str, start: int, tokens: int, pieces: int) -> list[torch.Tensor]:
         """Returns views of the memory of a request's tokens: per block `[pieces, bytes]` uint8.
@@ -380,6 +389,11 @@ class _Restoring:
         instead = step.fallback() if step.fallback is not None else None
         if instead is not None:
             return self._alone(*instead, cache_budget)
+        if step.let_go is not None:
+            step.let_go(step)
+            planned = super().schedule_batch(token_budget, cache_budget)  # type: ignore[misc]
+            if planned[0] or self.starved_requests:  # type: ignore[attr-defined]
+                return planned
         if planned[0] is None and not step.hidden.isdisjoint(self.active_requests):  # type: ignore[attr-defined]
             return [], planned[1], 0, 0  # a restore has the memory, and goes on; nothing need be offloaded
         return planned
@@ -467,6 +481,13 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
         """Has the engine look again what it can do, if it waits."""
         self._wake_up_loop.set()
 
+    def is_under_way(self, request_id: str) -> bool:
+        """Returns whether the engine has a request of that id."""
+        scheduler = None if self.batch_processor is None else self.batch_processor.scheduler
+        return scheduler is not None and (
+            request_id in scheduler.active_requests or request_id in scheduler.waiting_requests
+        )
+
     def next_id(self) -> str:
         """Returns the id that the next request without one gets."""
         with self._request_lock:
@@ -489,6 +510,16 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
 
     def model_changed(self) -> None:
         """The model may have been changed, while no step was under way."""
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the engine, as in transformers. It may be started again."""
+        super().stop(*args, **kwargs)
+        if self.batch_processor is None and self._engine is not None:
+            self._engine = None
+            self.engine_gone()
+
+    def engine_gone(self) -> None:
+        """The engine, and its memory, are no longer used."""
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()

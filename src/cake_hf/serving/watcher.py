@@ -29,7 +29,13 @@ class Watcher:
         try:
             restore = self._requests.known(state.request_id)
             if restore is None or restore.state is not None or restore.tokens != state.initial_tokens:
-                restore = self._requests.open(state.request_id, state.initial_tokens, state.num_children, again=True)
+                restore = self._requests.open(
+                    state.request_id,
+                    state.initial_tokens,
+                    state.num_children,
+                    again=True,
+                    kept=state.is_cpu_offloaded,
+                )
             restore.state = state
             if not restore.first_token:
                 self._awaited[state.request_id] = restore
