@@ -14,7 +14,7 @@ from itertools import accumulate
 LATE = 8.0
 """A load that is late by x is expected to take this many times x more, as in `pace`."""
 
-AGEING = 0.1
+AGEING = 0.05
 """A front that has waited for a step counts as shorter by this share of its wait, so that it is never left behind for ever."""
 
 
