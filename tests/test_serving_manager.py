@@ -185,6 +185,27 @@ def test_a_model_that_is_changed_in_a_pause() -> None:
     assert before != after
 
 
+def test_the_model_gets_its_attention_back() -> None:
+    model: Any = build("llama", attention="eager")
+    expected = plain(model, COMPANY)
+    tokens, reports = served(model, COMPANY, MemoryStore())
+    assert tokens == expected
+    assert "eager attention cannot be restored" in reports[1].reason
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(CakeError), cake_hf.batching(model, "nonsense://", **options()):
+        pass
+    assert model.config._attn_implementation == "eager"
+    with cake_hf.batching(model, MemoryStore(), **options()) as manager:
+        manager.stop()
+        assert model.config._attn_implementation == "eager"
+        manager.start()
+        assert result(manager, manager.add_request(DOCUMENT)).generated_tokens == expected[1]
+    assert model.config._attn_implementation == "eager"
+    with stepping(model, MemoryStore()):  # is never started
+        assert model.config._attn_implementation == "paged|eager"
+    assert model.config._attn_implementation == "eager"
+
+
 # What is refused.
 
 

@@ -51,12 +51,16 @@ class Fronts:
         session: with the strategy.
         beliefs: about costs.
         stall: see `batching`.
+
+    Attributes:
+        loading: number of restores that share the path to the store.
     """
 
     def __init__(self, session: Session, beliefs: Beliefs, stall: float) -> None:
         self._session, self._beliefs = session, beliefs
         self._stall = StallBudget(stall)
         self._stall_share = stall
+        self.loading = 1
 
     def may_compute(self, restore: Restore, at: Chunk, now: float) -> bool:
         """Returns whether the chunk at a front should be computed, although it may also come from the store."""
@@ -66,7 +70,7 @@ class Fronts:
             return True
         if at is Chunk.LANDING or self._session.strategy is not Strategy.BOTH:
             return False
-        compute, load = self._compute(ledger.front), self._beliefs.load_seconds()
+        compute, load = self._compute(ledger.front), self._load()
         left, idle = ledger.loads_left(), ledger.idle(now)
         if load is None:
             return at is Chunk.STORED or idle * LATE > compute
@@ -78,7 +82,7 @@ class Fronts:
         assert ledger is not None
         chunks, stored = ledger.left()
         compute = [self._compute(index) for index in chunks]
-        known = self._beliefs.load_seconds()
+        known = self._load()
         load = (compute[0] if known is None else known) if any(stored) else None
         remaining = remaining_seconds(compute, stored, load or 0.0)
         waited = 0.0 if restore.ready_since is None else now - restore.ready_since
@@ -119,6 +123,11 @@ class Fronts:
         first, chunks = self._compute(0), tokens / self._session.chunk_size
         dearer = max(0.0, self._compute(restore.chunks) - first)
         return holds_back(chunks * first, requests, chunks * dearer, now - restore.ended)
+
+    def _load(self) -> float | None:
+        """Returns l, as one restore among several sees it: each gets its part of the arrivals."""
+        seconds = self._beliefs.load_seconds()
+        return None if seconds is None else seconds * max(1, self.loading)
 
     def _compute(self, index: int) -> float:
         seconds = self._beliefs.compute_seconds(index)

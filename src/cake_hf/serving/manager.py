@@ -26,7 +26,7 @@ from cake_hf.serving.requests import Requests
 from cake_hf.serving.restorer import Restorer
 from cake_hf.serving.saving import Saver
 from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to
-from cake_hf.serving.support import engine_reason
+from cake_hf.serving.support import attention_reason, engine_reason
 from cake_hf.serving.watcher import Watcher
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -65,18 +65,22 @@ class BatchingManager(EngineManager):
         refuse_unusable(model)
         config = complete_config(continuous_batching_config, chunk_size)
         super().__init__(model, generation_config_of(model, generation_config), config, workload_hints)
-        layers, self._model_reason = checked_layers(model)
         self._stall, self._closed = stall, False
-        self._session = Session(
-            model,
-            store,
-            chunk_size=chunk_size,
-            salt=salt,
-            save=save,
-            exact=exact,
-            strategy=Strategy(strategy),
-            limits=limits or Limits.from_environment(),
-        )
+        try:
+            layers, self._model_reason = checked_layers(model)
+            self._session = Session(
+                model,
+                store,
+                chunk_size=chunk_size,
+                salt=salt,
+                save=save,
+                exact=exact,
+                strategy=Strategy(strategy),
+                limits=limits or Limits.from_environment(),
+            )
+        except BaseException:
+            self.restore_attention()
+            raise
         self._beliefs = Beliefs()
         self._matching = Matching(self._session, layers, self._beliefs)
         self._requests = Requests(self._session, self._look_up, self.clock)
@@ -150,6 +154,7 @@ class BatchingManager(EngineManager):
         self._release()
         if self.is_running():
             self.stop(block=True)
+        self.restore_attention()
         self.engine_gone()
         self._requests.desk.wait(self._session.limits.exit_flush_seconds)
         self._session.close()
@@ -182,7 +187,7 @@ class BatchingManager(EngineManager):
 
     def _hooks_for(self, engine: Engine) -> Hooks:
         session, model = self._session, self._session.model
-        reason = self._model_reason
+        reason = self._model_reason or attention_reason(model)
         layout = session.layout() if not reason else None
         if layout is not None:
             reason = engine_reason(engine, layout)

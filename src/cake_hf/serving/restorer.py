@@ -104,6 +104,7 @@ class Restorer(Watcher):
         for restore in list(self._restoring):
             self._guarded(restore, self._note_computed)
         self._admit_all()
+        self._fronts.loading = sum(_ledger(restore).loads_left() > 0 for restore in self._restoring)
         fronts = [front for restore in list(self._restoring) if (front := self._guarded(restore, self._advance))]
         hidden = self._hidden()
         tokens, requests, decoding = self._engine.queue(hidden)

@@ -511,6 +511,19 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
     def model_changed(self) -> None:
         """The model may have been changed, while no step was under way."""
 
+    def start(self) -> None:
+        """Starts the engine, as in transformers; also again, after `stop` has given the model its own attention back."""
+        if not self.is_running():
+            self.switch_to_cb_friendly_attn(self.model, self.continuous_batching_config.auto_switch_to_flash)
+        super().start()
+
+    def restore_attention(self) -> None:
+        """Gives the model its own attention back, if the engine needed another."""
+        own: str | None = self._original_attn_impl  # type: ignore[has-type]
+        if own is not None:
+            self.model.set_attn_implementation(own)
+            self._original_attn_impl = None
+
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """Stops the engine, as in transformers. It may be started again."""
         super().stop(*args, **kwargs)

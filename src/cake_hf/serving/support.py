@@ -30,6 +30,20 @@ def require_engine() -> None:
         )
 
 
+def attention_reason(model: Any) -> str:
+    """Returns why a model's attention, as an engine has set it, keeps prompts from being restored; empty if it does not.
+
+    An engine runs eager attention in a form that makes no mask in any other forward. So nothing can be found out about the
+    model, and what it would compute meanwhile is wrong.
+    """
+    if str(model.config._attn_implementation).startswith("paged|"):
+        return (
+            "in continuous batching, prompts of a model with eager attention cannot be restored; load it with "
+            "attn_implementation='sdpa', or a flash attention"
+        )
+    return ""
+
+
 def engine_reason(engine: Any, layout: ChunkLayout) -> str:
     """Returns why an engine's requests cannot be restored; empty if they can.
 
