@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ class Bench:
     Args:
         model: to run.
         load: the workload.
+        spread: the short prompts come over this many times the long one's compute time.
 
     Attributes:
         compute: seconds to compute each chunk of the prefix, alone.
@@ -98,7 +99,7 @@ class Bench:
         others: seconds that the short prompts take without it.
     """
 
-    def __init__(self, model: Any, load: Workload) -> None:
+    def __init__(self, model: Any, load: Workload, spread: float = 0.0) -> None:
         self.model, self.load = model, load
         self._store = MemoryStore()
         vocabulary = int(model.config.vocab_size)
@@ -111,6 +112,7 @@ class Bench:
             self.compute.append(min(span.end - span.start for span in spans))
         self.alone = min(one.ttft["document"] for one in (first, again))
         self.others = self.run("plain", arrivals=[Arrival(0.0, *one[1:]) for one in self._arrivals[1:]]).span
+        self._arrivals = replace(load, spread=spread * self.alone).arrivals(vocabulary)
 
     def run(
         self, way: str, share: float = 0.0, *, store: Store | None = None, arrivals: Sequence[Arrival] | None = None
