@@ -55,7 +55,7 @@ class Matching:
                 if reason:
                     give_up(restore, reason)
                 else:
-                    restore.phase = Phase.WAITING
+                    restore.found()
 
     def _look_up(self, restores: list[Restore]) -> str:
         session = self._session

@@ -9,11 +9,11 @@ from cake_hf.report import Report
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.pace import Pace
 from cake_hf.serving.lookups import Desk
-from cake_hf.serving.restore import Phase, Restore
+from cake_hf.serving.restore import Restore
 from cake_hf.transfer.telemetry import observe_request
 from cake_hf.util.forks import Lock
 
-MOST_REPORTS = 1024
+MOST_REPORTS = 8192
 """Reports that are kept, of the requests that came last."""
 
 
@@ -68,7 +68,7 @@ class Requests:
         if chunks and not kept:
             self.desk.ask(restore)
             return restore
-        restore.phase = Phase.OVER
+        restore.over()
         if not chunks:
             report.reason = f"the prompt has {len(tokens)} tokens, not more than one chunk of {size}"
         return restore
@@ -102,7 +102,7 @@ class Requests:
         observe_request(report)
         if report.restored:
             self._session.bound_store.count(report)
-        if restore.namespace and (restore.steps or restore.arrivals):
+        if restore.namespace and restore.began and not restore.crowded:
             self._learn(restore)
 
     def _learn(self, restore: Restore) -> None:
@@ -122,4 +122,4 @@ class Requests:
 def give_up(restore: Restore, reason: str = "the system provides no thread to look the prompt up") -> None:
     """Has the engine compute a request that could not be looked up."""
     restore.report.reason = reason
-    restore.phase = Phase.OVER
+    restore.over()

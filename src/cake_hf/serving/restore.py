@@ -11,6 +11,7 @@ from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.report import Report, Span
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.serving.ledger import Ledger
+from cake_hf.util.forks import Lock
 
 if TYPE_CHECKING:
     from cake_hf.serving.seams import RequestState
@@ -46,6 +47,7 @@ class Restore:
         outcomes: how loads ended that brought nothing, by chunk.
         steps: index and seconds of the chunks that were computed.
         arrivals: when loading began, and when each load arrived.
+        crowded: whether other restores shared the path to the store meanwhile, so that it shows nothing of its speed.
         first_token: whether the first token of its answer has come.
     """
 
@@ -67,7 +69,20 @@ class Restore:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     steps: list[tuple[int, float]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
+    crowded: bool = False
     first_token: bool = False
+    _lock: Lock = field(default_factory=Lock)
+
+    def found(self) -> None:
+        """Notes that the store was asked; the restore now waits for memory, unless it was abandoned meanwhile."""
+        with self._lock:
+            if self.phase is Phase.LOOKING:
+                self.phase = Phase.WAITING
+
+    def over(self) -> None:
+        """Leaves the request to the engine."""
+        with self._lock:
+            self.phase = Phase.OVER
 
     def metadata(self, index: int, model: str) -> ChunkMetadata:
         """Returns the metadata of a chunk, without its checksums."""

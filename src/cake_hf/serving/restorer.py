@@ -129,7 +129,7 @@ class Restorer(Watcher):
 
     def _let_go(self, restore: Restore, hidden: set[str]) -> None:
         self._held.remove(restore)
-        restore.phase = Phase.OVER
+        restore.over()
         hidden.discard(restore.request_id)
 
     def _let_go_all(self, step: Step) -> None:
@@ -169,10 +169,10 @@ class Restorer(Watcher):
         index, seconds, now = ledger.computed(), self._step_seconds(), self._clock()
         restore.report.chunks_computed += 1
         restore.record("compute", index, now - seconds, now, "computed")
-        restore.steps.append((index, seconds))
-        if self._session.exact:
+        if self._session.exact:  # else the step was not the chunk's alone
             observe_step("alone")
-        self._beliefs.saw_chunk(index, seconds)
+            restore.steps.append((index, seconds))
+            self._beliefs.saw_chunk(index, seconds)
         self._engine.publish(state, until)
         self._saver.chunk(restore, index)
 
@@ -246,6 +246,9 @@ class Restorer(Watcher):
         restore.arrivals.append(restore.began)
         restore.phase = Phase.RESTORING
         self._restoring.append(restore)
+        if len(self._restoring) > 1:
+            for one in self._restoring:
+                one.crowded = True
         self._loaders.serve(self._restoring)
         return True
 
@@ -253,7 +256,7 @@ class Restorer(Watcher):
         """Ends a restore; the engine goes on with the request."""
         if restore.ledger is not None:
             restore.ledger.end()
-        restore.phase = Phase.OVER
+        restore.over()
         self._computing.pop(restore.request_id, None)
         if restore in self._held:
             self._held.remove(restore)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from cake_hf.serving.requests import Requests
-from cake_hf.serving.restore import Phase, Restore
+from cake_hf.serving.restore import Restore
 from cake_hf.serving.seams import RequestState, Step
 from cake_hf.transfer.fault_log import FaultLog
 
@@ -67,7 +67,7 @@ class Watcher:
 
     def _finish(self, restore: Restore) -> None:
         """Ends what is done for a request; the engine goes on with it."""
-        restore.phase = Phase.OVER
+        restore.over()
 
     def _look_for_first_tokens(self) -> None:
         for name, restore in list(self._awaited.items()):
