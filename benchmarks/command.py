@@ -12,6 +12,7 @@ from benchmarks.codec.command import CODEC_HELP, codec_command
 from benchmarks.grid.command import GRID_HELP, grid_command, plot_command
 from benchmarks.measuring import MEASUREMENTS, OF_A_MODEL, Measurements, hand_out, measure_all, progress
 from benchmarks.own_model import own_settings
+from benchmarks.serve.command import SERVE_HELP, serve_command
 from benchmarks.settings import SHAPES, Dtype, choose
 from benchmarks.simulation.command import simulate_command
 from benchmarks.stores.command import STORES_HELP, stores_command
@@ -26,8 +27,8 @@ HELP = (
     "The table compares figures with goals, which never decide the exit code; it is "
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
     "It measures one length; `grid` goes over lengths, stores, models and shares of the device. `stores` "
-    "measures each store beside its client, `adapt` how soon a cache follows a change, `codec` the size and speed of "
-    "encoded KV; `simulate` runs restores on a virtual clock."
+    "measures each store beside its client, `adapt` how soon a cache follows a change, `serve` a restore beside other "
+    "requests, `codec` the size and speed of encoded KV; `simulate` runs restores on a virtual clock."
 )
 
 bench_app = typer.Typer(
@@ -42,6 +43,7 @@ bench_app.command("plot")(plot_command)
 bench_app.command("stores", help=STORES_HELP)(stores_command)
 bench_app.command("adapt", help=ADAPT_HELP)(adapt_command)
 bench_app.command("codec", help=CODEC_HELP)(codec_command)
+bench_app.command("serve", help=SERVE_HELP)(serve_command)
 bench_app.command("simulate")(simulate_command)
 
 

@@ -22,6 +22,7 @@ import cake_hf
 from benchmarks.command import bench_app
 from cake_hf import open_store
 from cake_hf.cli.app import app
+from cake_hf.layers.compat import is_older_than
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.planner import plan
 from cake_hf.stores.hub import SCHEME, parse_hub_name
@@ -263,7 +264,11 @@ OUTCOMES = {
     "quantised": lambda scope: (
         found(scope["cache"].report) and scope["answer"].shape[1] > scope["inputs"].input_ids.shape[1]
     ),
-    "serving": lambda scope: len(scope["answers"]) == 4 and scope["response"].status == 200,
+    "serving": lambda scope: (
+        len(scope["answers"]) == 4
+        and scope["response"].status == 200
+        and scope["manager"].report(scope["request"]).restored > 0
+    ),
     "vision": lambda scope: found(scope["second"][1]) and scope["other"][1].chunks_missed,
     "models": lambda scope: "none of the prompt's chunks yet" in scope["cache"].report.reason,
     "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
@@ -275,6 +280,8 @@ OUTCOMES = {
 
 UNSERVED = {}
 """Pages about what the installed version of transformers does not have, and why."""
+if is_older_than("5.20"):
+    UNSERVED["serving"] = "this version of transformers has another engine for continuous batching, or none"
 if not hasattr(cache_utils, "Fp8QuantizedLayer"):
     UNSERVED["quantised"] = "this version of transformers quantises KV by other packages only"
 if "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters:

@@ -22,6 +22,7 @@ FLOORS = [
     "model",
     "restore",
     "cache",
+    "serving",
     "packs",
     "cli",
 ]
@@ -42,6 +43,7 @@ LIBRARIES = {
     "model": {*_PLAIN, "transformers", "xxhash"},
     "restore": {*_PLAIN, "transformers"},
     "cache": {*_PLAIN, "transformers"},
+    "serving": {*_PLAIN, "transformers"},
     "packs": {"torch"},
 }
 """What each floor may import besides the standard library. Each store has a client library of its own; see below."""

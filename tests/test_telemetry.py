@@ -119,8 +119,11 @@ def test_units_and_buckets_are_for_seconds(meter: FakeMeter) -> None:
         "cake_hf.bytes": "By",
         "cake_hf.prefill.duration": "s",
         "cake_hf.lookup.duration": "s",
+        "cake_hf.ttft": "s",
+        "cake_hf.requests": "{request}",
+        "cake_hf.steps": "{step}",
     }
-    for name in ("cake_hf.prefill.duration", "cake_hf.lookup.duration"):
+    for name in ("cake_hf.prefill.duration", "cake_hf.lookup.duration", "cake_hf.ttft"):
         bounds = meter.made[name].bounds
         assert bounds is not None
         assert list(bounds) == sorted(set(bounds))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cake_hf.packs import export_pack, import_pack, push_pack
     from cake_hf.plots import plot_split, plot_timeline, plot_ttft
     from cake_hf.report import Report
+    from cake_hf.serving import batching, generate_batch
     from cake_hf.stores import LocalStore, MemoryStore, Store, Tier, TierStore, open_store
 
 __version__ = "0.2.0"
@@ -35,10 +36,12 @@ __all__ = [
     "Tier",
     "TierStore",
     "UnsupportedModel",
+    "batching",
     "chat_document",
     "chat_prompt",
     "export_pack",
     "generate",
+    "generate_batch",
     "import_pack",
     "open_store",
     "plot_split",
@@ -56,6 +59,7 @@ _NAMES_OF = {
     "model.foreign_code": ("reads_only",),
     "packs": ("export_pack", "import_pack", "push_pack"),
     "plots": ("plot_split", "plot_timeline", "plot_ttft"),
+    "serving": ("batching", "generate_batch"),
     "stores": ("LocalStore", "MemoryStore", "Store", "Tier", "TierStore", "open_store"),
 }
 """Module -> what it gives to the package's face. Each is imported when it is first asked for: a program that only looks at the

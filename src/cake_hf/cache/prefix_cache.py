@@ -33,6 +33,8 @@ from cake_hf.restore.prompt import CallBlocks, Prompt, off_schedule, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.restore import Restore
 from cake_hf.restore.support import (
+    MIXED_ADAPTERS,
+    TRAINING,
     ahead_refusal,
     kept_refusal,
     misunderstood_refusal,
@@ -45,8 +47,6 @@ NOT_DETERMINISTIC = Refusal(
     "not-deterministic", "this model does not compute the same twice, so that its KV cannot be exchanged"
 )
 BATCH_AHEAD = Refusal("batch-prefill", "a batch is restored when the model is called with it, not before")
-TRAINING = Refusal("training-mode", "the model is in training mode")
-MIXED_ADAPTERS = Refusal("mixed-adapters", "adapters are chosen by the row, or by the place in the prompt")
 
 
 class PrefixCache(RememberingCache):

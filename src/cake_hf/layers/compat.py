@@ -52,9 +52,14 @@ def installed_version() -> str:
     return str(sys.modules["transformers"].__version__)  # by name: transformers may replace its own module object
 
 
+def is_older_than(version: str | Version) -> bool:
+    """Returns whether the installed transformers is older than that version."""
+    return Version(installed_version()) < (Version(version) if isinstance(version, str) else version)
+
+
 def is_old() -> bool:
     """Returns whether the installed transformers is older than `WELL_KNOWN_FROM`."""
-    return Version(installed_version()) < WELL_KNOWN_FROM
+    return is_older_than(WELL_KNOWN_FROM)
 
 
 def is_untested() -> bool:

@@ -51,6 +51,8 @@ _FAILED_THEMSELVES = re.compile("out of memory|DefaultCPUAllocator|CUDA error")
 _misunderstood: weakref.WeakKeyDictionary[torch.nn.Module, Refusal] = weakref.WeakKeyDictionary()
 _told: set[str] = set()
 
+TRAINING = Refusal("training-mode", "the model is in training mode")
+MIXED_ADAPTERS = Refusal("mixed-adapters", "adapters are chosen by the row, or by the place in the prompt")
 BYPASSED = Refusal(
     "cache-not-used",
     "generate ran the model without the cache that it was given; leave out the option that has it do so",

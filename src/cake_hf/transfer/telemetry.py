@@ -5,6 +5,12 @@
     cake_hf.prefill.duration  histogram, s       a prompt's arrival to the logits of its last token
     cake_hf.lookup.duration   histogram, s       asking the store which chunks it has
 
+and of continuous batching
+
+    cake_hf.ttft              histogram, s       a request's arrival to the first token of its answer
+    cake_hf.requests          counter, {request} by cake_hf.outcome: restored, plain
+    cake_hf.steps             counter, {step}    by cake_hf.kind: alone, yielded
+
 Without an SDK that the program sets up, the API's instruments do nothing. No error in this module ever affects a prompt.
 """
 
@@ -28,7 +34,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 
 
 
 class Instruments:
-    """The four instruments, made by a meter."""
+    """The instruments, made by a meter."""
 
     def __init__(self, meter: Meter) -> None:
         self._chunks = meter.create_counter("cake_hf.chunks", "{chunk}", "Chunks of prompts, by what became of them.")
@@ -45,6 +51,25 @@ class Instruments:
             "Asking a store which of a prompt's chunks it has.",
             explicit_bucket_boundaries_advisory=SECONDS,
         )
+
+        self._requests = meter.create_counter("cake_hf.requests", "{request}", "Requests of continuous batching.")
+        self._steps = meter.create_counter("cake_hf.steps", "{step}", "Steps that restores took, or left to others.")
+
+        self._ttft = meter.create_histogram(
+            "cake_hf.ttft",
+            "s",
+            "From a request's arrival to the first token of its answer.",
+            explicit_bucket_boundaries_advisory=SECONDS,
+        )
+
+    def request(self, restored: bool, seconds: float) -> None:
+        """See `observe_request`."""
+        self._requests.add(1, {"cake_hf.outcome": "restored" if restored else "plain"})
+        self._ttft.record(seconds)
+
+    def step(self, kind: str) -> None:
+        """See `observe_step`."""
+        self._steps.add(1, {"cake_hf.kind": kind})
 
     def prompt(self, report: Report) -> None:
         """See `observe`."""
@@ -122,6 +147,20 @@ def prepare() -> None:
 def observe(report: Report) -> None:
     """Counts a finished prompt. Its saved chunks are counted later, by `observe_save`."""
     _watch.tell(lambda instruments: instruments.prompt(report))
+
+
+def observe_request(report: Report) -> None:
+    """Counts a request of continuous batching whose prompt is done: was anything of it loaded, or computed in chunks?"""
+    _watch.tell(lambda instruments: instruments.request(bool(report.restored), report.prefill_seconds))
+
+
+def observe_step(kind: str) -> None:
+    """Counts a step of continuous batching.
+
+    Args:
+        kind: "alone" if one restore had it alone, "yielded" if a restore left it to other requests.
+    """
+    _watch.tell(lambda instruments: instruments.step(kind))
 
 
 def observe_lookup(seconds: float) -> None:

@@ -1,0 +1,214 @@
+"""The ledger of one request that is being restored: who makes which chunk. Nobody ever waits for a chunk in here.
+
+`Frontier` does the same for a prompt that has the computing thread to itself, which may therefore wait. The thread that runs an
+engine's steps serves other requests meanwhile, so it only looks, at each step, at how far the two sides have come.
+
+A load goes through LOADING (being read into memory of its own) and LANDING (checked, and being copied to the request's blocks).
+Only the second one touches the blocks. So a read that is late, or hangs, holds none of them: its chunk is given up, and what it
+brings is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from cake_hf.scheduling.frontier import Outcome
+
+
+class Chunk(Enum):
+    """The state of a chunk."""
+
+    ABSENT = auto()  # not stored, or not usable: has to be computed
+    STORED = auto()
+    LOADING = auto()
+    LANDING = auto()
+    LOADED = auto()
+    COMPUTING = auto()
+    COMPUTED = auto()
+
+
+THERE = (Chunk.LOADED, Chunk.COMPUTED)
+_UNDER_WAY = (Chunk.LOADING, Chunk.LANDING)
+
+
+class Load:
+    """One load of a chunk.
+
+    Attributes:
+        chunk: its index.
+        begun: when it was claimed.
+    """
+
+    def __init__(self, chunk: int, begun: float) -> None:
+        self.chunk = chunk
+        self.begun = begun
+
+
+class Ledger:
+    """States of the chunks of one request. Loaders claim from the back, the engine's thread computes from the front.
+
+    Args:
+        stored: for each chunk, whether the store has it.
+        clock: monotonic seconds.
+
+    Attributes:
+        front: the first chunk that is not there yet; all before it are.
+        progress: when the last load ended, or the first one began.
+    """
+
+    def __init__(self, stored: Sequence[bool], clock: Callable[[], float]) -> None:
+        self._states = [Chunk.STORED if has else Chunk.ABSENT for has in stored]
+        self._clock = clock
+        self._loads: dict[int, Load] = {}
+        self._landed = threading.Condition()
+        self._over = False
+        self.front = 0
+        self.progress: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    # The engine's thread.
+
+    def skip(self, count: int) -> None:
+        """Notes that the first `count` chunks were found in the engine's memory."""
+        with self._landed:
+            for index in range(count):
+                self._states[index] = Chunk.COMPUTED
+            self.front = max(self.front, count)
+
+    def advance(self) -> Chunk | None:
+        """Moves the front over what is there; returns the state of the chunk at the front, None at the end."""
+        with self._landed:
+            while self.front < len(self._states) and self._states[self.front] in THERE:
+                self.front += 1
+            return self._states[self.front] if self.front < len(self._states) else None
+
+    def begin(self) -> bool:
+        """Takes the chunk at the front for computing. A load of it that is under way is given up; False if it just landed."""
+        with self._landed:
+            if self._states[self.front] not in (Chunk.ABSENT, Chunk.STORED, Chunk.LOADING):
+                return False
+            self._loads.pop(self.front, None)
+            self._states[self.front] = Chunk.COMPUTING
+            return True
+
+    def computed(self) -> int:
+        """Notes that the chunk at the front was computed; returns its index."""
+        with self._landed:
+            index = self.front
+            self._states[index] = Chunk.COMPUTED
+            self.front += 1
+            return index
+
+    def put_back(self) -> None:
+        """Notes that the chunk at the front was not computed after all."""
+        with self._landed:
+            self._states[self.front] = Chunk.ABSENT
+
+    def give_up_late(self, begun_before: float) -> list[Load]:
+        """Gives up the loads that began before then, and all that have not begun. Returns those given up under way."""
+        with self._landed:
+            late = [load for load in self._loads.values() if load.begun < begun_before and self._is_loading(load)]
+            if late:
+                for load in late:
+                    del self._loads[load.chunk]
+                    self._states[load.chunk] = Chunk.ABSENT
+                self._close()
+            return late
+
+    def close_loading(self) -> None:
+        """Has everything computed whose load has not begun."""
+        with self._landed:
+            self._close()
+
+    def end(self) -> None:
+        """Ends the restore: nothing is claimed and nothing lands any more. Waits for a copy to the blocks that is under way."""
+        with self._landed:
+            self._over = True
+            self._landed.wait_for(lambda: Chunk.LANDING not in self._states)
+            self._loads.clear()
+
+    # Loaders.
+
+    def next_load(self) -> int | None:
+        """Returns the chunk that would be claimed next; None if there is nothing to load."""
+        with self._landed:
+            return self._last_stored()
+
+    def claim(self) -> Load | None:
+        """Takes the last stored chunk that nobody has; None if there is none."""
+        with self._landed:
+            index = self._last_stored()
+            if index is None:
+                return None
+            load = self._loads[index] = Load(index, self._clock())
+            self._states[index] = Chunk.LOADING
+            if self.progress is None or len(self._loads) == 1:
+                self.progress = load.begun
+            return load
+
+    def land(self, load: Load) -> bool:
+        """Returns whether a load that was read may be copied to the request's blocks; `settle` has to follow."""
+        with self._landed:
+            wanted = not self._over and self._loads.get(load.chunk) is load
+            if wanted:
+                self._states[load.chunk] = Chunk.LANDING
+            return wanted
+
+    def settle(self, load: Load, outcome: Outcome) -> bool:
+        """Notes how a load ended; False if it had been given up."""
+        with self._landed:
+            if self._loads.get(load.chunk) is not load:
+                return False
+            del self._loads[load.chunk]
+            self._states[load.chunk] = Chunk.LOADED if outcome is Outcome.LOADED else Chunk.ABSENT
+            self.progress = self._clock()
+            self._landed.notify_all()
+            return not self._over
+
+    # For decisions.
+
+    def state(self, index: int) -> Chunk:
+        """Returns the state of a chunk."""
+        with self._landed:
+            return self._states[index]
+
+    def loads_left(self) -> int:
+        """Returns how many chunks are being loaded or may still be."""
+        with self._landed:
+            return sum(state is Chunk.STORED or state in _UNDER_WAY for state in self._states)
+
+    def loads_under_way(self) -> int:
+        """Returns how many chunks are being loaded."""
+        with self._landed:
+            return len(self._loads)
+
+    def left(self) -> tuple[list[int], list[bool]]:
+        """Returns the chunks that are not there, and which of them may come from the store."""
+        with self._landed:
+            chunks = [i for i in range(self.front, len(self._states)) if self._states[i] not in THERE]
+            return chunks, [self._states[i] is Chunk.STORED or self._states[i] in _UNDER_WAY for i in chunks]
+
+    def idle(self, now: float) -> float:
+        """Returns the seconds since a load ended, or the first one began; 0 if none has begun."""
+        with self._landed:
+            return 0.0 if self.progress is None else max(0.0, now - self.progress)
+
+    def _is_loading(self, load: Load) -> bool:
+        return self._states[load.chunk] is Chunk.LOADING
+
+    def _close(self) -> None:
+        for index, state in enumerate(self._states):
+            if state is Chunk.STORED:
+                self._states[index] = Chunk.ABSENT
+
+    def _last_stored(self) -> int | None:
+        if self._over:
+            return None
+        for index in range(len(self._states) - 1, self.front - 1, -1):
+            if self._states[index] is Chunk.STORED:
+                return index
+        return None

@@ -1,0 +1,252 @@
+"""The loads of an engine: threads that claim chunks of all its restores, read and check them, and copy them to their blocks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from cake_hf.chunks.aligned_memory import empty_aligned
+from cake_hf.chunks.codec import header_size
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.errors import CorruptChunk
+from cake_hf.restore.bound_store import BoundStore
+from cake_hf.scheduling.frontier import Outcome
+from cake_hf.scheduling.step_sharing import next_load
+from cake_hf.serving.beliefs import Beliefs
+from cake_hf.serving.ledger import Ledger, Load
+from cake_hf.serving.restore import Restore
+from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.landing import byte_view, split_payload
+from cake_hf.transfer.single_flight import ReadSlot
+from cake_hf.transfer.staging import SlotRing
+from cake_hf.transfer.verification import Check
+from cake_hf.util.forks import Lock
+from cake_hf.util.threads import refusal
+
+logger = logging.getLogger("cake_hf")
+
+Blocks = Callable[[Restore, int], Sequence[torch.Tensor]]
+"""Returns the memory of a chunk of a restore: per block `[pieces, bytes]` uint8."""
+
+
+class Loaders:
+    """The loader threads of one engine. They end when there is nothing to claim, and are started again.
+
+    Every read goes into memory of its own, is checked there, and is copied to the request's blocks only if it is still wanted.
+    So no read, however late, can write to blocks that have become another request's.
+
+    Args:
+        bound: the store.
+        layout: of a chunk.
+        blocks: see `Blocks`.
+        beliefs: about costs.
+        device: where the blocks are.
+        wake: called after each load.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        bound: BoundStore,
+        layout: ChunkLayout,
+        blocks: Blocks,
+        beliefs: Beliefs,
+        device: torch.device,
+        wake: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bound, self._layout, self._blocks, self._beliefs = bound, layout, blocks, beliefs
+        self._wake, self._clock = wake, clock
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ring = SlotRing(layout.nbytes, bound.limits.loader_threads, pinned=self._stream is not None)
+        self._restores: tuple[Restore, ...] = ()
+        self._lock = Lock()
+        self._threads = 0
+        self._reads: dict[Load, ReadSlot] = {}
+        self._last_arrival = 0.0
+        self.faults = FaultLog()
+
+    def serve(self, restores: Sequence[Restore]) -> None:
+        """Loads for these restores from now on, oldest first. Never waits."""
+        self._restores = tuple(restores)
+        self._bound.sharing.wake()
+        self._start()
+
+    def leave(self, load: Load) -> None:
+        """Abandons a read that is late, and has another thread take its place."""
+        with self._lock:
+            slot = self._reads.pop(load, None)
+            self._threads -= slot is not None
+        if slot is not None:
+            slot.leave()
+            self._start()
+
+    def stop(self) -> None:
+        """Loads nothing any more. Reads under way are left to their threads, which keep nothing of the engine alive."""
+        self._restores, self._blocks = (), _nowhere
+        with self._lock:
+            reads = list(self._reads)
+        for load in reads:
+            self.leave(load)
+        self._bound.sharing.wake()
+
+    def _start(self) -> None:
+        while self._has_claims():
+            with self._lock:
+                if self._threads >= self._bound.limits.loader_threads:
+                    return
+                self._threads += 1
+            error = refusal(threading.Thread(target=self._run, name="cake-load-serving", daemon=True))
+            if error is not None:  # fewer threads, or none, mean that more is computed
+                with self._lock:
+                    self._threads -= 1
+                    none_left = not self._threads
+                if none_left:
+                    self._close_all()
+                return
+
+    def _has_claims(self) -> bool:
+        return any(_ledger(restore).next_load() is not None for restore in self._restores)
+
+    def _run(self) -> None:
+        try:
+            if not self._load_all():
+                return  # a read was abandoned, and another thread has taken this one's place
+        except Exception as error:
+            self.faults.tell(
+                type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", repr(error)
+            )
+            self._close_all()
+        with self._lock:
+            self._threads -= 1
+        self._start()  # something may have come since
+
+    def _load_all(self) -> bool:
+        """Loads until there is nothing to claim, or nothing can be loaded; False if this thread's read was abandoned."""
+        header = byte_view(empty_aligned([header_size(self._layout)], torch.uint8))
+        sharing, limits = self._bound.sharing, self._bound.limits
+        while True:
+            slot = sharing.begin_read(limits.loader_threads, lambda: not self._has_claims(), limits.read_timeout)
+            if slot is None:
+                break
+            try:
+                claimed = self._claim()
+                if claimed is not None and not self._bring(*claimed, header, slot):
+                    return False
+            finally:
+                slot.release()
+        if (hanging := sharing.hanging()) >= limits.loader_threads and self._has_claims():
+            self.faults.tell("hanging", "Nothing is loaded as long as reads of earlier prompts hang: %s.", hanging)
+            self._close_all()
+        return True
+
+    def _claim(self) -> tuple[Restore, Load] | None:
+        while True:
+            open_ones = [(one, chunk) for one in self._restores if (chunk := _ledger(one).next_load()) is not None]
+            if not open_ones:
+                return None
+            saved = [
+                (self._beliefs.compute_seconds(chunk) or 0.0, _ledger(one).loads_under_way())
+                for one, chunk in open_ones
+            ]
+            restore = open_ones[next_load(saved)][0]
+            load = _ledger(restore).claim()
+            if load is not None:
+                return restore, load
+
+    def _bring(self, restore: Restore, load: Load, header: memoryview, slot: ReadSlot) -> bool:
+        """Brings a chunk; returns False if the read was abandoned meanwhile."""
+        with self._lock:
+            self._reads[load] = slot
+        try:
+            outcome = self._load(restore, load, header)
+        except CorruptChunk as error:
+            self.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
+            outcome = Outcome.CORRUPT
+        except BaseException as error:
+            # Whatever a store's client raises, even its own interrupt or panic, must not affect the engine.
+            self.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
+            outcome = Outcome.ERROR
+        with self._lock:
+            mine = self._reads.pop(load, None) is not None
+        self._count(restore, load, outcome)
+        self._wake()
+        return mine
+
+    def _count(self, restore: Restore, load: Load, outcome: Outcome) -> None:
+        ended, report = self._clock(), restore.report
+        if outcome is not Outcome.LOADED:
+            restore.outcomes[load.chunk] = outcome
+        if not _ledger(restore).settle(load, outcome):
+            if outcome is Outcome.LOADED:
+                restore.record("load", load.chunk, load.begun, ended, "superseded")
+            return
+        restore.record("load", load.chunk, load.begun, ended, outcome.value)
+        if outcome is Outcome.LOADED:
+            report.chunks_loaded += 1
+            report.bytes_loaded += self._layout.nbytes
+            restore.arrivals.append(ended)
+            with self._lock:
+                since, self._last_arrival = max(self._last_arrival, load.begun), ended
+            self._beliefs.saw_arrival(ended - since)
+        elif outcome is Outcome.MISSED:
+            report.chunks_missed += 1
+        else:
+            report.chunks_failed += 1
+
+    def _load(self, restore: Restore, load: Load, header: memoryview) -> Outcome:
+        memory = self._ring.take()
+        try:
+            if not self._read(restore.keys[load.chunk], header, split_payload(memory.memory, self._layout)):
+                return Outcome.MISSED
+            if _ledger(restore).land(load):
+                self._copy(memory.memory, self._blocks(restore, load.chunk))
+            return Outcome.LOADED
+        finally:
+            self._ring.give_back(memory)
+
+    def _read(self, key: str, header: memoryview, pieces: list[memoryview]) -> bool:
+        """Reads and checks a chunk; False for a miss."""
+        check, checked = Check(key, self._layout, header, pieces), 0
+
+        def arrived(count: int) -> None:
+            nonlocal checked
+            if checked < count - 1 <= len(pieces):  # the header is the first buffer
+                checked = count - 1
+                check.up_to(checked)
+
+        if self._bound.store.read_gradually(key, [header, *pieces], arrived) is None:
+            return False
+        check.up_to(len(pieces))  # the store may not have reported everything
+        return True
+
+    def _copy(self, payload: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
+        source = payload.view(blocks[0].shape[0], len(blocks), -1)
+        if self._stream is None:
+            bytes_of, whole = np.copyto, source.numpy()
+            for number, block in enumerate(blocks):
+                bytes_of(block.detach().numpy(), whole[:, number])
+            return
+        with torch.inference_mode(), torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            for number, block in enumerate(blocks):
+                block.copy_(source[:, number], non_blocking=True)
+        self._stream.synchronize()
+
+    def _close_all(self) -> None:
+        for restore in self._restores:
+            _ledger(restore).close_loading()
+        self._wake()
+
+
+def _nowhere(restore: Restore, chunk: int) -> Sequence[torch.Tensor]:
+    raise RuntimeError("the engine is gone")
+
+
+def _ledger(restore: Restore) -> Ledger:
+    assert restore.ledger is not None
+    return restore.ledger

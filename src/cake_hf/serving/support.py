@@ -1,0 +1,99 @@
+"""Refusals of continuous batching: why an engine's requests are not restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.errors import CakeError
+from cake_hf.layers.compat import installed_version, is_older_than
+from cake_hf.model.fingerprint import adapters_vary
+from cake_hf.model.foreign_code import foreign_code_refusal
+from cake_hf.report import Refusal
+from cake_hf.restore.audit import audit_refusal
+from cake_hf.restore.session import Session
+from cake_hf.restore.support import (
+    MIXED_ADAPTERS,
+    TRAINING,
+    ahead_refusal,
+    kept_refusal,
+    misunderstood_refusal,
+)
+
+OLDEST = "5.20"
+"""The oldest transformers whose continuous batching has the memory that we know."""
+
+
+def require_engine() -> None:
+    """Raises an error if the installed transformers has no engine that we know.
+
+    Raises:
+        CakeError: it is too old.
+    """
+    if is_older_than(OLDEST):
+        raise CakeError(
+            f"Restoring in continuous batching needs transformers {OLDEST} or newer, and {installed_version()} is installed; "
+            "CakeCache and cake_hf.generate work with it."
+        )
+
+
+def attention_refusal(model: Any) -> Refusal | None:
+    """Returns why a model's attention, as an engine has set it, keeps prompts from being restored; None if it does not.
+
+    An engine runs eager attention in a form that makes no mask in any other forward. So nothing can be found out about the
+    model, and what it would compute meanwhile is wrong.
+    """
+    if str(model.config._attn_implementation).startswith("paged|"):
+        return Refusal(
+            "engine-attention",
+            "in continuous batching, prompts of a model with eager attention cannot be restored; load it with "
+            "attn_implementation='sdpa', or a flash attention",
+        )
+    return None
+
+
+def engine_refusal(engine: Any, layout: ChunkLayout) -> Refusal | None:
+    """Returns why an engine's requests cannot be restored; None if they can.
+
+    Args:
+        engine: an `Engine`.
+        layout: of a chunk, as `generate` makes it.
+    """
+    if engine.ranks > 1:
+        return Refusal(
+            "engine-ranks", "in continuous batching, prompts of a tensor-parallel model cannot be restored yet"
+        )
+    if engine.has_windows:
+        return Refusal(
+            "engine-windows", "in continuous batching, prompts of a model with sliding windows cannot be restored yet"
+        )
+    blocks = layout.chunk_size // engine.page
+    if len(set(layout.sizes)) != 1 or layout.nbytes != blocks * engine.block_bytes:
+        return Refusal("engine-layout", "continuous batching keeps this model's KV in another layout than generate")
+    if engine.step_tokens < layout.chunk_size:
+        return Refusal(
+            "engine-steps",
+            f"the engine's steps have at most {engine.step_tokens} tokens, less than a chunk of {layout.chunk_size}",
+        )
+    return None
+
+
+def prompts_refusal(session: Session, layers: list[Any], namespace: str, tokens: int) -> Refusal | None:
+    """Returns why the model's prompts must be computed plainly for now; None if they are restored.
+
+    Args:
+        session: with the model.
+        layers: that a `CakeCache` for the model has.
+        namespace: of the session.
+        tokens: of the longest prompt in question.
+    """
+    model = session.model
+    return (
+        misunderstood_refusal(model)
+        or (TRAINING if model.training else None)
+        or (MIXED_ADAPTERS if adapters_vary(model) else None)
+        or foreign_code_refusal(model)
+        or kept_refusal(model, layers, tokens)
+        or (None if session.bound_model.vouched_for == namespace else ahead_refusal(model))
+        or audit_refusal(model, namespace)
+    )

@@ -1,0 +1,195 @@
+"""An engine's memory: cancelled requests, little memory, and requests that share a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cake_hf import MemoryStore
+from cake_hf.stores.wrappers import WrapperStore
+from cake_hf.testing import GateStore
+from engine_runs import (
+    CHUNKS,
+    DOCUMENT,
+    SHORT,
+    Stepper,
+    engine_config,
+    is_restored,
+    needs_engine,
+    plain,
+    plain_company,
+    stepping,
+    whole,
+)
+from models import CHUNK, prompt, shared_model
+from stored import filled_store, keys_in_order
+
+pytestmark = needs_engine
+
+IDS = torch.tensor([DOCUMENT])
+
+
+def stored_document() -> MemoryStore:
+    return filled_store(shared_model("llama"), IDS)
+
+
+# Cancelled, in each state.
+
+
+def loading(steps: Stepper, store: GateStore) -> None:
+    steps.add("document", DOCUMENT)
+    steps.step()
+    store.await_begun(1)
+
+
+def looking(steps: Stepper, store: GateStore) -> None:
+    steps.manager._requests.desk._open = False  # as before the engine is ready
+    steps.manager.add_request(DOCUMENT, request_id="document")
+    steps.step()
+
+
+def waiting(steps: Stepper, store: GateStore) -> None:
+    steps.add("large", prompt(CHUNK * 8, seed=5)[0].tolist(), max_new_tokens=50)
+    steps.run(until=lambda: bool(steps.steps))
+    steps.add("document", DOCUMENT)
+    steps.step()
+    assert "document" not in steps.engine.active()
+
+
+def loaded_in_part(steps: Stepper, store: GateStore) -> None:
+    loading(steps, store)
+    store.open(2)
+    store.await_reads(2)
+    steps.step()
+
+
+def decoding(steps: Stepper, store: GateStore) -> None:
+    store.open()
+    steps.add("document", DOCUMENT, max_new_tokens=50)
+    steps.run(until=lambda: steps.steps[-1:] == [["document"]] and is_restored(steps))
+
+
+@pytest.mark.fault(
+    "Processes",
+    "A request is cancelled while its prompt is being looked up, waits for memory, or is being restored.",
+    "Its memory is free at once. What is still read for it is dropped, and touches no other request.",
+)
+@pytest.mark.parametrize(
+    "state", [looking, waiting, loading, loaded_in_part, decoding], ids=lambda state: state.__name__
+)
+def test_cancelled_in_each_state(state: Any) -> None:
+    model, store = shared_model("llama"), GateStore(stored_document())
+    small, other = engine_config(blocks=12), prompt(CHUNK * 7 + 3, seed=9)[0].tolist()
+    expected = plain(model, [other])
+    with stepping(model, store, engine=small, strategy="load", new=5) as steps:
+        state(steps, store)
+        steps.manager.cancel_request("document")
+        if state is waiting:
+            steps.manager.cancel_request("large")
+        steps.step()
+        assert whole(steps)
+        assert "document" not in steps.answers
+        steps.manager._requests.desk.open()
+        steps.add("other", other)
+        steps.run(until=lambda: any("other" in step for step in steps.steps))
+        store.open()  # what was read for the cancelled one comes now
+        steps.run()
+        assert [steps.tokens("other")] == expected
+        steps.add("again", DOCUMENT)
+        steps.run()
+        assert steps.tokens("again") == plain_company()[1]
+
+
+def test_a_front_is_cancelled_behind_its_step() -> None:
+    model = shared_model("llama")
+    with stepping(model, MemoryStore()) as steps:
+        steps.add("document", DOCUMENT)
+        steps.run(until=lambda: len(steps.steps) == 2)
+        steps.manager.cancel_request("document")
+        steps.step()
+        assert whole(steps)
+        steps.add("again", DOCUMENT)
+        steps.run()
+        assert steps.tokens("again") == plain_company()[1]
+        report: Any = steps.manager.report("again")
+        assert report.restored == CHUNKS
+
+
+# Little memory.
+
+
+@pytest.mark.fault(
+    "Time and bounds",
+    "In continuous batching, memory is too small for all requests at once, and some start again.",
+    "Requests wait for one another; none waits for ever. The answers are the same.",
+)
+@pytest.mark.parametrize("blocks", [10, 14, 19, 24])
+@pytest.mark.parametrize("strategy", ["both", "load"])
+def test_little_memory(blocks: int, strategy: str) -> None:
+    model = shared_model("llama")
+    prompts = [DOCUMENT, DOCUMENT[::-1], SHORT[0] * 4, DOCUMENT[:-20] + SHORT[2], SHORT[2] * 6, SHORT[1]]
+    expected = plain(model, prompts, new=30, blocks=100)
+    with stepping(model, stored_document(), engine=engine_config(blocks=blocks), strategy=strategy, new=30) as steps:
+        for number, ids in enumerate(prompts):
+            steps.manager.add_request(ids, request_id=str(number))
+        steps.run()
+        assert [steps.tokens(str(number)) for number in range(len(prompts))] == expected
+        assert whole(steps)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_others_go_on() -> None:
+    model = shared_model("llama")
+    with stepping(model, MemoryStore(), engine=engine_config(blocks=4)) as steps:
+        with pytest.raises(ValueError, match="room for 64"):
+            steps.manager.add_request(DOCUMENT, request_id="document")
+        steps.add("short", SHORT[0])
+        steps.run()
+        assert steps.tokens("short") == plain_company()[0]
+
+
+# Requests of one prompt.
+
+
+class Counting(WrapperStore):
+    """Counts reads by key."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self.reads: list[str] = []
+
+    def read_into(self, key: str, parts: Any) -> int | None:
+        self.reads.append(key)
+        return super().read_into(key, parts)
+
+
+@pytest.mark.parametrize("others", [[DOCUMENT], [DOCUMENT[:-3] + SHORT[0], DOCUMENT[: CHUNK * 3 + 2]]])
+def test_requests_of_one_prefix_read_each_chunk_once(others: list[list[int]]) -> None:
+    model, store = shared_model("llama"), Counting(stored_document())
+    prompts = [DOCUMENT, *others]
+    expected = plain(model, prompts)
+    with stepping(model, store, strategy="load") as steps:
+        for number, ids in enumerate(prompts):
+            steps.add(str(number), ids)
+        steps.run()
+        assert [steps.tokens(str(number)) for number in range(len(prompts))] == expected
+        reports: list[Any] = [steps.manager.report(str(number)) for number in range(len(prompts))]
+    assert sorted(store.reads) == sorted(keys_in_order(store.inner))
+    assert [report.chunks_loaded for report in reports] == [CHUNKS] + [0] * len(others)
+    assert [report.chunks_shared for report in reports[1:]] == [(len(ids) - 1) // CHUNK for ids in others]
+
+
+def test_a_request_that_waited_for_a_cancelled_one_restores_by_itself() -> None:
+    model, store = shared_model("llama"), GateStore(stored_document())
+    with stepping(model, store, strategy="load") as steps:
+        steps.add("first", DOCUMENT)
+        steps.add("second", DOCUMENT)
+        steps.step()
+        assert "second" not in steps.engine.active()
+        steps.manager.cancel_request("first")
+        store.open()
+        steps.run()
+        report: Any = steps.manager.report("second")
+        assert report.chunks_loaded + report.chunks_shared == CHUNKS
+        assert steps.tokens("second") == plain_company()[1]
