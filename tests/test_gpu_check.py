@@ -463,18 +463,23 @@ def stubbed(stage: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_whoever_is_told_to_end_ends_the_stage_and_removes_what_it_made(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_check_that_is_told_to_end_ends_its_stage_and_removes_what_it_made(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     """The stage's process has a pipe open as long as it lives."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     stage = f"import os, time; end = os.open({str(pipe)!r}, os.O_WRONLY); os.write(end, b'x'); time.sleep(1000)"
     command = stubbed(stage, tmp_path / "out", "--folder", tmp_path / "work")
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    with pipe.open("rb", buffering=0) as reading:
-        assert reading.read(1) == b"x"
-        process.send_signal(number)
-        assert process.wait(LONG) != 0
-        assert reading.read(1) == b""
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        try:
+            with pipe.open("rb", buffering=0) as reading:
+                assert reading.read(1) == b"x"
+                process.send_signal(number)
+                assert process.wait(LONG) != 0
+                assert reading.read(1) == b""
+        finally:
+            process.kill()
     assert list((tmp_path / "work").iterdir()) == []
 
 
