@@ -116,14 +116,14 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _folder_of(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """The folder that a model's name stands for; one that is not there where it is a name on the Hub."""
     path = Path(name).expanduser()
     return RECALL_TINY if name == RECALL_TINY.name and not path.is_dir() else path
 
 
 def _loaded(what: str, name: str, load: Callable[[str], T]) -> T:
-    path = _folder_of(name)
+    path = folder_of(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path and not path.is_dir():
         raise ValueError(f"There is no folder {path}; give a model's folder, or its name on the Hugging Face Hub.")
