@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -16,7 +17,7 @@ from cake_hf.cli.console import FAILED, console
 from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
-from cake_hf.cli.models import folder_of
+from cake_hf.cli.models import find_model
 from cake_hf.cli.options import ChunkSize
 from cake_hf.cli.server_seams import Make, Server, missing_packages, options_of_transformers
 from cake_hf.errors import CakeError
@@ -96,6 +97,7 @@ def serve_command(model: Annotated[str, typer.Argument(help=MODEL)], restoring: 
         raise CakeError(f'The server needs {", ".join(missing)}: pip install "cake-hf[serve]"')
     if not transformers.get("continuous_batching", True):
         raise ValueError("cake-hf serve restores in continuous batching only; leave --no-continuous-batching out.")
+    model = _found(model)
     if told := said_of_new(restoring.store):
         console.print(told, style="dim")
     with open_store(restoring.store) as store:
@@ -120,9 +122,7 @@ def make_server(model: str, store: Store, restoring: Restoring, transformers: Ma
         CakeError: the model cannot be served.
         ValueError: an option cannot be used, or there is no such model.
     """
-    folder = folder_of(model)
-    with _one_sentence(model):
-        server = Server(str(folder) if folder.is_dir() else model, transformers, _maker(store, restoring, transformers))
+    server = Server(model, transformers, _maker(store, restoring, transformers))
     server.app.add_api_route(REPORTS, _reports_of(server), methods=["GET"])
     return server
 
@@ -162,13 +162,13 @@ def _reports_of(server: Server) -> Callable[[str], Any]:
     return report
 
 
-@contextmanager
-def _one_sentence(model: str) -> Iterator[None]:
-    """Errors of transformers about its options, and about models, as one sentence."""
-    try:
-        yield
-    except (OSError, ImportError, LookupError, RuntimeError) as error:
-        if isinstance(error, CakeError):
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"transformers cannot serve {model!r} with these options. ({reason})") from error
+def _found(model: str) -> str:
+    """The model as transformers is to be told; behind its name may stand a revision (@), and a file of weights (:).
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser())
+    name = re.split("[@:]", model)[0]
+    return find_model(name) + model[len(name) :]

@@ -66,7 +66,7 @@ class Server:
 
     Raises:
         CakeError: transformers' server is not as we know it, or does not serve this model in continuous batching.
-        Exception: what `transformers serve` raises for its options.
+        ValueError: transformers does not start with this model and these options; or what `make` raises.
     """
 
     def __init__(self, model: str, options: Mapping[str, Any], make: Make) -> None:
@@ -159,7 +159,11 @@ def _made(model: str, options: Mapping[str, Any]) -> Any:
         Serve.start_server  # noqa: B018  # an AttributeError if there is none
     except (ImportError, AttributeError) as error:
         raise _unknown_server(error) from error
-    return Unstarted(force_model=model, **{**options, "continuous_batching": True, "non_blocking": True})
+    try:
+        return Unstarted(force_model=model, **{**options, "continuous_batching": True, "non_blocking": True})
+    except (OSError, ImportError, LookupError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"transformers cannot serve {model!r} with these options. ({reason})") from error
 
 
 def _unknown_server(error: Exception) -> CakeError:
