@@ -1,9 +1,7 @@
-"""`cake-hf serve` with the real `openai` client: answers, restarts, faults, and clients that go away."""
+"""`cake-hf serve` with the real `openai` client: answers, refusals, faults, and clients that go away."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +11,12 @@ from typing import Any
 import pytest
 
 from cake_hf.errors import StoreError
-from cake_hf.stores import MemoryStore, open_store
+from cake_hf.stores import MemoryStore
 from cake_hf.testing import FaultStore, GateStore, expected_faults
 from faulty import Faulty, raising
-from http_servers import Child, Running, expected_answer, require_server, running, save_chat_model, words
+from http_servers import Running, expected_answer, require_server, running, save_chat_model, words
 from models import CHUNK
-from servers import S3Server
 from waiting import PATIENCE, await_true
-
-pytest_plugins = ["servers"]
 
 CHUNKS = 6
 DOCUMENT = words(CHUNKS * CHUNK + 5)
@@ -108,11 +103,10 @@ def test_concurrent_clients_get_their_own_answers(folder: Path, served: Running)
     assert [report["tokens"] for _, report in answers] == [len(text.split()) + 2 for text in documents]
 
 
-def test_sampling_of_the_first_request_holds_for_all_as_in_transformers(folder: Path) -> None:
-    with running(folder, MemoryStore()) as server:
-        first = server.server.manager
-        server.chat([DOCUMENT], temperature=0, top_p=0.5)
-        assert server.server.manager is first
+def test_sampling_of_the_first_request_holds_for_all_as_in_transformers(folder: Path, served: Running) -> None:
+    first = served.server.manager
+    served.chat([DOCUMENT], temperature=0, top_p=0.5)
+    assert served.server.manager is first
     with running(folder, MemoryStore()) as server:
         first = server.server.manager
         server.chat([DOCUMENT], extra_body={"generation_config": '{"do_sample": true, "temperature": 0.5, "top_k": 3}'})
@@ -126,35 +120,80 @@ def test_sampling_of_the_first_request_holds_for_all_as_in_transformers(folder: 
 # What is refused, by one sentence to the client.
 
 
-def test_a_prompt_that_memory_cannot_hold_is_the_clients_error(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def small(folder: Path) -> Iterator[Running]:
+    """A server with memory for 128 tokens."""
+    with running(folder, MemoryStore(), options={"cb_num_blocks": 8}) as server:
+        yield server
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "A client of `cake-hf serve` sends what the engine would not survive: an empty prompt, too long a one, an id twice.",
+    "That client gets one sentence (400), or an answer that ends where memory does; the others do not notice.",
+)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": words(128)}, "The prompt has 128 tokens, and the engine's memory has room for 128"),
+        ({"prompt": words(300)}, "The prompt has 300 tokens, and the engine's memory has room for 128"),
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": "w5", "max_tokens": 0}, "max_tokens is at least 1; got 0"),
+        ({"prompt": "w5", "max_tokens": -3}, "max_tokens is at least 1; got -3"),
+    ],
+)
+def test_what_the_engine_would_not_survive(
+    asked: dict[str, Any], message: str, stream: bool, folder: Path, small: Running
+) -> None:
     import openai
 
-    with running(folder, MemoryStore(), options={"cb_num_blocks": 8}) as server:
-        for options in ({}, {"stream": True}):
-            with pytest.raises(
-                openai.BadRequestError, match="The prompt has 130 tokens, and the engine's memory has room"
-            ):
-                server.chat([words(128)], **options)
-        assert server.told(words(20))[0] == expected_answer(folder, words(20))
+    with pytest.raises(openai.BadRequestError, match=message):
+        small.client.completions.create(model=small.model, stream=stream, temperature=0, **asked)
+    assert small.told("w5")[0] == expected_answer(folder, "w5")
 
 
-def test_an_id_that_is_under_way_is_refused_and_a_report_that_is_unknown_is_not_found(
-    folder: Path, kept: MemoryStore
-) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", [16, 100, 127])
+def test_an_answer_ends_where_memory_does(tokens: int, stream: bool, folder: Path, small: Running) -> None:
+    found = small.client.completions.create(
+        model=small.model,
+        prompt=words(tokens),
+        stream=stream,
+        temperature=0,
+        extra_body={"generation_config": '{"max_new_tokens": 1000, "eos_token_id": -1, "do_sample": false}'},
+    )
+    reason = list(found)[-1].choices[0].finish_reason if stream else found.choices[0].finish_reason
+    assert reason == "length"
+    assert small.told("w5")[0] == expected_answer(folder, "w5")
+
+
+@pytest.mark.parametrize("streams", [(False, False), (False, True), (True, False), (True, True)])
+def test_an_id_that_is_under_way_is_refused(streams: tuple[bool, bool], folder: Path, kept: MemoryStore) -> None:
     import openai
 
     store = GateStore(kept)
     with running(folder, store, strategy="load") as server:
-        mine = {"x-request-id": "mine"}
+
+        def ask(stream: bool) -> str:
+            found = server.chat([DOCUMENT], stream=stream, extra_headers={"x-request-id": "mine"})
+            if not stream:
+                return str(found.choices[0].message.content)
+            return "".join(piece.delta.content or "" for event in found for piece in event.choices)
+
         with ThreadPoolExecutor(1) as client:
-            first = client.submit(lambda: server.chat([DOCUMENT], extra_headers=mine).choices[0].message.content)
+            first = client.submit(ask, streams[0])
             store.await_begun(1)
             with pytest.raises(openai.BadRequestError, match="'mine' is under way"):
-                server.chat([DOCUMENT], stream=True, extra_headers=mine)
+                ask(streams[1])
             store.open()
             assert first.result(PATIENCE) == expected_answer(folder, DOCUMENT)
-        with pytest.raises(Exception, match="404"):
-            server.report("nobody's")
+        assert ask(streams[1]) == expected_answer(folder, DOCUMENT)  # the id is free again
+
+
+def test_a_report_that_is_unknown_is_not_found(served: Running) -> None:
+    with pytest.raises(Exception, match="404"):
+        served.report("nobody's")
 
 
 # Faults.
@@ -213,64 +252,16 @@ def test_a_client_that_goes_away(when: str, folder: Path, kept: MemoryStore) -> 
         assert server.told(DOCUMENT)[0] == expected_answer(folder, DOCUMENT)
 
 
-# Its end, and several processes.
-
-
 def test_the_end_saves_what_was_computed(folder: Path) -> None:
     store = MemoryStore()
     with running(folder, store) as server:
         server.told(DOCUMENT)
     assert len(list(store.keys())) == CHUNKS
-    with running(folder, store) as server:
+
+
+def test_a_later_server_restores(folder: Path, kept: MemoryStore) -> None:
+    with running(folder, kept) as server:
         answer, report = server.told(DOCUMENT)
         assert report["chunks_loaded"] + report["chunks_computed"] == CHUNKS
         assert report["chunks_missed"] == 0
     assert answer == expected_answer(folder, DOCUMENT)
-
-
-@pytest.fixture(params=["directory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A store that two processes can open, by its URL."""
-    if request.param == "directory":
-        return str(tmp_path / "store")
-    server: S3Server = request.getfixturevalue("s3_server")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint"])
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_REGION", server.options["region"])
-    return f"s3://{server.new_bucket()}/prompts"
-
-
-@pytest.mark.fault(
-    "Processes",
-    "A server is told to end by SIGTERM or SIGINT while it answers.",
-    "The answer is finished, what was computed is saved, and a server that starts later restores it; the exit code is 0.",
-)
-def test_servers_share_prefixes_and_a_later_one_goes_on(place: str, folder: Path) -> None:
-    """Two processes on one store: each restores what the other one has computed, also when that one has ended."""
-    ours, theirs, last = (words(CHUNKS * CHUNK + 5, seed=seed) for seed in (31, 32, 33))
-    number = signal.SIGTERM if "://" not in place else signal.SIGINT
-    child = Child(folder, place)
-    try:
-        with open_store(place) as store, running(folder, store) as server:
-            assert child.told(theirs)[0] == expected_answer(folder, theirs)
-            assert child.told(theirs, "w5", "w6")[0] == expected_answer(folder, theirs, "w5", "w6")
-            assert server.told(ours)[0] == expected_answer(folder, ours)
-            assert server.server.manager.flush(PATIENCE)
-            _, found = child.told(ours + " w7")
-            assert (found["chunks_missed"], found["chunks_failed"]) == (0, 0)
-            stream = child.chat([last], stream=True, max_tokens=40)
-            first = next(piece for event in stream for piece in event.choices if piece.delta.content)
-            child.process.send_signal(number)
-            rest = [piece for event in stream for piece in event.choices]
-            assert rest[-1].finish_reason in ("length", "stop")
-            assert child.process.wait(PATIENCE) == 0, "".join(child.lines)
-            told = "".join([first.delta.content, *(piece.delta.content or "" for piece in rest)])
-            assert told.startswith(expected_answer(folder, last))
-            for text in (theirs, last):
-                answer, found = server.told(text)
-                assert answer == expected_answer(folder, text)
-                assert (found["chunks_missed"], found["chunks_failed"]) == (0, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()

@@ -184,24 +184,75 @@ def _restoring_manager(server: Server) -> Any:
     from transformers.cli.serving.utils import CBGenerateManager
 
     class RestoringManager(CBGenerateManager):  # type: ignore[misc]
-        """What the server's endpoints use; a request that our manager refuses is the client's error, and gets its sentence."""
+        """What the server's endpoints use. Requests that the engine would not survive are refused, or made shorter."""
 
         def __init__(self) -> None:
             super().__init__()
             self._cb = server.manager
+            self._under_way: set[str] = set()
 
         def init_cb(self, model: Any, gen_config: Any) -> None:
             self._cb = server.choose(model, copy.deepcopy(gen_config))
 
-        def generate_streaming(self, *args: Any, **kwargs: Any) -> Any:
-            with _refusals():
-                return super().generate_streaming(*args, **kwargs)
+        def generate_streaming(
+            self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **rest: Any
+        ) -> Any:
+            with self._admitted(inputs, gen_config, request_id):
+                pieces, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, **rest)
+            streamer.end, streamer.cancel = (
+                self._then_over(request_id, one) for one in (streamer.end, streamer.cancel)
+            )
+            return pieces, streamer
 
-        async def generate_non_streaming(self, *args: Any, **kwargs: Any) -> Any:
-            with _refusals():
-                return await super().generate_non_streaming(*args, **kwargs)
+        async def generate_non_streaming(
+            self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **rest: Any
+        ) -> Any:
+            with self._admitted(inputs, gen_config, request_id):
+                found = await super().generate_non_streaming(model, processor, inputs, gen_config, request_id, **rest)
+            self._under_way.discard(request_id)
+            return found
+
+        @contextmanager
+        def _admitted(self, inputs: Any, gen_config: Any, request_id: str) -> Iterator[None]:
+            self._admit(inputs, gen_config, request_id)
+            try:
+                yield
+            except BaseException as error:
+                self._under_way.discard(request_id)
+                if isinstance(error, ValueError):
+                    raise Refused(str(error)) from error
+                raise
+
+        def _admit(self, inputs: Any, gen_config: Any, request_id: str) -> None:
+            tokens, room = len(inputs["input_ids"]), self._cb.tokens_in_memory
+            if not tokens:
+                raise Refused("The prompt is empty; give at least one token.")
+            if request_id in self._under_way:  # its answer would go to the other one's client
+                raise Refused(f"A request {request_id!r} is under way; give each one an id of its own.")
+            if gen_config.max_new_tokens is not None and gen_config.max_new_tokens < 1:
+                raise Refused(f"max_tokens is at least 1; got {gen_config.max_new_tokens}.")
+            if room is not None and gen_config.max_new_tokens is not None and tokens < room:
+                gen_config.max_new_tokens = min(gen_config.max_new_tokens, room - tokens)
+            self._under_way.add(request_id)
+
+        def _then_over(self, request_id: str, call: Callable[[], None]) -> Callable[[], None]:
+            def over() -> None:
+                self._under_way.discard(request_id)
+                call()
+
+            return over
 
     return RestoringManager()
+
+
+class Refused(Exception):
+    """A request that cannot be answered; the message says why."""
+
+
+async def _tell_client(request: Any, error: Any) -> Any:
+    from fastapi.responses import JSONResponse
+
+    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
 
 
 @contextmanager
@@ -216,21 +267,3 @@ def _signals_end_it_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Refused(Exception):
-    """A request that cannot be answered; the message says why."""
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-async def _tell_client(request: Any, error: Any) -> Any:
-    from fastapi.responses import JSONResponse
-
-    return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
