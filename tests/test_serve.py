@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from cake_hf.errors import StoreError
-from cake_hf.stores import MemoryStore
+from cake_hf.stores import MemoryStore, open_store
 from cake_hf.testing import FaultStore, GateStore, expected_faults
+from commands import run_command, write_text
 from faulty import Faulty, raising
 from http_servers import Running, expected_answer, require_server, running, save_chat_model, words
 from models import CHUNK
@@ -265,3 +266,15 @@ def test_a_later_server_restores(folder: Path, kept: MemoryStore) -> None:
         assert report["chunks_loaded"] + report["chunks_computed"] == CHUNKS
         assert report["chunks_missed"] == 0
     assert answer == expected_answer(folder, DOCUMENT)
+
+
+def test_what_was_warmed_is_restored(folder: Path, tmp_path: Path) -> None:
+    """With the chunk sizes that both have by default."""
+    text, store = write_text(tmp_path / "text", 300), tmp_path / "store"
+    warmed = run_command("warm", folder, text, "--store", store, "--device", "cpu")
+    assert warmed.exit_code == 0, warmed.output
+    with open_store(store) as opened, running(folder, opened, chunk_size=None, strategy="load") as server:
+        prompt = text.read_text() + " w5 w6"
+        answer = server.client.completions.create(model=server.model, prompt=prompt, max_tokens=3, temperature=0)
+        report = server.report(answer.id)
+    assert (report["chunk_size"], report["chunks_loaded"], report["chunks_computed"]) == (128, 2, 0)

@@ -91,6 +91,28 @@ def test_options_that_cannot_be_used(options: list[Any], words: str, serve: Call
     assert words in sentence(serve(*options))
 
 
+def test_our_options_reach_the_manager(serve: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    require_server()
+    from cake_hf.serving import manager
+
+    seen: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, model: Any, store: Any, **options: Any) -> None:
+            seen.update(options)
+            raise ValueError("that was all")
+
+    monkeypatch.setattr(manager, "BatchingManager", Recorder)
+    ours = ("--salt", "mine", "--strategy", "load", "--stall", 0.25, "--no-exact", "--no-save")
+    assert "that was all" in sentence(serve(*ours, "--cb-num-blocks", 9, "--cb-max-batch-tokens", 64))
+    config, generation = seen.pop("continuous_batching_config"), seen.pop("generation_config")
+    assert (config.page_size, config.num_blocks, config.max_batch_tokens) == (16, 9, 64)
+    assert generation.eos_token_id == 2
+    assert seen == {
+        "chunk_size": 16, "salt": "mine", "save": False, "exact": False, "strategy": "load", "stall": 0.25
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nor-this-one", "~/nor-that"])
 def test_a_model_that_is_not_there(model: str, serve: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     require_server()

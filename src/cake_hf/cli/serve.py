@@ -102,9 +102,8 @@ def serve_command(model: Annotated[str, typer.Argument(help=MODEL)], restoring: 
         console.print(told, style="dim")
     with open_store(restoring.store) as store:
         server = make_server(model, store, restoring, transformers)
-        where = f"Serving {model} at http://{transformers['host']}:{transformers['port']}/v1"
         try:
-            server.run(lambda: console.print(f"{where}, with KV in {shown_url(restoring.store)}"))
+            server.run(lambda: console.print(f"Serving {model} at /v1, with KV in {shown_url(restoring.store)}"))
         except SystemExit as error:  # uvicorn has said why
             raise typer.Exit(FAILED) from error
 
