@@ -14,6 +14,7 @@ import pytest
 import torch
 from nbformat.v4 import new_output
 
+from http_servers import require_server
 from naming import in_this_version
 from old_versions import OLD
 
@@ -32,7 +33,7 @@ def committed(name: str) -> Any:
 
 def test_each_example_has_a_notebook() -> None:
     assert set(EXAMPLES) == {path.stem for path in (ROOT / "examples").glob("*.ipynb")}
-    assert {"quickstart", "long_document", "chat", "packs", "tuning"} <= set(EXAMPLES)
+    assert {"quickstart", "long_document", "chat", "packs", "serving", "tuning"} <= set(EXAMPLES)
 
 
 @pytest.fixture
@@ -50,6 +51,8 @@ def test_the_script_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Its assertions are about the answers; the pictures are written for those who see no notebook."""
     if OLD and "prefill_chunk_size=128)" in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8"):
         pytest.skip("older transformers cuts no prompt into chunks without a cache, with which the example compares")
+    if name == "serving":
+        require_server()
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     script = tmp_path / f"{name}.py"

@@ -12,6 +12,9 @@ from cake_hf.cli.deferred import Deferred, deferring
 
 COMMANDS = {
     "warm": Deferred("cake_hf.cli.warm_command:warm_command", "Compute a document's KV once and keep it in a store."),
+    "serve": Deferred(
+        "cake_hf.cli.serve:serve_command", "Serve a model through an OpenAI-compatible API, with a store."
+    ),
     "ls": Deferred("cake_hf.cli.look_commands:ls_command", "List what a store has, by namespace and by prompt."),
     "info": Deferred("cake_hf.cli.look_commands:info_command", "Show the totals of a store, or all of one chunk."),
     "why": Deferred("cake_hf.cli.why:why_command", "Say why a prompt is not found in a store."),

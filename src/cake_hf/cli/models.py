@@ -116,20 +116,26 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _folder_of(name: str) -> Path:
-    """Returns the folder that a model's name stands for; one that does not exist if the name is one on the Hub."""
+def find_model(name: str) -> str:
+    """Returns the folder that a model's name stands for, or the name itself if it is one on the Hub.
+
+    Raises:
+        ValueError: it can only be a folder, and there is none.
+    """
     path = Path(name).expanduser()
-    return RECALL_TINY if name == RECALL_TINY.name and not path.is_dir() else path
+    path = RECALL_TINY if name == RECALL_TINY.name and not path.is_dir() else path
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"There is no folder {path}; give a model's folder, or its name on the Hugging Face Hub.")
+    return name
 
 
 def _loaded(what: str, name: str, load: Callable[[str], T]) -> T:
-    path = _folder_of(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if is_path and not path.is_dir():
-        raise ValueError(f"There is no folder {path}; give a model's folder, or its name on the Hugging Face Hub.")
+    found = find_model(name)
     try:
         with quiet_transformers():
-            return load(str(path) if path.is_dir() else name)
+            return load(found)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
