@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cake_hf.stores.base import Store
+from cake_hf import Store
 from cake_hf.testing import WrapperStore
 from waiting import PATIENCE, await_true
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
 from benchmarks.grid import plots
-from cake_hf.errors import CakeError
+from cake_hf import CakeError
 
 
 def figure(seconds: float) -> dict[str, float]:

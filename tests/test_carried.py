@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore, reads_only
+from cake_hf import CakeCache, Limits, MemoryStore, Store, reads_only
 from cake_hf.chunks.codec import header_size, parse_header
 from cake_hf.keys import state_key
 from cake_hf.layers import IndexedLayer
@@ -21,7 +21,6 @@ from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
 from cake_hf.restore import plan
 from cake_hf.scheduling.frontier import Frontier, Outcome
-from cake_hf.stores.base import Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.transfer.landing import DevicePlace
 from cake_hf.transfer.single_flight import LEFT_PER_READ

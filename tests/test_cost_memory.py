@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.report import Span
 from cake_hf.restore import bound_store
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.pace import Pace
-from cake_hf.stores.base import Store
 from cake_hf.transfer import cost_notes as cost_memory
 from cake_hf.transfer.cost_notes import CostMemory, flush_notes, note_of, recall_costs
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model

@@ -22,9 +22,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cake_hf import StoreError
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
 from cake_hf.stores import byte_budget as room
 from cake_hf.stores.byte_count import ByteCount

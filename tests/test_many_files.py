@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache
+from cake_hf import CakeCache, CorruptChunk
 from cake_hf.chunks import codec
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header, parse_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
@@ -29,7 +29,6 @@ from cake_hf.cli.gc import collect, select
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.many import MOST_AT_ONCE, each_answer
 from cake_hf.cli.verify import verify
-from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of
 from children import command_of

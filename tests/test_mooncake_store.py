@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.servers.own_network import NAMESPACES, obstacle
-from cake_hf.errors import StoreError
+from cake_hf import StoreError
 from cake_hf.stores import mooncake, mooncake_client
 from cake_hf.stores.mooncake import MooncakeStore
 from cake_hf.stores.mooncake_client import Member, MooncakeAddress

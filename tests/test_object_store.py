@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 from obstore.store import from_url
 
-from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, Store, object_client, open_store
 from cake_hf.stores import object as object_module
 from cake_hf.stores.object import ObjectStore

@@ -14,14 +14,12 @@ import torch
 import yaml
 
 import family_runs
-from cake_hf import CakeCache, LocalStore, MemoryStore, Store
+from cake_hf import CakeCache, CorruptChunk, LocalStore, MemoryStore, Store, StoreError, export_pack, import_pack
 from cake_hf.chunks.codec import parse_header
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
 from cake_hf.cli.verify import verify
-from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.keys import state_key
-from cake_hf.packs import export_pack, import_pack
 from cake_hf.restore.bound_model import BoundModel
 from cake_hf.stores.manifest import (
     CARD,

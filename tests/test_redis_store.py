@@ -16,8 +16,7 @@ from urllib.parse import quote
 import pytest
 import redis
 
-from cake_hf import CakeCache
-from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf import CakeCache, CorruptChunk, StoreError
 from cake_hf.stores import Store, open_store
 from cake_hf.stores.redis import RedisStore
 from cake_hf.stores.redis_manifest import Manifest

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from cake_hf import CorruptChunk, StoreError
 from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
 from cake_hf.stores.base import total_bytes
 from cake_hf.testing import FaultStore, GateStore, StoreContract, ThrottledStore, WrapperStore, check_against_dict

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from cake_hf import CakeCache, MemoryStore
-from cake_hf.errors import StoreError, is_a_fault
+from cake_hf import CakeCache, MemoryStore, StoreError
+from cake_hf.errors import is_a_fault
 from cake_hf.layers import compat
 from cake_hf.restore import support
 from cake_hf.stores import LocalStore, TierStore
