@@ -333,17 +333,14 @@ def test_a_stopped_verify_deletes_nothing(root: Path, number: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(
-    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(root: Path, name: str) -> None:
     hangs, released = threading.Event(), threading.Event()
 
-    def hang(self: LocalStore, key: str, *_: object) -> None:
+    def hang(*_: object) -> None:
         hangs.set()
         released.wait(PATIENCE)
 
-    for method in ("read", "read_range", "place"):
-        monkeypatch.setattr(LocalStore, method, hang)
+    hanging = type("Hanging", (LocalStore,), dict.fromkeys(("read", "read_range", "place"), hang))(root)
 
     def stop() -> None:
         hangs.wait(PATIENCE)
@@ -353,10 +350,10 @@ def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(
     stopping.start()
     try:
         if name == "verify":
-            assert verify(existing_store(str(root)), nothing).stopped
+            assert verify(hanging, nothing).stopped
         else:
             with pytest.raises(KeyboardInterrupt):
-                SCANS[name](existing_store(str(root)), nothing)
+                SCANS[name](hanging, nothing)
         assert not released.is_set()
     finally:
         released.set()
