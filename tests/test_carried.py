@@ -22,6 +22,7 @@ from cake_hf.model.trials import forgets
 from cake_hf.restore import plan
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.testing.forgery import forge
 from cake_hf.transfer.landing import DevicePlace
 from cake_hf.transfer.single_flight import LEFT_PER_READ
 from cake_hf.transfer.single_reads import ReadBeside
@@ -458,16 +459,19 @@ def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "deepseek_v32"))
-def test_an_unchecked_flipped_bit_changes_the_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: with the checks off, one flipped bit in the last piece that is read must show."""
+def test_a_flipped_bit_that_passes_the_checks_changes_the_result(family: str) -> None:
+    """Negative control: with a checksum made to fit, one flipped bit in the last piece that is read must show."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     is_state = family in RECURRENT
     key = keys_by_index(store, states=is_state)[CHUNKS - 1]
     value = store.read(key)
     assert value is not None
-    value[-1 - len(value) % 4] ^= 1  # of an exponent, of the last value of all
-    store.write(key, [value], replace=True)
-    monkeypatch.setattr("cake_hf.transfer.verification.check_pieces", lambda *_: None)
+    last = -1 - len(value) % 4
+
+    def flip(payload: bytearray) -> None:
+        payload[last] ^= 1  # of an exponent, of the last value of all
+
+    store.write(key, [forge(value, flip)], replace=True)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         run = generate(model, deceived)
         assert deceived.report.chunks_loaded == CHUNKS

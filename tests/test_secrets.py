@@ -16,11 +16,11 @@ from urllib.parse import quote
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from obstore.store import S3Store
 from rich.console import Console
 
 from cake_hf import CakeCache, Report, StoreError, open_store
 from cake_hf.cli.store_tables import totals
-from cake_hf.restore.bound_model import BoundModel
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore
@@ -29,7 +29,7 @@ from cake_hf.testing.contract import key_of
 from cake_hf.util.redaction import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
 from commands import run_command
 from eval.config import RunConfig
-from models import CHUNK, prompt, run, shared_model
+from models import CHUNK, build, prompt, run, shared_model
 
 MARK = "qZx9"
 """Stands between all characters of a secret: where it is seen, at least a part of the secret is."""
@@ -284,13 +284,12 @@ def test_what_the_client_of_an_object_storage_repeats_is_hidden(monkeypatch: pyt
         f"Authorization: AWS4 {HOSTILE}"
     )
 
-    class Client:
-        def head(self, path: str) -> None:
-            raise ValueError(told) from OSError(told)
+    def head(client: S3Store, path: str) -> None:
+        raise ValueError(told) from OSError(told)
 
+    monkeypatch.setattr(S3Store, "head", head)
     options = {"secret_access_key": f"{MARK}-of-options", "access_key_id": "me", "region": "x"}
     with ObjectStore("s3://bucket/prefix", options=options) as store, seeing() as seen:
-        monkeypatch.setattr(store, "_reading", Client())
         use(store, seen)
     assert any("Generic error" in text for text in seen.texts)
     assert MARK not in "\n".join(seen.texts)
@@ -372,8 +371,9 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
 )
 @pytest.mark.parametrize("name", ["\x1b[2J\x07", "line\nforged: all is well", "\u202egnp.exe", f"https://u:{MARK}@h/m"])
 def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BoundModel, "name", name)
-    with CakeCache(shared_model("llama"), tmp_path / "kv", chunk_size=CHUNK) as cache:
+    model = build("llama")
+    model.config._name_or_path = name
+    with CakeCache(model, tmp_path / "kv", chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
     for arguments in (["ls", tmp_path / "kv"], ["info", tmp_path / "kv"]):
         told = run_command(*arguments)
