@@ -13,7 +13,7 @@ from cake_hf.cli.gc import collect, select
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of, value_of
 from cake_hf.util.sizes import parse_bytes, parse_seconds, parse_share
-from commands import flat, run_command
+from commands import flat, no_progress, run_command
 from lent import Lend
 from test_eviction import chunk
 
@@ -21,10 +21,6 @@ pytest_plugins = ["lent"]
 
 DAY = 86_400.0
 LEFTOVER = f"{key_of(11)}.0123456789abcdef"
-
-
-def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 @pytest.fixture

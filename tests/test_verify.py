@@ -20,7 +20,7 @@ from cake_hf.stores import LocalStore, MemoryStore
 from cake_hf.testing import FaultStore
 from cake_hf.testing.contract import key_of
 from cake_hf.testing.forgery import blank, forge, one_bit
-from commands import flat, run_command, save_model, write_text
+from commands import flat, no_progress, run_command, save_model, write_text
 from families import family_model, here
 from faulty import Faulty, raising
 from models import difference, expected, prompt, run, shared_model
@@ -29,10 +29,6 @@ from stored import filled_store, keys_in_order
 
 CHUNK = 16
 CHUNKS = 6
-
-
-def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 @pytest.fixture(scope="module")

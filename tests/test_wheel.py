@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from configparser import ConfigParser
 from pathlib import Path
-from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
+
+from scripted import load_script
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "cake_hf"
@@ -20,20 +20,10 @@ MOST_LINES, MOST_FILES = 31_200, 222
 """Of Python. These are to fall: the goal is 15,000 in 100."""
 
 
-def wheel_size() -> ModuleType:
-    """The script that counts."""
-    spec = importlib.util.spec_from_file_location("wheel_size", ROOT / "scripts" / "wheel_size.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
-    built: Path = wheel_size().build(tmp_path_factory.mktemp("wheel"))
+    built: Path = load_script("wheel_size").build(tmp_path_factory.mktemp("wheel"))
     return built
 
 
@@ -63,7 +53,7 @@ def test_every_entry_point_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_wheel_does_not_grow(wheel: Path) -> None:
-    script = wheel_size()
+    script = load_script("wheel_size")
     found = script.sizes(wheel)
     size = script.total(found)
     assert size.lines == sum(len(path.read_bytes().splitlines()) for path in SOURCE.rglob("*.py"))
@@ -73,7 +63,7 @@ def test_the_wheel_does_not_grow(wheel: Path) -> None:
 
 
 def test_the_script_prints_the_sizes_by_folder(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wheel_size().main([str(wheel)])
+    load_script("wheel_size").main([str(wheel)])
     lines = capsys.readouterr().out.splitlines()
     assert {"cache", "stores", "cli", "together"} <= {line.split()[0] for line in lines}
     assert lines[-1].startswith("together")
