@@ -287,18 +287,20 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(turn: int,
             run(model, prompt(), cache)
         assert len(set(asked)) == 1, "it was another buffer"
         assert cache.get_seq_length() == (turn - 1) * 2 * CHUNK
+        assert turn == 2 or not any(layer.is_initialized for layer in cache.layers)
         assert threading.active_count() <= before
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
 @pytest.mark.parametrize("family", here("gemma3", "mistral"))
 def test_too_little_memory_for_windows_takes_none_for_the_prompt(family: str) -> None:
+    """Windows are in tensors of the model's type, whole prompts in bytes that start on a page."""
     model, store = family_model(family), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as cold:
         first = run(model, prompt(), cold)
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
         with (
-            refusing(fail_for_want_of_memory, lambda nbytes, dtype: dtype is not torch.uint8),
+            refusing(fail_for_want_of_memory, lambda nbytes, dtype: nbytes > 0 and dtype is not torch.uint8),
             pytest.raises(torch.OutOfMemoryError),
         ):
             run(model, prompt(), cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from obstore.store import S3Store
 from rich.console import Console
 
-from cake_hf import CakeCache, Report, StoreError, open_store
+from cake_hf import CakeCache, LocalStore, Report, StoreError, open_store
+from cake_hf.chunks.codec import METADATA, sealed_header
 from cake_hf.cli.store_tables import totals
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
@@ -29,7 +31,7 @@ from cake_hf.testing.contract import key_of
 from cake_hf.util.redaction import HIDDEN, escaped, redacted, redacted_url, scrub, shown, shown_url
 from commands import run_command
 from eval.config import RunConfig
-from models import CHUNK, build, prompt, run, shared_model
+from models import CHUNK, prompt, run, shared_model
 
 MARK = "qZx9"
 """Stands between all characters of a secret: where it is seen, at least a part of the secret is."""
@@ -370,17 +372,27 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
     "Commands show them as escapes.",
 )
 @pytest.mark.parametrize("name", ["\x1b[2J\x07", "line\nforged: all is well", "\u202egnp.exe", f"https://u:{MARK}@h/m"])
-def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    model.config._name_or_path = name
-    with CakeCache(model, tmp_path / "kv", chunk_size=CHUNK) as cache:
+def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path) -> None:
+    with CakeCache(shared_model("llama"), tmp_path / "kv", chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
+    store = LocalStore(tmp_path / "kv")
+    for key in [*store.keys()]:
+        store.write(key, [renamed(store.read(key) or b"", name)], replace=True)
     for arguments in (["ls", tmp_path / "kv"], ["info", tmp_path / "kv"]):
         told = run_command(*arguments)
         assert told.exit_code == 0
         assert all(line.isprintable() for line in told.output.split("\n"))
         assert not any(line.startswith("forged") for line in told.output.split("\n"))
         assert MARK not in told.output
+
+
+def renamed(chunk: bytes, model: str) -> bytes:
+    """The chunk as one who writes that name of a model into headers would have saved it."""
+    start = 8 + int.from_bytes(chunk[:8], "little")
+    table = json.loads(chunk[8:start])
+    metadata = {**table.pop(METADATA), "model": model}
+    del metadata["header"]
+    return sealed_header(metadata, table, start) + chunk[start:]
 
 
 @pytest.mark.parametrize(
