@@ -38,6 +38,10 @@ def write_text(path: Path, words: int, seed: int = 0) -> Path:
     return path
 
 
+def no_progress(done: int, total: int) -> None:
+    """Nobody is watching."""
+
+
 WIDE = 200
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.errors import UnsupportedModel
+from cake_hf import CakeCache, Limits, MemoryStore, UnsupportedModel
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import GateStore
 from families import exists, family_model

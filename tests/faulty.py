@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cake_hf.stores.base import Store
+from cake_hf import Store
 from cake_hf.testing import WrapperStore
 from waiting import PATIENCE, await_true
 
@@ -44,6 +44,9 @@ class Faulty(WrapperStore):
 
     def contains(self, keys: Sequence[str]) -> Any:
         return self.fault("contains") if self._goes_wrong("contains") else super().contains(keys)
+
+    def read(self, key: str) -> Any:
+        return self.fault("read") if self._goes_wrong("read") else super().read(key)
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> Any:
         return self.fault("read_into") if self._goes_wrong("read_into") else super().read_into(key, parts)

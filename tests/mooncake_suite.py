@@ -16,12 +16,10 @@ import pytest
 import test_fault_matrix as matrix
 from benchmarks.servers import free_port
 from benchmarks.servers.mooncake import Cluster
-from cake_hf import CakeCache, Limits
-from cake_hf.errors import StoreError
+from cake_hf import CakeCache, Limits, StoreError, TierStore
 from cake_hf.stores import LocalStore, MemoryStore, Store, mooncake
 from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.mooncake_client import LEASED
-from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, split, value_of
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model

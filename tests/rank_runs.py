@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
 import family_runs
-from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.chunks.codec import parse_header
-from cake_hf.stores.base import Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from families import family_model
 from models import CHUNK, Outcome, build, difference, oracle, prompt, run

@@ -79,6 +79,8 @@ class Relay:
         self._lock = threading.Lock()
         self._left = {"server": math.inf, "client": math.inf}
         self._at_the_end: Callable[[], None] | None = None
+        self.heard: Callable[[bytes], None] = lambda data: None
+        """Called with what a client sends, before it is handed on. It may be set at any time."""
         self._sockets: list[socket.socket] = []
         self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -138,6 +140,8 @@ class Relay:
     def _pump(self, source: socket.socket, target: socket.socket, side: str) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
+                if side == "client":
+                    self.heard(data)
                 share = self._take(len(data), side)
                 target.sendall(data[:share])
                 if share < len(data):

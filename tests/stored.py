@@ -6,9 +6,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from cake_hf import CakeCache, MemoryStore
+from cake_hf import CakeCache, MemoryStore, Store
 from cake_hf.chunks.codec import parse_header
-from cake_hf.stores.base import Store
 from models import CHUNK, prompt
 
 _made: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], MemoryStore]] = WeakKeyDictionary()

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf import LocalStore, MemoryStore
-from cake_hf.limits import Limits
-from cake_hf.report import Report
+from cake_hf import Limits, LocalStore, MemoryStore, Report, Store, Tier, TierStore
 from cake_hf.stores import background_queue
 from cake_hf.stores.background_queue import NOTES, PURPOSES, TIERS, WRITER, QueueUser, Task
-from cake_hf.stores.base import Store
-from cake_hf.stores.tiers import Tier, TierStore
 from cake_hf.transfer.cost_notes import flush_notes, note_of
 from cake_hf.transfer.hits import count_hits, flush_hits, read_hits
 from cake_hf.transfer.writer import Writer

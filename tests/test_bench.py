@@ -27,8 +27,8 @@ from benchmarks.stolen import StolenTime, ticks
 from benchmarks.table import build_tables
 from benchmarks.timing import Sample, interleave, ratio
 from benchmarks.workbench import Parity
+from cake_hf import StoreError
 from cake_hf.cli.console import console
-from cake_hf.errors import StoreError
 from cake_hf.scheduling.planner import optimum
 
 pytest_plugins = ["one_thread"]

@@ -18,7 +18,7 @@ from benchmarks.command import bench_app
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, choose
 from benchmarks.workbench import Workbench, cheap_collections
-from cake_hf.errors import CakeError
+from cake_hf import CakeError
 from cake_hf.scheduling.costs import MAX_SECONDS
 from cake_hf.stores.marker import NOTES
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.grid import competition, competitor
 from benchmarks.grid.competition import SCRIPT, Competition, demand, usable_cores
-from cake_hf.errors import CakeError
+from cake_hf import CakeError
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ from benchmarks.grid.run import GroupClock, run, step_count
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, shape_named
 from benchmarks.workbench import Run, Workbench
+from cake_hf import LocalStore, Report
 from cake_hf.chunks.codec import checksums, encode_header, header_size, parse_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.report import Report, Span
-from cake_hf.stores.local import LocalStore
+from cake_hf.report import Span
 from cake_hf.testing import GateStore
 
 pytest_plugins = ["one_thread"]

@@ -13,8 +13,7 @@ from benchmarks.loading import Chunks, load, read_bare
 from benchmarks.models import build_model, build_prompt
 from benchmarks.settings import Settings, shape_named
 from benchmarks.workbench import Workbench
-from cake_hf.errors import CakeError
-from cake_hf.stores.local import LocalStore
+from cake_hf import CakeError, LocalStore
 
 CHUNK, CHUNKS = 32, 4
 

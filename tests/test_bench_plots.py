@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
 from benchmarks.grid import plots
-from cake_hf.errors import CakeError
+from cake_hf import CakeError
 
 
 def figure(seconds: float) -> dict[str, float]:
@@ -107,6 +108,6 @@ def test_json_that_is_not_an_outcome_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.plots.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CakeError, match=r"pip install 'cake-hf\[plots\]'"):
         plots.draw({"axes": AXES, "groups": []}, tmp_path)

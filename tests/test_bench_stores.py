@@ -18,8 +18,8 @@ from benchmarks.stores.command import measure_all
 from benchmarks.stores.own_cluster import from_json
 from benchmarks.stores.race import Contender, race
 from benchmarks.stores.values import StoreSettings, Values, WrongBytes
+from cake_hf import StoreError
 from cake_hf.chunks.codec import check_file
-from cake_hf.errors import StoreError
 from cake_hf.stores import MemoryStore
 from commands import run_benchmark
 

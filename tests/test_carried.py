@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore, reads_only
+from cake_hf import CakeCache, Limits, MemoryStore, Store, reads_only
 from cake_hf.chunks.codec import header_size, parse_header
 from cake_hf.keys import state_key
 from cake_hf.layers import IndexedLayer
@@ -21,8 +21,8 @@ from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
 from cake_hf.restore import plan
 from cake_hf.scheduling.frontier import Frontier, Outcome
-from cake_hf.stores.base import Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
+from cake_hf.testing.forgery import forge
 from cake_hf.transfer.landing import DevicePlace
 from cake_hf.transfer.single_flight import LEFT_PER_READ
 from cake_hf.transfer.single_reads import ReadBeside
@@ -172,15 +172,13 @@ def test_chunks_that_fail_are_made_up_for(family: str, fault: str) -> None:
 
 @pytest.mark.parametrize("family", RECURRENT)
 @pytest.mark.parametrize("fault", ["drop", "flip", "error", "truncate", "stall"])
-def test_a_state_that_fails_is_computed(family: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_fails_is_computed(family: str, fault: str) -> None:
     """Where a state is of no use, all is computed; and where it was stored, and is unusable, it is made anew."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: fault})
-    if fault == "stall":
-        wait = ReadBeside.wait
-        monkeypatch.setattr(ReadBeside, "wait", lambda read, seconds: wait(read, 0.01))
-    with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load") as cache:
+    limits = Limits(read_timeout=0.05 if fault == "stall" else PATIENCE)  # chunks that are late then are computed
+    with CakeCache(model, faulty, chunk_size=CHUNK, strategy="load", limits=limits) as cache:
         check(family, generate(model, cache), fault)
         faulty.release()
         join_loaders()
@@ -459,16 +457,19 @@ def test_after_a_restore_a_window_is_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "deepseek_v32"))
-def test_an_unchecked_flipped_bit_changes_the_result(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: with the checks off, one flipped bit in the last piece that is read must show."""
+def test_a_flipped_bit_that_passes_the_checks_changes_the_result(family: str) -> None:
+    """Negative control: with a checksum made to fit, one flipped bit in the last piece that is read must show."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     is_state = family in RECURRENT
     key = keys_by_index(store, states=is_state)[CHUNKS - 1]
     value = store.read(key)
     assert value is not None
-    value[-1 - len(value) % 4] ^= 1  # of an exponent, of the last value of all
-    store.write(key, [value], replace=True)
-    monkeypatch.setattr("cake_hf.transfer.verification.check_pieces", lambda *_: None)
+    last = -1 - len(value) % 4
+
+    def flip(payload: bytearray) -> None:
+        payload[last] ^= 1  # of an exponent, of the last value of all
+
+    store.write(key, [forge(value, flip)], replace=True)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         run = generate(model, deceived)
         assert deceived.report.chunks_loaded == CHUNKS

@@ -328,19 +328,21 @@ def test_a_model_that_computes_otherwise_each_time() -> None:
 def filled_by_another(model: Any) -> MemoryStore:
     """A store in which chunks of a changed model lie under the plain model's keys, as older versions left them."""
     store = MemoryStore()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cake_hf.restore.bound_model.behaviour_digest", lambda seen: "")
-        patch.setattr("cake_hf.restore.bound_model.code_digest", lambda model, chosen: "")
-        with plain_attribute(model):
-            answer(model, store)
+    with pytest.MonkeyPatch.context() as patch, plain_attribute(model):
+        make_blind(patch)
+        answer(model, store)
     return store
+
+
+def make_blind(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("cake_hf.restore.bound_model.behaviour_digest", lambda seen: "")
+    patch.setattr("cake_hf.restore.bound_model.code_digest", lambda model, chosen: "")
 
 
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the comparison with what is stored can tell changed models apart."""
-    monkeypatch.setattr("cake_hf.restore.bound_model.behaviour_digest", lambda seen: "")
-    monkeypatch.setattr("cake_hf.restore.bound_model.code_digest", lambda model, chosen: "")
+    make_blind(monkeypatch)
 
 
 @pytest.mark.fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,20 +156,21 @@ def test_a_model_without_a_template(tmp_path: Path, how: str) -> None:
         chat_document(tokenizer, DOCUMENT) if how == "document" else chat_prompt(tokenizer, [user("Who?")])
 
 
-def warm_arguments(file: Path, store: Path) -> list[str]:
+def warm_arguments(file: Path, store: Path, model: Path = RECALL_TINY) -> list[str]:
     """The command line that warms a text with the small model."""
     options = ["--store", str(store), "--dtype", "float32", "--chunk-size", str(CHUNK)]
-    return ["warm", str(RECALL_TINY), str(file), *options]
+    return ["warm", str(model), str(file), *options]
 
 
 def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command has stored is all that a process with a new cache has before the question."""
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("cake_hf.cli.warm.load_tokenizer", lambda name: tokenizer)
+    folder = Path(shutil.copytree(RECALL_TINY, tmp_path / "model"))
+    tokenizer.save_pretrained(folder)
     file, system, store = tmp_path / "text.txt", tmp_path / "system.txt", tmp_path / "store"
     file.write_text(DOCUMENT)
     system.write_text("Be brief.")
-    arguments = warm_arguments(file, store)
+    arguments = warm_arguments(file, store, folder)
     result = CliRunner().invoke(app, [*arguments, "--chat", "--system", str(system)])
     assert result.exit_code == 0, result.output
     assert "chat_document" in result.output

@@ -6,11 +6,13 @@ import json
 import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import cake_hf
@@ -18,7 +20,12 @@ from cake_hf import CakeCache
 from cake_hf.cli.app import app
 from cake_hf.cli.inspect_store import existing_store, prompts, take_inventory
 from cake_hf.stores import LocalStore, MemoryStore
+from cake_hf.testing import WrapperStore
 from commands import save_model, write_text
+from faulty import Faulty, raising
+from lent import Lend
+
+pytest_plugins = ["lent"]
 
 CHUNK = 16
 CHUNKS = 5
@@ -55,7 +62,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def warm(command: Command, model: Path, file: Path, store: Path, *more: object) -> Result:
+def warm(command: Command, model: Path, file: Path, store: Path | str, *more: object) -> Result:
     return command("warm", model, file, "--store", store, "--chunk-size", CHUNK, *more)
 
 
@@ -152,13 +159,12 @@ def test_ls_says_where_a_prompt_has_a_hole(store: Path, command: Command) -> Non
     assert "chunk 1" in flat(command("ls", store).output)
 
 
-def test_listing_reads_headers_only(store: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a whole chunk was read")
-
-    monkeypatch.setattr(LocalStore, "read_into", refuse)
-    assert command("ls", store).exit_code == 0
-    assert command("info", store).exit_code == 0
+@pytest.mark.parametrize("method", ["read", "read_into"])
+def test_listing_reads_headers_only(store: Path, lend: Lend, command: Command, method: str) -> None:
+    whole = raising(lambda: AssertionError("a whole chunk was read"))
+    url = lend(lambda: Faulty(LocalStore(store), method, whole))
+    assert command("ls", url).exit_code == 0
+    assert command("info", url).exit_code == 0
 
 
 def test_any_store_can_be_listed(store: Path) -> None:
@@ -230,16 +236,10 @@ def test_verify_names_a_damaged_chunk_and_delete_heals(
     assert len(keys_of(store)) == CHUNKS
 
 
-def test_a_chunk_that_cannot_be_read_is_not_deleted(
-    store: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_a_chunk_that_cannot_be_read_is_not_deleted(store: Path, lend: Lend, command: Command) -> None:
     """A failing disk or a wrong mode is no proof that the chunk is bad."""
-
-    def fail(self: LocalStore, key: str) -> None:
-        raise cake_hf.StoreError("The disk reports a fault; check it.")
-
-    monkeypatch.setattr(LocalStore, "read", fail)
-    result = command("verify", store, "--fix")
+    fail = raising(lambda: cake_hf.StoreError("The disk reports a fault; check it."))
+    result = command("verify", lend(lambda: Faulty(LocalStore(store), "read", fail)), "--fix")
     assert result.exit_code == 1
     assert "check it" in flat(result.output)
     assert len(keys_of(store)) == CHUNKS
@@ -331,41 +331,45 @@ def test_inputs_that_cannot_be_warmed_are_refused(
 
 
 def test_chunks_that_were_not_saved_are_an_error(
-    tmp_path: Path, model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+    model_folder: Path, document: Path, lend: Lend, command: Command
 ) -> None:
-    def full(*_: object, **__: object) -> bool:
-        raise cake_hf.StoreError("No space left on device: free some space.")
-
-    monkeypatch.setattr(LocalStore, "write", full)
-    result = warm(command, model_folder, document, tmp_path / "store")
+    full = raising(lambda: cake_hf.StoreError("No space left on device: free some space."))
+    result = warm(command, model_folder, document, lend(lambda: Faulty(MemoryStore(), "write", full)))
     assert result.exit_code == 2
     assert f"{CHUNKS} chunks could not be saved" in flat(result.stderr)
 
 
-def test_a_store_slower_than_the_model_is_waited_for(
-    tmp_path: Path, model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
-    """The queue has room for two chunks, and the store writes only while it is waited for."""
-    waiting, write, flush = threading.Event(), LocalStore.write, CakeCache.flush
+class WritesWhenWaitedFor(WrapperStore):
+    """One that is so slow that it writes only while a cache is being flushed."""
 
-    def write_when_waited_for(self: LocalStore, *arguments: Any, **options: Any) -> bool:
-        assert waiting.wait(60)
-        return write(self, *arguments, **options)
+    waited_for = threading.Event()
+
+    def write(self, key: str, parts: Sequence[Any], *, replace: bool = False) -> bool:
+        assert self.waited_for.wait(60)
+        return super().write(key, parts, replace=replace)
+
+
+def test_a_store_slower_than_the_model_is_waited_for(
+    model_folder: Path, document: Path, monkeypatch: pytest.MonkeyPatch, lend: Lend, command: Command
+) -> None:
+    """The queue has room for two chunks."""
+    waited_for, flush = WritesWhenWaitedFor.waited_for, CakeCache.flush
 
     def wait(self: CakeCache, timeout: float | None = None) -> bool:
-        waiting.set()
+        waited_for.set()
         try:
             return flush(self, timeout)
         finally:
-            waiting.clear()
+            waited_for.clear()
 
-    monkeypatch.setattr(LocalStore, "write", write_when_waited_for)
     monkeypatch.setattr(CakeCache, "flush", wait)
-    monkeypatch.setattr("cake_hf.cli.warm.QUEUE_BYTES", 2 * CHUNK_BYTES)
-    result = warm(command, model_folder, document, tmp_path / "store")
+    monkeypatch.setenv("CAKE_HF_SAVE_QUEUE_BYTES", str(2 * CHUNK_BYTES))
+    store, hurried = MemoryStore(), MemoryStore()
+    result = warm(command, model_folder, document, lend(lambda: WritesWhenWaitedFor(store)))
     assert result.exit_code == 0, result.output
-    assert len(keys_of(tmp_path / "store")) == CHUNKS
-    monkeypatch.setattr("cake_hf.cli.warm.Pace", lambda *_: lambda done: None)
-    hurried = warm(command, model_folder, document, tmp_path / "hurried")
-    assert hurried.exit_code == 2
-    assert "could not be saved" in flat(hurried.stderr)
+    assert len(list(store.keys())) == CHUNKS
+    model, words = AutoModelForCausalLM.from_pretrained(model_folder), document.read_text().split()
+    with CakeCache(model, WritesWhenWaitedFor(hurried), chunk_size=CHUNK) as cache:  # negative control: nobody waits
+        report = cache.prefill(torch.tensor([[int(word[1:]) for word in words]]))
+        assert cache.flush(60)
+    assert report.chunks_unsaved

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.report import Span
 from cake_hf.restore import bound_store
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.pace import Pace
-from cake_hf.stores.base import Store
 from cake_hf.transfer import cost_notes as cost_memory
 from cake_hf.transfer.cost_notes import CostMemory, flush_notes, note_of, recall_costs
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
@@ -172,13 +171,11 @@ def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.
     gate.set()
 
 
-def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(
-    tmp_path: Path, hung: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(tmp_path: Path, hung: threading.Event) -> None:
     readers = {thread for thread in threading.enumerate() if thread.name == "cake-notes"}
-    monkeypatch.setattr(cost_memory, "NOTE_SECONDS", 0.01)
     for _ in range(3):  # each time for another store object, as for another cache
-        assert recall_costs(LocalStore(tmp_path), "ns", "cpu").costs(100).compute is None
+        found = recall_costs(LocalStore(tmp_path), "ns", "cpu", Limits(lookup_timeout=0.01))
+        assert found.costs(100).compute is None
     hanging = {thread for thread in threading.enumerate() if thread.name == "cake-notes"} - readers
     assert len(hanging) == 1
     hung.set()

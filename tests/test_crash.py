@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks.codec import ChunkMetadata, check_file, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from children import many_children, start_child, start_together
 

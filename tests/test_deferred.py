@@ -9,9 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cake_hf import CakeError
 from cake_hf.cli.app import COMMANDS, app
 from cake_hf.cli.deferred import Deferred, deferring
-from cake_hf.errors import CakeError
 
 RUN = """
 import sys

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def descriptor(tmp_path: Path) -> Iterator[int]:
     os.close(opened)
 
 
+def say_cached(monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    """Has the system say so of all files, whatever is in its cache."""
+
+    def preadv(descriptor: int, parts: Sequence[Any], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT and not cached:
+            raise BlockingIOError
+        return PREADV(descriptor, parts, offset, flags & ~os.RWF_NOWAIT)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+PREADV = os.preadv
+
+
 def buffers(nbytes: int, count: int = 1, shift: int = 0) -> list[memoryview]:
     view = byte_view(empty_aligned([nbytes + PAGE], torch.uint8))[shift:]
     size = nbytes // count
@@ -42,7 +57,7 @@ def buffers(nbytes: int, count: int = 1, shift: int = 0) -> list[memoryview]:
 
 
 def test_a_direct_read_brings_the_same_bytes(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_is_cached", lambda *_: False)
+    say_cached(monkeypatch, False)
     parts = [*buffers(NBYTES // 2), *buffers(NBYTES // 2, 4)]
     if direct.skip_page_cache(descriptor, parts, 0):  # not every filesystem has it
         assert os.preadv(descriptor, parts, 0) == NBYTES
@@ -66,7 +81,7 @@ def test_a_direct_read_brings_the_same_bytes(descriptor: int, monkeypatch: pytes
 def test_only_large_aligned_reads_are_direct(
     descriptor: int, parts: list[memoryview], offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "_is_cached", lambda *_: False)
+    say_cached(monkeypatch, False)
     assert direct.skip_page_cache(descriptor, parts, offset) is False
 
 
@@ -78,12 +93,12 @@ def test_what_is_in_the_page_cache_is_read_from_there(descriptor: int) -> None:
 
 def test_a_filesystem_without_direct_reads_is_read_as_ever(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, command: int, argument: int = 0) -> int:
-        if command == direct.fcntl.F_SETFL:
+        if command == fcntl.F_SETFL:
             raise OSError(22, "Invalid argument")
         return 0
 
-    monkeypatch.setattr(direct, "_is_cached", lambda *_: False)
-    monkeypatch.setattr(direct.fcntl, "fcntl", refuse)
+    say_cached(monkeypatch, False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     assert direct.skip_page_cache(descriptor, buffers(NBYTES), 0) is False
 
 
@@ -124,16 +139,16 @@ def test_a_store_reads_the_same_bytes_either_way(refusal: int, tmp_path: Path, m
     """Into aligned memory, with and without the page cache, and where the filesystem takes its word back."""
     store, key = LocalStore(tmp_path), key_of(1)
     store.write(key, [CONTENT])
-    real, directs = os.preadv, []
+    directs: list[int] = []
 
     def refuse(descriptor: int, parts: Sequence[memoryview], *rest: int) -> int:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             directs.append(descriptor)
             raise OSError(refusal, "refused")
-        return real(descriptor, parts, *rest)
+        return PREADV(descriptor, parts, *rest)
 
     for cached in (True, False):
-        monkeypatch.setattr(direct, "_is_cached", lambda *_, cached=cached: cached)
+        say_cached(monkeypatch, cached)
         parts = [*buffers(NBYTES // 2), *buffers(NBYTES // 2, 4)]
         assert store.read_into(key, parts) == NBYTES
         assert b"".join(parts) == CONTENT

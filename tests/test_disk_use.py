@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers as hf
 
-from cake_hf import CakeCache, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.chunks.codec import header_size, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.limits import STAGED_PER_THREAD, Limits
+from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.model.kv_layout import kv_template, state_layout
 from families import family_model, here
 from models import CHUNK, CHUNKS, prompt

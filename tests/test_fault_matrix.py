@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.report import Report
+from cake_hf import CakeCache, Limits, MemoryStore, Report
 from cake_hf.stores import LocalStore, Store, TierStore, open_store
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 
+from scripted import load_script
 
-def load_script() -> Any:
-    path = Path(__file__).parent.parent / "scripts" / "faults.py"
-    spec = importlib.util.spec_from_file_location("faults_script", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
+SCRIPT = load_script("faults")
 
 
 def test_the_page_is_what_the_tests_say() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, StoreError, reads_only
-from cake_hf.layers import TokenMajorLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import FaultStore, WrapperStore
+from families import family_model, here
 from hanging import no_waiting_for, no_waiting_when
+from little_memory import of_a_chunk, refusing
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import filled_store, keys_in_order
 from waiting import PATIENCE, join_loaders, loaders
@@ -261,10 +262,14 @@ def test_an_error_of_the_model_leaves_the_cache_usable() -> None:
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
+def fail_for_want_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.parametrize("turn", [1, 2])
-def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
-    turn: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("buffer", [1, 3, 4])
+def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(turn: int, buffer: int) -> None:
+    """The first layer's, the second one's, and keys without values."""
     model = shared_model("llama")
     store = filled_store(model)
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
@@ -272,36 +277,36 @@ def test_too_little_memory_for_the_prompt_is_the_frameworks_own_error(
             cache.prefill(prompt()[:, : 2 * CHUNK], whole=True)
             join_loaders()
         before = threading.active_count()
-        reserve, calls = TokenMajorLayer.reserve, []
+        asked: list[int] = []
 
-        def refuse(layer: TokenMajorLayer, *arguments: Any, **options: Any) -> None:
-            calls.append(layer)
-            if len(calls) == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            reserve(layer, *arguments, **options)
+        def is_refused(nbytes: int, dtype: torch.dtype) -> bool:
+            asked.extend([nbytes] if nbytes else [])
+            return nbytes > 0 and len(asked) == buffer
 
-        with monkeypatch.context() as patched:
-            patched.setattr(TokenMajorLayer, "reserve", refuse)
-            with pytest.raises(torch.OutOfMemoryError):
-                run(model, prompt(), cache)
+        with refusing(fail_for_want_of_memory, is_refused), pytest.raises(torch.OutOfMemoryError):
+            run(model, prompt(), cache)
+        assert len(set(asked)) == 1, "it was another buffer"
         assert cache.get_seq_length() == (turn - 1) * 2 * CHUNK
+        assert turn == 2 or not any(layer.is_initialized for layer in cache.layers)
         assert threading.active_count() <= before
         assert difference(run(model, prompt(), cache), expected()) == ""
 
 
-def test_too_little_memory_for_windows_takes_none_for_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shared_model("llama")
-
-    def refuse(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
-        with monkeypatch.context() as patched:
-            patched.setattr("cake_hf.restore.restore.WindowBuffers", refuse)
-            with pytest.raises(torch.OutOfMemoryError):
-                run(model, prompt(), cache)
+@pytest.mark.parametrize("family", here("gemma3", "mistral"))
+def test_too_little_memory_for_windows_takes_none_for_the_prompt(family: str) -> None:
+    """Windows are in tensors of the model's type, whole prompts in bytes that start on a page."""
+    model, store = family_model(family), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cold:
+        first = run(model, prompt(), cold)
+    with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
+        with (
+            refusing(fail_for_want_of_memory, lambda nbytes, dtype: nbytes > 0 and dtype is not torch.uint8),
+            pytest.raises(torch.OutOfMemoryError),
+        ):
+            run(model, prompt(), cache)
         assert not any(layer.is_initialized for layer in cache.layers)
-        assert difference(run(model, prompt(), cache), expected()) == ""
+        assert difference(run(model, prompt(), cache), first) == ""
+        assert cache.report.chunks_loaded > 0
 
 
 def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -323,14 +328,13 @@ def test_loads_that_are_given_up_are_said_once(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_no_memory_for_a_copy_is_said_once_and_nothing_is_saved(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail() -> None:
         raise error("cannot allocate memory")
 
-    monkeypatch.setattr("cake_hf.restore.bound_store.pack", fail)
-    store = MemoryStore()
-    with CakeCache(shared_model("llama"), store, chunk_size=CHUNK) as cold:
+    store, model = MemoryStore(), shared_model("llama")
+    with CakeCache(model, store, chunk_size=CHUNK) as cold, refusing(fail, of_a_chunk(model, CHUNK)):
         assert difference(run(shared_model("llama"), prompt(), cold), expected()) == ""
         assert cold.flush(60)
         assert (cold.report.chunks_saved, cold.report.chunks_unsaved) == (0, CHUNKS)

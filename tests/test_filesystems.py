@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 
-from cake_hf import LocalStore
+from cake_hf import LocalStore, StoreError
 from cake_hf.cli.gc import collect, select
-from cake_hf.errors import StoreError
 from cake_hf.stores import locks
 from cake_hf.stores.byte_count import ByteCount
 from cake_hf.stores.partial import LEFTOVER_SECONDS

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, Store, Tier
 from cake_hf.stores import TierStore
 from cake_hf.stores import background_queue as line
-from cake_hf.stores.base import Store
-from cake_hf.stores.tier import Tier
 from cake_hf.testing import WrapperStore
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, prompt, shared_model

@@ -23,6 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks.codec import (
     MAX_HEADER_BYTES,
     ChunkMetadata,
@@ -38,7 +39,6 @@ from cake_hf.chunks.codec import (
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
 from cake_hf.cli.store_tables import chunk_table, listing, totals
-from cake_hf.errors import CorruptChunk
 from cake_hf.stores import MemoryStore
 from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing.contract import key_of, value_of

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits
-from cake_hf.errors import StoreError
+from cake_hf import CakeCache, Limits, Store, StoreError
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore import plan, restore
 from cake_hf.scheduling.frontier import Frontier
-from cake_hf.stores.base import Store
 from cake_hf.testing import GateStore, WrapperStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_when

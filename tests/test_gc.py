@@ -13,15 +13,14 @@ from cake_hf.cli.gc import collect, select
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of, value_of
 from cake_hf.util.sizes import parse_bytes, parse_seconds, parse_share
-from commands import flat, run_command
+from commands import flat, no_progress, run_command
+from lent import Lend
 from test_eviction import chunk
+
+pytest_plugins = ["lent"]
 
 DAY = 86_400.0
 LEFTOVER = f"{key_of(11)}.0123456789abcdef"
-
-
-def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 @pytest.fixture
@@ -127,10 +126,9 @@ def test_what_cannot_be_deleted_is_said(store: LocalStore, monkeypatch: pytest.M
     assert left(store) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_leftovers_of_killed_writers_are_removed(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cake_hf.cli.inspect_store.open_store", lambda spec: store)
+def test_leftovers_of_killed_writers_are_removed(store: LocalStore, lend: Lend) -> None:
     (store.root / "partial" / LEFTOVER).write_bytes(b"half")
-    result = run_command("gc", store.root, "--budget", "1GB")
+    result = run_command("gc", lend(lambda: store), "--budget", "1GB")
     assert "1 file of killed writers removed" in flat(result.output)
     assert list((store.root / "partial").iterdir()) == []
 

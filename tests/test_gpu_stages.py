@@ -29,8 +29,7 @@ from benchmarks.gpu_check.stages import STAGES
 from benchmarks.grid import run
 from benchmarks.grid.exactness import runs_of
 from benchmarks.workbench import Parity
-from cake_hf import CakeCache
-from cake_hf.errors import CakeError
+from cake_hf import CakeCache, CakeError
 from late_copies import late_copies
 from waiting import PATIENCE
 

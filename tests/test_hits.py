@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf import CakeCache, LocalStore, MemoryStore, open_store
-from cake_hf.limits import Limits
-from cake_hf.report import Report
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Report, open_store
 from cake_hf.transfer import hits
 from cake_hf.transfer.hits import Hits, count_hits, flush_hits, parsed, read_hits
 from models import CHUNK, TAIL, prompt, shared_model

@@ -20,11 +20,21 @@ from huggingface_hub.utils import close_session
 from typer.testing import CliRunner, Result
 
 import family_runs
-from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store, reads_only
+from cake_hf import (
+    CakeCache,
+    CorruptChunk,
+    Limits,
+    LocalStore,
+    MemoryStore,
+    Store,
+    StoreError,
+    import_pack,
+    push_pack,
+    reads_only,
+)
 from cake_hf.cli.app import app
-from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.packs import Pushed, import_pack, push_pack
+from cake_hf.packs import Pushed
 from cake_hf.stores.hub import HubSource, open_hub_pack, parse_hub_name
 from cake_hf.stores.manifest import BLOCK_BYTES, CARD, MANIFEST, MAX_MANIFEST_BYTES, chunk_path
 from cake_hf.stores.pack import PackStore, open_folder_pack

@@ -11,13 +11,12 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner, Result
 
-from cake_hf import CakeCache, LocalStore, MemoryStore, reads_only
+from cake_hf import CakeCache, CakeError, LocalStore, MemoryStore, reads_only
 from cake_hf.assets import RECALL_TINY
 from cake_hf.cli import known_costs
 from cake_hf.cli.app import app
 from cake_hf.cli.known_costs import CostQuery, measure, remembered
 from cake_hf.cli.models import load_model
-from cake_hf.errors import CakeError
 from cake_hf.transfer.cost_notes import flush_notes
 from naming import NAME
 from waiting import PATIENCE

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cake_hf.limits import Limits
+from cake_hf import Limits
 from cake_hf.util.environment import limit_variable
 
 NAMES = [field.name for field in dataclasses.fields(Limits)]

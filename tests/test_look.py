@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,20 +17,9 @@ from cake_hf.model import modules as tree
 from cake_hf.model.look import look_again, once_per_look, one_look
 from cake_hf.model.side_run import run_aside
 from models import CHUNK, build, prompt, run
+from scripted import load_script
 
-
-def load_script() -> Any:
-    path = Path(__file__).parent.parent / "scripts" / "trace_restore.py"
-    spec = importlib.util.spec_from_file_location("trace_restore", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
+SCRIPT = load_script("trace_restore")
 
 
 @pytest.fixture(scope="module")

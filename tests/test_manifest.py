@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from cake_hf.errors import StoreError
+from cake_hf import StoreError
 from cake_hf.keys import state_key
 from cake_hf.stores.manifest import (
     BLOCK_BYTES,

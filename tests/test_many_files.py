@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache
+from cake_hf import CakeCache, CorruptChunk
 from cake_hf.chunks import codec
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header, parse_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
@@ -29,11 +29,10 @@ from cake_hf.cli.gc import collect, select
 from cake_hf.cli.inspect_store import existing_store, take_inventory
 from cake_hf.cli.many import MOST_AT_ONCE, each_answer
 from cake_hf.cli.verify import verify
-from cake_hf.errors import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of
 from children import command_of
-from commands import flat, run_command
+from commands import flat, no_progress, run_command
 from models import CHUNK, prompt, shared_model
 from test_eviction import LAYOUT
 from waiting import PATIENCE
@@ -47,10 +46,6 @@ SCANS: dict[str, Scan] = {
     "verify": verify,
     "gc": lambda store, progress: select(store, 1, None, "front-first", time.time(), progress),
 }
-
-
-def nothing(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 def made(number: int, layout: ChunkLayout = LAYOUT, model: str = "a model") -> bytes:
@@ -133,7 +128,7 @@ def test_gc_gives_the_lock_back_after_each_chunk(root: Path) -> None:
         assert_free(root)
         free.append(done)
 
-    gone = collect(store, select(store, 1, None, "lru", time.time(), nothing), watch).gone
+    gone = collect(store, select(store, 1, None, "lru", time.time(), no_progress), watch).gone
     assert len(gone) == len(free) == CHUNKS + 1
 
 
@@ -192,10 +187,10 @@ WIDE = ChunkLayout(1, tuple(Piece(f"layers.{n // 2}.{n % 2}", 1, 2, torch.bfloat
 )
 def test_an_inventory_keeps_little_per_chunk(tmp_path: Path) -> None:
     store = fill(tmp_path, 300, WIDE)
-    take_inventory(store, nothing)
+    take_inventory(store, no_progress)
     tracemalloc.start()
     try:
-        inventory = take_inventory(store, nothing)
+        inventory = take_inventory(store, no_progress)
         kept, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -334,17 +329,14 @@ def test_a_stopped_verify_deletes_nothing(root: Path, number: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", SCANS)
-def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(
-    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(root: Path, name: str) -> None:
     hangs, released = threading.Event(), threading.Event()
 
-    def hang(self: LocalStore, key: str, *_: object) -> None:
+    def hang(*_: object) -> None:
         hangs.set()
         released.wait(PATIENCE)
 
-    for method in ("read", "read_range", "place"):
-        monkeypatch.setattr(LocalStore, method, hang)
+    hanging = type("Hanging", (LocalStore,), dict.fromkeys(("read", "read_range", "place"), hang))(root)
 
     def stop() -> None:
         hangs.wait(PATIENCE)
@@ -354,10 +346,10 @@ def test_an_interrupted_inventory_does_not_wait_for_a_hanging_read(
     stopping.start()
     try:
         if name == "verify":
-            assert verify(existing_store(str(root)), nothing).stopped
+            assert verify(hanging, no_progress).stopped
         else:
             with pytest.raises(KeyboardInterrupt):
-                SCANS[name](existing_store(str(root)), nothing)
+                SCANS[name](hanging, no_progress)
         assert not released.is_set()
     finally:
         released.set()

@@ -16,9 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cake_hf import CakeCache, LocalStore, MemoryStore, Tier, TierStore
-from cake_hf.report import Report
-from cake_hf.stores.base import Store
+from cake_hf import CakeCache, LocalStore, MemoryStore, Report, Store, Tier, TierStore
 from cake_hf.stores.differences import between, in_a_sentence
 from cake_hf.stores.display_name import store_name
 from cake_hf.stores.records import MOST_RECORDS

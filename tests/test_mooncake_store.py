@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from benchmarks.servers.own_network import NAMESPACES, obstacle
-from cake_hf.errors import StoreError
-from cake_hf.stores import mooncake, mooncake_client
+from cake_hf import StoreError
+from cake_hf.stores import mooncake_client
 from cake_hf.stores.mooncake import MooncakeStore
 from cake_hf.stores.mooncake_client import Member, MooncakeAddress
 
@@ -72,7 +76,7 @@ def test_a_url_may_be_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address.place == "mooncake://master:50051/cake_hf"
     assert MooncakeAddress.parse("mooncake://[::1]/x").listing == "http://[::1]:9003/get_all_keys"
     assert (address.settings.lend_bytes, address.replicas, address.listing) == (0, 1, "http://master:9003/get_all_keys")
-    monkeypatch.setattr(mooncake, "native_client", lambda: None)
+    monkeypatch.setitem(sys.modules, "mooncake.store", ModuleType("mooncake.store"))
     assert repr(MooncakeStore("mooncake://master")) == "MooncakeStore('mooncake://master:50051/cake_hf')"
 
 
@@ -101,6 +105,9 @@ class FakeClient:
     def __init__(self) -> None:
         self.closed = 0
 
+    def setup(self, *settings: object) -> int:
+        return 0
+
     def close(self) -> None:
         self.closed += 1
 
@@ -109,13 +116,25 @@ class FakeClient:
 def clients(monkeypatch: pytest.MonkeyPatch) -> list[FakeClient]:
     made: list[FakeClient] = []
 
-    def new(settings: object) -> FakeClient:
+    def new() -> FakeClient:
         made.append(FakeClient())
         return made[-1]
 
-    monkeypatch.setattr(mooncake_client, "_new_client", new)
-    monkeypatch.setattr(mooncake, "native_client", lambda: None)
+    library = ModuleType("mooncake.store")
+    library.MooncakeDistributedStore = new  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mooncake.store", library)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: ThisHost())
     return made
+
+
+class ThisHost(nullcontext[Any]):
+    """A connection to a master, as far as it says which address is ours."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def getsockname(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
 
 
 def test_stores_with_equal_settings_share_a_client_that_ends_with_the_last(clients: list[FakeClient]) -> None:

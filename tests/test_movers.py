@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+from cake_hf import StoreError
 from cake_hf.chunks.codec import ChunkMetadata, check_file, checksums, encode_header, header_size
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.errors import DeadlineExceeded, StoreError
+from cake_hf.errors import DeadlineExceeded
 from cake_hf.scheduling.frontier import Frontier, Outcome, State
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore

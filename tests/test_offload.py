@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 import cake_hf
 import family_runs
-from cake_hf import CakeCache, Limits, MemoryStore, reads_only
-from cake_hf.errors import UnsupportedModel
+from cake_hf import CakeCache, Limits, MemoryStore, UnsupportedModel, reads_only
 from cake_hf.model.fingerprint import weights_digest
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.numerics import numerics_metadata

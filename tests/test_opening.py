@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf import CakeCache
-from cake_hf.errors import StoreError
-from cake_hf.limits import Limits
+from cake_hf import CakeCache, Limits, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, TierStore, open_store, opening
 from cake_hf.stores.object import ObjectStore
 from cake_hf.stores.redis import RedisStore

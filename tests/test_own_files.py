@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 
-from cake_hf import CakeCache, LocalStore, open_store
+from cake_hf import CakeCache, CorruptChunk, LocalStore, StoreError, export_pack, open_store
 from cake_hf.chunks.codec import MAX_HEADER_BYTES
 from cake_hf.cli.verify import verify
-from cake_hf.errors import CorruptChunk, StoreError
-from cake_hf.packs.export import export_pack
 from cake_hf.stores.manifest import MANIFEST
 from cake_hf.stores.pack import FIRST_READ, open_folder_pack
 from cake_hf.testing.contract import key_of, value_of

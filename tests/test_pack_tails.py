@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, MemoryStore, StoreError, export_pack, import_pack
+from cake_hf import CakeCache, MemoryStore, Store, StoreError, export_pack, import_pack
 from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
 from cake_hf.stores import LocalStore
-from cake_hf.stores.base import Store
 from cake_hf.stores.manifest import CARD, parse_manifest
 from cake_hf.stores.pack import open_folder_pack
 from cake_hf.testing.forgery import forge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -85,6 +86,6 @@ def test_a_report_that_cannot_be_plotted_is_refused(draw: Any, complaint: str) -
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(CakeError, match=r"pip install 'cake-hf\[plots\]'"):
         plots.plot_ttft({"warm": 0.1})

@@ -18,6 +18,10 @@ from cake_hf.cli.store_tables import show_verified, totals
 from cake_hf.cli.verify import BadChunk, Verified
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command
+from faulty import raising
+from lent import Lend
+
+pytest_plugins = ["lent"]
 
 ODD = ["kv[bold]", "kv [/red] x", "[link=http:x]kv[/link]", ":smile: kv", "kv[/]", "[", "a[b]", "[1, 2]"]
 
@@ -64,12 +68,8 @@ def test_a_progress_bar_takes_its_title_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "\x07", "\udcff", "\u202e"])
-def test_an_error_does_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    def fail(spec: object) -> None:
-        raise StoreError(f"The server says {text}!")
-
-    monkeypatch.setattr("cake_hf.cli.inspect_store.open_store", fail)
-    result = run_command("ls", "anything")
+def test_an_error_does_not_command_the_terminal(lend: Lend, text: str) -> None:
+    result = run_command("ls", lend(raising(lambda: StoreError(f"The server says {text}!"))))
     assert result.exit_code == 2
     assert f"The server says {ascii(text)[1:-1]}!" in result.stderr
     assert text not in result.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,12 +18,10 @@ from urllib.parse import quote
 import pytest
 import redis
 
-from cake_hf import CakeCache
-from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf import CakeCache, CorruptChunk, StoreError
 from cake_hf.stores import Store, open_store
 from cake_hf.stores.redis import RedisStore
 from cake_hf.stores.redis_manifest import Manifest
-from cake_hf.stores.redis_wire import Wire
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
@@ -66,6 +66,7 @@ class Setup:
     """A store, and a plain client that looks at what it does to the server."""
 
     def __init__(self, port: int, options: str = "") -> None:
+        self.port = port
         self.url = new_url(port, options)
         self.prefix = self.url.partition("prefix=")[2].partition("&")[0]
         self.store = RedisStore(self.url, slice_bytes=SLICE)
@@ -250,51 +251,67 @@ def test_a_key_of_another_type_is_said(setup: Setup) -> None:
 # Writers and readers that meet.
 
 
-def test_a_value_replaced_under_a_reader_is_read_anew(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def between(setup: Setup, relay_to: Callable[[int], Relay]) -> Iterator[tuple[RedisStore, Relay]]:
+    """Another store at the same place, and what it reaches the server through."""
+    relay = relay_to(setup.port)
+    with RedisStore(setup.url.replace(f":{setup.port}/", f":{relay.port}/"), slice_bytes=SLICE) as store:
+        yield store, relay
+
+
+Between = tuple[RedisStore, Relay]
+
+
+@pytest.fixture
+def reading(read_only: ReadOnly, relay_to: Callable[[int], Relay]) -> Iterator[Between]:
+    """A store of one who may only read, and what it reaches the server through."""
+    port = int(read_only.url.rpartition(":")[2].partition("/")[0])
+    relay = relay_to(port)
+    with RedisStore(read_only.url.replace(f":{port}/", f":{relay.port}/")) as store:
+        yield store, relay
+
+
+def once_slices_are_named(relay: Relay, name: str, act: Callable[[], object]) -> list[object]:
+    """Has it act when the first command about slices of that manifest is on its way; gives what the act returned."""
+    acted: list[object] = []
+
+    def heard(data: bytes) -> None:
+        if not acted and f"{name}:".encode() in data:
+            acted.append(act())
+
+    relay.heard = heard
+    return acted
+
+
+def test_a_value_replaced_under_a_reader_is_read_anew(setup: Setup, between: Between) -> None:
     """Between the reader's look at the manifest and its reading of the slices, which are gone then."""
     setup.store.write(key_of(1), [value_of(1)])
-    fetch, replaced = RedisStore._fetch, []
-
-    def replace_first(self: RedisStore, *arguments: Any) -> bool:
-        if not replaced:
-            replaced.append(setup.store.write(key_of(1), [value_of(2)], replace=True))
-        return fetch(self, *arguments)
-
-    monkeypatch.setattr(RedisStore, "_fetch", replace_first)
-    assert read_parts(setup.store, key_of(1), [400, 600]) == value_of(2)
+    store, relay = between
+    replace = partial(setup.store.write, key_of(1), [value_of(2)], replace=True)
+    replaced = once_slices_are_named(relay, setup.manifest(1), replace)
+    assert read_parts(store, key_of(1), [400, 600]) == value_of(2)
     assert replaced == [True]
     assert len(setup.names()) == 5
 
 
-def test_a_writer_that_dies_leaves_nothing_that_lasts(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, calls = Wire.store, []
-
-    def die(self: Wire, *arguments: Any) -> None:
-        calls.append(store(self, *arguments))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Wire, "store", die)
-    monkeypatch.setattr(RedisStore, "_drop_slices", lambda *_: None)  # it has no time for that
-    with pytest.raises(KeyboardInterrupt):
-        setup.store.write(key_of(1), [value_of(1)])
+def test_a_writer_that_dies_leaves_nothing_that_lasts(setup: Setup, between: Between) -> None:
+    """The server hears no more of it once it has two slices."""
+    store, relay = between
+    relay.heard = lambda data: relay.close() if len(setup.slices(1)) == 2 else None
+    with pytest.raises(StoreError):
+        store.write(key_of(1), [value_of(1)])
     assert list(setup.store.keys()) == []
     assert setup.store.contains([key_of(1)]) == [False]
     assert len(setup.names()) == 2
     assert all(0 < setup.client.ttl(name) <= 900 for name in setup.names())
 
 
-def test_of_two_writers_of_a_key_one_comes_second(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_writers_of_a_key_one_comes_second(setup: Setup, between: Between) -> None:
     """The other's manifest appears while the slices are uploaded."""
-    upload = RedisStore._upload
-
-    def other_first(self: RedisStore, *arguments: Any) -> None:
-        monkeypatch.setattr(RedisStore, "_upload", upload)
-        assert setup.store.write(key_of(1), [value_of(1)]) is True
-        upload(self, *arguments)
-
-    monkeypatch.setattr(RedisStore, "_upload", other_first)
-    assert setup.store.write(key_of(1), [value_of(2)]) is False
+    store, relay = between
+    written = once_slices_are_named(relay, setup.manifest(1), lambda: setup.store.write(key_of(1), [value_of(1)]))
+    assert store.write(key_of(1), [value_of(2)]) is False
+    assert written == [True]
     assert read_whole(setup.store, key_of(1)) == value_of(1)
     assert len(setup.names()) == 5
 
@@ -379,20 +396,21 @@ def test_a_server_that_evicts_serves_what_is_whole(tmp_path: Path) -> None:
         server.kill()
 
 
-def test_a_value_whose_slices_are_evicted_while_it_is_written_is_uploaded_again(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    upload, uploads = RedisStore._upload, []
+def test_a_value_whose_slices_are_evicted_while_it_is_written_is_uploaded_again(setup: Setup, between: Between) -> None:
+    """When all four are there, and before the manifest is."""
+    store, relay = between
+    heard: list[bytes] = []
+    evicted: list[int] = []
 
-    def evict_first(self: RedisStore, *arguments: Any) -> None:
-        upload(self, *arguments)
-        uploads.append(len(setup.slices(1)))
-        if len(uploads) == 1:
-            setup.client.delete(setup.slices(1)[2])
+    def evict_first(data: bytes) -> None:
+        heard.append(data)
+        if not evicted and len(slices := setup.slices(1)) == 4:
+            evicted.append(setup.client.delete(slices[2]))
 
-    monkeypatch.setattr(RedisStore, "_upload", evict_first)
-    assert setup.store.write(key_of(1), [value_of(1)]) is True
-    assert uploads == [4, 4]
+    relay.heard = evict_first
+    assert store.write(key_of(1), [value_of(1)]) is True
+    assert evicted == [1]
+    assert len(re.findall(rb"\r\nSET\r\n\$\d+\r\n%b:" % setup.manifest(1).encode(), b"".join(heard))) == 8
     assert read_whole(setup.store, key_of(1)) == value_of(1)
     assert len(setup.names()) == 5
 
@@ -708,15 +726,15 @@ def test_a_lost_value_that_cannot_be_deleted_is_written_again(read_only: ReadOnl
 
 
 @TWO_READERS
-def test_a_lost_value_that_stays_is_not_read_over_and_over(read_only: ReadOnly) -> None:
+def test_a_lost_value_that_stays_is_not_read_over_and_over(read_only: ReadOnly, reading: Between) -> None:
     read_only.writer.write(key_of(1), [value_of(1)])
     read_only.evict(1, 3)
-    with RedisStore(read_only.url) as store:
-        fetches: list[object] = []
-        fetch = store._fetch
-        store._fetch = lambda *arguments: fetches.append(arguments) or fetch(*arguments)  # type: ignore[method-assign]
-        assert store.read_into(key_of(1), [memoryview(bytearray(1000))]) is None
-        assert len(fetches) == 1
+    store, relay = reading
+    heard: list[bytes] = []
+    relay.heard = heard.append
+    assert store.read_into(key_of(1), [memoryview(bytearray(1000))]) is None
+    asked = re.findall(rb"\r\nGET\r\n\$\d+\r\n[^\r]*%b:[^\r]*:(\d)\r" % key_of(1).encode(), b"".join(heard))
+    assert asked == [b"0", b"1", b"2", b"3"]
 
 
 @TWO_READERS
@@ -737,22 +755,18 @@ def test_a_prompt_on_a_replica_loads_all_chunks_but_the_one_that_lost_a_slice(re
 
 
 @TWO_READERS
-def test_a_value_replaced_under_a_reader_on_a_replica_is_read_anew(
-    read_only: ReadOnly, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_replaced_under_a_reader_on_a_replica_is_read_anew(read_only: ReadOnly, reading: Between) -> None:
     read_only.writer.write(key_of(1), [value_of(1)])
     read_only.follow()
-    fetch, replaced = RedisStore._fetch, []
 
-    def replace_first(self: RedisStore, *arguments: Any) -> bool:
-        if not replaced:
-            replaced.append(read_only.writer.write(key_of(1), [value_of(2)], replace=True))
-            read_only.follow()
-        return fetch(self, *arguments)
+    def replace() -> bool:
+        done = read_only.writer.write(key_of(1), [value_of(2)], replace=True)
+        read_only.follow()
+        return done
 
-    with RedisStore(read_only.url) as store:
-        monkeypatch.setattr(RedisStore, "_fetch", replace_first)
-        assert read_parts(store, key_of(1), [400, 600]) == value_of(2)
+    store, relay = reading
+    replaced = once_slices_are_named(relay, key_of(1), replace)
+    assert read_parts(store, key_of(1), [400, 600]) == value_of(2)
     assert replaced == [True]
 
 
@@ -801,7 +815,7 @@ def test_options_in_the_url_cannot_change_the_protocol(redis_server: Server) -> 
 
 def test_a_client_library_that_lends_no_socket_is_said(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     setup.store.write(key_of(1), [value_of(1)])
-    monkeypatch.setattr("cake_hf.stores.redis_client.socket.socket", ssl.SSLObject)
+    monkeypatch.setattr(socket, "socket", ssl.SSLObject)
     with pytest.raises(StoreError, match="pip install"):
         setup.store.read(key_of(1))
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits, MemoryStore, Report
+from cake_hf import CakeCache, Limits, MemoryStore, Report, StoreError
 from cake_hf.cli.inspect_store import take_inventory
-from cake_hf.errors import StoreError
 from cake_hf.keys import behaviour_key
 from cake_hf.model import reference
 from cake_hf.stores import Store

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.report import LANE_WIDTH, Refusal, Report, Span
+from cake_hf import Report
+from cake_hf.report import LANE_WIDTH, Refusal, Span
 
 fewer = settings(max_examples=50)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -16,11 +17,12 @@ from urllib.parse import quote
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from obstore.store import S3Store
 from rich.console import Console
 
-from cake_hf import CakeCache, Report, StoreError, open_store
+from cake_hf import CakeCache, LocalStore, Report, StoreError, open_store
+from cake_hf.chunks.codec import METADATA, sealed_header
 from cake_hf.cli.store_tables import totals
-from cake_hf.restore.bound_model import BoundModel
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore
@@ -284,13 +286,12 @@ def test_what_the_client_of_an_object_storage_repeats_is_hidden(monkeypatch: pyt
         f"Authorization: AWS4 {HOSTILE}"
     )
 
-    class Client:
-        def head(self, path: str) -> None:
-            raise ValueError(told) from OSError(told)
+    def head(client: S3Store, path: str) -> None:
+        raise ValueError(told) from OSError(told)
 
+    monkeypatch.setattr(S3Store, "head", head)
     options = {"secret_access_key": f"{MARK}-of-options", "access_key_id": "me", "region": "x"}
     with ObjectStore("s3://bucket/prefix", options=options) as store, seeing() as seen:
-        monkeypatch.setattr(store, "_reading", Client())
         use(store, seen)
     assert any("Generic error" in text for text in seen.texts)
     assert MARK not in "\n".join(seen.texts)
@@ -371,16 +372,27 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
     "Commands show them as escapes.",
 )
 @pytest.mark.parametrize("name", ["\x1b[2J\x07", "line\nforged: all is well", "\u202egnp.exe", f"https://u:{MARK}@h/m"])
-def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BoundModel, "name", name)
+def test_a_models_name_in_a_header_is_harmless(name: str, tmp_path: Path) -> None:
     with CakeCache(shared_model("llama"), tmp_path / "kv", chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
+    store = LocalStore(tmp_path / "kv")
+    for key in [*store.keys()]:
+        store.write(key, [renamed(store.read(key) or b"", name)], replace=True)
     for arguments in (["ls", tmp_path / "kv"], ["info", tmp_path / "kv"]):
         told = run_command(*arguments)
         assert told.exit_code == 0
         assert all(line.isprintable() for line in told.output.split("\n"))
         assert not any(line.startswith("forged") for line in told.output.split("\n"))
         assert MARK not in told.output
+
+
+def renamed(chunk: bytes, model: str) -> bytes:
+    """The chunk as one who writes that name of a model into headers would have saved it."""
+    start = 8 + int.from_bytes(chunk[:8], "little")
+    table = json.loads(chunk[8:start])
+    metadata = {**table.pop(METADATA), "model": model}
+    del metadata["header"]
+    return sealed_header(metadata, table, start) + chunk[start:]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.chunks.codec import parse_header
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.restore import bound_store
-from cake_hf.stores.base import Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore, expected_faults
 from cake_hf.testing.contract import run_together
 from cake_hf.transfer.single_flight import LEFT_PER_READ, ReadSlot, Sharing, sharing_of

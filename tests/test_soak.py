@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf.errors import CorruptChunk
+from cake_hf import CorruptChunk
 from cake_hf.stores import LocalStore
 from cake_hf.testing.contract import key_of
 from soak import LEAST_KILLS, LEAST_LOOKS, Outcome, growth, look_back, soak

@@ -13,7 +13,11 @@ from cake_hf.stores import MemoryStore, TierStore
 from cake_hf.stores.pack import open_folder_pack
 from cake_hf.util.sizes import parse_bytes, parse_seconds
 from commands import flat, run_command
+from faulty import Faulty
+from lent import Lend
 from models import shared_model
+
+pytest_plugins = ["lent"]
 
 
 @pytest.fixture(autouse=True)
@@ -299,12 +303,14 @@ def test_a_list_in_itself_is_refused() -> None:
     assert "no lists" in refusal(endless)
 
 
-def test_what_was_opened_before_a_bad_member_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
-    monkeypatch.setattr(MemoryStore, "close", lambda self: closed.append(self))
-    refusal(["memory:", ["memory:"], 3])
+def test_what_was_opened_before_a_bad_member_is_closed(lend: Lend) -> None:
+    closed: list[str] = []
+    url = lend(lambda: Faulty(MemoryStore(), "close", closed.append))
+    refusal([url, [url], 3])
     assert len(closed) == 2
-    assert isinstance(open_store(["memory:", ["memory:"]]), TierStore)
+    with open_store([url, [url]]) as store:
+        assert isinstance(store, TierStore)
+        assert len(closed) == 2
 
 
 # Whoever takes a text that names a store.

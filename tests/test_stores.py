@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from cake_hf import CorruptChunk, StoreError
 from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores import LocalStore, MemoryStore, Store, open_store
 from cake_hf.stores.base import total_bytes
 from cake_hf.testing import FaultStore, GateStore, StoreContract, ThrottledStore, WrapperStore, check_against_dict
@@ -461,22 +461,21 @@ def test_a_sweep_that_comes_between_open_and_lock_costs_the_writer_nothing(
 
 
 class FakeTime:
-    """Stands in for the `time` module: sleeping is what makes time pass."""
+    """Sleeping is what makes time pass."""
 
     def __init__(self) -> None:
         self.now = 100.0
 
-    def monotonic(self) -> float:
+    def clock(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
 
-def test_a_throttled_store_reads_at_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_throttled_store_reads_at_its_rate() -> None:
     fake = FakeTime()
-    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
-    store = ThrottledStore(MemoryStore(), bytes_per_second=1000, latency=0.5)
+    store = ThrottledStore(MemoryStore(), bytes_per_second=1000, latency=0.5, clock=fake.clock, sleep=fake.sleep)
     store.write(key_of(1), [value_of(1, 2000)])
     assert fake.now == 100.0
     assert read_parts(store, key_of(1), [1500, 500]) == value_of(1, 2000)
@@ -486,26 +485,22 @@ def test_a_throttled_store_reads_at_its_rate(monkeypatch: pytest.MonkeyPatch) ->
     assert fake.now == pytest.approx(202.5)
 
 
-def test_readers_of_a_throttled_store_share_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_of_a_throttled_store_share_the_line() -> None:
     """Two values asked for at once arrive one after the other, as over a network."""
-    fake = FakeTime()
-    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
-    arrivals = []
-    monkeypatch.setattr(fake, "sleep", lambda seconds: arrivals.append(fake.now + seconds))
-    store = ThrottledStore(MemoryStore(), bytes_per_second=1000)
+    arrivals: list[float] = []
+    clock, sleep = lambda: 100.0, lambda seconds: arrivals.append(100.0 + seconds)
+    store = ThrottledStore(MemoryStore(), bytes_per_second=1000, clock=clock, sleep=sleep)
     store.write(key_of(1), [value_of(1)])
     for _ in range(3):
         read_parts(store, key_of(1), [1000])
     assert arrivals == pytest.approx([101.0, 102.0, 103.0])
 
 
-def test_the_rate_of_a_throttled_store_may_change_between_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_a_throttled_store_may_change_between_reads() -> None:
     """Reads that have begun keep the line for as long as they would have."""
-    fake = FakeTime()
-    monkeypatch.setattr("cake_hf.testing.wrappers.time", fake)
-    arrivals = []
-    monkeypatch.setattr(fake, "sleep", lambda seconds: arrivals.append(fake.now + seconds))
-    store = ThrottledStore(MemoryStore(), bytes_per_second=1000)
+    arrivals: list[float] = []
+    clock, sleep = lambda: 100.0, lambda seconds: arrivals.append(100.0 + seconds)
+    store = ThrottledStore(MemoryStore(), bytes_per_second=1000, clock=clock, sleep=sleep)
     store.write(key_of(1), [value_of(1)])
     read_parts(store, key_of(1), [1000])
     store.bytes_per_second = 100
@@ -723,11 +718,10 @@ def test_open_store_returns_a_store_unchanged() -> None:
     ("spec", "budget"),
     [("memory:4GB", 4 * 10**9), ("memory:512MiB", 2**29), ("memory:1.5kb", 1500), ("memory:100", 100)],
 )
-def test_memory_is_opened_with_its_budget(spec: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    budgets: list[int] = []
-    monkeypatch.setattr("cake_hf.stores.opening.MemoryStore", lambda nbytes: budgets.append(nbytes))
-    open_store(spec)
-    assert budgets == [budget]
+def test_memory_is_opened_with_its_budget(spec: str, budget: int) -> None:
+    store = open_store(spec)
+    assert isinstance(store, MemoryStore)
+    assert store.budget() == budget
 
 
 def test_memory_has_a_default_budget() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from cake_hf import CakeCache, MemoryStore
-from cake_hf.report import Report
+from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.testing.contract import run_together
 from cake_hf.transfer import telemetry
 from cake_hf.transfer.fault_log import FaultLog

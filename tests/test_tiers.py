@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from cake_hf import CakeCache, Limits
-from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf import CakeCache, CorruptChunk, Limits, StoreError, Tier, TierStore
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.stores.background_queue import TIERS
 from cake_hf.stores.base import Part
 from cake_hf.stores.health import REST_SECONDS, STUCK_SECONDS
-from cake_hf.stores.tiers import Tier, TierStore, open_tiers
+from cake_hf.stores.tiers import open_tiers
 from cake_hf.testing import FaultStore, GateStore, StoreContract, WrapperStore, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, run_together, split, value_of
 from children import command_of

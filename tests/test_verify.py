@@ -20,18 +20,15 @@ from cake_hf.stores import LocalStore, MemoryStore
 from cake_hf.testing import FaultStore
 from cake_hf.testing.contract import key_of
 from cake_hf.testing.forgery import blank, forge, one_bit
-from commands import flat, run_command, save_model, write_text
+from commands import flat, no_progress, run_command, save_model, write_text
 from families import family_model, here
+from faulty import Faulty, raising
 from models import difference, expected, prompt, run, shared_model
 from pack_files import write_folder
 from stored import filled_store, keys_in_order
 
 CHUNK = 16
 CHUNKS = 6
-
-
-def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +108,8 @@ def test_a_file_that_says_it_is_huge_takes_no_memory(tmp_path: Path) -> None:
     assert peak < 2 * 2**20
 
 
-def test_a_chunk_larger_than_the_memory_is_named(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: LocalStore, key: str) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(LocalStore, "read", fail)
-    result = verify(store, no_progress)
+def test_a_chunk_larger_than_the_memory_is_named(store: LocalStore) -> None:
+    result = verify(Faulty(store, "read", raising(MemoryError)), no_progress)
     assert len(result.bad) == CHUNKS
     assert not any(chunk.corrupt for chunk in result.bad)
 

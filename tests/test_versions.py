@@ -32,7 +32,7 @@ from cake_hf import CakeCache, MemoryStore, Report, reads_only
 from cake_hf.cache import self_check as selfcheck
 from cake_hf.layers import TokenMajorLayer, compat
 from cake_hf.report import Refusal
-from cake_hf.restore import bound_model, support
+from cake_hf.restore import support
 from families import family_model
 from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
 from naming import NAME, given
@@ -380,7 +380,7 @@ def test_a_forward_called_by_itself_is_a_plain_one(caplog: pytest.LogCaptureFixt
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if the installed version were newer than all that were tested."""
-    monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
+    monkeypatch.setattr("transformers.__version__", "99.0")
     return monkeypatch
 
 
@@ -454,7 +454,7 @@ def test_canary_another_rounding(untested: pytest.MonkeyPatch, caplog: pytest.Lo
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         assert "other logits" in cache._model_refusal.text
     untested.undo()
-    untested.setattr(compat, "NEWEST_TESTED", "4.99")
+    untested.setattr("transformers.__version__", "99.0")
     assert_plain(twice(model, expected), caplog)
 
 
@@ -682,7 +682,7 @@ def test_canary_a_cache_takes_no_config(
 ) -> None:
     expected, model = plain_tokens(), build("llama")
     if not tested:
-        monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
+        monkeypatch.setattr("transformers.__version__", "99.0")
     real = DynamicCache.__init__
 
     def begin(self: Any, *, layout: Any = None) -> None:
@@ -745,6 +745,6 @@ def test_exact_chunks_of_one_version_are_not_found_on_the_others(monkeypatch: py
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
         assert cache.flush(60)
-    monkeypatch.setattr(bound_model.transformers, "__version__", "5.1.99")
+    monkeypatch.setattr("transformers.__version__", "5.1.99")
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         assert cache.prefill(prompt()).chunks_missed == CHUNKS

@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from cake_hf import CakeCache, MemoryStore
-from cake_hf.errors import StoreError, is_a_fault
-from cake_hf.layers import compat
+from cake_hf import CakeCache, MemoryStore, StoreError
+from cake_hf.errors import is_a_fault
 from cake_hf.restore import support
 from cake_hf.stores import LocalStore, TierStore
 from cake_hf.transfer.telemetry import _Watch
 from cake_hf.util.interrupts import faults_suppressed, is_the_users
+from little_memory import of_a_chunk, refusing
 from models import CHUNK, build, oracle, prompt, run
 
 IDS = prompt(2 * CHUNK + 5)
@@ -107,7 +107,7 @@ def test_an_alarm_in_any_forward_of_a_first_prompt_reaches_the_user(forward: int
 @pytest.fixture
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this version of transformers had come out today."""
-    monkeypatch.setattr(compat, "NEWEST_TESTED", "4.99")
+    monkeypatch.setattr("transformers.__version__", "99.0")
     monkeypatch.setattr(support, "_told", set())
 
 
@@ -137,14 +137,12 @@ def test_an_alarm_while_layers_are_checked_reaches_the_user(monkeypatch: pytest.
         right(model, MemoryStore())
 
 
-def test_an_alarm_while_a_chunk_is_copied_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_while_a_chunk_is_copied_reaches_the_user() -> None:
     """Where no memory for it is a reason not to save it, and not more."""
     model = build("llama")
     with watched_by(of_a_library(RuntimeError)), CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
-        with monkeypatch.context() as patch:
-            patch.setattr("cake_hf.restore.bound_store.pack", ring)
-            with pytest.raises(RuntimeError, match="too slow"):
-                run(model, IDS, cache)
+        with refusing(ring, of_a_chunk(model, CHUNK)), pytest.raises(RuntimeError, match="too slow"):
+            run(model, IDS, cache)
         assert torch.equal(run(model, IDS, cache).tokens, oracle(model, IDS).tokens)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+<<<<<<< HEAD
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+=======
+>>>>>>> face
 from configparser import ConfigParser
 from pathlib import Path
-from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
+
+from scripted import load_script
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "cake_hf"
@@ -25,6 +29,7 @@ MOST_LINES, MOST_FILES = 35_300, 247
 """Of Python. These are to fall: the goal is 15,000 in 100."""
 
 
+<<<<<<< HEAD
 LIBRARY = "cake_hf/chunks/_lossless.so"
 
 
@@ -38,10 +43,12 @@ def wheel_size() -> ModuleType:
     return module
 
 
+=======
+>>>>>>> face
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
-    built: Path = wheel_size().build(tmp_path_factory.mktemp("wheel"))
+    built: Path = load_script("wheel_size").build(tmp_path_factory.mktemp("wheel"))
     return built
 
 
@@ -108,7 +115,7 @@ def test_every_entry_point_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_wheel_does_not_grow(wheel: Path) -> None:
-    script = wheel_size()
+    script = load_script("wheel_size")
     found = script.sizes(wheel)
     size = script.total(found)
     assert size.lines == sum(len(path.read_bytes().splitlines()) for path in SOURCE.rglob("*.py"))
@@ -118,7 +125,7 @@ def test_the_wheel_does_not_grow(wheel: Path) -> None:
 
 
 def test_the_script_prints_the_sizes_by_folder(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wheel_size().main([str(wheel)])
+    load_script("wheel_size").main([str(wheel)])
     lines = capsys.readouterr().out.splitlines()
     assert {"cache", "stores", "cli", "together"} <= {line.split()[0] for line in lines}
     assert lines[-1].startswith("together")

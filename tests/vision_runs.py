@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore, reads_only
+from cake_hf import CakeCache, Limits, MemoryStore, Store, reads_only
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.stores.base import Store
 from cake_hf.testing import GateStore
 from family_runs import Run, Verdict, difference, generate, meeting_at, without
 from models import CHUNK

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from cake_hf.errors import StoreError
+from cake_hf import StoreError
 
 PATIENCE = 60.0
 """Seconds after which something that has to happen is taken not to happen."""

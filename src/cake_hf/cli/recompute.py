@@ -26,7 +26,7 @@ from cake_hf.cli.documents import read_document
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.options import WarmedSettings
 from cake_hf.cli.verify import BadChunk
-from cake_hf.cli.warm import QUEUE_BYTES, Pace
+from cake_hf.cli.warm import Pace
 from cake_hf.errors import CakeError, StoreError
 from cake_hf.keys import state_key
 from cake_hf.limits import Limits
@@ -106,7 +106,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
         ValueError: a boundary is outside of the prompt.
     """
     comparing = Comparing(store, job.share, job.seed)
-    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
+    limits = Limits.from_environment()
     with CakeCache(
         model,
         comparing,
@@ -117,7 +117,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
         limits=limits,
         snapshot_every=1,  # wherever the store may have one
     ) as cache:
-        pace = Pace(cache, QUEUE_BYTES // 2)
+        pace = Pace(cache, limits.save_queue_bytes // 2)
         with progress_bar(f"computing {name}", "chunks") as show:
 
             def progress(done: int, total: int) -> None:

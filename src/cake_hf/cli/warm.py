@@ -32,9 +32,6 @@ from cake_hf.restore.session import chosen_chunk_size
 from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import count_text
 
-QUEUE_BYTES = Limits().save_queue_bytes
-"""The most bytes of chunks that wait to be written."""
-
 
 @dataclass(frozen=True)
 class WarmJob:
@@ -102,12 +99,12 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     tokenizer, model = loaded or load(job)
     ids = document.ids(tokenizer)
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
-    limits = Limits.from_environment(save_queue_bytes=QUEUE_BYTES)
+    limits = Limits.from_environment()
     size = job.chunk_size or "auto"
     with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
         cache.store.check_writable()  # a cache goes on without a store that takes nothing; here, saving is the whole purpose
         _refuse_over_budget(cache, model, min(chosen_chunk_size(model, size), ids.shape[1]))
-        pace = Pace(cache, QUEUE_BYTES // 2)
+        pace = Pace(cache, limits.save_queue_bytes // 2)
         with progress_bar("prefill", "chunks") as show:
 
             def progress(done: int, total: int) -> None:

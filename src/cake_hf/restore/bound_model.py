@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from cake_hf.chunks.codec import FORMAT_VERSION
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import namespace_digest
-from cake_hf.layers.compat import chosen_functions
+from cake_hf.layers.compat import chosen_functions, installed_version
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest
 from cake_hf.model.code import code_digest, users_functions
@@ -158,7 +157,7 @@ class BoundModel:
         if parallel := parallel_metadata(self.model, exact=self.exact):
             metadata["parallel"] = parallel
         if self.exact:
-            metadata["numerics"] = {"transformers": transformers.__version__, **numerics_metadata(self.model)}
+            metadata["numerics"] = {"transformers": installed_version(), **numerics_metadata(self.model)}
             metadata["code"] = code_digest(self.model, chosen_functions(self.model.config))
             metadata["behaviour"] = behaviour_digest(seen)
             return metadata

@@ -72,7 +72,7 @@ class ByteBudget:
         budget: most bytes of the folder's chunks and those being written, or a share from which the budget is computed at the
             first write; None for no limit.
         order: the order of eviction.
-        clock: monotonic seconds; replaceable for tests.
+        clock: gives monotonic seconds.
     """
 
     def __init__(

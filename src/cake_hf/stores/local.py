@@ -49,6 +49,7 @@ class LocalStore(Store):
             to shrink the store.
         eviction: which chunk is evicted: "lru" (the chunk that was used longest ago) or "front-first" (of the prompt that was
             used longest ago, the chunk nearest to its start, which is the cheapest to compute).
+        clock: gives monotonic seconds, which decide when the directory is surveyed again.
 
     Opening the store, and reading after `look_only`, changes nothing. Nothing is written to a directory that holds other
     files.
@@ -67,7 +68,12 @@ class LocalStore(Store):
     range_seconds = 1e-4
 
     def __init__(
-        self, root: str | os.PathLike[str], budget: int | FreeShare | None = USUAL, eviction: str = LRU
+        self,
+        root: str | os.PathLike[str],
+        budget: int | FreeShare | None = USUAL,
+        eviction: str = LRU,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if isinstance(budget, int) and budget <= 0:
             raise ValueError(f"budget must be positive, got {budget}; pass None for no limit.")
@@ -78,7 +84,7 @@ class LocalStore(Store):
         self.eviction = eviction
         self.share = budget if isinstance(budget, FreeShare) else None
         self._folder = Folder(self.root)
-        self._budget = ByteBudget(self._folder, budget, order_named(eviction, self.place))
+        self._budget = ByteBudget(self._folder, budget, order_named(eviction, self.place), clock)
         self._check_root()
 
     def __repr__(self) -> str:

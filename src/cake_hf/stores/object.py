@@ -65,6 +65,8 @@ class ObjectStore(Store):
             over the environment.
         timeout: seconds that one request may take. Retries end after half that time, counted from the start of the call;
             uploads may take four times as long.
+        range_bytes: most bytes of one read request; a larger value is read over several connections.
+        clock: gives the seconds by which it learns how many requests are fastest.
 
     Raises:
         StoreError: the URL or an option is invalid, or no S3 credentials are found.
@@ -73,7 +75,15 @@ class ObjectStore(Store):
     reads_ranges = True
     range_seconds = 0.03  # one more request
 
-    def __init__(self, url: str, *, options: Mapping[str, Any] | None = None, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        timeout: float = 30.0,
+        range_bytes: int = RANGE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._scheme = url.partition(":")[0]
         refuse_more_than_a_place(url)
         self.url = url.rstrip("/")
@@ -82,6 +92,7 @@ class ObjectStore(Store):
             # An upload is one request for a whole value, so it has a client of its own with more time.
             timeouts = (timeout, timeout * PATIENCE_FOR_UPLOADS)
             self._reading, self._writing = connect(url, options or {}, timeouts)
+        self._range_bytes, self._clock = range_bytes, clock
         self._spread = Spread()
         self._pool = ThreadPoolExecutor(REQUESTS, thread_name_prefix="cake-object")
 
@@ -192,16 +203,16 @@ class ObjectStore(Store):
     def _load(self, key: str, parts: Sequence[memoryview], offset: int) -> int | None:
         """Fills the parts from an offset in the object on; returns the object's size, or None for a miss."""
         total = total_bytes(parts)
-        most = len(even_sizes(total, RANGE_BYTES))
+        most = len(even_sizes(total, self._range_bytes))
         halvings = self._spread.halvings(most) if most > 1 else 0
-        sizes = even_sizes(total, RANGE_BYTES << halvings)
+        sizes = even_sizes(total, self._range_bytes << halvings)
         if not sizes:  # An empty range cannot be requested.
             return self.size(key)
         starts = accumulate(sizes[:-1], initial=offset)
         calls = [partial(self._fetch, key, *piece) for piece in zip(starts, cut(parts, sizes), strict=True)]
         with self._faults(f"Chunk {key} cannot be read from"):
             for _ in range(ATTEMPTS):
-                begin = time.monotonic()
+                begin = self._clock()
                 try:
                     versions = self._together(calls)
                 except FileNotFoundError as error:
@@ -210,7 +221,7 @@ class ObjectStore(Store):
                     return None
                 if len(set(versions)) == 1:
                     if most > 1:
-                        self._spread.learn(halvings, total, time.monotonic() - begin)
+                        self._spread.learn(halvings, total, self._clock() - begin)
                     return versions[0][0]
         raise StoreError(f"Chunk {key} in {self.url} was replaced {ATTEMPTS} times while it was read; try again.")
 

@@ -23,15 +23,26 @@ class ThrottledStore(WrapperStore):
         inner: the store with the values.
         bytes_per_second: bandwidth of all reads together.
         latency: seconds added to each read.
+        clock: returns the time in seconds.
+        sleep: waits for so many seconds.
     """
 
-    def __init__(self, inner: Store, bytes_per_second: float, latency: float = 0.0) -> None:
+    def __init__(
+        self,
+        inner: Store,
+        bytes_per_second: float,
+        latency: float = 0.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
         if latency < 0:
             raise ValueError("bytes_per_second must be positive and latency not negative.")
         super().__init__(inner)
         self.range_seconds += latency
         self.bytes_per_second = bytes_per_second
         self._latency = latency
+        self._clock, self._sleep = clock, sleep
         self._line_free_at = 0.0
         self._lock = Lock()
 
@@ -59,12 +70,12 @@ class ThrottledStore(WrapperStore):
         """Delays the end of the body's read until `nbytes` could have arrived."""
         arrival = self._book(nbytes) + self._latency
         yield
-        time.sleep(max(0.0, arrival - time.monotonic()))
+        self._sleep(max(0.0, arrival - self._clock()))
 
     def _book(self, nbytes: int) -> float:
         """Returns when the last of these bytes arrives over the line, which carries one value after the other."""
         with self._lock:
-            begin = max(time.monotonic(), self._line_free_at)
+            begin = max(self._clock(), self._line_free_at)
             self._line_free_at = begin + nbytes / self._rate
             return self._line_free_at
 
