@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ast
-<<<<<<< HEAD
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-=======
->>>>>>> face
 from configparser import ConfigParser
 from pathlib import Path
 from zipfile import ZipFile
@@ -29,22 +25,9 @@ MOST_LINES, MOST_FILES = 35_300, 247
 """Of Python. These are to fall: the goal is 15,000 in 100."""
 
 
-<<<<<<< HEAD
 LIBRARY = "cake_hf/chunks/_lossless.so"
 
 
-def wheel_size() -> ModuleType:
-    """The script that counts."""
-    spec = importlib.util.spec_from_file_location("wheel_size", ROOT / "scripts" / "wheel_size.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-=======
->>>>>>> face
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
