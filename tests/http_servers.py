@@ -61,14 +61,15 @@ class Asking:
 
     Args:
         port: of the server, on 127.0.0.1.
+        model: that it serves.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, model: str) -> None:
         import openai
 
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=PATIENCE, max_retries=0)
-        self.model = self.client.models.list().data[0].id
+        self.model = model
 
     def chat(self, messages: Sequence[str], **options: Any) -> Any:
         """The answer to a conversation whose first message, and every second one from there, is the user's."""
@@ -100,7 +101,7 @@ class Running(Asking):
         server: transformers' server, with our manager in it.
     """
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, model: str) -> None:
         self.server = server
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="server")
@@ -108,7 +109,7 @@ class Running(Asking):
         await_true(lambda: bool(server.ports) or not self._thread.is_alive())
         if not server.ports:
             self.end()
-        super().__init__(server.ports[0])
+        super().__init__(server.ports[0], model)
 
     def end(self) -> None:
         """Ends the server, as a signal does."""
@@ -140,7 +141,7 @@ def running(model: Path, store: Store, *, options: dict[str, Any] | None = None,
 
     verbosity = transformers_logging.get_verbosity()
     chosen = Restoring(**{"store": "of the test", "chunk_size": CHUNK, **restoring})
-    server = Running(make_server(str(model), store, chosen, defaults(log_level="error", **(options or {}))))
+    server = Running(make_server(str(model), store, chosen, defaults(log_level="error", **(options or {}))), str(model))
     try:
         yield server
     finally:
@@ -176,7 +177,7 @@ class Child(Asking):
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         try:
-            super().__init__(self._ports.get(timeout=2 * PATIENCE))
+            super().__init__(self._ports.get(timeout=2 * PATIENCE), str(model))
         except BaseException:
             self.kill()
             print("".join(self.lines))

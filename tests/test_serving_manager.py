@@ -75,6 +75,14 @@ def test_a_manager_serves_requests_and_says_what_happened() -> None:
             manager.add_request(DOCUMENT)
 
 
+def test_an_empty_prompt_is_refused_and_ends_nothing() -> None:
+    model = shared_model("llama")
+    with cake_hf.batching(model, filled_store(model, IDS), **options()) as manager:
+        with pytest.raises(ValueError, match="no tokens"):
+            manager.add_request([])
+        assert result(manager, manager.add_request(DOCUMENT)).generated_tokens == plain_company()[1]
+
+
 def test_the_model_s_own_generate_batch_finds_it() -> None:
     model: Any = shared_model("llama")
     store = filled_store(model, IDS)
@@ -248,13 +256,17 @@ def test_what_the_engine_refuses_stays_refused() -> None:
         cake_hf.generate_batch(shared_model("llama"), [DOCUMENT], store="nonsense://", **options())
 
 
-def test_ids_of_requests_under_way_are_refused() -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_ids_of_requests_under_way_are_refused(begun: bool) -> None:
+    """Also while the first request of that id is still in the engine's queue."""
     with stepping(shared_model("llama"), MemoryStore()) as steps:
         steps.add("document", DOCUMENT)
-        steps.step()
+        if begun:
+            steps.step()
         with pytest.raises(ValueError, match="'document' is under way"):
             steps.manager.add_request(SHORT[0], request_id="document")
         steps.run()
+        assert steps.tokens("document") == plain_company()[1]
         steps.add("document", DOCUMENT)
         steps.run()
         assert steps.tokens("document") == plain_company()[1]

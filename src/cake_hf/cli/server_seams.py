@@ -2,7 +2,7 @@
 
 The server makes a manager of continuous batching with the first request (`CBGenerateManager.init_cb`), since it takes the
 sampling options of all requests from that one. Ours is put in there; all else of the server is as transformers has it. Tried
-with transformers 5.20, 5.22 and 5.24.
+with transformers 5.20 and 5.24.
 """
 
 from __future__ import annotations

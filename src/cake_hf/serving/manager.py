@@ -109,10 +109,12 @@ class BatchingManager(EngineManager):
 
         Raises:
             CakeError: the manager is closed.
-            ValueError: the prompt is longer than the engine's memory, or a request of that id is under way.
+            ValueError: the prompt is empty, or longer than the engine's memory, or a request of that id is under way.
         """
         if self._closed:
             raise CakeError("This manager is closed; make a new one with cake_hf.batching.")
+        if not len(input_ids):  # it would end the engine, and with it all other requests
+            raise ValueError("The prompt has no tokens; give at least one.")
         room = self.tokens_in_memory
         if room is not None and len(input_ids) >= room:
             raise ValueError(
@@ -120,7 +122,8 @@ class BatchingManager(EngineManager):
                 "ContinuousBatchingConfig, or shorten the prompt."
             )
         request_id = self.next_id() if request_id is None else request_id
-        if self.is_under_way(request_id):  # the engine would mix their KV
+        waits = self._requests.known(request_id) is not None
+        if waits or self.is_under_way(request_id):  # the engine would mix their KV
             raise ValueError(f"A request {request_id!r} is under way; give each one an id of its own.")
         self._requests.open(request_id, input_ids, self.num_return_sequences - 1)
         try:
