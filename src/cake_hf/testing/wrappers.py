@@ -30,6 +30,7 @@ class ThrottledStore(WrapperStore):
             raise ValueError("bytes_per_second must be positive and latency not negative.")
         super().__init__(inner)
         self.range_seconds += latency
+        self.in_memory = False
         self.bytes_per_second = bytes_per_second
         self._latency = latency
         self._line_free_at = 0.0
