@@ -27,7 +27,8 @@ class Store(ABC):
 
     The contract:
 
-    * A key is 40 lower-case hexadecimal digits. Equal keys mean equal values, so a value is never updated in part.
+    * A key is 40 lower-case hexadecimal digits. Equal keys mean equal KV, in one of two forms, so a value is never updated in
+      part, and may be replaced as a whole.
     * All methods may be called from many threads, and many processes may open the same place.
     * A value that is listed is complete: it appears whole or not at all, even if a writer dies at any moment.
     * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
