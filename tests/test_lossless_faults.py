@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.chunks.encoded_header import encoded_header_size, is_encoded
 from cake_hf.stores.base import Store
+from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing import FaultStore, WrapperStore
 from cake_hf.testing.forgery import forge, one_bit
 from cake_hf.transfer.single_reads import read_facts
@@ -64,6 +65,13 @@ def test_one_fault(fault: str, position: int, codec: str) -> None:
     outcome, report = warm_run(store)
     assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
     assert difference(outcome, expected()) == ""
+
+
+def test_a_lie_is_believed() -> None:
+    """Negative control: no checksum finds a well-formed chunk that no model made, so the results differ."""
+    outcome, report = warm_run(FaultStore(copy_of(), dict.fromkeys(keys(), "lie")))
+    assert report.chunks_loaded == CHUNKS
+    assert difference(outcome, expected()) != ""
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -222,6 +230,14 @@ def test_costs_are_learnt_from_what_came_over_the_line() -> None:
     assert load is not None
     took, raw = sum(map(len, values(store).values())), sum(map(len, values(copy_of("none")).values()))
     assert load.chunk_bytes == pytest.approx(layout.nbytes * took / raw, rel=0.01)
+
+
+def test_eviction_finds_the_place_of_an_encoded_chunk() -> None:
+    found = values(copy_of())
+    for index, value in found.items():
+        place = place_in(value[:START_BYTES])
+        assert place is not None
+        assert (place.index, place.parent == key_in(found[index - 1]) if index else True) == (index, True)
 
 
 @pytest.mark.filterwarnings("ignore")

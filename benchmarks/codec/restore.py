@@ -78,17 +78,8 @@ def main(
     stores = {codec: MemoryStore() for codec in CODECS}
     nbytes = {codec: filled(loaded, ids, store, codec, chunk_size) for codec, store in stores.items()}
     computing = median(seconds(loaded, ids, MemoryStore(), "compute", "none", chunk_size) for _ in range(3))
-    cells = {}
-    for share in SHARES:
-        lines = {codec: ThrottledStore(store, nbytes["none"] / computing / share) for codec, store in stores.items()}
-        for strategy in ("load", "both"):
-            cells[f"{strategy} at {share:g}"] = compared(
-                lambda codec, lines=lines, strategy=strategy: seconds(
-                    loaded, ids, lines[codec], strategy, codec, chunk_size
-                ),
-                rounds,
-            )
-            print(f"{strategy} at {share:g}", json.dumps(cells[f"{strategy} at {share:g}"]), flush=True)
+    cells: dict[str, Any] = {}
+    print("computing", computing, "size", nbytes["lossless"] / nbytes["none"], flush=True)
     with TemporaryDirectory() as folder:
         disks = {codec: LocalStore(Path(folder) / codec, budget=None) for codec in CODECS}
         for codec, disk in disks.items():
@@ -96,6 +87,18 @@ def main(
         for name, places in (("memory, load", stores), ("page cache, load", disks)):
             cells[name] = compared(
                 lambda codec, places=places: seconds(loaded, ids, places[codec], "load", codec, chunk_size), 3 * rounds
+            )
+            print(name, json.dumps(cells[name]), flush=True)
+    for strategy in ("both", "load"):
+        for share in SHARES:
+            rate = nbytes["none"] / computing / share
+            lines = {codec: ThrottledStore(store, rate) for codec, store in stores.items()}
+            name = f"{strategy} at {share:g}"
+            cells[name] = compared(
+                lambda codec, lines=lines, strategy=strategy: seconds(
+                    loaded, ids, lines[codec], strategy, codec, chunk_size
+                ),
+                rounds,
             )
             print(name, json.dumps(cells[name]), flush=True)
     outcome = {

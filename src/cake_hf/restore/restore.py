@@ -235,8 +235,9 @@ class Restore:
     @property
     def chunk_bytes(self) -> int:
         """Bytes that a loaded chunk took in the store, without its header, as far as this restore has seen."""
-        took, raw = map(sum, zip(*self._job.took.values(), strict=True)) if self._job.took else (1, 1)
-        return max(1, round(self.prompt.layout.nbytes * took / raw))
+        read = list(self._job.took.values())  # late loads may still add to it
+        ratio = sum(took for took, _ in read) / sum(raw for _, raw in read) if read else 1.0
+        return max(1, round(self.prompt.layout.nbytes * ratio))
 
     @property
     def waited(self) -> bool:
