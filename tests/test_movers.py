@@ -26,7 +26,7 @@ from cake_hf.errors import DeadlineExceeded
 from cake_hf.scheduling.frontier import Frontier, Outcome, State
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
-from cake_hf.transfer import loader
+from cake_hf.transfer import chunk_reads
 from cake_hf.transfer.copy_streams import let_copies_out_end
 from cake_hf.transfer.deadline import Late, ask
 from cake_hf.transfer.landing import (
@@ -452,7 +452,7 @@ def test_pieces_are_brought_on_by_the_step(step: int, commits: list[int], monkey
         counts.append(end)
         commit(landing, end)
 
-    monkeypatch.setattr(loader, "COMMIT_STEP", step)
+    monkeypatch.setattr(chunk_reads, "COMMIT_STEP", step)
     monkeypatch.setattr(_DeviceLanding, "commit", count)
     buffers = make_buffers()
     restore = Restore(Gradual(filled_store()), DevicePlace(buffers, LAYOUT))
@@ -598,7 +598,9 @@ class Saving:
     def job(self, index: int, *, overwrite: bool = False) -> SaveJob:
         payload = Slot(LAYOUT.nbytes, pinned=False)
         byte_view(payload.memory)[:] = payload_of(index)
-        return SaveJob(metadata_of(index), LAYOUT, payload, overwrite, lambda durable: self.report(index, durable))
+        return SaveJob(
+            metadata_of(index), LAYOUT, payload, overwrite, lambda stored: self.report(index, stored is not None)
+        )
 
     def report(self, index: int, durable: bool) -> None:
         self.done[index] = durable

@@ -20,6 +20,10 @@ class CorruptChunk(StoreError):
     """A value from a store is not the requested chunk: its size, header or checksum is wrong."""
 
 
+class NewerChunk(CorruptChunk):
+    """A value is a chunk of a format or a codec that this version does not know. Nothing is wrong with it, so it stays."""
+
+
 class DeadlineExceeded(StoreError):
     """A store did not answer within its deadline."""
 

@@ -86,7 +86,7 @@ class Report:
         bytes_loaded, bytes_saved: payload bytes of chunks and states.
         store: the store's name without secrets; for a directory, the last part of its path; empty if the store was not asked.
         bytes_stored: bytes that this prompt's chunks and states take in the store, headers included: those found when the
-            prompt arrived, and those saved since.
+            prompt arrived, and those saved since. Those found and not read count as if they were not encoded.
         seconds_saved: the time that computing everything would have taken, by the costs measured so far, minus the time taken;
             None if nothing was loaded or shared, or if the cost of computing is not known yet. Negative if computing would have
             been faster.

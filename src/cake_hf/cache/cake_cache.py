@@ -25,6 +25,7 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.vision import forget_numbering
 from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
+from cake_hf.restore.bound_store import CODECS
 from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
@@ -60,6 +61,10 @@ class CakeCache(RestoringCache):
             restored only up to a chunk with a stored snapshot of the states; this stores one after every so many chunks. A
             snapshot is always stored at the end of each prompt, and where a prompt diverges from stored ones; 0 stores no
             others.
+        codec: how new chunks are stored. "none": as they are; "lossless": encoded, if the KV is bfloat16, in about 0.7 of the
+            bytes; "auto": as "lossless", unless the store is in memory. Decoding gives the very same bits and takes time, so it
+            pays where the store is slower than that (docs/performance.md). Both forms have the same keys, and every cache reads
+            both.
 
     Attributes:
         report: what happened to the last prompt.
@@ -69,7 +74,7 @@ class CakeCache(RestoringCache):
         StoreError: no store is named; or the store cannot be opened, or cannot be written to while `save` is set, and has never
             been usable in this process. (If it was usable before, or does not answer in time, the cache works without it:
             docs/stores.md.)
-        ValueError: `chunk_size` is below 16, `strategy` is none of the three, or a `CAKE_HF_*` variable cannot be used.
+        ValueError: `chunk_size` is below 16, `strategy` or `codec` is unknown, or a `CAKE_HF_*` variable cannot be used.
     """
 
     def __init__(
@@ -84,9 +89,12 @@ class CakeCache(RestoringCache):
         strategy: str = "both",
         limits: Limits | None = None,
         snapshot_every: int = 0,
+        codec: str = "none",
     ) -> None:
         if strategy not in list(Strategy):
             raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
+        if codec not in CODECS:
+            raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
         given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, refusal = checked_layers(model)
@@ -100,6 +108,7 @@ class CakeCache(RestoringCache):
             strategy=Strategy(strategy),
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
+            codec=codec,
             compiled=given,
         )
         super().__init__(session, layers, refusal, passive=not layers)

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from cake_hf.chunks.codec import Buffer, ChunkMetadata, checksum
 from cake_hf.chunks.encoded_header import SHORT_DIGITS, EncodedMetadata, encoded_header_size, parse_encoded_header
+from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless import Encoded, decode_into
 from cake_hf.errors import CorruptChunk
 
@@ -22,6 +23,15 @@ def describe(facts: ChunkMetadata, encoded: Encoded) -> EncodedMetadata:
     return EncodedMetadata(
         facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements)
     )
+
+
+def stored_pieces(metadata: EncodedMetadata) -> list[tuple[int, str]]:
+    """Returns the bytes of each base and then of each refinement, in the order of the payload, and their checksums' digits."""
+    sizes, digits = metadata.sizes, metadata.base_checksums + metadata.refinement_checksums
+    return [
+        (size, digits[n * SHORT_DIGITS : (n + 1) * SHORT_DIGITS])
+        for n, size in enumerate([*sizes.bases, *sizes.refinements])
+    ]
 
 
 def check_encoded(
@@ -69,11 +79,22 @@ def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedM
     bases, refinements = payload[: sizes.base_bytes], payload[sizes.base_bytes :]
     check_encoded(bases, refinements, metadata)
     if deep:
+        refuse_inflated(metadata, layout)
         parts = [memoryview(bytearray(size)) for size in layout.sizes]
         decode_into(bases, refinements, sizes, layout, parts)
         if tuple(map(checksum, parts)) != metadata.facts.checksums:
             raise CorruptChunk(f"Chunk {key} decodes to other KV than was encoded.")
     return metadata
+
+
+def refuse_inflated(metadata: EncodedMetadata, layout: ChunkLayout) -> None:
+    """Refuses a chunk that claims to decode to more than the codec can make of it, before memory is taken for that.
+
+    Raises:
+        CorruptChunk: it does. An encoded number has at least 8 of its 16 bits in the base.
+    """
+    if layout.nbytes > 2 * metadata.sizes.nbytes:
+        raise CorruptChunk(f"Chunk {metadata.facts.key} cannot decode to {layout.nbytes} bytes.")
 
 
 def _short_checksums(data: Buffer, sizes: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ from cake_hf.chunks.codec import (
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name, dtype_named, plain_json
 from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, EncodedSizes
 from cake_hf.chunks.tensor_table import MAX_EXTENT, MAX_PAYLOAD_BYTES, METADATA
-from cake_hf.errors import CorruptChunk
+from cake_hf.errors import CorruptChunk, NewerChunk
 
 ENCODED_VERSION = "3"
 SHORT_DIGITS = 16
@@ -228,7 +228,7 @@ def _sealed(raw: Buffer) -> tuple[re.Match[str], str]:
         raise CorruptChunk("The chunk's header does not match its checksum.")
     codec = written["codec"], written["codec_version"]
     if codec != (CODEC, CODEC_VERSION):
-        raise CorruptChunk(
+        raise NewerChunk(
             f"The chunk is encoded by version {codec[1]} of {codec[0]!r}, which this cake_hf does not know."
         )
     return written, text[written.end() :]

@@ -13,16 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless_native import NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
 from cake_hf.errors import CorruptChunk
 from cake_hf.util.lazy import cached_property
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # brings much that nothing else needs
 
 CODEC, CODEC_VERSION = "lossless", "1"
 """As written in a chunk's metadata."""

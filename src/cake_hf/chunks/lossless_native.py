@@ -6,14 +6,17 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cake_hf.errors import CorruptChunk
 
-Bytes = NDArray[np.uint8]
-Sizes = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # brings much that nothing else needs
+
+    Bytes = NDArray[np.uint8]
+    Sizes = NDArray[np.int64]
 Library = ctypes.CDLL
 
 LIBRARY = Path(__file__).with_name("_lossless.so")

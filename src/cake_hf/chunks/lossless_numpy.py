@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cake_hf.errors import CorruptChunk
 
-Bytes = NDArray[np.uint8]
-Sizes = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # brings much that nothing else needs
+
+    Bytes = NDArray[np.uint8]
+    Sizes = NDArray[np.int64]
 
 MOST_CHANNELS = 2**20
 _BLOCK, _LANES = 256, 32

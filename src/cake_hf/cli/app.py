@@ -20,6 +20,7 @@ COMMANDS = {
     "why": Deferred("cake_hf.cli.why:why_command", "Say why a prompt is not found in a store."),
     "demo": Deferred("cake_hf.cli.moved:demo", "A demonstration; it is in the repository now."),
     "verify": Deferred("cake_hf.cli.verify_command:verify_command", "Check what a store has, bit for bit."),
+    "recode": Deferred("cake_hf.cli.recode:recode_command", "Store all chunks in another form."),
     "gc": Deferred("cake_hf.cli.gc:gc_command", "Delete chunks by age or for a budget."),
     "rm": Deferred("cake_hf.cli.rm:rm_command", "Delete the KV of a document, a model or a namespace."),
     "pin": Deferred("cake_hf.cli.pin:pin_command", "Protect chunks from eviction for some time."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from cake_hf.chunks.codec import MAX_HEADER_BYTES, ChunkMetadata, parse_header
+from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
+from cake_hf.chunks.lossless import CODEC
+from cake_hf.chunks.stored_forms import refuse_newer
 from cake_hf.chunks.tensor_table import TensorTable
 from cake_hf.cli.many import each_answer
 from cake_hf.errors import CorruptChunk, StoreError
@@ -33,13 +37,17 @@ class StoredChunk:
 
     Attributes:
         metadata: key, parent, place on the grid, namespace, model, checksums.
-        table: of its tensors.
+        table: of its tensors; of those that an encoded chunk decodes to.
         file_bytes: size of header and payload.
+        payload_bytes: of the file without its header.
+        codec: "none", or that of an encoded chunk.
     """
 
     metadata: ChunkMetadata
     table: TensorTable
     file_bytes: int
+    payload_bytes: int
+    codec: str = "none"
 
     @property
     def chunk_size(self) -> int:
@@ -177,18 +185,36 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
     Raises:
         CorruptChunk: the header cannot be read, is another chunk's, or the file has another length.
     """
-    metadata, table = parse_header(raw)
+    metadata, table, payload_bytes, codec = _described(raw)
     (length,) = struct.unpack("<Q", raw[:8])
     if metadata.key != key:
         raise CorruptChunk(f"The file named {key} says that it is {escaped(metadata.key[:MAX_TEXT])}.")
-    if size != 8 + length + table.payload_bytes:
+    if size != 8 + length + payload_bytes:
         raise CorruptChunk(f"Chunk {key} has {size} bytes, which is not what its header says.")
     if not table:
         raise CorruptChunk(f"Chunk {key} holds no tensors.")
     if not 0 <= metadata.index < MAX_INDEX:
         raise CorruptChunk(f"Chunk {key} names a place where no chunk can be.")
     name = _shown_name(metadata.model)
-    return StoredChunk(metadata if name == metadata.model else replace(metadata, model=name), table, size)
+    return StoredChunk(
+        metadata if name == metadata.model else replace(metadata, model=name), table, size, payload_bytes, codec
+    )
+
+
+def _described(raw: bytearray) -> tuple[ChunkMetadata, TensorTable, int, str]:
+    """Returns a chunk's metadata, the table of its tensors, the bytes of its payload as it is stored, and its codec."""
+    if is_encoded(raw):
+        encoded, layout = parse_encoded_header(raw)
+        return encoded.facts, _table(layout.table_json), encoded.sizes.nbytes, CODEC
+    refuse_newer(raw)
+    metadata, table = parse_header(raw)
+    return metadata, table, table.payload_bytes, "none"
+
+
+@lru_cache(8)
+def _table(text: str) -> TensorTable:
+    """Returns the table with that text; most chunks of a store have the same one."""
+    return TensorTable(json.loads(text))
 
 
 def namespaces(inventory: Inventory) -> list[Namespace]:

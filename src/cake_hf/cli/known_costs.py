@@ -172,7 +172,7 @@ class _NotingStore(WrapperStore):
 
 def _recalled(store: Store, namespace: Namespace, device: str) -> KnownCosts | None:
     chunk = namespace.first
-    costs = recall_costs(store, namespace.digest, device).costs(chunk.table.payload_bytes)
+    costs = recall_costs(store, namespace.digest, device).costs()
     if costs.compute is None and costs.load is None:
         return None
     return KnownCosts(namespace.digest, chunk.chunk_size, chunk.table.dtypes, costs)

@@ -23,6 +23,14 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Codec(StrEnum):
+    """How new chunks are stored, as `CakeCache` takes it."""
+
+    NONE = "none"
+    LOSSLESS = "lossless"
+    AUTO = "auto"
+
+
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, help="A store: a directory or a URL.")]
 ChunkSize = Annotated[
     int | None,
@@ -31,6 +39,12 @@ ChunkSize = Annotated[
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="The dtype of the weights, and so of the KV.")]
+CodecOption = Annotated[
+    Codec,
+    typer.Option(
+        help="lossless stores bfloat16 KV in about 0.7 of the bytes; auto does, unless the store is in memory."
+    ),
+]
 Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU if there is one.")]
 Boundaries = Annotated[
     list[int] | None,

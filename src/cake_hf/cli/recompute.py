@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from cake_hf.cache import CakeCache
-from cake_hf.chunks.codec import check_file, parse_header
+from cake_hf.chunks.codec import Buffer, parse_header
+from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
@@ -222,15 +223,16 @@ class Comparing(WrapperStore):
             stored = self.inner.read(key)
             if stored is None:
                 return ""
-            metadata = check_file(stored, key)
+            raw = raw_file(stored, key)
+            metadata, stored_table = parse_header(raw)
         except StoreError as error:
             return shown(error)
         own, table = parse_header(computed)
-        if parse_header(stored)[1] != table:
+        if stored_table != table:
             return f"Chunk {key} holds other tensors than the model's KV."
         if (metadata.parent, metadata.index, metadata.namespace) != (own.parent, own.index, own.namespace):
             return f"Chunk {key} says that it is number {metadata.index}; it is number {own.index} of its prompt."
-        differing = np.flatnonzero(_payload(stored) != _payload(computed))
+        differing = np.flatnonzero(_payload(raw) != _payload(computed))
         if not differing.size:
             return ""
         where = next(name for name, entry in table.items() if int(differing[0]) < offsets_of(entry)[1])
@@ -240,6 +242,6 @@ class Comparing(WrapperStore):
         )
 
 
-def _payload(raw: bytes | bytearray) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _payload(raw: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
     (length,) = struct.unpack("<Q", bytes(raw[:8]))
     return np.frombuffer(raw, np.uint8)[8 + length :]

@@ -87,10 +87,16 @@ def chunk_table(chunk: StoredChunk) -> RenderableType:
             ("namespace", metadata.namespace),
             ("model", metadata.model),
             ("tensors", f"{len(chunk.table)} of {chunk.table.dtypes}, {' and '.join(map(str, chunk.table.shapes))}"),
-            ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)})"),
+            ("bytes", f"{chunk.file_bytes:,} ({bytes_text(chunk.file_bytes)}){_encoded(chunk)}"),
             ("checksums", f"{len(metadata.checksums)}, one per tensor (xxh3-128)"),
         ]
     )
+
+
+def _encoded(chunk: StoredChunk) -> str:
+    if chunk.codec == "none":
+        return ""
+    return f", {chunk.codec}: {chunk.payload_bytes / chunk.table.payload_bytes:.2f} of the KV's"
 
 
 def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:

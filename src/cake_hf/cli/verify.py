@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from cake_hf.chunks.codec import Checksum, check_pieces, spans_of
+from cake_hf.chunks.encoded_checks import check_encoded_file, stored_pieces
+from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.cli.inspect_store import Progress, StoredChunk, chunk_of, read_chunk
 from cake_hf.cli.many import each_answer
-from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.errors import CorruptChunk, NewerChunk, StoreError
 from cake_hf.stores import Store
 from cake_hf.util.redaction import shown
 
@@ -57,7 +59,7 @@ class Verified:
     stopped: bool = False
 
 
-def verify(store: Store, progress: Progress) -> Verified:
+def verify(store: Store, progress: Progress, *, deep: bool = False) -> Verified:
     """Checks all chunks, except those that are deleted meanwhile. Ctrl-C ends it early, with the findings so far.
 
     It only reads: it takes no lock, so no other user of the store waits for it.
@@ -65,10 +67,11 @@ def verify(store: Store, progress: Progress) -> Verified:
     Args:
         store: any.
         progress: called with (chunks checked, all chunks).
+        deep: also decode encoded chunks, and compare what comes out with the checksums of what was encoded.
     """
     checked, nbytes, bad, keys = 0, 0, [], list(store.keys())
     left, stopped = len(keys), True
-    with suppress(KeyboardInterrupt), closing(each_answer(keys, partial(_verdict, store), THREADS)) as verdicts:
+    with suppress(KeyboardInterrupt), closing(each_answer(keys, partial(_verdict, store, deep), THREADS)) as verdicts:
         for _, verdict in verdicts:
             left -= 1
             if isinstance(verdict, BadChunk):
@@ -82,17 +85,17 @@ def verify(store: Store, progress: Progress) -> Verified:
     return Verified(checked, nbytes, bad, left, stopped)
 
 
-def _verdict(store: Store, key: str) -> int | BadChunk | None:
+def _verdict(store: Store, deep: bool, key: str) -> int | BadChunk | None:
     """Returns the bytes of a good chunk, or what is wrong with it; None if it is gone."""
     try:
-        return _checked(store, key)
+        return _checked(store, deep, key)
     except StoreError as error:
-        return BadChunk(key, shown(error), isinstance(error, CorruptChunk))
+        return BadChunk(key, shown(error), isinstance(error, CorruptChunk) and not isinstance(error, NewerChunk))
     except MemoryError:
         return BadChunk(key, f"Chunk {key} does not fit in memory.", corrupt=False)
 
 
-def _checked(store: Store, key: str) -> int | None:
+def _checked(store: Store, deep: bool, key: str) -> int | None:
     """Returns the bytes of a good chunk; None if it is gone.
 
     Raises:
@@ -103,30 +106,42 @@ def _checked(store: Store, key: str) -> int | None:
     if size is not None and size > WHOLE_BYTES:
         # The header first: the size it states must match the value's size before memory is taken for it. A file may have holes.
         chunk = read_chunk(store, key)
-        if chunk is None or store.reads_ranges:
+        if chunk is None or (store.reads_ranges and not (deep and chunk.codec != "none")):
             return None if chunk is None else _checked_in_steps(store, key, chunk)
     raw = None if size is None else store.read(key)
     if raw is None:
         return None
     chunk = chunk_of(raw, key, len(raw))
+    if is_encoded(raw):
+        check_encoded_file(raw, key, deep=deep)
+        return len(raw)
     payload = memoryview(raw)[len(raw) - chunk.table.payload_bytes :]
     check_pieces([payload[start:end] for start, end in spans_of(chunk.metadata, chunk.table)], chunk.metadata)
     return len(raw)
 
 
 def _checked_in_steps(store: Store, key: str, chunk: StoredChunk) -> int | None:
-    spans = spans_of(chunk.metadata, chunk.table)
-    payload, step = chunk.file_bytes - chunk.table.payload_bytes, memoryview(bytearray(STEP_BYTES))
-    for (start, end), expected in zip(spans, chunk.metadata.checksums, strict=True):
-        digest = Checksum()
-        for offset in range(start, end, STEP_BYTES):
-            part = step[: min(STEP_BYTES, end - offset)]
-            if not store.read_range(key, [part], payload + offset):
+    step, at = memoryview(bytearray(STEP_BYTES)), chunk.file_bytes - chunk.payload_bytes
+    for nbytes, expected in _stored_pieces(store, key, chunk):
+        digest, end = Checksum(), at + nbytes
+        while at < end:
+            part = step[: min(STEP_BYTES, end - at)]
+            if not store.read_range(key, [part], at):
                 return None
             digest.update(part)
-        if digest.hexdigest() != expected:
+            at += part.nbytes
+        if not digest.hexdigest().startswith(expected):
             raise CorruptChunk(f"Chunk {key} does not match its checksum.")
     return chunk.file_bytes
+
+
+def _stored_pieces(store: Store, key: str, chunk: StoredChunk) -> list[tuple[int, str]]:
+    """Returns the bytes and the checksum, or its first digits, of each piece of the payload, in order."""
+    if chunk.codec == "none":
+        spans = spans_of(chunk.metadata, chunk.table)
+        return [(end - start, digits) for (start, end), digits in zip(spans, chunk.metadata.checksums, strict=True)]
+    header = store.head(key, chunk.file_bytes - chunk.payload_bytes)
+    return [] if header is None else stored_pieces(parse_encoded_header(header)[0])
 
 
 def delete(store: Store, bad: Sequence[BadChunk]) -> int:

@@ -21,6 +21,9 @@ from cake_hf.util.sizes import parse_share
 def verify_command(
     store: StoreArgument,
     fix: Annotated[bool, typer.Option("--fix", "--delete", help="Delete the damaged chunks.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also decode encoded chunks, and compare what comes out.")
+    ] = False,
     share: Annotated[
         str,
         typer.Option(
@@ -55,7 +58,7 @@ def verify_command(
     job = _recompute_job(share, model, prompt or [], seed, warmed)
     with existing_store(store) as opened:
         with progress_bar("checking", "chunks") as progress:
-            result = verify(opened, progress)
+            result = verify(opened, progress, deep=deep)
         if result.stopped:
             show_stopped(result)
             raise typer.Exit(STOPPED)

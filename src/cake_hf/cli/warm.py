@@ -50,6 +50,7 @@ class WarmJob:
         chat: the document starts a user's message, in the model's chat template.
         system: the system prompt, UTF-8 text; with `chat`.
         boundaries: cuts that prompts declare, too, in tokens from the start.
+        codec: as `CakeCache` takes it.
     """
 
     model: str
@@ -66,6 +67,7 @@ class WarmJob:
     chat: bool = False
     system: Path | None = None
     boundaries: Sequence[int] = ()
+    codec: str = "none"
 
 
 Loaded = tuple[Any, Any]
@@ -101,7 +103,9 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     refuse_too_long(model.config, ids.shape[1], "pass --tokens to take only the start of the text.")
     limits = Limits.from_environment()
     size = job.chunk_size or "auto"
-    with CakeCache(model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits) as cache:
+    with CakeCache(
+        model, job.store, chunk_size=size, salt=job.salt, exact=job.exact, limits=limits, codec=job.codec
+    ) as cache:
         cache.store.check_writable()  # a cache goes on without a store that takes nothing; here, saving is the whole purpose
         _refuse_over_budget(cache, model, min(chosen_chunk_size(model, size), ids.shape[1]))
         pace = Pace(cache, limits.save_queue_bytes // 2)
@@ -202,6 +206,7 @@ def _snippet(job: WarmJob) -> str:
     options += [f"chunk_size={job.chunk_size}"] if job.chunk_size else []
     options += ["salt=..."] if job.salt else []
     options += ["exact=False"] if not job.exact else []
+    options += [f"codec={job.codec!r}"] if job.codec != "none" else []
     made = f"cache = CakeCache(model, {', '.join(options)})\n"
     cuts = f", boundaries={list(job.boundaries)}" if job.boundaries else ""
     if job.chat:

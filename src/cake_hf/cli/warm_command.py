@@ -12,7 +12,7 @@ from cake_hf.cli.console import console
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import read_text
-from cake_hf.cli.options import Boundaries, Chat, ChunkSize, Device, Dtype, DtypeOption, System
+from cake_hf.cli.options import Boundaries, Chat, ChunkSize, Codec, CodecOption, Device, Dtype, DtypeOption, System
 from cake_hf.cli.warm import WarmJob, load, show_warmed, warm
 from cake_hf.cli.warm_many import documents_in, show_many, warm_many
 from cake_hf.util.environment import STORE
@@ -44,6 +44,7 @@ def warm_command(
     boundary: Boundaries = None,
     chat: Chat = False,
     system: System = None,
+    codec: CodecOption = Codec.NONE,
 ) -> None:
     """Compute the KV of documents once and keep it in a store."""
     job = WarmJob(
@@ -61,6 +62,7 @@ def warm_command(
         chat,
         system,
         tuple(boundary or ()),
+        codec.value,
     )
     documents, told = documents_in(files), said_of_new(store)
     for file in documents if len(documents) == 1 else filter(documents.__contains__, files):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cake_hf.blocks import Block, blocks, checked_cuts, tail_ends
-from cake_hf.chunks.codec import check_file
+from cake_hf.chunks.stored_forms import check_any_file
 from cake_hf.errors import CakeError, CorruptChunk, StoreError
 from cake_hf.keys import block_keys, state_key
 from cake_hf.limits import Limits
@@ -108,7 +108,7 @@ class Contents:
         if raw is None:
             raise StoreError(f"Chunk {key} was removed from the store meanwhile; try again.")
         try:
-            facts = check_file(raw, key)
+            facts = check_any_file(raw, key)
         except CorruptChunk as error:
             raise CorruptChunk(f"{error} It does not go into a pack; `cake-hf verify` finds damaged chunks.") from error
         if (facts.index, facts.namespace) != (index, self.namespace):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.chunks.codec import check_file
+from cake_hf.chunks.stored_forms import check_any_file
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.packs.contents import Progress, no_progress, session_for
 from cake_hf.stores.base import Store
@@ -118,7 +118,7 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
 
 def _copy(pack: PackStore, target: Store, key: str) -> None:
     raw = pack.read(key)
-    if raw is None or check_file(raw, key).namespace != pack.manifest.namespace:
+    if raw is None or check_any_file(raw, key).namespace != pack.manifest.namespace:
         raise CorruptChunk(f"Chunk {key} of {pack.source} is not of the namespace that its manifest names.")
     target.write(key, [raw])
 

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
+from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.lossless import CODEC as LOSSLESS
+from cake_hf.chunks.lossless import is_native
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
@@ -27,6 +29,8 @@ from cake_hf.transfer.writer import SaveJob, pack
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 
+CODECS = ("none", LOSSLESS, "auto")
+
 
 class BoundStore:
     """One store, opened with the limits of a session.
@@ -35,6 +39,7 @@ class BoundStore:
         store: what the user named.
         limits: of the session.
         save: whether new chunks are saved to it.
+        codec: of new chunks, one of `CODECS`.
 
     Attributes:
         name: of the store, for display.
@@ -46,8 +51,9 @@ class BoundStore:
         Exception: any other error that the user's own store raises then.
     """
 
-    def __init__(self, store: StoreSpec | None, limits: Limits, *, save: bool) -> None:
+    def __init__(self, store: StoreSpec | None, limits: Limits, *, save: bool, codec: str = "none") -> None:
         self.limits = limits
+        self._codec = codec
         self.access = Access(store, limits, save=save, share=sharing_of)
         self.name = store_name(store)
         self._count_lock = Lock()
@@ -61,6 +67,11 @@ class BoundStore:
     def saves(self) -> bool:
         """Whether new chunks are saved to the store."""
         return self.access.saves
+
+    @property
+    def encodes(self) -> bool:
+        """Whether new chunks are encoded, if their dtype allows it: never in memory, unless the codec was asked for by name."""
+        return self._codec == LOSSLESS or (self._codec == "auto" and is_native() and not self.store.in_memory)
 
     @property
     def sharing(self) -> Sharing:
@@ -121,7 +132,8 @@ class BoundStore:
         """
         record = self._recorder(metadata, made_with)
 
-        def done(saved: bool) -> None:
+        def done(stored: int | None) -> None:
+            saved = stored is not None
             if saved:
                 record()
             with self._count_lock:
@@ -134,12 +146,12 @@ class BoundStore:
                     report.chunks_saved += saved
                     report.chunks_unsaved += not saved
                 report.bytes_saved += layout.nbytes * saved
-                report.bytes_stored += stored_bytes(layout) * (saved and not overwrite)
+                report.bytes_stored += 0 if stored is None or overwrite else stored
             observe_save(saved, layout.nbytes)
 
-        writer = self.access.writer
+        writer, encode = self.access.writer, what != "state" and self.encodes
         if not writer.has_room(layout.nbytes):
-            done(False)
+            done(None)
             return
         try:
             payload = pack(pieces(), layout)
@@ -147,14 +159,14 @@ class BoundStore:
             if is_the_users(error):
                 raise
             writer.tell(error)
-            done(False)
+            done(None)
             return
         finally:
             if what == "state":
                 # The next chunk changes the state. A chunk's KV stays while its restore lasts: any write there writes the same.
                 let_copies_out_end()
-        if not writer.offer(SaveJob(metadata, layout, payload, overwrite, done)):
-            done(False)
+        if not writer.offer(SaveJob(metadata, layout, payload, overwrite, done, encode)):
+            done(None)
 
     def _recorder(self, chunk: ChunkMetadata, made_with: dict[str, Any] | None) -> Callable[[], None]:
         """Returns a function that records in the store, once the chunk is there, what the chunk was made with."""

@@ -55,5 +55,8 @@ def count_restore(
             f"{late} of {len(outcomes)}, given up after {patience:g} s (Limits.read_timeout)",
         )
     report.states_loaded += states
+    report.bytes_stored += sum(
+        took - raw for index, (took, raw) in list(job.took.items()) if index in own and took < raw
+    )
     report.bytes_loaded += job.place.wanted_bytes(own) + states * prompt.state_layout.nbytes
     return len(own | shared)

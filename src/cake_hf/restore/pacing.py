@@ -118,8 +118,15 @@ def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace) -> Fron
     )
 
 
-def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
-    """Stores what the restore measured, for decisions about the next prompt."""
+def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace, chunk_bytes: int) -> None:
+    """Stores what the restore measured, for decisions about the next prompt.
+
+    Args:
+        memory: of costs.
+        prompt: that was restored.
+        pace: of the restore.
+        chunk_bytes: bytes that came from the store for a chunk, on average. The time of decoding counts as time of loading.
+    """
     if not prompt.keys:
         return
     timeline = prompt.report.timeline[prompt.first_span :]
@@ -129,7 +136,7 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace) -> None:
         spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
         part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
     chunks = [span for span in timeline if span.chunk in prompt.full]
-    memory.learn(pace, chunks, prompt.layout.nbytes, part)
+    memory.learn(pace, chunks, chunk_bytes, part)
 
 
 def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
@@ -140,7 +147,7 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
         prompt: of which at least one chunk was not computed.
         seconds: that the restore took, including the prompt's suffix if that is over.
     """
-    compute = memory.costs(prompt.layout.nbytes).compute
+    compute = memory.costs().compute
     if compute is None:
         return
     report, size = prompt.report, prompt.layout.chunk_size

@@ -113,7 +113,7 @@ class Restore:
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
         self._ranks = ranks_of(session.model)
         self.cost_memory = session.cost_memory(prompt.namespace)
-        costs = self.cost_memory.costs(prompt.layout.nbytes)
+        costs = self.cost_memory.costs()
         by_layers = past_loads and not self._carried and self._ranks is None
         self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
         self._windows = WindowBuffers(prompt, plan.windows, template)
@@ -233,6 +233,13 @@ class Restore:
             self._carried.end()
 
     @property
+    def chunk_bytes(self) -> int:
+        """Bytes that a loaded chunk took in the store, without its header, as far as this restore has seen."""
+        read = list(self._job.took.values())  # late loads may still add to it
+        ratio = sum(took for took, _ in read) / sum(raw for _, raw in read) if read else 1.0
+        return max(1, round(self.prompt.layout.nbytes * ratio))
+
+    @property
     def waited(self) -> bool:
         """Whether the piece that was last in the model waited for loads in its layers."""
         return self._runs.waited
@@ -342,6 +349,7 @@ class Restore:
             most_reads=limits.loader_threads,
             patience=limits.read_timeout,
             gate=self._gate,
+            encodes=self._session.bound_store.encodes,
         )
 
     def _count(self) -> int:

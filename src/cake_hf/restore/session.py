@@ -45,6 +45,7 @@ class Session:
         strategy: Strategy,
         limits: Limits,
         snapshot_every: int = 0,
+        codec: str = "none",
         compiled: Any = None,
     ) -> None:
         chunk_size = chosen_chunk_size(model, chunk_size)
@@ -57,7 +58,7 @@ class Session:
         self.snapshot_every = snapshot_every
         self.is_closed = False
         self.at_work = AtWork()
-        self.bound_store = BoundStore(store, limits, save=save)
+        self.bound_store = BoundStore(store, limits, save=save, codec=codec)
         self.bound_model = BoundModel(
             model,
             chunk_size=chunk_size,

@@ -8,15 +8,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cake_hf.errors import CorruptChunk, is_a_fault
+from cake_hf.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.stores.pieces import Part, copy
 
-__all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "scatter", "total_bytes"]
+__all__ = ["MAX_NOTE_BYTES", "MOST_NOTES", "Part", "Store", "place_of", "refuse_longer", "scatter", "total_bytes"]
 
 
 MAX_NOTE_BYTES = 2**19
 MOST_NOTES = 64
 """Limits on the notes that are read: bytes of one note, and the number of notes; see `Store.notes`."""
+
+ATTEMPTS = 3
+"""Attempts to read a value that is replaced by one of another size meanwhile."""
 
 
 class Store(ABC):
@@ -24,7 +27,8 @@ class Store(ABC):
 
     The contract:
 
-    * A key is 40 lower-case hexadecimal digits. Equal keys mean equal values, so a value is never updated in part.
+    * A key is 40 lower-case hexadecimal digits. Equal keys mean equal KV, in one of two forms, so a value is never updated in
+      part, and may be replaced as a whole.
     * All methods may be called from many threads, and many processes may open the same place.
     * A value that is listed is complete: it appears whole or not at all, even if a writer dies at any moment.
     * A miss is `None` or `False`, never an exception. A fault is a `StoreError` that says what to do.
@@ -35,12 +39,14 @@ class Store(ABC):
         range_seconds: approximate time that reading a range takes beyond its share of the value.
         read_only: whether nothing can ever be written here: `write`, `delete` and `check_writable` raise a StoreError, and a
             cache does not try to save. `cake_hf.testing.ReadOnlyContract` has the tests for such a store.
+        in_memory: whether values are in the memory of this process, so that reading them is copying.
         counts_hits: whether prompts are counted in the notes; False if they are not a user's prompts.
     """
 
     reads_ranges: bool = False
     range_seconds: float = 0.0
     read_only: bool = False
+    in_memory: bool = False
     counts_hits: bool = True
 
     @abstractmethod
@@ -114,6 +120,30 @@ class Store(ABC):
         if value is not None:
             scatter(memoryview(value)[offset:], parts, key)
         return value is not None
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        """Fills the start of a writable byte buffer with a value of unknown size.
+
+        The default implementation asks for the size and reads the value then.
+
+        Returns:
+            The value's size in bytes, or None for a miss.
+
+        Raises:
+            CorruptChunk: the value is longer than the buffer (whose content is then undefined).
+            StoreError: the value cannot be read.
+        """
+        for _ in range(ATTEMPTS):
+            size = self.size(key)
+            if size is None:
+                return None
+            refuse_longer(key, size, buffer)
+            try:
+                return self.read_into(key, [buffer[:size]])
+            except CorruptChunk:
+                if self.size(key) == size:
+                    raise
+        raise StoreError(f"Chunk {key} was replaced {ATTEMPTS} times while it was read; try again.")
 
     def head(self, key: str, nbytes: int) -> bytes | None:
         """Returns the first `nbytes` of a value, which must be at least that long; None for a miss.
@@ -214,6 +244,16 @@ class Store(ABC):
 def total_bytes(parts: Sequence[Part]) -> int:
     """Returns the size of all parts together, in bytes."""
     return sum([memoryview(part).nbytes for part in parts])
+
+
+def refuse_longer(key: str, size: int, buffer: memoryview) -> None:
+    """Refuses a value that does not fit a buffer.
+
+    Raises:
+        CorruptChunk: it has more bytes.
+    """
+    if size > buffer.nbytes:
+        raise CorruptChunk(f"Chunk {key} has {size} bytes, at most {buffer.nbytes} were expected.")
 
 
 def scatter(source: memoryview, parts: Sequence[memoryview], key: str) -> None:

@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cake_hf.errors import CorruptChunk, StoreError
-from cake_hf.stores.base import Part, Store, total_bytes
+from cake_hf.stores.base import Part, Store, refuse_longer, total_bytes
 from cake_hf.stores.byte_budget import ByteBudget
 from cake_hf.stores.default_budget import USUAL, FreeShare
+from cake_hf.stores.direct import ALIGNMENT, use_page_cache
 from cake_hf.stores.eviction import LRU, ChunkPosition, Entry, order_named
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
@@ -100,33 +101,46 @@ class LocalStore(Store):
         return self.read_gradually(key, parts, lambda count: None)
 
     def read_gradually(self, key: str, parts: Sequence[memoryview], arrived: Callable[[int], None]) -> int | None:
-        try:
-            with self._folder.chunk(key) as (descriptor, status):
-                expected = total_bytes(parts)
-                if status.st_size != expected:
-                    raise CorruptChunk(f"Chunk {key} has {status.st_size} bytes, {expected} were expected.")
-                read_scattered(descriptor, parts, key, arrived=arrived)
-                self._mark_use(descriptor, status.st_mtime)
-                return expected
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if is_the_users(error):
-                raise
-            raise StoreError(f"Chunk {key} cannot be read from {self.root}: {advice(error)}") from error
+        with (
+            self._told(f"Chunk {key} cannot be read from {self.root}: "),
+            suppress(FileNotFoundError),
+            self._folder.chunk(key) as (descriptor, status),
+        ):
+            expected = total_bytes(parts)
+            if status.st_size != expected:
+                raise CorruptChunk(f"Chunk {key} has {status.st_size} bytes, {expected} were expected.")
+            read_scattered(descriptor, parts, key, arrived=arrived)
+            self._mark_use(descriptor, status.st_mtime)
+            return expected
+        return None
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        with (
+            self._told(f"Chunk {key} cannot be read from {self.root}: "),
+            suppress(FileNotFoundError),
+            self._folder.chunk(key) as (descriptor, status),
+        ):
+            size = status.st_size
+            refuse_longer(key, size, buffer)
+            aligned = size - size % ALIGNMENT  # only whole pages can be read directly
+            read_scattered(descriptor, [buffer[:aligned]], key)
+            if aligned < size:
+                use_page_cache(descriptor)
+                read_scattered(descriptor, [buffer[aligned:size]], key, aligned)
+            self._mark_use(descriptor, status.st_mtime)
+            return size
+        return None
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        try:
-            with self._folder.chunk(key) as (descriptor, status):
-                read_scattered(descriptor, parts, key, offset)
-                self._mark_use(descriptor, status.st_mtime)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            if is_the_users(error):
-                raise
-            raise StoreError(f"Chunk {key} cannot be read from {self.root}: {advice(error)}") from error
-        return True
+        with (
+            self._told(f"Chunk {key} cannot be read from {self.root}: "),
+            suppress(FileNotFoundError),
+            self._folder.chunk(key) as (descriptor, status),
+        ):
+            read_scattered(descriptor, parts, key, offset)
+            self._mark_use(descriptor, status.st_mtime)
+            return True
+        return False
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         with self._told(f"Chunk {key} cannot be written to {self.root}: "):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 
 from cake_hf.errors import CorruptChunk, StoreError
-from cake_hf.stores.base import Part, Store, scatter, total_bytes
+from cake_hf.stores.base import Part, Store, refuse_longer, scatter, total_bytes
 from cake_hf.stores.pieces import joined
 from cake_hf.util.forks import Lock
 
@@ -20,6 +20,7 @@ class MemoryStore(Store):
 
     reads_ranges = True
     range_seconds = 1e-5
+    in_memory = True
 
     def __init__(self, budget_bytes: int = 4 * 2**30) -> None:
         if budget_bytes <= 0:
@@ -52,6 +53,14 @@ class MemoryStore(Store):
         if value is not None:
             scatter(memoryview(value)[offset:], parts, key)
         return value is not None
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        value = self._touched(key)
+        if value is None:
+            return None
+        refuse_longer(key, len(value), buffer)
+        scatter(memoryview(value), [buffer[: len(value)]], key)
+        return len(value)
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         value = joined(parts)

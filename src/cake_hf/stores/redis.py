@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import redis
 
 from cake_hf.errors import CorruptChunk, StoreError
-from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
+from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, refuse_longer, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import RedisAddress, advice, socket_of
 from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
@@ -89,16 +89,31 @@ class RedisStore(Store):
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         expected = total_bytes(parts)
+
+        def room(size: int) -> Sequence[memoryview]:
+            if size != expected:
+                raise CorruptChunk(f"Chunk {key} has {size} bytes, {expected} were expected.")
+            return parts
+
+        return self._read_whole(key, room)
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        def room(size: int) -> Sequence[memoryview]:
+            refuse_longer(key, size, buffer)
+            return [buffer[:size]]
+
+        return self._read_whole(key, room)
+
+    def _read_whole(self, key: str, room: Callable[[int], Sequence[memoryview]]) -> int | None:
+        """Reads a value into the room that is given for its size; returns the size, or None for a miss."""
         with self._faults(f"Chunk {key} cannot be read from"):
             lost: Manifest | None = None
             for _ in range(ATTEMPTS):
                 manifest = self._manifest(key)
                 if manifest is None or manifest == lost:  # the latter: we could not remove it
                     return None
-                if manifest.size != expected:
-                    raise CorruptChunk(f"Chunk {key} has {manifest.size} bytes, {expected} were expected.")
-                if self._fetch(key, manifest, parts, 0):
-                    return expected
+                if self._fetch(key, manifest, room(manifest.size), 0):
+                    return manifest.size
                 self._discard(key, manifest)
                 lost = manifest
         return None

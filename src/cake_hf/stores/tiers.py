@@ -85,6 +85,7 @@ class TierStore(Store):
         self.reads_ranges = all(place.store.reads_ranges for place in self._places)
         self.range_seconds = max(place.store.range_seconds for place in self._places)
         self.read_only = all(place.tier.read_only for place in self._places)
+        self.in_memory = all(place.store.in_memory for place in self._places)
         self._check = check
         self._queue = QueueUser(TIERS, partial(_lasting_place, self._places), queue_bytes, close_seconds)
 
@@ -119,8 +120,15 @@ class TierStore(Store):
         stamp, nbytes = self._queue.stamp(), total_bytes(parts)
         size, place, lacking = first(self._places, key, lambda store: store.read_into(key, parts), nbytes)
         if place is not None:
-            targets = [(near, wrong) for near, wrong in lacking if near.level < place.level and near.takes_copies()]
-            self._copy_soon(key, parts, targets, "promoted", self._check, stamp)
+            self._promote(key, parts, place, lacking, stamp)
+        return size
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        stamp = self._queue.stamp()
+        size, place, lacking = first(self._places, key, lambda store: store.read_up_to(key, buffer))
+        if place is not None and size is not None:
+            place.health.count(reads=1, bytes_read=size)
+            self._promote(key, [buffer[:size]], place, lacking, stamp)
         return size
 
     def read_range(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
@@ -272,6 +280,11 @@ class TierStore(Store):
                 place.discard(key)
         return any(written.values())
 
+    def _promote(self, key: str, parts: Sequence[memoryview], place: TierPlace, lacking: Targets, stamp: int) -> None:
+        """Copies a value that was read from a tier to the nearer ones, soon."""
+        targets = [(near, wrong) for near, wrong in lacking if near.level < place.level and near.takes_copies()]
+        self._copy_soon(key, parts, targets, "promoted", self._check, stamp)
+
     def _copy_soon(
         self,
         key: str,
@@ -320,7 +333,7 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits
         StoreError: the list is empty, a store cannot be opened, or the tiers do not go together; stores opened so far are
             closed again.
     """
-    from cake_hf.chunks.codec import check_file  # imported here since it imports torch
+    from cake_hf.chunks.stored_forms import check_any_file  # imported here since it imports torch
 
     limits = limits or Limits()
     if not specs:
@@ -348,7 +361,7 @@ def open_tiers(specs: Sequence[object], open_one: Callable[[Any], Store], limits
                 levels,
                 queue_bytes=limits.tier_queue_bytes,
                 close_seconds=limits.exit_flush_seconds,
-                check=check_file,
+                check=check_any_file,
             )
         except ValueError as error:
             raise StoreError(str(error)) from error

@@ -17,6 +17,7 @@ class WrapperStore(Store):
         self.reads_ranges = inner.reads_ranges
         self.range_seconds = inner.range_seconds
         self.read_only = inner.read_only
+        self.in_memory = inner.in_memory
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
         return self.inner.contains(keys)
@@ -31,6 +32,11 @@ class WrapperStore(Store):
         if type(self).read_into is WrapperStore.read_into:
             return self.inner.read_gradually(key, parts, arrived)
         return super().read_gradually(key, parts, arrived)  # the subclass's own `read_into` must be used
+
+    def read_up_to(self, key: str, buffer: memoryview) -> int | None:
+        if type(self).read_into is WrapperStore.read_into:
+            return self.inner.read_up_to(key, buffer)
+        return super().read_up_to(key, buffer)
 
     def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
         return self.inner.write(key, parts, replace=replace)

@@ -52,6 +52,13 @@ def read_parts(store: Store, key: str, sizes: Sequence[int]) -> bytes | None:
     return b"".join(buffers)
 
 
+def read_unknown(store: Store, key: str, room: int) -> bytes | None:
+    """Reads a value of unknown size into a buffer with that room; None for a miss."""
+    buffer = bytearray(room)
+    size = store.read_up_to(key, memoryview(buffer))
+    return None if size is None else bytes(buffer[:size])
+
+
 def read_whole(store: Store, key: str) -> bytes | None:
     """Returns the result of `Store.read` as bytes; None for a miss."""
     value = store.read(key)
@@ -148,6 +155,7 @@ class StoreContract:
         absent = key_of(2)
         assert store.read_into(absent, [memoryview(bytearray(10))]) is None
         assert read_whole(store, absent) is None
+        assert read_unknown(store, absent, 10) is None
         assert store.read_range(absent, [memoryview(bytearray(10))], 5) is False
         assert store.size(absent) is None
         assert store.delete(absent) is False
@@ -172,6 +180,26 @@ class StoreContract:
         store.write(key_of(1), [value_of(1)])
         with pytest.raises(CorruptChunk):
             store.read_range(key_of(1), [memoryview(bytearray(size))], offset)
+
+    @pytest.mark.parametrize("room", [1000, 1001, 2**16])
+    def test_a_value_of_unknown_size_comes_back(self, store: Store, room: int) -> None:
+        store.write(key_of(1), [value_of(1)])
+        assert read_unknown(store, key_of(1), room) == value_of(1)
+
+    @pytest.mark.parametrize("room", [0, 1, 999])
+    def test_a_value_that_does_not_fit_is_refused(self, store: Store, room: int) -> None:
+        store.write(key_of(1), [value_of(1)])
+        with pytest.raises(CorruptChunk):
+            store.read_up_to(key_of(1), memoryview(bytearray(room)))
+        assert read_unknown(store, key_of(1), 1000) == value_of(1)
+
+    @pytest.mark.parametrize("size", [1, 4095, 4096, 3 * 2**20, 3 * 2**20 + 5])
+    def test_a_buffer_is_not_touched_beyond_the_value(self, store: Store, size: int) -> None:
+        value = value_of(2, size)
+        store.write(key_of(2), [value])
+        buffer = bytearray(b"\xa5" * (size + 5000))
+        assert store.read_up_to(key_of(2), memoryview(buffer)) == size
+        assert buffer == value + b"\xa5" * 5000
 
     def test_size_is_the_bytes_of_all_parts(self, store: Store) -> None:
         store.write(key_of(1), [b"123", b"", b"45"])
@@ -386,6 +414,10 @@ class StoreMachine(RuleBasedStateMachine):
         buffer = bytearray(stop - start)
         assert self.store.read_range(key, [memoryview(buffer)], start) is (key in self.model)
         assert bytes(buffer) == self.model.get(key, b"")[start:stop]
+
+    @rule(key=_keys, spare=st.integers(0, 60))
+    def read_with_spare_room(self, key: str, spare: int) -> None:
+        assert read_unknown(self.store, key, len(self.model.get(key, b"")) + spare) == self.model.get(key)
 
     @rule(key=_keys, difference=st.sampled_from([-1, 1]))
     def read_with_a_wrong_size(self, key: str, difference: int) -> None:

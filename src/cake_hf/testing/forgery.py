@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
-from cake_hf.chunks.codec import checksum, parse_header, sealed_header
+from cake_hf.chunks.codec import checksum, checksums, header_size, parse_header, sealed_header
+from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
+from cake_hf.chunks.stored_forms import encoded_file, raw_file
 
 
 def blank(payload: bytearray) -> None:
@@ -23,7 +26,7 @@ def one_bit(payload: bytearray) -> None:
 
 
 def forge(raw: bytes | bytearray, change: Callable[[bytearray], None] = blank) -> bytes:
-    """Returns a chunk file with a changed payload, matching checksums, and the same length.
+    """Returns a chunk file with a changed payload and matching checksums; a raw one has the same length.
 
     Args:
         raw: a whole chunk file.
@@ -32,6 +35,8 @@ def forge(raw: bytes | bytearray, change: Callable[[bytearray], None] = blank) -
     Raises:
         CorruptChunk: `raw` is not a chunk file.
     """
+    if is_encoded(raw):
+        return _forge_encoded(raw, change)
     parse_header(raw)
     (length,) = struct.unpack("<Q", bytes(raw[:8]))
     start = 8 + length
@@ -43,3 +48,13 @@ def forge(raw: bytes | bytearray, change: Callable[[bytearray], None] = blank) -
     spans = sorted(entry["data_offsets"] for entry in table.values())
     metadata["checksums"] = "".join(checksum(memoryview(payload)[begin:end]) for begin, end in spans)
     return sealed_header(metadata, table, start) + bytes(payload)
+
+
+def _forge_encoded(raw: bytes | bytearray, change: Callable[[bytearray], None]) -> bytes:
+    facts, layout = parse_encoded_header(raw)
+    plain = raw_file(raw, facts.facts.key)
+    payload = bytearray(plain[header_size(layout) :])
+    change(payload)
+    encoded = encoded_file(payload, layout, replace(facts.facts, checksums=checksums(payload, layout)))
+    assert encoded is not None  # it is as compressible as it was, but for what was changed
+    return b"".join(encoded)

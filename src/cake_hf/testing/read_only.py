@@ -9,7 +9,7 @@ import pytest
 
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Store
-from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
+from cake_hf.testing.contract import key_of, read_parts, read_unknown, read_whole, run_together, value_of
 
 SIZES = {1: 1000, 2: 15_000, 3: 2**22 + 1, 4: 1}
 CONTENT = {key_of(number): value_of(number, size) for number, size in SIZES.items()}
@@ -50,6 +50,7 @@ class ReadOnlyContract:
     def test_a_miss_is_none_or_false(self, store: Store) -> None:
         assert store.read_into(ABSENT, [memoryview(bytearray(10))]) is None
         assert read_whole(store, ABSENT) is None
+        assert read_unknown(store, ABSENT, 10) is None
         assert store.read_range(ABSENT, [memoryview(bytearray(10))], 5) is False
         assert store.size(ABSENT) is None
         assert store.contains([ABSENT]) == [False]
@@ -77,6 +78,17 @@ class ReadOnlyContract:
     def test_a_range_beyond_the_end_is_refused(self, store: Store, offset: int, size: int) -> None:
         with pytest.raises(CorruptChunk):
             store.read_range(key_of(1), [memoryview(bytearray(size))], offset)
+
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_a_value_of_unknown_size_comes_back(self, store: Store, number: int) -> None:
+        for spare in (0, 1, 5000):
+            room = SIZES[number] + spare
+            assert read_unknown(store, key_of(number), room) == CONTENT[key_of(number)]
+
+    @pytest.mark.parametrize("room", [0, 999])
+    def test_a_value_that_does_not_fit_is_refused(self, store: Store, room: int) -> None:
+        with pytest.raises(CorruptChunk):
+            store.read_up_to(key_of(1), memoryview(bytearray(room)))
 
     def test_what_there_is_can_be_asked(self, store: Store) -> None:
         assert store.contains([key_of(3), ABSENT, key_of(1), key_of(3)]) == [True, False, True, True]

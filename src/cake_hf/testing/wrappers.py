@@ -40,6 +40,7 @@ class ThrottledStore(WrapperStore):
             raise ValueError("bytes_per_second must be positive and latency not negative.")
         super().__init__(inner)
         self.range_seconds += latency
+        self.in_memory = False
         self.bytes_per_second = bytes_per_second
         self._latency = latency
         self._clock, self._sleep = clock, sleep
@@ -161,11 +162,13 @@ class FaultStore(WrapperStore):
         return found
 
     def _read_lie(self, key: str, parts: Sequence[memoryview], offset: int) -> bool:
-        from cake_hf.testing.forgery import forge  # imports torch, which the other faults do not need
+        from cake_hf.chunks.encoded_header import is_encoded  # imports torch, which the other faults do not need
+        from cake_hf.testing.forgery import blank, forge, one_bit
 
         value = self.inner.read(key)
         if value is not None:
-            scatter(memoryview(forge(value))[offset:], parts, key)
+            # A blank chunk would be encoded in fewer bytes than its reader expects.
+            scatter(memoryview(forge(value, one_bit if is_encoded(value) else blank))[offset:], parts, key)
         return value is not None
 
     def _choose(self, key: str, possible: Sequence[str]) -> str | None:

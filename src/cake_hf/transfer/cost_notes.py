@@ -100,8 +100,10 @@ class CostMemory:
         text = None if self._note is None else self._note.read(seconds)
         self._learner = (None if text is None else CostLearner.from_json(text, time.time())) or CostLearner()
 
-    def costs(self, chunk_bytes: int) -> Costs:
-        """Returns the present estimate for chunks of that size; a half is None until something was measured."""
+    def costs(self, chunk_bytes: int | None = None) -> Costs:
+        """Returns the present estimate for chunks of that size in the store, by default the size last seen; a half is None
+        until something was measured.
+        """
         with self._lock:
             return self._learner.costs(chunk_bytes)
 

@@ -6,21 +6,21 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
-from cake_hf.chunks.aligned_memory import empty_aligned
 from cake_hf.chunks.codec import header_size
-from cake_hf.chunks.layout import ChunkLayout, LayerRange
-from cake_hf.errors import CorruptChunk
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.stores.base import Store, total_bytes
+from cake_hf.transfer.chunk_reads import ChunkReader
 from cake_hf.transfer.fault_log import FaultLog
-from cake_hf.transfer.landing import Landing, Place, byte_view
+from cake_hf.transfer.landing import Landing, Place
 from cake_hf.transfer.single_flight import Flight, ReadSlot, Sharing
-from cake_hf.transfer.verification import Check
 from cake_hf.util.threads import refusal
 
 logger = logging.getLogger("cake_hf")
@@ -32,9 +32,6 @@ SHARED = "shared"
 
 SUPERSEDED = "superseded"
 """Outcome in the timeline for a load that arrived when it was no longer waited for. It still measures how long loads take."""
-
-COMMIT_STEP = 2**23
-"""Bytes of a chunk that are committed together. Each commit to a GPU runs some Python, which delays the model's launches."""
 
 
 @dataclass
@@ -55,6 +52,8 @@ class LoadJob:
         gate: where layers of the last loads are waited for; None if all chunks are read whole.
         staged: staged chunks, including those still being loaded, by index, until the main thread commits them.
         shared: chunks that came from another restore.
+        encodes: whether the cache writes encoded chunks, so that such are expected.
+        took: for each chunk that was read, bytes of the store that it took, and that it would have taken as a raw one.
         faults: of all loads.
     """
 
@@ -71,6 +70,8 @@ class LoadJob:
     gate: LayerGate | None = None
     staged: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
+    encodes: bool = False
+    took: dict[int, tuple[int, int]] = field(default_factory=dict)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
     _landings: dict[int, Landing] = field(default_factory=dict)
@@ -146,7 +147,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 def run_loader(job: LoadJob, actor: str) -> None:
     """Runs one loader. Its errors become outcomes in the frontier; nothing is raised."""
-    header = byte_view(empty_aligned([header_size(job.layout)], torch.uint8))  # a tail's header is not longer
+    reader = ChunkReader(job.store, job.layout, job.sharing.forms, encodes=job.encodes)
 
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()
@@ -161,7 +162,7 @@ def run_loader(job: LoadJob, actor: str) -> None:
         try:
             index = job.frontier.claim()
             if index is not None:
-                _bring(job, actor, index, header, slot)
+                _bring(job, actor, index, reader, slot)
         finally:
             slot.release()
 
@@ -176,12 +177,15 @@ def _is_refused(job: LoadJob) -> bool:
     return True
 
 
-def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadSlot) -> None:
+def _bring(job: LoadJob, actor: str, index: int, reader: ChunkReader, slot: ReadSlot) -> None:
     start = job.clock()
     landing: Landing | None = None
     try:
         landing = job.lands(index)
-        outcome = _load(job, index, landing, header, slot)
+        outcome = _load(job, index, landing, reader, slot)
+    except NewerChunk as error:
+        job.faults.tell("newer", "A stored chunk is of a later version and is computed instead. %s", error)
+        outcome = Outcome.MISSED
     except CorruptChunk as error:
         job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
         outcome = Outcome.CORRUPT
@@ -203,7 +207,7 @@ def _bring(job: LoadJob, actor: str, index: int, header: memoryview, slot: ReadS
     # Staged memory is left to the garbage collector: the main thread may be committing a layer from it just now.
 
 
-def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: ReadSlot) -> Outcome:
+def _load(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, slot: ReadSlot) -> Outcome:
     # A partial load gets a flight of its own: the followers of the chunk's flight may want all pieces.
     whole = len(landing.parts) == len(job.layout.pieces)
     flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
@@ -211,56 +215,15 @@ def _load(job: LoadJob, index: int, landing: Landing, header: memoryview, slot: 
         if plan.followed is not None:
             slot.release()  # another restore does the read
             return _copy(job, index, landing, plan.followed)
-        ranges = job.layout.ranges(1 if job.gate is None else job.gate.ranges_of(index))
-        if not _read(job, index, landing, header, ranges):
+        gate, layout = job.gate, job.place.layout_of(index)
+        ranges = job.layout.ranges(1 if gate is None else gate.ranges_of(index))
+        landed = _nothing if gate is None else partial(gate.landed, index)
+        wanted = partial(job.frontier.is_wanted, index)
+        if not reader.read(job.keys[index], layout, landing, ranges, landed, wanted):
             return Outcome.MISSED
+        job.took[index] = (reader.nbytes, header_size(layout) + total_bytes(landing.parts))
         plan.payload = lambda: _joined(landing.parts)
         return Outcome.LOADED
-
-
-def _read(job: LoadJob, index: int, landing: Landing, header: memoryview, ranges: Sequence[LayerRange]) -> bool:
-    """Reads, checks and commits a chunk, whole or range by range; False for a miss."""
-    layout = job.place.layout_of(index)
-    header = header[: header_size(layout)]
-    key, check = job.keys[index], Check(job.keys[index], layout, header, landing.parts)
-
-    def commit(end: int) -> None:
-        check.up_to(end)
-        landing.commit(end)
-
-    if len(landing.parts) < len(job.layout.pieces):
-        found = job.store.read_range(key, [header, *landing.parts], 0)
-        if found:
-            commit(len(landing.parts))
-        return found
-    if len(ranges) == 1:
-        brought = 0
-
-        def arrived(count: int) -> None:
-            nonlocal brought
-            count -= 1  # the header is the first buffer
-            if not brought <= count <= len(landing.parts):
-                return  # no correct store reports that; the data is checked at the end
-            check.up_to(count)  # as soon as they have arrived
-            if count == len(landing.parts) or total_bytes(landing.parts[brought:count]) >= COMMIT_STEP:
-                landing.commit(count)
-                brought = count
-
-        found = job.store.read_gradually(key, [header, *landing.parts], arrived) is not None
-        if found and brought < len(landing.parts):
-            arrived(1 + len(landing.parts))  # the store has not reported it, or ignored the callback
-        return found
-    offset = 0
-    for part in ranges:
-        pieces = landing.parts[part.start : part.end]
-        buffers = [header, *pieces] if offset == 0 else pieces
-        if not job.store.read_range(key, buffers, offset):
-            return False
-        commit(part.end)
-        if job.gate is not None:
-            job.gate.landed(index, part.layers)
-        offset += sum(buffer.nbytes for buffer in buffers)
-    return True
 
 
 def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:
@@ -281,6 +244,10 @@ def _fill(landing: Landing, payload: torch.Tensor) -> None:
         np.copyto(np.frombuffer(part, np.uint8), source[offset : offset + part.nbytes])
         offset += part.nbytes
     landing.commit(len(landing.parts))
+
+
+def _nothing(layers: int) -> None:
+    """Does nothing when layers have landed."""
 
 
 def _joined(parts: Sequence[memoryview]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 
 from cake_hf.stores.base import Store, place_of
+from cake_hf.transfer.chunk_reads import SeenForms
 from cake_hf.transfer.deadline import Late
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.util.forks import Lock, renewed_in_child
@@ -123,11 +124,13 @@ class Sharing:
         claims: the same for writing what a model computes (`model.reference`).
         faults: of prefix matches; forgotten when one succeeds.
         unsaved: faults of writing.
+        forms: of the chunks that were read.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.lookups, self.notes, self.endings, self.claims = Late(), Late(), Late(), Late()
         self.faults, self.unsaved = FaultLog(), FaultLog()
+        self.forms = SeenForms()
         self._clock = clock
         self._renew()
         renewed_in_child(self._renew)

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from cake_hf.chunks.codec import ChunkMetadata, check_header, header_size
+from cake_hf.chunks.encoded_header import check_encoded_header, encoded_header_size, is_encoded
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.stores.base import Store
 from cake_hf.transfer.landing import split_payload
@@ -88,10 +89,13 @@ def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor
 
 
 def read_facts(store: Store, key: str, layout: ChunkLayout) -> ChunkMetadata | None:
-    """Returns a stored chunk's metadata; None for a miss.
+    """Returns a stored chunk's metadata, with the checksums of its KV in whichever form it is stored; None for a miss.
 
     Raises:
         Exception: the metadata cannot be read, or is not as it was written.
     """
     header = store.head(key, header_size(layout))
-    return None if header is None else check_header(header, key, layout)
+    if header is None or not is_encoded(header):
+        return None if header is None else check_header(header, key, layout)
+    whole = store.head(key, encoded_header_size(layout))
+    return None if whole is None else check_encoded_header(whole, key, layout).facts

@@ -16,15 +16,28 @@ class Check:
         layout: of the value.
         header: where its header lands.
         pieces: where its pieces land, in order; fewer than all if no more are wanted.
+
+    Attributes:
+        header: as given.
     """
 
     def __init__(self, key: str, layout: ChunkLayout, header: memoryview, pieces: Sequence[memoryview]) -> None:
         self._key = key
         self._layout = layout
-        self._header = header
+        self.header = header
         self._pieces = pieces
         self._facts: ChunkMetadata | None = None
         self._checked = 0
+
+    @property
+    def pieces_of_a_chunk(self) -> int:
+        """Number of all pieces of the value."""
+        return len(self._layout.pieces)
+
+    @property
+    def trusts_header(self) -> bool:
+        """Whether the header was checked, and is good."""
+        return self._facts is not None
 
     def up_to(self, end: int) -> None:
         """Checks the header and the first `end` pieces, which have arrived; call it whenever more have.
@@ -33,6 +46,6 @@ class Check:
             CorruptChunk: they are not what was requested, or not as they were written.
         """
         if self._facts is None:
-            self._facts = check_header(self._header, self._key, self._layout)
+            self._facts = check_header(self.header, self._key, self._layout)
         check_pieces(self._pieces[self._checked : end], self._facts, self._checked)
         self._checked = end

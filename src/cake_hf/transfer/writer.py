@@ -11,9 +11,11 @@ import torch
 
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.errors import StoreError
+from cake_hf.chunks.stored_forms import can_be_encoded, encoded_file
+from cake_hf.errors import CakeError, NewerChunk, StoreError
 from cake_hf.stores.background_queue import WRITER, QueueUser, Task
-from cake_hf.stores.base import Store, place_of
+from cake_hf.stores.base import Part, Store, place_of, total_bytes
+from cake_hf.transfer.chunk_reads import refuse_newer_in
 from cake_hf.transfer.copy_streams import copy_out
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import byte_view
@@ -31,14 +33,16 @@ class SaveJob:
         layout: of the chunk.
         payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way.
         overwrite: whether the store has a chunk of this key that turned out to be unusable.
-        done: called with whether the chunk is durable now.
+        done: called with the bytes that the chunk takes in the store, once it is durable; with None if it is not saved.
+        encode: whether it is to be stored encoded, if that makes it smaller.
     """
 
     metadata: ChunkMetadata
     layout: ChunkLayout
     payload: Slot
     overwrite: bool
-    done: Callable[[bool], None]
+    done: Callable[[int | None], None]
+    encode: bool = False
 
 
 class Writer:
@@ -92,22 +96,50 @@ class Writer:
         self._queue.retire()
 
     def _bring(self, job: SaveJob) -> None:
-        durable = self._save(job)
+        stored = self._save(job)
         try:
-            job.done(durable)
+            job.done(stored)
         except Exception:
             logger.exception("The saving of a chunk could not be reported.")
 
-    def _save(self, job: SaveJob) -> bool:
+    def _save(self, job: SaveJob) -> int | None:
         try:
             job.payload.await_copy()
             payload = byte_view(job.payload.memory)
             metadata = replace(job.metadata, checksums=checksums(payload, job.layout))
-            self._store.write(metadata.key, [encode_header(job.layout, metadata), payload], replace=job.overwrite)
+            parts = self._encoded(job, payload, metadata) or [encode_header(job.layout, metadata), payload]
+            if job.overwrite:
+                self._spare_newer(metadata.key)
+            self._store.write(metadata.key, parts, replace=job.overwrite)
+            return total_bytes(parts)
         except BaseException as error:  # whatever a store's client raises must affect this chunk only
             self.tell(error)
-            return False
-        return True
+            return None
+
+    def _spare_newer(self, key: str) -> None:
+        """Raises NewerChunk if what is to be replaced is of a later version, and not damaged."""
+        try:
+            refuse_newer_in(self._store, key)
+        except NewerChunk:
+            raise
+        except StoreError:
+            return
+
+    def _encoded(self, job: SaveJob, payload: memoryview, facts: ChunkMetadata) -> list[Part] | None:
+        """Returns the encoded file of a chunk, in parts, once it was decoded and compared; None to store the chunk raw."""
+        if not job.encode:
+            return None
+        if not can_be_encoded(job.layout):
+            dtypes = ", ".join(sorted({str(piece.dtype) for piece in job.layout.pieces}))
+            self._faults.tell(
+                "dtype", "Chunks are stored as they are: the codec encodes bfloat16 only. This is %s.", dtypes
+            )
+            return None
+        try:
+            return encoded_file(payload, job.layout, facts)
+        except (CakeError, ArithmeticError, MemoryError, ValueError) as error:
+            self._faults.tell("codec", "A chunk is stored as it is, since encoding it failed. %s", error)
+            return None
 
     def tell(self, error: BaseException) -> None:
         """Logs why a chunk is not saved: one line for the first fault; a full disk would otherwise log one per chunk."""

@@ -1,0 +1,120 @@
+"""`python -m benchmarks.codec.restore --model NAME`: the first token with encoded chunks, over that with raw ones.
+
+The store is memory behind a line of a fixed bandwidth: loading all raw KV takes so many times as long as computing all. A
+restore with raw and one with encoded chunks follow one another in each round, and their ratio is what counts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.machine import Machine
+from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
+from cake_hf.stores.base import Store
+from cake_hf.testing import ThrottledStore
+from cake_hf.testing.haystack import real_text
+
+CODECS = ("none", "lossless")
+SHARES = (0.5, 1.0, 2.0)
+
+
+def seconds(model: Any, ids: torch.Tensor, store: Store, strategy: str, codec: str, chunk_size: int) -> float:
+    """Returns the seconds of one prefill that saves nothing."""
+    with CakeCache(model, store, chunk_size=chunk_size, strategy=strategy, codec=codec, save=False) as cache:
+        begin = time.perf_counter()
+        report = cache.prefill(ids, whole=True)
+        took = time.perf_counter() - begin
+    assert not report.chunks_failed
+    assert strategy != "load" or not report.chunks_computed
+    return took
+
+
+def filled(model: Any, ids: torch.Tensor, store: Store, codec: str, chunk_size: int) -> int:
+    """Saves the prompt; returns the bytes that it takes."""
+    with CakeCache(model, store, chunk_size=chunk_size, codec=codec) as cache:
+        cache.prefill(ids, whole=True)
+        cache.flush()
+        assert not cache.report.chunks_unsaved
+        return cache.report.bytes_stored
+
+
+def compared(run: Any, rounds: int) -> dict[str, Any]:
+    """Runs both codecs in turn, once to learn and then `rounds` times; returns medians, and the ratio's range."""
+    took: dict[str, list[float]] = {codec: [] for codec in CODECS}
+    for number in range(rounds + 1):
+        for codec in CODECS:
+            second = run(codec)
+            took[codec] += [second] if number else []
+    ratios = sorted(one / other for one, other in zip(took["lossless"], took["none"], strict=True))
+    return {
+        "seconds": {codec: median(all_of) for codec, all_of in took.items()},
+        "ratio": median(ratios),
+        "low": ratios[0],
+        "high": ratios[-1],
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder or name of a model.")],
+    tokens: int = 1024,
+    chunk_size: int = 128,
+    rounds: int = 3,
+    out: Path | None = None,
+) -> None:
+    """Measures load-only and both at three bandwidths, and a page-cached directory."""
+    machine = Machine()
+    with quiet_transformers():
+        loaded, tokenizer = load_model(model, "bfloat16", "cpu"), load_tokenizer(model)
+    ids = tokenizer(real_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
+    stores = {codec: MemoryStore() for codec in CODECS}
+    nbytes = {codec: filled(loaded, ids, store, codec, chunk_size) for codec, store in stores.items()}
+    computing = median(seconds(loaded, ids, MemoryStore(), "compute", "none", chunk_size) for _ in range(3))
+    cells: dict[str, Any] = {}
+    print("computing", computing, "size", nbytes["lossless"] / nbytes["none"], flush=True)
+    with TemporaryDirectory() as folder:
+        disks = {codec: LocalStore(Path(folder) / codec, budget=None) for codec in CODECS}
+        for codec, disk in disks.items():
+            filled(loaded, ids, disk, codec, chunk_size)
+        for name, places in (("memory, load", stores), ("page cache, load", disks)):
+            cells[name] = compared(
+                lambda codec, places=places: seconds(loaded, ids, places[codec], "load", codec, chunk_size), 3 * rounds
+            )
+            print(name, json.dumps(cells[name]), flush=True)
+    for strategy in ("both", "load"):
+        for share in SHARES:
+            rate = nbytes["none"] / computing / share
+            lines = {codec: ThrottledStore(store, rate) for codec, store in stores.items()}
+            name = f"{strategy} at {share:g}"
+            cells[name] = compared(
+                lambda codec, lines=lines, strategy=strategy: seconds(
+                    loaded, ids, lines[codec], strategy, codec, chunk_size
+                ),
+                rounds,
+            )
+            print(name, json.dumps(cells[name]), flush=True)
+    outcome = {
+        "machine": machine.as_dict(),
+        "model": Path(model).name,
+        "tokens": tokens,
+        "chunk_size": chunk_size,
+        "rounds": rounds,
+        "computing": computing,
+        "size": nbytes["lossless"] / nbytes["none"],
+        "cells": cells,
+    }
+    print(json.dumps(outcome))
+    if out is not None:
+        out.write_text(json.dumps(outcome) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
