@@ -94,6 +94,26 @@ def test_a_store_is_shared_with_generate_both_ways(page: int) -> None:
     assert alike(made, generated_kv())
 
 
+def test_encoded_chunks_are_restored_too() -> None:
+    """The last chunk is stored as it is, the others are encoded."""
+    model, store = shared_model("llama", "bfloat16"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK, codec="lossless") as cache:
+        cache.prefill(IDS[:, : (CHUNKS - 1) * CHUNK], whole=True)
+        cache.flush()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(IDS, whole=True)
+        cache.flush()
+    raw = max(store.size(key) or 0 for key in store.keys())  # noqa: SIM118  # a store is no mapping
+    assert sum((store.size(key) or 0) < raw for key in store.keys()) == CHUNKS - 1  # noqa: SIM118
+    with stepping(model, store, strategy="load") as steps:
+        steps.add("document", DOCUMENT)
+        steps.run(until=lambda: is_restored(steps))
+        assert alike(steps.kv("document", CHUNKS), generated_kv("bfloat16"))
+        steps.run()
+        report = steps.manager.report("document")
+        assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
+
+
 def test_warm_alone_is_cold_alone() -> None:
     model, store = shared_model("llama", "bfloat16"), MemoryStore()
     answers = [

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cake_hf.chunks.codec import header_size
 from cake_hf.report import Report
 from cake_hf.serving.ledger import Load
 from cake_hf.serving.loads import Loaders
@@ -68,7 +67,7 @@ class SerialLoaders(Loaders):
         self.interval = interval
         self._line = 0.0
         self._under_way: list[tuple[float, Restore, Load]] = []
-        self._header = memoryview(bytearray(header_size(self._layout)))
+        self._reader = self.new_reader()
 
     def _start(self) -> None:
         """There are no threads."""
@@ -83,7 +82,7 @@ class SerialLoaders(Loaders):
                 return
             at, restore, load = self._under_way.pop(0)
             with clock.frozen(at):
-                self._count(restore, load, self._load(restore, load, self._header))
+                self._count(restore, load, self._load(restore, load, self._reader))
 
     def next_event(self) -> float | None:
         """When the next load arrives; None if none is under way."""

@@ -2,7 +2,9 @@
 
 The unstored rest of a prompt is shorter than a chunk and is computed each time. A CPU takes time for each token, so small
 chunks pay off there; a GPU runs 512 tokens in hardly more time than 32, and small chunks leave it waiting for the next launch.
-Smaller chunks also mean more files, forwards and rounding.
+Smaller chunks also mean more files, forwards and rounding: in bfloat16, 4 of 60 answers of a small model differed from
+single-shot `generate` with chunks of 128 and none with 512, as 5 of 60 did with another attention kernel
+(eval/chunk_sizes.json).
 """
 
 from __future__ import annotations

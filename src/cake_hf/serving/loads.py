@@ -10,21 +10,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from cake_hf.chunks.aligned_memory import empty_aligned
-from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.errors import CorruptChunk
+from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.step_sharing import next_load
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.ledger import Ledger, Load
 from cake_hf.serving.restore import Restore
+from cake_hf.transfer.chunk_reads import ChunkReader
 from cake_hf.transfer.fault_log import FaultLog
-from cake_hf.transfer.landing import byte_view, split_payload
+from cake_hf.transfer.landing import split_payload
 from cake_hf.transfer.single_flight import ReadSlot
 from cake_hf.transfer.staging import SlotRing
-from cake_hf.transfer.verification import Check
 from cake_hf.util.forks import Lock
 from cake_hf.util.threads import refusal
 
@@ -32,6 +30,23 @@ logger = logging.getLogger("cake_hf")
 
 Blocks = Callable[[Restore, int], Sequence[torch.Tensor]]
 """Returns the memory of a chunk of a restore: per block `[pieces, bytes]` uint8."""
+
+
+class _Slot:
+    """The memory of a chunk that is being read.
+
+    Attributes:
+        parts: the chunk's pieces.
+        staged: whether the memory is the read's own.
+    """
+
+    staged = True
+
+    def __init__(self, parts: list[memoryview]) -> None:
+        self.parts = parts
+
+    def commit(self, end: int) -> None:
+        """Does nothing: the chunk is copied to its blocks once all of it is there."""
 
 
 class Loaders:
@@ -95,6 +110,10 @@ class Loaders:
             self.leave(load)
         self._bound.sharing.wake()
 
+    def new_reader(self) -> ChunkReader:
+        """Returns what reads chunks, for one thread."""
+        return ChunkReader(self._bound.store, self._layout, self._bound.sharing.forms, encodes=False)
+
     def _start(self) -> None:
         while self._has_claims():
             with self._lock:
@@ -128,15 +147,15 @@ class Loaders:
 
     def _load_all(self) -> bool:
         """Loads until there is nothing to claim, or nothing can be loaded; False if this thread's read was abandoned."""
-        header = byte_view(empty_aligned([header_size(self._layout)], torch.uint8))
         sharing, limits = self._bound.sharing, self._bound.limits
+        reader = self.new_reader()
         while True:
             slot = sharing.begin_read(limits.loader_threads, lambda: not self._has_claims(), limits.read_timeout)
             if slot is None:
                 break
             try:
                 claimed = self._claim()
-                if claimed is not None and not self._bring(*claimed, header, slot):
+                if claimed is not None and not self._bring(*claimed, reader, slot):
                     return False
             finally:
                 slot.release()
@@ -159,12 +178,15 @@ class Loaders:
             if load is not None:
                 return restore, load
 
-    def _bring(self, restore: Restore, load: Load, header: memoryview, slot: ReadSlot) -> bool:
+    def _bring(self, restore: Restore, load: Load, reader: ChunkReader, slot: ReadSlot) -> bool:
         """Brings a chunk; returns False if the read was abandoned meanwhile."""
         with self._lock:
             self._reads[load] = slot
         try:
-            outcome = self._load(restore, load, header)
+            outcome = self._load(restore, load, reader)
+        except NewerChunk as error:
+            self.faults.tell("newer", "A stored chunk is of a later version and is computed instead. %s", error)
+            outcome = Outcome.MISSED
         except CorruptChunk as error:
             self.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
             outcome = Outcome.CORRUPT
@@ -199,31 +221,17 @@ class Loaders:
         else:
             report.chunks_failed += 1
 
-    def _load(self, restore: Restore, load: Load, header: memoryview) -> Outcome:
+    def _load(self, restore: Restore, load: Load, reader: ChunkReader) -> Outcome:
         memory = self._ring.take()
         try:
-            if not self._read(restore.keys[load.chunk], header, split_payload(memory.memory, self._layout)):
+            slot, whole = _Slot(split_payload(memory.memory, self._layout)), self._layout.ranges(1)
+            if not reader.read(restore.keys[load.chunk], self._layout, slot, whole, lambda _: None, lambda: True):
                 return Outcome.MISSED
             if _ledger(restore).land(load):
                 self._copy(memory.memory, self._blocks(restore, load.chunk))
             return Outcome.LOADED
         finally:
             self._ring.give_back(memory)
-
-    def _read(self, key: str, header: memoryview, pieces: list[memoryview]) -> bool:
-        """Reads and checks a chunk; False for a miss."""
-        check, checked = Check(key, self._layout, header, pieces), 0
-
-        def arrived(count: int) -> None:
-            nonlocal checked
-            if checked < count - 1 <= len(pieces):  # the header is the first buffer
-                checked = count - 1
-                check.up_to(checked)
-
-        if self._bound.store.read_gradually(key, [header, *pieces], arrived) is None:
-            return False
-        check.up_to(len(pieces))  # the store may not have reported everything
-        return True
 
     def _copy(self, payload: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
         source = payload.view(blocks[0].shape[0], len(blocks), -1)

@@ -7,6 +7,7 @@ chunks, and at first the one that the cache writes. A wrong guess costs one more
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -29,7 +30,7 @@ from cake_hf.chunks.stored_forms import (
 from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.stores.pieces import copy
-from cake_hf.transfer.landing import Landing, byte_view
+from cake_hf.transfer.landing import byte_view
 from cake_hf.transfer.verification import Check
 
 COMMIT_STEP = 2**23
@@ -38,6 +39,16 @@ COMMIT_STEP = 2**23
 RAW_IN_A_ROW = 4
 """So many raw chunks in a row, and the next one is expected to be raw, too. Fewer would be wrong often where both are stored,
 and a raw chunk that is taken for an encoded one costs only a copy."""
+
+
+class Destination(Protocol):
+    """What a reader needs of a `Landing`."""
+
+    parts: list[memoryview]
+    staged: bool
+
+    def commit(self, end: int) -> None:
+        """Takes over the first `end` parts, which hold checked pieces."""
 
 
 class SeenForms:
@@ -86,7 +97,7 @@ class ChunkReader:
         self,
         key: str,
         layout: ChunkLayout,
-        landing: Landing,
+        landing: Destination,
         ranges: Sequence[LayerRange],
         landed: Callable[[int], None],
         is_wanted: Callable[[], bool],
@@ -127,7 +138,7 @@ class ChunkReader:
         self,
         check: Check,
         key: str,
-        landing: Landing,
+        landing: Destination,
         ranges: Sequence[LayerRange],
         landed: Callable[[int], None],
     ) -> bool:
@@ -154,7 +165,7 @@ class ChunkReader:
             offset += total_bytes(buffers)
         return True
 
-    def _read_gradually(self, check: Check, key: str, landing: Landing) -> bool:
+    def _read_gradually(self, check: Check, key: str, landing: Destination) -> bool:
         parts, brought = landing.parts, 0
 
         def arrived(count: int) -> None:
@@ -172,7 +183,7 @@ class ChunkReader:
             arrived(1 + len(parts))  # the store has not reported it, or ignored the callback
         return found
 
-    def _read_encoded(self, key: str, layout: ChunkLayout, landing: Landing, is_wanted: Callable[[], bool]) -> bool:
+    def _read_encoded(self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool]) -> bool:
         """Reads a chunk that is probably encoded: whole, or only what its first pieces need."""
         if len(landing.parts) < len(layout.pieces) and self._store.reads_ranges:
             try:
@@ -186,7 +197,7 @@ class ChunkReader:
         return self._read_whole(key, layout, landing, is_wanted)
 
     def _read_first(
-        self, key: str, layout: ChunkLayout, landing: Landing, is_wanted: Callable[[], bool]
+        self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool]
     ) -> bool | None:
         """Reads an encoded chunk's first pieces: header, bases, refinements. Returns None if it is raw."""
         count, start = len(landing.parts), encoded_header_size(layout)
@@ -215,7 +226,7 @@ class ChunkReader:
         self,
         key: str,
         layout: ChunkLayout,
-        landing: Landing,
+        landing: Destination,
         is_wanted: Callable[[], bool],
         instead: CorruptChunk | None = None,
     ) -> bool:
@@ -253,7 +264,7 @@ class ChunkReader:
         self._took(landing, size, encoded=False)
         return True
 
-    def _took(self, landing: Landing, nbytes: int, *, encoded: bool) -> None:
+    def _took(self, landing: Destination, nbytes: int, *, encoded: bool) -> None:
         landing.commit(len(landing.parts))
         self._seen.saw(encoded=encoded)
         self.nbytes = nbytes
@@ -282,6 +293,6 @@ def refuse_newer_in(store: Store, key: str) -> None:
         refuse_newer(start)
 
 
-def _may_fill(landing: Landing, is_wanted: Callable[[], bool]) -> bool:
+def _may_fill(landing: Destination, is_wanted: Callable[[], bool]) -> bool:
     """Returns whether the landing may be written to: it has memory of its own, or the load was not given up."""
     return landing.staged or is_wanted()
