@@ -17,6 +17,7 @@ from benchmarks.machine import describe
 from benchmarks.table import build_tables
 from benchmarks.timing import Sample
 from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.models import load_model
 from cake_hf.serving.support import require_engine
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ SPANS = {0.5: 0.85, 1.0: 0.65, 2.0: 0.45}
 def serve_command(
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: only to see that it runs.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; 3, or 1 with --quick.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A model to run in float32 instead of the small one: a folder, or a name on the Hub.")
+    ] = "",
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks of 512 tokens in the prefix.")] = 12,
     scale: Annotated[float, typer.Option(help="Length of the short prompts; 0.375 is 3:1 as in the paper.")] = PAPER,
     spread: Annotated[
         float, typer.Option(help="Short prompts come over this many times the prefix's compute time.")
@@ -53,9 +58,9 @@ def serve_command(
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    load = Workload(chunk=64, chunks=3, shorts=4, scale=0.1) if quick else Workload(scale=scale)
+    load = Workload(chunk=64, chunks=3, shorts=4, scale=0.1) if quick else Workload(chunks=chunks, scale=scale)
     try:
-        result = measure(load, spread, rounds or (1 if quick else 3))
+        result = measure(load, spread, rounds or (1 if quick else 3), model)
     finally:
         torch.set_num_threads(threads)
     text = json.dumps({"machine": describe(), **result.as_dict()})
@@ -67,17 +72,18 @@ def serve_command(
         console.print(build_tables([result]))
 
 
-def measure(load: Workload, spread: float, rounds: int) -> Result:
+def measure(load: Workload, spread: float, rounds: int, model: str = "") -> Result:
     """Runs the workload in each way, in turns.
 
     Args:
         load: the workload.
         spread: over how many times the prefix's compute time the short prompts come.
         rounds: number of turns.
+        model: a folder or a name on the Hub; by default the small one.
     """
     from benchmarks.serve.workload import Bench, small_model
 
-    bench = Bench(small_model(load.dtype), load, spread)
+    bench = Bench(load_model(model, load.dtype, "cpu") if model else small_model(load.dtype), load, spread)
     runs: dict[str, list[Run]] = {}
     ways = [("plain", 0.0), ("cold", 0.0), *((way, cell) for cell in SPANS for way in ("load", "both"))]
     with progress_bar("serving", "runs") as done:
@@ -90,6 +96,7 @@ def measure(load: Workload, spread: float, rounds: int) -> Result:
     for cell, goal in SPANS.items():
         both, alone = runs[f"both {cell}"], runs[f"load {cell}"]
         named = f"load/compute {cell:g}: "
+        goal = 0.8 if model else goal
         span = Goal(1.03) if spread else Goal(goal) if load.scale == PAPER else None
         figures[f"span_{cell:g}"] = _ratio(f"{named}span over load-only", both, alone, _span, span)
         figures[f"ttft_{cell:g}"] = _ratio(
@@ -107,6 +114,7 @@ def measure(load: Workload, spread: float, rounds: int) -> Result:
             figures[f"bound_{cell:g}"] = Figure.of(f"{named}share of the bound", Sample(tuple(shares)), "x", bound)
     same = all(run.answers == plain[0].answers for several in runs.values() for run in several)
     details: dict[str, object] = {
+        "model": Path(model).name,
         "workload": asdict(load),
         "spread": spread,
         "prefix_seconds": bench.alone,

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 from benchmarks.serve.virtual import Arrival, Run, VirtualManager
 from cake_hf import MemoryStore
+from cake_hf.report import Refusal
 from cake_hf.stores.base import Store
 
 SHORTEST, LONGEST = 32, 448
@@ -143,7 +144,7 @@ class Bench:
         )
         try:
             if way == "plain":
-                manager._model_reason = "to compare with"
+                manager._model_refusal = Refusal("compared", "transformers' own engine, to compare with")
             if self.compute:
                 manager.believe(self.compute)
             run = manager.run(self._arrivals if arrivals is None else arrivals, load.new)
