@@ -25,3 +25,4 @@ def test_the_bench_of_serving(tmp_path: Path) -> None:
     assert [run["loaded"] for run in runs["load 1.0"]] == [3]
     assert all(run["loaded"] + run["computed"] == 3 for run in runs["both 1.0"])
     assert [run["computed"] for run in runs["cold 0.0"]] == [3]
+    assert [(run["loaded"], run["computed"]) for run in runs["plain 0.0"]] == [(0, 0)]  # transformers' own engine
