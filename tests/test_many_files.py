@@ -316,7 +316,8 @@ def test_a_stopped_verify_deletes_nothing(root: Path, number: int, monkeypatch: 
     keys = list(LocalStore(root).keys())
     damage(root, keys[0])
     monkeypatch.setattr(
-        "cake_hf.cli.verify_command.verify", lambda store, progress: verify(store, interrupt_at(number))
+        "cake_hf.cli.verify_command.verify",
+        lambda store, progress, **options: verify(store, interrupt_at(number), **options),
     )
     result = run_command("verify", root, "--fix")
     assert result.exit_code == 130

@@ -164,7 +164,7 @@ ANOTHER = {"cpu vendor_id": "ACME", "cpu family": "9", "cpu model": "3", "instru
 MACHINES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: threads(2), "1 thread; this process has 2", "call torch.set_num_threads(1), or use exact=False"),
     (
-        lambda: mock.patch("cake_hf.restore.bound_model.transformers.__version__", "5.0.9"),
+        lambda: mock.patch("transformers.__version__", "5.0.9"),
         f"transformers {transformers.__version__}; this process has 5.0.9",
         f"install transformers {transformers.__version__}, or use exact=False on both sides",
     ),
