@@ -43,7 +43,7 @@ def store_worker(source: str, root: str, folder: str, budget: int, eviction: str
     package = types.ModuleType("cake_hf")
     package.__path__ = [source]
     sys.modules["cake_hf"] = package
-    from cake_hf import LocalStore
+    from cake_hf.stores import LocalStore
 
     draw, done = random.Random(seed), Counter[str]()
     values = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
