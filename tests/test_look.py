@@ -17,6 +17,7 @@ from cake_hf.model import modules as tree
 from cake_hf.model.look import look_again, once_per_look, one_look
 from cake_hf.model.side_run import run_aside
 from models import CHUNK, build, prompt, run
+from old_versions import OLD
 from scripted import load_script
 
 SCRIPT = load_script("trace_restore")
@@ -132,11 +133,12 @@ def test_the_first_prompt_of_a_model_probes_it_once(
     monkeypatch.setattr(probe, "run_aside", counted)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         run(model, ids, cache)
-        assert count == 1
+        first = count
+        assert first == 1 + OLD  # with older versions a trial comes between the two
         assert cache.report.chunks_loaded == (3 if stored else 0)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         run(model, ids, cache)
-        assert count == 2  # it may have been changed since
+        assert count == first + 1  # it may have been changed since
 
 
 def test_what_is_changed_between_two_prompts_is_seen() -> None:
