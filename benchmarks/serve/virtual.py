@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cake_hf.limits import Limits
 from cake_hf.report import Report
 from cake_hf.serving.ledger import Load
 from cake_hf.serving.loads import Loaders
@@ -54,6 +55,10 @@ class Run:
     gaps: list[float] = field(default_factory=list)
     answers: dict[str, list[int]] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+
+
+PATIENCE = 600.0
+"""Seconds after which a load counts as late."""
 
 
 class SerialLoaders(Loaders):
@@ -127,7 +132,8 @@ class VirtualManager(BatchingManager):
 
     def __init__(self, model: Any, store: Any, *, interval: float = 0.0, **options: Any) -> None:
         self.virtual, self._interval = VirtualClock(), interval
-        super().__init__(model, store, **options)
+        # No load fails here, and with a larger model one may take longer than a prompt would wait for.
+        super().__init__(model, store, limits=Limits(read_timeout=PATIENCE), **options)
 
     def clock(self) -> float:
         return self.virtual.now()
