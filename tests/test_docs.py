@@ -50,6 +50,10 @@ QUICKSTART = 1
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built pages."""
+    if is_older_than("5.20"):
+        pytest.skip(
+            "the reference describes the manager of continuous batching, which this version of transformers has not"
+        )
     out = tmp_path_factory.mktemp("site")
     build(out)
     return out
