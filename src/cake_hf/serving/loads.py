@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.step_sharing import next_load
@@ -182,18 +181,7 @@ class Loaders:
         """Brings a chunk; returns False if the read was abandoned meanwhile."""
         with self._lock:
             self._reads[load] = slot
-        try:
-            outcome = self._load(restore, load, reader)
-        except NewerChunk as error:
-            self.faults.tell("newer", "A stored chunk is of a later version and is computed instead. %s", error)
-            outcome = Outcome.MISSED
-        except CorruptChunk as error:
-            self.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
-            outcome = Outcome.CORRUPT
-        except BaseException as error:
-            # Whatever a store's client raises, even its own interrupt or panic, must not affect the engine.
-            self.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
-            outcome = Outcome.ERROR
+        outcome = self.faults.outcome_of(lambda: self._load(restore, load, reader))
         with self._lock:
             mine = self._reads.pop(load, None) is not None
         self._count(restore, load, outcome)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+
+from cake_hf.errors import CorruptChunk, NewerChunk
+from cake_hf.scheduling.states import Outcome
 
 logger = logging.getLogger("cake_hf")
 
@@ -24,3 +28,18 @@ class FaultLog:
         mark = object()
         first = self._told.setdefault(kind, mark) is mark  # atomic, so no lock is needed
         logger.log(logging.WARNING if first else logging.DEBUG, message, error)
+
+    def outcome_of(self, load: Callable[[], Outcome]) -> Outcome:
+        """Runs a load of a chunk and returns how it ended. Nothing is raised: an error is logged, and is an outcome."""
+        try:
+            return load()
+        except NewerChunk as error:
+            self.tell("newer", "A stored chunk is of a later version and is computed instead. %s", error)
+            return Outcome.MISSED
+        except CorruptChunk as error:
+            self.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
+            return Outcome.CORRUPT
+        except BaseException as error:
+            # Whatever a store's client raises, even its own interrupt or panic, must not affect the prompt.
+            self.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
+            return Outcome.ERROR

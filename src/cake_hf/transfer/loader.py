@@ -13,7 +13,6 @@ import torch
 
 from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.stores.base import Store, total_bytes
@@ -180,19 +179,13 @@ def _is_refused(job: LoadJob) -> bool:
 def _bring(job: LoadJob, actor: str, index: int, reader: ChunkReader, slot: ReadSlot) -> None:
     start = job.clock()
     landing: Landing | None = None
-    try:
+
+    def load() -> Outcome:
+        nonlocal landing
         landing = job.lands(index)
-        outcome = _load(job, index, landing, reader, slot)
-    except NewerChunk as error:
-        job.faults.tell("newer", "A stored chunk is of a later version and is computed instead. %s", error)
-        outcome = Outcome.MISSED
-    except CorruptChunk as error:
-        job.faults.tell("corrupt", "A stored chunk is not usable and is computed instead. %s", error)
-        outcome = Outcome.CORRUPT
-    except BaseException as error:
-        # Whatever a store's client raises, even its own interrupt or panic, must not affect the prompt.
-        job.faults.tell(type(error).__name__, "A stored chunk cannot be read and is computed instead. %s", error)
-        outcome = Outcome.ERROR
+        return _load(job, index, landing, reader, slot)
+
+    outcome = job.faults.outcome_of(load)
     counts = job.frontier.settle(index, outcome)
     job._landings.pop(index, None)
     if counts:
