@@ -91,8 +91,7 @@ class CakeCache(RestoringCache):
         snapshot_every: int = 0,
         codec: str = "none",
     ) -> None:
-        if strategy not in list(Strategy):
-            raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
+        sides = Strategy(strategy)
         if codec not in CODECS:
             raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
         given, model = model, resolve_model(model, store)
@@ -105,7 +104,7 @@ class CakeCache(RestoringCache):
             salt=salt,
             save=save,
             exact=exact,
-            strategy=Strategy(strategy),
+            strategy=sides,
             limits=limits or Limits.from_environment(),
             snapshot_every=snapshot_every,
             codec=codec,

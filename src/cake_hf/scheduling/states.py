@@ -35,6 +35,10 @@ class Strategy(StrEnum):
     COMPUTE = "compute"
     LOAD = "load"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Strategy:
+        raise ValueError(f"strategy {value!r} is unknown; choose one of {', '.join(cls)}.")
+
 
 class Judge:
     """Knows what computing and loading cost (see `pace.Pace`), and is notified of events.

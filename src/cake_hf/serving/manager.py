@@ -57,8 +57,7 @@ class BatchingManager(EngineManager):
         stall: float = 0.5,
         limits: Limits | None = None,
     ) -> None:
-        if strategy not in list(Strategy):
-            raise ValueError(f"strategy {strategy!r} is unknown; choose one of {', '.join(s.value for s in Strategy)}.")
+        sides = Strategy(strategy)
         if not 0 < stall <= 1:
             raise ValueError(f"stall is a share of the steps, above 0 and at most 1; got {stall!r}.")
         model = resolve_model(model, store)
@@ -75,7 +74,7 @@ class BatchingManager(EngineManager):
                 salt=salt,
                 save=save,
                 exact=exact,
-                strategy=Strategy(strategy),
+                strategy=sides,
                 limits=limits or Limits.from_environment(),
             )
         except BaseException:
