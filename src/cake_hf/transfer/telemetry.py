@@ -25,7 +25,7 @@ from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Meter
+    from opentelemetry.metrics import Histogram, Meter
 
 logger = logging.getLogger("cake_hf")
 
@@ -39,28 +39,15 @@ class Instruments:
     def __init__(self, meter: Meter) -> None:
         self._chunks = meter.create_counter("cake_hf.chunks", "{chunk}", "Chunks of prompts, by what became of them.")
         self._bytes = meter.create_counter("cake_hf.bytes", "By", "KV that was loaded from and saved to stores.")
-        self._prefill = meter.create_histogram(
-            "cake_hf.prefill.duration",
-            "s",
-            "From a prompt's arrival to the logits of its last token.",
-            explicit_bucket_boundaries_advisory=SECONDS,
-        )
-        self._lookup = meter.create_histogram(
-            "cake_hf.lookup.duration",
-            "s",
-            "Asking a store which of a prompt's chunks it has.",
-            explicit_bucket_boundaries_advisory=SECONDS,
-        )
-
         self._requests = meter.create_counter("cake_hf.requests", "{request}", "Requests of continuous batching.")
         self._steps = meter.create_counter("cake_hf.steps", "{step}", "Steps that restores took, or left to others.")
 
-        self._ttft = meter.create_histogram(
-            "cake_hf.ttft",
-            "s",
-            "From a request's arrival to the first token of its answer.",
-            explicit_bucket_boundaries_advisory=SECONDS,
-        )
+        def seconds(name: str, description: str) -> Histogram:
+            return meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=SECONDS)
+
+        self._prefill = seconds("cake_hf.prefill.duration", "From a prompt's arrival to the logits of its last token.")
+        self._lookup = seconds("cake_hf.lookup.duration", "Asking a store which of a prompt's chunks it has.")
+        self._ttft = seconds("cake_hf.ttft", "From a request's arrival to the first token of its answer.")
 
     def request(self, restored: bool, seconds: float) -> None:
         """See `observe_request`."""
