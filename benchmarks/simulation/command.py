@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -196,10 +197,11 @@ def simulate_command(
         raise ValueError(f"--paper has settings of its own; leave out {_options_text(given)}.")
     others = [*given, *(["paper"] if paper else [])]
     if beliefs:
-        _show_beliefs(as_json=as_json, others=[*others, *(["changes"] if changes else [])])
+        others = [*others, *(["changes"] if changes else [])]
+        _show_grid("beliefs", believing, "beliefs", len(believing.BELIEFS), as_json=as_json, others=others)
         return
     if changes:
-        _show_changes(as_json=as_json, others=others)
+        _show_grid("changes", changing, "kinds of change", len(changing.CHANGES), as_json=as_json, others=others)
         return
     if given:
         own = Own(bandwidth_gbps, tokens, chunk, kv_kib_per_token, base_ms, slope_ms, layers, gpu_share)
@@ -216,32 +218,28 @@ def simulate_command(
         console.print(json.dumps({"threads": threads, **plain}), soft_wrap=True)
 
 
-def _show_changes(*, as_json: bool, others: Sequence[str]) -> None:
-    if others:
-        raise ValueError(f"--changes has settings of its own; leave out {_options_text(others)}.")
-    with progress_bar("simulating", "kinds of change") as progress:
-        progress(0, len(changing.CHANGES))
-        done = count(1)
-        rows = changing.table(list(changing.settings()), lambda: progress(next(done), len(changing.CHANGES)))
-    console.print(changing.sheet(rows))
-    console.print()
-    console.print(changing.LEGEND, style="dim")
-    if as_json:
-        console.print(json.dumps({"changes": [row.plain() for row in rows]}), soft_wrap=True)
+def _show_grid(option: str, grid: ModuleType, kinds: str, number: int, *, as_json: bool, others: Sequence[str]) -> None:
+    """Simulates the settings of a module, and shows its table.
 
-
-def _show_beliefs(*, as_json: bool, others: Sequence[str]) -> None:
+    Args:
+        option: that asks for it; also its name in the JSON.
+        grid: has `settings`, `table`, `sheet` and `LEGEND`.
+        kinds: what is counted while it runs.
+        number: how many of these there are.
+        as_json: also print JSON.
+        others: options for a single setting that were given, too.
+    """
     if others:
-        raise ValueError(f"--beliefs has settings of its own; leave out {_options_text(others)}.")
-    with progress_bar("simulating", "beliefs") as progress:
-        progress(0, len(believing.BELIEFS))
+        raise ValueError(f"--{option} has settings of its own; leave out {_options_text(others)}.")
+    with progress_bar("simulating", kinds) as progress:
+        progress(0, number)
         done = count(1)
-        rows = believing.table(list(believing.settings()), lambda: progress(next(done), len(believing.BELIEFS)))
-    console.print(believing.sheet(rows))
+        rows = grid.table(list(grid.settings()), lambda: progress(next(done), number))
+    console.print(grid.sheet(rows))
     console.print()
-    console.print(believing.LEGEND, style="dim")
+    console.print(grid.LEGEND, style="dim")
     if as_json:
-        console.print(json.dumps({"beliefs": [row.plain() for row in rows]}), soft_wrap=True)
+        console.print(json.dumps({option: [row.plain() for row in rows]}), soft_wrap=True)
 
 
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:
