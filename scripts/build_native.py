@@ -61,7 +61,7 @@ def platform_tag() -> str:
     """The wheel's tag for a library that was built here; it needs nothing of Python itself."""
     from packaging.tags import platform_tags
 
-    many = ("manylinux", "musllinux")  # promises that nobody has checked
+    many = ("manylinux", "musllinux")  # promises that were not checked
     return f"py3-none-{next(tag for tag in platform_tags() if not tag.startswith(many))}"
 
 

@@ -1,4 +1,4 @@
-"""The file that all stages' results are in: replaced as a whole, so that whoever ends the check early finds what there is."""
+"""Holds the results of all stages. It is replaced as a whole, so it is readable if the check is ended early."""
 
 from __future__ import annotations
 

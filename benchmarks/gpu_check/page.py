@@ -23,7 +23,7 @@ HEAD = """# Results on GPUs
 This page is written by `python -m benchmarks.gpu_check.page` from the files in `benchmarks/results/gpu/`.
 """
 
-NOT_RUN = "**Not run yet.** Nobody has run the check on a GPU."
+NOT_RUN = "**Not run yet.** The check has not run on a GPU."
 
 HOW = f"""## How to run it
 

@@ -31,7 +31,7 @@ END_SECONDS = 10.0
 PACKAGES = "packages"
 
 ALLOCATOR = "expandable_segments:True"
-"""Otherwise growing caches leave the GPU's memory in pieces, and whoever comes next waits for it to be tidied up."""
+"""Otherwise growing caches leave the GPU's memory in pieces, and the next stage waits until it is tidied up."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _watched(command: Sequence[str], seconds: float, log: IO[str], packages: Pat
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """A process, and whatever it has started, is gone after this; unless the system cannot end it, and then nobody waits."""
+    """Ends a process and all that it has started; does not wait if the system cannot end it."""
     with suppress(ProcessLookupError, PermissionError):  # the latter is what macOS says of a group that has ended
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,7 @@
 """`python -m benchmarks simulate --beliefs`: what it costs to believe in wrong costs, over a grid of settings.
 
 Each of 168 settings is restored once per belief. The time is set beside the better of computing all and loading all, and beside
-the best split. Whoever changes a rule of the contest runs this before and after.
+the best split. Run this before and after a change to a rule of the contest.
 """
 
 from __future__ import annotations

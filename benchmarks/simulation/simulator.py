@@ -473,7 +473,7 @@ class _Restore:
             self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
 
     def _wake(self) -> None:
-        """Something has changed: whoever found nothing to load looks again, at the same moment."""
+        """Has loaders that found nothing to load look again, at the same moment."""
         woken, self._idle = self._idle, []
         for actor in woken:
             self._clock.plan(self._clock.now, partial(self._load_next, actor))

@@ -1,4 +1,4 @@
-"""`cake-hf recode`: stores the chunks of a store in another form, beside whoever uses it."""
+"""`cake-hf recode`: stores the chunks of a store in another form, while others use it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def recode_command(
     """Store all chunks in another form; exit code 1 if some could not be read or written.
 
     Each chunk is checked, encoded or decoded, compared and then replaced as a
-    whole, so whoever reads the store meanwhile finds one form or the other,
+    whole, so a reader finds one form or the other meanwhile,
     with the same KV. Ctrl-C ends it; what is done stays done, and running it
     again does the rest.
     """

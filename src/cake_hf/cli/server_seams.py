@@ -136,7 +136,7 @@ class Server:
         self.manager.start()
 
     async def _end(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the connections; then nobody waits for an answer any more, while the loop can still be told of the last ones."""
+        """Ends the connections, so that no client waits for an answer, while the loop still takes the last answers."""
         await self._shut_down(*args, **kwargs)
         await asyncio.to_thread(self._halt)
 

@@ -15,7 +15,7 @@ arrive before the main thread has computed the chunk (`Judge.slack`).
   has been claimed or computed.
 - Slack below HEDGE: the load is *staged*, read into memory of its own, because the main thread may come to write to the
   chunk's place. If the load is late, the main thread computes the chunk; the side that finishes first wins.
-- Otherwise the load goes in place, where nobody else may write. The main thread waits for it, up to its deadline.
+- Otherwise the load goes in place, where only its loader may write. The main thread waits for it, up to its deadline.
 
 Where costs are not known, everything is loaded, and staged as long as there is room; a loader that finds nothing else to load
 loads the chunk that is being computed.

@@ -1,4 +1,4 @@
-"""The ledger of one request that is being restored: who makes which chunk. Nobody ever waits for a chunk in here.
+"""The ledger of one request that is being restored: who makes which chunk. No method waits for a chunk.
 
 `Frontier` does the same for a prompt that has the computing thread to itself, which may therefore wait. The thread that runs an
 engine's steps serves other requests meanwhile, so it only looks, at each step, at how far the two sides have come.
@@ -139,7 +139,7 @@ class Ledger:
             return self._last_stored()
 
     def claim(self) -> Load | None:
-        """Takes the last stored chunk that nobody has; None if there is none."""
+        """Claims the last stored chunk that is not claimed yet; None if there is none."""
         with self._landed:
             index = self._last_stored()
             if index is None:

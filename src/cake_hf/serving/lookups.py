@@ -15,9 +15,9 @@ logger = logging.getLogger("cake_hf")
 
 
 class Desk:
-    """Work that may wait for a store, done in order by one background thread, so that nobody else waits.
+    """Work that may wait for a store, done in order by one background thread, so that no other thread waits.
 
-    The thread ends when there is nothing to do. If the system provides none, the work is done by nobody.
+    The thread ends when there is nothing to do. If the system provides none, the work is not done.
 
     Args:
         look_up: finds out what is stored of some restores; must not raise.

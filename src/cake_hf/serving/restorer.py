@@ -138,7 +138,7 @@ class Restorer(Watcher):
         hidden.discard(restore.request_id)
 
     def _let_go_all(self, step: Step) -> None:
-        """The others have nothing to run, so nobody is held back."""
+        """Releases all requests that are held back, since the others have nothing to run."""
         for restore in list(self._held):
             self._let_go(restore, step.hidden)
 
