@@ -45,3 +45,8 @@ def without(store: Store, *indices: int) -> MemoryStore:
 def keys_in_order(store: Store) -> list[str]:
     """The keys of one prompt's chunks, as they stand in it."""
     return sorted(store.keys(), key=lambda key: parse_header(store.read(key) or b"")[0].index)
+
+
+def values_of(store: Store) -> dict[str, bytes]:
+    """All values of a store by their keys."""
+    return {key: bytes(store.read(key) or b"") for key in store.keys()}  # noqa: SIM118  # a store is no mapping

@@ -27,6 +27,7 @@ from family_runs import difference as family_difference
 from family_runs import generate
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
+from stored import values_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt_neox")
 """Qwen2 has biased keys."""
@@ -86,10 +87,6 @@ def copy_of(codec: str = "lossless", dtype: str = "bfloat16") -> MemoryStore:
     for key, value in saved(codec, dtype).items():
         store.write(key, [value])
     return store
-
-
-def values_of(store: Store) -> dict[str, bytes]:
-    return {key: bytes(store.read(key) or b"") for key in store.keys()}  # noqa: SIM118  # a store is no mapping
 
 
 def values(store: Store) -> dict[int, bytes]:

@@ -9,29 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import CakeCache, LocalStore, MemoryStore
+from cake_hf import CakeCache, LocalStore, MemoryStore, Store
 from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.cli import verify as verify_module
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recode import recode
 from cake_hf.cli.verify import verify
-from cake_hf.stores.base import Store
 from cake_hf.testing.forgery import forge, one_bit
 from commands import flat, run_command, save_model, write_text
 from families import family_model
 from family_runs import IDS as FAMILY_IDS
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from pack_files import write_folder
+from stored import values_of
 
 TEXT_CHUNKS = 6
 
 
 def no_progress(done: int, total: int) -> None:
     """Nobody is watching."""
-
-
-def values_of(store: Store) -> dict[str, bytes]:
-    return {key: bytes(store.read(key) or b"") for key in store.keys()}  # noqa: SIM118  # a store is no mapping
 
 
 def filled(store: Any, codec: str) -> Any:

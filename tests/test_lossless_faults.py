@@ -22,7 +22,8 @@ from family_runs import difference as family_difference
 from family_runs import generate
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run
-from test_lossless_cache import copy_of, key_in, model_of, newer, values, values_of
+from stored import values_of
+from test_lossless_cache import copy_of, key_in, model_of, newer, values
 from waiting import PATIENCE, join_loaders
 
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)

@@ -142,7 +142,7 @@ def test_another_thread_between_two_forwards() -> None:
 def test_one_thread_after_another() -> None:
     """Each step of a conversation in a thread of its own, as servers do it."""
     model = shared_model("llama")
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK) as cache, torch.no_grad():
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load") as cache, torch.no_grad():
         Thread(lambda: cache.prefill(prompt())).end()
         outcome = Thread(lambda: run(model, prompt(), cache)).end()
         assert difference(outcome, oracle(model, prompt())) == ""

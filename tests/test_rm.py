@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import Result
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
@@ -207,9 +208,19 @@ def test_only_directories_have_pins_and_notes(command: tuple[str]) -> None:
     assert "directories only" in refused(run_command(*command, "memory:1MB"))
 
 
-def test_stats_count_prompts_and_hits(store: Path, models: tuple[Path, Path], texts: Texts) -> None:
-    told = done(run_command("stats", store))
-    # short, long, other, and short with the other model; the second one found 3 chunks, the third one 2
-    assert "4 2 256 80 31%" in told
-    [day] = json.loads(run_command("stats", store, "--json").stdout).values()
+def test_stats_count_prompts_and_hits(tmp_path: Path) -> None:
+    store, first, last = LocalStore(tmp_path / "kv"), tokens_of(3 * CHUNK, 0), tokens_of(3 * CHUNK, 1)
+    prompts = (first, torch.cat([first, last], 1), torch.cat([first[:, : 2 * CHUNK], last], 1), last)
+    for ids in prompts:  # the second one finds 3 chunks, the third one 2
+        with CakeCache(shared_model("llama"), store, chunk_size=CHUNK, strategy="load") as cache:
+            cache.prefill(ids, whole=True)
+    tokens = sum(ids.shape[1] for ids in prompts)
+    assert f"4 2 {tokens} 80 {80 / tokens:.0%}" in done(run_command("stats", store.root))
+    [day] = json.loads(run_command("stats", store.root, "--json").stdout).values()
     assert (day["prompts"], day["with_hits"], day["tokens_loaded"], day["chunks_loaded"]) == (4, 2, 80, 5)
+
+
+def test_stats_count_warmed_prompts(store: Path) -> None:
+    """Whether a prompt's stored chunks were loaded or computed again is the planner's choice."""
+    [day] = json.loads(run_command("stats", store, "--json").stdout).values()
+    assert (day["prompts"], day["tokens"]) == (4, 256)

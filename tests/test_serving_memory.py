@@ -193,3 +193,55 @@ def test_a_request_that_waited_for_a_cancelled_one_restores_by_itself() -> None:
         report: Any = steps.manager.report("second")
         assert report.chunks_loaded + report.chunks_shared == CHUNKS
         assert steps.tokens("second") == plain_company()[1]
+
+
+# What the engine would not survive.
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "In continuous batching, an answer may be longer than the engine's memory.",
+    "It ends where the memory does. Other requests do not notice.",
+)
+@pytest.mark.parametrize("new", [1000, CHUNK * 2 - 3, None])
+def test_an_answer_that_outgrows_memory(new: int | None) -> None:
+    room, ids = CHUNK * 8, prompt(CHUNK * 6 + 3, seed=7)[0].tolist()
+    with stepping(shared_model("llama"), MemoryStore(), engine=engine_config(blocks=8), new=new or 10**6) as steps:
+        steps.add("long", ids, **({} if new is None else {"max_new_tokens": new}))
+        steps.add("short", SHORT[0], max_new_tokens=5)
+        steps.run()
+        assert len(steps.tokens("long")) == room - len(ids)
+        assert steps.tokens("short") == plain_company()[0]
+        assert whole(steps)
+
+
+def test_a_prompt_without_room_fails_by_itself() -> None:
+    """Also one that comes before the size of the memory is known, which `add_request` cannot refuse."""
+    ids = prompt(CHUNK * 8, seed=7)[0].tolist()
+    with stepping(shared_model("llama"), MemoryStore(), engine=engine_config(blocks=8)) as steps:
+        with pytest.raises(ValueError, match="the engine's memory has room for"):
+            steps.add("refused", ids)
+        super(type(steps.manager), steps.manager).add_request(ids, request_id="late")
+        steps.add("short", SHORT[0])
+        steps.run()
+        assert "the engine's memory has room for" in str(steps.answers["late"].error)
+        assert steps.tokens("short") == plain_company()[0]
+        assert whole(steps)
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "In continuous batching, a prompt has token ids that the model does not have.",
+    "`add_request` refuses it. Other requests do not notice.",
+)
+@pytest.mark.parametrize("stranger", [-1, 128, 10**12])
+@pytest.mark.parametrize("place", [0, CHUNK + 2, -1])
+def test_ids_that_the_model_does_not_have(stranger: int, place: int) -> None:
+    ids = list(DOCUMENT)
+    ids[place] = stranger
+    with stepping(shared_model("llama"), MemoryStore()) as steps:
+        with pytest.raises(ValueError, match="has a token id that the model does not have; ids are from 0 to 127"):
+            steps.add("document", ids)
+        steps.add("document", DOCUMENT)
+        steps.run()
+        assert steps.tokens("document") == plain_company()[1]

@@ -10,14 +10,15 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from cake_hf.chunks.codec import ChunkMetadata, checksums
+from cake_hf.chunks.codec import checksums
+from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import ranks_of
 from cake_hf.report import Refusal
+from cake_hf.restore.bound_store import BoundStore
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.transfer.landing import byte_view
@@ -29,11 +30,58 @@ _refused: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Refusal]] = weakr
 _lock = Lock()
 
 
-class _Comparison(NamedTuple):
-    chunk: int
-    computed: tuple[str, ...]
-    read: ReadBeside[ChunkMetadata]
-    due: float
+class Comparison:
+    """One computed chunk beside the checksums that the store has of it, which are read in the background.
+
+    Args:
+        bound_store: that has the chunk.
+        key, layout: of the chunk.
+        pieces: its tensors `[1, tokens, heads, head_dim]` in payload order. They are copied, so they may change afterwards.
+        chunk: its index.
+        ended: called, in another thread, when the checksums have been read.
+
+    Attributes:
+        chunk: as given.
+        due: monotonic time after which the store is not waited for any more.
+    """
+
+    def __init__(
+        self,
+        bound_store: BoundStore,
+        key: str,
+        layout: ChunkLayout,
+        pieces: Sequence[torch.Tensor],
+        chunk: int,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        limits = bound_store.limits
+        packed = pack(pieces, layout)
+        packed.await_copy()
+        self.chunk = chunk
+        self.due = time.monotonic() + limits.read_timeout
+        self._computed = checksums(byte_view(packed.memory), layout)
+        slot = bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
+        self._read = ReadBeside(partial(read_facts, bound_store.store, key, layout), "header", slot, ended)
+
+    def is_over(self) -> bool:
+        """Returns whether `differs` would not wait."""
+        return self._read.is_over() or time.monotonic() >= self.due
+
+    def differs(self) -> bool:
+        """Waits for the store, until `due`. Returns whether it has other values; False if it does not say."""
+        metadata = self._read.wait(max(0.0, self.due - time.monotonic()))
+        if metadata is None:
+            self.leave()
+        return metadata is not None and metadata.checksums != self._computed
+
+    def leave(self) -> None:
+        """Abandons the read."""
+        self._read.leave()
+
+
+def is_due(count: int) -> bool:
+    """Returns whether the `count`-th chunk that was computed although it is stored is compared: 1, 2, 4, 8, ..."""
+    return not count & (count - 1)
 
 
 class Audit:
@@ -50,7 +98,7 @@ class Audit:
         # Ranks of a tensor-parallel model must all act alike.
         self._on = session.exact and bool(prompt.keys) and ranks_of(session.model) is None
         self._computed = 0
-        self._under_way: list[_Comparison] = []
+        self._under_way: list[Comparison] = []
 
     def computed(self, index: int, pieces: Callable[[], Sequence[torch.Tensor]]) -> None:
         """Starts to compare a chunk that was computed, if it is stored and due for comparison.
@@ -62,17 +110,9 @@ class Audit:
         if not self._on or not self._prompt.stored[index]:
             return
         self._computed += 1
-        if self._computed & (self._computed - 1):  # not a power of two
-            return
-        session, layout = self._session, self._prompt.layout_of(index)
-        packed = pack(pieces(), layout)
-        packed.await_copy()
-        slot = session.bound_store.sharing.begin_beside(session.limits.loader_threads, session.limits.read_timeout)
-        read = ReadBeside(
-            partial(read_facts, session.bound_store.store, self._prompt.keys[index], layout), "header", slot
-        )
-        due = time.monotonic() + session.limits.read_timeout
-        self._under_way.append(_Comparison(index, checksums(byte_view(packed.memory), layout), read, due))
+        if is_due(self._computed):
+            layout, key = self._prompt.layout_of(index), self._prompt.keys[index]
+            self._under_way.append(Comparison(self._session.bound_store, key, layout, pieces(), index))
 
     def settle(self) -> None:
         """Waits for the comparisons that are under way. Chunks whose header cannot be read in time are not compared.
@@ -81,31 +121,36 @@ class Audit:
             ComputePlainly: a chunk is stored with other values than were computed.
         """
         while self._under_way:
-            index, computed, read, due = self._under_way.pop(0)
-            metadata = read.wait(max(0.0, due - time.monotonic()))
-            if metadata is None:
-                read.leave()
-            elif metadata.checksums != computed:
-                raise ComputePlainly(self._refuse(index))
+            comparison = self._under_way.pop(0)
+            if comparison.differs():
+                number = self._prompt.number + comparison.chunk
+                raise ComputePlainly(refuse_model(self._session.model, self._prompt.namespace, number))
 
     def end(self) -> None:
         """Ends the audit: the restore is over, or its later results are not to be compared."""
         self._on = False
         for comparison in self._under_way:
-            comparison.read.leave()
+            comparison.leave()
         self._under_way.clear()
 
-    def _refuse(self, index: int) -> Refusal:
-        """Records that the model, under this namespace, does not compute what is stored; returns the refusal."""
-        refusal = Refusal(
-            "differs-from-store",
-            f"this model does not compute what the store holds (chunk {self._prompt.number + index} is stored with other "
-            "values), so something changed it, now or when that was saved. Nothing is loaded or saved for it in this "
-            "process; cake-hf verify --recompute finds what is wrong in the store",
-        )
-        with _lock:
-            _refused.setdefault(self._session.model, {})[self._prompt.namespace] = refusal
-        return refusal
+
+def refuse_model(model: torch.nn.Module, namespace: str, number: int) -> Refusal:
+    """Records that a model, under this namespace, does not compute what is stored; returns the refusal.
+
+    Args:
+        model: that computed the chunk.
+        namespace: of the chunk.
+        number: of the chunk in its prompt.
+    """
+    refusal = Refusal(
+        "differs-from-store",
+        f"this model does not compute what the store holds (chunk {number} is stored with other values), so something "
+        "changed it, now or when that was saved. Nothing is loaded or saved for it in this process; cake-hf verify "
+        "--recompute finds what is wrong in the store",
+    )
+    with _lock:
+        _refused.setdefault(model, {})[namespace] = refusal
+    return refusal
 
 
 def audit_refusal(model: torch.nn.Module, namespace: str) -> Refusal | None:

@@ -86,6 +86,11 @@ class Ledger:
                 self.front += 1
             return self._states[self.front] if self.front < len(self._states) else None
 
+    def is_there(self) -> bool:
+        """Returns whether `advance` would move the front, or is at the end."""
+        with self._landed:
+            return self.front >= len(self._states) or self._states[self.front] in THERE
+
     def begin(self) -> bool:
         """Takes the chunk at the front for computing. A load of it that is under way is given up; False if it just landed."""
         with self._landed:

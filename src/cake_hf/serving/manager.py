@@ -18,6 +18,7 @@ from cake_hf.report import Refusal, Report
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
+from cake_hf.serving.audit import EngineAudit
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.loads import Blocks, Loaders
 from cake_hf.serving.matching import Matching
@@ -25,7 +26,7 @@ from cake_hf.serving.probe import computes_as_generate
 from cake_hf.serving.requests import Requests
 from cake_hf.serving.restorer import Restorer
 from cake_hf.serving.saving import Saver
-from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to
+from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to, no_room
 from cake_hf.serving.support import attention_refusal, engine_refusal
 from cake_hf.serving.watcher import Watcher
 from cake_hf.stores.base import Store
@@ -106,9 +107,12 @@ class BatchingManager(EngineManager):
     ) -> str | None:
         """Adds a request, as in transformers; finding out what is stored of its prompt begins at once, in the background.
 
+        An answer ends where the engine's memory does, even if `max_new_tokens` is more.
+
         Raises:
             CakeError: the manager is closed.
-            ValueError: the prompt is empty, or longer than the engine's memory, or a request of that id is under way.
+            ValueError: the prompt is empty, longer than the engine's memory or has ids that the model does not have, or a
+                request of that id is under way.
         """
         if self._closed:
             raise CakeError("This manager is closed; make a new one with cake_hf.batching.")
@@ -116,9 +120,12 @@ class BatchingManager(EngineManager):
             raise ValueError("The prompt has no tokens; give at least one.")
         room = self.tokens_in_memory
         if room is not None and len(input_ids) >= room:
+            raise ValueError(no_room(len(input_ids), room))
+        size = self.model.get_input_embeddings().weight.shape[0]
+        if min(input_ids) < 0 or max(input_ids) >= size:  # the step would fail, and the engine with it
             raise ValueError(
-                f"The prompt has {len(input_ids)} tokens, and the engine's memory has room for {room}: raise num_blocks in the "
-                "ContinuousBatchingConfig, or shorten the prompt."
+                f"The prompt has a token id that the model does not have; ids are from 0 to {size - 1}. Is it another model's "
+                "tokenizer?"
             )
         request_id = self.next_id() if request_id is None else request_id
         waits = self._requests.known(request_id) is not None
@@ -208,7 +215,7 @@ class BatchingManager(EngineManager):
             engine,
             self._requests,
             self._loaders,
-            saver,
+            EngineAudit(session, layout, saver, self.wake),
             self._beliefs,
             stall=self._stall,
             step_seconds=lambda: self.step_seconds,

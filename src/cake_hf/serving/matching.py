@@ -12,6 +12,7 @@ from cake_hf.keys import chunk_keys, namespace_digest
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal
+from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.lookup import stored_mask
 from cake_hf.restore.misses import NONE_YET
 from cake_hf.restore.session import Session
@@ -65,6 +66,8 @@ class Matching:
             if refusal := prompts_refusal(session, self._layers, plain, max(len(one.tokens) for one in restores)):
                 return refusal
         namespace = self._apart(plain)
+        if refusal := audit_refusal(session.model, namespace):
+            return refusal
         for restore in restores:
             whole = restore.tokens[: restore.chunks * session.chunk_size]
             restore.keys, restore.namespace = chunk_keys(namespace, whole, session.chunk_size), namespace

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.report import Report, Span
+from cake_hf.restore.audit import Comparison
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.serving.ledger import Ledger
 from cake_hf.util.forks import Lock
@@ -49,6 +50,9 @@ class Restore:
         arrivals: when loading began, and when each load arrived.
         crowded: whether other restores shared the path to the store meanwhile, so that it shows nothing of its speed.
         first_token: whether the first token of its answer has come.
+        recomputed: number of stored chunks that were computed.
+        comparisons: of such chunks with the store, that are under way.
+        unsaved: computed chunks that are to be saved if these find nothing.
     """
 
     request_id: str
@@ -71,6 +75,9 @@ class Restore:
     arrivals: list[float] = field(default_factory=list)
     crowded: bool = False
     first_token: bool = False
+    recomputed: int = 0
+    comparisons: list[Comparison] = field(default_factory=list)
+    unsaved: list[int] = field(default_factory=list)
     _lock: Lock = field(default_factory=Lock)
 
     def found(self) -> None:

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.frontier import Outcome, Strategy
+from cake_hf.serving.audit import EngineAudit
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.fronts import Front, Fronts
 from cake_hf.serving.ledger import Chunk, Ledger
 from cake_hf.serving.loads import Loaders
 from cake_hf.serving.requests import Requests
 from cake_hf.serving.restore import Phase, Restore
-from cake_hf.serving.saving import Saver
 from cake_hf.serving.seams import Engine, RequestState, Step
 from cake_hf.serving.watcher import Watcher
 from cake_hf.transfer.telemetry import observe_step
@@ -43,7 +44,7 @@ class Restorer(Watcher):
         engine: that calls this.
         requests: of the manager.
         loaders: of the engine.
-        saver: of computed chunks.
+        audit: of computed chunks, which it has saved.
         beliefs: about costs.
         stall: the share of steps that may be one restore's alone while requests decode.
         step_seconds: returns how long the last step took.
@@ -56,7 +57,7 @@ class Restorer(Watcher):
         engine: Engine,
         requests: Requests,
         loaders: Loaders,
-        saver: Saver,
+        audit: EngineAudit,
         beliefs: Beliefs,
         *,
         stall: float,
@@ -65,7 +66,7 @@ class Restorer(Watcher):
     ) -> None:
         super().__init__(requests)
         self._session, self._engine = session, engine
-        self._loaders, self._saver, self._beliefs = loaders, saver, beliefs
+        self._loaders, self._audit, self._beliefs = loaders, audit, beliefs
         self._step_seconds, self._clock = step_seconds, clock
         self._size = session.chunk_size
         self._fronts = Fronts(session, beliefs, stall)
@@ -179,12 +180,14 @@ class Restorer(Watcher):
             restore.steps.append((index, seconds))
             self._beliefs.saw_chunk(index, seconds)
         self._engine.publish(state, until)
-        self._saver.chunk(restore, index)
+        self._audit.computed(restore, index)
 
     def _advance(self, restore: Restore) -> Front | None:
-        """Moves a front over what is there; returns it if it could go on by computing."""
+        """Moves a front over what is there, unless the audit forbids it; returns it if it could go on by computing."""
         ledger, state, now = _ledger(restore), restore.state, self._clock()
         self._give_up_late(restore, now)
+        if not self._audit.settle(restore) and ledger.is_there():
+            return None
         at = ledger.advance()
         if state is not None and ledger.front * self._size > state.position_offset:
             self._engine.go_on_from(state, ledger.front * self._size)
@@ -262,6 +265,7 @@ class Restorer(Watcher):
         if restore.ledger is not None:
             restore.ledger.end()
         restore.over()
+        self._audit.end(restore)
         self._computing.pop(restore.request_id, None)
         if restore in self._held:
             self._held.remove(restore)
@@ -286,6 +290,10 @@ class Restorer(Watcher):
         """Does one step of one restore; if it fails, that restore is abandoned, and no other."""
         try:
             return step(restore)
+        except ComputePlainly as because:
+            self._tell(because)
+            self._abandon(restore, because.refusal)
+            return None
         except Exception as error:
             self._tell(error)
             self._abandon(restore, _failed(error))

@@ -34,6 +34,7 @@ __all__ = [
     "generation_config_of",
     "hints_for",
     "lend_to",
+    "no_room",
 ]
 
 
@@ -168,6 +169,25 @@ class Engine:
     def has_windows(self) -> bool:
         """Whether a layer keeps something else than all tokens."""
         return list(self._cache.cache_allocators) != [FULL_ATTENTION]
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens of one request the memory holds; None if its kinds of layers share it in an unknown proportion."""
+        return None if self.has_windows else self.account()["all"] * self.page
+
+    def fit(self, state: RequestState) -> None:
+        """Has a request's answer end where the memory does. A request that outgrows it would end the engine.
+
+        Raises:
+            ValueError: not even the prompt has room.
+        """
+        if self.room is None:
+            return
+        left = self.room - len(state.initial_tokens)
+        if left <= 0:
+            raise ValueError(no_room(len(state.initial_tokens), self.room))
+        if state.max_new_tokens is None or state.max_new_tokens > left:
+            state.max_new_tokens = state._new_tokens_limit = left
 
     @property
     def ranks(self) -> int:
@@ -352,6 +372,7 @@ class _Restoring:
     """What a scheduler of the engine does in addition. Without hooks it is the scheduler that it is mixed into."""
 
     hooks: Hooks | None = None
+    engine: Engine | None = None
     _step = Step()
 
     def reset(self) -> None:
@@ -362,6 +383,13 @@ class _Restoring:
     def add_waiting_request(self, state: RequestState) -> None:
         if self.hooks is not None:
             self.hooks.arrived(state)
+        try:
+            if self.engine is not None:
+                self.engine.fit(state)
+        except ValueError:  # the engine fails this request, and goes on
+            if self.hooks is not None:
+                self.hooks.ended(state.request_id)
+            raise
         super().add_waiting_request(state)  # type: ignore[misc]
 
     def finish_request(self, request_id: str) -> None:
@@ -413,6 +441,14 @@ class _Restoring:
     def _schedule_request(self, state: RequestState, tokens: Sequence[int], budget: int, *rest: Any) -> None:
         budget = min(budget, self._step.last.get(state.request_id, budget))
         super()._schedule_request(state, tokens, budget, *rest)  # type: ignore[misc]
+
+
+def no_room(tokens: int, room: int) -> str:
+    """Returns what to say of a prompt that does not fit into an engine's memory, both in tokens."""
+    return (
+        f"The prompt has {tokens} tokens, and the engine's memory has room for {room}: raise num_blocks in the "
+        "ContinuousBatchingConfig, or shorten the prompt."
+    )
 
 
 def _scheduler_for(name: str) -> str:
@@ -497,7 +533,9 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
 
     @property
     def tokens_in_memory(self) -> int | None:
-        """How many tokens the engine's memory holds; None if that is not known yet."""
+        """How many tokens of one request the engine's memory holds; None if that is not known."""
+        if self._engine is not None:
+            return self._engine.room
         blocks = self.continuous_batching_config.num_blocks
         return None if blocks is None else int(blocks) * int(self.continuous_batching_config.page_size)
 
@@ -538,6 +576,7 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
         processor = super()._create_batch_processor()
         if self._engine is None or self._engine._processor is not processor:
             self._engine = Engine(processor)
+            processor.scheduler.engine = self._engine
             processor.scheduler.hooks = self.hooks_for(self._engine)
         return processor
 

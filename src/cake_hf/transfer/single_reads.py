@@ -30,18 +30,28 @@ class ReadBeside(Generic[T]):
         read: returns the value read, or None.
         what: what is read, for messages.
         slot: beside the budget of reads; None if no read may start.
+        ended: called in that thread when the read is over.
     """
 
-    def __init__(self, read: Callable[[], T | None], what: str, slot: ReadSlot | None) -> None:
+    def __init__(
+        self,
+        read: Callable[[], T | None],
+        what: str,
+        slot: ReadSlot | None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
         self._read = read
+        self._ended = ended
+        self._over = False
         self._what = what
         self._slot = slot
         self._result: T | None = None
         self._told = False
         self._thread = threading.Thread(target=self._run, name=f"cake-load-{what}", daemon=True)
         if slot is None:
-            return
-        if (error := refusal(self._thread)) is not None:  # not a reason to fail
+            self._over = True
+        elif (error := refusal(self._thread)) is not None:  # not a reason to fail
+            self._over = True
             slot.release()
             logger.warning("A stored %s cannot be read: no more threads. %s", what, error)
 
@@ -56,6 +66,10 @@ class ReadBeside(Generic[T]):
                 )
         return self._result
 
+    def is_over(self) -> bool:
+        """Returns whether the read has ended, or was never started."""
+        return self._over
+
     def leave(self) -> None:
         """Abandons the read: its result is no longer waited for."""
         if self._slot is not None:
@@ -69,6 +83,9 @@ class ReadBeside(Generic[T]):
         finally:
             if self._slot is not None:
                 self._slot.release()
+            self._over = True
+            if self._ended is not None:
+                self._ended()
 
 
 def read_state(store: Store, key: str, layout: ChunkLayout) -> list[torch.Tensor] | None:
