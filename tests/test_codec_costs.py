@@ -1,4 +1,4 @@
-"""What encoded and raw chunks teach: bandwidth from the bytes that came, and decoding by itself; and what `auto` makes of it."""
+"""What encoded and raw chunks teach: bandwidth from the bytes that came, and decoding by itself; what `auto` makes of it."""
 
 from __future__ import annotations
 
