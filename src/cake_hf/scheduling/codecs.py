@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cake_hf.scheduling.costs import CodecCost, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_BYTES, CodecCost, Costs, LoadCost
 
 GIGA = 1e9
+
+RAW = CodecCost(1.0, float(MAX_BYTES))
+"""Chunks as they are."""
 
 TYPICAL = {
     "lossless": CodecCost(0.70, 5.0 * GIGA),
