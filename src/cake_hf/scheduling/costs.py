@@ -144,6 +144,20 @@ class CodecCost:
         seconds = min(raw.chunk_bytes / self.speed, MAX_SECONDS)
         return replace(raw, chunk_bytes=max(1.0, self.ratio * raw.chunk_bytes), decoding=seconds)
 
+    def raw(self, load: LoadCost) -> LoadCost:
+        """Returns what loading costs if all chunks are raw.
+
+        Args:
+            load: what loading costs now, of encoded chunks or of both forms, on average: of a share w of encoded ones, decoding
+                takes w*S/D seconds, and chunks have `S - (1 - r)*w*S` bytes.
+        """
+        nbytes = load.chunk_bytes + (1 - self.ratio) * load.decoding * self.speed
+        return replace(load, chunk_bytes=min(max(nbytes, 1.0), MAX_BYTES), decoding=0.0)
+
+    def share(self, load: LoadCost) -> float:
+        """Returns the share w of encoded chunks among those of `load`."""
+        return load.decoding * self.speed / self.raw(load).chunk_bytes
+
 
 @dataclass(frozen=True)
 class Costs:

@@ -11,7 +11,6 @@ import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -89,8 +88,7 @@ class CostLearner:
             spans = [(span.start, span.end) for span in loads]
             self.saw_loads(chunk_bytes, spans, [told.get(span.chunk, raw) for span in loads])
         elif self._batches and pace.lateness > 1:
-            last = self._batches[-1]
-            late = replace(last, busy=last.busy * pace.lateness, shortest=last.shortest * pace.lateness)
+            late = self._batches[-1].late_by(pace.lateness)
             self._batches.extend([late] if late.is_valid else [])
         self.credit = pace.credit
         if pace.steps:

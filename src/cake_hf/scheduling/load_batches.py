@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class LoadBatch:
         threads: number of loads that ran concurrently.
         shortest_bytes: bytes that the fastest load brought.
         decoding: seconds of decoding per load, on average.
+        usual: seconds of a load, without its decoding, on average.
     """
 
     chunk_bytes: int
@@ -68,6 +69,7 @@ class LoadBatch:
     threads: int
     shortest_bytes: int
     decoding: float
+    usual: float
 
     def cost(self, chunk_bytes: float | None = None, decoding: float = 0.0) -> LoadCost:
         """Returns the model that reproduces these numbers: `finish(count) = busy` and, in steady flow, `seconds = shortest`.
@@ -82,6 +84,10 @@ class LoadBatch:
         latency = self.shortest - per_byte * self.shortest_bytes
         return load_cost(latency, per_byte, chunk_bytes, self.threads, decoding)
 
+    def late_by(self, factor: float) -> LoadBatch:
+        """Returns the same loads, if the store had taken that many times as long."""
+        return replace(self, busy=self.busy * factor, shortest=self.shortest * factor, usual=self.usual * factor)
+
     @property
     def rounds(self) -> int:
         """Loads, one after the other, of the thread that has most of them."""
@@ -95,8 +101,11 @@ class LoadBatch:
         in_range = is_number(self.chunk_bytes, 1, MAX_BYTES) and is_number(self.count, 1, MAX_INDEX)
         possible = is_number(self.threads, 1, self.count) and is_number(self.busy, 0.0, MAX_SECONDS)
         seconds = is_number(self.shortest, 0.0, self.busy) and self.shortest > 0
-        decoding = is_number(self.decoding, 0.0, self.busy - self.shortest) if seconds else False
-        return whole and in_range and possible and decoding and is_number(self.shortest_bytes, 1, MAX_BYTES)
+        if not (whole and in_range and possible and seconds and is_number(self.shortest_bytes, 1, MAX_BYTES)):
+            return False
+        return is_number(self.decoding, 0.0, self.busy - self.shortest) and is_number(
+            self.usual, self.shortest, self.busy
+        )
 
     def _transfer(self) -> float:
         """Returns the seconds t for which an average load takes the path.
@@ -105,19 +114,21 @@ class LoadBatch:
         fastest one counts with its own size, where forms differ.) One thread decodes them one after the other, too. Otherwise
         each round of k loads takes m, and the last round `m + p * t`, where p is the number of its loads after the first; p = 0
         says nothing about t except that it is at most m / k. It is also at most the part of m that is not decoding, unless that
-        does not explain the time that all loads took. The part of m beyond t and decoding is latency.
+        does not explain the time that all loads took, and never more than that part of a usual load. The part of m beyond t and
+        decoding is latency.
         """
         most = self.shortest * self.chunk_bytes / self.shortest_bytes
         if self.count == 1:
             return most
         alone = self.shortest + self.decoding
-        transfer = (self.busy - alone) / max(1, self.count * self.chunk_bytes - self.shortest_bytes) * self.chunk_bytes
+        others = max(1, self.count * self.chunk_bytes - self.shortest_bytes) / self.chunk_bytes
         if self.threads == 1:
-            return max(0.0, transfer - self.decoding)
+            return max(0.0, self.busy - self.shortest - self.count * self.decoding) / others
+        transfer = (self.busy - alone) / others
         rounds, beyond = divmod(self.count - 1, self.threads)
         if transfer * self.threads >= alone:
             explained = rounds * max(self.threads * most, alone) + alone + beyond * most
-            return most if most < transfer and explained >= self.busy * (1 - ROUNDING) else transfer
+            return most if most < transfer and explained >= self.busy * (1 - ROUNDING) else min(transfer, self.usual)
         most = min(alone / self.threads, most)
         return min(max((self.busy - (rounds + 1) * alone) / beyond, 0.0), most) if beyond else most
 
@@ -138,6 +149,7 @@ def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
         most_at_once(spans),
         fastest.brought.nbytes,
         min(fmean(load.brought.decoding for load in good), max(0.0, busy - fastest.seconds)),
+        min(max(fmean(load.seconds for load in good), fastest.seconds), busy),
     )
     return batch if batch.is_valid else None
 
@@ -203,7 +215,7 @@ def batch_from(row: list[float]) -> LoadBatch:
         ValueError: there is no such batch.
         TypeError: these are not as many numbers.
     """
-    batch = LoadBatch(*(row if len(row) != 5 else [*row, row[0], 0.0]))  # type: ignore[arg-type]  # checked next
+    batch = LoadBatch(*(row if len(row) != 5 else [*row, row[0], 0.0, row[2]]))  # type: ignore[arg-type]  # checked next
     if not batch.is_valid:
         raise ValueError("not a batch of loads")
     return batch
