@@ -21,6 +21,7 @@ from cake_hf.scheduling.codecs import TYPICAL, encoding_pays, finest
 from cake_hf.scheduling.costs import MAX_BYTES, Brought, CodecCost, Costs, LoadCost
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
+from cake_hf.scheduling.planner import ranges_of
 from cake_hf.transfer import chunk_reads
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from test_lossless_cache import values_of
@@ -149,6 +150,20 @@ def test_decoding_is_remembered_while_raw_chunks_come() -> None:
     costs = learner.costs()
     assert costs.codec == CodecCost(RATIO, 2.0 * RAW)
     assert costs.load == LoadCost(0.0, RAW, RAW)
+
+
+@pytest.mark.parametrize(("name", "ranges"), [("encoded", 1), ("raw", 8), ("mostly raw", 8)])
+def test_nothing_is_hidden_behind_chunks_that_come_whole(name: str, ranges: int) -> None:
+    assert ranges_of(taught(FORMS[name], 2, 0.0, 20.0).costs(), 8, 1e-6) == ranges
+
+
+def test_one_thread_that_was_not_let_run_says_nothing_of_decoding() -> None:
+    spans, brought = loads([True] * 8, 2, 0.0, 4.0)
+    brought[3] = brought[3]._replace(decoding=9.0)
+    spans[3] = (spans[3][0], spans[3][1] + 9.0)
+    learner = CostLearner()
+    learner.saw_loads(RAW, spans, brought)
+    assert learner.costs().codec == CodecCost(RATIO, 4.0 * RAW)
 
 
 # At rest.

@@ -301,9 +301,8 @@ def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float
 def _forms(measured: Costs, known: KnownCosts | None, *given: Any) -> Forms:
     """Returns what loading costs in each form; `given` are the options for raw chunks."""
     load, codec = measured.load, measured.codec
-    share = codec.share(load) if codec and load else 0.0
     raw = codec.raw(load) if codec and load else load
-    return forms_of(_load_cost(raw, *given), codec, known.dtype if known else "", came_encoded=share > 1 / 2)
+    return forms_of(_load_cost(raw, *given), codec, known.dtype if known else "", came_encoded=measured.come_encoded)
 
 
 def _load_cost(

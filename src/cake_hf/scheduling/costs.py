@@ -167,6 +167,11 @@ class Costs:
     load: LoadCost | None = None
     codec: CodecCost | None = None
 
+    @property
+    def come_encoded(self) -> bool:
+        """Whether most chunks are expected to be encoded."""
+        return self.load is not None and self.codec is not None and self.codec.share(self.load) > 1 / 2
+
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
     """Returns the seconds during which at least one span (start, end) was under way: the length of their union."""

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 from cake_hf.scheduling.costs import (
@@ -155,12 +155,16 @@ def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
 
 
 def codec_of(loads: Sequence[Load]) -> CodecCost | None:
-    """Returns how the encoded ones among loads differ from raw ones; None if there are none."""
+    """Returns how the encoded ones among loads differ from raw ones; None if there are none.
+
+    The speed is the median: a thread that had to wait for a processor while it decoded says nothing of decoding.
+    """
     encoded = [load.brought for load in loads if load.is_possible and load.brought.decoding > 0]
     if not encoded:
         return None
-    nbytes, raw_bytes, seconds = map(sum, zip(*encoded, strict=True))
-    ratio, speed = nbytes / raw_bytes, raw_bytes / seconds if raw_bytes < seconds * MAX_BYTES else float(MAX_BYTES)
+    ratio = sum(one.nbytes for one in encoded) / sum(one.raw_bytes for one in encoded)
+    per_byte = median(one.decoding / one.raw_bytes for one in encoded)
+    speed = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
     return CodecCost(min(max(ratio, MIN_RATIO), MAX_RATIO), max(1.0, speed))
 
 
