@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from cake_hf.cli.app import app
 from cake_hf.cli.plan import CURVE_LINES, read_costs, shown_splits
+from cake_hf.scheduling.codecs import TYPICAL
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.learning import CostLearner
 
 Command = Callable[..., Result]
@@ -169,3 +171,66 @@ def test_the_curve_is_drawn_at_few_splits_with_the_best_one(points: int) -> None
         assert {0, best, points - 1} <= set(shown)
         assert len(shown) <= CURVE_LINES
         assert shown == sorted(set(shown))
+
+
+EIGHT = ("--compute-base", 0.0274, "--compute-slope", 0.00105, "--chunk-mib", 64, "--threads", 2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "size", "seconds"),
+    [("none", "64.0 MiB", "844 ms"), ("lossless", "44.8 MiB", "711 ms"), ("near", "32.6 MiB", "609 ms")],
+)
+def test_a_codec_takes_fewer_bytes(command: Command, codec: str, size: str, seconds: str) -> None:
+    """8B at 16K tokens behind 7 Gbps: 0.84, 0.71 and 0.61 s."""
+    result = command("--chunks", 32, *EIGHT, "--gbps", 7, "--codec", codec)
+    assert result.exit_code == 0, result.output
+    assert line(result, "loading").startswith(size)
+    assert line(result, "both ends").split("█ ")[-1].startswith(seconds)
+    assert line(result, "codec").startswith(codec)
+
+
+def test_each_form_is_listed_with_its_size(command: Command) -> None:
+    result = command("--chunks", 32, *EIGHT, "--gbps", 7)
+    assert line(result, "codec") == "none: chunks are stored as they are"
+    for name, codec in TYPICAL.items():
+        assert line(result, f"{name} ").endswith(f"{64 * codec.ratio:.1f} MiB")
+
+
+@pytest.mark.parametrize(("gbps", "chosen"), [(1, "lossless"), (40, "lossless"), (100, "none"), (1000, "none")])
+def test_auto_says_what_pays(command: Command, gbps: int, chosen: str) -> None:
+    result = command("--chunks", 32, *EIGHT, "--gbps", gbps, "--codec", "auto")
+    assert line(result, "codec").startswith(chosen)
+
+
+@pytest.mark.parametrize("encoded", [4, 3, 1])
+def test_measured_costs_of_encoded_chunks(command: Command, tmp_path: Path, encoded: int) -> None:
+    """Four chunks of 1 MiB at 4 MiB/s by one loader; some have half of the bytes, and take 0.5 s to decode."""
+    learner, ends = CostLearner(), 0.0
+    learner.saw_steps([(0, 0.5)])
+    spans, brought = [], []
+    for number in range(4):
+        one = Brought(2**19, 2**20, 0.5) if number < encoded else Brought(2**20, 2**20)
+        spans.append((ends, ends + one.nbytes / 2**22 + one.decoding))
+        brought.append(one)
+        ends = spans[-1][1]
+    learner.saw_loads(2**20, spans, brought)
+    path = tmp_path / "costs.json"
+    path.write_text(learner.to_json(time.time()))
+    told = {}
+    for codec in ("none", "lossless", ""):
+        result = command("--chunks", 4, "--costs", path, *(("--codec", codec) if codec else ()))
+        assert result.exit_code == 0, result.output
+        told[codec] = line(result, "loading")
+    assert told["none"] == "1.0 MiB every 250 ms"
+    assert told["lossless"] == "512.0 KiB every 625 ms"
+    assert told[""] == told["lossless" if encoded > 2 else "none"]
+    assert "(measured)" in line(command("--chunks", 4, "--costs", path, "--codec", "lossless"), "codec")
+    assert line(command("--chunks", 4, "--costs", path, "--codec", "auto"), "codec").startswith("none")
+
+
+@pytest.mark.parametrize("codec", ["zip", "AUTO", "lossless "])
+def test_an_unknown_codec_lists_those_that_there_are(command: Command, codec: str) -> None:
+    result = command("--chunks", 4, *COSTS, "--codec", codec)
+    assert result.exit_code == 2
+    assert f"codec {codec!r} is unknown; choose one of none, lossless, near, int8, int4, auto." in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -24,6 +24,7 @@ from engine_runs import (
 )
 from models import CHUNK, shared_model
 from stored import filled_store, without
+from waiting import PATIENCE
 
 pytestmark = needs_engine
 
@@ -112,6 +113,12 @@ def test_encoded_chunks_are_restored_too() -> None:
         steps.run()
         report = steps.manager.report("document")
         assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
+        assert steps.manager._requests.desk.wait(PATIENCE)
+        session = steps.manager._session
+        costs = session.cost_memory(session.namespace()).costs()
+    assert costs.codec is not None  # what was encoded was not taken for raw chunks that came sooner
+    assert costs.load is not None
+    assert costs.load.chunk_bytes < raw
 
 
 def test_warm_alone_is_cold_alone() -> None:

@@ -25,6 +25,7 @@ import typer
 
 from benchmarks.simulation import beliefs as believing
 from benchmarks.simulation import changes as changing
+from benchmarks.simulation import codecs as encoding
 from benchmarks.simulation.simulator import Cell, Setting, evaluate, simulate, steps
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.sheets import Sheet
@@ -122,6 +123,8 @@ PAPER = (
 """The cells of the paper that give a speedup; the last three are the ones it loses. (Left out: the average over all cells,
 and the cell with other requests beside it, which is about throughput.)"""
 
+QUANTISED = (PAPER[0], *(case for case in PAPER if case.bits != 16))
+
 BEYOND = tuple(
     Case(SEVENTY, "H100", 8, gbps, tokens * KIB) for tokens in (128, 512, 1024) for gbps in (7, 32, 100, 400)
 )
@@ -155,6 +158,8 @@ class Own:
     slope_ms: float | None = None
     layers: int = SEVEN.layers
     gpu_share: float = 1.0
+    codec: str = "none"
+    cores: int = 0
 
 
 def simulate_command(
@@ -172,6 +177,9 @@ def simulate_command(
         bool,
         typer.Option("--beliefs", help="Simulate known, wrong and unknown costs in 168 settings (takes a minute)."),
     ] = False,
+    codecs: Annotated[
+        bool, typer.Option("--codecs", help="Simulate encoded chunks, and loads that choose a form to keep a time.")
+    ] = False,
     bandwidth_gbps: Annotated[
         float, typer.Option(help="Bandwidth of the line, in 10^9 bits per second.")
     ] = Own.bandwidth_gbps,
@@ -188,6 +196,13 @@ def simulate_command(
         int, typer.Option(help="Layers of the model; a forward can be preempted between two.")
     ] = Own.layers,
     gpu_share: Annotated[float, typer.Option(help="Share of the device, above 0 to 1.")] = Own.gpu_share,
+    codec: Annotated[
+        str,
+        typer.Option(help=f"Form of the chunks: {', '.join(encoding.FORMS)}; with typical sizes and decode speeds."),
+    ] = Own.codec,
+    cores: Annotated[
+        int, typer.Option(help="Cores on which chunks are computed and decoded; 0 if computing has its own device.")
+    ] = Own.cores,
     threads: Annotated[int, typer.Option(help="Loader threads.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
@@ -196,6 +211,10 @@ def simulate_command(
     if paper and given:
         raise ValueError(f"--paper has settings of its own; leave out {_options_text(given)}.")
     others = [*given, *(["paper"] if paper else [])]
+    if codecs:
+        others = [*others, *(["beliefs"] if beliefs else []), *(["changes"] if changes else [])]
+        _show_codecs(threads, as_json=as_json, others=others)
+        return
     if beliefs:
         others = [*others, *(["changes"] if changes else [])]
         _show_grid("beliefs", believing, "beliefs", len(believing.BELIEFS), as_json=as_json, others=others)
@@ -204,7 +223,7 @@ def simulate_command(
         _show_grid("changes", changing, "kinds of change", len(changing.CHANGES), as_json=as_json, others=others)
         return
     if given:
-        own = Own(bandwidth_gbps, tokens, chunk, kv_kib_per_token, base_ms, slope_ms, layers, gpu_share)
+        own = Own(bandwidth_gbps, tokens, chunk, kv_kib_per_token, base_ms, slope_ms, layers, gpu_share, codec, cores)
         results = {"own": [_row("your setting", own_setting(own, threads))]}
     else:
         parts = {"paper": PAPER, "beyond": BEYOND}
@@ -242,6 +261,23 @@ def _show_grid(option: str, grid: ModuleType, kinds: str, number: int, *, as_jso
         console.print(json.dumps({option: [row.plain() for row in rows]}), soft_wrap=True)
 
 
+def _show_codecs(threads: int, *, as_json: bool, others: Sequence[str]) -> None:
+    """Simulates encoded chunks, and shows the tables: first the paper's KV of 16, 8 and 3 bits."""
+    if others:
+        raise ValueError(f"--codecs has settings of its own; leave out {_options_text(others)}.")
+    rows = [_row(case.name, setting_of(case, threads), case.published) for case in QUANTISED]
+    console.print(_table("The paper's KV of 16, 8 and 3 bits", rows))
+    console.print()
+    told: dict[str, Any] = {"paper": [row.plain() for row in rows]}
+    for table in encoding.tables(threads):
+        console.print(table.sheet)
+        console.print()
+        told[table.name] = [row.plain for row in table.rows]
+    console.print(f"{LEGEND} {encoding.LEGEND} {ASSUMPTIONS}", style="dim")
+    if as_json:
+        console.print(json.dumps({"threads": threads, **told}), soft_wrap=True)
+
+
 def step_cost(model: Model, gpu: str, gpus: int) -> ComputeCost:
     """Returns the seconds of a chunk of 512 tokens by the assumptions above."""
     first, last = GPU_STEPS[gpu]
@@ -275,6 +311,8 @@ def own_setting(own: Own, threads: int) -> Setting:
     """
     if own.chunk < 1 or own.tokens < own.chunk:
         raise ValueError(f"A prompt must have at least one chunk, got {own.tokens} tokens in chunks of {own.chunk}.")
+    if own.codec not in encoding.FORMS:
+        raise ValueError(f"codec {own.codec!r} is unknown; choose one of {', '.join(encoding.FORMS)}.")
     usual, size = step_cost(SEVEN, "A100", 1), own.chunk / CURVE_CHUNK
     cost = ComputeCost(
         usual.base * size if own.base_ms is None else own.base_ms / 1e3,
@@ -287,6 +325,8 @@ def own_setting(own: Own, threads: int) -> Setting:
         threads=threads,
         layers=own.layers,
         gpu_share=own.gpu_share,
+        codec=None if own.codec == "none" else encoding.FORMS[own.codec],
+        cores=own.cores,
     )
 
 

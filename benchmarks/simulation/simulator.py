@@ -7,6 +7,8 @@ takes no time, and the same setting always gives the same outcome. What stands i
 - One line brings one read after the other, each in `bytes / bandwidth` seconds; a read ends `latency` after its bytes
   came off the line. (As in `cake_hf.testing.ThrottledStore`.) The last chunks are read in ranges of layers where that pays,
   and the prompt's last piece runs through its layers as they come.
+- Encoded chunks have fewer bytes on the line, come whole, and their loader then decodes them. Where decoding shares its
+  cores with computing, that much less is computed meanwhile.
 - All else (checks, copies, locks, waking up) takes no time. So what is lost here is lost by the decisions alone.
 
 Source of the policy that is compared with: Cake (Jin et al., ICML 2025, arXiv 2410.03065).
@@ -23,10 +25,11 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Literal
 
+from benchmarks.simulation.adapting import Adapting
 from benchmarks.simulation.speeds import CONSTANT, Speed
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Span
-from cake_hf.scheduling.costs import MAX_SECONDS, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_SECONDS, Brought, CodecCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
 from cake_hf.scheduling.frontier import Outcome as LoadOutcome
 from cake_hf.scheduling.layer_gate import LayerGate
@@ -40,6 +43,7 @@ the middle with beliefs that a restore does not correct, and tries nothing: it s
 
 MAX_CHUNKS = 100_000
 MAX_LAYERS = 10_000
+MAX_CORES = 10_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Setting:
 
     Attributes:
         compute: f_i, seconds to compute chunk i with the whole device. For a straight line see `steps`.
-        chunk_bytes: bytes of one chunk.
+        chunk_bytes: S, bytes of one raw chunk.
         bandwidth: bytes per second of the line, shared by all loads.
         latency: seconds added to each read.
         threads: loader threads.
@@ -61,6 +65,12 @@ class Setting:
         holes: chunks that are not stored.
         compute_speed: how it changes while the restore runs, beside the share.
         line_speed: likewise.
+        codec: of the stored chunks; None if they are raw.
+        cores: on which chunks are computed and decoded; decoding one then takes `S / (D * cores)` seconds from computing. 0 if
+            computing has a device of its own.
+        forms: in which each chunk is stored, the finest first, if a load may choose; then `codec` is not used.
+        max_ttft: seconds after which the first token should be there; loads choose by it (see `adapting.Adapting`).
+        gives_up: whether nothing more is loaded once no form is in time; otherwise, the coarsest is.
 
     Raises:
         ValueError: a number is out of range or not a number.
@@ -80,6 +90,11 @@ class Setting:
     holes: tuple[int, ...] = ()
     compute_speed: Speed = CONSTANT
     line_speed: Speed = CONSTANT
+    codec: CodecCost | None = None
+    cores: int = 0
+    forms: tuple[CodecCost, ...] = ()
+    max_ttft: float = math.inf
+    gives_up: bool = True
 
     def __post_init__(self) -> None:
         _ = self.line
@@ -88,6 +103,8 @@ class Setting:
         _check("part of the device", self.gpu_share, 1e-6, 1)
         _check("number of staged chunks", self.most_staged or 0, 0, MAX_CHUNKS)
         _check("deadline of a read", self.read_timeout, 1e-9, math.inf)
+        _check("number of cores", self.cores, 0, MAX_CORES)
+        _check("time to the first token", self.max_ttft, 0, math.inf)
         _check("suffix's seconds", self.suffix / self.gpu_share, 0, MAX_SECONDS)
         for seconds in self.compute:
             _check("seconds to compute a chunk", seconds / self.gpu_share, 1e-9, MAX_SECONDS)
@@ -110,7 +127,15 @@ class Setting:
     @property
     def line(self) -> LoadCost:
         """What loading takes here. Its `finish(k)` is exact: all threads start at 0 and nothing else is on the line."""
-        return LoadCost(self.latency, self.bandwidth, self.chunk_bytes, self.threads)
+        raw = LoadCost(self.latency, self.bandwidth, self.chunk_bytes, self.threads)
+        return raw if self.codec is None else self.codec.load(raw)
+
+    def brought(self, codec: CodecCost | None) -> Brought:
+        """What a load brings of a chunk in that form."""
+        raw = round(self.chunk_bytes)
+        if codec is None:
+            return Brought(raw, raw)
+        return Brought(max(1, round(codec.ratio * raw)), raw, self.chunk_bytes / codec.speed)
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,7 @@ class Outcome:
         left: forwards that were left because their chunk had arrived.
         spans: who did which chunk from when to when, as in a report's timeline.
         reads: which chunk's bytes were on the line from when to when.
+        forms: of the loaded chunks, by number in `Setting.forms`; empty if loads have no choice.
     """
 
     seconds: float
@@ -131,6 +157,7 @@ class Outcome:
     left: int
     spans: tuple[Span, ...]
     reads: tuple[tuple[int, float, float], ...] = ()
+    forms: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +271,8 @@ def best_after(setting: Setting, outcome: Outcome, when: float) -> float:
         outcome: of it.
         when: seconds from its start.
     """
+    if setting.codec is not None or setting.forms:
+        raise ValueError("What was still possible is known for raw chunks only.")
     there = {span.chunk for span in outcome.spans if span.end <= when and span.outcome != "preempted"}
     compute, load = list(setting.step_seconds), [setting.chunk_bytes / setting.bandwidth] * setting.chunks
     for chunk in there:
@@ -272,9 +301,10 @@ def simulate_prompts(
     outcomes = []
     for setting in settings:
         size = round(setting.chunk_bytes)
-        restore = _Restore(setting, policy, learner.costs(size), learner.credit)
+        costs = learner.costs(size if setting.codec is None else None)
+        restore = _Restore(setting, policy, costs, learner.credit)
         outcome = restore.run()
-        learner.saw_restore(restore.pace, outcome.spans, size)
+        learner.saw_restore(restore.pace, outcome.spans, size, restore.brought)
         outcomes.append(outcome)
     return outcomes
 
@@ -282,7 +312,8 @@ def simulate_prompts(
 @lru_cache(maxsize=1)  # several policies are asked about one setting after the other
 def _learned(setting: Setting) -> Costs:
     """What is believed."""
-    return learnt(setting).costs(round(setting.chunk_bytes)) if setting.costs_known else Costs()
+    size = round(setting.chunk_bytes) if setting.codec is None else None
+    return learnt(setting).costs(size) if setting.costs_known else Costs()
 
 
 def learnt(setting: Setting) -> CostLearner:
@@ -290,8 +321,9 @@ def learnt(setting: Setting) -> CostLearner:
     learner = CostLearner()
     learner.saw_steps(list(enumerate(setting.step_seconds)))
     whole = replace(setting, line_speed=CONSTANT, compute_speed=CONSTANT, holes=())
-    first = _Restore(whole, "load", Costs()).run()
-    learner.saw_loads(round(setting.chunk_bytes), [(span.start, span.end) for span in first.spans])
+    first = _Restore(replace(whole, forms=()), "load", Costs()).run()
+    spans = [(span.start, span.end) for span in first.spans]
+    learner.saw_loads(round(setting.chunk_bytes), spans, [setting.brought(setting.codec)] * len(spans))
     return learner
 
 
@@ -400,7 +432,11 @@ class _Restore:
         self._left = 0
         self._ranges = ranges_of(costs, setting.layers, setting.latency)
         self._idle: list[str] = []  # loaders that found nothing to load
-        self.pace = (_Fixed if policy == "fixed" else Pace)(
+        self._computes = False
+        self._taken = 0.0  # seconds that decoding took from computing
+        self.brought: dict[int, Brought] = {}
+        self._forms: dict[int, int] = {}
+        self.pace = self._pace_class()(
             costs,
             chunks=setting.chunks,
             layers=setting.layers,
@@ -427,9 +463,17 @@ class _Restore:
         self._walk(self._setting.chunks, past_loads=self._gate.is_open)
         self._last_piece()
         self.pace.end(self._clock.now)
-        loaded = list(self._frontier.outcomes().values()).count(LoadOutcome.LOADED)
-        computed = self._setting.chunks - loaded
-        return Outcome(self._clock.now, computed, loaded, self._left, tuple(self._spans), tuple(self._reads))
+        ends = self._frontier.outcomes()
+        loaded = [index for index, end in sorted(ends.items()) if end is LoadOutcome.LOADED]
+        forms = tuple(self._forms[index] for index in loaded if index in self._forms)
+        computed, spans, reads = self._setting.chunks - len(loaded), tuple(self._spans), tuple(self._reads)
+        return Outcome(self._clock.now, computed, len(loaded), self._left, spans, reads, forms)
+
+    def _pace_class(self) -> Callable[..., Pace]:
+        if self._setting.forms and self._policy == "both":
+            where = self._setting
+            return partial(Adapting, forms=where.forms, max_ttft=where.max_ttft, gives_up=where.gives_up)
+        return _Fixed if self._policy == "fixed" else Pace
 
     def _walk(self, until: int, *, past_loads: bool) -> None:
         seconds = self._setting.step_seconds
@@ -447,14 +491,27 @@ class _Restore:
 
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
-        begin, layers = self._clock.now, self._setting.layers
+        begin, layers, taken = self._clock.now, self._setting.layers, self._taken
         for layer in range(1, layers + 1):
-            self._clock.go_to(self._setting.compute_speed.end(begin, seconds * layer / layers))
+            self._compute(begin, seconds * layer / layers, taken)
             self._frontier.take_staged()  # as in each layer
             if self._policy != "cake" and layer < layers and self._is_left(index, begin, layer / layers):
                 return False
         self.pace.saw_forward(index, self._clock.now - begin)
         return True
+
+    def _compute(self, begin: float, work: float, taken: float) -> None:
+        """Let pass what computing takes.
+
+        Args:
+            begin: when it began.
+            work: seconds that it takes at speed 1, if nothing is decoded on the same cores meanwhile.
+            taken: what decoding had taken when it began.
+        """
+        self._computes = True
+        while (end := self._setting.compute_speed.end(begin, work + self._taken - taken)) > self._clock.now:
+            self._clock.go_to(end)
+        self._computes = False
 
     def _is_left(self, index: int, begin: float, share: float) -> bool:
         preempted = self._frontier.preempted(index)
@@ -465,12 +522,11 @@ class _Restore:
     def _last_piece(self) -> None:
         """Each layer of it waits for that layer of the loads that are under way."""
         if not self._gate.beyond:
-            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, self._setting.suffix_seconds))
+            self._compute(self._clock.now, self._setting.suffix_seconds, self._taken)
             return
         for layer in range(self._setting.layers):
             self._gate.await_layer(layer, lambda _: None, lambda until: self._walk(until, past_loads=False))
-            seconds = self._setting.suffix_seconds / self._setting.layers
-            self._clock.go_to(self._setting.compute_speed.end(self._clock.now, seconds))
+            self._compute(self._clock.now, self._setting.suffix_seconds / self._setting.layers, self._taken)
 
     def _wake(self) -> None:
         """Has loaders that found nothing to load look again, at the same moment."""
@@ -483,12 +539,23 @@ class _Restore:
         index = self._frontier.claim()
         if index is None:
             self._idle.append(actor)
-        else:
-            self._read(actor, index, self._clock.now, 1, self._gate.ranges_of(index))
+            return
+        brought = self.brought[index] = self._setting.brought(self._choose(index))
+        ranges = self._gate.ranges_of(index)
+        self._read(actor, index, self._clock.now, 1, 1 if brought.decoding else ranges)
+
+    def _choose(self, index: int) -> CodecCost | None:
+        """The form of the load that was just claimed."""
+        if not self._setting.forms:
+            return self._setting.codec
+        form = self._forms[index] = self.pace.form if isinstance(self.pace, Adapting) else 0
+        return self._setting.forms[form]
 
     def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
         """Book the line for the next range; what the loader does when that read ends is planned."""
-        seconds = self._setting.chunk_bytes / self._setting.bandwidth / ranges
+        brought = self.brought[index]
+        share = brought.nbytes / brought.raw_bytes
+        seconds = share * self._setting.chunk_bytes / self._setting.bandwidth / ranges
         start = max(self._clock.now, self._line_free_at)
         self._line_free_at = self._setting.line_speed.end(start, seconds)
         self._reads.append((index, start, self._line_free_at))
@@ -498,6 +565,16 @@ class _Restore:
                 self._gate.landed(index, self._setting.layers * number // ranges)
                 self._read(actor, index, begin, number + 1, ranges)
                 return
+            if isinstance(self.pace, Adapting):
+                self.pace.came(brought.nbytes, begin, self._clock.now)
+            if brought.decoding and self._computes and self._setting.cores:
+                self._taken += brought.decoding / self._setting.cores
+            if brought.decoding:
+                self._clock.plan(self._clock.now + brought.decoding, load_ends)
+            else:
+                load_ends()
+
+        def load_ends() -> None:
             if self._frontier.settle(index, LoadOutcome.LOADED):
                 self._record(actor, index, begin, LoadOutcome.LOADED.value)
             self._load_next(actor)

@@ -62,9 +62,9 @@ class CakeCache(RestoringCache):
             snapshot is always stored at the end of each prompt, and where a prompt diverges from stored ones; 0 stores no
             others.
         codec: how new chunks are stored. "none": as they are; "lossless": encoded, if the KV is bfloat16, in about 0.7 of the
-            bytes; "auto": as "lossless", unless the store is in memory. Decoding gives the very same bits and takes time, so it
-            pays where the store is slower than that (docs/performance.md). Both forms have the same keys, and every cache reads
-            both.
+            bytes; "auto": as "lossless", unless the store is in memory, or raw chunks load faster by what earlier prompts have
+            shown. Decoding gives the very same bits and takes time, so it pays where the store is slower than that
+            (docs/performance.md). Both forms have the same keys, and every cache reads both.
 
     Attributes:
         report: what happened to the last prompt.

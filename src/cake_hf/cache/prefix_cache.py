@@ -229,7 +229,7 @@ class PrefixCache(RememberingCache):
             count = prompt.chunks + save_suffix
             past, blocks = prompt.call.past, prompt.blocks[:count]
             self._held.append([block.shifted(past) for block in blocks] if past else blocks, prompt.keys[:count])
-        learn_costs(restore.cost_memory, restore.prompt, restore.pace, restore.chunk_bytes)
+        learn_costs(restore.cost_memory, restore.prompt, restore.pace, restore.took)
         if restore.brought:
             note_savings(restore.cost_memory, restore.prompt, time.monotonic() - restore.prompt.began)
         if prompt.inquiry is not None:

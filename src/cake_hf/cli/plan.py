@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,6 +17,7 @@ from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.known_costs import CostQuery, KnownCosts
 from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
 from cake_hf.cli.options import Dtype
+from cake_hf.cli.plan_codecs import Forms, forms_of
 from cake_hf.cli.tables import Bar, Bars
 from cake_hf.errors import CakeError
 from cake_hf.limits import MIN_CHUNK_SIZE
@@ -60,7 +61,7 @@ def plan_command(
         float | None,
         typer.Option(help="Additional seconds for each further chunk; 0 if not given."),
     ] = None,
-    chunk_mib: Annotated[float | None, typer.Option(help="MiB of KV per chunk.")] = None,
+    chunk_mib: Annotated[float | None, typer.Option(help="MiB of KV per chunk, as computed.")] = None,
     gbps: Annotated[float | None, typer.Option(help="Bandwidth of the store in 10^9 bits per second.")] = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="Milliseconds until a load's first byte; 0 if not given.")
@@ -69,6 +70,12 @@ def plan_command(
         int | None,
         typer.Option(help="Concurrent loads; they share the bandwidth and overlap the latency. As measured, or 1."),
     ] = None,
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="Form of the stored chunks: none, auto, or a codec that is listed; by default as they came last."
+        ),
+    ] = "",
     suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's suffix.")] = 0.0,
     gpu_share: Annotated[
         float, typer.Option(help="Share of the device's compute that computing chunks gets, above 0 and up to 1.")
@@ -111,9 +118,12 @@ def plan_command(
     size = known.chunk_size if known else chunk_size or auto_chunk_size(kind)
     count = _chunk_count(tokens, chunks, size)
     compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
-    load = _load_cost(measured.load, chunk_mib, gbps, latency_ms, threads)
+    forms = _forms(measured, known, chunk_mib, gbps, latency_ms, threads)
+    chosen = forms.choose(codec)
+    load = forms.load(chosen)
     made = plan(Costs(compute, load), [True] * count, suffix_seconds=suffix)
-    show_plan(compute, load, made, _source(known, store), _sized(size, kind))
+    by_form = forms.bars(compute, count, suffix, chosen) if len(forms.codecs) > 1 else []
+    show_plan(compute, load, made, _source(known, store), _sized(size, kind), forms.text(chosen), by_form)
 
 
 def find_costs(
@@ -169,7 +179,15 @@ def read_costs(path: Path) -> Costs:
     return learner.costs()
 
 
-def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = "", sized: str = "") -> None:
+def show_plan(
+    compute: ComputeCost,
+    load: LoadCost,
+    made: Plan,
+    source: str = "",
+    sized: str = "",
+    codec: str = "",
+    by_form: Sequence[Bar] = (),
+) -> None:
     """Shows the decision, the assumptions, the three predictions, and the curve.
 
     Args:
@@ -177,6 +195,8 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
         made: a plan of at least one chunk from them.
         source: where the costs are from; empty if the user gave them.
         sized: the size of a chunk, and where that is from.
+        codec: the form of the chunks.
+        by_form: the prediction for each form.
     """
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
@@ -188,6 +208,8 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
     grid.add_row("split", f"{split} of {count_text(len(made.curve) - 1, 'chunk')} computed")
     grid.add_row("computing", f"{_ms(compute.base)} + {_ms(compute.slope)} per chunk before it")
     grid.add_row("loading", f"{bytes_text(load.chunk_bytes)} every {_ms(load.interval)}")
+    if codec:
+        grid.add_row("codec", codec)
     if sized:
         grid.add_row("chunks", sized)
     if source:
@@ -204,6 +226,9 @@ def show_plan(compute: ComputeCost, load: LoadCost, made: Plan, source: str = ""
             ]
         )
     )
+    if by_form:
+        console.print("\n... of both ends, by the form of the chunks", style="bold")
+        console.print(Bars(by_form))
     console.print("\n... by how many chunks are computed", style="bold")
     console.print(Bars([_curve_bar(made.curve, m, split) for m in shown_splits(len(made.curve), split)]))
 
@@ -271,6 +296,13 @@ def _compute_cost(measured: ComputeCost | None, base: float | None, slope: float
     slope = _given("--compute-slope", slope, measured.slope if measured else 0.0)
     ComputeCost(base, slope)  # an error names the value as given, not as changed by the share
     return ComputeCost(base / share, slope / share)
+
+
+def _forms(measured: Costs, known: KnownCosts | None, *given: Any) -> Forms:
+    """Returns what loading costs in each form; `given` are the options for raw chunks."""
+    load, codec = measured.load, measured.codec
+    raw = codec.raw(load) if codec and load else load
+    return forms_of(_load_cost(raw, *given), codec, known.dtype if known else "", came_encoded=measured.come_encoded)
 
 
 def _load_cost(

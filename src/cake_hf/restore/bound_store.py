@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from cake_hf.chunks.codec import ChunkMetadata
+from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless import CODEC as LOSSLESS
 from cake_hf.chunks.lossless import is_native
@@ -16,6 +16,7 @@ from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
 from cake_hf.restore.namespace_record import recorder
+from cake_hf.scheduling.codecs import encoding_pays
 from cake_hf.stores.base import Store
 from cake_hf.stores.display_name import store_name
 from cake_hf.stores.opening import StoreSpec
@@ -57,6 +58,7 @@ class BoundStore:
         self.access = Access(store, limits, save=save, share=sharing_of)
         self.name = store_name(store)
         self._count_lock = Lock()
+        self._memories: dict[str, CostMemory] = {}
 
     @property
     def store(self) -> Store:
@@ -68,10 +70,22 @@ class BoundStore:
         """Whether new chunks are saved to the store."""
         return self.access.saves
 
-    @property
-    def encodes(self) -> bool:
-        """Whether new chunks are encoded, if their dtype allows it: never in memory, unless the codec was asked for by name."""
-        return self._codec == LOSSLESS or (self._codec == "auto" and is_native() and not self.store.in_memory)
+    def encodes(self, namespace: str, layout: ChunkLayout) -> bool:
+        """Returns whether new chunks are encoded, if their dtype allows it.
+
+        With the codec "auto" they are, unless the store is in memory or, by what was learned of both, loading them would take
+        longer than loading raw ones. That changes no key, and all forms are read.
+
+        Args:
+            namespace: of the chunks.
+            layout: of a chunk.
+        """
+        if self._codec != "auto":
+            return self._codec == LOSSLESS
+        if not is_native() or self.store.in_memory:
+            return False
+        memory = self._memories.get(namespace)
+        return memory is None or encoding_pays(memory.costs(stored_bytes(layout)))
 
     @property
     def sharing(self) -> Sharing:
@@ -99,7 +113,8 @@ class BoundStore:
 
     def cost_memory(self, namespace: str, where: str) -> CostMemory:
         """Returns what computing on these devices, and loading from this store, costs with the model of that namespace."""
-        return recall_costs(self.store, namespace, where, self.limits, self.sharing.notes)
+        memory = self._memories[namespace] = recall_costs(self.store, namespace, where, self.limits, self.sharing.notes)
+        return memory
 
     def count(self, report: Report) -> None:
         """Passes the report of a finished prompt to telemetry, and counts the prompt beside the store."""
@@ -149,7 +164,7 @@ class BoundStore:
                 report.bytes_stored += 0 if stored is None or overwrite else stored
             observe_save(saved, layout.nbytes)
 
-        writer, encode = self.access.writer, what != "state" and self.encodes
+        writer, encode = self.access.writer, what != "state" and self.encodes(metadata.namespace, layout)
         if not writer.has_room(layout.nbytes):
             done(None)
             return

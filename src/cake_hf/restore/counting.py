@@ -56,7 +56,9 @@ def count_restore(
         )
     report.states_loaded += states
     report.bytes_stored += sum(
-        took - raw for index, (took, raw) in list(job.took.items()) if index in own and took < raw
+        took.nbytes - took.raw_bytes
+        for index, took in list(job.took.items())
+        if index in own and took.nbytes < took.raw_bytes
     )
     report.bytes_loaded += job.place.wanted_bytes(own) + states * prompt.state_layout.nbytes
     return len(own | shared)

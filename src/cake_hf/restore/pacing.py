@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import dropwhile
 from typing import Any
 
 from cake_hf.blocks import Block
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.restore.plan import RestorePlan
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
-from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.costs import Brought, Costs
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.scheduling.pace import Pace
 from cake_hf.transfer.cost_notes import CostMemory
@@ -118,14 +119,14 @@ def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace) -> Fron
     )
 
 
-def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace, chunk_bytes: int) -> None:
+def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace, took: Mapping[int, Brought]) -> None:
     """Stores what the restore measured, for decisions about the next prompt.
 
     Args:
         memory: of costs.
         prompt: that was restored.
         pace: of the restore.
-        chunk_bytes: bytes that came from the store for a chunk, on average. The time of decoding counts as time of loading.
+        took: what was brought for each chunk that was read.
     """
     if not prompt.keys:
         return
@@ -136,7 +137,7 @@ def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace, chunk_bytes: int
         spans = [span for span in timeline if span.chunk < 0 and span.outcome == "computed"]
         part = ((prompt.call.past + prompt.rest) // size, spans[0].end - spans[0].start) if spans else None
     chunks = [span for span in timeline if span.chunk in prompt.full]
-    memory.learn(pace, chunks, chunk_bytes, part)
+    memory.learn(pace, chunks, stored_bytes(prompt.layout), part, took)
 
 
 def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:

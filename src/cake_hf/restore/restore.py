@@ -46,6 +46,7 @@ from cake_hf.restore.session import Session
 from cake_hf.restore.snapshots import StoredStates
 from cake_hf.restore.steps import steps_for
 from cake_hf.restore.windows import WindowBuffers
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.copy_streams import let_copies_out_end
@@ -233,11 +234,9 @@ class Restore:
             self._carried.end()
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes that a loaded chunk took in the store, without its header, as far as this restore has seen."""
-        read = list(self._job.took.values())  # late loads may still add to it
-        ratio = sum(took for took, _ in read) / sum(raw for _, raw in read) if read else 1.0
-        return max(1, round(self.prompt.layout.nbytes * ratio))
+    def took(self) -> dict[int, Brought]:
+        """What was brought for each chunk that was read so far."""
+        return dict(self._job.took)  # late loads may still add to it
 
     @property
     def waited(self) -> bool:
@@ -349,7 +348,7 @@ class Restore:
             most_reads=limits.loader_threads,
             patience=limits.read_timeout,
             gate=self._gate,
-            encodes=self._session.bound_store.encodes,
+            encodes=self._session.bound_store.encodes(self.prompt.namespace, self.prompt.layout),
         )
 
     def _count(self) -> int:

@@ -1,17 +1,20 @@
 """The cost model: seconds to compute and to load a chunk.
 
 It is Cake's model (Jin et al., ICML 2025): chunk i costs `a + b * i` seconds to compute, since later chunks attend to more
-tokens, and loading costs the same for every chunk. `learning` estimates these costs from measurements.
+tokens, and loading costs the same for every chunk. Encoded chunks take less of the path, and decoding takes a thread's time.
+`learning` estimates these costs from measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 MAX_SECONDS = 1e6
 MAX_BYTES = 2**50
 MAX_INDEX = 2**40
+MIN_RATIO, MAX_RATIO = 2.0**-20, 2.0**20
 """Numbers beyond these limits are not valid measurements. The limits also keep every prediction finite."""
 
 
@@ -41,18 +44,19 @@ class ComputeCost:
 
 @dataclass(frozen=True)
 class LoadCost:
-    """Seconds to load chunks of one size: `latency + chunk_bytes / bandwidth` for a single load.
+    """Seconds to load chunks of one size: `latency + chunk_bytes / bandwidth + decoding` for a single load.
 
-    With k threads, each load waits `latency` independently and then takes its turn on the shared path of `bandwidth`. In steady
-    flow a chunk arrives every `max(D, (latency + D) / k)` seconds, with `D = chunk_bytes / bandwidth`: the asymptotic bound of
-    a closed queueing network (Denning and Buzen, ACM Computing Surveys 10(3), 1978), which is attained because nothing here is
-    random.
+    With k threads, each load waits `latency` independently, takes its turn on the shared path of `bandwidth`, and is decoded
+    while others have the path. In steady flow a chunk arrives every `max(t, (latency + t + decoding) / k)` seconds, with
+    `t = chunk_bytes / bandwidth`: the asymptotic bound of a closed queueing network (Denning and Buzen, ACM Computing Surveys
+    10(3), 1978), which is attained because nothing here is random.
 
     Attributes:
         latency: seconds of a load during which the path is free for other loads.
         bandwidth: bytes per second of the path, shared by all loads.
-        chunk_bytes: bytes of one chunk.
+        chunk_bytes: bytes of one chunk on the path: as it is stored.
         threads: k, concurrent loads.
+        decoding: seconds in which a thread decodes a chunk; 0 if chunks are raw.
 
     Raises:
         ValueError: a number is out of range, NaN or absurdly large.
@@ -62,17 +66,19 @@ class LoadCost:
     bandwidth: float
     chunk_bytes: float
     threads: int = 1
+    decoding: float = 0.0
 
     def __post_init__(self) -> None:
         check("load latency", self.latency, 0.0, MAX_SECONDS, "seconds")
         check("bandwidth", self.bandwidth, 1.0, MAX_BYTES, "bytes per second")
         check("size of a chunk", self.chunk_bytes, 1.0, MAX_BYTES, "bytes")
         check("number of loader threads", self.threads, 1, 2**20, "threads")
+        check("time of decoding", self.decoding, 0.0, MAX_SECONDS, "seconds")
 
     @property
     def seconds(self) -> float:
         """Seconds of one load that has the path to itself."""
-        return self.latency + self._transfer
+        return self.latency + self._transfer + self.decoding
 
     @property
     def interval(self) -> float:
@@ -82,25 +88,89 @@ class LoadCost:
     def finish(self, count: int) -> float:
         """Returns the seconds until `count` chunks have arrived, if all threads start at 0.
 
-        Successive loads of one thread take `max(k * D, latency + D)` seconds each; the first load of the p-th thread arrives at
-        `latency + p * D`.
+        Successive loads of one thread take `max(k * t, latency + t + decoding)` seconds each; the first load of the p-th thread
+        arrives at `latency + p * t + decoding`.
         """
         if count <= 0:
             return 0.0
         rounds, position = divmod(count - 1, self.threads)
-        return rounds * self.threads * self.interval + self.latency + (position + 1) * self._transfer
+        free = self.latency + self.decoding  # seconds of a load in which others may have the path
+        return rounds * self.threads * self.interval + free + (position + 1) * self._transfer
 
     @property
     def _transfer(self) -> float:
         return self.chunk_bytes / self.bandwidth
 
 
+class Brought(NamedTuple):
+    """What a load brought.
+
+    Attributes:
+        nbytes: bytes that came from the store.
+        raw_bytes: bytes that would have come if the chunk were raw.
+        decoding: seconds of the load in which its thread decoded.
+    """
+
+    nbytes: int
+    raw_bytes: int
+    decoding: float = 0.0
+
+
+@dataclass(frozen=True)
+class CodecCost:
+    """How encoded chunks differ from raw ones.
+
+    Attributes:
+        ratio: r, bytes of an encoded chunk over those of a raw one.
+        speed: D, bytes of raw chunks that one thread decodes per second.
+
+    Raises:
+        ValueError: a number is out of range, NaN or absurdly large.
+    """
+
+    ratio: float
+    speed: float
+
+    def __post_init__(self) -> None:
+        check("size of encoded chunks", self.ratio, MIN_RATIO, MAX_RATIO, "of the raw ones")
+        check("speed of decoding", self.speed, 1.0, MAX_BYTES, "bytes per second")
+
+    def load(self, raw: LoadCost) -> LoadCost:
+        """Returns what loading costs if the chunks are encoded: r*S bytes and S/D seconds of decoding for a raw chunk of S.
+
+        Args:
+            raw: what loading them raw costs.
+        """
+        seconds = min(raw.chunk_bytes / self.speed, MAX_SECONDS)
+        return replace(raw, chunk_bytes=max(1.0, self.ratio * raw.chunk_bytes), decoding=seconds)
+
+    def raw(self, load: LoadCost) -> LoadCost:
+        """Returns what loading costs if all chunks are raw.
+
+        Args:
+            load: what loading costs now, of encoded chunks or of both forms, on average: of a share w of encoded ones, decoding
+                takes w*S/D seconds, and chunks have `S - (1 - r)*w*S` bytes.
+        """
+        nbytes = load.chunk_bytes + (1 - self.ratio) * load.decoding * self.speed
+        return replace(load, chunk_bytes=min(max(nbytes, 1.0), MAX_BYTES), decoding=0.0)
+
+    def share(self, load: LoadCost) -> float:
+        """Returns the share w of encoded chunks among those of `load`."""
+        return load.decoding * self.speed / self.raw(load).chunk_bytes
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Both halves of the cost model; a half is None while it is not known."""
+    """Both halves of the cost model, and what is known of encoded chunks; None while it is not known."""
 
     compute: ComputeCost | None = None
     load: LoadCost | None = None
+    codec: CodecCost | None = None
+
+    @property
+    def come_encoded(self) -> bool:
+        """Whether most chunks are expected to be encoded."""
+        return self.load is not None and self.codec is not None and self.codec.share(self.load) > 1 / 2
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:

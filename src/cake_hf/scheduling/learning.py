@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 from cake_hf.report import Span
-from cake_hf.scheduling.costs import (
-    MAX_BYTES,
-    MAX_INDEX,
-    MAX_SECONDS,
-    ComputeCost,
-    Costs,
-    LoadCost,
-    busy_seconds,
-    is_number,
-    most_at_once,
-)
+from cake_hf.scheduling.costs import MAX_INDEX, MAX_SECONDS, Brought, CodecCost, ComputeCost, Costs, is_number
+from cake_hf.scheduling.load_batches import Load, LoadBatch, batch_from, batch_of, batch_row, codec_of, fit_load
 from cake_hf.scheduling.pace import Pace
 
 FORMAT = "cake_hf costs"
-VERSION = 3
+VERSION = 4
+READABLE = (3, VERSION)
+"""Versions of notes. Version 3 did not know of codecs."""
 
 PROMPTS = 8
 """Number of prompts whose measurements are remembered. The oldest are dropped first."""
@@ -56,41 +47,6 @@ Steps = Sequence[tuple[int, float]]
 """(index on the absolute grid, seconds) of computed chunks."""
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Loads that were measured together.
-
-    Attributes:
-        chunk_bytes: bytes of each chunk.
-        count: number of loads.
-        busy: seconds during which anything was being loaded.
-        shortest: seconds of the fastest load.
-        threads: number of loads that ran concurrently.
-    """
-
-    chunk_bytes: int
-    count: int
-    busy: float
-    shortest: float
-    threads: int
-
-    def cost(self, chunk_bytes: int) -> LoadCost:
-        """Returns the model that reproduces these numbers: `finish(count) = busy` and, in steady flow, `seconds = shortest`.
-
-        If the path is the bottleneck, n loads take `m + (n - 1) * D` seconds, where m is the time of a single load. Otherwise
-        each round of k loads takes m, and the last round `m + p * D`, where p is the number of its loads after the first; p = 0
-        says nothing about D except that it is at most m / k. The part of m beyond D is latency.
-        """
-        alone, transfer = self.shortest, self.shortest
-        if self.count > 1:
-            transfer = (self.busy - alone) / (self.count - 1)
-            if transfer * self.threads < alone:
-                rounds, beyond = divmod(self.count - 1, self.threads)
-                transfer = (self.busy - (rounds + 1) * alone) / beyond if beyond else alone / self.threads
-                transfer = min(max(transfer, 0.0), alone / self.threads)
-        return _load_cost(alone - transfer, transfer / self.chunk_bytes, chunk_bytes, self.threads)
-
-
 class CostLearner:
     """Estimates costs from measurements of successive prompts. Memory is bounded; one thread at a time.
 
@@ -106,29 +62,34 @@ class CostLearner:
     def __init__(self) -> None:
         self.credit, self.quiet = 0.0, 1.0
         self._prompts: deque[list[tuple[int, float]]] = deque(maxlen=PROMPTS)
-        self._batches: deque[_Batch] = deque(maxlen=PROMPTS)
+        self._batches: deque[LoadBatch] = deque(maxlen=PROMPTS)
+        self._codecs: deque[CodecCost] = deque(maxlen=PROMPTS)
         self._cold_step: tuple[int, float] | None = None
-        self._cold_batch: _Batch | None = None
+        self._cold_batch: LoadBatch | None = None
         self._step_seen = self._batch_seen = False
         self._compute: ComputeCost | None = None
         self._stale = False
 
-    def saw_restore(self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int) -> None:
+    def saw_restore(
+        self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, brought: Mapping[int, Brought] | None = None
+    ) -> None:
         """Records what one restore measured.
 
         Args:
             pace: of the restore, which has ended.
             timeline: of its report.
-            chunk_bytes: bytes of one chunk.
+            chunk_bytes: bytes of one raw chunk.
+            brought: for each chunk that was read, what its load brought; without an entry, it was a raw one.
         """
         self.saw_steps(pace.steps)
         # If every load was superseded, nothing else would show that loads take longer than believed.
-        if loads := _spans(timeline, "loaded") or _spans(timeline, "superseded"):
-            self.saw_loads(chunk_bytes, loads)
+        if loads := _of(timeline, "loaded") or _of(timeline, "superseded"):
+            told, raw = brought or {}, Brought(chunk_bytes, chunk_bytes)
+            spans = [(span.start, span.end) for span in loads]
+            self.saw_loads(chunk_bytes, spans, [told.get(span.chunk, raw) for span in loads])
         elif self._batches and pace.lateness > 1:
-            last = self._batches[-1]
-            late = replace(last, busy=last.busy * pace.lateness, shortest=last.shortest * pace.lateness)
-            self._batches.extend([late] if _is_batch(late) else [])
+            late = self._batches[-1].late_by(pace.lateness)
+            self._batches.extend([late] if late.is_valid else [])
         self.credit = pace.credit
         if pace.steps:
             self.quiet = median(pace.shares) if pace.shares else 1.0
@@ -158,16 +119,24 @@ class CostLearner:
         if _is_step(index, seconds) and not self._prompts and not self._step_seen:
             self._cold_step, self._stale = (index, seconds), True
 
-    def saw_loads(self, chunk_bytes: int, spans: Iterable[tuple[float, float]]) -> None:
+    def saw_loads(
+        self, chunk_bytes: int, spans: Iterable[tuple[float, float]], brought: Sequence[Brought] | None = None
+    ) -> None:
         """Records loads by any number of threads: ideally all loads of one restore at once, without those that failed.
 
         Args:
-            chunk_bytes: bytes of each chunk.
+            chunk_bytes: bytes of each raw chunk.
             spans: start and end of each load, in seconds of one clock. How they overlap separates latency from bandwidth.
+            brought: what each of them brought; by default raw chunks.
         """
-        batch = _batch_of(chunk_bytes, list(spans))
+        raw = Brought(chunk_bytes, chunk_bytes)
+        pairs = list(spans)
+        told = [raw] * len(pairs) if brought is None else brought
+        loads = [Load(start, end, one) for (start, end), one in zip(pairs, told, strict=True)]
+        batch, codec = batch_of(loads), codec_of(loads)
         if batch is None:
             return
+        self._codecs.extend([codec] if codec else [])
         if self._batch_seen:
             self._batches.append(batch)
         else:
@@ -177,10 +146,10 @@ class CostLearner:
         """Returns the present estimate.
 
         Args:
-            chunk_bytes: size of the chunks that will be loaded; by default the size last seen.
+            chunk_bytes: size of the raw chunks that will be loaded; by default chunks are as last seen, encoded ones included.
         """
         batches = list(self._batches) or ([self._cold_batch] if self._cold_batch else [])
-        return Costs(self._compute_cost(), _fit_load(batches, chunk_bytes))
+        return Costs(self._compute_cost(), fit_load(batches, chunk_bytes), self._codec())
 
     def to_json(self, now: float) -> str:
         """Returns all that is remembered, as one line of JSON.
@@ -197,9 +166,10 @@ class CostLearner:
             "credit": self.credit,
             "quiet": self.quiet,
             "steps": [[list(step) for step in steps] for steps in self._prompts],
-            "loads": [_batch_row(batch) for batch in self._batches],
+            "loads": [batch_row(batch) for batch in self._batches],
+            "codecs": [[codec.ratio, codec.speed] for codec in self._codecs],
             "cold_step": None if self._cold_step is None else list(self._cold_step),
-            "cold_load": None if cold_batch is None else _batch_row(cold_batch),
+            "cold_load": None if cold_batch is None else batch_row(cold_batch),
         }
         return json.dumps(plain)
 
@@ -222,10 +192,14 @@ class CostLearner:
     def spread(self) -> float:
         """Returns how far the last prompt's costs are from the median of all prompts: a factor, at least 1."""
         levels = _levels(self._prompts, self._fit_shape()) if self._prompts else []
-        return max(
-            _spread(levels),
-            _spread([batch.busy / batch.count for batch in self._batches]),
-        )
+        size = self._batches[-1].chunk_bytes if self._batches else 1
+        return max(_spread(levels), _spread([batch.cost(size).interval for batch in self._batches]))
+
+    def _codec(self) -> CodecCost | None:
+        """Returns the medians of the last prompts."""
+        if not self._codecs:
+            return None
+        return CodecCost(median(one.ratio for one in self._codecs), median(one.speed for one in self._codecs))
 
     def _compute_cost(self) -> ComputeCost | None:
         if self._stale:
@@ -254,7 +228,7 @@ class CostLearner:
 
     @classmethod
     def _from_plain(cls, plain: Any, now: float) -> CostLearner:
-        if plain["format"] != FORMAT or isinstance(plain["version"], bool) or plain["version"] != VERSION:
+        if plain["format"] != FORMAT or isinstance(plain["version"], bool) or plain["version"] not in READABLE:
             raise ValueError("not ours")
         if not is_number(plain["written"], 0, now + FUTURE_SECONDS) or not is_number(plain["spread"], 1, math.inf):
             raise ValueError("of no time that has been")
@@ -264,9 +238,11 @@ class CostLearner:
             raise ValueError("not a part of a time")
         learner = cls()
         learner._prompts.extend([_step(row) for row in _rows(steps)] for steps in _rows(plain["steps"]) if _rows(steps))
-        learner._batches.extend(_batch(row) for row in _rows(plain["loads"]))
+        learner._batches.extend(batch_from(_rows(row)) for row in _rows(plain["loads"]))
+        if plain["version"] == VERSION:
+            learner._codecs.extend(_codec_from(row) for row in _rows(plain["codecs"]))
         learner._cold_step = None if plain["cold_step"] is None else _step(plain["cold_step"])
-        learner._cold_batch = None if plain["cold_load"] is None else _batch(plain["cold_load"])
+        learner._cold_batch = None if plain["cold_load"] is None else batch_from(_rows(plain["cold_load"]))
         doubtful = now - plain["written"] > OLD_SECONDS or plain["spread"] > DOUBTFUL
         learner.credit = MAX_SECONDS if doubtful else float(plain["credit"])
         learner.quiet = float(plain["quiet"])
@@ -274,8 +250,8 @@ class CostLearner:
         return learner
 
 
-def _spans(timeline: Sequence[Span], outcome: str) -> list[tuple[float, float]]:
-    return [(span.start, span.end) for span in timeline if span.outcome == outcome]
+def _of(timeline: Sequence[Span], outcome: str) -> list[Span]:
+    return [span for span in timeline if span.outcome == outcome]
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -333,46 +309,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
     return [(median(x for x, _ in group), median(y for _, y in group)) for group in groups]
 
 
-def _fit_load(batches: Sequence[_Batch], chunk_bytes: int | None) -> LoadCost | None:
-    """Returns the cost of the last batch.
-
-    If it has too few loads to separate latency from bandwidth: the cost of the median batch, scaled to the last batch's level.
-    """
-    if not batches:
-        return None
-    last = batches[-1]
-    size = last.chunk_bytes if chunk_bytes is None else chunk_bytes
-    if last.count > last.threads:
-        return last.cost(size)
-    costs = sorted(((batch, batch.cost(size)) for batch in batches), key=lambda pair: pair[1].interval)
-    reached = list(accumulate(batch.count for batch, _ in costs))
-    usual, cost = costs[bisect_left(reached, reached[-1] / 2)]
-    due = usual.cost(last.chunk_bytes).finish(last.count)
-    level = _level([last.busy / due] if due > 0 else [])
-    return _load_cost(cost.latency * level, level / cost.bandwidth, size, cost.threads)
-
-
-def _load_cost(latency: float, per_byte: float, chunk_bytes: int, threads: int) -> LoadCost:
-    bandwidth = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
-    return LoadCost(min(max(latency, 0.0), MAX_SECONDS), max(1.0, bandwidth), chunk_bytes, threads)
-
-
-def _batch_of(chunk_bytes: int, spans: Sequence[tuple[float, float]]) -> _Batch | None:
-    good = [(start, end) for start, end in spans if 0 <= end - start <= MAX_SECONDS]
-    shortest = min((end - start for start, end in good), default=0.0)
-    batch = _Batch(chunk_bytes, len(good), busy_seconds(good), shortest, most_at_once(good))
-    return batch if _is_batch(batch) else None
-
-
 def _is_step(index: object, seconds: object) -> bool:
     return is_number(index, 0, MAX_INDEX) and isinstance(index, int) and is_number(seconds, 0.0, MAX_SECONDS)
-
-
-def _is_batch(batch: _Batch) -> bool:
-    whole = all(isinstance(number, int) for number in (batch.chunk_bytes, batch.count, batch.threads))
-    in_range = is_number(batch.chunk_bytes, 1, MAX_BYTES) and is_number(batch.count, 1, MAX_INDEX)
-    possible = is_number(batch.threads, 1, batch.count) and is_number(batch.busy, 0.0, MAX_SECONDS)
-    return whole and in_range and possible and is_number(batch.shortest, 0.0, batch.busy) and batch.shortest > 0
 
 
 def _rows(value: Any) -> list[Any]:
@@ -388,12 +326,6 @@ def _step(row: Any) -> tuple[int, float]:
     return index, float(seconds)
 
 
-def _batch(row: Any) -> _Batch:
-    batch = _Batch(*_rows(row))
-    if not _is_batch(batch):
-        raise ValueError("not a batch of loads")
-    return batch
-
-
-def _batch_row(batch: _Batch) -> list[float]:
-    return [batch.chunk_bytes, batch.count, batch.busy, batch.shortest, batch.threads]
+def _codec_from(row: Any) -> CodecCost:
+    ratio, speed = _rows(row)
+    return CodecCost(ratio, speed)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.restore.bound_store import BoundStore
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.step_sharing import next_load
 from cake_hf.serving.beliefs import Beliefs
@@ -215,6 +217,7 @@ class Loaders:
             slot, whole = _Slot(split_payload(memory.memory, self._layout)), self._layout.ranges(1)
             if not reader.read(restore.keys[load.chunk], self._layout, slot, whole, lambda _: None, lambda: True):
                 return Outcome.MISSED
+            restore.took[load.chunk] = Brought(reader.nbytes, stored_bytes(self._layout), reader.decoding)
             if _ledger(restore).land(load):
                 self._copy(memory.memory, self._blocks(restore, load.chunk))
             return Outcome.LOADED

@@ -72,7 +72,7 @@ class Matching:
             whole = restore.tokens[: restore.chunks * session.chunk_size]
             restore.keys, restore.namespace = chunk_keys(namespace, whole, session.chunk_size), namespace
         stored, absence = stored_mask(session, [key for restore in restores for key in restore.keys])
-        at, size = 0, session.layout().nbytes
+        at = 0
         for restore in restores:
             restore.stored = stored[at : at + restore.chunks]
             at += restore.chunks
@@ -83,7 +83,7 @@ class Matching:
             report.explain(absence or (NONE_YET if missing == restore.chunks else None))
         if session.exact and any(stored):
             session.bound_model.vouched_for = plain
-        self._beliefs.start_from(session.cost_memory(namespace).costs(size))
+        self._beliefs.start_from(session.cost_memory(namespace).costs())
         return None
 
     def _apart(self, namespace: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.pace import Pace
@@ -108,13 +109,13 @@ class Requests:
 
     def _learn(self, restore: Restore) -> None:
         memory, layout = self._session.cost_memory(restore.namespace), self._session.layout()
-        pace = Pace(memory.costs(layout.nbytes), chunks=restore.chunks, threads=self._session.limits.loader_threads)
+        pace = Pace(memory.costs(), chunks=restore.chunks, threads=self._session.limits.loader_threads)
         for number, at in enumerate(restore.arrivals):
             (pace.loaded if number else pace.loading)(at)
         for index, seconds in restore.steps:
             pace.saw_forward(index, seconds)
-        memory.learn(pace, restore.report.timeline, layout.nbytes)
-        compute = memory.costs(layout.nbytes).compute
+        memory.learn(pace, restore.report.timeline, stored_bytes(layout), brought=dict(restore.took))
+        compute = memory.costs().compute
         if compute is not None and restore.ended and (restore.report.chunks_loaded or restore.report.chunks_shared):
             computed = sum(compute.seconds(index) for index in range(restore.chunks))
             restore.report.seconds_saved = computed - (restore.ended - restore.began)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.report import Report, Span
 from cake_hf.restore.audit import Comparison
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.serving.ledger import Ledger
 from cake_hf.util.forks import Lock
@@ -48,6 +49,7 @@ class Restore:
         outcomes: how loads ended that brought nothing, by chunk.
         steps: index and seconds of the chunks that were computed.
         arrivals: when loading began, and when each load arrived.
+        took: what was brought for each chunk that was read.
         crowded: whether other restores shared the path to the store meanwhile, so that it shows nothing of its speed.
         first_token: whether the first token of its answer has come.
         recomputed: number of stored chunks that were computed.
@@ -73,6 +75,7 @@ class Restore:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     steps: list[tuple[int, float]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
+    took: dict[int, Brought] = field(default_factory=dict)
     crowded: bool = False
     first_token: bool = False
     recomputed: int = 0

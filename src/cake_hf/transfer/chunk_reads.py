@@ -6,7 +6,9 @@ chunks, and at first the one that the cache writes. A wrong guess costs one more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -39,6 +41,9 @@ COMMIT_STEP = 2**23
 RAW_IN_A_ROW = 4
 """So many raw chunks in a row, and the next one is expected to be raw, too. Fewer would be wrong often where both are stored,
 and a raw chunk that is taken for an encoded one costs only a copy."""
+
+LEAST_SECONDS = 1e-9
+"""A clock may not see the time that decoding a small chunk takes; yet the chunk was encoded."""
 
 
 class Destination(Protocol):
@@ -79,13 +84,24 @@ class ChunkReader:
         layout: of a full chunk; a tail's is not larger.
         seen: in that place.
         encodes: whether the cache writes encoded chunks.
+        clock: monotonic seconds.
 
     Attributes:
         nbytes: bytes of the store that the last chunk took.
+        decoding: seconds in which it was checked and decoded; 0 if it was raw.
     """
 
-    def __init__(self, store: Store, layout: ChunkLayout, seen: SeenForms, *, encodes: bool) -> None:
-        self.nbytes = 0
+    def __init__(
+        self,
+        store: Store,
+        layout: ChunkLayout,
+        seen: SeenForms,
+        *,
+        encodes: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.nbytes, self.decoding = 0, 0.0
+        self._clock = clock
         self._store = store
         self._layout = layout
         self._seen = seen
@@ -117,6 +133,7 @@ class ChunkReader:
             NewerChunk: it is of a format that is not known here.
             StoreError: it cannot be read.
         """
+        self.decoding = 0.0
         may_be_encoded = can_be_encoded(layout)
         if may_be_encoded and self._seen.expects_encoded(self._encodes):
             return self._read_encoded(key, layout, landing, is_wanted)
@@ -217,8 +234,9 @@ class ChunkReader:
             found = self._store.read_range(key, [refinements], start + sizes.base_bytes)
         if not found or not _may_fill(landing, is_wanted):
             return False
-        check_encoded(bases, refinements, metadata, 0, count)
-        decode_into(bases, refinements, sizes, layout, landing.parts)
+        with self._decoding():
+            check_encoded(bases, refinements, metadata, 0, count)
+            decode_into(bases, refinements, sizes, layout, landing.parts)
         self._took(landing, end, encoded=True)
         return True
 
@@ -248,7 +266,8 @@ class ChunkReader:
         if is_encoded(raw):
             if not _may_fill(landing, is_wanted):
                 return False
-            decode_file(raw, key, layout, landing.parts)
+            with self._decoding():
+                decode_file(raw, key, layout, landing.parts)
             self._took(landing, size, encoded=True)
             return True
         refuse_newer(raw)
@@ -268,6 +287,12 @@ class ChunkReader:
         landing.commit(len(landing.parts))
         self._seen.saw(encoded=encoded)
         self.nbytes = nbytes
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        begin = self._clock()
+        yield
+        self.decoding = max(self._clock() - begin, LEAST_SECONDS)
 
     def _whole_room(self) -> memoryview:
         if self._room is None:

@@ -12,13 +12,13 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from cake_hf.limits import Limits
 from cake_hf.report import Span
-from cake_hf.scheduling.costs import Costs
+from cake_hf.scheduling.costs import Brought, Costs
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
 from cake_hf.stores.background_queue import NOTES, QueueUser, Task, users_of
@@ -101,8 +101,9 @@ class CostMemory:
         self._learner = (None if text is None else CostLearner.from_json(text, time.time())) or CostLearner()
 
     def costs(self, chunk_bytes: int | None = None) -> Costs:
-        """Returns the present estimate for chunks of that size in the store, by default the size last seen; a half is None
-        until something was measured.
+        """Returns the present estimate for raw chunks of that size, by default for chunks as last seen, encoded or not.
+
+        A part is None until something was measured.
         """
         with self._lock:
             return self._learner.costs(chunk_bytes)
@@ -120,21 +121,27 @@ class CostMemory:
             return self._learner.quiet
 
     def learn(
-        self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, part: tuple[int, float] | None = None
+        self,
+        pace: Pace,
+        timeline: Sequence[Span],
+        chunk_bytes: int,
+        part: tuple[int, float] | None = None,
+        brought: Mapping[int, Brought] | None = None,
     ) -> None:
         """Records what one restore measured.
 
         Args:
             pace: of the restore.
             timeline: of its report.
-            chunk_bytes: bytes of one chunk.
+            chunk_bytes: bytes of one raw chunk.
             part: index on the absolute grid and seconds of the prompt's suffix, if it is a part of a chunk.
+            brought: see `CostLearner.saw_restore`.
         """
         with self._lock:
-            self._learner.saw_restore(pace, timeline, chunk_bytes)
+            self._learner.saw_restore(pace, timeline, chunk_bytes, brought)
             if part is not None:
                 self._learner.saw_part(*part)
-            self._learner.costs(chunk_bytes)  # fit now, not while the next prompt waits for the result
+            self._learner.costs()  # fit now, not while the next prompt waits for the result
             if self._note is not None and self._may_write():
                 self._note.write(self._learner.to_json(time.time()))
 

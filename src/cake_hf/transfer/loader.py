@@ -13,6 +13,7 @@ import torch
 
 from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.stores.base import Store, total_bytes
@@ -52,7 +53,7 @@ class LoadJob:
         staged: staged chunks, including those still being loaded, by index, until the main thread commits them.
         shared: chunks that came from another restore.
         encodes: whether the cache writes encoded chunks, so that such are expected.
-        took: for each chunk that was read, bytes of the store that it took, and that it would have taken as a raw one.
+        took: what was brought for each chunk that was read.
         faults: of all loads.
     """
 
@@ -70,7 +71,7 @@ class LoadJob:
     staged: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     encodes: bool = False
-    took: dict[int, tuple[int, int]] = field(default_factory=dict)
+    took: dict[int, Brought] = field(default_factory=dict)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
     _landings: dict[int, Landing] = field(default_factory=dict)
@@ -146,7 +147,7 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 def run_loader(job: LoadJob, actor: str) -> None:
     """Runs one loader. Its errors become outcomes in the frontier; nothing is raised."""
-    reader = ChunkReader(job.store, job.layout, job.sharing.forms, encodes=job.encodes)
+    reader = ChunkReader(job.store, job.layout, job.sharing.forms, encodes=job.encodes, clock=job.clock)
 
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()
@@ -214,7 +215,8 @@ def _load(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, slot:
         wanted = partial(job.frontier.is_wanted, index)
         if not reader.read(job.keys[index], layout, landing, ranges, landed, wanted):
             return Outcome.MISSED
-        job.took[index] = (reader.nbytes, header_size(layout) + total_bytes(landing.parts))
+        raw_bytes = header_size(layout) + total_bytes(landing.parts)
+        job.took[index] = Brought(reader.nbytes, raw_bytes, reader.decoding)
         plan.payload = lambda: _joined(landing.parts)
         return Outcome.LOADED
 

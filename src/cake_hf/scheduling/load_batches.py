@@ -1,0 +1,225 @@
+"""Loads that were measured together, and what they tell of latency and bandwidth, whether their chunks were encoded or not."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from itertools import accumulate
+from statistics import fmean, median
+from typing import NamedTuple
+
+from cake_hf.scheduling.costs import (
+    MAX_BYTES,
+    MAX_INDEX,
+    MAX_RATIO,
+    MAX_SECONDS,
+    MIN_RATIO,
+    Brought,
+    CodecCost,
+    LoadCost,
+    busy_seconds,
+    is_number,
+    most_at_once,
+)
+
+ROUNDING = 1e-9
+
+
+class Load(NamedTuple):
+    """One load: start and end, in seconds of one clock, and what it brought."""
+
+    start: float
+    end: float
+    brought: Brought
+
+    @property
+    def seconds(self) -> float:
+        """Seconds without those of decoding."""
+        return self.end - self.start - self.brought.decoding
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether this can have been measured."""
+        nbytes, raw_bytes, decoding = self.brought
+        whole = isinstance(nbytes, int) and isinstance(raw_bytes, int)
+        sizes = is_number(nbytes, 1, MAX_BYTES) and is_number(raw_bytes, 1, MAX_BYTES)
+        return whole and sizes and 0 <= decoding <= self.end - self.start <= MAX_SECONDS
+
+
+@dataclass(frozen=True)
+class LoadBatch:
+    """Loads that were measured together.
+
+    Attributes:
+        chunk_bytes: bytes that came from the store for a chunk, on average.
+        count: number of loads.
+        busy: seconds during which anything was being loaded or decoded.
+        shortest: seconds of the fastest load, without its decoding.
+        threads: number of loads that ran concurrently.
+        shortest_bytes: bytes that the fastest load brought.
+        decoding: seconds of decoding per load, on average.
+        usual: seconds of a load, without its decoding, on average.
+    """
+
+    chunk_bytes: int
+    count: int
+    busy: float
+    shortest: float
+    threads: int
+    shortest_bytes: int
+    decoding: float
+    usual: float
+
+    def cost(self, chunk_bytes: float | None = None, decoding: float = 0.0) -> LoadCost:
+        """Returns the model that reproduces these numbers: `finish(count) = busy` and, in steady flow, `seconds = shortest`.
+
+        Args:
+            chunk_bytes: of the chunks to be loaded; None for such as these, with their decoding.
+            decoding: seconds of decoding of one of these.
+        """
+        if chunk_bytes is None:
+            chunk_bytes, decoding = self.chunk_bytes, self.decoding
+        per_byte = self._transfer() / self.chunk_bytes
+        latency = self.shortest - per_byte * self.shortest_bytes
+        return load_cost(latency, per_byte, chunk_bytes, self.threads, decoding)
+
+    def late_by(self, factor: float) -> LoadBatch:
+        """Returns the same loads, if the store had taken that many times as long."""
+        return replace(self, busy=self.busy * factor, shortest=self.shortest * factor, usual=self.usual * factor)
+
+    @property
+    def rounds(self) -> int:
+        """Loads, one after the other, of the thread that has most of them."""
+        return -(-self.count // self.threads)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether these numbers are possible."""
+        numbers = self.chunk_bytes, self.count, self.threads, self.shortest_bytes
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        in_range = is_number(self.chunk_bytes, 1, MAX_BYTES) and is_number(self.count, 1, MAX_INDEX)
+        possible = is_number(self.threads, 1, self.count) and is_number(self.busy, 0.0, MAX_SECONDS)
+        seconds = is_number(self.shortest, 0.0, self.busy) and self.shortest > 0
+        if not (whole and in_range and possible and seconds and is_number(self.shortest_bytes, 1, MAX_BYTES)):
+            return False
+        return is_number(self.decoding, 0.0, self.busy - self.shortest) and is_number(
+            self.usual, self.shortest, self.busy
+        )
+
+    def _transfer(self) -> float:
+        """Returns the seconds t for which an average load takes the path.
+
+        If the path is the bottleneck, n loads take `m + (n - 1) * t` seconds, where m is the time of a single load. (The
+        fastest one counts with its own size, where forms differ.) One thread decodes them one after the other, too. Otherwise
+        each round of k loads takes m, and the last round `m + p * t`, where p is the number of its loads after the first; p = 0
+        says nothing about t except that it is at most m / k. It is also at most the part of m that is not decoding, unless that
+        does not explain the time that all loads took, and never more than that part of a usual load. The part of m beyond t and
+        decoding is latency.
+        """
+        most = self.shortest * self.chunk_bytes / self.shortest_bytes
+        if self.count == 1:
+            return most
+        alone = self.shortest + self.decoding
+        others = max(1, self.count * self.chunk_bytes - self.shortest_bytes) / self.chunk_bytes
+        if self.threads == 1:
+            return max(0.0, self.busy - self.shortest - self.count * self.decoding) / others
+        transfer = (self.busy - alone) / others
+        rounds, beyond = divmod(self.count - 1, self.threads)
+        if transfer * self.threads >= alone:
+            explained = rounds * max(self.threads * most, alone) + alone + beyond * most
+            return most if most < transfer and explained >= self.busy * (1 - ROUNDING) else min(transfer, self.usual)
+        most = min(alone / self.threads, most)
+        return min(max((self.busy - (rounds + 1) * alone) / beyond, 0.0), most) if beyond else most
+
+
+def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
+    """Returns what loads have in common, or None if there are none. Impossible ones are ignored."""
+    good = [load for load in loads if load.is_possible]
+    if not good:
+        return None
+    spans = [(load.start, load.end) for load in good]
+    fastest = min(good, key=lambda load: load.seconds)
+    busy = busy_seconds(spans)
+    batch = LoadBatch(
+        max(1, round(fmean(load.brought.nbytes for load in good))),
+        len(good),
+        busy,
+        fastest.seconds,
+        most_at_once(spans),
+        fastest.brought.nbytes,
+        min(fmean(load.brought.decoding for load in good), max(0.0, busy - fastest.seconds)),
+        min(max(fmean(load.seconds for load in good), fastest.seconds), busy),
+    )
+    return batch if batch.is_valid else None
+
+
+def codec_of(loads: Sequence[Load]) -> CodecCost | None:
+    """Returns how the encoded ones among loads differ from raw ones; None if there are none.
+
+    The speed is the median: a thread that had to wait for a processor while it decoded says nothing of decoding.
+    """
+    encoded = [load.brought for load in loads if load.is_possible and load.brought.decoding > 0]
+    if not encoded:
+        return None
+    ratio = sum(one.nbytes for one in encoded) / sum(one.raw_bytes for one in encoded)
+    per_byte = median(one.decoding / one.raw_bytes for one in encoded)
+    speed = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
+    return CodecCost(min(max(ratio, MIN_RATIO), MAX_RATIO), max(1.0, speed))
+
+
+def fit_load(batches: Sequence[LoadBatch], chunk_bytes: float | None) -> LoadCost | None:
+    """Returns the cost of the last batch.
+
+    If it has too few loads to separate latency from bandwidth: the cost of the median batch, scaled to the last batch's level.
+
+    Args:
+        batches: from the oldest to the last.
+        chunk_bytes: of raw chunks; None for chunks as in the last batch.
+    """
+    if not batches:
+        return None
+    last = batches[-1]
+    if last.count > last.threads:
+        return last.cost(chunk_bytes)
+    size, decoding = (last.chunk_bytes, last.decoding) if chunk_bytes is None else (chunk_bytes, 0.0)
+    costs = sorted(((batch, batch.cost(size, decoding)) for batch in batches), key=lambda pair: pair[1].interval)
+    reached = list(accumulate(batch.count for batch, _ in costs))
+    usual, cost = costs[bisect_left(reached, reached[-1] / 2)]
+    # Decoding is as it was; what is left of the time is the store's.
+    decodes = last.rounds * last.decoding
+    due = usual.cost(last.chunk_bytes, last.decoding).finish(last.count) - decodes
+    level = level_of(last.busy - decodes, due)
+    return load_cost(cost.latency * level, level / cost.bandwidth, size, cost.threads, decoding)
+
+
+def level_of(seconds: float, due: float) -> float:
+    """Returns how many times as long as due something took, within bounds; 1 if that cannot be told."""
+    if not seconds > 0 or not due > 0:
+        return 1.0
+    return min(max(seconds / due, 1 / MAX_SECONDS), MAX_SECONDS)
+
+
+def load_cost(latency: float, per_byte: float, chunk_bytes: float, threads: int, decoding: float = 0.0) -> LoadCost:
+    """Returns a cost with all numbers within bounds."""
+    bandwidth = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
+    latency = min(max(latency, 0.0), MAX_SECONDS)
+    return LoadCost(latency, max(1.0, bandwidth), chunk_bytes, threads, decoding)
+
+
+def batch_row(batch: LoadBatch) -> list[float]:
+    """Returns a batch as plain numbers."""
+    return list(astuple(batch))
+
+
+def batch_from(row: list[float]) -> LoadBatch:
+    """Returns the batch of such numbers. Rows of five are from before the codec: chunks were raw, or taken for raw.
+
+    Raises:
+        ValueError: there is no such batch.
+        TypeError: these are not as many numbers.
+    """
+    batch = LoadBatch(*(row if len(row) != 5 else [*row, row[0], 0.0, row[2]]))  # type: ignore[arg-type]  # checked next
+    if not batch.is_valid:
+        raise ValueError("not a batch of loads")
+    return batch
