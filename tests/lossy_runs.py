@@ -54,6 +54,8 @@ def code(cache: DynamicCache, start: int, end: int, codec: str) -> None:
         if not getattr(layer, "is_sliding", False) and getattr(layer, "keys", None) is not None
         for name in ("keys", "values")
     ]
+    if not kept:
+        return
     chunks = [states[:, :, start:end].transpose(1, 2)[0].contiguous() for _, _, states in kept]
     pieces = [
         Piece(f"layers.{number}.{name}", chunk.shape[1], chunk.shape[2], chunk.dtype, number)
