@@ -2,11 +2,11 @@
 
 The start of each document is run in chunks on the canonical lossy schedule, once for each codec: every full chunk but the first
 is coded before the next one runs. The model then reads on in the document, and its predictions are compared with those of the
-exact run, token by token: KL divergence, equal most likely tokens, and perplexity. All codecs run as rows of one batch, so their
-forwards round alike.
+exact run, token by token: KL divergence, equal most likely tokens, and perplexity. All codecs run as rows of one batch, so
+that their forwards round alike.
 
-The model computes in float32, and its KV is rounded to bfloat16 in every row, the exact one included, before it is coded: the KV
-is that of a model in bfloat16, and a processor without bfloat16 arithmetic is not waited for.
+The model computes in float32, and its KV is rounded to bfloat16 in every row, the exact one included, before it is coded: the
+KV is that of a model in bfloat16, and a processor without bfloat16 arithmetic is not waited for.
 
     python -m eval.quality --model HuggingFaceTB/SmolLM2-135M-Instruct --data longbench --output eval/quality.json
 """
@@ -120,7 +120,13 @@ def _code(cache: Any, row: int, start: int, end: int, codec: str, sums: Sums) ->
     kept = [states[row, :, start:end] for layer in cache.layers for states in (layer.keys, layer.values)]
     chunks = [states.transpose(0, 1).to(torch.bfloat16).contiguous() for states in kept]
     pieces = [
-        Piece(f"layers.{number // 2}.{('keys', 'values')[number % 2]}", *chunk.shape[1:], chunk.dtype, number // 2)
+        Piece(
+            f"layers.{number // 2}.{('keys', 'values')[number % 2]}",
+            chunk.shape[1],
+            chunk.shape[2],
+            chunk.dtype,
+            number // 2,
+        )
         for number, chunk in enumerate(chunks)
     ]
     layout = ChunkLayout(end - start, tuple(pieces))

@@ -43,7 +43,7 @@ def check_codec(codec: str, *, exact: bool) -> None:
     if codec not in CODECS:
         raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
     if exact and is_lossy(codec):
-        raise ValueError(f"codec {codec!r} is lossy: pass exact=False with it, or take codec='lossless'.")
+        raise ValueError(f"codec {codec!r} is lossy: pass exact=False (--no-exact) with it, or take codec='lossless'.")
 
 
 class BoundStore:

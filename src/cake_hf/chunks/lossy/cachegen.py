@@ -89,7 +89,8 @@ def _deviation_codes(codes: Numbers) -> Bytes:
         return np.zeros(codes.shape[1], np.uint8)
     deviation = np.sqrt(np.add.reduce(codes * codes, 0) / np.float32(len(codes)))
     mantissa, exponent = np.frexp(np.clip(deviation, 2.0**-5, 255))
-    return (((exponent + 4) << 4) + np.clip(np.rint(mantissa * 32) - 16, 0, 15)).astype(np.uint8)
+    found: Bytes = (((exponent + 4) << 4) + np.clip(np.rint(mantissa * 32) - 16, 0, 15)).astype(np.uint8)
+    return found
 
 
 def _deviations(shape: Shape, anchors: Bytes, others: Bytes) -> NDArray[np.float64]:
@@ -100,7 +101,8 @@ def _deviations(shape: Shape, anchors: Bytes, others: Bytes) -> NDArray[np.float
 
 
 def _deviation(codes: Bytes) -> NDArray[np.float64]:
-    return np.ldexp((codes & 15) + 16.0, (codes >> 4).astype(np.int32) - 9)
+    found: NDArray[np.float64] = np.ldexp((codes & 15) + 16.0, (codes >> 4).astype(np.int32) - 9)
+    return found
 
 
 def _range_encoded(symbols: NDArray[np.int32], deviations: NDArray[np.float64]) -> NDArray[np.uint32]:

@@ -69,8 +69,8 @@ class Groups:
         """
         axis = 2 if self._values else 1
         lowest = half_below(numbers.min(axis, keepdims=True))
-        spread: Numbers = numbers.max(axis, keepdims=True) - lowest
-        return half_above(spread / np.float32(levels)), lowest
+        step: Numbers = half_above((numbers.max(axis, keepdims=True) - lowest) / np.float32(levels))
+        return step, lowest
 
 
 def places(numbers: Numbers, step: Numbers, lowest: Numbers) -> Numbers:
