@@ -119,15 +119,10 @@ def _as_bfloat16(cache: Any, start: int, end: int) -> None:
 def _code(cache: Any, row: int, start: int, end: int, codec: str, sums: Sums) -> None:
     kept = [states[row, :, start:end] for layer in cache.layers for states in (layer.keys, layer.values)]
     chunks = [states.transpose(0, 1).to(torch.bfloat16).contiguous() for states in kept]
+    names = [(f"layers.{layer}.{what}", layer) for layer in range(len(cache.layers)) for what in ("keys", "values")]
     pieces = [
-        Piece(
-            f"layers.{number // 2}.{('keys', 'values')[number % 2]}",
-            chunk.shape[1],
-            chunk.shape[2],
-            chunk.dtype,
-            number // 2,
-        )
-        for number, chunk in enumerate(chunks)
+        Piece(name, chunk.shape[1], chunk.shape[2], chunk.dtype, layer)
+        for (name, layer), chunk in zip(names, chunks, strict=True)
     ]
     layout = ChunkLayout(end - start, tuple(pieces))
     payload = bytearray(b"".join(chunk.view(torch.uint8).numpy().tobytes() for chunk in chunks))

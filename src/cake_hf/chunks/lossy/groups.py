@@ -69,10 +69,10 @@ class Groups:
         """
         axis = 2 if self._values else 1
         lowest = half_below(numbers.min(axis, keepdims=True))
-        step: Numbers = half_above((numbers.max(axis, keepdims=True) - lowest) / np.float32(levels))
-        return step, lowest
+        return half_above((numbers.max(axis, keepdims=True) - lowest) / np.float32(levels)), lowest
 
 
 def places(numbers: Numbers, step: Numbers, lowest: Numbers) -> Numbers:
     """Returns how many steps above the lowest value each number is, not rounded; 0 where the step is 0."""
-    return (numbers - lowest) / np.where(step > 0, step, np.float32(1))
+    found: Numbers = np.divide(numbers - lowest, np.where(step > 0, step, np.float32(1)), dtype=np.float32)
+    return found
