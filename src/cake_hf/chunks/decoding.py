@@ -38,7 +38,11 @@ def decode_into(
     if codec == CODEC:
         lossless.decode_into(bases, refinements, sizes, layout, parts)
         return
-    decode = piece_decoder(lossy_method(codec))
+    method = lossy_method(codec)
+    if method.decode_chunk is not None and all(layout.channels) and not any(sizes.refinements):
+        method.decode_chunk(bases, sizes, layout, parts)
+        return
+    decode = piece_decoder(method)
     first, second = np.frombuffer(bases, np.uint8), np.frombuffer(refinements, np.uint8)
     count, at, end = len(parts), 0, 0
     if (first.size, second.size) != (sum(sizes.bases[:count]), sum(sizes.refinements[:count])):

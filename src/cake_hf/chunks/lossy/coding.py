@@ -1,8 +1,8 @@
 """Chunks through a lossy method: which pieces are coded, and what becomes of those that cannot be.
 
 Coded are the keys and values of layers that keep each token, in bfloat16, float16 or float32. A piece stays as it is if it has
-infinities or NaN, or would get some by decoding, if none of its numbers reaches 2^-81, or if it would not shrink. So do
-the pieces of sliding windows: what a window holds is the recent part of a prompt, which stays exact.
+infinities or NaN, or would get some by decoding, if its largest number is below 2^-81 or not below 2^127, or if it would not
+shrink. So do the pieces of sliding windows: what a window holds is the recent part of a prompt, which stays exact.
 """
 
 from __future__ import annotations

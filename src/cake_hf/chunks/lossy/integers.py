@@ -36,8 +36,11 @@ def _decode(bits: int, size: int, base: Bytes, refinement: Bytes, shape: Shape, 
     groups = Groups(shape, role, size, size)
     exponent, (step, lowest), rest = from_words(base, groups.count, groups.count)
     codes = unpacked(rest, bits, shape.tokens * shape.channels).astype(np.float32).reshape(shape)
-    numbers = groups.split(codes) * groups.spread(step) + groups.spread(lowest)
-    return unnormalised(groups.joined(numbers), exponent)
+    step, lowest = unnormalised(step, exponent), unnormalised(lowest, exponent)
+    numbers = groups.split(codes)
+    numbers *= groups.spread(step)
+    numbers += groups.spread(lowest)
+    return groups.joined(numbers)
 
 
 def _method(name: str, bits: int, size: int) -> Method:

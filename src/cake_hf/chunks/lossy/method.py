@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.lossless import Buffer, EncodedSizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # brings much that nothing else needs
@@ -52,6 +55,8 @@ class Method:
         encode: returns base and refinement of a piece; the refinement is empty unless the codec has layers.
         decode: returns the numbers, from base and refinement; raises CorruptChunk if they are not as the encoder makes them.
         decode_base: returns the coarser numbers that the base alone gives; None if the codec has no layers.
+        decode_chunk: decodes the first pieces of a chunk of bfloat16 KV at once: (bases, sizes, layout, where they go). None if
+            pieces are decoded one by one.
         library: that has to be installed, by the name of its module; empty for none.
     """
 
@@ -60,4 +65,5 @@ class Method:
     encode: Callable[[Numbers, Role], tuple[Bytes, Bytes]]
     decode: Callable[[Bytes, Bytes, Shape, Role], Numbers]
     decode_base: Callable[[Bytes, Shape, Role], Numbers] | None = None
+    decode_chunk: Callable[[Buffer, EncodedSizes, ChunkLayout, Sequence[memoryview]], None] | None = None
     library: str = ""

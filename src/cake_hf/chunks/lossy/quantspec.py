@@ -51,8 +51,10 @@ def _decoded(base: Bytes, shape: Shape, role: Role, lower: Numbers) -> Numbers:
     groups = Groups(shape, role, SIZE, SIZE)
     exponent, (step, lowest), rest = from_words(base, groups.count, groups.count)
     upper = unpacked(rest, 4, shape.tokens * shape.channels).astype(np.float32)
-    codes = groups.split((upper * np.float32(16) + lower).reshape(shape))
-    return unnormalised(groups.joined(codes * groups.spread(step / np.float32(16)) + groups.spread(lowest)), exponent)
+    numbers = groups.split((upper * np.float32(16) + lower).reshape(shape))
+    numbers *= groups.spread(unnormalised(step, exponent) / np.float32(16))
+    numbers += groups.spread(unnormalised(lowest, exponent))
+    return groups.joined(numbers)
 
 
 QUANTSPEC = Method("quantspec", "1", _encode, _decode, _decode_base)

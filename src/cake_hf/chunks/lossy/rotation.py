@@ -39,50 +39,53 @@ def _encode(numbers: Numbers, role: Role) -> tuple[Bytes, Bytes]:
         mean = np.add.reduce(scaled, 0) / np.float32(shape.tokens)  # row by row, so in a defined order
         means = [mean.astype(np.float16).astype(np.float32)]
         scaled = scaled - means[0]
-    turned = _turned(scaled * _signs(shape.head_dim))
-    square = _sum_of_last(turned * turned) / np.float32(shape.head_dim)
-    norms = np.sqrt(square).astype(np.float16).astype(np.float32)
+    turned = _turned(np.ascontiguousarray(scaled.reshape(-1, shape.head_dim).T) * _signs(shape.head_dim))
+    norms = np.sqrt(_sum(turned * turned) / np.float32(shape.head_dim)).astype(np.float16).astype(np.float32)
     steps = np.where(norms > 0, norms, np.float32(1)) * STEP
-    codes = np.clip(np.floor(turned / steps), -8, 7) + np.float32(8)
-    return np.concatenate([in_words(exponent, *means, norms), packed(codes.astype(np.uint8), 4)]), np.empty(0, np.uint8)
+    codes = (np.clip(np.floor(turned / steps), -8, 7) + np.float32(8)).astype(np.uint8).T
+    return np.concatenate([in_words(exponent, *means, norms), packed(codes, 4)]), np.empty(0, np.uint8)
 
 
 def _decode(base: Bytes, refinement: Bytes, shape: Shape, role: Role) -> Numbers:
     sizes = [] if role.values else [shape.channels]
     exponent, words, rest = from_words(base, *sizes, shape.tokens * shape.heads)
-    codes = unpacked(rest, 4, shape.tokens * shape.channels).astype(np.float32).reshape(shape)
-    steps = words[-1].reshape(shape.tokens, shape.heads, 1) * STEP
-    numbers = _turned((codes - np.float32(7.5)) * steps) * _signs(shape.head_dim)
+    codes = unpacked(rest, 4, shape.tokens * shape.channels).reshape(-1, shape.head_dim).T
+    steps = words[-1] * STEP
+    turned = _turned((np.ascontiguousarray(codes).astype(np.float32) - np.float32(7.5)) * steps)
+    numbers = np.ascontiguousarray((turned * _signs(shape.head_dim)).T).reshape(shape)
     if not role.values:
         numbers = numbers + words[0].reshape(1, shape.heads, shape.head_dim)
     return unnormalised(numbers, exponent)
 
 
 def _turned(numbers: Numbers) -> Numbers:
-    """Returns the numbers times an orthogonal, symmetric matrix: that of Hadamard in each part of the last axis.
+    """Returns an orthogonal, symmetric matrix, that of Hadamard for each part of the first axis, times `[head_dim, vectors]`.
 
     By sums and differences of pairs, whose order is defined; a matrix product's is not.
     """
-    parts, at = [], 0
-    for width in _parts(numbers.shape[-1]):
-        part, half = numbers[..., at : at + width], 1
+    found, at = np.empty_like(numbers), 0
+    for width in _parts(len(numbers)):
+        part, half = numbers[at : at + width], 1
         while half < width:
-            pairs = part.reshape(*part.shape[:-1], -1, 2, half)
-            first, second = pairs[..., 0, :], pairs[..., 1, :]
-            part = np.stack([first + second, first - second], axis=-2).reshape(*numbers.shape[:-1], width)
+            pairs = part.reshape(-1, 2, half, part.shape[1])
+            part = np.empty_like(pairs)
+            np.add(pairs[:, 0], pairs[:, 1], out=part[:, 0])
+            np.subtract(pairs[:, 0], pairs[:, 1], out=part[:, 1])
+            part = part.reshape(width, -1)
             half *= 2
-        parts.append(part * np.float32(width**-0.5))
+        np.multiply(part, np.float32(width**-0.5), out=found[at : at + width])
         at += width
-    return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    return found
 
 
-def _sum_of_last(numbers: Numbers) -> Numbers:
-    """Returns sums over the last axis, `[..., 1]`, in a defined order."""
-    while (width := numbers.shape[-1]) > 1:
+def _sum(numbers: Numbers) -> Numbers:
+    """Returns sums over the first axis in a defined order."""
+    while (width := len(numbers)) > 1:
         half = width // 2
-        joined = numbers[..., :half] + numbers[..., half : 2 * half]
-        numbers = np.concatenate([joined, numbers[..., 2 * half :]], axis=-1) if width % 2 else joined
-    return numbers
+        joined = numbers[:half] + numbers[half : 2 * half]
+        numbers = np.concatenate([joined, numbers[2 * half :]]) if width % 2 else joined
+    found: Numbers = numbers[0]
+    return found
 
 
 @cache
@@ -93,9 +96,9 @@ def _parts(head_dim: int) -> tuple[int, ...]:
 
 @cache
 def _signs(head_dim: int) -> Numbers:
-    """Returns 1 or -1 for each number of a vector: the bits of a digest, again and again."""
+    """Returns 1 or -1 for each number of a vector, `[head_dim, 1]`: the bits of a digest, again and again."""
     bits = np.unpackbits(np.frombuffer(hashlib.sha256(b"cake_hf rot4").digest(), np.uint8))
-    return (1 - 2 * np.resize(bits, head_dim).astype(np.float32)).astype(np.float32)
+    return (1 - 2 * np.resize(bits, (head_dim, 1)).astype(np.float32)).astype(np.float32)
 
 
 ROT4 = Method("rot4", "1", _encode, _decode)

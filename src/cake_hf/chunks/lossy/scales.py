@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TOP = 14
 """The largest number of a piece is brought below 2^TOP, the largest power of two in float16 being 2^15."""
 
-SMALLEST, LARGEST = -80, 128
-"""Of the exponents of a piece's largest number that are encoded. A piece of smaller numbers only is stored as it is."""
+SMALLEST, LARGEST = -80, 127
+"""Of the exponents of a piece's largest number that are encoded: it is from 2^-81 to below 2^127. Others are stored as they are."""
 
 Half = np.dtype("<f2")
 
@@ -36,21 +36,20 @@ def normalised(numbers: Numbers) -> tuple[Numbers, int]:
     """Returns the numbers times a power of two, and the exponent of the largest of them.
 
     Raises:
-        NotRepresentable: they are all too small for a normal float32, and not all zero.
+        NotRepresentable: they are all too small, and not all zero; or one is too large.
     """
     largest = float(np.abs(numbers).max(initial=0.0))
     if not largest:
         return np.zeros_like(numbers), SMALLEST
     exponent = int(np.frexp(np.float32(largest))[1])
-    if exponent < SMALLEST:
+    if not SMALLEST <= exponent <= LARGEST:
         raise NotRepresentable
     return numbers * np.float32(2.0 ** (TOP - exponent)), exponent
 
 
 def unnormalised(numbers: Numbers, exponent: int) -> Numbers:
     """Returns what `normalised` was given."""
-    with np.errstate(over="ignore"):
-        return numbers * np.float32(2.0 ** (exponent - TOP))
+    return numbers * np.float32(2.0 ** (exponent - TOP))
 
 
 def half_below(numbers: Numbers) -> Numbers:
