@@ -365,7 +365,7 @@ def what_a_reader_needs(header: str) -> str:
 @pytest.mark.fault(
     "KV", "A chunk is encoded by a codec that is not known here.", "A miss, with the codec's name in the reason."
 )
-@pytest.mark.parametrize(("name", "value"), [("codec", "near"), ("codec_version", "2")])
+@pytest.mark.parametrize(("name", "value"), [("codec", "zip"), ("codec_version", "2")])
 def test_an_unknown_codec_is_named(name: str, value: str) -> None:
     raw = resealed(replaced(name, value)(header_of(RAW)))
     with pytest.raises(CorruptChunk, match=f"version . of .*{value if name == 'codec' else 'lossless'}"):

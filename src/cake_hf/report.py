@@ -82,6 +82,7 @@ class Report:
         tail_tokens_loaded: tokens of the loaded tails.
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks and tails that were not saved because the queue was full or the store refused them.
+        tokens_lossy: tokens whose KV has gone through a lossy codec, loaded or computed; all others are exact.
         states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
         bytes_loaded, bytes_saved: payload bytes of chunks and states.
         store: the store's name without secrets; for a directory, the last part of its path; empty if the store was not asked.
@@ -110,6 +111,7 @@ class Report:
     tails_saved: int = 0
     chunks_saved: int = 0
     chunks_unsaved: int = 0
+    tokens_lossy: int = 0
     states_loaded: int = 0
     states_saved: int = 0
     bytes_loaded: int = 0
@@ -135,6 +137,7 @@ class Report:
         """Extends the report to a batch of that many equal prompts: one was restored and then copied for the others."""
         self.chunks_shared += (batch - 1) * self.restored
         self.tokens *= batch
+        self.tokens_lossy *= batch
         self.batch = batch
 
     def rows(self) -> list[tuple[str, str]]:
@@ -154,6 +157,8 @@ class Report:
             rows.append(("tails", done))
         if self.states_loaded or self.states_saved:
             rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
+        if self.tokens_lossy:
+            rows.append(("lossy", f"{self.tokens_lossy:,} tokens, whose KV is not exact"))
         if self.chunks_unsaved:
             rows.append(("not saved", f"{self.chunks_unsaved} chunks"))
         if self.reason:

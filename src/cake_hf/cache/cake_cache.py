@@ -25,7 +25,7 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.vision import forget_numbering
 from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
-from cake_hf.restore.bound_store import CODECS
+from cake_hf.restore.bound_store import check_codec
 from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
@@ -64,7 +64,10 @@ class CakeCache(RestoringCache):
         codec: how new chunks are stored. "none": as they are; "lossless": encoded, if the KV is bfloat16, in about 0.7 of the
             bytes; "auto": as "lossless", unless the store is in memory, or raw chunks load faster by what earlier prompts have
             shown. Decoding gives the very same bits and takes time, so it pays where the store is slower than that
-            (docs/performance.md). Both forms have the same keys, and every cache reads both.
+            (docs/performance.md). Both forms have the same keys, and every cache reads both. Or a lossy codec, with
+            `exact=False` ("near", "int8", "quantspec", "int4", "rot4", "cachegen", "kivi2"): full chunks but for the first go
+            through it before the next chunk sees them. The output is then another one than without, and still the same
+            whatever is stored. Such KV has keys of its own (docs/codecs.md).
 
     Attributes:
         report: what happened to the last prompt.
@@ -74,7 +77,9 @@ class CakeCache(RestoringCache):
         StoreError: no store is named; or the store cannot be opened, or cannot be written to while `save` is set, and has never
             been usable in this process. (If it was usable before, or does not answer in time, the cache works without it:
             docs/stores.md.)
-        ValueError: `chunk_size` is below 16, `strategy` or `codec` is unknown, or a `CAKE_HF_*` variable cannot be used.
+        ValueError: `chunk_size` is below 16, `strategy` or `codec` is unknown, the codec is lossy although `exact` is set, or a
+            `CAKE_HF_*` variable cannot be used.
+        CakeError: the codec needs a library that is not installed.
     """
 
     def __init__(
@@ -92,8 +97,7 @@ class CakeCache(RestoringCache):
         codec: str = "none",
     ) -> None:
         sides = Strategy(strategy)
-        if codec not in CODECS:
-            raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
+        check_codec(codec, exact=exact)
         given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, refusal = checked_layers(model)

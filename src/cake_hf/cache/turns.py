@@ -51,6 +51,8 @@ def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn
     if namespace != (turn.namespace or namespace) or audit_refusal(model, namespace):
         return None
     named = turn.blocks(session.chunk_size)
+    if session.bound_store.lossy is not None and any(block.fills(session.chunk_size) for block in named):
+        return None  # a full chunk that was not coded, and so is not what its key says
     from_here = [block.shifted(-turn.begin) for block in named]
     tokens = ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace

@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from cake_hf.chunks.codec import Buffer, ChunkMetadata, checksum
+from cake_hf.chunks.decoding import decode_into
 from cake_hf.chunks.encoded_header import SHORT_DIGITS, EncodedMetadata, encoded_header_size, parse_encoded_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.lossless import Encoded, decode_into
+from cake_hf.chunks.lossless import CODEC, Encoded
 from cake_hf.errors import CorruptChunk
 
+MOST_INFLATED = 32
+"""A lossy codec makes at most this many bytes of one; the lossless one makes two."""
 
-def describe(facts: ChunkMetadata, encoded: Encoded) -> EncodedMetadata:
+
+def describe(facts: ChunkMetadata, encoded: Encoded, codec: str = CODEC) -> EncodedMetadata:
     """Returns the metadata of an encoded chunk.
 
     Args:
-        facts: with the checksums of the chunk's pieces as they are.
+        facts: with the checksums of what the chunk's pieces decode to.
         encoded: the chunk.
+        codec: by which it is encoded.
     """
     bases = _short_checksums(encoded.bases, encoded.sizes.bases)
     return EncodedMetadata(
-        facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements)
+        facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements), codec
     )
 
 
@@ -81,7 +86,7 @@ def check_encoded_file(raw: Buffer, key: str, *, deep: bool = False) -> EncodedM
     if deep:
         refuse_inflated(metadata, layout)
         parts = [memoryview(bytearray(size)) for size in layout.sizes]
-        decode_into(bases, refinements, sizes, layout, parts)
+        decode_into(metadata.codec, bases, refinements, sizes, layout, parts)
         if tuple(map(checksum, parts)) != metadata.facts.checksums:
             raise CorruptChunk(f"Chunk {key} decodes to other KV than was encoded.")
     return metadata
@@ -91,9 +96,9 @@ def refuse_inflated(metadata: EncodedMetadata, layout: ChunkLayout) -> None:
     """Refuses a chunk that claims to decode to more than the codec can make of it, before memory is taken for that.
 
     Raises:
-        CorruptChunk: it does. An encoded number has at least 8 of its 16 bits in the base.
+        CorruptChunk: it does. Of the lossless codec, an encoded number has at least 8 of its 16 bits in the base.
     """
-    if layout.nbytes > 2 * metadata.sizes.nbytes:
+    if layout.nbytes > (2 if metadata.codec == CODEC else MOST_INFLATED) * metadata.sizes.nbytes:
         raise CorruptChunk(f"Chunk {metadata.facts.key} cannot decode to {layout.nbytes} bytes.")
 
 

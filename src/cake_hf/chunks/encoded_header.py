@@ -4,9 +4,10 @@
     header           JSON, padded with spaces: metadata + tensor table
     payload          the bases of all pieces, back to back, then their refinements
 
-An encoded piece is two tensors of bytes in the table, NAME.base and NAME.refinement. A piece that is stored as it is has one
-tensor of its own dtype and shape. The sizes of encoded pieces vary, but the header's does not: it follows from the layout, and
-a whole file is never longer than `most_stored_bytes`. docs/format.md describes all of it.
+An encoded piece is two tensors of bytes in the table, NAME.base and NAME.refinement, or the first of them if its codec has no
+refinements. A piece that is stored as it is has one tensor of its own dtype and shape. The sizes of encoded pieces vary, but
+the header's does not: it follows from the layout, and a whole file is never longer than `most_stored_bytes`. docs/format.md
+describes all of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cake_hf.chunks.codec import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name, dtype_named, plain_json
 from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, EncodedSizes
+from cake_hf.chunks.lossy.registry import is_lossy, version_of
 from cake_hf.chunks.tensor_table import MAX_EXTENT, MAX_PAYLOAD_BYTES, METADATA
 from cake_hf.errors import CorruptChunk, NewerChunk
 
@@ -76,12 +78,14 @@ class EncodedMetadata:
         sizes: of the encoded pieces.
         base_checksums: of all bases, `SHORT_DIGITS` hexadecimal digits each.
         refinement_checksums: of all refinements.
+        codec: by which they are encoded.
     """
 
     facts: ChunkMetadata
     sizes: EncodedSizes
     base_checksums: str
     refinement_checksums: str
+    codec: str = CODEC
 
 
 def encoded_header_size(layout: ChunkLayout) -> int:
@@ -110,8 +114,8 @@ def encode_header(layout: ChunkLayout, metadata: EncodedMetadata) -> bytes:
         "namespace": facts.namespace,
         "model": _shortened(facts.model),
         "checksums": "".join(facts.checksums),
-        "codec": CODEC,
-        "codec_version": CODEC_VERSION,
+        "codec": metadata.codec,
+        "codec_version": _version(metadata.codec),
         "tokens": str(layout.chunk_size),
         "pieces": layout.runs,
         "layout": layout.digest,
@@ -176,10 +180,11 @@ def _table(layout: ChunkLayout, sizes: EncodedSizes) -> str:
     first, second = [], []
     at, end = 0, sizes.base_bytes
     for n, (name, base, refinement) in enumerate(zip(layout.json_names, sizes.bases, sizes.refinements, strict=True)):
-        if refinement:
+        if not sizes.is_raw(n, layout.sizes[n]):
             first.append(f'"{name}.base":{{"dtype":"U8","shape":[{base}],"data_offsets":[{at},{at + base}]}}')
             offsets = f'"data_offsets":[{end},{end + refinement}]'
-            second.append(f'"{name}.refinement":{{"dtype":"U8","shape":[{refinement}],{offsets}}}')
+            if refinement:
+                second.append(f'"{name}.refinement":{{"dtype":"U8","shape":[{refinement}],{offsets}}}')
         else:
             piece, offsets = layout.pieces[n], f'"data_offsets":[{at},{at + base}]'
             shape = f"[{layout.chunk_size},{piece.heads},{piece.head_dim}]"
@@ -197,8 +202,7 @@ def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
     """
     pieces: list[Piece] = []
     tokens = int(written["tokens"])
-    raw = [refinement == "0" for refinement in written["refinements"].split(" ")]
-    names = [name if there else name.removesuffix(_SUFFIXES[0]) for name, there in zip(names, raw, strict=False)]
+    stored = list(zip(written["bases"].split(" "), written["refinements"].split(" "), strict=True))
     for run in written["pieces"].split(","):
         parts = _RUN.fullmatch(run)
         if parts is None:
@@ -207,9 +211,12 @@ def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
         piece = Piece("", int(heads), int(head_dim), dtype_named(dtype))
         if max(tokens, piece.heads, piece.head_dim) >= MAX_EXTENT or tokens * piece.token_bytes >= MAX_PAYLOAD_BYTES:
             raise ValueError("a piece is too large")
-        if len(pieces) + int(count) > len(names):
+        run_of = slice(len(pieces), len(pieces) + int(count))
+        if run_of.stop > min(len(names), len(stored)):
             raise ValueError("there are fewer tensors than pieces")
-        pieces += [replace(piece, name=name) for name in names[len(pieces) : len(pieces) + int(count)]]
+        raw = (str(tokens * piece.token_bytes), "0")
+        named = zip(names[run_of], stored[run_of], strict=True)
+        pieces += [replace(piece, name=name if at == raw else name.removesuffix(_SUFFIXES[0])) for name, at in named]
     return ChunkLayout(tokens, tuple(pieces))
 
 
@@ -227,7 +234,7 @@ def _sealed(raw: Buffer) -> tuple[re.Match[str], str]:
     if checksum((text[:begin] + text[end:]).encode("latin-1")) != written["header"]:
         raise CorruptChunk("The chunk's header does not match its checksum.")
     codec = written["codec"], written["codec_version"]
-    if codec != (CODEC, CODEC_VERSION):
+    if codec[1] != _version(codec[0]):
         raise NewerChunk(
             f"The chunk is encoded by version {codec[1]} of {codec[0]!r}, which this cake_hf does not know."
         )
@@ -258,14 +265,20 @@ def _metadata(written: re.Match[str], layout: ChunkLayout, raw: Buffer) -> Encod
         sizes,
         written["base_checksums"],
         written["refinement_checksums"],
+        written["codec"],
     )
-    sizes.check(layout)
+    sizes.check(layout, lossy=is_lossy(found.codec))
     short = {len(found.base_checksums), len(found.refinement_checksums)}
     if len(digits) != count * CHECKSUM_DIGITS or short != {count * SHORT_DIGITS}:
         raise CorruptChunk(f"Chunk {written['key']} has checksums of another number of pieces.")
     if int.from_bytes(bytes(raw[:8]), "little") + 8 != encoded_header_size(layout):
         raise CorruptChunk(f"Chunk {written['key']} has a header of another length.")
     return found
+
+
+def _version(codec: str) -> str | None:
+    """Returns the version of a codec; None if there is none of that name."""
+    return CODEC_VERSION if codec == CODEC else version_of(codec)
 
 
 def _shortened(model: str) -> str:
@@ -280,4 +293,5 @@ _FIXED_BYTES = len(plain_json({METADATA: dict.fromkeys(_VALUES, "")})) + sum(
     {"key": 40, "parent": 40, "namespace": 40, "index": 18, "model": MOST_MODEL_BYTES, "tokens": 10, "layout": 32}.get(name, 0)
     for name in _VALUES
 ) + len("cake_hf" + ENCODED_VERSION + CODEC + CODEC_VERSION) + CHECKSUM_DIGITS  # fmt: skip
-"""Of the metadata's values that are there once, at most; with all names and punctuation."""
+"""Of the metadata's values that are there once, at most; with all names and punctuation. (A longer name of a codec takes room
+that the index does not need: no prompt has 10^17 chunks.)"""

@@ -36,7 +36,7 @@ Codec = NativeCodec | NumpyCodec
 
 @dataclass(frozen=True)
 class EncodedSizes:
-    """Bytes of each piece's base and refinement; a refinement of 0 bytes means that the base is the piece itself."""
+    """Bytes of each piece's base and refinement. A base as large as the piece, without refinement, is the piece itself."""
 
     bases: tuple[int, ...]
     refinements: tuple[int, ...]
@@ -56,8 +56,16 @@ class EncodedSizes:
         """`[pieces, 2]`."""
         return np.array([self.bases, self.refinements], np.int64).T.copy()
 
-    def check(self, layout: ChunkLayout) -> None:
+    def is_raw(self, number: int, size: int) -> bool:
+        """Returns whether piece `number`, which has `size` bytes as it is, is stored as it is."""
+        return not self.refinements[number] and self.bases[number] == size
+
+    def check(self, layout: ChunkLayout, *, lossy: bool = False) -> None:
         """Refuses sizes that the encoder never gives for pieces of that layout.
+
+        Args:
+            layout: of the chunk.
+            lossy: the codec is lossy: it encodes other dtypes, too, and there may be no refinement.
 
         Raises:
             CorruptChunk: these are such.
@@ -66,7 +74,8 @@ class EncodedSizes:
             raise CorruptChunk("An encoded chunk holds another number of pieces than the model's KV.")
         pairs = zip(self.bases, self.refinements, strict=True)
         for size, channels, (base, refinement) in zip(layout.sizes, layout.channels, pairs, strict=True):
-            encoded = channels and base > 0 and refinement > 0 and base + refinement < size
+            allowed = lossy or (channels and refinement > 0)
+            encoded = allowed and base > 0 and refinement >= 0 and base + refinement < size
             if (base, refinement) != (size, 0) and not encoded:
                 raise CorruptChunk(f"A piece of {size} bytes cannot be encoded in {base} and {refinement}.")
 

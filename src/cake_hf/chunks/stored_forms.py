@@ -16,6 +16,7 @@ from cake_hf.chunks.codec import (
     parse_header,
     stored_bytes,
 )
+from cake_hf.chunks.decoding import decode_into
 from cake_hf.chunks.encoded_checks import check_encoded, check_encoded_file, describe, refuse_inflated
 from cake_hf.chunks.encoded_header import (
     ENCODED_VERSION,
@@ -27,7 +28,7 @@ from cake_hf.chunks.encoded_header import (
 )
 from cake_hf.chunks.encoded_header import encode_header as encoded_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.lossless import decode_into, encode
+from cake_hf.chunks.lossless import CODEC, Encoded, encode
 from cake_hf.errors import CorruptChunk, NewerChunk
 
 _VERSION = re.compile(rb'.{8}\{"__metadata__":\{"format":"cake_hf","version":"([0-9]{1,9})",', re.DOTALL)
@@ -38,7 +39,7 @@ HEADER_BYTES = 8 + MAX_HEADER_BYTES
 
 
 def can_be_encoded(layout: ChunkLayout) -> bool:
-    """Returns whether any piece of the layout is of a dtype that is ever encoded."""
+    """Returns whether any piece of the layout is of a dtype that the lossless codec encodes."""
     return any(layout.channels)
 
 
@@ -65,10 +66,22 @@ def encoded_file(payload: Buffer, layout: ChunkLayout, facts: ChunkMetadata) -> 
         return None
     decoded = memoryview(bytearray(layout.nbytes))
     parts = split(decoded, layout)
-    decode_into(encoded.bases, encoded.refinements, encoded.sizes, layout, parts)
+    decode_into(CODEC, encoded.bases, encoded.refinements, encoded.sizes, layout, parts)
     if tuple(map(checksum, parts)) != facts.checksums:
         raise CorruptChunk(f"Chunk {facts.key} does not decode to what was encoded.")
-    return [encoded_header(layout, describe(facts, encoded)), encoded.bases, encoded.refinements]
+    return file_of(encoded, layout, facts)
+
+
+def file_of(encoded: Encoded, layout: ChunkLayout, facts: ChunkMetadata, codec: str = CODEC) -> list[Buffer]:
+    """Returns the file of a chunk that was encoded, in parts.
+
+    Args:
+        encoded: the chunk.
+        layout: of the chunk.
+        facts: with the checksums of what the pieces decode to.
+        codec: by which it was encoded.
+    """
+    return [encoded_header(layout, describe(facts, encoded, codec)), encoded.bases, encoded.refinements]
 
 
 def decode_file(raw: memoryview, key: str, layout: ChunkLayout, parts: list[memoryview]) -> ChunkMetadata:
@@ -90,7 +103,7 @@ def decode_file(raw: memoryview, key: str, layout: ChunkLayout, parts: list[memo
     bases = payload[: sum(sizes.bases[:count])]
     refinements = payload[sizes.base_bytes :][: sum(sizes.refinements[:count])]
     check_encoded(bases, refinements, metadata, 0, count)
-    decode_into(bases, refinements, sizes, layout, parts)
+    decode_into(metadata.codec, bases, refinements, sizes, layout, parts)
     return metadata.facts
 
 

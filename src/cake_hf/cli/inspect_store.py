@@ -11,7 +11,6 @@ from functools import lru_cache, partial
 
 from cake_hf.chunks.codec import MAX_HEADER_BYTES, ChunkMetadata, parse_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
-from cake_hf.chunks.lossless import CODEC
 from cake_hf.chunks.stored_forms import refuse_newer
 from cake_hf.chunks.tensor_table import TensorTable
 from cake_hf.cli.many import each_answer
@@ -205,7 +204,7 @@ def _described(raw: bytearray) -> tuple[ChunkMetadata, TensorTable, int, str]:
     """Returns a chunk's metadata, the table of its tensors, the bytes of its payload as it is stored, and its codec."""
     if is_encoded(raw):
         encoded, layout = parse_encoded_header(raw)
-        return encoded.facts, _table(layout.table_json), encoded.sizes.nbytes, CODEC
+        return encoded.facts, _table(layout.table_json), encoded.sizes.nbytes, encoded.codec
     refuse_newer(raw)
     metadata, table = parse_header(raw)
     return metadata, table, table.payload_bytes, "none"

@@ -29,6 +29,13 @@ class Codec(StrEnum):
     NONE = "none"
     LOSSLESS = "lossless"
     AUTO = "auto"
+    NEAR = "near"
+    INT8 = "int8"
+    QUANTSPEC = "quantspec"
+    INT4 = "int4"
+    ROT4 = "rot4"
+    CACHEGEN = "cachegen"
+    KIVI2 = "kivi2"
 
 
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", envvar=STORE, help="A store: a directory or a URL.")]
@@ -42,7 +49,8 @@ DtypeOption = Annotated[Dtype, typer.Option(help="The dtype of the weights, and 
 CodecOption = Annotated[
     Codec,
     typer.Option(
-        help="lossless stores bfloat16 KV in about 0.7 of the bytes; auto does, unless the store is in memory."
+        help="lossless stores bfloat16 KV in about 0.7 of the bytes; auto does, unless the store is in memory. "
+        "The others are lossy, and need --no-exact."
     ),
 ]
 Device = Annotated[str, typer.Option(help="E.g. cpu or cuda:1; auto is the GPU if there is one.")]
@@ -70,6 +78,7 @@ class WarmedSettings:
     chunk_size: int | str = "auto"
     salt: str = ""
     exact: bool = True
+    codec: str = "none"
     dtype: str = "auto"
     device: str = "auto"
     tokens: int | None = None
@@ -89,6 +98,7 @@ class WarmedOptions:
     exact: Annotated[
         bool, typer.Option(help="As when it was warmed; KV saved with --no-exact serves other machines, too.")
     ] = True
+    codec: Annotated[Codec, typer.Option(help="The lossy codec that it was warmed with, if it was.")] = Codec.NONE
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Only this many tokens from the start, as when it was warmed.")
     ] = None
@@ -99,7 +109,12 @@ class WarmedOptions:
     @property
     def keyed(self) -> dict[str, Any]:
         """Returns those options that a session takes; they are part of the chunks' keys."""
-        return {"chunk_size": self.chunk_size or "auto", "salt": self.salt, "exact": self.exact}
+        return {
+            "chunk_size": self.chunk_size or "auto",
+            "salt": self.salt,
+            "exact": self.exact,
+            "codec": self.codec.value,
+        }
 
     @property
     def as_given(self) -> dict[str, Any]:

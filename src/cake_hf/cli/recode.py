@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from cake_hf.chunks.codec import Buffer, parse_header
-from cake_hf.chunks.encoded_header import is_encoded
+from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_named
+from cake_hf.chunks.lossy import is_lossy
 from cake_hf.chunks.stored_forms import can_be_encoded, check_any_file, encoded_file, raw_file
 from cake_hf.chunks.tensor_table import TensorTable, offsets_of
 from cake_hf.cli.console import WRONG, console, progress_bar
@@ -33,6 +34,7 @@ class Recoded:
         changed: chunks that are stored in the other form now.
         before, after: bytes of these.
         left: chunks that stay as they are: they have that form, or the codec does not make them smaller.
+        lossy: those of them that a lossy codec encoded; no other form of the same KV is as small.
         failed: why others could not be read or written.
     """
 
@@ -40,6 +42,7 @@ class Recoded:
     before: int = 0
     after: int = 0
     left: int = 0
+    lossy: int = 0
     failed: Sequence[str] = ()
 
 
@@ -54,21 +57,25 @@ def recode_command(
     with the same KV. Ctrl-C ends it; what is done stays done, and running it
     again does the rest.
     """
-    if codec is Codec.AUTO:
-        raise ValueError("recode needs a form that does not depend on the store: --codec lossless or --codec none.")
+    if codec not in (Codec.LOSSLESS, Codec.NONE):
+        raise ValueError("recode stores the same KV in another form: --codec lossless or --codec none.")
     with existing_store(store) as opened:
         opened.check_writable()
         with progress_bar("recoding", "chunks") as progress:
             result = recode(opened, progress, encode=codec is Codec.LOSSLESS)
     console.print(
         f"{count_text(result.changed, 'chunk')} changed, from {bytes_text(result.before)} to {bytes_text(result.after)}; "
-        f"{count_text(result.left, 'chunk')} left as they are."
+        f"{count_text(result.left, 'chunk')} left as they are{_lossy(result)}."
     )
     for why in result.failed[:MOST_TOLD]:
         console.print(why, style="red", markup=False)
     if result.failed:
         console.print(f"{count_text(len(result.failed), 'chunk')} could not be changed.", style="bold red")
         raise typer.Exit(WRONG)
+
+
+def _lossy(result: Recoded) -> str:
+    return f", {result.lossy:,} of them of a lossy codec" if result.lossy else ""
 
 
 def recode(store: Store, progress: Progress, *, encode: bool) -> Recoded:
@@ -94,6 +101,9 @@ def _recode(store: Store, key: str, encode: bool, result: Recoded) -> None:
     if raw is None:
         return
     facts = check_any_file(raw, key)
+    if is_encoded(raw) and is_lossy(parse_encoded_header(raw)[0].codec):
+        result.left, result.lossy = result.left + 1, result.lossy + 1
+        return
     of_its_own = key in (state_key(facts.parent), behaviour_key(facts.namespace))
     if is_encoded(raw) == encode or (encode and of_its_own):
         result.left += 1

@@ -20,6 +20,7 @@ import torch
 
 from cake_hf.cache import CakeCache
 from cake_hf.chunks.codec import Buffer, parse_header
+from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
@@ -114,6 +115,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
         chunk_size=job.chunk_size,
         salt=job.salt,
         exact=job.exact,
+        codec=job.codec,
         strategy="compute",
         limits=limits,
         snapshot_every=1,  # wherever the store may have one
@@ -217,6 +219,8 @@ class Comparing(WrapperStore):
         """Returns how the stored chunk differs from the computed one; empty if it does not, in what counts, or if it is
         gone."""
         try:
+            if is_encoded(computed):
+                computed = bytes(raw_file(computed, key))
             size = self.inner.size(key)
             if size is not None and size > 2 * len(computed):  # its header must not make us take memory before that
                 return f"Chunk {key} has {size} bytes, which no chunk of this model has."

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -169,7 +169,13 @@ def _of_documents(store: Store, inventory: Inventory, wanted: Selector) -> tuple
     tokenizer = load_tokenizer(wanted.model)
     ids = {path: document.ids(tokenizer) for path, document in documents.items()}
     model = load_model(wanted.model, wanted.dtype, wanted.device)
-    with session_for(model, store, chunk_size=wanted.chunk_size, salt=wanted.salt, exact=wanted.exact) as session:
+    options: dict[str, Any] = {
+        "chunk_size": wanted.chunk_size,
+        "salt": wanted.salt,
+        "exact": wanted.exact,
+        "codec": wanted.codec,
+    }
+    with session_for(model, store, **options) as session:
         namespace, size = session.namespace(), session.chunk_size
     chains, tails = [], []
     for path, document in documents.items():

@@ -18,12 +18,12 @@ from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import find_model
-from cake_hf.cli.options import ChunkSize
+from cake_hf.cli.options import ChunkSize, Codec
 from cake_hf.cli.server_seams import Make, Server, missing_packages, options_of_transformers
 from cake_hf.errors import CakeError
 from cake_hf.scheduling.chunk_size import auto_chunk_size
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.serving.support import require_engine
+from cake_hf.serving.support import refuse_lossy, require_engine
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import open_store
 from cake_hf.util.environment import STORE
@@ -51,6 +51,9 @@ class Restoring:
         bool, typer.Option(help="KV is bit for bit that of generate with the same chunk size; only such KV is used.")
     ] = True
     save: Annotated[bool, typer.Option(help="Save the KV of new prompts.")] = True
+    codec: Annotated[Codec, typer.Option(help="How the KV of new prompts is stored: none, lossless or auto.")] = (
+        Codec.NONE
+    )
 
 
 def _with_options_of_transformers(command: Callable[..., None]) -> Callable[..., None]:
@@ -97,6 +100,7 @@ def serve_command(model: Annotated[str, typer.Argument(help=MODEL)], restoring: 
         raise CakeError(f'The server needs {", ".join(missing)}: pip install "cake-hf[serve]"')
     if not transformers.get("continuous_batching", True):
         raise ValueError("cake-hf serve restores in continuous batching only; leave --no-continuous-batching out.")
+    refuse_lossy(restoring.codec.value)
     model = _found(model)
     if told := said_of_new(restoring.store):
         console.print(told, style="dim")
@@ -144,6 +148,7 @@ def _maker(store: Store, restoring: Restoring, transformers: Mapping[str, Any]) 
             exact=restoring.exact,
             strategy=restoring.strategy,
             stall=restoring.stall,
+            codec=restoring.codec.value,
         )
 
     return make

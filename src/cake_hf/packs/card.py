@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.stores.manifest import MANIFEST, PackManifest
+from cake_hf.stores.mismatch import lossy_codec
 from cake_hf.util.sizes import bytes_text, count_text
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -154,6 +155,7 @@ def cache_line(manifest: PackManifest, store: str) -> str:
     """
     options = ["model", store, f"chunk_size={manifest.chunk_size}"]
     options += [] if "numerics" in manifest.facts else ["exact=False"]
+    options += [f"codec={codec!r}"] if (codec := lossy_codec(manifest.facts)) else []
     options += ["salt=..."] if manifest.salted else []
     return f"cache = CakeCache({', '.join(options)})"
 

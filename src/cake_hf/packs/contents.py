@@ -18,6 +18,7 @@ from cake_hf.keys import block_keys, state_key
 from cake_hf.limits import Limits
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.which_model import resolve_model
+from cake_hf.restore.bound_store import check_codec
 from cake_hf.restore.session import Session, chosen_chunk_size
 from cake_hf.restore.support import layers_for, model_refusal, refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
@@ -127,6 +128,7 @@ def contents_of(
     salt: str,
     exact: bool,
     allow_salted: bool,
+    codec: str = "none",
 ) -> Iterator[Contents]:
     """Finds the stored blocks and snapshots of a prompt, as a `CakeCache` with these arguments would.
 
@@ -149,7 +151,7 @@ def contents_of(
     cuts = checked_cuts(boundaries, tokens)
     opened = open_store(store)
     try:
-        with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact) as session:
+        with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact, codec=codec) as session:
             facts, namespace = json.loads(canonical(session.namespace_metadata())), session.namespace()
             revision = getattr(session.model.config, "_commit_hash", None) or ""
             name, has_states = printable(session.model_name), bool(session.state_layout().pieces)
@@ -174,13 +176,15 @@ def contents_of(
 
 @contextmanager
 def session_for(
-    model: torch.nn.Module, store: Store, *, chunk_size: int | str, salt: str, exact: bool
+    model: torch.nn.Module, store: Store, *, chunk_size: int | str, salt: str, exact: bool, codec: str = "none"
 ) -> Iterator[Session]:
     """Opens the session that a `CakeCache` with these arguments would have.
 
     Raises:
-        CakeError: KV of this model is not kept.
+        CakeError: KV of this model is not kept, or the codec needs a library that is not installed.
+        ValueError: the codec is unknown, or lossy although `exact` is set.
     """
+    check_codec(codec, exact=exact)
     model = resolve_model(model)
     refuse_unusable(model)
     if refusal := model_refusal(model, layers_for(model)):
@@ -194,6 +198,7 @@ def session_for(
         exact=exact,
         strategy=Strategy.BOTH,
         limits=Limits(),
+        codec=codec,
     )
     try:
         yield session

@@ -33,6 +33,7 @@ def export_pack(
     allow_salted: bool = False,
     about: str = "",
     base_model: str = "",
+    codec: str = "none",
     progress: Progress = no_progress,
 ) -> PackManifest:
     """Writes the stored KV of a prompt as a pack: chunks, a manifest with the digest of every file, and a card.
@@ -52,6 +53,7 @@ def export_pack(
             guessed.
         about: description of the prompt, in one line for the card.
         base_model: the model's name on the Hub, for the card; by default the name that it was loaded by.
+        codec: the lossy codec that the KV was saved with, if it was.
         progress: called with (files written, all files).
 
     Returns:
@@ -67,8 +69,8 @@ def export_pack(
             is outside the prompt.
     """
     told = About(about, base_model)
-    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "allow_salted": allow_salted}
-    with contents_of(store, model, input_ids, boundaries=boundaries, **options) as contents:
+    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "codec": codec}
+    with contents_of(store, model, input_ids, boundaries=boundaries, allow_salted=allow_salted, **options) as contents:
         return contents.write(FolderSink(folder), partial(card_text, about=told), progress)
 
 

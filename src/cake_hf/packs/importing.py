@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from cake_hf.chunks.lossy import is_lossy
 from cake_hf.chunks.stored_forms import check_any_file
 from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.packs.contents import Progress, no_progress, session_for
 from cake_hf.stores.base import Store
 from cake_hf.stores.hub import SCHEME, open_hub_pack
 from cake_hf.stores.manifest import PackManifest
+from cake_hf.stores.mismatch import lossy_codec
 from cake_hf.stores.opening import StoreSpec, open_store, pack_folder
 from cake_hf.stores.pack import PackStore, open_folder_pack
 from cake_hf.stores.specs import path_directory
@@ -110,8 +112,10 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
         CakeError: KV of this model is not kept.
     """
     manifest = pack.manifest
-    exact = "numerics" in manifest.facts
-    with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact) as session:
+    exact, codec = "numerics" in manifest.facts, lossy_codec(manifest.facts) or "none"
+    if exact or not is_lossy(codec):
+        codec = "none"  # one that is not known here; the reason says it
+    with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact, codec=codec) as session:
         if mismatch_reason := pack.mismatch_reason(session.namespace(), session.namespace_metadata):
             raise StoreError(f"{mismatch_reason[0].upper()}{mismatch_reason[1:]}.")
 

@@ -52,6 +52,7 @@ def push_pack(
     allow_salted: bool = False,
     about: str = "",
     base_model: str = "",
+    codec: str = "none",
     private: bool | None = None,
     progress: Progress = no_progress,
 ) -> Pushed:
@@ -61,7 +62,8 @@ def push_pack(
         store: the store that has the KV, as `CakeCache` takes it.
         repo: "org/name"; created if it is missing. An older pack in it is replaced; a repository with other contents is
             refused.
-        model, input_ids, boundaries, chunk_size, salt, exact, allow_salted, about, base_model: as for `export_pack`.
+        model, input_ids, boundaries, chunk_size, salt, exact, allow_salted, about, base_model, codec: as for
+            `export_pack`.
         private: whether a new repository is private; by default the Hub decides.
         progress: called with (files handed to the client, all files).
 
@@ -73,8 +75,11 @@ def push_pack(
     repo, revision = parse_hub_name(repo)
     if revision != "main":
         raise StoreError(f"A pack is pushed to a repository's main branch; leave @{revision} out.")
-    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "allow_salted": allow_salted}
-    with contents_of(store, model, input_ids, boundaries=boundaries, **options) as contents, _without_bars():
+    options: dict[str, Any] = {"chunk_size": chunk_size, "salt": salt, "exact": exact, "codec": codec}
+    with (
+        contents_of(store, model, input_ids, boundaries=boundaries, allow_salted=allow_salted, **options) as contents,
+        _without_bars(),
+    ):
         sink = HubSink(repo, private)
         manifest = contents.write(sink, partial(card_text, about=told), progress)
         return Pushed(f"{SCHEME}{repo}@{sink.commit}", manifest, contents.missing)

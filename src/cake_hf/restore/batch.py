@@ -20,11 +20,13 @@ from typing import Protocol
 
 import torch
 
+from cake_hf.blocks import blocks
 from cake_hf.keys import chunk_keys
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.report import Report, Span
 from cake_hf.restore.forwards import wait_for_devices
+from cake_hf.restore.lossy import lossy_tokens
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 
@@ -150,7 +152,7 @@ class BatchRestore:
         return row.pad + row.chunks * self._session.chunk_size
 
     def _restore(self, row: Row, homes: dict[str, Row], restore_row: RestoreRow) -> None:
-        size = self._session.chunk_size
+        session, size = self._session, self._session.chunk_size
         common = sum(key in homes for key in row.keys)  # keys are chained, so common chunks come first
         places = [layer.row(row.number, row.pad) for layer in self._layers]
         if common:
@@ -158,6 +160,9 @@ class BatchRestore:
             for layer, place in zip(self._layers, places, strict=True):
                 layer.copy_row(home.number, home.pad, place, common * size)
             self.report.chunks_shared += common
+            if session.bound_store.lossy is not None:
+                chunks = blocks(0, common * size, (), size)
+                self.report.tokens_lossy += lossy_tokens(chunks, session.bound_model.layout(), 0)
         if common < row.chunks:
             ids = self._call.ids[row.number : row.number + 1, row.pad : self._end_of(row)]
             restore_row(

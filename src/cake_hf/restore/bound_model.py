@@ -11,6 +11,7 @@ import torch
 
 from cake_hf.chunks.codec import FORMAT_VERSION
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.lossy import Method
 from cake_hf.keys import namespace_digest
 from cake_hf.layers.compat import chosen_functions, installed_version
 from cake_hf.limits import MIN_CHUNK_SIZE
@@ -37,7 +38,9 @@ class _Latest(NamedTuple):
     metadata: dict[str, Any]
 
 
-_latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool], _Latest]] = weakref.WeakKeyDictionary()
+_latest: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, str, bool, str], _Latest]] = (
+    weakref.WeakKeyDictionary()
+)
 """The namespace that was found last, by model and options."""
 
 
@@ -49,10 +52,11 @@ class BoundModel:
         chunk_size, salt, exact: as for `CakeCache`; the size as it was chosen.
         reference_place: returns where a store keeps what models compute under a namespace, given that namespace and the
             model's name. Called with `exact=False` only.
+        lossy: the lossy codec that the KV goes through; None for none.
         compiled: what the user passed as the model.
 
     Attributes:
-        model, chunk_size, salt, exact: as given.
+        model, chunk_size, salt, exact, lossy: as given.
         hook: on the model; has to be detached.
         vouched_for: a namespace of which the store was seen to hold chunks; None for none yet.
     """
@@ -65,6 +69,7 @@ class BoundModel:
         salt: str,
         exact: bool,
         reference_place: Callable[[str, str], ReferencePlace],
+        lossy: Method | None = None,
         compiled: Any = None,
     ) -> None:
         self.model = model
@@ -73,7 +78,8 @@ class BoundModel:
         self.exact = exact
         self.vouched_for: str | None = None
         self._reference_place = reference_place
-        self._options = (chunk_size, salt, exact)
+        self.lossy = lossy
+        self._options = (chunk_size, salt, exact, "" if lossy is None else lossy.name)
         self.hook = ModelHook.attach(model)
         self.hook.stay_in_front(compiled)
 
@@ -154,6 +160,8 @@ class BoundModel:
         }
         if states := self.state_layout().tensor_table:
             metadata["states"] = states
+        if self.lossy is not None:
+            metadata["codec"] = {"name": self.lossy.name, "version": self.lossy.version}
         if parallel := parallel_metadata(self.model, exact=self.exact):
             metadata["parallel"] = parallel
         if self.exact:

@@ -12,6 +12,8 @@ from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless import CODEC as LOSSLESS
 from cake_hf.chunks.lossless import is_native
+from cake_hf.chunks.lossy import LOSSY, Method, is_lossy, lossy_method
+from cake_hf.chunks.stored_forms import can_be_encoded
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
@@ -26,11 +28,23 @@ from cake_hf.transfer.hits import count_hits, flush_hits
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_access import Access
 from cake_hf.transfer.telemetry import observe, observe_save
-from cake_hf.transfer.writer import SaveJob, pack
+from cake_hf.transfer.writer import Coded, SaveJob, pack
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 
-CODECS = ("none", LOSSLESS, "auto")
+CODECS = ("none", LOSSLESS, "auto", *LOSSY)
+
+
+def check_codec(codec: str, *, exact: bool) -> None:
+    """Refuses a codec that there is not, or that changes KV although it must not.
+
+    Raises:
+        ValueError: it does.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
+    if exact and is_lossy(codec):
+        raise ValueError(f"codec {codec!r} is lossy: pass exact=False (--no-exact) with it, or take codec='lossless'.")
 
 
 class BoundStore:
@@ -43,18 +57,21 @@ class BoundStore:
         codec: of new chunks, one of `CODECS`.
 
     Attributes:
+        lossy: the lossy codec; None for an exact cache.
         name: of the store, for display.
         access: the access to it.
         limits: as given.
 
     Raises:
         StoreError: the store has never been usable, and is not now.
+        CakeError: the codec needs a library that is not installed.
         Exception: any other error that the user's own store raises then.
     """
 
     def __init__(self, store: StoreSpec | None, limits: Limits, *, save: bool, codec: str = "none") -> None:
         self.limits = limits
         self._codec = codec
+        self.lossy: Method | None = lossy_method(codec) if is_lossy(codec) else None
         self.access = Access(store, limits, save=save, share=sharing_of)
         self.name = store_name(store)
         self._count_lock = Lock()
@@ -74,14 +91,15 @@ class BoundStore:
         """Returns whether new chunks are encoded, if their dtype allows it.
 
         With the codec "auto" they are, unless the store is in memory or, by what was learned of both, loading them would take
-        longer than loading raw ones. That changes no key, and all forms are read.
+        longer than loading raw ones. That changes no key, and all forms are read. With a lossy codec, those chunks that stay
+        exact are encoded by the lossless one.
 
         Args:
             namespace: of the chunks.
             layout: of a chunk.
         """
         if self._codec != "auto":
-            return self._codec == LOSSLESS
+            return self._codec == LOSSLESS or self.lossy is not None
         if not is_native() or self.store.in_memory:
             return False
         memory = self._memories.get(namespace)
@@ -131,6 +149,7 @@ class BoundStore:
         overwrite: bool,
         made_with: dict[str, Any] | None,
         what: Literal["chunk", "tail", "state"] = "chunk",
+        coded: Coded | None = None,
     ) -> None:
         """Copies a chunk out and queues it, or counts it as unsaved if there is no room. Never waits.
 
@@ -144,6 +163,7 @@ class BoundStore:
             overwrite: replace a stored chunk that turned out to be unusable.
             made_with: the metadata of the chunk's namespace, kept in the store once the chunk is there; None to keep none.
             what: the kind of value; a state is the snapshot at the end of a chunk or a tail.
+            coded: the chunk as a lossy codec has encoded it; its tensors are not needed then.
         """
         record = self._recorder(metadata, made_with)
 
@@ -165,11 +185,13 @@ class BoundStore:
             observe_save(saved, layout.nbytes)
 
         writer, encode = self.access.writer, what != "state" and self.encodes(metadata.namespace, layout)
+        if self.lossy is not None:
+            encode = encode and can_be_encoded(layout)
         if not writer.has_room(layout.nbytes):
             done(None)
             return
         try:
-            payload = pack(pieces(), layout)
+            payload = coded or pack(pieces(), layout)
         except (MemoryError, RuntimeError) as error:  # out of memory
             if is_the_users(error):
                 raise

@@ -14,11 +14,13 @@ from cake_hf.layers import SlidingWindowLayer, TokenMajorLayer
 from cake_hf.restore.audit import Audit
 from cake_hf.restore.carried import Carried
 from cake_hf.restore.forwards import GATED, Forward, ForwardPreempted, Layers, never, wait_for_devices
+from cake_hf.restore.lossy import LossySchedule
 from cake_hf.restore.pacing import RestorePace
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.saving import Saver
 from cake_hf.restore.steps import Steps
 from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.transfer.writer import Coded
 
 
 class ChunkRuns:
@@ -34,6 +36,7 @@ class ChunkRuns:
         steps: decides which chunk comes next, and records which are made.
         pace: records how long forwards take.
         saver: saves each new chunk.
+        lossy: codes each chunk that it has to.
         audit: compares computed chunks that are stored.
         devices: that the model computes on.
 
@@ -52,6 +55,7 @@ class ChunkRuns:
         steps: Steps,
         pace: RestorePace,
         saver: Saver,
+        lossy: LossySchedule,
         audit: Audit,
         devices: Sequence[torch.device],
     ) -> None:
@@ -66,6 +70,7 @@ class ChunkRuns:
         self._steps = steps
         self._pace = pace
         self._saver = saver
+        self._lossy = lossy
         self._audit = audit
         self._devices = devices
 
@@ -80,7 +85,7 @@ class ChunkRuns:
         layers = Layers(self._count)
         worked = time.thread_time()
         try:
-            self._run(index, partial(self._is_left, index, layers))
+            coded = self._run(index, partial(self._is_left, index, layers))
         except ForwardPreempted:
             wait_for_devices(self._devices)
             end = time.monotonic()
@@ -96,7 +101,7 @@ class ChunkRuns:
         self._prompt.record("compute", index, begin, end, GATED if self.waited else "computed")
         if load not in (Outcome.CORRUPT, Outcome.MISSED):
             self._audit.computed(index, partial(self._saver.pieces, index))
-        self._saver.chunk(index, load)
+        self._saver.chunk(index, load, coded)
         self._saver.state(index)
         return True
 
@@ -113,7 +118,8 @@ class ChunkRuns:
         """Makes the first `chunks` chunks the content of the layers that keep each token."""
         self._show_tokens(self._prompt.blocks[chunks - 1].end if chunks else 0)
 
-    def _run(self, index: int, preempted: Callable[[], bool]) -> None:
+    def _run(self, index: int, preempted: Callable[[], bool]) -> Coded | None:
+        """Runs the model on a chunk and puts it through the lossy codec, if there is one; returns what that has made of it."""
         self._carried.begin()
         for start, end in self._prompt.blocks[index].forwards:
             self._show_tokens(start)
@@ -122,6 +128,7 @@ class ChunkRuns:
             self._carried.ran()
         self._carried.passed(index)
         wait_for_devices(self._devices)
+        return self._lossy.code(index)
 
     def _is_left(self, index: int, layers: Layers) -> bool:
         """Whether a forward ends before its next layer: its chunk has arrived, or was a trial that is not worth finishing."""

@@ -38,6 +38,7 @@ from cake_hf.restore.chunk_runs import ChunkRuns
 from cake_hf.restore.counting import count_restore
 from cake_hf.restore.flights import Flights
 from cake_hf.restore.forwards import Forward, Progress
+from cake_hf.restore.lossy import LossySchedule
 from cake_hf.restore.pacing import new_frontier, new_pace
 from cake_hf.restore.plan import plan_restore
 from cake_hf.restore.prompt import Prompt
@@ -112,6 +113,7 @@ class Restore:
         )
         self._audit = Audit(session, prompt)
         self._saver = Saver(session, self._layers, prompt, self._carried, self._states, self._audit)
+        self._lossy = LossySchedule(session.bound_store.lossy, prompt, self._saver.pieces)
         self._ranks = ranks_of(session.model)
         self.cost_memory = session.cost_memory(prompt.namespace)
         costs = self.cost_memory.costs()
@@ -151,6 +153,7 @@ class Restore:
             self._steps,
             self.pace,
             self._saver,
+            self._lossy,
             self._audit,
             devices_of(session.model),
         )
@@ -206,11 +209,13 @@ class Restore:
             self._job.let_go()
             self._states.let_go()
             self.brought = self._count()
+            self.prompt.report.tokens_lossy += self._lossy.tokens(self.prompt.chunks + save_suffix)
             if save_suffix:
                 self._carried.begin()
                 self._carried.ran()
                 self._carried.passed(self.prompt.chunks)
-                self._saver.chunk(self.prompt.chunks)
+                coded = self._lossy.code(self.prompt.chunks)
+                self._saver.chunk(self.prompt.chunks, coded=coded)
                 self._saver.state(self.prompt.chunks)
         finally:
             let_copies_out_end()
@@ -349,6 +354,7 @@ class Restore:
             patience=limits.read_timeout,
             gate=self._gate,
             encodes=self._session.bound_store.encodes(self.prompt.namespace, self.prompt.layout),
+            lossy=self._session.bound_store.lossy is not None,
         )
 
     def _count(self) -> int:

@@ -15,6 +15,7 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.restore.snapshots import StoredStates
 from cake_hf.scheduling.frontier import Outcome
+from cake_hf.transfer.writer import Coded
 
 
 class Saver:
@@ -45,12 +46,13 @@ class Saver:
         self._stored = stored
         self._audit = audit
 
-    def chunk(self, index: int, load: Outcome | None = None) -> None:
+    def chunk(self, index: int, load: Outcome | None = None, coded: Coded | None = None) -> None:
         """Queues a chunk that was just computed on the canonical schedule, unless the store has it intact.
 
         Args:
             index: of the chunk.
             load: how the attempt to load it ended, if there was one.
+            coded: what a lossy codec has made of it, to be stored as that; None to store what is in the layers.
 
         Raises:
             ComputePlainly: the model does not compute what the store holds.
@@ -73,6 +75,7 @@ class Saver:
             overwrite=corrupt,
             made_with=session.bound_model.metadata_of(prompt.namespace),
             what="chunk" if index in prompt.counted else "tail",
+            coded=coded,
         )
 
     def state(self, index: int) -> None:

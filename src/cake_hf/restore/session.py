@@ -65,6 +65,7 @@ class Session:
             salt=salt,
             exact=exact,
             reference_place=self.bound_store.reference_place,
+            lossy=self.bound_store.lossy,
             compiled=compiled,
         )
         # For when the last cache of this session is gone without a call of `close`.

@@ -16,7 +16,7 @@ from cake_hf.stores.opening import StoreSpec
 if TYPE_CHECKING:
     from cake_hf.serving.manager import BatchingManager
 
-_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "stall", "limits")
+_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "stall", "limits", "codec")
 
 
 @contextmanager
@@ -33,6 +33,7 @@ def batching(
     strategy: str = "both",
     stall: float = 0.5,
     limits: Limits | None = None,
+    codec: str = "none",
     workload_hints: Any = None,
     warmup: bool = True,
 ) -> Iterator[BatchingManager]:
@@ -56,6 +57,7 @@ def batching(
             default it is the chunk's size.
         chunk_size: tokens per chunk. Caches and engines with the same size share a store's chunks.
         exact: as for `CakeCache`. With False, a front takes what other requests leave of a step, instead of steps of its own.
+        codec: as for `CakeCache`, but for the lossy ones.
         stall: while requests decode, at most this share of the steps is one restore's alone.
         workload_hints: as in transformers.
         warmup: as in transformers.
@@ -66,7 +68,8 @@ def batching(
     Raises:
         CakeError: the installed transformers is older than 5.20.
         UnsupportedModel, StoreError: as for `CakeCache`.
-        ValueError: an option is out of range, or does not go with the `ContinuousBatchingConfig`.
+        ValueError: an option is out of range, the codec is unknown or lossy, or an option does not go with the
+            `ContinuousBatchingConfig`.
     """
     require_engine()
     from cake_hf.serving.manager import BatchingManager
@@ -84,6 +87,7 @@ def batching(
         strategy=strategy,
         stall=stall,
         limits=limits,
+        codec=codec,
     )
     try:
         if warmup:

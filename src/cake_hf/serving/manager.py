@@ -27,7 +27,7 @@ from cake_hf.serving.requests import Requests
 from cake_hf.serving.restorer import Restorer
 from cake_hf.serving.saving import Saver
 from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to, no_room
-from cake_hf.serving.support import attention_refusal, engine_refusal
+from cake_hf.serving.support import attention_refusal, engine_refusal, refuse_lossy
 from cake_hf.serving.watcher import Watcher
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
@@ -57,8 +57,10 @@ class BatchingManager(EngineManager):
         strategy: str = "both",
         stall: float = 0.5,
         limits: Limits | None = None,
+        codec: str = "none",
     ) -> None:
         sides = Strategy(strategy)
+        refuse_lossy(codec)
         if not 0 < stall <= 1:
             raise ValueError(f"stall is a share of the steps, above 0 and at most 1; got {stall!r}.")
         model = resolve_model(model, store)
@@ -77,6 +79,7 @@ class BatchingManager(EngineManager):
                 exact=exact,
                 strategy=sides,
                 limits=limits or Limits.from_environment(),
+                codec=codec,
             )
         except BaseException:
             self.restore_attention()

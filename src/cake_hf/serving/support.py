@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.lossy import is_lossy
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import installed_version, is_older_than
 from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.report import Refusal
 from cake_hf.restore.audit import audit_refusal
+from cake_hf.restore.bound_store import check_codec
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import (
     MIXED_ADAPTERS,
@@ -34,6 +36,20 @@ def require_engine() -> None:
         raise CakeError(
             f"Restoring in continuous batching needs transformers {OLDEST} or newer, and {installed_version()} is installed; "
             "CakeCache and cake_hf.generate work with it."
+        )
+
+
+def refuse_lossy(codec: str) -> None:
+    """Raises an error for a codec that an engine's chunks cannot go through, or that there is not.
+
+    Raises:
+        ValueError: it is lossy, or unknown.
+    """
+    check_codec(codec, exact=False)
+    if is_lossy(codec):
+        raise ValueError(
+            f"codec {codec!r} is lossy, and continuous batching computes each chunk from exact KV; take codec='lossless', or "
+            "CakeCache or cake_hf.generate for a lossy one."
         )
 
 

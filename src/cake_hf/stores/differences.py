@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cake_hf.stores.mismatch import differences, dtypes, plain, short
+from cake_hf.stores.mismatch import differences, dtypes, lossy_codec, plain, short
 
 OPTIONS, NUMERICS, DTYPE, ADAPTERS, EDITED, WEIGHTS, OTHER_MODEL, FORMAT = range(8)
 """How severe a difference is, from one that an argument removes to one that cannot be removed."""
@@ -103,6 +103,16 @@ def _options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Dif
     if there != here:
         told, cure = f"chunks of {short(there)} tokens", f"pass chunk_size={short(there)}"
         yield Difference(told, f"chunks of {short(here)}", "this cache has", cure, OPTIONS)
+    codec, mine = lossy_codec(theirs), lossy_codec(ours)
+    if codec != mine:
+        cure = f"pass codec='{codec}' and exact=False" if codec else "leave codec= out"
+        yield Difference(
+            f"the lossy codec {codec}" if codec else "no lossy codec", mine or "none", "this cache has", cure, OPTIONS
+        )
+    elif theirs.get("codec") != ours.get("codec"):
+        yield Difference(
+            f"another version of the codec {codec}", cure="use the version of cake_hf that made them", severity=FORMAT
+        )
     exact = "numerics" in theirs
     if exact != ("numerics" in ours):
         cure = "pass exact=True where all else is alike, or exact=False on both sides" if exact else "pass exact=False"

@@ -30,6 +30,10 @@ def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) ->
         return (
             f"has chunks of {short(theirs.get('chunk_size'))} tokens; pass chunk_size={short(theirs.get('chunk_size'))}"
         )
+    if (codec := lossy_codec(theirs)) != lossy_codec(ours):
+        if codec:
+            return f"holds KV of the lossy codec {codec}; pass codec='{codec}' and exact=False"
+        return "holds KV without a lossy codec; leave codec= out"
     if dtypes(theirs) != dtypes(ours) and dtypes(theirs) and dtypes(ours):
         return f"holds KV of dtype {dtypes(theirs)}, this model's is {dtypes(ours)}; load the model in that dtype"
     if any(not path.startswith("numerics") and path not in DIGESTS for path, _, _ in different):
@@ -43,6 +47,12 @@ def why_not(theirs: Mapping[str, Any], salted: bool, ours: Mapping[str, Any]) ->
     if different:
         return "was made with a model that computes something else: that one or this one is patched, steered or edited"
     return "was made with another salt; pass its salt" if salted else "was made without a salt; pass none"
+
+
+def lossy_codec(facts: Mapping[str, Any]) -> str:
+    """Returns the name of the lossy codec that the metadata names; empty if it names none."""
+    codec = facts.get("codec")
+    return plain(str(codec.get("name"))) if isinstance(codec, Mapping) else ""
 
 
 def dtypes(facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 
-from cake_hf.chunks.codec import checksum, checksums, header_size, parse_header, sealed_header
+from cake_hf.chunks.codec import checksum, checksums, encode_header, header_size, parse_header, sealed_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.stored_forms import encoded_file, raw_file
 
@@ -55,6 +55,6 @@ def _forge_encoded(raw: bytes | bytearray, change: Callable[[bytearray], None]) 
     plain = raw_file(raw, facts.facts.key)
     payload = bytearray(plain[header_size(layout) :])
     change(payload)
-    encoded = encoded_file(payload, layout, replace(facts.facts, checksums=checksums(payload, layout)))
-    assert encoded is not None  # it is as compressible as it was, but for what was changed
-    return b"".join(encoded)
+    told = replace(facts.facts, checksums=checksums(payload, layout))
+    # What was coded by a lossy codec need not be compressible otherwise; a raw chunk says the same.
+    return b"".join(encoded_file(payload, layout, told) or [encode_header(layout, told), payload])

@@ -15,10 +15,10 @@ import torch
 
 from cake_hf.chunks.aligned_memory import empty_aligned
 from cake_hf.chunks.codec import header_size, stored_bytes
+from cake_hf.chunks.decoding import decode_into
 from cake_hf.chunks.encoded_checks import check_encoded
 from cake_hf.chunks.encoded_header import check_encoded_header, encoded_header_size, is_encoded
 from cake_hf.chunks.layout import ChunkLayout, LayerRange
-from cake_hf.chunks.lossless import decode_into
 from cake_hf.chunks.stored_forms import (
     HEADER_BYTES,
     START_BYTES,
@@ -84,6 +84,7 @@ class ChunkReader:
         layout: of a full chunk; a tail's is not larger.
         seen: in that place.
         encodes: whether the cache writes encoded chunks.
+        lossy: whether its codec is lossy, so that KV of other dtypes than bfloat16 may be encoded, too.
         clock: monotonic seconds.
 
     Attributes:
@@ -98,6 +99,7 @@ class ChunkReader:
         seen: SeenForms,
         *,
         encodes: bool,
+        lossy: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.nbytes, self.decoding = 0, 0.0
@@ -106,6 +108,7 @@ class ChunkReader:
         self._layout = layout
         self._seen = seen
         self._encodes = encodes
+        self._lossy = lossy
         self._header = byte_view(empty_aligned([header_size(layout)], torch.uint8))
         self._room: memoryview | None = None
 
@@ -134,7 +137,7 @@ class ChunkReader:
             StoreError: it cannot be read.
         """
         self.decoding = 0.0
-        may_be_encoded = can_be_encoded(layout)
+        may_be_encoded = self._lossy or can_be_encoded(layout)
         if may_be_encoded and self._seen.expects_encoded(self._encodes):
             return self._read_encoded(key, layout, landing, is_wanted)
         check = Check(key, layout, self._header[: header_size(layout)], landing.parts)
@@ -236,7 +239,7 @@ class ChunkReader:
             return False
         with self._decoding():
             check_encoded(bases, refinements, metadata, 0, count)
-            decode_into(bases, refinements, sizes, layout, landing.parts)
+            decode_into(metadata.codec, bases, refinements, sizes, layout, landing.parts)
         self._took(landing, end, encoded=True)
         return True
 

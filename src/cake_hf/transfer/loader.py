@@ -53,6 +53,7 @@ class LoadJob:
         staged: staged chunks, including those still being loaded, by index, until the main thread commits them.
         shared: chunks that came from another restore.
         encodes: whether the cache writes encoded chunks, so that such are expected.
+        lossy: whether its codec is lossy.
         took: what was brought for each chunk that was read.
         faults: of all loads.
     """
@@ -71,6 +72,7 @@ class LoadJob:
     staged: dict[int, Landing] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     encodes: bool = False
+    lossy: bool = False
     took: dict[int, Brought] = field(default_factory=dict)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
@@ -147,7 +149,9 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 
 def run_loader(job: LoadJob, actor: str) -> None:
     """Runs one loader. Its errors become outcomes in the frontier; nothing is raised."""
-    reader = ChunkReader(job.store, job.layout, job.sharing.forms, encodes=job.encodes, clock=job.clock)
+    reader = ChunkReader(
+        job.store, job.layout, job.sharing.forms, encodes=job.encodes, lossy=job.lossy, clock=job.clock
+    )
 
     def has_no_claims() -> bool:
         return not job.frontier.has_claims()

@@ -11,7 +11,8 @@ import torch
 
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.stored_forms import can_be_encoded, encoded_file
+from cake_hf.chunks.lossless import Encoded
+from cake_hf.chunks.stored_forms import can_be_encoded, encoded_file, file_of
 from cake_hf.errors import CakeError, NewerChunk, StoreError
 from cake_hf.stores.background_queue import WRITER, QueueUser, Task
 from cake_hf.stores.base import Part, Store, place_of, total_bytes
@@ -25,13 +26,29 @@ logger = logging.getLogger("cake_hf")
 
 
 @dataclass(frozen=True)
+class Coded:
+    """A chunk that has gone through a lossy codec.
+
+    Attributes:
+        codec: its name.
+        encoded: the chunk as it is stored.
+        checksums: of what its pieces decode to.
+    """
+
+    codec: str
+    encoded: Encoded
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SaveJob:
     """One chunk on its way to the store.
 
     Attributes:
         metadata: of the chunk; the checksums are filled in by the writer.
         layout: of the chunk.
-        payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way.
+        payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way. Or what a lossy codec
+            has made of it.
         overwrite: whether the store has a chunk of this key that turned out to be unusable.
         done: called with the bytes that the chunk takes in the store, once it is durable; with None if it is not saved.
         encode: whether it is to be stored encoded, if that makes it smaller.
@@ -39,7 +56,7 @@ class SaveJob:
 
     metadata: ChunkMetadata
     layout: ChunkLayout
-    payload: Slot
+    payload: Slot | Coded
     overwrite: bool
     done: Callable[[int | None], None]
     encode: bool = False
@@ -104,17 +121,24 @@ class Writer:
 
     def _save(self, job: SaveJob) -> int | None:
         try:
-            job.payload.await_copy()
-            payload = byte_view(job.payload.memory)
-            metadata = replace(job.metadata, checksums=checksums(payload, job.layout))
-            parts = self._encoded(job, payload, metadata) or [encode_header(job.layout, metadata), payload]
+            parts = self._parts(job)
             if job.overwrite:
-                self._spare_newer(metadata.key)
-            self._store.write(metadata.key, parts, replace=job.overwrite)
+                self._spare_newer(job.metadata.key)
+            self._store.write(job.metadata.key, parts, replace=job.overwrite)
             return total_bytes(parts)
         except BaseException as error:  # whatever a store's client raises must affect this chunk only
             self.tell(error)
             return None
+
+    def _parts(self, job: SaveJob) -> list[Part]:
+        """Returns the file of a chunk, in parts."""
+        if isinstance(job.payload, Coded):
+            coded = job.payload
+            return file_of(coded.encoded, job.layout, replace(job.metadata, checksums=coded.checksums), coded.codec)
+        job.payload.await_copy()
+        payload = byte_view(job.payload.memory)
+        metadata = replace(job.metadata, checksums=checksums(payload, job.layout))
+        return self._encoded(job, payload, metadata) or [encode_header(job.layout, metadata), payload]
 
     def _spare_newer(self, key: str) -> None:
         """Raises NewerChunk if what is to be replaced is of a later version, and not damaged."""

@@ -1,0 +1,101 @@
+"""Chunks through a lossy method: which pieces are coded, and what becomes of those that cannot be.
+
+Coded are the keys and values of layers that keep each token, in bfloat16, float16 or float32. A piece stays as it is if it has
+infinities or NaN, or would get some by decoding, if its largest number is below 2^-81 or not below 2^127, or if it would not
+shrink. So do the pieces of sliding windows: what a window holds is the recent part of a prompt, which stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cake_hf.chunks.layout import ChunkLayout, Piece
+from cake_hf.chunks.lossless import Encoded, EncodedSizes
+from cake_hf.chunks.lossy.method import Method, Role, Shape
+from cake_hf.chunks.lossy.numbers import all_finite, from_float32, to_float32
+from cake_hf.chunks.lossy.scales import NotRepresentable
+from cake_hf.errors import CorruptChunk
+
+if TYPE_CHECKING:
+    from cake_hf.chunks.lossy.method import Bytes, Numbers
+
+LOSSY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_coded(piece: Piece) -> bool:
+    """Returns whether pieces of this kind are coded at all."""
+    return piece.dtype in LOSSY_DTYPES and not piece.windowed
+
+
+def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Encoded:
+    """Encodes a chunk, and replaces its numbers by those that it decodes to.
+
+    Args:
+        payload: the layout's pieces, back to back; writable.
+        layout: of the chunk.
+        method: of encoding.
+    """
+    numbers, at = np.frombuffer(payload, np.uint8), 0
+    bases: list[Bytes] = []
+    refinements: list[Bytes] = []
+    for piece, size in zip(layout.pieces, layout.sizes, strict=True):
+        raw = numbers[at : at + size]
+        at += size
+        coded = _coded(raw, piece, layout, method) if is_coded(piece) else None
+        if coded is None:
+            bases.append(raw.copy())
+            refinements.append(raw[:0])
+            continue
+        base, refinement, decoded = coded
+        raw[:] = decoded
+        bases.append(base)
+        refinements.append(refinement)
+    sizes = EncodedSizes(tuple(one.size for one in bases), tuple(one.size for one in refinements))
+    return Encoded(_joined(bases), _joined(refinements), sizes)
+
+
+def piece_decoder(method: Method) -> Callable[[Bytes, Bytes, Piece, int, memoryview], None]:
+    """Returns a function that decodes one encoded piece: (base, refinement, piece, tokens, where it goes).
+
+    The function raises CorruptChunk if the bytes are not as the encoder makes them.
+    """
+
+    def decode(base: Bytes, refinement: Bytes, piece: Piece, tokens: int, part: memoryview) -> None:
+        np.frombuffer(part, np.uint8)[:] = _decoded(base, refinement, piece, tokens, method)
+
+    return decode
+
+
+def _coded(raw: Bytes, piece: Piece, layout: ChunkLayout, method: Method) -> tuple[Bytes, Bytes, Bytes] | None:
+    """Returns base, refinement and what they decode to; None if the piece stays as it is."""
+    if not all_finite(raw, piece.dtype):
+        return None
+    shape = Shape(layout.chunk_size, piece.heads, piece.head_dim)
+    try:
+        base, refinement = method.encode(to_float32(raw, piece.dtype).reshape(shape), _role(piece, layout.layers))
+    except NotRepresentable:
+        return None
+    if not 0 < base.size + refinement.size < raw.size:
+        return None
+    decoded = _decoded(base, refinement, piece, layout.chunk_size, method)
+    return (base, refinement, decoded) if all_finite(decoded, piece.dtype) else None
+
+
+def _decoded(base: Bytes, refinement: Bytes, piece: Piece, tokens: int, method: Method) -> Bytes:
+    if refinement.size and method.decode_base is None:
+        raise CorruptChunk("An encoded piece has a refinement, which its codec does not have.")
+    shape = Shape(tokens, piece.heads, piece.head_dim)
+    numbers: Numbers = method.decode(base, refinement, shape, _role(piece, 1))
+    return from_float32(numbers, piece.dtype)
+
+
+def _role(piece: Piece, layers: int) -> Role:
+    return Role(piece.name.endswith("values"), min(piece.layer, layers - 1) / layers)
+
+
+def _joined(parts: list[Bytes]) -> memoryview:
+    return np.concatenate([np.empty(0, np.uint8), *parts]).data

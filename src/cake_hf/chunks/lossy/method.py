@@ -1,0 +1,69 @@
+"""What a lossy method is: two functions between numbers and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.lossless import Buffer, EncodedSizes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # brings much that nothing else needs
+
+    Numbers = NDArray[np.float32]
+    """`[tokens, heads, head_dim]`, finite, in memory order."""
+
+    Bytes = NDArray[np.uint8]
+
+
+class Role(NamedTuple):
+    """What a piece is in its model.
+
+    Attributes:
+        values: it has the values of a layer; otherwise keys, or what an indexer keeps.
+        depth: its layer over the number of layers, from 0 up to but not including 1.
+    """
+
+    values: bool
+    depth: float = 0.0
+
+
+class Shape(NamedTuple):
+    """The shape of a piece."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Numbers per token."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Method:
+    """A lossy codec. Both functions are deterministic, and neither depends on threads or on the processor.
+
+    Attributes:
+        name: as users write it, and as the header of a chunk has it.
+        version: raised whenever the same numbers would give other bytes, or the same bytes other numbers.
+        encode: returns base and refinement of a piece; the refinement is empty unless the codec has layers.
+        decode: returns the numbers, from base and refinement; raises CorruptChunk if they are not as the encoder makes them.
+        decode_base: returns the coarser numbers that the base alone gives; None if the codec has no layers.
+        decode_chunk: decodes the first pieces of a chunk of bfloat16 KV at once: (bases, sizes, layout, where they go). None if
+            pieces are decoded one by one.
+        library: that has to be installed, by the name of its module; empty for none.
+    """
+
+    name: str
+    version: str
+    encode: Callable[[Numbers, Role], tuple[Bytes, Bytes]]
+    decode: Callable[[Bytes, Bytes, Shape, Role], Numbers]
+    decode_base: Callable[[Bytes, Shape, Role], Numbers] | None = None
+    decode_chunk: Callable[[Buffer, EncodedSizes, ChunkLayout, Sequence[memoryview]], None] | None = None
+    library: str = ""

@@ -1,0 +1,41 @@
+"""The lossy codecs by name."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from cake_hf.chunks.lossy.cachegen import CACHEGEN
+from cake_hf.chunks.lossy.integers import INT4, INT8, KIVI2
+from cake_hf.chunks.lossy.method import Method
+from cake_hf.chunks.lossy.near import NEAR
+from cake_hf.chunks.lossy.quantspec import QUANTSPEC
+from cake_hf.chunks.lossy.rotation import ROT4
+from cake_hf.errors import CakeError
+
+_METHODS = {method.name: method for method in (NEAR, INT8, INT4, KIVI2, QUANTSPEC, ROT4, CACHEGEN)}
+LOSSY = tuple(_METHODS)
+"""All names, those of the least loss first."""
+
+
+def is_lossy(name: str) -> bool:
+    """Returns whether a codec changes KV."""
+    return name in _METHODS
+
+
+def version_of(name: str) -> str | None:
+    """Returns the version of the lossy codec with that name; None if there is none."""
+    method = _METHODS.get(name)
+    return None if method is None else method.version
+
+
+def lossy_method(name: str) -> Method:
+    """Returns the lossy codec with that name.
+
+    Raises:
+        KeyError: there is none.
+        CakeError: it needs a library that is not installed.
+    """
+    method = _METHODS[name]
+    if method.library and find_spec(method.library) is None:
+        raise CakeError(f'The codec {name} needs {method.library}: pip install "cake-hf[{name}]"')
+    return method
