@@ -1,0 +1,140 @@
+"""`python -m benchmarks traces`: options in, tables for people and one line of JSON out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.figures import Result
+from benchmarks.machine import Machine
+from benchmarks.table import build_tables
+from benchmarks.traces import tables
+from benchmarks.traces.generating import KINDS, generate
+from benchmarks.traces.methods import THRESHOLDS
+from benchmarks.traces.reading import read_trace
+from benchmarks.traces.replaying import BANDWIDTHS, Replay
+from benchmarks.traces.requests import Trace
+from benchmarks.traces.serving import MODELS, Serving
+from cake_hf.cli.console import PlainErrors, console, progress_bar
+
+TRACES_HELP = (
+    "Replay traces of prompts that share prefixes: on the simulator with the paper's cost curves, or with a model.\n\n"
+    "`simulate` compares computing only, loading only, static thresholds and both ends over bandwidths, served alone and in a "
+    "queue; `live` answers a smaller trace with a model that runs here; `turns` asks several questions about each "
+    "document, in SCBench's form; `page` renders docs/traces.md from result files. --trace reads Mooncake's JSONL or token "
+    "counts (see benchmarks/traces/reading.py); without it, traces with the statistics of published ones are generated."
+)
+
+PAGE = Path("docs/traces.md")
+SHOWN_GBPS = 32.0
+
+traces_app = typer.Typer(cls=PlainErrors, no_args_is_help=True, help=TRACES_HELP)
+
+Paths = Annotated[list[Path] | None, typer.Option("--trace", help="A file with a trace; may be repeated.")]
+Kinds = Annotated[list[str] | None, typer.Option(help=f"Generate such a trace: {', '.join(KINDS)}. May be repeated.")]
+Requests = Annotated[int, typer.Option(min=1, help="The first so many requests of each trace.")]
+Seed = Annotated[int, typer.Option(help="Of generated traces.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only the line of JSON.")]
+
+
+@traces_app.command("simulate")
+def simulate_traces(
+    trace: Paths = None,
+    kind: Kinds = None,
+    requests: Requests = 1000,
+    seed: Seed = 0,
+    model: Annotated[str, typer.Option(help=f"One of the paper's models: {', '.join(MODELS)}.")] = "7B",
+    gpu: Annotated[str, typer.Option(help="A100 or H100.")] = "A100",
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gbps: Annotated[
+        list[float] | None, typer.Option(help="Bandwidth to the store, 10^9 bits/s; may be repeated. The paper's.")
+    ] = None,
+    threshold: Annotated[
+        list[int] | None, typer.Option(help="Load from so many stored tokens on; may be repeated.")
+    ] = None,
+    gib: Annotated[float | None, typer.Option(min=0, help="Size of the store in GiB; no limit by default.")] = None,
+    load: Annotated[float, typer.Option(help="Share of the device that computing everything would use.")] = 0.7,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay traces on the simulator."""
+    if model not in MODELS:
+        raise ValueError(f"There is no model {model!r} in the paper; choose one of {', '.join(MODELS)}.")
+    bandwidths = tuple(gbps or BANDWIDTHS)
+    replay = Replay(Serving(MODELS[model], gpu, gpus), bandwidths, tuple(threshold or THRESHOLDS), gib, load)
+    machine, begin = Machine(), time.perf_counter()
+    chosen = traces_of(trace or [], kind or [], requests, seed)
+    with progress_bar("replaying", "bandwidths") as progress:
+        number = count(1)
+        total = len(chosen) * len(bandwidths)
+        results = [replay.run(one, lambda: progress(next(number), total)) for one in chosen]
+    shown = [] if as_json else [sheet for one in results for sheet in tables.sheets(one.title, one.details)]
+    hand_out("simulate", machine, begin, results, shown, out)
+
+
+@traces_app.command("page")
+def page_command(
+    results: Annotated[list[Path], typer.Argument(help="Result files, in the order of the page.")],
+    page: Annotated[Path, typer.Option(help="The page to fill.")] = PAGE,
+) -> None:
+    """Render the tables of a page from result files."""
+    for path in results:
+        fill_page(page, path)
+
+
+def fill_page(page: Path, path: Path) -> None:
+    """Fills a page's place for the command that wrote the result.
+
+    Raises:
+        ValueError: the file is no such result, or the page has no place for it.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The result {path} cannot be read; measure first, with --out.") from error
+    if result.get("command") not in RENDERED:
+        raise ValueError(f"{path} is no result of `python -m benchmarks traces`.")
+    tables.fill(page, f"traces {result['command']}", RENDERED[result["command"]](result))
+
+
+def _rendered_simulation(result: dict[str, Any]) -> str:
+    return tables.page(result["results"], SHOWN_GBPS)
+
+
+RENDERED: dict[str, Callable[[dict[str, Any]], str]] = {"simulate": _rendered_simulation}
+"""By command, the text of its place in the page."""
+
+
+def traces_of(paths: Sequence[Path], kinds: Sequence[str], requests: int, seed: int) -> list[Trace]:
+    """Returns the traces that the options ask for: files, generated kinds, or all kinds if neither is given."""
+    read = [read_trace(path).first(requests) for path in paths]
+    wanted = kinds or ([] if paths else list(KINDS))
+    return [*read, *(generate(kind, requests, seed) for kind in wanted)]
+
+
+def hand_out(
+    command: str, machine: Machine, begin: float, results: Sequence[Result], shown: Sequence[Any], out: Path | None
+) -> None:
+    """Prints tables, figures and the line of JSON, and writes the latter to a file."""
+    for sheet in shown:
+        console.print(sheet)
+    if shown:
+        console.print(build_tables(results))
+    outcome = {
+        "command": command,
+        "machine": machine.as_dict(),
+        "results": {result.title: result.as_dict() for result in results},
+        "seconds": time.perf_counter() - begin,
+    }
+    line = json.dumps(outcome)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(line + "\n", encoding="utf-8")
+    typer.echo(line)
