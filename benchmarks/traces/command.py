@@ -13,6 +13,7 @@ import typer
 
 from benchmarks.figures import Result
 from benchmarks.machine import Machine
+from benchmarks.settings import Dtype
 from benchmarks.table import build_tables
 from benchmarks.traces import tables
 from benchmarks.traces.generating import KINDS, generate
@@ -21,7 +22,10 @@ from benchmarks.traces.reading import read_trace
 from benchmarks.traces.replaying import BANDWIDTHS, Replay
 from benchmarks.traces.requests import Trace
 from benchmarks.traces.serving import MODELS, Serving
-from cake_hf.cli.console import PlainErrors, console, progress_bar
+from cake_hf.assets import RECALL_TINY
+from cake_hf.cli.console import WRONG, PlainErrors, console, progress_bar
+from cake_hf.cli.models import load_model, quiet_transformers, refuse_too_long
+from cake_hf.limits import MIN_CHUNK_SIZE
 
 TRACES_HELP = (
     "Replay traces of prompts that share prefixes: on the simulator with the paper's cost curves, or with a model.\n\n"
@@ -79,6 +83,53 @@ def simulate_traces(
     hand_out("simulate", machine, begin, results, shown, out)
 
 
+@traces_app.command("live")
+def live_traces(
+    trace: Paths = None,
+    kind: Kinds = None,
+    requests: Requests = 24,
+    seed: Seed = 0,
+    model: Annotated[str, typer.Option(help="Folder or name of the model that answers.")] = RECALL_TINY.name,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.FLOAT32,
+    chunk_size: Annotated[int, typer.Option(min=MIN_CHUNK_SIZE, help="Tokens of a chunk.")] = 64,
+    divide: Annotated[int, typer.Option(min=1, help="Blocks of the trace that become one chunk.")] = 1,
+    most: Annotated[int, typer.Option(min=1, help="Chunks that a prompt is cut to.")] = 32,
+    loading: Annotated[
+        list[float] | None,
+        typer.Option(help="Seconds to load a prompt over those to compute it; may be repeated. 0.5, 1, 2."),
+    ] = None,
+    threshold: Annotated[
+        list[int] | None, typer.Option(help="Load from so many stored tokens of the shortened prompts on.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 4,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a smaller trace with a model; all methods take turns."""
+    from benchmarks.traces.live import Live
+    from benchmarks.traces.prompts import Scale
+
+    machine, begin = Machine(), time.perf_counter()
+    chosen = traces_of(trace or [], kind or [], requests, seed)
+    factors = loading or [0.5, 1.0, 2.0]
+    if min(factors) <= 0:
+        raise ValueError(f"Loading takes some time: give a number above 0, got {min(factors):g}.")
+    with quiet_transformers():
+        loaded = load_model(model, dtype.value, "cpu")
+    refuse_too_long(loaded.config, (most + 1) * chunk_size + new_tokens, "choose a smaller --most or --chunk-size.")
+    scale = Scale(chunk_size, divide, most)
+    from_tokens = tuple(threshold or [4 * chunk_size, 8 * chunk_size])
+    results = []
+    with progress_bar("answering", "requests") as progress:
+        for factor in factors:
+            live = Live(loaded, scale, factor, from_tokens, new_tokens)
+            results += [live.run(one, lambda done: progress(done, requests)) for one in chosen]
+    about = {"model": Path(model).name, "dtype": dtype.value, "chunk_size": chunk_size}
+    hand_out("live", machine, begin, results, [] if as_json else [""], out, about)
+    if any(result.details["other_tokens"] for result in results):
+        raise typer.Exit(WRONG)
+
+
 @traces_app.command("page")
 def page_command(
     results: Annotated[list[Path], typer.Argument(help="Result files, in the order of the page.")],
@@ -108,7 +159,10 @@ def _rendered_simulation(result: dict[str, Any]) -> str:
     return tables.page(result["results"], SHOWN_GBPS)
 
 
-RENDERED: dict[str, Callable[[dict[str, Any]], str]] = {"simulate": _rendered_simulation}
+RENDERED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "simulate": _rendered_simulation,
+    "live": tables.live_page,
+}
 """By command, the text of its place in the page."""
 
 
@@ -120,7 +174,13 @@ def traces_of(paths: Sequence[Path], kinds: Sequence[str], requests: int, seed: 
 
 
 def hand_out(
-    command: str, machine: Machine, begin: float, results: Sequence[Result], shown: Sequence[Any], out: Path | None
+    command: str,
+    machine: Machine,
+    begin: float,
+    results: Sequence[Result],
+    shown: Sequence[Any],
+    out: Path | None,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Prints tables, figures and the line of JSON, and writes the latter to a file."""
     for sheet in shown:
@@ -130,6 +190,7 @@ def hand_out(
     outcome = {
         "command": command,
         "machine": machine.as_dict(),
+        **(about or {}),
         "results": {result.title: result.as_dict() for result in results},
         "seconds": time.perf_counter() - begin,
     }

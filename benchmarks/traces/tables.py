@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.traces.methods import BOTH, LOAD
+from benchmarks.traces.methods import BOTH, COMPUTE, LOAD
 from cake_hf.cli.sheets import Sheet
 
 Rows = list[list[str]]
@@ -83,6 +83,28 @@ def page(results: Mapping[str, Found], shown: float) -> str:
         ]
         parts.append(_thresholds(cells))
     return "\n\n".join(parts)
+
+
+def live_page(result: Found) -> str:
+    """Returns the section of docs/traces.md about replays with a model."""
+    headings = ("trace", "loading over computing", "hit", *next(iter(result["results"].values()))["details"]["methods"])
+    rows = []
+    for one in result["results"].values():
+        details = one["details"]
+        plain = details["methods"][COMPUTE]["mean"]
+        times = [f"{found['mean'] / plain:.2f}" for found in details["methods"].values()]
+        rows.append([details["name"], f"{details['loading']:g}", f"{details['hit_share']:.0%}", *times])
+    other = [name for one in result["results"].values() for name in one["details"]["other_tokens"]]
+    equal = f"**Other tokens:** {', '.join(sorted(set(other)))}." if other else "The tokens are the same in all ways."
+    how = f"{result['model']} in {result['dtype']}, chunks of {result['chunk_size']} tokens"
+    return "\n\n".join([f"**{how}.** Measured on {machine(result['machine'])}.", markdown(headings, rows), equal])
+
+
+def machine(found: Found) -> str:
+    """Describes the machine."""
+    versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "cake_hf"))
+    load = f"load average before it began: {found['load_average_before']}"
+    return f"{found['cpu']}, {found['cores']} cores, no GPU, {found['torch_threads']} threads; {versions}; {load}"
 
 
 def _trace_rows(results: Mapping[str, Found]) -> Rows:
