@@ -24,7 +24,7 @@ from benchmarks.traces.requests import Trace
 from benchmarks.traces.serving import MODELS, Serving
 from cake_hf.assets import RECALL_TINY
 from cake_hf.cli.console import WRONG, PlainErrors, console, progress_bar
-from cake_hf.cli.models import load_model, quiet_transformers, refuse_too_long
+from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers, refuse_too_long
 from cake_hf.limits import MIN_CHUNK_SIZE
 
 TRACES_HELP = (
@@ -130,6 +130,54 @@ def live_traces(
         raise typer.Exit(WRONG)
 
 
+@traces_app.command("turns")
+def turns_command(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="SCBench's tasks, trec, samsum, triviaqa, or recall (our own); may be repeated."),
+    ] = None,
+    data: Annotated[str, typer.Option(help="Folder with <task>.jsonl; by default the Hub.")] = "",
+    rows: Annotated[int, typer.Option(min=1, help="Records of each task.")] = 4,
+    turns: Annotated[int, typer.Option(min=2, help="Most questions about a document of LongBench's examples.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 4096,
+    chars: Annotated[
+        int, typer.Option(min=1, help="Most characters of a document of examples, or of a made-up one.")
+    ] = 8000,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer, instead of the task's number.")] = None,
+    model: Annotated[str, typer.Option(help="Folder or name of the model.")] = RECALL_TINY.name,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.FLOAT32,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask several questions about each document, with each method."""
+    from benchmarks.traces.comparing import compare
+    from benchmarks.traces.questions import SHOTS, documents_of, many_shot
+    from benchmarks.traces.turns import METHODS
+    from eval.data.encode import Encoder
+    from eval.data.prompts import load_templates
+    from eval.data.sources import Source, load_rows
+    from eval.tasks import find_task
+
+    machine, begin = Machine(), time.perf_counter()
+    with quiet_transformers():
+        loaded, tokenizer = load_model(model, dtype.value, "cpu"), load_tokenizer(model)
+    refuse_too_long(loaded.config, tokens, "choose fewer --tokens.")
+    templates, encoder = load_templates(), Encoder(tokenizer, tokens, truncate=False, new_tokens=new_tokens)
+    results = []
+    for one in map(find_task, task or ["recall"]):
+        found = load_rows(one, Source(data, rows=rows, chars=chars)).rows
+        if one.name in SHOTS:
+            found = [turn for row in found for turn in many_shot(row, turns, chars)]
+        documents = list(documents_of(one, found, templates[one.name], encoder))
+        with progress_bar(one.name, "answers") as progress:
+            number, total = count(1), len(documents) * len(METHODS)
+            results.append(
+                compare(loaded, tokenizer, one, documents, METHODS, lambda p=progress, n=number, t=total: p(next(n), t))
+            )
+    about = {"model": Path(model).name, "dtype": dtype.value}
+    hand_out("turns", machine, begin, results, [] if as_json else [""], out, about)
+
+
 @traces_app.command("page")
 def page_command(
     results: Annotated[list[Path], typer.Argument(help="Result files, in the order of the page.")],
@@ -162,6 +210,7 @@ def _rendered_simulation(result: dict[str, Any]) -> str:
 RENDERED: dict[str, Callable[[dict[str, Any]], str]] = {
     "simulate": _rendered_simulation,
     "live": tables.live_page,
+    "turns": tables.turns_page,
 }
 """By command, the text of its place in the page."""
 

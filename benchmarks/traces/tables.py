@@ -100,6 +100,23 @@ def live_page(result: Found) -> str:
     return "\n\n".join([f"**{how}.** Measured on {machine(result['machine'])}.", markdown(headings, rows), equal])
 
 
+def turns_page(result: Found) -> str:
+    """Returns the section of docs/traces.md about several questions per document."""
+    parts = [f"**{result['model']} in {result['dtype']}.** Measured on {machine(result['machine'])}."]
+    for one in result["results"].values():
+        details = one["details"]
+        methods = details["methods"]
+        turns = max(len(found["ttfts"]) for found in methods.values())
+        headings = ("method", "score", *(f"turn {number + 1}, s" for number in range(turns)))
+        rows = [
+            [name, f"{100 * found['score']:.1f}", *(f"{ttft:.3f}" for ttft in found["ttfts"])]
+            for name, found in methods.items()
+        ]
+        parts.append(f"### {details['task']}: {details['documents']} documents of {details['tokens']:,.0f} tokens")
+        parts.append(markdown(headings, rows))
+    return "\n\n".join(parts)
+
+
 def machine(found: Found) -> str:
     """Describes the machine."""
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "cake_hf"))
