@@ -426,6 +426,15 @@ def test_a_smaller_store_hits_less(details: dict[str, Any]) -> None:
     assert tiny["cells"][0]["hit_share"] < details["cells"][0]["hit_share"]  # type: ignore[index]
 
 
+def test_the_first_requests_may_only_fill_the_store() -> None:
+    trace = generate("agents", 60, 1)
+    whole, warm = (visits_of(trace, Serving(), None, count) for count in (0, 40))
+    assert [one.hits for one in warm] == [one.hits for one in whole[40:]]
+    assert small_replay(warm=40, bandwidths=(7.0,)).run(trace).details["measured"] == 20
+    with pytest.raises(ValueError, match="60 that only fill the store leave none"):
+        small_replay(warm=60).run(trace)
+
+
 def test_other_blocks_have_no_cost_curve() -> None:
     with pytest.raises(ValueError, match="blocks of 512 tokens, the trace has 16"):
         small_replay().run(replace(generate("chat", 2), block=16))

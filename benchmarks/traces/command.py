@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,7 @@ def simulate_traces(
         list[int] | None, typer.Option(help="Load from so many stored tokens on; may be repeated.")
     ] = None,
     gib: Annotated[float | None, typer.Option(min=0, help="Size of the store in GiB; no limit by default.")] = None,
+    warm: Annotated[int, typer.Option(min=0, help="So many requests before them only fill the store.")] = 0,
     load: Annotated[float, typer.Option(help="Share of the device that computing everything would use.")] = 0.7,
     out: Out = None,
     as_json: AsJson = False,
@@ -72,13 +74,12 @@ def simulate_traces(
     if model not in MODELS:
         raise ValueError(f"There is no model {model!r} in the paper; choose one of {', '.join(MODELS)}.")
     bandwidths = tuple(gbps or BANDWIDTHS)
-    replay = Replay(Serving(MODELS[model], gpu, gpus), bandwidths, tuple(threshold or THRESHOLDS), gib, load)
+    replay = Replay(Serving(MODELS[model], gpu, gpus), bandwidths, tuple(threshold or THRESHOLDS), gib, load, warm)
     machine, begin = Machine(), time.perf_counter()
-    chosen = traces_of(trace or [], kind or [], requests, seed)
+    chosen = traces_of(trace or [], kind or [], warm + requests, seed)
     with progress_bar("replaying", "bandwidths") as progress:
-        number = count(1)
-        total = len(chosen) * len(bandwidths)
-        results = [replay.run(one, lambda: progress(next(number), total)) for one in chosen]
+        tick = partial(_tick, progress, count(1), len(chosen) * len(bandwidths))
+        results = [replay.run(one, tick) for one in chosen]
     shown = [] if as_json else [sheet for one in results for sheet in tables.sheets(one.title, one.details)]
     hand_out("simulate", machine, begin, results, shown, out)
 
@@ -170,10 +171,8 @@ def turns_command(
             found = [turn for row in found for turn in many_shot(row, turns, chars)]
         documents = list(documents_of(one, found, templates[one.name], encoder))
         with progress_bar(one.name, "answers") as progress:
-            number, total = count(1), len(documents) * len(METHODS)
-            results.append(
-                compare(loaded, tokenizer, one, documents, METHODS, lambda p=progress, n=number, t=total: p(next(n), t))
-            )
+            tick = partial(_tick, progress, count(1), len(documents) * len(METHODS))
+            results.append(compare(loaded, tokenizer, one, documents, METHODS, tick))
     about = {"model": Path(model).name, "dtype": dtype.value}
     hand_out("turns", machine, begin, results, [] if as_json else [""], out, about)
 
@@ -186,6 +185,10 @@ def page_command(
     """Render the tables of a page from result files."""
     for path in results:
         fill_page(page, path)
+
+
+def _tick(progress: Callable[[int, int], None], number: Iterator[int], total: int) -> None:
+    progress(next(number), total)
 
 
 def fill_page(page: Path, path: Path) -> None:

@@ -82,16 +82,17 @@ def methods(thresholds: Sequence[int] = THRESHOLDS) -> list[str]:
     return [COMPUTE, LOAD, *map(threshold, thresholds), BOTH]
 
 
-def visits_of(trace: Trace, serving: Serving, capacity: int | None = None) -> list[Visit]:
+def visits_of(trace: Trace, serving: Serving, capacity: int | None = None, warm: int = 0) -> list[Visit]:
     """Serves each request alone, in order; what is stored follows from those before it.
 
     Args:
         trace: with blocks of the cost curves' size.
         serving: what serves it.
         capacity: blocks in the store; None for no limit.
+        warm: so many requests at the beginning only fill the store.
     """
     learner, visits = CostLearner(), []
-    for request, hits in zip(trace.requests, hits_of(trace, capacity), strict=True):
+    for request, hits in list(zip(trace.requests, hits_of(trace, capacity), strict=True))[warm:]:
         blocks = len(request.blocks)
         suffix = request.tokens - blocks * trace.block
         single = _single(serving, blocks, hits, suffix)

@@ -35,6 +35,7 @@ class Replay:
         thresholds: stored tokens from which a threshold loads.
         gib: size of the store; None for no limit.
         load: share of the device that computing everything would use.
+        warm: so many requests at the beginning only fill the store; nothing is measured of them.
     """
 
     serving: Serving
@@ -42,6 +43,7 @@ class Replay:
     thresholds: Sequence[int] = ()
     gib: float | None = None
     load: float = 0.7
+    warm: int = 0
 
     def run(self, trace: Trace, tick: Callable[[], None] = lambda: None) -> Result:
         """Returns what became of a trace.
@@ -51,10 +53,14 @@ class Replay:
         """
         if trace.block != BLOCK:
             raise ValueError(f"The cost curves are for blocks of {BLOCK} tokens, the trace has {trace.block}.")
+        if self.warm >= len(trace.requests):
+            raise ValueError(
+                f"{trace.name} has {len(trace.requests)} requests; {self.warm} that only fill the store leave none."
+            )
         capacity = None if self.gib is None else self.serving.blocks_in(self.gib)
         cells, figures = [], {}
         for gbps in self.bandwidths:
-            visits = visits_of(trace, replace(self.serving, gbps=gbps), capacity)
+            visits = visits_of(trace, replace(self.serving, gbps=gbps), capacity, self.warm)
             cells.append(self._cell(gbps, visits))
             ratios = [visit.both / visit.better for visit in visits]
             total = sum(visit.both for visit in visits) / sum(visit.better for visit in visits)
@@ -67,6 +73,8 @@ class Replay:
             "serving": self.serving.name,
             "load": self.load,
             "gib": self.gib,
+            "warm": self.warm,
+            "measured": len(trace.requests) - self.warm,
             "cells": cells,
         }
         return Result(f"{trace.name}, {self.serving.name}", figures, details)

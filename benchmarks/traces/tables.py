@@ -68,7 +68,9 @@ def page(results: Mapping[str, Found], shown: float) -> str:
         results: of a result file: by name, each with its details.
         shown: the bandwidth whose times are shown; the nearest is taken.
     """
-    parts = [markdown(("trace", "requests", "tokens", "output", "shared", "hit"), _trace_rows(results))]
+    parts = [
+        markdown(("trace", "requests", "of these timed", "tokens", "output", "shared", "hit"), _trace_rows(results))
+    ]
     for name, result in results.items():
         details = result["details"]
         cells = details["cells"]
@@ -128,7 +130,12 @@ def _trace_rows(results: Mapping[str, Found]) -> Rows:
     rows = []
     for name, result in results.items():
         trace, hit = result["details"]["trace"], result["details"]["cells"][0]["hit_share"]
-        numbers = [f"{trace['requests']:,}", f"{trace['tokens']:,.0f}", f"{trace['output']:,.0f}"]
+        numbers = [
+            f"{trace['requests']:,}",
+            f"{result['details']['measured']:,}",
+            f"{trace['tokens']:,.0f}",
+            f"{trace['output']:,.0f}",
+        ]
         rows.append([name, *numbers, f"{trace['shared']:.0%}", f"{hit:.0%}"])
     return rows
 
