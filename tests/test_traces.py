@@ -176,6 +176,29 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, content: bytes, words: str)
         read_trace(path)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(good=st.sampled_from([MOONCAKE, COUNTS]), data=st.data(), value=json_values)
+def test_any_value_is_read_or_refused_in_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, good: dict[str, Any], data: st.DataObject, value: object
+) -> None:
+    name = data.draw(st.sampled_from([*good, "appends", "else"]))
+    path = write(tmp_path_factory.getbasetemp() / "any.jsonl", good, good | {name: value})
+    requests: Sequence[Request] = ()
+    try:
+        requests = read_trace(path).requests
+    except BrokenTrace as error:
+        refusal = str(error)
+    assert requests or (refusal.startswith("any.jsonl, line 2: ") and "\n" not in refusal)
+    assert all(len(one.blocks) <= (one.tokens - 1) // BLOCK and one.time >= 0 for one in requests)
+
+
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "no.jsonl", tmp_path):
         with pytest.raises(BrokenTrace, match="cannot be read"):
