@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -80,8 +80,10 @@ def simulate_traces(
     with progress_bar("replaying", "bandwidths") as progress:
         tick = partial(_tick, progress, count(1), len(chosen) * len(bandwidths))
         results = [replay.run(one, tick) for one in chosen]
-    shown = [] if as_json else [sheet for one in results for sheet in tables.sheets(one.title, one.details)]
-    hand_out("simulate", machine, begin, results, shown, out)
+    if not as_json:
+        for sheet in (sheet for one in results for sheet in tables.sheets(one.title, one.details)):
+            console.print(sheet)
+    hand_out("simulate", machine, begin, results, as_json=as_json, out=out)
 
 
 @traces_app.command("live")
@@ -126,7 +128,7 @@ def live_traces(
             live = Live(loaded, scale, factor, from_tokens, new_tokens)
             results += [live.run(one, lambda done: progress(done, requests)) for one in chosen]
     about = {"model": Path(model).name, "dtype": dtype.value, "chunk_size": chunk_size}
-    hand_out("live", machine, begin, results, [] if as_json else [""], out, about)
+    hand_out("live", machine, begin, results, as_json=as_json, out=out, about=about)
     if any(result.details["other_tokens"] for result in results):
         raise typer.Exit(WRONG)
 
@@ -174,7 +176,7 @@ def turns_command(
             tick = partial(_tick, progress, count(1), len(documents) * len(METHODS))
             results.append(compare(loaded, tokenizer, one, documents, METHODS, tick))
     about = {"model": Path(model).name, "dtype": dtype.value}
-    hand_out("turns", machine, begin, results, [] if as_json else [""], out, about)
+    hand_out("turns", machine, begin, results, as_json=as_json, out=out, about=about)
 
 
 @traces_app.command("page")
@@ -219,10 +221,18 @@ RENDERED: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def traces_of(paths: Sequence[Path], kinds: Sequence[str], requests: int, seed: int) -> list[Trace]:
-    """Returns the traces that the options ask for: files, generated kinds, or all kinds if neither is given."""
+    """Returns the traces that the options ask for: files, generated kinds, or all kinds if neither is given.
+
+    Raises:
+        ValueError: two have the same name, so that their results could not be told apart.
+    """
     read = [read_trace(path).first(requests) for path in paths]
     wanted = kinds or ([] if paths else list(KINDS))
-    return [*read, *(generate(kind, requests, seed) for kind in wanted)]
+    traces = [*read, *(generate(kind, requests, seed) for kind in wanted)]
+    names = [one.name for one in traces]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Two traces are called {twice[0]!r}; give each one once, and files different names.")
+    return traces
 
 
 def hand_out(
@@ -230,14 +240,13 @@ def hand_out(
     machine: Machine,
     begin: float,
     results: Sequence[Result],
-    shown: Sequence[Any],
+    *,
+    as_json: bool,
     out: Path | None,
-    about: dict[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Prints tables, figures and the line of JSON, and writes the latter to a file."""
-    for sheet in shown:
-        console.print(sheet)
-    if shown:
+    """Prints the figures and the line of JSON, and writes the latter to a file."""
+    if not as_json:
         console.print(build_tables(results))
     outcome = {
         "command": command,
