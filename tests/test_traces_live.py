@@ -55,14 +55,14 @@ def test_blocks_become_the_same_tokens_each_time(tiny: Any) -> None:
 
 
 def test_all_ways_give_the_same_tokens(tiny: Any) -> None:
-    result = live_of(tiny).run(generate("documents", FIRST + 6, 2))
+    result = live_of(tiny).run(generate("documents", FIRST + 3, 2))
     assert result.details["other_tokens"] == []
     assert "the same tokens in all ways" in result.title
     ways = result.details["methods"]
     assert list(ways) == [COMPUTE, LOAD, threshold(32), BOTH]  # type: ignore[call-overload]
     assert result.figures.keys() == {LOAD, threshold(32), BOTH}
     assert ways[LOAD]["loaded"] > 0 == ways[COMPUTE]["loaded"]  # type: ignore[index]
-    smaller = Scale(16, most=6).smaller(generate("documents", FIRST + 6, 2))
+    smaller = Scale(16, most=6).smaller(generate("documents", FIRST + 3, 2))
     assert ways[LOAD]["loaded"] == sum(hits_of(smaller)[FIRST:])  # type: ignore[index]
 
 
@@ -86,8 +86,8 @@ def test_too_few_requests_are_refused(tiny: Any) -> None:
 
 def test_the_command_answers_with_the_packages_model(tmp_path: Path) -> None:
     out, page = tmp_path / "live.json", tmp_path / "page.md"
-    options = ["--kind", "agents", "--requests", FIRST + 2, "--chunk-size", 16, "--most", 6, "--loading", 0.5]
-    run = run_benchmark("traces", "live", *options, "--new-tokens", 2, "--out", out)
+    options = ["--kind", "agents", "--requests", FIRST + 1, "--chunk-size", 16, "--most", 4, "--loading", 0.5]
+    run = run_benchmark("traces", "live", *options, "--threshold", 32, "--new-tokens", 2, "--out", out)
     assert run.exit_code == 0, run.output
     assert "TTFT over computing only, both" in run.output
     page.write_text("<!-- traces live -->\n<!-- end of traces live -->\n")
