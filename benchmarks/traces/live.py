@@ -16,11 +16,15 @@ from benchmarks.traces.prompts import Prompt, Scale, prompts_of, random_tokens, 
 from benchmarks.traces.queueing import spread
 from benchmarks.traces.requests import Trace, statistics_of
 from cake_hf import CakeCache, MemoryStore
+from cake_hf.limits import Limits
 from cake_hf.stores.base import Store
 from cake_hf.testing import ThrottledStore
 from demo.asking import Answer, ask, ask_plainly
 
 FLUSH_SECONDS = 60.0
+PATIENCE = 600.0
+"""Seconds after which a load counts as late: no load fails here, and those of a slow line may take long."""
+
 FIRST = 4
 """Requests that are not counted: at first nothing is known about costs."""
 
@@ -78,7 +82,8 @@ class Live:
         if name == COMPUTE:
             return ask_plainly(self.model, prompt.ids, self.new_tokens, self.scale.chunk_size)
         strategy = BOTH if name == BOTH else LOAD if loads(name, prompt.hits) else COMPUTE
-        with CakeCache(self.model, store, chunk_size=self.scale.chunk_size, strategy=strategy) as cache:
+        options: dict[str, Any] = {"chunk_size": self.scale.chunk_size, "limits": Limits(read_timeout=PATIENCE)}
+        with CakeCache(self.model, store, strategy=strategy, **options) as cache:
             answer = ask(self.model, prompt.ids, cache, self.new_tokens)
             cache.flush(FLUSH_SECONDS)
         return answer

@@ -16,6 +16,9 @@ Found = Mapping[str, Any]
 TTFT = ("<method", "alone: mean", "p50", "p90", "p99", "queued: mean", "p50", "p90", "p99", "requests/s")
 AHEAD = ", loads ahead"
 
+BUSY = 0.5
+"""Load average for each core above which a machine counts as busy."""
+
 
 def ttft_rows(cell: Found) -> Rows:
     """Returns a row for each method at one bandwidth, and one for loading ahead of the device."""
@@ -122,8 +125,14 @@ def turns_page(result: Found) -> str:
 def machine(found: Found) -> str:
     """Describes the machine."""
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "cake_hf"))
-    load = f"load average before it began: {found['load_average_before']}"
-    return f"{found['cpu']}, {found['cores']} cores, no GPU, {found['torch_threads']} threads; {versions}; {load}"
+    load = found["load_average_before"]
+    told = f"{found['cpu']}, {found['cores']} cores, no GPU; torch threads: {found['torch_threads']}; {versions}; "
+    busy = (
+        "; **the machine was busy with other programs, so its seconds are rough**"
+        if (load or 0) > BUSY * found["cores"]
+        else ""
+    )
+    return f"{told}load average before it began: {load}{busy}"
 
 
 def _trace_rows(results: Mapping[str, Found]) -> Rows:
