@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -33,9 +34,9 @@ NEVER_SLOWER = 1.02
 NEAR_PERFECT = 0.95
 
 
-def setting(chunks: int, base: float, slope: float, load: float, latency: float = 0.0, **rest: float) -> Setting:
+def setting(chunks: int, base: float, slope: float, load: float, latency: float = 0.0, **rest: Any) -> Setting:
     """Chunks of 1 MB; `load` is the line's seconds for one of them."""
-    return Setting(steps(chunks, base, slope), MEGABYTE, MEGABYTE / load, latency, **rest)  # type: ignore[arg-type]
+    return Setting(steps(chunks, base, slope), MEGABYTE, MEGABYTE / load, latency, **rest)
 
 
 seconds = st.floats(1e-3, 10)
@@ -148,6 +149,22 @@ def test_a_forward_is_left_only_between_layers() -> None:
     where = setting(2, 3, 0, 3.5, threads=1, layers=3, costs_known=False)
     outcome = simulate(where, "both")
     assert (outcome.seconds, outcome.left) == (4, 1)
+
+
+def test_a_hole_behind_a_load_runs_through_a_layer_when_that_layer_is_there() -> None:
+    """Chunk 1 is not stored. Layers of chunk 0 arrive at 1.1 and 2.2 s; a layer of chunk 1 takes 1 s.
+
+    Computing both takes 4 s. Chunk 0 alone would be computed at 2 s, before its load; but the load's time is mostly hidden.
+    """
+    where = setting(2, 2, 0, 2.2, threads=1, layers=2, holes=(1,))
+    assert simulate(where, "compute").seconds == 4
+    assert simulate(where, "load").seconds == pytest.approx(3.2)
+    both = simulate(where, "both")
+    assert both.seconds == pytest.approx(3.2)
+    assert (both.computed, both.loaded) == (1, 1)
+    slower = replace(where, bandwidth=where.bandwidth / 2)
+    assert simulate(slower, "load").seconds == pytest.approx(5.4)
+    assert simulate(slower, "both").seconds == 4
 
 
 def test_threads_share_the_line_and_overlap_the_latency() -> None:

@@ -441,7 +441,7 @@ class _Restore:
             chunks=setting.chunks,
             layers=setting.layers,
             threads=setting.threads,
-            following_seconds=setting.suffix_seconds,
+            following_seconds=_following_seconds(setting, costs),
             ranges=self._ranges,
             credit=credit,
         )
@@ -478,6 +478,7 @@ class _Restore:
     def _walk(self, until: int, *, past_loads: bool) -> None:
         seconds = self._setting.step_seconds
         while (index := self._frontier.advance(until=until, past_loads=past_loads)) is not None:
+            self._gate.went_to(index)
             self._frontier.take_staged()  # putting chunks into place takes no time here
             begin = self._clock.now
             if self._forward(index, seconds[index]):
@@ -492,6 +493,9 @@ class _Restore:
     def _forward(self, index: int, seconds: float) -> bool:
         """Compute a chunk; False if it was left, at the border of a layer, since the chunk has arrived."""
         begin, layers, taken = self._clock.now, self._setting.layers, self._taken
+        if self._gate.beyond:
+            self._behind_loads(seconds)
+            return True
         for layer in range(1, layers + 1):
             self._compute(begin, seconds * layer / layers, taken)
             self._frontier.take_staged()  # as in each layer
@@ -520,13 +524,17 @@ class _Restore:
         return preempted or (self._frontier.is_trial(index) and not self._frontier.goes_on(index))
 
     def _last_piece(self) -> None:
-        """Each layer of it waits for that layer of the loads that are under way."""
+        """Runs the prompt's last piece; loads may still be under way."""
         if not self._gate.beyond:
             self._compute(self._clock.now, self._setting.suffix_seconds, self._taken)
-            return
+        else:
+            self._behind_loads(self._setting.suffix_seconds)
+
+    def _behind_loads(self, seconds: float) -> None:
+        """Runs the last piece, or a hole behind the loads, through each layer as soon as that layer of them is there."""
         for layer in range(self._setting.layers):
             self._gate.await_layer(layer, lambda _: None, lambda until: self._walk(until, past_loads=False))
-            self._compute(self._clock.now, self._setting.suffix_seconds / self._setting.layers, self._taken)
+            self._compute(self._clock.now, seconds / self._setting.layers, self._taken)
 
     def _wake(self) -> None:
         """Has loaders that found nothing to load look again, at the same moment."""
@@ -583,6 +591,15 @@ class _Restore:
 
     def _record(self, actor: str, index: int, begin: float, outcome: str) -> None:
         self._spans.append(Span(actor, index, begin, self._clock.now, outcome))
+
+
+def _following_seconds(setting: Setting, costs: Costs) -> float:
+    """Returns the cost of what follows the loads: a hole after a stored chunk, or else the prompt's last piece."""
+    first = next((index for index in range(setting.chunks) if index not in setting.holes), setting.chunks)
+    hole = next((index for index in setting.holes if index > first), None)
+    if hole is None or costs.compute is None:
+        return setting.suffix_seconds
+    return costs.compute.seconds(hole)
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
