@@ -17,11 +17,12 @@ from cake_hf import CakeCache, CakeError, Limits, LocalStore, MemoryStore, reads
 from cake_hf.chunks.codec import parse_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.lossy import LOSSY
+from cake_hf.errors import StoreError
 from cake_hf.keys import behaviour_key, state_key
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.stores.base import Store
 from cake_hf.stores.tiers import TierStore
-from cake_hf.testing import FaultStore, GateStore
+from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from families import family_model, here
 from family_runs import IDS as FAMILY_IDS
 from family_runs import difference as family_difference
@@ -409,6 +410,34 @@ def test_failing_reads_change_nothing(rate: float) -> None:
     outcome, report = loaded(FaultStore(filled("int4"), rate=rate, seed=3), "int4", save=False)
     assert difference(outcome, expected("int4")) == ""
     assert report.tokens_lossy == LOSSY_TOKENS
+
+
+@pytest.mark.fault(
+    "Stores",
+    "The store cannot say which model its KV is from, and the codec is lossy.",
+    "The lossy schedule is computed, under keys of its own.",
+)
+@pytest.mark.parametrize("kind", ["error", "hangs in size", "corrupt and read-only"])
+def test_a_store_that_does_not_answer_at_first_changes_nothing(kind: str) -> None:
+    class Silent(WrapperStore):
+        def size(self, key: str) -> int | None:
+            if kind == "hangs in size":
+                raise TimeoutError("an injected fault")
+            return 1 if kind == "corrupt and read-only" else super().size(key)
+
+        def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+            raise StoreError("an injected fault")
+
+    outcome, report = loaded(Silent(filled("int4")), "int4", save=kind == "error")
+    assert difference(outcome, expected("int4")) == ""
+    assert (report.tokens_lossy, report.chunks_loaded) == (LOSSY_TOKENS, 0)
+    two = torch.cat([prompt(), prompt(seed=2)])
+    model = shared_model("llama", "bfloat16")
+    rows = []
+    for store in (Silent(filled("int4")), MemoryStore()):
+        with cache_for(model, store, "int4", save=False) as cache:
+            rows.append(run(model, two, cache))
+    assert difference(*rows) == ""
 
 
 # What users are told.

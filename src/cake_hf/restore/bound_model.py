@@ -23,9 +23,11 @@ from cake_hf.model.kv_layout import made_by
 from cake_hf.model.look import one_look
 from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.offload import where_computed
+from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
+from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.chunk_size import auto_chunk_size
 from cake_hf.util.canonical import canonical
@@ -58,6 +60,7 @@ class BoundModel:
     Attributes:
         model, chunk_size, salt, exact, lossy: as given.
         hook: on the model; has to be detached.
+        doubt: why a lossy cache could not ask the store which model its KV is from, and so has keys of its own for now.
         vouched_for: a namespace of which the store was seen to hold chunks; None for none yet.
     """
 
@@ -77,6 +80,7 @@ class BoundModel:
         self.salt = salt
         self.exact = exact
         self.vouched_for: str | None = None
+        self.doubt: Refusal | None = None
         self._reference_place = reference_place
         self.lossy = lossy
         self._options = (chunk_size, salt, exact, "" if lossy is None else lossy.name)
@@ -183,7 +187,15 @@ class BoundModel:
         alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
         reference_place = self._reference_place(self._digest(metadata), self.name) if alone else None
         content = canonical([metadata["model"], metadata.get("code")])
-        return computes_otherwise(self.model, content, seen, reference_place)
+        self.doubt = None
+        try:
+            return computes_otherwise(self.model, content, seen, reference_place)
+        except ComputePlainly as because:
+            if self.lossy is None:
+                raise
+            # Plain compute would be another output than the lossy schedule's. With keys of its own, nothing of it is mixed up.
+            self.doubt = because.refusal
+            return True
 
 
 def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
