@@ -440,6 +440,24 @@ def test_a_store_that_does_not_answer_at_first_changes_nothing(kind: str) -> Non
     assert difference(*rows) == ""
 
 
+def test_a_store_that_answers_every_other_time_changes_nothing() -> None:
+    """A namespace is made more than once for a prompt; a store's moods must not look like those of a model."""
+
+    class Moody(WrapperStore):
+        asked = 0
+
+        def size(self, key: str) -> int | None:
+            self.asked += 1
+            if self.asked % 2:
+                raise StoreError("an injected fault")
+            return super().size(key)
+
+    for _ in range(2):
+        outcome, report = loaded(Moody(filled("int4")), "int4", save=False)
+        assert difference(outcome, expected("int4")) == ""
+        assert report.tokens_lossy == LOSSY_TOKENS
+
+
 # What users are told.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ from cake_hf.scheduling.chunk_size import auto_chunk_size
 from cake_hf.util.canonical import canonical
 from cake_hf.util.lazy import cached_property
 from cake_hf.util.redaction import shown
+
+DOUBT_SECONDS = 10.0
+"""How long a store that did not say which model its KV is from is not asked again. A namespace is made more than once for a
+prompt, and has to be the same each time."""
 
 
 class _Latest(NamedTuple):
@@ -81,6 +86,7 @@ class BoundModel:
         self.exact = exact
         self.vouched_for: str | None = None
         self.doubt: Refusal | None = None
+        self._doubt_ends = 0.0
         self._reference_place = reference_place
         self.lossy = lossy
         self._options = (chunk_size, salt, exact, "" if lossy is None else lossy.name)
@@ -187,14 +193,16 @@ class BoundModel:
         alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
         reference_place = self._reference_place(self._digest(metadata), self.name) if alone else None
         content = canonical([metadata["model"], metadata.get("code")])
+        if self.doubt is not None and time.monotonic() < self._doubt_ends:
+            return True
         self.doubt = None
         try:
             return computes_otherwise(self.model, content, seen, reference_place)
         except ComputePlainly as because:
             if self.lossy is None:
                 raise
-            # Plain compute would be another output than the lossy schedule's. With keys of its own, nothing of it is mixed up.
-            self.doubt = because.refusal
+            # Plain compute would be another output than the lossy schedule's. With keys of its own, nothing is mixed up.
+            self.doubt, self._doubt_ends = because.refusal, time.monotonic() + DOUBT_SECONDS
             return True
 
 
