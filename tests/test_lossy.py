@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_hf.chunks.codec import ChunkMetadata, checksums
+from cake_hf.chunks.codec import ChunkMetadata, checksums, parse_header
 from cake_hf.chunks.encoded_checks import check_encoded_file
 from cake_hf.chunks.encoded_header import MOST_MODEL_BYTES, encoded_header_size, parse_encoded_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
@@ -31,6 +33,7 @@ SHAPES = [(128, 2, 64), (32, 1, 32), (33, 3, 40), (7, 2, 96), (100, 1, 1), (16, 
 """Tokens, heads, head_dim: full groups, and numbers that no group, byte or rotation divides."""
 
 KEY = "ab" * 20
+FORMATS = Path(__file__).parent / "data" / "formats"
 
 
 def layout_of(shape: tuple[int, int, int], dtype: torch.dtype, layers: int = 1) -> ChunkLayout:
@@ -364,3 +367,21 @@ def test_headers_are_as_long_as_their_layout_says(name: str, model: str) -> None
         header = file_of(encoded, layout, facts, name)[0]
         assert len(header) == encoded_header_size(layout)
         assert len(parse_encoded_header(header)[0].facts.model.encode()) <= MOST_MODEL_BYTES
+
+
+# What was stored by this version.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checked_in_chunks_stay_readable(name: str) -> None:
+    """Each is what its codec makes of the KV of version-2.safetensors. If this fails, raise the codec's version."""
+    plain = (FORMATS / "version-2.safetensors").read_bytes()
+    facts, table = parse_header(plain)
+    raw = (FORMATS / f"{name}.safetensors").read_bytes()
+    metadata, layout = parse_encoded_header(raw)
+    assert (metadata.codec, metadata.facts.key, layout.tensor_table) == (name, facts.key, table)
+    check_encoded_file(raw, facts.key, deep=True)
+    payload = memoryview(bytearray(plain[len(plain) - layout.nbytes :]))
+    encoded = code_chunk(payload, layout, lossy_method(name))
+    again = file_of(encoded, layout, replace(facts, checksums=checksums(payload, layout)), name)
+    assert b"".join(again) == raw

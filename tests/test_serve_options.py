@@ -59,7 +59,7 @@ def test_all_options_of_transformers_are_there_beside_ours() -> None:
     command: Any = typer.main.get_command(app)
     ours = command.commands["serve"]
     assert options_of(typer.main.get_command(theirs)) - options_of(ours) == {"--non-blocking"}
-    own = {"--store", "--chunk-size", "--salt", "--strategy", "--stall", "--exact", "--save"}
+    own = {"--store", "--chunk-size", "--salt", "--strategy", "--stall", "--exact", "--save", "--codec"}
     assert options_of(ours) - options_of(typer.main.get_command(theirs)) == own
     defaults = {name: one.default for name, one in inspect.signature(Serve.__init__).parameters.items()}
     assert {one.name: one.default for one in ours.params if one.name in ("host", "port", "dtype", "log_level")} == {
@@ -103,13 +103,13 @@ def test_our_options_reach_the_manager(serve: Callable[..., Result], monkeypatch
             raise ValueError("that was all")
 
     monkeypatch.setattr(manager, "BatchingManager", Recorder)
-    ours = ("--salt", "mine", "--strategy", "load", "--stall", 0.25, "--no-exact", "--no-save")
+    ours = ("--salt", "mine", "--strategy", "load", "--stall", 0.25, "--no-exact", "--no-save", "--codec", "lossless")
     assert "that was all" in sentence(serve(*ours, "--cb-num-blocks", 9, "--cb-max-batch-tokens", 64))
     config, generation = seen.pop("continuous_batching_config"), seen.pop("generation_config")
     assert (config.page_size, config.num_blocks, config.max_batch_tokens) == (16, 9, 64)
     assert generation.eos_token_id == 2
     assert seen == {
-        "chunk_size": 16, "salt": "mine", "save": False, "exact": False, "strategy": "load", "stall": 0.25
+        "chunk_size": 16, "salt": "mine", "save": False, "exact": False, "strategy": "load", "stall": 0.25, "codec": "lossless"
     }  # fmt: skip
 
 

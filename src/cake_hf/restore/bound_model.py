@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,20 @@ from cake_hf.model.kv_layout import made_by
 from cake_hf.model.look import one_look
 from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.offload import where_computed
+from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
+from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.chunk_size import auto_chunk_size
 from cake_hf.util.canonical import canonical
 from cake_hf.util.lazy import cached_property
 from cake_hf.util.redaction import shown
+
+DOUBT_SECONDS = 10.0
+"""How long a store that did not say which model its KV is from is not asked again. A namespace is made more than once for a
+prompt, and has to be the same each time."""
 
 
 class _Latest(NamedTuple):
@@ -58,6 +65,7 @@ class BoundModel:
     Attributes:
         model, chunk_size, salt, exact, lossy: as given.
         hook: on the model; has to be detached.
+        doubt: why a lossy cache could not ask the store which model its KV is from, and so has keys of its own for now.
         vouched_for: a namespace of which the store was seen to hold chunks; None for none yet.
     """
 
@@ -77,6 +85,8 @@ class BoundModel:
         self.salt = salt
         self.exact = exact
         self.vouched_for: str | None = None
+        self.doubt: Refusal | None = None
+        self._doubt_ends = 0.0
         self._reference_place = reference_place
         self.lossy = lossy
         self._options = (chunk_size, salt, exact, "" if lossy is None else lossy.name)
@@ -183,7 +193,17 @@ class BoundModel:
         alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
         reference_place = self._reference_place(self._digest(metadata), self.name) if alone else None
         content = canonical([metadata["model"], metadata.get("code")])
-        return computes_otherwise(self.model, content, seen, reference_place)
+        if self.doubt is not None and time.monotonic() < self._doubt_ends:
+            return True
+        self.doubt = None
+        try:
+            return computes_otherwise(self.model, content, seen, reference_place)
+        except ComputePlainly as because:
+            if self.lossy is None:
+                raise
+            # Plain compute would be another output than the lossy schedule's. With keys of its own, nothing is mixed up.
+            self.doubt, self._doubt_ends = because.refusal, time.monotonic() + DOUBT_SECONDS
+            return True
 
 
 def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:

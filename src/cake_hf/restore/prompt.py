@@ -276,6 +276,8 @@ def _mismatch(session: Session, namespace: str) -> Refusal | None:
 
 
 def _why_none(session: Session) -> Refusal:
+    if session.bound_model.doubt is not None:
+        return session.bound_model.doubt
     if session.exact or "behaviour" not in session.bound_model.latest_metadata():
         return NONE_YET
     refusal = Refusal(

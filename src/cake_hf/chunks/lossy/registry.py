@@ -12,9 +12,9 @@ from cake_hf.chunks.lossy.quantspec import QUANTSPEC
 from cake_hf.chunks.lossy.rotation import ROT4
 from cake_hf.errors import CakeError
 
-_METHODS = {method.name: method for method in (NEAR, INT8, INT4, KIVI2, QUANTSPEC, ROT4, CACHEGEN)}
+_METHODS = {method.name: method for method in (NEAR, INT8, QUANTSPEC, INT4, ROT4, CACHEGEN, KIVI2)}
 LOSSY = tuple(_METHODS)
-"""All names, those of the least loss first."""
+"""All names."""
 
 
 def is_lossy(name: str) -> bool:

@@ -23,7 +23,7 @@ TOP = 14
 """The largest number of a piece is brought below 2^TOP, the largest power of two in float16 being 2^15."""
 
 SMALLEST, LARGEST = -80, 127
-"""Exponents of a piece's largest number, from 2^-81 to below 2^127, for which it is encoded. Others are stored as they are."""
+"""Of the exponents of a piece's largest number that are encoded: from 2^-81 to below 2^127. Others are stored as they are."""
 
 Half = np.dtype("<f2")
 
