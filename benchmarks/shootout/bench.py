@@ -9,14 +9,21 @@ from pathlib import Path
 
 from benchmarks.children import ROOT
 from benchmarks.shootout import faults, variants
-from benchmarks.shootout.child import Child, NotStarted, Reply
+from benchmarks.shootout.child import ERROR, HANG, Child, NotStarted, Reply
 from benchmarks.shootout.environments import Environment, variables
 from benchmarks.shootout.judge import Seen
 from benchmarks.shootout.questions import DISK, MEMORY, Options, Question
 from benchmarks.shootout.systems import SystemSpec
 
+
+class Failed(RuntimeError):
+    """The system failed without any fault of ours, while a store was to be filled; the message is what it said."""
+
+
 ANSWER_ROOM = 192
 """Tokens reserved for question and answer."""
+
+NOT_STARTED = "not started"
 
 _GGUF = (
     "import importlib.util as u, pathlib as p; "
@@ -107,7 +114,14 @@ class Bench:
         }
 
     def ask(
-        self, store: Path, questions: Sequence[Question], model: Model = BASE, tenant: str = "", role: str = DISK
+        self,
+        store: Path,
+        questions: Sequence[Question],
+        model: Model = BASE,
+        tenant: str = "",
+        role: str = DISK,
+        *,
+        close: bool = True,
     ) -> list[Reply]:
         """Asks a new process, and ends it as its user would; a fault while it closes is a reply, too."""
         try:
@@ -115,11 +129,11 @@ class Bench:
                 replies = []
                 for question in questions:
                     replies.append(child.ask(question, self.patience))
-                    if replies[-1].kind == "hang":
+                    if replies[-1].kind == HANG:
                         return replies
-                fault = child.close(self.patience)
+                fault = child.close(self.patience) if close else None
         except NotStarted as error:
-            return [Reply("error", text=f"not started: {error}")] * len(questions)
+            return [Reply(ERROR, text=f"{NOT_STARTED}: {error}")] * len(questions)
         return replies if fault is None else [*replies[:-1], fault]
 
     def expected(self, question: Question, model: Model = BASE) -> list[int]:
@@ -130,8 +144,10 @@ class Bench:
         """
         key = model, question.text
         if key not in self._known:
-            asked = [replace(one, reuse=False) for one in (*self.first, self.documents[1][0])]
-            for one, reply in zip(asked, self.ask(self.new_folder("none"), asked, model, role=MEMORY), strict=True):
+            several = [*self.first, *([self.documents[1][0]] if model == BASE else [])]
+            asked = [replace(one, reuse=False) for one in several]
+            replies = self.ask(self.new_folder("none"), asked, model, role=MEMORY, close=False)
+            for one, reply in zip(asked, replies, strict=True):
                 if reply.answer is None:
                     raise NotStarted(reply.text)
                 self._known[model, one.text] = reply.answer.tokens
@@ -150,14 +166,14 @@ class Bench:
         """Returns a copy of a store that a process has filled with the first document.
 
         Raises:
-            NotStarted: the process could not.
+            NotStarted, Failed: the process could not.
         """
         if (model, tenant) not in self._filled:
             store = self.new_folder("filled")
             store.mkdir()
             for reply in self.ask(store, self.first[:1], model, tenant):
                 if reply.answer is None:
-                    raise NotStarted(reply.text)
+                    raise (NotStarted if reply.text.startswith(NOT_STARTED) else Failed)(reply.text)
             self._filled[model, tenant] = store
         return faults.copy(self._filled[model, tenant], self.new_folder("store"))
 

@@ -13,6 +13,9 @@ from eval.tasks import find_task
 TASK, MADE_UP = "multifieldqa_en", "recall"
 CHARS_PER_TOKEN = 8
 TRIES = 200
+ROWS = 8
+"""Made-up rows for each document that is wanted: several are about the same one."""
+
 ASKED = (
     "What is the main topic of this text?",
     "Name one person, place or thing that it mentions.",
@@ -36,15 +39,18 @@ def make_questions(model: str, data: str, tokens: int, new: int, documents: int)
         ValueError: there are not enough texts of that length.
     """
     tokenizer = load_tokenizer(model)
-    source = Source(data) if data else Source("generated", rows=documents * 4, chars=tokens * CHARS_PER_TOKEN)
+    source = Source(data) if data else Source("generated", rows=documents * ROWS, chars=tokens * CHARS_PER_TOKEN)
     rows = load_rows(find_task(TASK if data else MADE_UP), source).rows
     found: list[list[Question]] = []
     for row in rows:
         if len(found) == documents:
             break
         text = row.document
-        if len(text) >= tokens and (cut := _cut(tokenizer, text, tokens)) is not None:
-            found.append([_question(tokenizer, cut, tokens, asked, new) for asked in ASKED])
+        if len(text) < tokens or (cut := _cut(tokenizer, text, tokens)) is None:
+            continue
+        several = [_question(tokenizer, cut, tokens, asked, new) for asked in ASKED]
+        if all(several[0].name != others[0].name for others in found):
+            found.append(several)
     if len(found) < documents:
         raise ValueError(
             f"There are {len(found)} texts of {tokens} tokens, {documents} are needed; choose fewer --tokens."

@@ -69,6 +69,8 @@ class Environments:
 
     def _made(self, name: str, steps: Sequence[Sequence[str]], rest_of: Sequence[str], probe: str) -> Environment:
         python = self._ready.get(name) or str(self._folder / name / "bin" / "python")
+        if name in self._ready and not Path(python).exists():
+            return Environment("", f"{python} is not there.")
         try:
             if not Path(python).exists():
                 venv.create(self._folder / name, with_pip=True)

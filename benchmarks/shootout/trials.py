@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.shootout import faults
-from benchmarks.shootout.bench import BASE, Bench, Model
+from benchmarks.shootout.bench import BASE, Bench, Failed, Model
 from benchmarks.shootout.child import NotStarted
 from benchmarks.shootout.disks import NoDisk, full_disk, hanging_disk
-from benchmarks.shootout.judge import Cell, Seen, judge, not_applicable
+from benchmarks.shootout.judge import Cell, Outcome, Seen, judge, not_applicable
 from benchmarks.shootout.questions import MEMORY
 from benchmarks.shootout.variants import OTHER, REVISION
 
@@ -192,8 +192,10 @@ TRIALS: dict[str, tuple[str, Callable[[Bench], Cell]]] = {
 
 
 def run(bench: Bench, trial: str) -> Cell:
-    """Runs a trial; what cannot be tried here does not apply."""
+    """Runs a trial; what cannot be tried here does not apply, and what fails before the trial's fault is an error."""
     try:
         return TRIALS[trial][1](bench)
+    except Failed as error:
+        return Cell(Outcome.ERROR, [f"the one that saves: {error}"])
     except (NoDisk, NotStarted) as error:
         return not_applicable(str(error))

@@ -1,7 +1,7 @@
 """kvboost: its engine around a transformers model in the wanted dtype.
 
-It writes to its directory only what its memory evicts, so the process that is to use the disk has memory for two chunks.
-With its usual budget, nothing of one document reaches the disk.
+It writes to its directory only what its memory evicts, so the process that is to use the disk has memory for one chunk:
+all but the last one are then on the disk. With its usual budget, nothing of one document reaches it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class KVBoostSide:
         engine = KVBoost(
             self._model,
             self._tokenizer,
-            max_cache_bytes=2 * chunk if disk else USUAL_BYTES,
+            max_cache_bytes=chunk if disk else USUAL_BYTES,
             chunk_size=BLOCK,
             device="cpu",
             **({"disk_cache_dir": self._options.store, "recency_window_chunks": 0} if disk else {}),
