@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +50,13 @@ def some_questions() -> list[list[Question]]:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Callable[..., Bench]:
-    def make(spec: SystemSpec, model: str = MODEL) -> Bench:
+    def make(spec: SystemSpec) -> Bench:
         questions = [
             [replace(one, text=f"{number}{one.ids}") for one in several]
             for number, several in enumerate(some_questions())
         ]
-        return Bench(spec, Environment(sys.executable), NO_DISK, tmp_path, model, questions, 1, PATIENCE)
+        work = Path(tempfile.mkdtemp(dir=tmp_path))
+        return Bench(spec, Environment(sys.executable), NO_DISK, work, MODEL, questions, 1, PATIENCE)
 
     return make
 
