@@ -382,7 +382,7 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     file.write_text("nothing")
     with pytest.raises(ValueError, match="no line"):
-        page.write({"machine": {}, "run": {}}, file)
+        page.write({"cells": {}, "unable": {}}, file)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from benchmarks.shootout import faults, variants
 from benchmarks.shootout.child import ERROR, HANG, Child, NotStarted, Reply
 from benchmarks.shootout.environments import Environment, variables
 from benchmarks.shootout.judge import Seen
-from benchmarks.shootout.questions import DISK, MEMORY, Options, Question
+from benchmarks.shootout.questions import BLOCK, DISK, MEMORY, Options, Question
 from benchmarks.shootout.systems import SystemSpec
 
 
@@ -107,10 +107,12 @@ class Bench:
         if self.spec.name != "LMCache":
             return {}
         return {
-            "LMCACHE_LOCAL_DISK": f"file://{store}/",
-            "LMCACHE_MAX_LOCAL_DISK_SIZE": "5",
+            "LMCACHE_REMOTE_URL": f"fs://{store}",
+            "LMCACHE_REMOTE_SERDE": "naive",
             "LMCACHE_LOCAL_CPU": "False",
-            "LMCACHE_CHUNK_SIZE": "128",
+            "LMCACHE_MAX_LOCAL_CPU_SIZE": "1",
+            "LMCACHE_CHUNK_SIZE": f"{BLOCK}",
+            "PYTHONHASHSEED": "0",
         }
 
     def ask(

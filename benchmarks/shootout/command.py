@@ -59,16 +59,13 @@ def shootout_command(
     found, asked = _chosen(system, SYSTEMS, "system"), _chosen(trial, trials.TRIALS, "trial")
     place = str(model) if model and model != OWN_MODEL else _named(model)
     questions = make_questions(place, documents, tokens, NEW, 2)
-    result = _before(out) | {
-        "machine": Machine().as_dict(),
-        "run": {
-            "date": str(date.today()),
-            "model": Path(place).name,
-            "documents": "LongBench" if documents else "made up",
-            "tokens": tokens,
-            "new": NEW,
-            "threads": threads,
-        },
+    result, machine = _before(out), Machine()
+    run = {
+        "date": str(date.today()),
+        "model": Path(place).name,
+        "documents": "LongBench" if documents else "made up",
+        "tokens": tokens,
+        "threads": threads,
     }
     places = Environments(environments.absolute(), _ready(python or []))
     with tempfile.TemporaryDirectory(prefix="cake-shootout-") as folder:
@@ -84,10 +81,12 @@ def shootout_command(
             work.mkdir()
             benches.append(Bench(spec, here, places.disk(), work, place, questions, threads, patience))
         if not only_speed:
+            result["trials_run"] = run | {"new": NEW, "machine": machine.as_dict()}
             for bench in benches:
                 _try(bench, asked, result, out)
         if rounds and not trial:
-            result["speed"] = result.get("speed", {}) | speed.measure(benches, rounds, console.print)
+            result["speed"] |= speed.measure(benches, rounds, console.print)
+            result["speed_run"] = run | {"rounds": rounds, "machine": machine.as_dict()}
     _write(result, out)
 
 

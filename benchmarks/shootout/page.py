@@ -27,7 +27,13 @@ LONGEST = 200
 
 def page(result: Mapping[str, Any]) -> str:
     """Returns all tables."""
-    return "\n\n".join([_run(result), _cells(result), _speed(result), _unable(result), _details(result)])
+    parts = {
+        "What the user gets": [_run(result.get("trials_run")), _cells(result)],
+        "How long the first token takes": [_run(result.get("speed_run")), _speed(result)],
+        "What could not run here": [_unable(result)],
+        "What was seen": [_details(result)],
+    }
+    return "\n\n".join("\n\n".join([f"### {title}", *filter(None, texts)]) for title, texts in parts.items())
 
 
 def write(result: Mapping[str, Any], file: Path) -> None:
@@ -43,13 +49,19 @@ def write(result: Mapping[str, Any], file: Path) -> None:
     file.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: inside, text, flags=re.DOTALL), encoding="utf-8")
 
 
-def _run(result: Mapping[str, Any]) -> str:
-    machine, run = result["machine"], result["run"]
+def _run(run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    machine = run["machine"]
     return (
         f"Measured on {run['date']}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU; "
-        f"{run['model']}, documents of {run['tokens']:,} tokens ({run['documents']}), {run['new']} new tokens, greedy, "
-        f"{run['threads']} threads. Each row is compared with the same system without a cache."
+        f"{run['model']}, documents of {run['tokens']:,} tokens ({run['documents']}), {run['threads']} computing thread"
+        f"{'s' if run['threads'] > 1 else ''}, {_counted(run)}."
     )
+
+
+def _counted(run: Mapping[str, Any]) -> str:
+    return f"{run['new']} new tokens, greedy" if "new" in run else f"medians of {run['rounds']} rounds, in turns"
 
 
 def _cells(result: Mapping[str, Any]) -> str:

