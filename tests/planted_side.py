@@ -39,7 +39,7 @@ class Planted:
         if "ends" in self._options.extra:
             os._exit(3)
         if "wrong" in self._options.extra:
-            return _answer(["wrong"], question, question.document)
+            return _answer(["wrong", ""], question, question.document)
         try:
             found = json.loads(text)
         except ValueError:
@@ -51,7 +51,7 @@ class Planted:
         return _answer(found, question, question.document)
 
     def _state(self, question: Question) -> list[object]:
-        """Returns all that its answer depends on; a careful one makes sure that a file is about the same."""
+        """Returns all that its answer depends on, and behind it the tenant; a careful one wants a file with the same."""
         options = self._options
         private = options.tenant if "careful" in options.extra else ""
         return [
@@ -67,8 +67,8 @@ class Planted:
             raise OSError("no room to save")
 
 
-def _answer(state: object, question: Question, loaded: int) -> Answer:
-    seed = int(hashlib.sha256(repr((state, question.ids)).encode()).hexdigest(), 16)
+def _answer(state: list[object], question: Question, loaded: int) -> Answer:
+    seed = int(hashlib.sha256(repr((state[:-1], question.ids)).encode()).hexdigest(), 16)
     return Answer([seed % (1009 + at) for at in range(question.new)], 0.01, loaded)
 
 

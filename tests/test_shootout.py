@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
-from benchmarks.shootout import faults, page, side, slow_disk, speed, trials, variants
+from benchmarks.shootout import environments, faults, page, side, slow_disk, speed, trials, variants
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.child import ANSWER, ERROR, HANG, Reply
 from benchmarks.shootout.disks import NoDisk
@@ -288,6 +288,17 @@ def test_an_environment_that_fails_says_why(tmp_path: Path) -> None:
     assert "no accelerator" in found.reason
     assert "is not there" in Environments(tmp_path, {"planted": "/no/python"}).find(spec).reason
     assert Environments(tmp_path, {}).find(replace(spec, steps=())).python == sys.executable
+
+
+def test_an_installation_that_takes_too_long_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(command: list[str], **options: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(environments.subprocess, "run", endless)
+    monkeypatch.setattr(environments.venv, "create", lambda *_, **__: None)
+    spec = replace(planted(), steps=(("something==1",),))
+    found = Environments(tmp_path, {}, 7).find(spec)
+    assert (found.python, found.reason) == ("", "Not done after 7 s: -m pip install -q something==1")
 
 
 def test_a_slow_disk_is_as_slow_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

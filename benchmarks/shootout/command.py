@@ -16,7 +16,7 @@ from benchmarks.machine import Machine
 from benchmarks.shootout import page, speed, trials
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.documents import make_questions
-from benchmarks.shootout.environments import Environments
+from benchmarks.shootout.environments import INSTALL_SECONDS, Environments
 from benchmarks.shootout.systems import SYSTEMS
 from cake_hf.cli.console import console
 from eval.loading import OWN_MODEL
@@ -44,6 +44,9 @@ def shootout_command(
         list[str] | None, typer.Option(help="NAME=PATH: a ready environment; disk is the slow disk's.")
     ] = None,
     environments: Annotated[Path, typer.Option(help="Where environments are made and kept.")] = Path(".shootout"),
+    install_seconds: Annotated[
+        float, typer.Option(min=1, help="Seconds that one installation may take.")
+    ] = INSTALL_SECONDS,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of the speed; 0 leaves it out.")] = 3,
     only_speed: Annotated[bool, typer.Option("--only-speed", help="Leave out the trials.")] = False,
     patience: Annotated[float, typer.Option(min=1, help="Seconds after which a system counts as hanging.")] = 120.0,
@@ -67,7 +70,7 @@ def shootout_command(
         "tokens": tokens,
         "threads": threads,
     }
-    places = Environments(environments.absolute(), _ready(python or []))
+    places = Environments(environments.absolute(), _ready(python or []), install_seconds)
     with tempfile.TemporaryDirectory(prefix="cake-shootout-") as folder:
         benches = []
         for name in found:

@@ -18,6 +18,8 @@ PROBE_SECONDS = 300.0
 DISK = "disk"
 DISK_STEPS = (("mfusepy==3.1.1",),)
 LONGEST_REASON = 600
+INSTALLED = ".installed"
+"""Marks an environment in which every installation has succeeded."""
 
 _REST = """
 import sys
@@ -50,10 +52,11 @@ class Environments:
     Args:
         folder: where they are made, and kept.
         ready: system -> interpreter of an environment that is there already.
+        patience: seconds that one installation may take.
     """
 
-    def __init__(self, folder: Path, ready: Mapping[str, str]) -> None:
-        self._folder, self._ready = folder, dict(ready)
+    def __init__(self, folder: Path, ready: Mapping[str, str], patience: float = INSTALL_SECONDS) -> None:
+        self._folder, self._ready, self._patience = folder, dict(ready), patience
 
     def find(self, spec: SystemSpec) -> Environment:
         """Returns where the system runs, or why it cannot."""
@@ -68,22 +71,31 @@ class Environments:
         return self._made(DISK, DISK_STEPS, (), "import mfusepy")
 
     def _made(self, name: str, steps: Sequence[Sequence[str]], rest_of: Sequence[str], probe: str) -> Environment:
-        python = self._ready.get(name) or str(self._folder / name / "bin" / "python")
+        folder = self._folder / name
+        python, made = self._ready.get(name) or str(folder / "bin" / "python"), folder / INSTALLED
         if name in self._ready and not Path(python).exists():
             return Environment("", f"{python} is not there.")
         try:
-            if not Path(python).exists():
-                venv.create(self._folder / name, with_pip=True)
-                for step in steps:
-                    _run([python, "-m", "pip", "install", "-q", *step], INSTALL_SECONDS)
-                if rest_of:
-                    _run([python, "-m", "pip", "install", "-q", "packaging"], INSTALL_SECONDS)
-                    wanted = _run([python, "-c", _REST, *rest_of], PROBE_SECONDS).split("\n")
-                    _run([python, "-m", "pip", "install", "-q", *filter(None, wanted)], INSTALL_SECONDS)
+            if name not in self._ready and not made.exists():
+                venv.create(folder, with_pip=True)
+                self._install(python, steps, rest_of)
+                made.touch()
             _run([python, "-c", probe], PROBE_SECONDS)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except subprocess.TimeoutExpired as error:
+            asked = " ".join(str(word) for word in error.cmd[1:])
+            return Environment("", f"Not done after {error.timeout:.0f} s: {asked[:LONGEST_REASON]}")
+        except (OSError, RuntimeError) as error:
             return Environment("", str(error)[-LONGEST_REASON:])
         return Environment(python)
+
+    def _install(self, python: str, steps: Sequence[Sequence[str]], rest_of: Sequence[str]) -> None:
+        pip = [python, "-m", "pip", "install", "-q"]
+        for step in steps:
+            _run([*pip, *step], self._patience)
+        if rest_of:
+            _run([*pip, "packaging"], self._patience)
+            wanted = _run([python, "-c", _REST, *rest_of], PROBE_SECONDS).split("\n")
+            _run([*pip, *filter(None, wanted)], self._patience)
 
 
 def variables(spec: SystemSpec, python: str, threads: int) -> dict[str, str]:

