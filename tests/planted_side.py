@@ -24,6 +24,9 @@ class Planted:
 
     def ask(self, question: Question) -> Answer:
         computed = self._state(question)
+        if "fails-once" in self._options.extra and question.reuse:
+            self._options.extra.remove("fails-once")
+            raise OSError("for once")
         if not question.reuse or self._options.role != DISK:
             return _answer(computed, question, 0)
         file = self._options.folder / f"{question.name}.json"

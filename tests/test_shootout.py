@@ -101,6 +101,11 @@ def test_a_system_that_never_answers_hangs(bench: Any) -> None:
     assert judge([Seen("it", reply, expected)]).outcome == Outcome.HANG
 
 
+def test_a_process_that_has_failed_is_not_asked_again(bench: Any) -> None:
+    cell = trials.run(bench(planted("fails-once")), "again")
+    assert [line.split(": ", 1)[1] for line in cell.lines] == ["OSError: for once"] * 2
+
+
 def test_the_last_words_of_a_process_that_ended_are_told(bench: Any) -> None:
     cell = trials.run(bench(planted("ends")), "restart")
     assert "exit code 3" in cell.lines[0]

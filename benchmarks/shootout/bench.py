@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.children import ROOT
 from benchmarks.shootout import faults, variants
-from benchmarks.shootout.child import ERROR, HANG, Child, NotStarted, Reply
+from benchmarks.shootout.child import ANSWER, ERROR, HANG, Child, NotStarted, Reply
 from benchmarks.shootout.environments import Environment, variables
 from benchmarks.shootout.judge import Seen
 from benchmarks.shootout.questions import BLOCK, DISK, MEMORY, Options, Question
@@ -125,18 +125,30 @@ class Bench:
         *,
         close: bool = True,
     ) -> list[Reply]:
-        """Asks a new process, and ends it as its user would; a fault while it closes is a reply, too."""
-        try:
-            with self.start(store, model, tenant, role) as child:
-                replies = []
-                for question in questions:
-                    replies.append(child.ask(question, self.patience))
-                    if replies[-1].kind == HANG:
-                        return replies
-                fault = child.close(self.patience) if close else None
-        except NotStarted as error:
-            return [Reply(ERROR, text=f"{NOT_STARTED}: {error}")] * len(questions)
-        return replies if fault is None else [*replies[:-1], fault]
+        """Asks a new process, and ends it as its user would; a fault while it closes is a reply, too.
+
+        A process that has failed is not asked again: the next question goes to another one. None is asked after a hang.
+        """
+        replies: list[Reply] = []
+        while len(replies) < len(questions) and (not replies or replies[-1].kind != HANG):
+            try:
+                with self.start(store, model, tenant, role) as child:
+                    replies += self._until_it_fails(child, questions[len(replies) :])
+                    fault = child.close(self.patience) if close and replies[-1].kind == ANSWER else None
+            except NotStarted as error:
+                replies.append(Reply(ERROR, text=f"{NOT_STARTED}: {error}"))
+                continue
+            if fault is not None:
+                replies[-1] = fault
+        return replies
+
+    def _until_it_fails(self, child: Child, questions: Sequence[Question]) -> list[Reply]:
+        replies: list[Reply] = []
+        for question in questions:
+            replies.append(child.ask(question, self.patience))
+            if replies[-1].kind != ANSWER:
+                break
+        return replies
 
     def expected(self, question: Question, model: Model = BASE) -> list[int]:
         """Returns what the system says without a cache.
