@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
-from benchmarks.shootout import environments, faults, page, side, slow_disk, speed, trials, variants
+from benchmarks.shootout import child, environments, faults, page, side, slow_disk, speed, trials, variants
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.child import ANSWER, ERROR, HANG, Reply
 from benchmarks.shootout.disks import NoDisk
 from benchmarks.shootout.documents import make_questions
 from benchmarks.shootout.environments import Environment, Environments
-from benchmarks.shootout.judge import Outcome, Seen, judge, not_applicable
+from benchmarks.shootout.judge import Outcome, Seen, judge, not_applicable, without_folders
 from benchmarks.shootout.questions import DISK, MEMORY, Answer, Options, Question
 from benchmarks.shootout.sides import ours, recipe
 from benchmarks.shootout.systems import SYSTEMS, SystemSpec
@@ -141,6 +142,36 @@ def test_the_worst_counts_and_wrong_tokens_are_worse_than_an_error() -> None:
 
 def test_fewer_tokens_are_other_tokens() -> None:
     assert Seen("one", Reply(ANSWER, Answer([1], 0.1)), [1, 2]).outcome == Outcome.WRONG
+
+
+def test_a_process_that_gets_too_little_of_the_processors_is_given_more_time(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares that every process has: then one wait is never the last but one."""
+    under_trial, waits = bench(planted("hangs")), []
+    store, expected = under_trial.filled(), under_trial.expected(under_trial.first[0])
+    assert expected
+    monkeypatch.setattr(child, "_cpu_seconds", lambda _: time.monotonic() * 0.1)
+    with under_trial.start(store) as process:
+        monkeypatch.setattr(process, "_line", lambda seconds: waits.append(seconds))
+        assert process.ask(under_trial.first[0], 0.0).kind == HANG
+    assert len(waits) == child.MOST_PATIENCE
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_one_that_waits_or_is_busy_forever_is_not(bench: Any, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_trial, waits = bench(planted("hangs")), []
+    store = under_trial.filled()
+    monkeypatch.setattr(child, "_cpu_seconds", lambda _: time.monotonic() * share)
+    with under_trial.start(store) as process:
+        monkeypatch.setattr(process, "_line", lambda seconds: waits.append(seconds))
+        assert process.ask(under_trial.first[0], 0.0).kind == HANG
+    assert len(waits) == 1
+
+
+def test_paths_lose_their_folders() -> None:
+    assert without_folders("no file /a/b-1/c.d/x.safetensors here") == "no file .../x.safetensors here"
+    assert without_folders("and/or 3/4") == "and/or 3/4"
 
 
 # Faults
@@ -385,7 +416,7 @@ def test_the_command_adds_to_one_file_and_the_page_shows_it(result: dict[str, An
         "| truncated files | error |",
         f"| another tenant | same, **{trials.CROSSED}** |",
         "| a disk that hangs | - |",
-        "| broken | /no/python is not there. |",
+        "| broken | .../python is not there. |",
         "| planted | 0.01 | 1.00 | 1.00 | 1.00 | - | - | - | 1.00 | 0 |",
     ):
         assert row in text

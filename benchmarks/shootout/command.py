@@ -17,6 +17,7 @@ from benchmarks.shootout import page, speed, trials
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.documents import make_questions
 from benchmarks.shootout.environments import INSTALL_SECONDS, Environments
+from benchmarks.shootout.judge import without_folders
 from benchmarks.shootout.systems import SYSTEMS
 from cake_hf.cli.console import console
 from eval.loading import OWN_MODEL
@@ -48,6 +49,7 @@ def shootout_command(
         float, typer.Option(min=1, help="Seconds that one installation may take.")
     ] = INSTALL_SECONDS,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of the speed; 0 leaves it out.")] = 3,
+    missing: Annotated[bool, typer.Option("--missing", help="Only trials that --out has no cell of.")] = False,
     only_speed: Annotated[bool, typer.Option("--only-speed", help="Leave out the trials.")] = False,
     patience: Annotated[float, typer.Option(min=1, help="Seconds after which a system counts as hanging.")] = 120.0,
     out: Annotated[Path, typer.Option(help="File of results.")] = RESULT,
@@ -77,7 +79,7 @@ def shootout_command(
             spec, here = SYSTEMS[name], places.find(SYSTEMS[name])
             result["unable"].pop(name, None)
             if not here.python:
-                result["unable"][name] = here.reason
+                result["unable"][name] = without_folders(here.reason)
                 console.print(f"{name}: {here.reason}", markup=False)
                 continue
             work = Path(folder) / name
@@ -86,7 +88,8 @@ def shootout_command(
         if not only_speed:
             result["trials_run"] = run | {"new": NEW, "machine": machine.as_dict()}
             for bench in benches:
-                _try(bench, asked, result, out)
+                have = result["cells"].get(bench.spec.name, {}) if missing else {}
+                _try(bench, [name for name in asked if name not in have], result, out)
         if rounds and not trial:
             result["speed"] |= speed.measure(benches, rounds, console.print)
             result["speed_run"] = run | {"rounds": rounds, "machine": machine.as_dict()}

@@ -112,5 +112,6 @@ def _run(command: Sequence[str], seconds: float) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     if ran.returncode:
         said = [line for line in (ran.stderr or ran.stdout).strip().splitlines() if not line.startswith("WARNING")]
-        raise RuntimeError("\n".join(said[-3:]) or f"exit code {ran.returncode}")
+        last = [line.strip() for line in said if not line.startswith("  ")][-2:]
+        raise RuntimeError(" ".join(last) or f"exit code {ran.returncode}")
     return ran.stdout
