@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,29 +143,27 @@ def test_fewer_tokens_are_other_tokens() -> None:
     assert Seen("one", Reply(ANSWER, Answer([1], 0.1)), [1, 2]).outcome == Outcome.WRONG
 
 
+@pytest.mark.parametrize(("starved", "times"), [(True, child.MOST_PATIENCE), (False, 1)])
 def test_a_process_that_gets_too_little_of_the_processors_is_given_more_time(
-    bench: Any, monkeypatch: pytest.MonkeyPatch
+    bench: Any, monkeypatch: pytest.MonkeyPatch, starved: bool, times: int
 ) -> None:
-    """Shares that every process has: then one wait is never the last but one."""
     under_trial, waits = bench(planted("hangs")), []
-    store, expected = under_trial.filled(), under_trial.expected(under_trial.first[0])
-    assert expected
-    monkeypatch.setattr(child, "_cpu_seconds", lambda _: time.monotonic() * 0.1)
-    with under_trial.start(store) as process:
+    monkeypatch.setattr(child, "starved", lambda used, waited: starved)
+    with under_trial.start(under_trial.filled()) as process:
         monkeypatch.setattr(process, "_line", lambda seconds: waits.append(seconds))
         assert process.ask(under_trial.first[0], 0.0).kind == HANG
-    assert len(waits) == child.MOST_PATIENCE
+    assert len(waits) == times
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9])
-def test_one_that_waits_or_is_busy_forever_is_not(bench: Any, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    under_trial, waits = bench(planted("hangs")), []
-    store = under_trial.filled()
-    monkeypatch.setattr(child, "_cpu_seconds", lambda _: time.monotonic() * share)
-    with under_trial.start(store) as process:
-        monkeypatch.setattr(process, "_line", lambda seconds: waits.append(seconds))
-        assert process.ask(under_trial.first[0], 0.0).kind == HANG
-    assert len(waits) == 1
+def test_a_process_that_waits_or_is_busy_is_not_starved() -> None:
+    assert [child.starved(used, 100.0) for used in (0.0, 1.0, 10.0, 40.0, 60.0, 200.0)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_paths_lose_their_folders() -> None:

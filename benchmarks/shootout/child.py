@@ -93,8 +93,7 @@ class Child:
         begin, cpu = time.monotonic(), _cpu_seconds(self._process.pid)
         line = self._line(seconds)
         for _ in range(MOST_PATIENCE - 1):
-            used, waited = _cpu_seconds(self._process.pid) - cpu, time.monotonic() - begin
-            if line is not None or not STARVED[0] * waited < used < STARVED[1] * waited:
+            if line is not None or not starved(_cpu_seconds(self._process.pid) - cpu, time.monotonic() - begin):
                 break
             line = self._line(seconds)
         if line is None:
@@ -169,6 +168,11 @@ class Child:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
+
+
+def starved(used: float, waited: float) -> bool:
+    """Returns whether a process has used such a share of the time that it rather waits for the processors."""
+    return STARVED[0] * waited < used < STARVED[1] * waited
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -32,6 +32,7 @@ def page(result: Mapping[str, Any]) -> str:
         "How long the first token takes": [_run(result.get("speed_run")), _speed(result)],
         "What could not run here": [_unable(result)],
         "What was seen": [_details(result)],
+        "How each was used": ["Defaults, except for what is said here.", _use()],
     }
     return "\n\n".join("\n\n".join([f"### {title}", *filter(None, texts)]) for title, texts in parts.items())
 
@@ -126,6 +127,12 @@ def _details(result: Mapping[str, Any]) -> str:
                 continue
             told = _short("; ".join(filter(None, [cell["note"], *dict.fromkeys(cell["lines"])])))
             rows.append([f"{name}, {TRIALS[trial][0]}", told, f"`--system {name} --trial {trial}`"])
+    return _table(rows)
+
+
+def _use() -> str:
+    rows = [["system", "version", "use", "options that would help"], ["---"] * 4]
+    rows += [[spec.name, spec.version, spec.how, spec.options or "-"] for spec in SYSTEMS.values()]
     return _table(rows)
 
 
