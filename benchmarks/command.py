@@ -14,6 +14,7 @@ from benchmarks.measuring import MEASUREMENTS, OF_A_MODEL, Measurements, hand_ou
 from benchmarks.own_model import own_settings
 from benchmarks.serve.command import SERVE_HELP, serve_command
 from benchmarks.settings import SHAPES, Dtype, choose
+from benchmarks.shootout.command import SHOOTOUT_HELP, shootout_command
 from benchmarks.simulation.command import simulate_command
 from benchmarks.stores.command import STORES_HELP, stores_command
 from benchmarks.traces.command import traces_app
@@ -29,8 +30,8 @@ HELP = (
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
     "It measures one length; `grid` goes over lengths, stores, models and shares of the device. `stores` "
     "measures each store beside its client, `adapt` how soon a cache follows a change, `serve` a restore beside other "
-    "requests, `codec` the size and speed of encoded KV; `simulate` runs restores on a virtual clock, `traces` replays "
-    "many prompts that share prefixes."
+    "requests, `codec` the size and speed of encoded KV, `shootout` other systems; `simulate` runs restores on a virtual clock, "
+    "`traces` replays many prompts that share prefixes."
 )
 
 bench_app = typer.Typer(
@@ -46,6 +47,7 @@ bench_app.command("stores", help=STORES_HELP)(stores_command)
 bench_app.command("adapt", help=ADAPT_HELP)(adapt_command)
 bench_app.command("codec", help=CODEC_HELP)(codec_command)
 bench_app.command("serve", help=SERVE_HELP)(serve_command)
+bench_app.command("shootout", help=SHOOTOUT_HELP)(shootout_command)
 bench_app.command("simulate")(simulate_command)
 bench_app.add_typer(traces_app, name="traces")
 
