@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, MemoryStore, reads_only
-from cake_hf.model import presses
+from cake_hf.model import kvpress as ours
 from models import CHUNK, CHUNKS, TAIL, build, difference, expected, oracle, prompt, run, run_ahead
 from naming import given
 
@@ -53,7 +53,7 @@ def pressed_by_hand(model: Any, press: Any, ids: torch.Tensor) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("family", FAMILY)
-@pytest.mark.parametrize("name", sorted(presses.SERVED))
+@pytest.mark.parametrize("name", sorted(ours.SERVED))
 def test_a_press_on_a_restored_prompt(name: str, family: str) -> None:
     """Cold, warm, and met in the middle: the tokens of the press on a `DynamicCache`, and bit for bit the same KV."""
     model: Any = build(family)
