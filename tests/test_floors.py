@@ -44,7 +44,7 @@ LIBRARIES = {
     "model": {*_PLAIN, "transformers", "xxhash"},
     "restore": {*_PLAIN, "transformers"},
     "cache": {*_PLAIN, "transformers"},
-    "presses": {"torch", "transformers"},
+    "presses": {"torch", "transformers", "safetensors"},
     "serving": {*_PLAIN, "transformers"},
     "packs": {"torch"},
 }

@@ -19,7 +19,7 @@ import cake_hf
 from cake_hf import CakeCache, CakeError, MemoryStore
 from cake_hf.presses import Prefix, Press, PressedLayer, RaggedLayer, ThinK
 from families import FAMILIES as FAMILIES_OF_ALL_KINDS
-from families import exists, family_model
+from families import family_model, is_here
 from models import CHUNK, Outcome, build, difference, prompt, run, shared_model
 from naming import given, mask_sizes
 from source_imports import import_statements
@@ -122,7 +122,6 @@ def test_nothing_pruned_is_the_full_cache_bit_for_bit(family: str, attention: st
             cache.prefill(prompt())
             for press in (Everything(), ThinK(ratio=0)):
                 small = press(model, cache)
-                assert small.report is not None
                 assert small.report.error == 0
                 assert small.report.bytes_after == small.report.bytes_before
                 found = run(model, ids, small)
@@ -152,7 +151,6 @@ def test_heads_may_keep_different_entries(question: int) -> None:
     same = of_question(model, LastOfHead((50, 50))(model, cache), ids)
     assert torch.allclose(same, of_question(model, Last((50,))(model, cache), ids), atol=1e-5)
     other = LastOfHead((50, 20))(model, cache)
-    assert other.report is not None
     assert other.report.entries == [35.0] * 3
     assert not torch.allclose(of_question(model, other, ids), same, atol=1e-5)
 
@@ -168,6 +166,9 @@ def test_generate_goes_on_token_by_token() -> None:
         assert small.get_seq_length() == end
 
 
+@pytest.mark.fault(
+    "KV", "A restored cache is pressed.", "The press works on a copy; the cache goes on, bit for bit as before."
+)
 def test_the_restored_cache_is_not_changed(restored: CakeCache) -> None:
     model, ids = restored._session.model, asked()
     expected = run(model, ids, copy.deepcopy(restored))
@@ -181,6 +182,7 @@ def test_the_restored_cache_is_not_changed(restored: CakeCache) -> None:
     assert difference(run(model, ids, restored), expected) == ""
 
 
+@pytest.mark.fault("KV", "A pressed cache decodes beside a store.", "Nothing of it is stored.")
 def test_nothing_pressed_is_stored() -> None:
     model, store = shared_model("llama"), MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
@@ -192,6 +194,9 @@ def test_nothing_pressed_is_stored() -> None:
         assert set(store.keys()) == keys
 
 
+@pytest.mark.fault(
+    "KV", "A prompt is restored while a pressed cache of the same model lives.", "The same keys and the same bits."
+)
 def test_other_caches_of_the_model_compute_as_before() -> None:
     """While a pressed cache lives, prompts have the same keys and the same bits, and its end leaves no trace."""
     model = build("llama")
@@ -228,6 +233,9 @@ def test_a_copy_of_a_pressed_model_is_plain() -> None:
     assert small.get_seq_length() == prompt().shape[1]
 
 
+@pytest.mark.fault(
+    "KV", "Threads with different pressed caches run one model.", "Each gets the tokens that it gets alone."
+)
 def test_threads_with_pressed_and_plain_caches_share_a_model() -> None:
     model, ids = shared_model("llama"), asked()
     cache = plain_cache(model, prompt())
@@ -264,16 +272,14 @@ def test_the_end_of_the_document_is_pressed_too(restored: CakeCache) -> None:
 def test_bytes_and_error_are_reported(restored: CakeCache) -> None:
     model, tokens = restored._session.model, prompt().shape[1]
     reports = [ThinK(ratio)(model, restored).report for ratio in (0.0, 0.25, 0.5, 0.75)]
-    sizes = [report.bytes_after for report in reports if report is not None]
-    errors = [report.error for report in reports if report is not None and report.error is not None]
+    sizes = [report.bytes_after for report in reports]
+    errors = [report.error for report in reports if report.error is not None]
     assert sizes == sorted(sizes, reverse=True)
     assert errors == sorted(errors)
     assert len(set(errors)) == len(reports)
     first = reports[0]
-    assert first is not None
     assert (first.tokens, first.bytes_before) == (tokens, 3 * 2 * 2 * tokens * 16 * 4)
     small = ThinK(0.5)(model, restored, measure=False)
-    assert small.report is not None
     assert small.report.error is None
     before = small.nbytes
     of_question(model, small, asked())
@@ -296,11 +302,16 @@ OF_KEYS_AND_VALUES = {"llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3",
 """Families that keep a key and a value of each token, in attention that goes through transformers' functions."""
 
 
+@pytest.mark.fault(
+    "Model",
+    "A press is applied to layers that it is not made for: windows, states, latents, shared KV.",
+    "One sentence, and no answer.",
+)
 @pytest.mark.parametrize("family", list(FAMILIES_OF_ALL_KINDS))
 def test_each_family_is_pressed_or_refused_in_one_sentence(family: str) -> None:
     """Windows, chunks, states, latents, indexers, shared KV, attention of a family's own: one sentence, and no wrong answer."""
-    if not exists(family):
-        pytest.skip("this transformers has no such family")
+    if not is_here(family):
+        pytest.skip("this transformers has no such family, or a cache of its own for it")
     model = family_model(family)
     cache = plain_cache(model, prompt(60))
     ids = torch.cat([prompt(60), prompt(QUESTION, seed=5)], dim=1)
@@ -313,6 +324,11 @@ def test_each_family_is_pressed_or_refused_in_one_sentence(family: str) -> None:
     assert str(raised.value).count(". ") == 0
 
 
+@pytest.mark.fault(
+    "Prompt",
+    "A press gets an empty cache, several rows, other ids or a pressed cache.",
+    "An error that says what to do.",
+)
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -342,6 +358,11 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
         ThinK(ratio)
 
 
+@pytest.mark.fault(
+    "KV",
+    "A forward with a pressed cache ends between its KV and its attention.",
+    "The next forward of any cache is as if it had not been.",
+)
 def test_a_forward_that_fails_does_not_send_the_next_one_astray() -> None:
     model: Any = build("llama")
     cache = plain_cache(model, prompt())

@@ -27,7 +27,7 @@ class PressReport:
         bytes_after: of all that is kept in their place.
         error: how far attention is from that on all KV; None if it was not measured. For the last queries of the prefix, the
             norm of the difference of the outputs over the norm of the right ones, the mean over all layers.
-        seconds: that the press took.
+        seconds: that the press took, without measuring the error of attention.
     """
 
     press: str
@@ -45,12 +45,12 @@ class PressedCache(DynamicCache):  # type: ignore[misc]  # transformers is not t
     Args:
         model: the model that it was made for.
         layers: one per layer of the model.
-        report: what the press did; None for a cache that no press has made.
+        report: what the press did.
     """
 
     def __init__(self, model: torch.nn.Module, layers: list[PressedLayer], report: PressReport | None = None) -> None:
         Cache.__init__(self, layers=layers)
-        self.report = report
+        self.report = report or PressReport("", 0, [], 0, 0, None, 0.0)
         self._model = model
         watch(model, self)
 

@@ -93,6 +93,7 @@ class Press:
             raise CakeError(f"{self} looks at the last queries of the prompt: pass its token ids as ids=...")
         before = nbytes([*prefix.keys, *prefix.values])
         layers = self.layers(prefix)
+        seconds = time.monotonic() - started
         error = _error(prefix, layers) if measure and prefix.window else None
         report = PressReport(
             press=str(self),
@@ -101,7 +102,7 @@ class Press:
             bytes_before=before,
             bytes_after=nbytes(tensor for layer in layers for tensor in layer.state()),
             error=error,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
         )
         return PressedCache(model, layers, report)
 
