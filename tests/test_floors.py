@@ -22,6 +22,7 @@ FLOORS = [
     "model",
     "restore",
     "cache",
+    "presses",
     "serving",
     "packs",
     "cli",
@@ -43,6 +44,7 @@ LIBRARIES = {
     "model": {*_PLAIN, "transformers", "xxhash"},
     "restore": {*_PLAIN, "transformers"},
     "cache": {*_PLAIN, "transformers"},
+    "presses": {"torch", "transformers", "safetensors"},
     "serving": {*_PLAIN, "transformers"},
     "packs": {"torch"},
 }

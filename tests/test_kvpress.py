@@ -16,8 +16,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, MemoryStore, reads_only
-from cake_hf.model import presses
+from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
+from cake_hf.model import kvpress as served
+from cake_hf.presses import FromKvpress, ThinK
 from models import CHUNK, CHUNKS, TAIL, build, difference, expected, oracle, prompt, run, run_ahead
 from naming import given
 
@@ -53,7 +54,7 @@ def pressed_by_hand(model: Any, press: Any, ids: torch.Tensor) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("family", FAMILY)
-@pytest.mark.parametrize("name", sorted(presses.SERVED))
+@pytest.mark.parametrize("name", sorted(served.SERVED))
 def test_a_press_on_a_restored_prompt(name: str, family: str) -> None:
     """Cold, warm, and met in the middle: the tokens of the press on a `DynamicCache`, and bit for bit the same KV."""
     model: Any = build(family)
@@ -243,3 +244,44 @@ def test_without_a_press_nothing_is_different() -> None:
     model: Any = build("llama")
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         assert difference(run(model, prompt(), cache), expected()) == ""
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("name", ["KeyDiffPress", "KnormPress", "LagKVPress", "SnapKVPress", "StreamingLLMPress"])
+def test_presses_run_through_our_interface(name: str, family: str) -> None:
+    """`FromKvpress` on a restored prompt keeps what the press keeps of a computed one, and leaves the restored cache alone."""
+    model: Any = build(family)
+    press = make(name)
+    with torch.no_grad(), press(model):
+        computed = DynamicCache(config=model.config)
+        model(prompt(), attention_mask=torch.ones_like(prompt()), **given(computed))
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(prompt())
+        small = FromKvpress(press)(model, cache)
+        assert FromKvpress(press)(model, cache).report.entries == small.report.entries
+    assert small.get_seq_length() == prompt().shape[1]
+    for layer, other in zip(small.layers, computed.layers, strict=True):
+        assert torch.allclose(layer.keys, other.keys, atol=1e-5)
+        assert torch.allclose(layer.values, other.values, atol=1e-5)
+    assert small.report.bytes_after < small.report.bytes_before
+    model.generate(torch.cat([prompt(), prompt(5, seed=5)], dim=1), **given(small), **OPTIONS)
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_our_think_drops_the_channels_that_kvpress_zeroes(ratio: float, family: str) -> None:
+    model: Any = build(family)
+    cache = DynamicCache(config=model.config)
+    run_ahead(model, prompt(), cache)
+    ids = prompt()[:, : cache.get_seq_length()]
+    theirs = FromKvpress(kvpress.ThinKPress(key_channel_compression_ratio=ratio))(model, cache, ids)
+    ours = ThinK(ratio)(model, cache, ids)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        kept = (other.keys != 0).any(dim=-2)
+        assert torch.equal(kept.nonzero()[:, 2].view_as(one.kept), one.kept)
+
+
+def test_presses_that_need_more_are_refused_by_our_interface() -> None:
+    with pytest.raises(CakeError, match="ExpectedAttentionPress may look at more"):
+        FromKvpress(make("ExpectedAttentionPress"))

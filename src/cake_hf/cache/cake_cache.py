@@ -15,7 +15,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from cake_hf.blocks import checked_cuts
 from cake_hf.cache.convert import to_dynamic, to_quantized, to_static
-from cake_hf.cache.positions import copied_layers
+from cake_hf.cache.positions import copied_layers, show_tokens
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.cache.self_check import checked_layers
 from cake_hf.cache.token_ids import token_ids
@@ -316,6 +316,21 @@ class CakeCache(RestoringCache):
         with self._user.copying(self._session.model, self):
             self._go_back_if_left()
             return to_dynamic(self, self._session.model.config)
+
+    def copied_content(self) -> tuple[list[Any], torch.Tensor | None]:
+        """Returns copies of the layers, with the end of a document that `prefill` brought, and the token ids in them.
+
+        The ids are `[rows, tokens]`, or None if they are not all known, as those of a reply are not.
+        """
+        with self._user.copying(self._session.model, self):
+            self._go_back_if_left()
+            hidden, ids = self._hidden, self._seen.known(self._length())
+            layers = copied_layers(self.layers, hidden, {})
+        if hidden is not None:
+            show_tokens(layers, hidden.end.tokens)
+            if ids is not None or hidden.tokens == hidden.end.tokens:
+                ids = torch.cat([ids.cpu(), hidden.ids] if ids is not None else [hidden.ids], dim=1)
+        return layers, ids
 
     def to_static_cache(self, max_cache_len: int = 0, into: StaticCache | None = None) -> StaticCache:
         """Returns a `StaticCache` with a copy of the content, for compiled decoding.

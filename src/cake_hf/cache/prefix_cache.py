@@ -16,10 +16,10 @@ from cake_hf.model.compiled import as_it_is
 from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
+from cake_hf.model.kvpress import Presses
 from cake_hf.model.look import look_again, one_look
 from cake_hf.model.offload import devices_of, home_device
 from cake_hf.model.plainly import ComputePlainly
-from cake_hf.model.presses import Presses
 from cake_hf.model.ranks import ranks_of
 from cake_hf.model.trials import forget_trials
 from cake_hf.model.vision import numbering_refusal
@@ -53,7 +53,7 @@ class PrefixCache(RememberingCache):
     """Restores a prompt's full chunks, or says why not; later finishes the restore, or abandons it. See `RestoringCache`.
 
     Attributes:
-        presses_rest: presses are off in forwards with this cache while a prompt is being restored; see `presses`.
+        presses_rest: presses are off in forwards with this cache while a prompt is being restored; see `kvpress`.
     """
 
     presses_rest: bool

@@ -49,6 +49,15 @@ class SeenTokens:
                 f"The cache holds {length} tokens, and the prompt has only {prompt.shape[1]}; make a new CakeCache for it."
             )
 
+    def known(self, length: int) -> torch.Tensor | None:
+        """Returns the first `length` tokens `[rows, length]`; None if some of them are not recorded."""
+        found, end = [], 0
+        for start, ids in self._pieces:
+            if start == end < length:
+                found.append(ids[:, : length - start])
+                end = start + found[-1].shape[1]
+        return torch.cat(found, dim=1) if found and end == length else None
+
     def copy(self) -> SeenTokens:
         """Returns an independent copy."""
         copied = SeenTokens()

@@ -208,6 +208,24 @@ def chosen_functions(config: Any) -> dict[str, Any]:
     return chosen
 
 
+def attention_functions() -> Any:
+    """Returns transformers' registry of attention functions by name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # imports a lot that a restore alone does not need
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention(module: Any) -> Callable[..., Any] | None:
+    """Returns the function that an attention module calls if its implementation is "eager": each family has its own."""
+    homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    return next(filter(None, (getattr(home, "eager_attention_forward", None) for home in homes)), None)
+
+
+def has_latents(config: Any) -> bool:
+    """Returns whether a model's attention makes its keys and values of a latent (MLA)."""
+    return bool(getattr(config.get_text_config(), "kv_lora_rank", None))
+
+
 def indexer_refusal(config: Any) -> Refusal | None:
     """Returns why a model with an indexer (sparse attention) is computed plainly on this version; None if it need not be.
 

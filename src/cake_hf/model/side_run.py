@@ -11,10 +11,10 @@ import torch
 from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
 from cake_hf.model.compiled import as_it_is
 from cake_hf.model.foreign_code import unobserved
+from cake_hf.model.kvpress import Presses
 from cake_hf.model.look import look_again
 from cake_hf.model.modules import modules_of
 from cake_hf.model.offload import home_device
-from cake_hf.model.presses import Presses
 from cake_hf.util.forks import Lock
 
 _GONE = object()

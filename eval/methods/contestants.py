@@ -1,0 +1,36 @@
+"""The methods that are compared, by the name that stands in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cake_hf.presses import CORM, LESS, DBudgetKV, KVMerger, Press, ThinK, load_kernels
+
+FULL = "full KV"
+
+
+def contestants(kernels: Path | None) -> Mapping[str, Press | None]:
+    """Returns all methods in the order of the table; None is the full KV.
+
+    Args:
+        kernels: what `training/train_less.py` made for the model; None leaves LESS out.
+    """
+    found: dict[str, Press | None] = {
+        FULL: None,
+        "ThinK, 50 % of channels": ThinK(0.5),
+        "ThinK, 75 %": ThinK(0.75),
+        "CORM, window 64": CORM(window=64),
+        "CORM, window 16": CORM(window=16),
+        "DBudgetKV, 1 %": DBudgetKV(0.01),
+        "DBudgetKV, 5 %": DBudgetKV(0.05),
+        "KVMerger, keeps 50 %": KVMerger(0.5),
+        "KVMerger, keeps 25 %": KVMerger(0.25),
+        "eviction alone, keeps 50 %": LESS([], 0.5),
+        "eviction alone, keeps 25 %": LESS([], 0.25),
+        "eviction alone, keeps 10 %": LESS([], 0.1),
+    }
+    if kernels is not None:
+        trained = load_kernels(kernels)
+        found |= {f"LESS, keeps {100 * keep:.0f} %": LESS(trained, keep) for keep in (0.25, 0.1)}
+    return found

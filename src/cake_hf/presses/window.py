@@ -1,0 +1,77 @@
+"""The queries of a prefix's last tokens, which a restore does not bring: those tokens run once more, on what came before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cake_hf.layers.compat import named_for
+from cake_hf.presses.attention import Attention
+from cake_hf.presses.cache import PressedCache
+from cake_hf.presses.layers import PressedLayer
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one layer did with the window.
+
+    Attributes:
+        queries: `[1, heads, window, head_dim]`, with their positions.
+        attention: the model's function for them.
+    """
+
+    queries: torch.Tensor
+    attention: Attention
+
+    def scores(self, keys: torch.Tensor) -> torch.Tensor:
+        """Returns the attention weights `[heads, window, tokens]`, float32, of the window's queries: each row sums to 1.
+
+        Args:
+            keys: `[1, heads, tokens, head_dim]` of the whole prefix, which ends with the window.
+        """
+        groups = self.queries.shape[1] // keys.shape[1]
+        products = self.queries[0].float() @ keys[0].float().repeat_interleave(groups, dim=0).transpose(-1, -2)
+        window, tokens = products.shape[-2:]
+        hidden = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
+        return (products * self.attention.scaling).masked_fill(hidden, float("-inf")).softmax(dim=-1)
+
+
+class _Recording(PressedLayer):
+    """A layer that keeps everything and notes the queries that it sees."""
+
+    recorded: Recorded
+
+    def attend(
+        self,
+        attention: Attention,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.recorded = Recorded(query, attention)
+        return super().attend(attention, query, keys, values, mask)
+
+
+def record(
+    model: Any, keys: list[torch.Tensor], values: list[torch.Tensor], ids: torch.Tensor, window: int
+) -> list[Recorded]:
+    """Runs the last tokens of a prefix again; returns what each layer did.
+
+    Args:
+        model: the model.
+        keys, values: of each layer, for the whole prefix; not changed.
+        ids: `[1, tokens]` of the prefix.
+        window: how many tokens; fewer if there are not as many.
+    """
+    before = max(0, ids.shape[1] - window)
+    layers = [
+        _Recording(key[:, :, :before], value[:, :, :before], before) for key, value in zip(keys, values, strict=True)
+    ]
+    cache = PressedCache(model, list(layers))
+    with torch.no_grad():
+        ids = ids.to(keys[0].device)
+        model(ids[:, before:], attention_mask=torch.ones_like(ids), **named_for(model, cache))
+    return [layer.recorded for layer in layers]
