@@ -30,8 +30,8 @@ HELP = (
     "1 only if a restored prompt gave other logits than a computed one, or something could not be measured.\n\n"
     "It measures one length; `grid` goes over lengths, stores, models and shares of the device. `stores` "
     "measures each store beside its client, `adapt` how soon a cache follows a change, `serve` a restore beside other "
-    "requests, `codec` the size and speed of encoded KV, `shootout` other systems; `simulate` runs restores on a virtual clock, "
-    "`traces` replays many prompts that share prefixes."
+    "requests, `codec` the size and speed of encoded KV, `shootout` other systems; `simulate` runs restores on a virtual "
+    "clock, `traces` replays many prompts that share prefixes."
 )
 
 bench_app = typer.Typer(

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cake_hf import Report, generate_batch
+from cake_hf import Report, Store, generate_batch
 from cake_hf.layers.compat import is_older_than
-from cake_hf.stores.base import Store
 from models import CHUNK, build, prompt, shared_model
 from waiting import PATIENCE
 

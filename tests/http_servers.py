@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import cake_hf
-from cake_hf.stores.base import Store
+from cake_hf import Store
 from commands import save_model
 from models import CHUNK
 from servers import missing

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.codec import real_kv, speed
 from benchmarks.codec.real_kv import RealKv
+from cake_hf import CakeError
 from cake_hf.chunks.lossless import Encoded
-from cake_hf.errors import CakeError
 from commands import run_benchmark, save_model, write_text
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks import codec
 from cake_hf.chunks.codec import (
     ALIGNMENT,
@@ -35,7 +36,6 @@ from cake_hf.chunks.codec import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name
 from cake_hf.chunks.tensor_table import payload_size
-from cake_hf.errors import CorruptChunk
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 KEY, PARENT, SPACE = "0a" * 20, "1b" * 20, "2c" * 20

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks.codec import (
     ALIGNMENT,
     ChunkMetadata,
@@ -38,7 +39,6 @@ from cake_hf.chunks.encoded_header import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.lossless import EncodedSizes, decode_base_into, decode_into, encode, rounded
-from cake_hf.errors import CorruptChunk
 
 KEY, PARENT, SPACE = "0a" * 20, "1b" * 20, "2c" * 20
 DATA = Path(__file__).parent / "data" / "formats"

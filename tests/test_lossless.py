@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks import lossless, lossless_native
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.lossless import (
@@ -28,7 +29,6 @@ from cake_hf.chunks.lossless import (
 )
 from cake_hf.chunks.lossless_native import AUTOMATIC, PORTABLE, NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
-from cake_hf.errors import CorruptChunk
 
 ROOT = Path(__file__).parent.parent
 BLOCK = 256

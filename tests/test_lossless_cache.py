@@ -13,12 +13,11 @@ import torch
 from transformers import DynamicCache
 
 import cake_hf
-from cake_hf import CakeCache, Limits, LocalStore, MemoryStore
+from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
 from cake_hf.chunks.codec import parse_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.keys import state_key
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.stores.base import Store
 from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import GateStore, ThrottledStore, WrapperStore
 from families import family_model, here

@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, Limits, MemoryStore
+from cake_hf import CakeCache, Limits, MemoryStore, Store
 from cake_hf.chunks.encoded_header import encoded_header_size, is_encoded
-from cake_hf.stores.base import Store
 from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing import FaultStore, WrapperStore
 from cake_hf.testing.forgery import forge, one_bit

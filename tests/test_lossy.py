@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cake_hf import CorruptChunk
 from cake_hf.chunks.codec import ChunkMetadata, checksums, parse_header
 from cake_hf.chunks.encoded_checks import check_encoded_file
 from cake_hf.chunks.encoded_header import MOST_MODEL_BYTES, encoded_header_size, parse_encoded_header
@@ -20,7 +21,6 @@ from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.lossless import Encoded, rounded
 from cake_hf.chunks.lossy import LOSSY, code_chunk, lossy_method
 from cake_hf.chunks.stored_forms import decode_file, file_of, raw_file, split
-from cake_hf.errors import CorruptChunk
 
 NAMES = [
     pytest.param(

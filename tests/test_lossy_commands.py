@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 import cake_hf
-from cake_hf import CakeCache, LocalStore, MemoryStore, export_pack
+from cake_hf import CakeCache, LocalStore, MemoryStore, StoreError, export_pack
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recode import recode
-from cake_hf.errors import StoreError
 from cake_hf.layers.compat import is_older_than
 from cake_hf.packs.importing import refuse_foreign
 from cake_hf.serving.support import OLDEST, refuse_lossy

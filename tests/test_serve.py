@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cake_hf.errors import StoreError
+from cake_hf import StoreError
 from cake_hf.stores import MemoryStore, open_store
 from cake_hf.testing import FaultStore, GateStore, expected_faults
 from commands import run_command, write_text

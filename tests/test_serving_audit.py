@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore
-from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.testing import FaultStore, expected_faults
+from cake_hf.testing import FaultStore, WrapperStore, expected_faults
 from cake_hf.testing.forgery import forge, one_bit
 from engine_runs import (
     CHUNKS,

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from cake_hf import MemoryStore
-from cake_hf.stores.wrappers import WrapperStore
-from cake_hf.testing import GateStore
+from cake_hf.testing import GateStore, WrapperStore
 from engine_runs import (
     CHUNKS,
     DOCUMENT,

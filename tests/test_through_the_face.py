@@ -32,7 +32,7 @@ MOST_PATCHES = 114
 def documented() -> set[str]:
     """The modules that people import from: the faces, and the homes of what the reference names in full."""
     named = re.findall(r"auto\w+:: (cake_hf[\w.]*)\.\w+$", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
-    return {"cake_hf", "cake_hf.stores", "cake_hf.assets", "cake_hf.cli.app", *named}
+    return {"cake_hf", "cake_hf.stores", "cake_hf.presses", "cake_hf.assets", "cake_hf.cli.app", *named}
 
 
 def is_internal(module: str) -> bool:
