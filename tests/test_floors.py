@@ -37,7 +37,7 @@ LIBRARIES = {
     "util": set(),
     "words": set(),
     "scheduling": set(),
-    "chunks": {*_PLAIN, "xxhash"},
+    "chunks": {*_PLAIN, "xxhash", "constriction"},
     "transfer": {*_PLAIN, "opentelemetry"},
     "layers": {"torch", "transformers", "packaging"},
     "model": {*_PLAIN, "transformers", "xxhash"},
