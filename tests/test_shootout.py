@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
@@ -265,6 +266,16 @@ def test_ours_computes_what_is_damaged(damage: Any, questions: Any, tmp_path: Pa
     (found,) = asked(ours.make, tmp_path, several)
     assert found["tokens"] == alone(ours.make, several)[0]["tokens"]
     assert found["loaded"] < TOKENS
+
+
+def test_the_recipe_keeps_kv_of_a_model_with_an_adapter(questions: Any, tmp_path: Path) -> None:
+    """An empty cache would look like the right answer without an adapter."""
+    pytest.importorskip("peft")
+    several = questions[0][:1]
+    adapted = variants.adapter(MODEL, tmp_path / "adapter")
+    asked(recipe.make, tmp_path / "store", several, adapter=adapted)
+    cache = torch.load(next((tmp_path / "store").glob("*.pt")), weights_only=False)
+    assert cache.get_seq_length() == TOKENS
 
 
 def test_the_recipe_takes_what_it_finds(questions: Any, tmp_path: Path) -> None:
