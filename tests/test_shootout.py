@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
-from benchmarks.shootout import child, environments, faults, page, side, slow_disk, speed, trials, variants
+from benchmarks.shootout import child, command, environments, faults, page, side, slow_disk, speed, trials, variants
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.child import ANSWER, ERROR, HANG, Reply
 from benchmarks.shootout.disks import NoDisk
@@ -27,7 +27,7 @@ from benchmarks.shootout.environments import Environment, Environments
 from benchmarks.shootout.judge import Outcome, Seen, judge, not_applicable, without_folders
 from benchmarks.shootout.questions import DISK, MEMORY, Answer, Options, Question
 from benchmarks.shootout.sides import ours, recipe
-from benchmarks.shootout.systems import SYSTEMS, SystemSpec
+from benchmarks.shootout.systems import SystemSpec
 from cake_hf.cli.models import RECALL_TINY
 from waiting import PATIENCE
 
@@ -384,10 +384,8 @@ def test_nothing_but_the_standard_library_is_needed_in_a_foreign_environment() -
 def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Of the whole command, with a planted system and one that cannot run."""
     systems = {"planted": planted(), "broken": replace(planted(), name="broken", steps=(("nothing",),))}
-    for name in list(SYSTEMS):
-        monkeypatch.delitem(SYSTEMS, name)
-    for name, spec in systems.items():
-        monkeypatch.setitem(SYSTEMS, name, spec)
+    for module in (command, page):
+        monkeypatch.setattr(module, "SYSTEMS", systems)
     out = tmp_path / "result.json"
     options = ["--model", "recall-tiny", "--tokens", "256", "--rounds", "2", "--threads", "1", "--out", str(out)]
     ready = ["--python", "disk=/no/python", "--python", "broken=/no/python"]
