@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks.command import bench_app
-from benchmarks.shootout import child, environments, faults, page, side, slow_disk, speed, trials, variants
+from benchmarks.shootout import child, command, environments, faults, page, side, slow_disk, speed, trials, variants
 from benchmarks.shootout.bench import Bench
 from benchmarks.shootout.child import ANSWER, ERROR, HANG, Reply
 from benchmarks.shootout.disks import NoDisk
@@ -26,7 +27,7 @@ from benchmarks.shootout.environments import Environment, Environments
 from benchmarks.shootout.judge import Outcome, Seen, judge, not_applicable, without_folders
 from benchmarks.shootout.questions import DISK, MEMORY, Answer, Options, Question
 from benchmarks.shootout.sides import ours, recipe
-from benchmarks.shootout.systems import SYSTEMS, SystemSpec
+from benchmarks.shootout.systems import SystemSpec
 from cake_hf.cli.models import RECALL_TINY
 from waiting import PATIENCE
 
@@ -267,6 +268,16 @@ def test_ours_computes_what_is_damaged(damage: Any, questions: Any, tmp_path: Pa
     assert found["loaded"] < TOKENS
 
 
+def test_the_recipe_keeps_kv_of_a_model_with_an_adapter(questions: Any, tmp_path: Path) -> None:
+    """An empty cache would look like the right answer without an adapter."""
+    pytest.importorskip("peft")
+    several = questions[0][:1]
+    adapted = variants.adapter(MODEL, tmp_path / "adapter")
+    asked(recipe.make, tmp_path / "store", several, adapter=adapted)
+    cache = torch.load(next((tmp_path / "store").glob("*.pt")), weights_only=False)
+    assert cache.get_seq_length() == TOKENS
+
+
 def test_the_recipe_takes_what_it_finds(questions: Any, tmp_path: Path) -> None:
     several = questions[0][:1]
     asked(recipe.make, tmp_path / "one", several)
@@ -373,10 +384,8 @@ def test_nothing_but_the_standard_library_is_needed_in_a_foreign_environment() -
 def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Of the whole command, with a planted system and one that cannot run."""
     systems = {"planted": planted(), "broken": replace(planted(), name="broken", steps=(("nothing",),))}
-    for name in list(SYSTEMS):
-        monkeypatch.delitem(SYSTEMS, name)
-    for name, spec in systems.items():
-        monkeypatch.setitem(SYSTEMS, name, spec)
+    for module in (command, page):
+        monkeypatch.setattr(module, "SYSTEMS", systems)
     out = tmp_path / "result.json"
     options = ["--model", "recall-tiny", "--tokens", "256", "--rounds", "2", "--threads", "1", "--out", str(out)]
     ready = ["--python", "disk=/no/python", "--python", "broken=/no/python"]

@@ -17,10 +17,12 @@ class Recipe:
         import torch
 
         from cake_hf.cli.models import load_model
+        from cake_hf.layers.compat import cache_name, forward_of
 
         torch.set_num_threads(options.threads)
         self._options = options
         self._model: Any = load_model(options.model, options.dtype, "cpu")
+        self._name = cache_name(forward_of(self._model))  # a model with adapters does not name its arguments
         if options.adapter:
             from peft import PeftModel
 
@@ -58,12 +60,12 @@ class Recipe:
     def _compute(self, question: Question, file: Path) -> Any:
         import torch
 
-        from cake_hf.layers.compat import cache_name, forward_of, plain_cache
+        from cake_hf.layers.compat import plain_cache
 
         cache = plain_cache(self._model)
         ids = torch.tensor([question.ids[: question.document]])
         with torch.inference_mode():
-            self._model(ids, logits_to_keep=1, **{cache_name(forward_of(self._model)): cache})
+            self._model(ids, logits_to_keep=1, **{self._name: cache})
         if self._options.role == DISK:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(cache, file)
