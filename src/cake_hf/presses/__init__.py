@@ -3,9 +3,30 @@
 Import them from here: `from cake_hf.presses import ThinK`.
 """
 
+from cake_hf.presses.blend import Blend, BlendReport
 from cake_hf.presses.cache import PressedCache, PressReport
+from cake_hf.presses.cacheblend import CacheBlend
+from cake_hf.presses.cascading import CascadingKV
+from cake_hf.presses.clusterkv import ClusterKV
+from cake_hf.presses.epic import EPIC
+from cake_hf.presses.kvsharer import KVSharer
 from cake_hf.presses.layers import PressedLayer, RaggedLayer
 from cake_hf.presses.press import Prefix, Press
 from cake_hf.presses.think import ThinK
 
-__all__ = ["Prefix", "Press", "PressReport", "PressedCache", "PressedLayer", "RaggedLayer", "ThinK"]
+__all__ = [
+    "EPIC",
+    "Blend",
+    "BlendReport",
+    "CacheBlend",
+    "CascadingKV",
+    "ClusterKV",
+    "KVSharer",
+    "Prefix",
+    "Press",
+    "PressReport",
+    "PressedCache",
+    "PressedLayer",
+    "RaggedLayer",
+    "ThinK",
+]
