@@ -8,11 +8,13 @@ from cake_hf.presses.cache import PressedCache, PressReport
 from cake_hf.presses.cacheblend import CacheBlend
 from cake_hf.presses.cascading import CascadingKV
 from cake_hf.presses.clusterkv import ClusterKV
+from cake_hf.presses.elastic import ElasticCache
 from cake_hf.presses.epic import EPIC
 from cake_hf.presses.kvsharer import KVSharer
 from cake_hf.presses.layers import PressedLayer, RaggedLayer
 from cake_hf.presses.press import Prefix, Press
 from cake_hf.presses.think import ThinK
+from cake_hf.presses.vlcache import VLCache
 
 __all__ = [
     "EPIC",
@@ -21,6 +23,7 @@ __all__ = [
     "CacheBlend",
     "CascadingKV",
     "ClusterKV",
+    "ElasticCache",
     "KVSharer",
     "Prefix",
     "Press",
@@ -29,4 +32,5 @@ __all__ = [
     "PressedLayer",
     "RaggedLayer",
     "ThinK",
+    "VLCache",
 ]

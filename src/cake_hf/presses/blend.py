@@ -26,9 +26,7 @@ from cake_hf.presses.attention import Attention
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, taken
-
-TOLERANCE = 0.02
-"""Relative difference of the first layer's KV, which no document before changes, that rounding may make."""
+from cake_hf.presses.window import TOLERANCE
 
 
 @dataclass(frozen=True)
