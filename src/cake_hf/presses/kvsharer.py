@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import named_for
+from cake_hf.model.offload import home_device
 from cake_hf.presses.cache import PressedCache
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, check_share, taken
@@ -55,7 +56,8 @@ class KVSharer(Press):
         check_share("share", share)
         if not texts:
             raise ValueError("KVSharer needs at least one calibration text.")
-        texts = [text[:, : min(one.shape[1] for one in texts)] for text in texts]
+        shortest = min(one.shape[1] for one in texts)
+        texts = [text[:, :shortest].to(home_device(model)) for text in texts]
         found = [_seen(model, text) for text in texts]
         hidden = torch.cat([states for _, states in found]).flatten(1)
         prefixes = [prefix for prefix, _ in found]
