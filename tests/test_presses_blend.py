@@ -195,6 +195,35 @@ def of_another_rotation(name: str) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_positions_are_turned_too_unless_the_length_changes_them(kind: str) -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **SCALED[kind]}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=128, max_position_embeddings=64, rope_parameters=rope, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    documents = alone(model)
+    if kind == "dynamic":
+        with pytest.raises(CakeError, match="does not follow"):
+            CacheBlend(0.2)(model, documents, IDS)
+        return
+    small = CacheBlend(0.2)(model, documents, IDS)
+    assert torch.allclose(small.layers[0].keys, document(model, ALL).layers[0].keys, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "deepseek_v3", "qwen3_next", "Cohere", "Glm"])
 @pytest.mark.parametrize("method", [CacheBlend(), EPIC(), CacheBlend(1)], ids=str)
 def test_other_models_are_refused_in_one_sentence(family: str, method: Blend) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,8 @@ PLAIN = ("llava", "internvl")
 def restored(family: str) -> tuple[Any, CakeCache, torch.Tensor]:
     """A model, its cache with a prompt with two images that came from a store, and the prompt's ids."""
     model, inputs, store = vision_model(family), inputs_for(family, standard_parts(family)), MemoryStore()
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of transformers cannot be given a part of an image, so none is restored")
     for _ in range(2):
         cache = CakeCache(model, store, chunk_size=CHUNK, strategy="load")
         model.generate(**inputs, **given(cache), max_new_tokens=1)
