@@ -278,6 +278,7 @@ OUTCOMES = {
     "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
     "sharing": lambda scope: scope["imported"].chunks and found(scope["cache"].report),
     "adding-a-store": lambda scope: list(scope["store"].keys()) and scope["cache"].report.tokens,
+    "methods": lambda scope: scope["small"].report.tokens > scope["blended"].report.recomputed > 0,
     "troubleshooting": lambda scope: scope["logging"],
 }
 """What must be so when a page's snippets have run."""

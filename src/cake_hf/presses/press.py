@@ -88,7 +88,7 @@ class Press:
         started = time.monotonic()
         prefix = taken(model, cache, ids, str(self))
         if prefix.ids is not None and (self.needs_queries or measure):
-            prefix = _with_window(prefix, self.window)
+            prefix = _with_window(prefix, self)
         elif self.needs_queries:
             raise CakeError(f"{self} looks at the last queries of the prompt: pass its token ids as ids=...")
         before = nbytes([*prefix.keys, *prefix.values])
@@ -160,10 +160,23 @@ def _copy(states: torch.Tensor) -> torch.Tensor:
     return states.clone(memory_format=torch.contiguous_format)
 
 
-def _with_window(prefix: Prefix, window: int) -> Prefix:
+def _with_window(prefix: Prefix, press: Press) -> Prefix:
+    """Adds the last queries. The window ends where an image does: its tokens would run without the image."""
     assert prefix.ids is not None
-    recorded = record(prefix.model, prefix.keys, prefix.values, prefix.ids, max(window, QUERIES))
-    return replace(prefix, window=recorded)
+    window = min(max(press.window, QUERIES), text_at_end(prefix.model, prefix.ids))
+    if window:
+        return replace(prefix, window=record(prefix.model, prefix.keys, prefix.values, prefix.ids, window))
+    if press.needs_queries:
+        raise CakeError(f"{press} looks at the queries of the text behind the last image, and there is none.")
+    return prefix
+
+
+def text_at_end(model: Any, ids: torch.Tensor) -> int:
+    """Returns how many tokens of a prompt lie behind its last image or video: all if it has none."""
+    names = ("image_token_id", "video_token_id")
+    places = [number for name in names if (number := getattr(model.config, name, None)) is not None]
+    found = torch.isin(ids[0], torch.tensor(places, dtype=ids.dtype, device=ids.device)).nonzero()
+    return ids.shape[1] - (int(found[-1]) + 1 if len(found) else 0)
 
 
 def _error(prefix: Prefix, layers: list[PressedLayer]) -> float:

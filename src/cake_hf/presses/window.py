@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 
+from cake_hf.errors import CakeError
 from cake_hf.layers.compat import named_for
 from cake_hf.presses.attention import Attention
 from cake_hf.presses.cache import PressedCache
 from cake_hf.presses.layers import PressedLayer
+
+TOLERANCE = 0.02
+"""Relative difference of the first layer's KV that rounding may make."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ def record(
         keys, values: of each layer, for the whole prefix; not changed.
         ids: `[1, tokens]` of the prefix.
         window: how many tokens; fewer if there are not as many.
+
+    Raises:
+        CakeError: the tokens get other keys than they have. Those of the first layer depend on token and position alone, so the
+            ids are wrong, or the positions (a model that numbers tokens by images keeps the numbering of its last prompt).
     """
     before = max(0, ids.shape[1] - window)
     layers = [
@@ -73,5 +81,10 @@ def record(
     cache = PressedCache(model, list(layers))
     with torch.no_grad():
         ids = ids.to(keys[0].device)
-        model(ids[:, before:], attention_mask=torch.ones_like(ids), **named_for(model, cache))
+        model(ids[:, before:], **named_for(model, cache))
+    again, stored = layers[0].keys[:, :, before:].float(), keys[0][:, :, before:].float()
+    if (again - stored).norm() > TOLERANCE * stored.norm():
+        raise CakeError(
+            "The last tokens have other keys now than in the cache: the ids are others, or the model numbers tokens otherwise."
+        )
     return [layer.recorded for layer in layers]
