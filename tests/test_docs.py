@@ -275,6 +275,7 @@ OUTCOMES = {
     ),
     "vision": lambda scope: found(scope["second"][1]) and scope["other"][1].chunks_missed,
     "models": lambda scope: "none of the prompt's chunks yet" in scope["cache"].report.reason,
+    "codecs": lambda scope: scope["cache"].report.tokens_lossy > 0,
     "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
     "sharing": lambda scope: scope["imported"].chunks and found(scope["cache"].report),
     "adding-a-store": lambda scope: list(scope["store"].keys()) and scope["cache"].report.tokens,
