@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import cake_hf
-from cake_hf import CakeCache, CakeError, Limits, LocalStore, MemoryStore, Store, StoreError, reads_only
+from cake_hf import CakeCache, CakeError, Limits, LocalStore, MemoryStore, Store, StoreError, TierStore, reads_only
 from cake_hf.chunks.codec import parse_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.lossy import LOSSY
 from cake_hf.keys import behaviour_key, state_key
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from families import family_model, here
 from family_runs import IDS as FAMILY_IDS

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 import cake_hf
-from cake_hf import CakeCache, LocalStore, MemoryStore, StoreError, export_pack
+from cake_hf import CakeCache, LocalStore, MemoryStore, StoreError, export_pack, open_store
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recode import recode
 from cake_hf.layers.compat import is_older_than
 from cake_hf.packs.importing import refuse_foreign
 from cake_hf.serving.support import OLDEST, refuse_lossy
-from cake_hf.stores.opening import open_store
 from cake_hf.testing.forgery import forge, one_bit
 from commands import flat, run_command, save_model, write_text
 from models import CHUNK, CHUNKS, prompt, run, shared_model
