@@ -236,6 +236,17 @@ def test_other_models_are_refused_in_one_sentence(family: str, method: Blend) ->
     assert str(raised.value).count(". ") == 0
 
 
+@pytest.mark.parametrize("place", [0, 10, 20])
+def test_one_wrong_id_among_many_is_noticed(place: int) -> None:
+    model, ids = sharp(), [prompt(3000, seed=1), prompt(21, seed=2)]
+    documents = alone(model, ids)
+    ids[1] = ids[1].clone()
+    ids[1][0, place] = (ids[1][0, place] + 1) % 128
+    for method in (CacheBlend(), EPIC()):
+        with pytest.raises(CakeError, match="in its first layer"):
+            method(model, documents, ids)
+
+
 def test_calls_that_make_no_sense_say_so() -> None:
     model = sharp()
     with pytest.raises(CakeError, match="at least one document"):

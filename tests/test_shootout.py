@@ -455,6 +455,6 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 def test_the_documentation_shows_the_results_of_the_repository() -> None:
-    result = json.loads((ROOT / "benchmarks" / "results" / "shootout.json").read_text(encoding="utf-8"))
+    result = json.loads((ROOT / "benchmarks" / "results" / "beside" / "shootout.json").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     assert page.page(result) in text, "python -m benchmarks shootout --write-page docs/comparison.md"

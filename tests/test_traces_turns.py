@@ -125,7 +125,7 @@ def test_the_document_counts_for_the_first_turn(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(turns_module, "timed", lambda work: next(seconds))
     monkeypatch.setattr(turns_module, "ask", lambda *arguments, **options: Asked())
     ended: list[Any] = []
-    steps = turns_module.Steps(cache=lambda held: held, end=ended.append)
+    steps = turns_module.Steps(make=lambda held: held, end=ended.append)
     turn = Turn(torch.tensor([[1]]), 1)
     assert steps.run(None, torch.tensor([[1]]), [turn, turn]) == Answered(((5,), (5,)), (10.25, 1.25))
     assert ended == ["held"]

@@ -29,7 +29,7 @@ SHOOTOUT_HELP = (
     "gets an environment of its own, made with pip on first use; what cannot run here is told with its reason.\n\n"
     "Results are added to the file of --out, cell by cell, so one cell can be run again: --system vLLM --trial flipped."
 )
-RESULT = ROOT / "benchmarks" / "results" / "shootout.json"
+RESULT = ROOT / "benchmarks" / "results" / "beside" / "shootout.json"
 PAGE = ROOT / "docs" / "comparison.md"
 NEW = 24
 

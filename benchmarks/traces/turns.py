@@ -78,16 +78,14 @@ def method(name: str) -> Callable[[Method], Method]:
 @method("computed anew")
 def computed_anew(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
     """Each prompt is computed whole by transformers, in our chunks."""
-    steps = Steps(
-        cache=lambda _: plain_cache(model), options={"prefill_chunk_size": auto_chunk_size(model.device.type)}
-    )
+    steps = Steps(make=lambda _: plain_cache(model), options={"prefill_chunk_size": auto_chunk_size(model.device.type)})
     return steps.run(model, document, turns)
 
 
 @method("DynamicCache, copied")
 def recipe(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
     """transformers' recipe: a cache that holds the document is copied for each question."""
-    return Steps(bring=lambda: _computed(model, document), cache=copy.deepcopy).run(model, document, turns)
+    return Steps(bring=lambda: _computed(model, document), make=copy.deepcopy).run(model, document, turns)
 
 
 @method("cake_hf, cold")
@@ -110,7 +108,7 @@ def in_memory(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answ
     """The document was stored before; the first turn restores it, and each question is asked on a copy of that cache."""
     with tempfile.TemporaryDirectory(prefix="cake-turns-") as store:
         _prefilled(model, store, document).close()
-        steps = Steps(bring=lambda: _prefilled(model, store, document), cache=copy.deepcopy, end=CakeCache.close)
+        steps = Steps(bring=lambda: _prefilled(model, store, document), make=copy.deepcopy, end=CakeCache.close)
         return steps.run(model, document, turns)
 
 
@@ -124,13 +122,13 @@ class Steps:
 
     Attributes:
         bring: brings the document, before the first turn; its time counts for that.
-        cache: makes the cache of one turn from what was brought; its time counts.
+        make: returns the cache of one turn from what was brought; its time counts.
         after: what is done with it after the answer; not counted.
         end: what is done with what was brought, in the end.
         options: more arguments of `generate`.
     """
 
-    cache: Callable[[Any], Any]
+    make: Callable[[Any], Any]
     bring: Callable[[], Any] = _nothing
     after: Callable[[Any], object] = _nothing
     end: Callable[[Any], object] = _nothing
@@ -142,7 +140,7 @@ class Steps:
         answers, ttfts = [], []
         try:
             for number, turn in enumerate(turns):
-                cache, preparing = timed(lambda: self.cache(held))
+                cache, preparing = timed(lambda: self.make(held))
                 prompt = torch.cat([document, turn.ids], dim=1)
                 answer = ask(model, prompt, cache, turn.new_tokens, **self.options)
                 self.after(cache)
@@ -161,7 +159,7 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def _from_store(model: Any, store: str, document: torch.Tensor) -> Steps:
-    return Steps(cache=lambda _: _prefilled(model, store, document), after=CakeCache.close)
+    return Steps(make=lambda _: _prefilled(model, store, document), after=CakeCache.close)
 
 
 def _prefilled(model: Any, store: str, document: torch.Tensor) -> CakeCache:

@@ -26,7 +26,7 @@ from cake_hf.presses.attention import Attention
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, taken
-from cake_hf.presses.window import TOLERANCE
+from cake_hf.presses.window import same_states
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Blend:
             return torch.empty(0, dtype=torch.long, device=joined.ids.device)
         fresh = fresh_layers(joined, min(self.compared, len(joined.keys) - 1))
         for stored, computed in ((joined.keys[0], fresh[0].keys), (joined.values[0], fresh[0].values)):
-            if (stored.float() - computed.float()).norm() > TOLERANCE * computed.float().norm():
+            if not same_states(computed, stored):
                 raise CakeError(
                     f"{self} moves documents by rotary positions, and what this model keeps of them in its first layer does "
                     "not follow."
