@@ -268,6 +268,10 @@ OUTCOMES = {
     "quantised": lambda scope: (
         found(scope["cache"].report) and scope["answer"].shape[1] > scope["inputs"].input_ids.shape[1]
     ),
+    "methods": lambda scope: (
+        scope["small"].report.bytes_after < scope["small"].report.bytes_before
+        and scope["answer"].shape[1] > scope["ids"].shape[1]
+    ),
     "serving": lambda scope: (
         len(scope["answers"]) == 4
         and scope["response"].status == 200

@@ -3,6 +3,7 @@
 Import them from here: `from cake_hf.presses import ThinK`.
 """
 
+from cake_hf.presses.attention import Attention
 from cake_hf.presses.cache import PressedCache, PressReport
 from cake_hf.presses.corm import CORM
 from cake_hf.presses.dbudgetkv import DBudgetKV
@@ -12,10 +13,12 @@ from cake_hf.presses.layers import PressedLayer, RaggedLayer
 from cake_hf.presses.less import LESS, Kernels, load_kernels, save_kernels
 from cake_hf.presses.press import Prefix, Press
 from cake_hf.presses.think import ThinK
+from cake_hf.presses.window import Recorded
 
 __all__ = [
     "CORM",
     "LESS",
+    "Attention",
     "DBudgetKV",
     "FromKvpress",
     "KVMerger",
@@ -26,6 +29,7 @@ __all__ = [
     "PressedCache",
     "PressedLayer",
     "RaggedLayer",
+    "Recorded",
     "ThinK",
     "load_kernels",
     "save_kernels",
