@@ -268,6 +268,11 @@ OUTCOMES = {
     "quantised": lambda scope: (
         found(scope["cache"].report) and scope["answer"].shape[1] > scope["inputs"].input_ids.shape[1]
     ),
+    "methods": lambda scope: (
+        scope["small"].report.bytes_after < scope["small"].report.bytes_before
+        and scope["answer"].shape[1] > scope["question_ids"].shape[1]
+        and scope["small"].report.tokens > scope["blended"].report.recomputed > 0
+    ),
     "serving": lambda scope: (
         len(scope["answers"]) == 4
         and scope["response"].status == 200
@@ -279,7 +284,6 @@ OUTCOMES = {
     "stores": lambda scope: found(scope["other"].report) and "none of" in scope["cache"].report.reason,
     "sharing": lambda scope: scope["imported"].chunks and found(scope["cache"].report),
     "adding-a-store": lambda scope: list(scope["store"].keys()) and scope["cache"].report.tokens,
-    "methods": lambda scope: scope["small"].report.tokens > scope["blended"].report.recomputed > 0,
     "troubleshooting": lambda scope: scope["logging"],
 }
 """What must be so when a page's snippets have run."""

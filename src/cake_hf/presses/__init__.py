@@ -3,6 +3,7 @@
 Import them from here: `from cake_hf.presses import ThinK`.
 """
 
+from cake_hf.presses.attention import Attention
 from cake_hf.presses.blend import Blend, BlendReport
 from cake_hf.presses.cache import PressedCache, PressReport
 from cake_hf.presses.cacheblend import CacheBlend
@@ -20,11 +21,13 @@ from cake_hf.presses.less import LESS, Kernels, load_kernels, save_kernels
 from cake_hf.presses.press import Prefix, Press
 from cake_hf.presses.think import ThinK
 from cake_hf.presses.vlcache import VLCache
+from cake_hf.presses.window import Recorded
 
 __all__ = [
     "CORM",
     "EPIC",
     "LESS",
+    "Attention",
     "Blend",
     "BlendReport",
     "CacheBlend",
@@ -42,6 +45,7 @@ __all__ = [
     "PressedCache",
     "PressedLayer",
     "RaggedLayer",
+    "Recorded",
     "ThinK",
     "VLCache",
     "load_kernels",

@@ -61,7 +61,7 @@ class Prefix:
 class Press:
     """The base of all methods. A subclass defines `layer`, or `layers` if layers depend on each other.
 
-    A method is a frozen dataclass of its options. Those are `ValueError`s if they make no sense.
+    A method is a frozen dataclass of its options; one that makes no sense is a `ValueError`.
     """
 
     needs_queries = False
