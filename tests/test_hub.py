@@ -558,7 +558,7 @@ def test_endpoint_and_token_come_from_the_environment(hub: Hub, tmp_path: Path) 
     put(hub, {key_of(1): value_of(1)})
     hub.repos[REPO].private = True
     script = """
-from cake_hf import StoreError
+from cake_hf.errors import StoreError
 from cake_hf.stores.hub import open_hub_pack
 pack = open_hub_pack("hf://org/pack")
 assert [len(pack.read(key)) for key in pack.keys()] == [1000]
