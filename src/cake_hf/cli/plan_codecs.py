@@ -58,7 +58,7 @@ class Forms:
         if name == NONE:
             return "none: chunks are stored as they are"
         codec, source = self.codecs[name], "measured" if name == self.measured else "typical"
-        return f"{name}: {codec.ratio:.2f} of the bytes, decoded at {codec.speed / 1e9:.3g} GB/s per thread ({source})"
+        return f"{name}: {codec.ratio:.2f} of the bytes, {codec.speed / 1e9:.3g} GB/s per thread ({source})"
 
     def bars(self, compute: ComputeCost, chunks: int, suffix: float, chosen: str) -> list[Bar]:
         """Returns the predicted seconds to the first token in each form, with both ends at work.
