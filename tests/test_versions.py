@@ -391,7 +391,7 @@ def test_an_untested_version_is_tried_once_and_serves(
     assert_restored(twice(model, expected))
     lines = [record.message for record in caplog.records if record.name == "cake_hf"]
     assert len(lines) == 1, lines
-    assert transformers.__version__ in lines[0]
+    assert "transformers 99.0 is newer than" in lines[0]
     assert "restored correctly" in lines[0]
 
 

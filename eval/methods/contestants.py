@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cake_hf.presses import CORM, LESS, DBudgetKV, KVMerger, Press, ThinK, load_kernels
+from cake_hf.presses import (
+    CORM,
+    LESS,
+    CascadingKV,
+    ClusterKV,
+    DBudgetKV,
+    ElasticCache,
+    KVMerger,
+    Press,
+    ThinK,
+    load_kernels,
+)
 
 FULL = "full KV"
 
@@ -26,6 +37,12 @@ def contestants(kernels: Path | None) -> Mapping[str, Press | None]:
         "DBudgetKV, 5 %": DBudgetKV(0.05),
         "KVMerger, keeps 50 %": KVMerger(0.5),
         "KVMerger, keeps 25 %": KVMerger(0.25),
+        "ElasticCache, keeps 50 %": ElasticCache(0.5),
+        "ElasticCache, keeps 25 %": ElasticCache(0.75),
+        "CascadingKV, keeps 50 %": CascadingKV(0.5),
+        "CascadingKV, keeps 25 %": CascadingKV(0.75),
+        "ClusterKV, reads 50 %": ClusterKV(0.5),
+        "ClusterKV, reads 25 %": ClusterKV(0.75),
         "eviction alone, keeps 50 %": LESS([], 0.5),
         "eviction alone, keeps 25 %": LESS([], 0.25),
         "eviction alone, keeps 10 %": LESS([], 0.1),

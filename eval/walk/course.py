@@ -87,7 +87,10 @@ class Course:
         del pieces
         for number in range(self.rounds):
             begin = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="cake-walk-", ignore_cleanup_errors=True) as folder, cheap_collections():
+            with (
+                tempfile.TemporaryDirectory(prefix="cake-walk-", ignore_cleanup_errors=True) as folder,
+                cheap_collections(),
+            ):
                 Round(self, self._ways(walked.document, number), walked, number, Path(folder)).run()
             tell(f"{walked.tokens:,} tokens: round {number + 1} of {self.rounds} took {time.monotonic() - begin:.0f} s")
             done()
