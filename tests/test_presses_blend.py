@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cake_hf import CakeCache, CakeError, MemoryStore
 from cake_hf.presses import EPIC, Blend, BlendReport, CacheBlend, PressedCache
-from families import exists, family_model
+from families import family_model, is_here
 from models import CHUNK, build, difference, prompt, run
 from naming import given
 from pressed import asked, document, logits_of, report_of, sharp
@@ -228,8 +228,8 @@ def test_scaled_positions_are_turned_too_unless_the_length_changes_them(kind: st
 @pytest.mark.parametrize("method", [CacheBlend(), EPIC(), CacheBlend(1)], ids=str)
 def test_other_models_are_refused_in_one_sentence(family: str, method: Blend) -> None:
     """No rotary positions, pairs turned in another order, windows, latents, states: no wrong answer."""
-    if family.islower() and not exists(family):
-        pytest.skip("this transformers has no such family")
+    if family.islower() and not is_here(family):
+        pytest.skip("this transformers has no such family, or a cache of its own for it")
     model = family_model(family) if family.islower() else of_another_rotation(family)
     with pytest.raises(CakeError, match=r"made for|rotary|does not go through") as raised:
         method(model, alone(model), IDS)

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
 from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM, cache_utils
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama
