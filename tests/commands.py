@@ -15,11 +15,16 @@ from typer import Typer
 from typer.testing import CliRunner, Result
 
 from benchmarks.command import bench_app
+from cake_hf import LocalStore
 from cake_hf.cli.app import app
 from cake_hf.cli.console import console
 from models import build
+from stored import values_of
 
 Command = Callable[..., Result]
+
+LOOKING = ("ls", "info", "verify", "verify --deep", "gc --budget 1GB --dry-run", "stats")
+"""Commands that change nothing."""
 
 
 def save_model(folder: Path) -> Path:
@@ -67,3 +72,13 @@ def _run(command: Typer, arguments: Sequence[object]) -> Result:
 def flat(text: str) -> str:
     """Without the tables' frames and line breaks."""
     return re.sub(r"[\s│┃╭╮╰╯─━]+", " ", text)
+
+
+def look_at(store: Path, command: str) -> None:
+    """Runs one of `LOOKING`, which has to find nothing damaged and leave all values as they are."""
+    before = values_of(LocalStore(store))
+    name, *options = command.split()
+    answer = run_command(name, store, *options)
+    assert answer.exit_code == 0, answer.output
+    assert "damaged" not in answer.output.replace("0 damaged", "").replace("none is damaged", "")
+    assert values_of(LocalStore(store)) == before

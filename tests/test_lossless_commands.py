@@ -16,7 +16,7 @@ from cake_hf.cli.inspect_store import take_inventory
 from cake_hf.cli.recode import recode
 from cake_hf.cli.verify import verify
 from cake_hf.testing.forgery import forge, one_bit
-from commands import flat, run_command, save_model, write_text
+from commands import LOOKING, flat, look_at, no_progress, run_command, save_model, write_text
 from families import family_model
 from family_runs import IDS as FAMILY_IDS
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
@@ -24,10 +24,6 @@ from pack_files import write_folder
 from stored import values_of
 
 TEXT_CHUNKS = 6
-
-
-def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
 
 
 def filled(store: Any, codec: str) -> Any:
@@ -68,14 +64,9 @@ def test_an_unknown_codec_is_refused(model: Path, tmp_path: Path) -> None:
     assert all(name in flat(answer.output) for name in ("none", "lossless", "auto"))
 
 
-@pytest.mark.parametrize("command", ["ls", "info", "verify", "verify --deep", "gc --budget 1GB --dry-run", "stats"])
+@pytest.mark.parametrize("command", LOOKING)
 def test_commands_that_look(command: str, warmed: tuple[Path, Path]) -> None:
-    before = values_of(LocalStore(warmed[0]))
-    name, *options = command.split()
-    answer = run_command(name, warmed[0], *options)
-    assert answer.exit_code == 0, answer.output
-    assert "damaged" not in answer.output.replace("0 damaged", "").replace("none is damaged", "")
-    assert values_of(LocalStore(warmed[0])) == before
+    look_at(warmed[0], command)
 
 
 def test_info_tells_the_codec(warmed: tuple[Path, Path]) -> None:

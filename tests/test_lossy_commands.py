@@ -16,9 +16,9 @@ from cake_hf.layers.compat import is_older_than
 from cake_hf.packs.importing import refuse_foreign
 from cake_hf.serving.support import OLDEST, refuse_lossy
 from cake_hf.testing.forgery import forge, one_bit
-from commands import flat, run_command, save_model, write_text
+from commands import LOOKING, flat, look_at, no_progress, run_command, save_model, write_text
 from models import CHUNK, CHUNKS, prompt, run, shared_model
-from test_lossless_commands import no_progress, values_of
+from stored import values_of
 
 TEXT_CHUNKS = 6
 OPTIONS = ("--chunk-size", CHUNK, "--dtype", "bfloat16", "--no-exact", "--codec", "int4")
@@ -56,14 +56,9 @@ def test_warming_needs_no_exact(codec: str, model: Path, tmp_path: Path) -> None
     assert "is lossy: pass exact=False (--no-exact) with it" in flat(answer.output)
 
 
-@pytest.mark.parametrize("command", ["ls", "info", "verify", "verify --deep", "gc --budget 1GB --dry-run", "stats"])
+@pytest.mark.parametrize("command", LOOKING)
 def test_commands_that_look(command: str, warmed: tuple[Path, Path]) -> None:
-    before = values_of(LocalStore(warmed[0]))
-    name, *options = command.split()
-    answer = run_command(name, warmed[0], *options)
-    assert answer.exit_code == 0, answer.output
-    assert "damaged" not in answer.output.replace("0 damaged", "").replace("none is damaged", "")
-    assert values_of(LocalStore(warmed[0])) == before
+    look_at(warmed[0], command)
 
 
 def test_info_tells_stored_and_logical_bytes(warmed: tuple[Path, Path]) -> None:

@@ -25,8 +25,9 @@ from cake_hf.presses import (
     save_kernels,
 )
 from cake_hf.presses.less import with_state
-from models import CHUNK, build, prompt, run
+from models import build, prompt, run
 from naming import given
+from pressed import document, logits_of
 
 TOKENS = 135
 QUESTION = 9
@@ -53,13 +54,7 @@ def sharp(dtype: str = "float32", attention: str = "sdpa") -> Any:
 
 
 def restored(model: Any, tokens: int = TOKENS) -> DynamicCache:
-    cache, ids = DynamicCache(config=model.config), prompt(tokens)
-    with torch.no_grad():
-        for start in range(0, tokens, CHUNK):
-            model(
-                ids[:, start : start + CHUNK], attention_mask=torch.ones_like(ids[:, : start + CHUNK]), **given(cache)
-            )
-    return cache
+    return document(model, prompt(tokens))
 
 
 def pressed(press: Press, tokens: int = TOKENS) -> PressedCache:
@@ -69,14 +64,6 @@ def pressed(press: Press, tokens: int = TOKENS) -> PressedCache:
 
 def asked(tokens: int = TOKENS, question: int = QUESTION) -> torch.Tensor:
     return torch.cat([prompt(tokens), prompt(question, seed=5)], dim=1)
-
-
-def logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(
-            ids[:, cache.get_seq_length() :], attention_mask=torch.ones_like(ids), **given(cache)
-        ).logits
-    return found
 
 
 NOTHING = [
@@ -110,7 +97,7 @@ def test_nothing_pruned_is_the_full_cache_bit_for_bit(press: Press, dtype: str, 
     if isinstance(
         press, LESS
     ):  # it decodes with as many entries as the prompt had, so the state begins with the question
-        assert torch.equal(logits(model, small, asked()), logits(model, copy.deepcopy(cache), asked()))
+        assert torch.equal(logits_of(model, small, asked()), logits_of(model, copy.deepcopy(cache), asked()))
     else:
         assert difference_but_kv(run(model, asked(), small), run(model, asked(), copy.deepcopy(cache)))
 
@@ -130,7 +117,7 @@ def test_something_pruned_is_smaller_and_differs(press: Press) -> None:
     assert report.bytes_after == small.nbytes
     assert report.error is not None
     assert 0 < report.error < 1
-    assert not torch.equal(logits(model, small, asked()), logits(model, restored(model), asked()))
+    assert not torch.equal(logits_of(model, small, asked()), logits_of(model, restored(model), asked()))
 
 
 @pytest.mark.parametrize("question", [1, QUESTION])
@@ -140,7 +127,7 @@ def test_eager_and_sdpa_give_the_same(press: Press, question: int) -> None:
     for attention in ("sdpa", "eager"):
         model = sharp(attention=attention)
         small = press(model, restored(model), prompt(TOKENS))
-        found.append(logits(model, small, ids))
+        found.append(logits_of(model, small, ids))
     assert torch.allclose(*found, atol=1e-4)
 
 
@@ -166,7 +153,7 @@ def test_think_zeroes_the_weakest_channels(ratio: float) -> None:
         kept = torch.zeros(1, 2, 1, 16).scatter_(-1, thin.kept[:, :, None], 1.0)
         assert int(kept.sum()) == 2 * (16 - int(16 * ratio))
         layer.keys[:, :, :-window] *= kept
-    assert torch.allclose(logits(model, small, asked()), logits(model, zeroed, asked()), atol=1e-4)
+    assert torch.allclose(logits_of(model, small, asked()), logits_of(model, zeroed, asked()), atol=1e-4)
 
 
 def test_think_keeps_strong_channels() -> None:

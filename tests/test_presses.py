@@ -22,6 +22,7 @@ from families import FAMILIES as FAMILIES_OF_ALL_KINDS
 from families import family_model, is_here
 from models import CHUNK, Outcome, build, difference, prompt, run, shared_model
 from naming import given, mask_sizes
+from pressed import document, logits_of
 from source_imports import import_statements
 
 QUESTION = 9
@@ -73,42 +74,24 @@ def restored() -> Iterator[CakeCache]:
         yield cache
 
 
-def plain_cache(model: Any, ids: torch.Tensor) -> DynamicCache:
-    """The document on a `DynamicCache`."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        for start in range(0, ids.shape[1], CHUNK):
-            end = start + CHUNK
-            model(ids[:, start:end], attention_mask=torch.ones_like(ids[:, :end]), **given(cache))
-    return cache
-
-
 def masked(model: Any, ids: torch.Tensor, hidden: list[slice]) -> torch.Tensor:
     """The reference for dropped entries: the logits of the question when the mask of each layer hides them."""
-    cache, document = plain_cache(model, prompt()), prompt().shape[1]
-    new = ids.shape[1] - document
+    cache, length = document(model, prompt()), prompt().shape[1]
+    new = ids.shape[1] - length
     layers = model.model.layers
     handles = []
     for layer, gone in zip(layers, hidden, strict=True):
 
         def hide(module: Any, args: Any, kwargs: dict[str, Any], gone: slice = gone) -> Any:
-            mask = torch.full((new, document + new), torch.finfo(torch.float32).min).triu(document + 1)
+            mask = torch.full((new, length + new), torch.finfo(torch.float32).min).triu(length + 1)
             mask[:, gone] = torch.finfo(torch.float32).min
             return args, {**kwargs, "attention_mask": mask[None, None]}
 
         handles.append(layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True))
     with torch.no_grad():
-        logits: torch.Tensor = model(ids[:, document:], **given(cache)).logits
+        logits: torch.Tensor = model(ids[:, length:], **given(cache)).logits
     for handle in handles:
         handle.remove()
-    return logits
-
-
-def of_question(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(
-            ids[:, cache.get_seq_length() :], attention_mask=torch.ones_like(ids), **given(cache)
-        ).logits
     return logits
 
 
@@ -136,33 +119,33 @@ def test_dropped_entries_are_as_if_masked(kept: tuple[int, ...], attention: str,
     """Positions are those of all tokens seen, and a question of several tokens is causal, however much each layer keeps."""
     model: Any = build("llama", attention=attention)
     ids = asked(question)
-    small = Last(kept)(model, plain_cache(model, prompt()))
+    small = Last(kept)(model, document(model, prompt()))
     assert small.get_seq_length() == prompt().shape[1]
     right = masked(model, ids, [slice(0, prompt().shape[1] - count) for count in kept])
-    found = of_question(model, small, ids)
+    found = logits_of(model, small, ids)
     assert torch.allclose(found, right, atol=1e-5)
-    assert not torch.allclose(found, of_question(model, plain_cache(model, prompt()), ids), atol=1e-5)
+    assert not torch.allclose(found, logits_of(model, document(model, prompt()), ids), atol=1e-5)
 
 
 @pytest.mark.parametrize("question", [1, QUESTION])
 def test_heads_may_keep_different_entries(question: int) -> None:
     model, ids = shared_model("llama"), asked(question)
-    cache = plain_cache(model, prompt())
-    same = of_question(model, LastOfHead((50, 50))(model, cache), ids)
-    assert torch.allclose(same, of_question(model, Last((50,))(model, cache), ids), atol=1e-5)
+    cache = document(model, prompt())
+    same = logits_of(model, LastOfHead((50, 50))(model, cache), ids)
+    assert torch.allclose(same, logits_of(model, Last((50,))(model, cache), ids), atol=1e-5)
     other = LastOfHead((50, 20))(model, cache)
     assert other.report.entries == [35.0] * 3
-    assert not torch.allclose(of_question(model, other, ids), same, atol=1e-5)
+    assert not torch.allclose(logits_of(model, other, ids), same, atol=1e-5)
 
 
 def test_generate_goes_on_token_by_token() -> None:
     """What `generate` decodes is what forwards of one token at a time give."""
     model, ids = shared_model("llama"), asked()
-    cache = plain_cache(model, prompt())
+    cache = document(model, prompt())
     made = run(model, ids, Last((60, 20, 90))(model, cache)).tokens
     small = Last((60, 20, 90))(model, cache)
     for end in range(ids.shape[1], made.shape[1]):
-        assert of_question(model, small, made[:, :end])[0, -1].argmax() == made[0, end]
+        assert logits_of(model, small, made[:, :end])[0, -1].argmax() == made[0, end]
         assert small.get_seq_length() == end
 
 
@@ -201,7 +184,7 @@ def test_other_caches_of_the_model_compute_as_before() -> None:
     """While a pressed cache lives, prompts have the same keys and the same bits, and its end leaves no trace."""
     model = build("llama")
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    expected = run(model, asked(), plain_cache(model, prompt()))
+    expected = run(model, asked(), document(model, prompt()))
     store = MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
         cache.prefill(prompt())
@@ -210,7 +193,7 @@ def test_other_caches_of_the_model_compute_as_before() -> None:
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         assert cache.prefill(prompt()).chunks_computed == 0
         assert difference(run(model, asked(), cache), expected) == ""
-    assert difference(run(model, asked(), plain_cache(model, prompt())), expected) == ""
+    assert difference(run(model, asked(), document(model, prompt())), expected) == ""
     other = copy.deepcopy(small)
     del small
     gc.collect()
@@ -227,7 +210,7 @@ def test_other_caches_of_the_model_compute_as_before() -> None:
 
 def test_a_copy_of_a_pressed_model_is_plain() -> None:
     model: Any = build("llama")
-    small = ThinK()(model, plain_cache(model, prompt()), prompt())
+    small = ThinK()(model, document(model, prompt()), prompt())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied.model.layers[0].self_attn.config) is type(copied.config)
     assert small.get_seq_length() == prompt().shape[1]
@@ -238,7 +221,7 @@ def test_a_copy_of_a_pressed_model_is_plain() -> None:
 )
 def test_threads_with_pressed_and_plain_caches_share_a_model() -> None:
     model, ids = shared_model("llama"), asked()
-    cache = plain_cache(model, prompt())
+    cache = document(model, prompt())
     presses: list[Press] = [Everything(), Last((60, 20, 90)), ThinK(0.5), LastOfHead((50, 20))]
 
     def answer(number: int) -> Outcome:
@@ -252,7 +235,7 @@ def test_threads_with_pressed_and_plain_caches_share_a_model() -> None:
 
 
 def test_copies_are_independent() -> None:
-    model, cache = shared_model("llama"), plain_cache(shared_model("llama"), prompt())
+    model, cache = shared_model("llama"), document(shared_model("llama"), prompt())
     small = ThinK(0.5)(model, cache, prompt())
     first = run(model, asked(), copy.deepcopy(small))
     run(model, asked(3), copy.deepcopy(small))
@@ -282,7 +265,7 @@ def test_bytes_and_error_are_reported(restored: CakeCache) -> None:
     small = ThinK(0.5)(model, restored, measure=False)
     assert small.report.error is None
     before = small.nbytes
-    of_question(model, small, asked())
+    logits_of(model, small, asked())
     assert small.nbytes == before + 3 * 2 * 2 * QUESTION * 16 * 4
 
 
@@ -294,7 +277,7 @@ def test_views_do_not_keep_the_prefix(restored: CakeCache) -> None:
 
 
 def test_mask_sizes_start_where_the_kept_entries_do() -> None:
-    small = Last((30,))(shared_model("llama"), plain_cache(shared_model("llama"), prompt()))
+    small = Last((30,))(shared_model("llama"), document(shared_model("llama"), prompt()))
     assert mask_sizes(small.layers[0], 5) == (35, prompt().shape[1] - 30)
 
 
@@ -313,11 +296,11 @@ def test_each_family_is_pressed_or_refused_in_one_sentence(family: str) -> None:
     if not is_here(family):
         pytest.skip("this transformers has no such family, or a cache of its own for it")
     model = family_model(family)
-    cache = plain_cache(model, prompt(60))
+    cache = document(model, prompt(60))
     ids = torch.cat([prompt(60), prompt(QUESTION, seed=5)], dim=1)
     if family in OF_KEYS_AND_VALUES:
         small = Everything()(model, cache, prompt(60))
-        assert torch.equal(of_question(model, small, ids), of_question(model, cache, ids))
+        assert torch.equal(logits_of(model, small, ids), logits_of(model, cache, ids))
         return
     with pytest.raises(CakeError, match=r"^[^.]*is made for|^[^.]*does not go through") as raised:
         Everything()(model, cache, prompt(60))
@@ -337,7 +320,7 @@ def test_each_family_is_pressed_or_refused_in_one_sentence(family: str) -> None:
         (lambda model, cache: ThinK()(model, cache, prompt(5)), "have the shape"),
         (lambda model, cache: ThinK()(model, cache, prompt().repeat(2, 1)), "have the shape"),
         (lambda model, cache: ThinK()(model, ThinK(0)(model, cache, prompt())), "pressed already"),
-        (lambda model, cache: ThinK()(model, plain_cache(model, prompt().repeat(2, 1))), "2 rows"),
+        (lambda model, cache: ThinK()(model, document(model, prompt().repeat(2, 1))), "2 rows"),
         (lambda model, cache: Everything()(model, cache).crop(-1), "cannot be cropped"),
         (lambda model, cache: Everything()(model, cache).reset(), "cannot be cropped"),
         (
@@ -349,7 +332,7 @@ def test_each_family_is_pressed_or_refused_in_one_sentence(family: str) -> None:
 def test_calls_that_make_no_sense_say_so(call: Any, says: str) -> None:
     model = shared_model("llama")
     with pytest.raises(CakeError, match=says):
-        call(model, plain_cache(model, prompt()))
+        call(model, document(model, prompt()))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5])
@@ -365,12 +348,12 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
 )
 def test_a_forward_that_fails_does_not_send_the_next_one_astray() -> None:
     model: Any = build("llama")
-    cache = plain_cache(model, prompt())
+    cache = document(model, prompt())
     small = Last((20,))(model, cache)
     expected = run(model, asked(), Last((20,))(model, cache))
     states = torch.randn(1, 2, 1, 16)
     copy.deepcopy(small).update(states, states, 1)  # what an interrupt between update and attention leaves behind
-    assert difference(run(model, asked(), plain_cache(model, prompt())), run(model, asked(), cache)) == ""
+    assert difference(run(model, asked(), document(model, prompt())), run(model, asked(), cache)) == ""
     copy.deepcopy(small).update(states, states, 0)
     assert difference(run(model, asked(), small), expected) == ""
 

@@ -3,7 +3,7 @@
 Import them from here: `from cake_hf.presses import ThinK`.
 """
 
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attention, AttentionCall
 from cake_hf.presses.blend import Blend, BlendReport
 from cake_hf.presses.cache import PressedCache, PressReport
 from cake_hf.presses.cacheblend import CacheBlend
@@ -28,6 +28,7 @@ __all__ = [
     "EPIC",
     "LESS",
     "Attention",
+    "AttentionCall",
     "Blend",
     "BlendReport",
     "CacheBlend",

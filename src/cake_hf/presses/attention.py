@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,10 @@ NAME = "cake_hf_press"
 SERVED = ("eager", "sdpa")
 """Attention implementations whose masks are understood here."""
 _NOT_CALLED = "This model's attention does not go through transformers' attention functions, so no press works on it."
+
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+"""The output `[1, new, heads, head_dim]` of attention, and its weights or None."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,9 @@ class Attention:
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the output `[1, new, heads, head_dim]`, and weights or None, of the model's function."""
-        result: tuple[torch.Tensor, torch.Tensor | None] = self.function(
-            self.module, query, keys, values, mask, **self.options
-        )
+    ) -> Attended:
+        """Returns what the model's function returns."""
+        result: Attended = self.function(self.module, query, keys, values, mask, **self.options)
         return result
 
     @property
@@ -67,17 +69,27 @@ class Attention:
                 raise CakeError(f"{press} computes attention itself, and this model's attention has a {name}.")
 
 
+class AttentionCall(NamedTuple):
+    """What a layer is asked to compute.
+
+    Attributes:
+        attention: the model's own function.
+        query: `[1, heads, new, head_dim]`.
+        keys, values: as the layer's `update` returned them; the last `new` entries are of the new tokens.
+        mask: the model's mask, made for the first layer.
+    """
+
+    attention: Attention
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class Attending(Protocol):
     """A layer that takes part in attention."""
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Computes the attention of one forward."""
         ...
 
@@ -175,14 +187,14 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Attended:
     """The registered function: the layer's own attention if it expects a call, or else the model's."""
     attention = Attention(module, _function_of(module), options)
     layer = _next.layer
     if layer is None or key is not _next.keys:
         return attention(query, key, value, attention_mask)
     _next.layer = _next.keys = None
-    return layer.attend(attention, query, key, value, attention_mask)
+    return layer.attend(AttentionCall(attention, query, key, value, attention_mask))
 
 
 def _release(modules: list[Any]) -> None:

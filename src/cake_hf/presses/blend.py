@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import forward_of, named_for, parameters_of
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, taken
@@ -210,18 +210,12 @@ class _Scattered(PressedLayer):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         return self.keys.shape[-2], 0
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Computes attention of each token on all before it; if the tokens are the last ones, with the model's mask."""
+        attention, query, keys, values, _ = call
         tokens = torch.arange(keys.shape[-2], device=keys.device)
         if torch.equal(self.places, tokens[-len(self.places) :]):
-            return super().attend(attention, query, keys, values, mask)
+            return super().attend(call)
         hidden = torch.zeros((len(self.places), len(tokens)), dtype=query.dtype, device=keys.device)
         hidden.masked_fill_(tokens > self.places[:, None], torch.finfo(query.dtype).min)
         return attention(query, keys, values, hidden[None, None])

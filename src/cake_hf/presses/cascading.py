@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
 from cake_hf.presses.softmax import attended, grouped
@@ -119,15 +119,9 @@ class CascadingLayer(PressedLayer):
         self.tokens += range(self.seen - new, self.seen)
         self.score = torch.cat([self.score, torch.zeros(new)])
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Computes attention on what is kept and the new tokens; then these enter the cascade."""
+        attention, query, keys, values, _ = call
         attention.require_plain("CascadingKV")
         output, weights = attended(
             grouped(query, keys.shape[1]),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
 from cake_hf.presses.softmax import attended, grouped
@@ -100,15 +100,9 @@ class ClusteredLayer(PressedLayer):
         number = before.gather(-1, cluster[:, None, None].expand(*order.shape[:-1], -1)) + self.place[:, None, None]
         return number < self.recalled
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Computes attention: of one new token on what it recalls alone, of several with a mask that hides the rest."""
+        attention, query, keys, values, _ = call
         attention.require_plain("ClusterKV")
         wanted = self.wanted(grouped(query, keys.shape[1]))
         start, end, total = self.method.sinks, self.method.sinks + self.clustered, keys.shape[-2]

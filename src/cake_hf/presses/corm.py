@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, RaggedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press
 
@@ -62,21 +62,14 @@ class CormLayer(RaggedLayer):
         self.window, self.asked = window, 0
         self.last = [torch.full(key.shape[2:3], -1, dtype=torch.int32, device=key.device) for key in keys]
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        result = super().attend(attention, query, keys, values, mask)
-        for head, group in enumerate(query.chunk(len(self.head_keys), dim=1)):
-            products = (group[0] @ self.head_keys[head][0].transpose(-1, -2)).float() * attention.scaling
-            if (hidden := causal_mask(query, products.shape[-1])) is not None:
+    def attend(self, call: AttentionCall) -> Attended:
+        result = super().attend(call)
+        for head, group in enumerate(call.query.chunk(len(self.head_keys), dim=1)):
+            products = (group[0] @ self.head_keys[head][0].transpose(-1, -2)).float() * call.attention.scaling
+            if (hidden := causal_mask(call.query, products.shape[-1])) is not None:
                 products = products + hidden[0]
             self.note(head, important(products.softmax(dim=-1), products.shape[-1]).any(dim=0))
-        self.asked += query.shape[-2]
+        self.asked += call.query.shape[-2]
         self.evict()
         return result
 

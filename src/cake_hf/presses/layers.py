@@ -8,7 +8,7 @@ import torch
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import DynamicLayer
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 
 
 class PressedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed for us
@@ -44,22 +44,9 @@ class PressedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the attention of new tokens.
-
-        Args:
-            attention: the model's own function.
-            query: `[1, heads, new, head_dim]`.
-            keys, values: as `update` returned them; the last `new` entries are of the new tokens.
-            mask: the model's mask, made for the first layer.
-        """
+    def attend(self, call: AttentionCall) -> Attended:
+        """Computes the attention of new tokens."""
+        attention, query, keys, values, mask = call
         return attention(query, keys, values, self.own_mask(query, keys, mask))
 
     def own_mask(self, query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -103,19 +90,12 @@ class RaggedLayer(PressedLayer):
         for kept, new in ((self.head_keys, key_states), (self.head_values, value_states)):
             kept[:] = [torch.cat([one, new[:, head : head + 1]], dim=-2) for head, one in enumerate(kept)]
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Computes the attention of each head's group of queries with the model's function, one after the other."""
-        attention.require_plain("A press with a choice per head")
-        groups = query.chunk(len(self.head_keys), dim=1)
+        call.attention.require_plain("A press with a choice per head")
+        groups = call.query.chunk(len(self.head_keys), dim=1)
         outputs = [
-            attention(group, key, value, self.own_mask(group, key, mask))[0]
+            call.attention(group, key, value, self.own_mask(group, key, call.mask))[0]
             for group, key, value in zip(groups, self.head_keys, self.head_values, strict=True)
         ]
         return torch.cat(outputs, dim=2), None

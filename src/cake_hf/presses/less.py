@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu
 
 from cake_hf.errors import CakeError
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
 
@@ -137,17 +137,11 @@ class LessLayer(PressedLayer):
             self.outer = self.outer + mapped @ values.float()
             self.norm = self.norm + mapped.sum(dim=-1, keepdim=True)
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         if self.kernels is None or not self.evicted:
-            result = super().attend(attention, query, keys, values, mask)
+            result = super().attend(call)
         else:
+            attention, query, keys, values, _ = call
             attention.require_plain("LESS")
             hidden = causal_mask(query, keys.shape[-2])
             output = with_state(self.kernels, query, keys, values, self.outer, self.norm, attention.scaling, hidden)

@@ -22,7 +22,7 @@ from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.errors import CakeError
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import DynamicLayer, has_latents
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attention, AttentionCall
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.window import Recorded, record
@@ -192,4 +192,4 @@ def _error(prefix: Prefix, layers: list[PressedLayer]) -> float:
 
 
 def _attended(layer: PressedLayer, attention: Attention, query: torch.Tensor) -> torch.Tensor:
-    return layer.attend(attention, query, layer.keys, layer.values, None)[0]
+    return layer.attend(AttentionCall(attention, query, layer.keys, layer.values, None))[0]

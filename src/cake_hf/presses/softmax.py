@@ -22,7 +22,11 @@ def attended(
         scaling: what the products are multiplied by.
         mask: additive, `[1, 1, new, kept]`, or None.
     """
-    scores = query @ keys.transpose(-1, -2) * scaling
+    return weighed(query @ keys.transpose(-1, -2) * scaling, values, mask)
+
+
+def weighed(scores: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `attended` returns, from scaled products `[1, heads, group, new, kept]`."""
     if mask is not None:
         scores = scores + mask[:, :, None]
     weights = scores.softmax(dim=-1, dtype=torch.float32)

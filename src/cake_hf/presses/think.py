@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
+from cake_hf.presses.softmax import grouped, weighed
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,10 @@ class ThinLayer(PressedLayer):
         super().__init__(keys, values, seen)
         self.thin, self.kept = thin, kept
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
+        attention, query, keys, values, _ = call
         attention.require_plain("ThinK")
-        query = query.unflatten(1, (keys.shape[1], -1))  # [1, heads, group, new, head_dim]
+        query = grouped(query, keys.shape[1])
         channels = self.kept[:, :, None, None].expand(*query.shape[:-1], -1)
         scores = torch.cat(
             [
@@ -82,10 +77,7 @@ class ThinLayer(PressedLayer):
             dim=-1,
         )
         scores = scores * attention.scaling
-        if (hidden := causal_mask(query, scores.shape[-1])) is not None:
-            scores = scores + hidden[:, :, None]
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        return (weights @ values[:, :, None]).flatten(1, 2).transpose(1, 2).contiguous(), None
+        return weighed(scores, values[:, :, None], causal_mask(query, scores.shape[-1]))[0], None
 
     def state(self) -> list[torch.Tensor]:
         return [self.thin, self.kept, *super().state()]

@@ -9,7 +9,7 @@ import torch
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import named_for
-from cake_hf.presses.attention import Attention
+from cake_hf.presses.attention import Attended, Attention, AttentionCall
 from cake_hf.presses.cache import PressedCache
 from cake_hf.presses.layers import PressedLayer
 
@@ -47,16 +47,9 @@ class _Recording(PressedLayer):
 
     recorded: Recorded
 
-    def attend(
-        self,
-        attention: Attention,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.recorded = Recorded(query, attention)
-        return super().attend(attention, query, keys, values, mask)
+    def attend(self, call: AttentionCall) -> Attended:
+        self.recorded = Recorded(call.query, call.attention)
+        return super().attend(call)
 
 
 def record(
