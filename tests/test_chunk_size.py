@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.cli.app import app
 from cake_hf.restore.bound_model import chosen_chunk_size
-from cake_hf.scheduling.chunk_size import auto_chunk_size, why
+from cake_hf.scheduling.planner import auto_chunk_size, why
 from models import build, prompt, run, shared_model
 
 

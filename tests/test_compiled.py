@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.model.compiled import as_it_is
+from cake_hf.model.foreign_code import as_it_is
 from models import CHUNK, prompt
 from naming import given
 from old_versions import OLD

@@ -27,7 +27,7 @@ from cake_hf.scheduling.frontier import Frontier, Outcome, State
 from cake_hf.stores import LocalStore, MemoryStore, Store
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.transfer import chunk_reads
-from cake_hf.transfer.copy_streams import let_copies_out_end
+from cake_hf.transfer.copy_streams import Slot, SlotRing, let_copies_out_end
 from cake_hf.transfer.deadline import Late, ask
 from cake_hf.transfer.landing import (
     DevicePlace,
@@ -40,7 +40,6 @@ from cake_hf.transfer.landing import (
     place_for,
 )
 from cake_hf.transfer.loader import LoadJob, run_loader, start_loaders
-from cake_hf.transfer.staging import Slot, SlotRing
 from cake_hf.transfer.writer import SaveJob, Writer, pack
 from children import command_of
 from device_marks import devices
@@ -846,7 +845,7 @@ def test_packing_copies_the_pieces_in_payload_order() -> None:
 EXIT = """
 import atexit, threading
 import torch
-from cake_hf.transfer.staging import Slot
+from cake_hf.transfer.copy_streams import Slot
 from cake_hf.transfer.writer import SaveJob, Writer
 from cake_hf.stores import LocalStore
 from cake_hf.chunks.codec import ChunkMetadata

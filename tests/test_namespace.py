@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.model import numerics
-from cake_hf.model.embedding_rows import remember_rows, rows_changed
+from cake_hf.model.behaviour import remember_rows, rows_changed
 from cake_hf.model.fingerprint import _device_digest, weights_digest
 from models import CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model
 

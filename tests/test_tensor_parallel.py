@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_hf.model.ranks import Ranks
-from cake_hf.restore.steps import AgreedSteps, Steps, steps_for
+from cake_hf.restore.pacing import AgreedSteps, Steps, steps_for
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from models import CHUNKS
 from old_versions import OLD

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.models import prefilled
+from cake_hf.chunks.aligned_memory import host_bytes
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.chunks.tensor_bytes import host_bytes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 
 from cake_hf import CakeCache
 from cake_hf.layers.compat import cache_name, forward_of, plain_cache
-from cake_hf.scheduling.chunk_size import auto_chunk_size
+from cake_hf.scheduling.planner import auto_chunk_size
 from demo.asking import ask
 
 T = TypeVar("T")

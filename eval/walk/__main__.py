@@ -17,7 +17,7 @@ from cake_hf.assets import RECALL_TINY
 from cake_hf.cli.console import FAILED, WRONG, console
 from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
 from cake_hf.errors import CakeError
-from cake_hf.scheduling.chunk_size import auto_chunk_size
+from cake_hf.scheduling.planner import auto_chunk_size
 from cake_hf.util.redaction import shown
 from eval import walk
 from eval.walk import chart, tables

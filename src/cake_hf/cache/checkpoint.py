@@ -1,4 +1,4 @@
-"""What a cache holds when a forward starts, so that the cache can return to that state if the forward does not finish.
+"""One forward with a cache: which thread uses the cache, and the state to return to if the forward does not finish.
 
 An interrupted forward (by Ctrl-C, an alarm, an error) has brought its tokens into some layers and not into others. torch calls
 no hook after a forward that ends with a `BaseException`. So when the cache is next asked for its length, it sees from the call
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
+import torch
+
+from cake_hf.errors import CakeError
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.sliding_window import Content
+from cake_hf.model.caller import is_used_by
 from cake_hf.restore.held import HeldBlocks
+from cake_hf.util.forks import Lock
 
 _BETWEEN = ("cake_hf", "torch._dynamo", "contextlib")
 """Modules whose frames may lie between a forward and its hooks, and end with the hook."""
@@ -94,3 +101,59 @@ def _callers_frame() -> FrameType:
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith(_BETWEEN):
         frame = frame.f_back
     return frame
+
+
+_lock = Lock()
+
+
+class User:
+    """The thread that used a cache last. Threads may take turns; two at once would change what the other relies on."""
+
+    def __init__(self) -> None:
+        self._thread = 0
+        self._copying = Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> User:
+        """Returns a new `User`, since a copy of a cache has not been used yet."""
+        return User()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether that thread is the calling one."""
+        return self._thread == get_ident()
+
+    def claim(self, model: torch.nn.Module, cache: Any) -> None:
+        """Makes the calling thread the user of the cache from now on.
+
+        Args:
+            model: whose forward, or `generate`, is called with the cache.
+            cache: whose user this is.
+
+        Raises:
+            CakeError: another thread is still using it.
+        """
+        if self.is_here:
+            return
+        with _lock:
+            self._require_idle(model, cache)
+            self._thread = get_ident()
+
+    @contextmanager
+    def copying(self, model: torch.nn.Module, cache: Any) -> Iterator[None]:
+        """Guards a copy of the cache's content; any number of threads may copy it, one after another.
+
+        Args:
+            model: of the cache.
+            cache: whose user this is.
+
+        Raises:
+            CakeError: another thread is changing the content.
+        """
+        with self._copying:
+            if not self.is_here:
+                self._require_idle(model, cache)
+            yield
+
+    def _require_idle(self, model: torch.nn.Module, cache: Any) -> None:
+        if self._thread and is_used_by(self._thread, model, cache):
+            raise CakeError("Another thread is using this CakeCache; make one for each thread.")

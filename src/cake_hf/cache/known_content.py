@@ -6,10 +6,8 @@ import torch
 
 from cake_hf.blocks import Block
 from cake_hf.cache.positions import HiddenBlock
-from cake_hf.cache.seals import Seals
-from cake_hf.cache.seen import SeenTokens
-from cake_hf.cache.turn import Turn
-from cake_hf.cache.turns import known_turn, save_turn
+from cake_hf.cache.seals import Seals, SeenTokens
+from cake_hf.cache.turns import Turn, known_turn, save_turn
 from cake_hf.errors import CakeError
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import keeps_attention

@@ -12,9 +12,8 @@ import torch
 from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
 from cake_hf.cache.positions import HiddenBlock, Position
-from cake_hf.model.compiled import as_it_is
 from cake_hf.model.fingerprint import adapters_vary
-from cake_hf.model.foreign_code import foreign_code_refusal
+from cake_hf.model.foreign_code import as_it_is, foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.kvpress import Presses
 from cake_hf.model.look import look_again, one_look

@@ -21,7 +21,7 @@ from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.batch import BatchRestore
 from cake_hf.restore.forwards import no_progress
 from cake_hf.restore.held import HeldBlocks
-from cake_hf.restore.hooked import Rewritten
+from cake_hf.restore.hook import Rewritten
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_refusal
 

@@ -17,20 +17,19 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.checkpoint import Checkpoint
+from cake_hf.cache.checkpoint import Checkpoint, User
 from cake_hf.cache.phase import Phase
 from cake_hf.cache.prompt_cache import PromptCache
-from cake_hf.cache.user import User
 from cake_hf.errors import CakeError, ForeignModel
 from cake_hf.layers import TokenMajorLayer
 from cake_hf.layers.compat import begin_plainly
-from cake_hf.model.compiled import is_compiled
+from cake_hf.model.foreign_code import is_compiled
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.forwards import ForwardPreempted
 from cake_hf.restore.guarded import is_within
-from cake_hf.restore.hooked import Rewritten
+from cake_hf.restore.hook import Rewritten
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import (
     BYPASSED,

@@ -1,6 +1,7 @@
-"""Host memory for KV: page-aligned, so that a disk can write to it directly (see `stores.direct`), and backed by huge pages.
+"""Host memory for KV, and tensors as bytes in it.
 
-The kernel clears memory page by page at first touch. With pages of 4 KiB that takes longer than copying a cached file there;
+The memory is page-aligned, so that a disk can write to it directly (see `stores.direct`), and backed by huge pages. The
+kernel clears memory page by page at first touch. With pages of 4 KiB that takes longer than copying a cached file there;
 with pages of 2 MiB, a fraction of that time. `python -m benchmarks --only loading` measures both.
 """
 
@@ -48,3 +49,17 @@ def advise(memory: torch.Tensor, advice: int) -> bool:
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """Returns a tensor's content in row-major order; a view if it already is on the host in that order."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def odd_factors(count: int) -> torch.Tensor:
+    """Returns `[count]` int64 factors on the host, always the same.
+
+    An odd factor is invertible modulo 2**64, so no change of a word is lost.
+    """
+    generator = torch.Generator("cpu").manual_seed(0xCA4E)
+    return torch.randint(-(2**62), 2**62, (count,), dtype=torch.int64, device="cpu", generator=generator) * 2 + 1

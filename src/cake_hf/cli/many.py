@@ -10,7 +10,7 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import refusal
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -21,10 +21,9 @@ from cake_hf.cli.plan_codecs import Forms, forms_of
 from cake_hf.cli.tables import Bar, Bars
 from cake_hf.errors import CakeError
 from cake_hf.limits import MIN_CHUNK_SIZE
-from cake_hf.scheduling.chunk_size import auto_chunk_size, why
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.learning import CostLearner
-from cake_hf.scheduling.planner import Plan, plan
+from cake_hf.scheduling.planner import Plan, auto_chunk_size, plan, why_chunk_size
 from cake_hf.stores import open_store
 from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import bytes_text, count_text, seconds_text
@@ -282,7 +281,11 @@ def _sized(size: int, kind: str) -> str:
     """Returns the size of a chunk, and that of a cache with default settings."""
     if not kind:
         return ""
-    return why(kind) if size == auto_chunk_size(kind) else f"{size} tokens; the default of a cache is {why(kind)}"
+    return (
+        why_chunk_size(kind)
+        if size == auto_chunk_size(kind)
+        else f"{size} tokens; the default of a cache is {why_chunk_size(kind)}"
+    )
 
 
 def _source(known: KnownCosts | None, store: str) -> str:

@@ -21,8 +21,8 @@ from cake_hf.cli.models import find_model
 from cake_hf.cli.options import ChunkSize, Codec
 from cake_hf.cli.server_seams import Make, Server, missing_packages, options_of_transformers
 from cake_hf.errors import CakeError
-from cake_hf.scheduling.chunk_size import auto_chunk_size
 from cake_hf.scheduling.frontier import Strategy
+from cake_hf.scheduling.planner import auto_chunk_size
 from cake_hf.serving.support import refuse_lossy, require_engine
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import open_store

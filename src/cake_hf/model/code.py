@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import xxhash
 
-from cake_hf.chunks.tensor_bytes import host_bytes
-from cake_hf.model.modules import Named, modules_everywhere, modules_of
+from cake_hf.chunks.aligned_memory import host_bytes
+from cake_hf.model.look import Named, modules_everywhere, modules_of
 
 _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import xxhash
 
-from cake_hf.chunks.tensor_bytes import host_bytes, odd_factors
-from cake_hf.model.modules import modules_of, those_with
+from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
+from cake_hf.model.look import modules_of, those_with
 from cake_hf.model.weights import weights
 from cake_hf.util.forks import Lock
 

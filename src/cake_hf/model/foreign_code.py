@@ -1,8 +1,10 @@
-"""Detection of foreign code in a model's forward: it may change the KV, or expect to see the whole prompt.
+"""Code around a model's forward that is not the model's: foreign hooks and modes, and torch.compile.
 
 A forward hook may do anything to the data that passes through it, and this shows only in its effect on the prompt at hand. It
 would also see only the computed parts of a restored prompt. So a model with hooks is computed plainly, unless these are marked
 with `reads_only`.
+
+The package's own code runs between the graphs of torch.compile, since a restore waits for threads, which no graph can express.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.nn.modules import module as torchs_modules
 
-from cake_hf.model.modules import modules_of
+from cake_hf.model.look import attributes_of, modules_of
 from cake_hf.report import Refusal
+from cake_hf.util.forks import Lock
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "cake_hf")
 """Libraries that run a model, even from a checkout. Their hooks place weights and inputs, agree with other ranks, or are
@@ -139,3 +143,53 @@ def _is_known(hook: Any, module: torch.nn.Module | None) -> bool:
 def _name(hook: Any) -> str:
     named = hook.func if isinstance(hook, functools.partial) else hook
     return str(getattr(named, "__qualname__", type(named).__qualname__))
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outside_graphs(function: F) -> F:
+    """Wraps a function so that it runs untraced when code that torch.compile traces calls it.
+
+    Without torch.compile the wrapper costs a tenth of a microsecond.
+    """
+    apart = _disable_dynamo(function)  # like torch.compiler.disable, which however imports the compiler at once
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return apart(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]  # with the same signature
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Returns whether a model, or a module in it, is compiled: by `compile()`, or torch.compile around it or its forward."""
+    for attributes in attributes_of(model):
+        if attributes.get("_compiled_call_impl") is not None or "_orig_mod" in attributes["_modules"]:
+            return True
+        if "forward" in attributes and hasattr(attributes["forward"], "_torchdynamo_orig_callable"):
+            return True
+    return False
+
+
+_lock = Lock()
+_running: list[Any] = []
+"""One entry per thread that runs a compiled model uncompiled; the first holds the stance, which applies to all threads."""
+
+
+@contextmanager
+def as_it_is(model: torch.nn.Module) -> Iterator[None]:
+    """Runs a model without its compiled code, whose results cannot be stored, since each graph rounds differently."""
+    if not is_compiled(model):
+        yield
+        return
+    with _lock:
+        _running.append(None if _running else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            if len(_running) == 1:
+                _running[0].__exit__(None, None, None)
+            # The last thread to leave resets the stance that the first one set.
+            _running.pop()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.chunks.tensor_bytes import host_bytes
+from cake_hf.chunks.aligned_memory import host_bytes
 from cake_hf.util.lazy import cached_property
 
 _INPUTS = ("pixel_values", "image_grid_thw")

@@ -18,7 +18,7 @@ from cake_hf.layers.recurrent import states_of
 from cake_hf.model.look import once_per_look
 from cake_hf.model.numerics import autocast_metadata
 from cake_hf.model.offload import home_device
-from cake_hf.model.probe import TOKENS, probed_layers
+from cake_hf.model.side_run import TOKENS, probed_layers
 from cake_hf.util.forks import Lock
 
 

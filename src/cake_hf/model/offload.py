@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.model.look import once_per_look
-from cake_hf.model.modules import below, modules_of
+from cake_hf.model.look import below, modules_of, once_per_look
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from functools import partial
 
 import torch
 
+from cake_hf.chunks.aligned_memory import host_bytes
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.chunks.tensor_bytes import host_bytes
 from cake_hf.errors import CorruptChunk
 from cake_hf.keys import behaviour_key
 from cake_hf.model.behaviour import Kept

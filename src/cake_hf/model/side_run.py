@@ -1,4 +1,7 @@
-"""The package's own forwards, which belong to no prompt: they determine a model's results and leave no trace on it."""
+"""The package's own forwards, which belong to no prompt: they determine a model's results and leave no trace on it.
+
+One of them is a fixed short forward, which shows the layout of a model's KV, and its behaviour (`probed_layers`).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from typing import Any
 import torch
 
 from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
-from cake_hf.model.compiled import as_it_is
-from cake_hf.model.foreign_code import unobserved
+from cake_hf.model.foreign_code import as_it_is, unobserved
 from cake_hf.model.kvpress import Presses
-from cake_hf.model.look import look_again
-from cake_hf.model.modules import modules_of
+from cake_hf.model.look import look_again, modules_of, once_per_look
 from cake_hf.model.offload import home_device
+from cake_hf.model.vision import family_of
 from cake_hf.util.forks import Lock
 
 _GONE = object()
@@ -75,3 +77,38 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
             for name in now.keys() - attributes.keys():
                 del now[name]
             now.update({name: value for name, value in attributes.items() if now.get(name, _GONE) is not value})
+
+
+TOKENS = 2
+"""Tokens of the forward: the fewest that attend to one another. Half are far behind the others, where positions matter more."""
+FARTHEST = 8192
+
+
+@once_per_look
+def probed_layers(model: torch.nn.Module) -> list[Any]:
+    """Returns the layers of a `DynamicCache` that holds the KV that a model computes for `TOKENS` tokens.
+
+    Within one look the model is run once: a first prompt needs the layout and then the behaviour.
+
+    Args:
+        model: of a kind whose layers are known.
+    """
+    ids = some_tokens(model, TOKENS, 7919)
+    return run_aside(model, [ids], positions=_positions(model, ids.device))[1]
+
+
+def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
+    """Returns positions `[1, TOKENS]`, half near the start, half far from it; None if the config gives no maximum position."""
+    start = _far_start(model)
+    near = torch.arange(TOKENS // 2, device=device)
+    return torch.cat([near, near + start]).unsqueeze(0) if start else None
+
+
+def _far_start(model: Any) -> int:
+    """Returns the position of the second half of the tokens; 0 if the config does not determine it."""
+    if family_of(model) is not None:  # these models number tokens in several dimensions
+        return 0
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 4 * TOKENS:
+        return 0
+    return min(positions, FARTHEST) - TOKENS // 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cake_hf.model.modules import modules_of, parameters_of
+from cake_hf.model.look import modules_of, parameters_of
 from cake_hf.model.offload import Offloaded, offloaded_weights
 
 

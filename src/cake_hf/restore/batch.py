@@ -25,8 +25,7 @@ from cake_hf.keys import chunk_keys
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.report import Report, Span
-from cake_hf.restore.forwards import wait_for_devices
-from cake_hf.restore.lossy import lossy_tokens
+from cake_hf.restore.forwards import lossy_tokens, wait_for_devices
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
 

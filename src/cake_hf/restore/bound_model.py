@@ -16,9 +16,8 @@ from cake_hf.chunks.lossy import Method
 from cake_hf.keys import namespace_digest
 from cake_hf.layers.compat import chosen_functions, installed_version
 from cake_hf.limits import MIN_CHUNK_SIZE
-from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest
+from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest, forget_rows, remember_rows, rows_changed
 from cake_hf.model.code import code_digest, users_functions
-from cake_hf.model.embedding_rows import forget_rows, remember_rows, rows_changed
 from cake_hf.model.fingerprint import forget_weights, model_metadata
 from cake_hf.model.kv_layout import made_by
 from cake_hf.model.look import one_look
@@ -30,7 +29,7 @@ from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
 from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
-from cake_hf.scheduling.chunk_size import auto_chunk_size
+from cake_hf.scheduling.planner import auto_chunk_size
 from cake_hf.util.canonical import canonical
 from cake_hf.util.lazy import cached_property
 from cake_hf.util.redaction import shown

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,22 +21,32 @@ from cake_hf.chunks.stored_forms import can_be_encoded
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
-from cake_hf.restore.namespace_record import recorder
 from cake_hf.scheduling.codecs import encoding_pays
 from cake_hf.stores.base import Store
 from cake_hf.stores.display_name import store_name
 from cake_hf.stores.opening import StoreSpec
+from cake_hf.stores.records import Record, keep
 from cake_hf.transfer.copy_streams import let_copies_out_end
 from cake_hf.transfer.cost_notes import CostMemory, flush_costs, note_seconds, recall_costs
+from cake_hf.transfer.deadline import Late, ask
 from cake_hf.transfer.hits import count_hits, flush_hits
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_access import Access
 from cake_hf.transfer.telemetry import observe, observe_save
 from cake_hf.transfer.writer import Coded, SaveJob, pack
+from cake_hf.util.canonical import canonical
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 
+logger = logging.getLogger("cake_hf")
+
 CODECS = ("none", LOSSLESS, "auto", *LOSSY)
+
+_DAY = 24 * 60 * 60
+
+_recorded: weakref.WeakKeyDictionary[Store, dict[str, int]] = weakref.WeakKeyDictionary()
+"""The day on which a namespace's record was written in this process, by namespace."""
+_record_lock = Lock()
 
 
 def check_codec(codec: str, *, exact: bool) -> None:
@@ -215,3 +229,35 @@ class BoundStore:
 
 def _keep_nothing() -> None:
     """Records nothing, since the metadata of the namespace is no longer known."""
+
+
+def recorder(
+    store: Store, metadata: Mapping[str, Any], namespace: str, model: str, seconds: float, late: Late
+) -> Callable[[], None]:
+    """Returns a function for the thread that writes to the store, to be called whenever a chunk of a namespace became durable.
+
+    Args:
+        store: with the chunk.
+        metadata: the metadata that the namespace is a digest of, without the salt.
+        namespace: of the chunk.
+        model: its name, for display.
+        seconds: that the thread waits for the write to finish.
+        late: questions about notes that were not answered in time; while there are any, nothing is written.
+    """
+
+    def record() -> None:
+        now = int(time.time())
+        with _record_lock:
+            days = _recorded.setdefault(store, {})
+            if days.get(namespace) == now // _DAY:
+                return
+            days[namespace] = now // _DAY
+        answer = ask(partial(_keep, store, metadata, namespace, model, now), seconds, "notes", late)
+        if answer.error is not None:  # the chunk is there; only its description is missing
+            logger.debug("What chunks were made with is not kept: %s", answer.trouble)
+
+    return record
+
+
+def _keep(store: Store, metadata: Mapping[str, Any], namespace: str, model: str, now: int) -> None:
+    keep(store, Record(namespace, json.loads(canonical(metadata)), model, now, now))

@@ -3,21 +3,27 @@
 The KV of a full-attention layer can be committed in any order. What is carried cannot: it belongs to one place in the prompt,
 and the model can continue only there. So it has a *standing*: the number of the chunk that can run next. Computing from the
 front advances it chunk by chunk; if loads have brought the chunks in between, it is moved to where they end: windows are
-rebuilt from the last chunks' own KV, recurrent states from a snapshot.
+rebuilt from the last chunks' own KV (`WindowBuffers` receive it), recurrent states from a snapshot (`StoredStates` reads it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from cake_hf.blocks import Block
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.keys import state_key
 from cake_hf.layers.recurrent import RecurrentLayer, states_of
 from cake_hf.layers.sliding_window import SlidingWindowLayer
 from cake_hf.restore.plan import window_begin
+from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.session import Session
+from cake_hf.scheduling.frontier import Strategy
+from cake_hf.transfer.single_reads import ReadBeside, read_state
 
 Windows = Sequence[torch.Tensor]
 """The sliding-window pieces of one chunk, `[1, tokens, heads, head_dim]`, in payload order."""
@@ -179,3 +185,73 @@ class Carried:
             template = states_of(self._template[n])
             states = {name: pieces[f"layers.{n}.{name}"].view(state.shape) for name, state in template.items()}
             layer.put_states(states, self._template[n])
+
+
+class WindowBuffers:
+    """Buffers for only those sliding-window pieces that are wanted.
+
+    Args:
+        prompt: from `open_prompt`.
+        windows: see `RestorePlan`.
+        template: the model's layers with some tokens in them; each has its buffers on its own device.
+    """
+
+    def __init__(self, prompt: Prompt, windows: dict[int, int], template: Sequence[Any]) -> None:
+        self._blocks = prompt.blocks
+        self._windows = windows
+        layout, tokens = prompt.layout, sum(prompt.blocks[index].tokens for index in windows)
+        with torch.inference_mode(False):
+            self.buffers = [
+                torch.empty(
+                    (1, tokens, piece.heads, piece.head_dim),
+                    dtype=piece.dtype,
+                    device=template[piece.layer].keys.device,
+                )
+                for piece in layout.pieces[layout.everywhere :]
+            ]
+
+    def block(self, chunk: int) -> list[torch.Tensor] | None:
+        """Returns the sliding-window pieces of a chunk that was loaded; None if they were not wanted."""
+        if chunk not in self._windows:
+            return None
+        start = self._windows[chunk]
+        return [buffer[:, start : start + self._blocks[chunk].tokens] for buffer in self.buffers]
+
+
+class StoredStates:
+    """The stored snapshots that one restore reads.
+
+    Attributes:
+        loaded: chunks whose state was read and is good.
+        unusable: chunks whose stored state is not usable.
+    """
+
+    def __init__(self, session: Session, prompt: Prompt) -> None:
+        self.loaded: set[int] = set()
+        self.unusable: set[int] = set()
+        self._session = session
+        self._prompt = prompt
+        self._reads: dict[int, ReadBeside[list[torch.Tensor]]] = {}
+
+    def begin(self, chunk: int) -> ReadBeside[list[torch.Tensor]]:
+        """Starts to read the state at that chunk's end, unless that was done."""
+        if chunk not in self._reads:
+            key, limits = state_key(self._prompt.keys[chunk]), self._session.limits
+            slot = self._session.bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
+            read = partial(read_state, self._session.bound_store.store, key, self._prompt.state_layout)
+            self._reads[chunk] = ReadBeside(read, "state", slot)
+        return self._reads[chunk]
+
+    def get(self, chunk: int) -> list[torch.Tensor] | None:
+        """Returns the state at that chunk's end; None if there is no usable one, or it does not come in time."""
+        wanted = self._session.strategy is not Strategy.COMPUTE and self._prompt.match.states[chunk]
+        if not wanted or chunk in self.unusable:
+            return None
+        states = self.begin(chunk).wait(self._session.limits.read_timeout)
+        (self.unusable if states is None else self.loaded).add(chunk)
+        return states
+
+    def let_go(self) -> None:
+        """Ends the restore: reads still under way are left to their threads."""
+        for read in self._reads.values():
+            read.leave()

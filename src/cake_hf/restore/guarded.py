@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from cake_hf.model.compiled import outside_graphs
-from cake_hf.restore.hooked import HookedCache
+from cake_hf.model.foreign_code import outside_graphs
+from cake_hf.restore.hook import HookedCache
 
 _PARAMETERS = ("key_states", "value_states", "layer_idx")
 

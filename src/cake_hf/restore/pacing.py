@@ -1,7 +1,8 @@
-"""What a restore believes about costs, the frontier made from that, and what is learned from the restore."""
+"""What a restore believes about costs, the frontier made from that, the chunk to make next, and what is counted at the end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import dropwhile
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 from cake_hf.blocks import Block
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.limits import STAGED_PER_THREAD
+from cake_hf.model.ranks import Ranks
 from cake_hf.restore.plan import RestorePlan
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Brought, Costs
-from cake_hf.scheduling.frontier import Frontier
+from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.pace import Pace
 from cake_hf.transfer.cost_notes import CostMemory
+from cake_hf.transfer.loader import LoadJob
 
 
 class RestorePace(Pace):
@@ -173,3 +176,136 @@ def _following_seconds(prompt: Prompt, stored: Sequence[bool], costs: Costs) -> 
     size = prompt.layout.chunk_size
     suffix_tokens = prompt.call.tokens - prompt.rest
     return costs.compute.seconds((prompt.call.past + prompt.rest) // size) * suffix_tokens / size
+
+
+def count_restore(
+    prompt: Prompt,
+    outcomes: Mapping[int, Outcome],
+    overruled: set[int],
+    job: LoadJob,
+    flown: set[int],
+    states: int,
+    patience: float,
+) -> int:
+    """Adds to the report which side made each chunk, what came from the store, and how loads ended; logs late loads.
+
+    The numbers are added, not set, since the rows of a batch share a report.
+
+    Args:
+        prompt: of the restore.
+        outcomes: of its loads, by chunk.
+        overruled: chunks that were loaded, and then made again.
+        job: of the loaders.
+        flown: chunks that the main thread got from another restore.
+        states: the number of snapshots loaded.
+        patience: seconds that a load was waited for.
+
+    Returns:
+        How many chunks were not computed.
+    """
+    report, ends = prompt.report, Counter(outcomes.values())
+    loaded = {index for index, outcome in outcomes.items() if outcome is Outcome.LOADED} - overruled
+    own, shared = loaded - job.shared, (loaded & job.shared) | flown
+    chunks = prompt.counted.intersection(range(prompt.chunks))
+    tails = set(range(prompt.chunks)) - chunks
+    report.chunks_loaded += len(own & chunks)
+    report.chunks_shared += len(shared & chunks)
+    report.chunks_computed += len(chunks - own - shared)
+    report.tails_loaded += len(tails & (own | shared))
+    report.tail_tokens_loaded += sum(prompt.blocks[index].tokens for index in tails & (own | shared))
+    report.tails_computed += len(tails - own - shared)
+    report.chunks_missed += ends[Outcome.MISSED]
+    report.chunks_failed += ends[Outcome.CORRUPT] + ends[Outcome.ERROR] + ends[Outcome.LATE]
+    if late := ends[Outcome.LATE]:
+        job.faults.tell(
+            "late",
+            "Chunks that the store did not bring in time are computed instead: %s.",
+            f"{late} of {len(outcomes)}, given up after {patience:g} s (Limits.read_timeout)",
+        )
+    report.states_loaded += states
+    report.bytes_stored += sum(
+        took.nbytes - took.raw_bytes
+        for index, took in list(job.took.items())
+        if index in own and took.nbytes < took.raw_bytes
+    )
+    report.bytes_loaded += job.place.wanted_bytes(own) + states * prompt.state_layout.nbytes
+    return len(own | shared)
+
+
+class Steps:
+    """The steps of a process that computes alone. The methods are those of the frontier.
+
+    Attributes:
+        overruled: chunks that were loaded, and made again since another rank had to make them.
+    """
+
+    def __init__(self, frontier: Frontier) -> None:
+        self._frontier = frontier
+        self.overruled: set[int] = set()
+
+    def advance(self, *, until: int, past_loads: bool) -> int | None:
+        """Same as `Frontier.advance`."""
+        return self._frontier.advance(until=until, past_loads=past_loads)
+
+    def preempted(self, index: int) -> bool:
+        """Same as `Frontier.preempted`."""
+        return self._frontier.preempted(index)
+
+    def computed(self, index: int) -> None:
+        """Same as `Frontier.computed`."""
+        self._frontier.computed(index)
+
+    def stand(self, come_near: Callable[[int], int], index: int) -> int:
+        """Moves as near to a chunk as possible; returns where. See `Carried.come_near`."""
+        return come_near(index)
+
+
+class AgreedSteps(Steps):
+    """The steps of one rank among several, of a tensor-parallel model. All ranks take the same steps.
+
+    Each rank has a frontier and loaders of its own. But all ranks run a forward together. So before each forward every rank
+    names the chunk that it would make next, and all make the first of these. A rank that has loaded it makes it again: it is
+    the same KV, bit for bit, in the same place. The first of the chunks named only grows, since a rank that has named it has it
+    afterwards. So there are at most as many steps as chunks.
+    """
+
+    def __init__(self, frontier: Frontier, ranks: Ranks) -> None:
+        super().__init__(frontier)
+        self._ranks = ranks
+        self._own: int | None = None  # what this rank would make next; None for nothing
+        self._asks = True  # whether to ask the frontier for the next chunk
+
+    def advance(self, *, until: int, past_loads: bool) -> int | None:
+        """Same as `Frontier.advance`, for all ranks. No rank goes past loads: others may have to make these chunks."""
+        if self._asks or (self._own is not None and self._frontier.preempted(self._own)):
+            self._own, self._asks = self._frontier.advance(until=until), False
+        (agreed,) = self._ranks.all_reduce_min([until if self._own is None else self._own])
+        if agreed == until:
+            return None
+        if agreed != self._own:
+            self.overruled.add(agreed)
+        return agreed
+
+    def preempted(self, index: int) -> bool:
+        """False: the other ranks are in the same forward."""
+        return False
+
+    def computed(self, index: int) -> None:
+        """Same as `Frontier.computed`, if the chunk was the one that this rank named."""
+        if index == self._own:
+            self._frontier.computed(index)
+            self._asks = True
+
+    def stand(self, come_near: Callable[[int], int], index: int) -> int:
+        """Moves as near to a chunk as all ranks can."""
+        at = come_near(index)
+        while True:
+            least, greatest = self._ranks.span(at)
+            if least == greatest:
+                return at
+            at = come_near(least)
+
+
+def steps_for(frontier: Frontier, ranks: Ranks | None) -> Steps:
+    """Returns the steps of a process alone, or of one rank among several."""
+    return Steps(frontier) if ranks is None else AgreedSteps(frontier, ranks)

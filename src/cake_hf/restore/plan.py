@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cake_hf.blocks import Block
-from cake_hf.model.modules import any_has
+from cake_hf.model.look import any_has
 from cake_hf.report import Refusal
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session

@@ -33,20 +33,13 @@ from cake_hf.model.kv_layout import keeps_tokens, kv_template
 from cake_hf.model.offload import devices_of
 from cake_hf.model.ranks import ranks_of
 from cake_hf.restore.audit import Audit
-from cake_hf.restore.carried import Carried, Windows
-from cake_hf.restore.chunk_runs import ChunkRuns
-from cake_hf.restore.counting import count_restore
-from cake_hf.restore.flights import Flights
-from cake_hf.restore.forwards import Forward, Progress
-from cake_hf.restore.lossy import LossySchedule
-from cake_hf.restore.pacing import new_frontier, new_pace
+from cake_hf.restore.carried import Carried, StoredStates, WindowBuffers, Windows
+from cake_hf.restore.forwards import ChunkRuns, Forward, LossySchedule, Progress
+from cake_hf.restore.pacing import count_restore, new_frontier, new_pace, steps_for
 from cake_hf.restore.plan import plan_restore
 from cake_hf.restore.prompt import Prompt
-from cake_hf.restore.saving import Saver
+from cake_hf.restore.saving import Flights, Saver
 from cake_hf.restore.session import Session
-from cake_hf.restore.snapshots import StoredStates
-from cake_hf.restore.steps import steps_for
-from cake_hf.restore.windows import WindowBuffers
 from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.layer_gate import LayerGate

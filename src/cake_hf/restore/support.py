@@ -35,7 +35,7 @@ from cake_hf.layers.kinds import check_stand_in, is_ours
 from cake_hf.model.code import is_users_code
 from cake_hf.model.foreign_code import LIBRARIES
 from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_template
-from cake_hf.model.modules import parameters_of
+from cake_hf.model.look import parameters_of
 from cake_hf.model.offload import offloaded_weights
 from cake_hf.model.ranks import parallel_refusal, ranks_of
 from cake_hf.model.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead

@@ -34,8 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from cake_hf.scheduling.ledger import THERE, Changed, Ledger
-from cake_hf.scheduling.states import Judge, Outcome, State, Strategy
+from cake_hf.scheduling.ledger import THERE, Changed, Judge, Ledger, Outcome, State, Strategy
 from cake_hf.util.forks import renewed_in_child
 
 __all__ = ["HEDGE", "Frontier", "Judge", "Outcome", "State", "Strategy"]

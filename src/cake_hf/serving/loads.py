@@ -20,12 +20,11 @@ from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.ledger import Ledger, Load
 from cake_hf.serving.restore import Restore
 from cake_hf.transfer.chunk_reads import ChunkReader
+from cake_hf.transfer.copy_streams import SlotRing
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import split_payload
 from cake_hf.transfer.single_flight import ReadSlot
-from cake_hf.transfer.staging import SlotRing
-from cake_hf.util.forks import Lock
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import Lock, refusal
 
 logger = logging.getLogger("cake_hf")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cake_hf.serving.restore import Restore
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import refusal
 
 logger = logging.getLogger("cake_hf")
 

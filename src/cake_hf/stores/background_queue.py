@@ -22,8 +22,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from cake_hf.util.forks import Lock, renewed_in_child
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import Lock, refusal, renewed_in_child
 
 logger = logging.getLogger("cake_hf")
 

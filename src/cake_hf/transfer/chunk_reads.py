@@ -32,8 +32,7 @@ from cake_hf.chunks.stored_forms import (
 from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.stores.pieces import copy
-from cake_hf.transfer.landing import byte_view
-from cake_hf.transfer.verification import Check
+from cake_hf.transfer.landing import Check, byte_view
 
 COMMIT_STEP = 2**23
 """Bytes of a chunk that are committed together. Each commit to a GPU runs some Python, which delays the model's launches."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from cake_hf.errors import DeadlineExceeded
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import refusal
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from cake_hf.errors import CorruptChunk, NewerChunk
-from cake_hf.scheduling.states import Outcome
+from cake_hf.scheduling.ledger import Outcome
 
 logger = logging.getLogger("cake_hf")
 

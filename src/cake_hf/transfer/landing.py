@@ -1,4 +1,4 @@
-"""Landings of loaded chunks: directly in the cache's buffers, or in host memory and from there in the buffers.
+"""Landings of loaded chunks, and the check of what lands: in the cache's buffers, or in host memory and from there in them.
 
 A chunk lands piece by piece, in the layout's order. A chunk that may be contested is *staged*: the main thread, which knows
 when it does not write to the chunk's place itself, commits it to the buffers. On a GPU, or on several devices, every chunk
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.transfer.copy_streams import CopyStreams
-from cake_hf.transfer.staging import SlotRing
+from cake_hf.transfer.copy_streams import CopyStreams, SlotRing
 from cake_hf.util.forks import Lock
 
 
@@ -266,3 +266,46 @@ def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """Returns the bytes of a contiguous CPU tensor, shared and writable."""
     return tensor.detach().view(torch.uint8).view(-1).numpy().data
+
+
+class Check:
+    """The check of one value: its header once, and each of its pieces once.
+
+    Args:
+        key: the requested key.
+        layout: of the value.
+        header: where its header lands.
+        pieces: where its pieces land, in order; fewer than all if no more are wanted.
+
+    Attributes:
+        header: as given.
+    """
+
+    def __init__(self, key: str, layout: ChunkLayout, header: memoryview, pieces: Sequence[memoryview]) -> None:
+        self._key = key
+        self._layout = layout
+        self.header = header
+        self._pieces = pieces
+        self._facts: ChunkMetadata | None = None
+        self._checked = 0
+
+    @property
+    def pieces_of_a_chunk(self) -> int:
+        """Number of all pieces of the value."""
+        return len(self._layout.pieces)
+
+    @property
+    def trusts_header(self) -> bool:
+        """Whether the header was checked, and is good."""
+        return self._facts is not None
+
+    def up_to(self, end: int) -> None:
+        """Checks the header and the first `end` pieces, which have arrived; call it whenever more have.
+
+        Raises:
+            CorruptChunk: they are not what was requested, or not as they were written.
+        """
+        if self._facts is None:
+            self._facts = check_header(self.header, self._key, self._layout)
+        check_pieces(self._pieces[self._checked : end], self._facts, self._checked)
+        self._checked = end

@@ -21,7 +21,7 @@ from cake_hf.transfer.chunk_reads import ChunkReader
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import Landing, Place
 from cake_hf.transfer.single_flight import Flight, ReadSlot, Sharing
-from cake_hf.util.threads import refusal
+from cake_hf.util.forks import refusal
 
 logger = logging.getLogger("cake_hf")
 

@@ -17,10 +17,9 @@ from cake_hf.errors import CakeError, NewerChunk, StoreError
 from cake_hf.stores.background_queue import WRITER, QueueUser, Task
 from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.transfer.chunk_reads import refuse_newer_in
-from cake_hf.transfer.copy_streams import copy_out
+from cake_hf.transfer.copy_streams import Slot, copy_out
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import byte_view
-from cake_hf.transfer.staging import Slot
 
 logger = logging.getLogger("cake_hf")
 

@@ -1,4 +1,4 @@
-"""Locks that stay usable in a child that `os.fork` created while other threads were running.
+"""Locks that stay usable in a child that `os.fork` created while other threads were running, and starting threads.
 
 Those threads do not exist in the child and would never release the locks that they held. So each lock of the library is a new
 one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
@@ -60,3 +60,14 @@ def _renew_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all)
+
+
+def refusal(thread: threading.Thread) -> RuntimeError | None:
+    """Starts a thread; returns the system's error if it refuses. A user's signal handler may raise in here."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return error
+    return None

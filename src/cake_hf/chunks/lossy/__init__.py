@@ -1,6 +1,6 @@
 """Lossy codecs: fewer bytes for KV that is close to what the model computed, by a definition of its own for each codec.
 
-A cache with such a codec puts each full chunk through it before the next chunk sees it (`restore/lossy.py`), so what a chunk
+A cache with such a codec puts each full chunk through it before the next chunk sees it (`restore/forwards.py`), so what a chunk
 decodes to *is* the KV of that cache's namespace. One file per method; numpy only, with every operation defined to the bit.
 """
 
