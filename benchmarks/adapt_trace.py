@@ -130,7 +130,7 @@ def beliefs(memory: CostMemory, chunk_bytes: int) -> Plain:
         "load_seconds": None if load is None else load.seconds,
         "load_interval": None if load is None else load.interval,
         "load_threads": None if load is None else load.threads,
-        "credit": memory.credit,
+        "credit": memory.effort()["credit"],
     }
 
 

@@ -20,8 +20,8 @@ import models
 import test_movers
 from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.model.kv_layout import kv_template
+from cake_hf.model.look import devices_of, home_device, where_computed
 from cake_hf.model.numerics import numerics_metadata
-from cake_hf.model.offload import devices_of, home_device, where_computed
 from cake_hf.testing import GateStore
 from cake_hf.transfer.landing import DevicePlace, place_for
 from families import family_model, here

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.cli.app import app
 from cake_hf.restore.bound_model import chosen_chunk_size
-from cake_hf.scheduling.planner import auto_chunk_size, why
+from cake_hf.scheduling.planner import auto_chunk_size, why_chunk_size
 from models import build, prompt, run, shared_model
 
 
@@ -21,7 +21,7 @@ def test_the_default_chunk_size_follows_from_the_device(kind: str, ties: bool, s
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "xpu"])
 def test_the_reason_names_the_chunk_size(kind: str) -> None:
-    assert str(auto_chunk_size(kind)) in why(kind)
+    assert str(auto_chunk_size(kind)) in why_chunk_size(kind)
 
 
 def test_it_is_the_default_and_in_the_report_and_in_the_key() -> None:

@@ -23,8 +23,7 @@ from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
 from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.util.finalizer_lock import FinalizerLock
-from cake_hf.util.forks import Lock, renewed_in_child
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import Lock, cached_property, renewed_in_child
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import filled_store

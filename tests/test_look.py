@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.model import kv_layout, offload, side_run
+from cake_hf.model import kv_layout, side_run
 from cake_hf.model import look as tree
 from cake_hf.model.look import look_again, once_per_look, one_look
 from cake_hf.model.side_run import run_aside
@@ -101,7 +101,7 @@ def test_another_thread_has_a_look_of_its_own() -> None:
     ("function", "most"),
     [
         (kv_layout.made_by, 2),
-        (offload.home_device, 2),
+        (tree.home_device, 2),
         (tree.modules_of, 3),  # the third one asks whether the model is compiled by now
         (tree.modules_everywhere, 1),
     ],

@@ -20,8 +20,9 @@ import family_runs
 from cake_hf import CakeCache, Limits, MemoryStore, UnsupportedModel, reads_only
 from cake_hf.model.fingerprint import weights_digest
 from cake_hf.model.kv_layout import kv_template
+from cake_hf.model.look import devices_of, home_device, where_computed
 from cake_hf.model.numerics import numerics_metadata
-from cake_hf.model.offload import Offloaded, devices_of, home_device, where_computed
+from cake_hf.model.weights import Offloaded
 from cake_hf.testing import GateStore
 from families import family_model, here
 from models import _GQA, CHUNK, CHUNKS, build, difference, oracle, prompt, run, shared_model

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cake_hf.model.look import attributes_of, has, modules_of, parameters_of
-from cake_hf.model.offload import devices_of
+from cake_hf.model.look import attributes_of, devices_of, has, modules_of, parameters_of
 from models import shared_model
 
 

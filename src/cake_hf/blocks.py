@@ -101,6 +101,11 @@ def blocks(start: int, end: int, cuts: Iterable[int], size: int) -> list[Block]:
     return found
 
 
+def full_chunks(named: Sequence[Block], size: int) -> frozenset[int]:
+    """Returns the numbers of those blocks that are full chunks of `size` tokens, each run in one forward."""
+    return frozenset(number for number, block in enumerate(named) if block.fills(size))
+
+
 def tail_ends(named: Iterable[Block], size: int) -> list[int]:
     """Returns the cuts that produce these blocks: the ends of all forwards except those of full chunks of `size` tokens."""
     return [end for block in named if not block.fills(size) for _, end in block.forwards]

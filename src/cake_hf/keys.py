@@ -101,7 +101,7 @@ def behaviour_key(namespace: str) -> str:
 def _kind(block: Block, chunk_size: int) -> bytes:
     if block.singly:
         return b"cake-single"
-    return b"cake-chunk" if block.tokens == chunk_size else b"cake-tail"
+    return b"cake-chunk" if block.end - block.start == chunk_size else b"cake-tail"
 
 
 def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:

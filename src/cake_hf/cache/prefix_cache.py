@@ -16,8 +16,7 @@ from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import as_it_is, foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.kvpress import Presses
-from cake_hf.model.look import look_again, one_look
-from cake_hf.model.offload import devices_of, home_device
+from cake_hf.model.look import devices_of, home_device, look_again, one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import ranks_of
 from cake_hf.model.trials import forget_trials

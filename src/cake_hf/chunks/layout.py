@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 import torch
 import xxhash
 
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 _NAMES = {
     torch.float64: "F64",

@@ -22,7 +22,7 @@ from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless_native import NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
 from cake_hf.errors import CorruptChunk
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # brings much that nothing else needs

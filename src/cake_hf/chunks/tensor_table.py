@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from cake_hf.chunks.layout import item_bytes, sorted_json
 from cake_hf.errors import CorruptChunk
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 MAX_PAYLOAD_BYTES = 2**40
 MAX_EXTENT = 2**31

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def ours_for(layer: Any) -> Any:
 def is_windowed(layer: Any) -> bool:
     """Returns whether a layer, of transformers or of this package, is a sliding-window layer."""
     return type(layer) is DynamicSlidingWindowLayer or isinstance(layer, SlidingWindowLayer)
+
+
+def windowed_layers(layers: Iterable[Any]) -> set[int]:
+    """Returns the numbers of the layers that keep only their last tokens."""
+    return {number for number, layer in enumerate(layers) if is_windowed(layer)}
 
 
 def check_stand_in(theirs: Any, ours: Any) -> None:

@@ -37,11 +37,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
         self._shown: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._key_buffer = _room_for(key_states.transpose(1, 2)[:, :0], 0)
-        self._value_buffer = _room_for(value_states.transpose(1, 2)[:, :0], 0)
-        self.is_initialized = True
-        self._show(0)
+        self._begin(key_states, value_states, 0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -113,7 +109,9 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
             head_major: nothing will be loaded: head-major buffers may stay so, and new ones are head-major if that pays.
         """
         if not self.is_initialized:
-            self.lazy_initialization(key_like[..., :0, :], value_like[..., :0, :])
+            head_major = head_major and _prefers_head_major(key_like.transpose(1, 2))
+            self._begin(key_like, value_like, capacity, head_major=head_major)
+            return
         length = self._take_over()
         buffer = _given(self._key_buffer)
         head_major = head_major and _prefers_head_major(buffer)
@@ -204,6 +202,16 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
     def is_own(self) -> bool:
         """Whether the content comes from this layer's own buffers and was not replaced from outside."""
         return self.keys is self._shown[0] and self.values is self._shown[1]
+
+    def _begin(
+        self, key_like: torch.Tensor, value_like: torch.Tensor, capacity: int, *, head_major: bool = False
+    ) -> None:
+        """Creates empty buffers for states `[batch, heads, any, head_dim]` like these."""
+        self.dtype, self.device = key_like.dtype, key_like.device
+        self._key_buffer = _room_for(key_like.transpose(1, 2)[:, :0], capacity, head_major=head_major)
+        self._value_buffer = _room_for(value_like.transpose(1, 2)[:, :0], capacity, head_major=head_major)
+        self.is_initialized = True
+        self._show(0)
 
     def _take_over(self) -> int:
         """Copies replaced `keys` and `values` into new buffers; returns the length."""

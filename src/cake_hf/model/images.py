@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cake_hf.chunks.aligned_memory import host_bytes
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 _INPUTS = ("pixel_values", "image_grid_thw")
 _PREPARE = "_maybe_prepare_encoder_kwargs_for_generation"

@@ -13,11 +13,10 @@ import torch
 
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.layers.compat import LinearAttentionLayer
-from cake_hf.layers.kinds import is_windowed
+from cake_hf.layers.kinds import windowed_layers
 from cake_hf.layers.recurrent import states_of
-from cake_hf.model.look import once_per_look
-from cake_hf.model.numerics import autocast_metadata
-from cake_hf.model.offload import home_device
+from cake_hf.model.look import home_device, once_per_look
+from cake_hf.model.numerics import autocast_modes
 from cake_hf.model.side_run import TOKENS, probed_layers
 from cake_hf.util.forks import Lock
 
@@ -89,6 +88,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
         layers: from `kv_template`.
         chunk_size: in tokens.
     """
+    windowed = windowed_layers(layers)
     pieces = [
         Piece(
             f"layers.{number}.{what}",
@@ -96,7 +96,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
             tensor.shape[3],
             tensor.dtype,
             number,
-            windowed=is_windowed(layer),
+            windowed=number in windowed,
         )
         for number, layer in enumerate(layers)
         for what, tensor in _kept_per_token(layer).items()
@@ -120,22 +120,25 @@ def state_layout(layers: list[Any]) -> ChunkLayout:
     return ChunkLayout(1, tuple(sorted(pieces, key=lambda piece: -piece.dtype.itemsize)))
 
 
-def keeps_tokens(layer: Any) -> bool:
-    """Returns whether a layer from `kv_template` keeps something per token, even if only for the last tokens."""
-    return bool(_kept_per_token(layer))
+def layers_with_tokens(layers: list[Any]) -> list[int]:
+    """Returns the numbers of the layers from `kv_template` that keep something per token, even if only for the last tokens."""
+    return [number for number, layer in enumerate(layers) if _kept_per_token(layer)]
 
 
-def keeps_each_token_once(layer: Any) -> bool:
-    """Returns whether a layer from `kv_template` holds each token once, except those before a window, or keeps none."""
-    most = [tensor.shape[2] for tensor in _kept_per_token(layer).values()]
-    return all(tokens == TOKENS or (tokens < TOKENS and is_windowed(layer)) for tokens in most)
+def keep_each_token_once(layers: list[Any]) -> bool:
+    """Returns whether each layer from `kv_template` holds each token once, except those before a window, or keeps none."""
+    windowed = windowed_layers(layers)
+    kept = [
+        (number, tensor.shape[2]) for number, layer in enumerate(layers) for tensor in _kept_per_token(layer).values()
+    ]
+    return all(tokens == TOKENS or (tokens < TOKENS and number in windowed) for number, tokens in kept)
 
 
 def _mode(model: torch.nn.Module) -> object:
     """Returns everything besides the model on which the layout may depend."""
     device = home_device(model)
     placed = str(getattr(model, "hf_device_map", ""))
-    autocast = tuple(autocast_metadata(kind) for kind in sorted({"cpu", "cuda", device.type}))
+    autocast = autocast_modes(sorted({"cpu", "cuda", device.type}))
     return next(model.parameters()).dtype, device, placed, autocast
 
 

@@ -11,8 +11,9 @@ without the attribute takes ten times as long.
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -143,3 +144,67 @@ def _visit(path: str, module: torch.nn.Module, found: Named, seen: set[torch.nn.
     for name, child in module._modules.items():
         if child is not None:
             _visit(f"{path}.{name}" if path else name, child, found, seen)
+
+
+@once_per_look
+def computing_devices(model: torch.nn.Module) -> list[tuple[str, torch.device]]:
+    """Returns the path and the computing device of each module with parameters of its own."""
+    found: list[tuple[str, torch.device]] = []
+    _visit_devices(model, "", None, found, math.inf)
+    return found
+
+
+@once_per_look
+def home_device(model: torch.nn.Module) -> torch.device:
+    """Returns the device that computes with a model's first parameter, which is also the best one for token ids."""
+    found: list[tuple[str, torch.device]] = []
+    _visit_devices(model, "", None, found, 1)
+    return found[0][1]
+
+
+def devices_of(model: torch.nn.Module) -> list[torch.device]:
+    """Returns all devices on which a model computes, each once."""
+    return list(dict.fromkeys(device for _, device in computing_devices(model)))
+
+
+def where_computed(model: torch.nn.Module) -> str:
+    """Describes where a model computes, for users and for cost estimates: "cuda:0", "cpu, weights offloaded", ..."""
+    moved = any(getattr(hook, "offload", False) for _, _, hook in hooked_modules(model))
+    return ", ".join([*map(str, devices_of(model)), *["weights offloaded"] * moved])
+
+
+def _visit_devices(
+    module: torch.nn.Module, path: str, outer: torch.device | None, found: list[tuple[str, torch.device]], most: float
+) -> None:
+    own, whole = _execution_device(module)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found.append((path, own or outer or parameter.device))
+            break
+    for name, child in module._modules.items():
+        if child is not None and len(found) < most:
+            _visit_devices(child, f"{path}.{name}" if path else name, own if whole else outer, found, most)
+
+
+def _execution_device(module: torch.nn.Module) -> tuple[torch.device | None, bool]:
+    """Returns the device on which hooks make a module compute, and whether that applies to all its submodules."""
+    for hook in reversed(_hooks(module)):
+        device = as_device(getattr(hook, "execution_device", None))
+        if device is not None:
+            return device, bool(getattr(hook, "place_submodules", True))
+    return None, False
+
+
+def hooked_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Any]]:
+    """Returns the hooks of accelerate, each with its module and the module's path. They place weights and inputs."""
+    return [(path, module, hook) for path, module in modules_of(model) for hook in _hooks(module)]
+
+
+def _hooks(module: torch.nn.Module) -> Sequence[Any]:
+    hook = vars(module).get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def as_device(given: Any) -> torch.device | None:
+    """Converts a hook's device, which may be a `torch.device`, a text or a number."""
+    return None if given is None else torch.device(given)

@@ -6,14 +6,14 @@ Two processes with equal numerics compute equal KV with equal models (see `model
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from cake_hf.model.offload import computing_devices, devices_of
+from cake_hf.model.look import computing_devices, devices_of
 from cake_hf.util.processor import processor
 
 _CPU_SETTINGS = (
@@ -83,6 +83,11 @@ def autocast_metadata(device_type: str) -> str:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return "off"
     return str(torch.get_autocast_dtype(device_type))
+
+
+def autocast_modes(device_types: Iterable[str]) -> tuple[str, ...]:
+    """Returns `autocast_metadata` of each kind of device."""
+    return tuple(map(autocast_metadata, device_types))
 
 
 def _attention_metadata(config: Any) -> Any:

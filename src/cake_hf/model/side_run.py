@@ -14,8 +14,7 @@ import torch
 from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
 from cake_hf.model.foreign_code import as_it_is, unobserved
 from cake_hf.model.kvpress import Presses
-from cake_hf.model.look import look_again, modules_of, once_per_look
-from cake_hf.model.offload import home_device
+from cake_hf.model.look import home_device, look_again, modules_of, once_per_look
 from cake_hf.model.vision import family_of
 from cake_hf.util.forks import Lock
 

@@ -24,7 +24,7 @@ from cake_hf.blocks import Block
 from cake_hf.errors import UnfitImages
 from cake_hf.model.images import Features, UnreadImages, digest_of
 from cake_hf.report import Refusal
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 
 @dataclass(frozen=True)

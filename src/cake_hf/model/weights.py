@@ -1,20 +1,69 @@
 """All tensors that make up a model's weights, wherever a module keeps them.
 
 Most are parameters and buffers. Quantised weights may not be: they may be tensors made of other tensors, or kept in a private
-place of the module, which reveals them only when it is saved.
+place of the module, which reveals them only when it is saved. accelerate's hooks (`cpu_offload`, `disk_offload`, a `device_map`
+with "cpu" or "disk") leave a module's weights on the meta device, which has no content, and keep it elsewhere in memory or in
+files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cake_hf.model.look import modules_of, parameters_of
-from cake_hf.model.offload import Offloaded, offloaded_weights
+from cake_hf.model.look import as_device, below, hooked_modules, modules_of, parameters_of
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """A weight that a hook brings for each forward.
+
+    Attributes:
+        source: the mapping in which the hook looks it up: a dictionary, or accelerate's loader of memory and files.
+        name: of the weight in the source.
+        device: the device to which the hook brings it.
+    """
+
+    source: Mapping[str, torch.Tensor]
+    name: str
+    device: torch.device
+
+    @property
+    def in_memory(self) -> torch.Tensor | None:
+        """The weight, if it is in memory: the tensor itself, not a copy; else None."""
+        tensors = self.source if isinstance(self.source, dict) else getattr(self.source, "state_dict", {})
+        found = tensors.get(self.name) if isinstance(tensors, Mapping) else None
+        return found if isinstance(found, torch.Tensor) else None
+
+    def read(self) -> torch.Tensor:
+        """Returns the weight, read from memory or a file.
+
+        Raises:
+            OSError, KeyError: the weight no longer exists.
+        """
+        return self.source[self.name]
+
+    def stamp(self) -> tuple[object, ...] | None:
+        """Returns a cheap stamp that changes if the weight's file is changed or replaced; None if there is no such file."""
+        file = self._file()
+        if file is None:
+            return None
+        status = os.stat(file)
+        return str(file), status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _file(self) -> Path | None:
+        index, folder = getattr(self.source, "index", {}), getattr(self.source, "save_folder", None)
+        if not isinstance(index, Mapping) or self.name not in index:
+            return None
+        if (shared := index[self.name].get("safetensors_file")) is not None:
+            return Path(shared)
+        return None if folder is None else Path(folder) / f"{self.name}.dat"
 
 
 @dataclass(frozen=True)
@@ -146,3 +195,26 @@ def _quantized(name: str, value: torch.Tensor) -> Iterator[Weight]:
     else:
         yield Weight(f"{name} scales", value.q_per_channel_scales(), in_place=False)
         yield Weight(f"{name} zero points", value.q_per_channel_zero_points(), in_place=False)
+
+
+def offloaded_weights(model: torch.nn.Module) -> dict[str, Offloaded]:
+    """Returns the parameters and buffers that hooks bring for each forward, by their names in the model."""
+    found: dict[str, Offloaded] = {}
+    for path, module, hook in hooked_modules(model):
+        if not getattr(hook, "offload", False) or getattr(hook, "weights_map", None) is None:
+            continue
+        recurse = bool(getattr(hook, "place_submodules", False))
+        device = as_device(hook.execution_device) or torch.device("cpu")
+        names = [name for name, _ in module.named_parameters(recurse=recurse, remove_duplicate=False)]
+        if getattr(hook, "offload_buffers", False):
+            names += [name for name, _ in module.named_buffers(recurse=recurse, remove_duplicate=False)]
+        for name in names:
+            found[below(path, name)] = _without_prefixes(hook.weights_map, name, device)
+    return found
+
+
+def _without_prefixes(source: Any, name: str, device: torch.device) -> Offloaded:
+    """Resolves accelerate's views: each module has a view of one mapping, which puts the module's path before the names."""
+    while hasattr(source, "dataset") and hasattr(source, "prefix"):
+        source, name = source.dataset, f"{source.prefix}{name}"
+    return Offloaded(source, name, device)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import named_for
-from cake_hf.model.offload import home_device
+from cake_hf.model.look import home_device
 from cake_hf.presses.cache import PressedCache
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, check_share, taken

@@ -20,9 +20,8 @@ from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest, forget_ro
 from cake_hf.model.code import code_digest, users_functions
 from cake_hf.model.fingerprint import forget_weights, model_metadata
 from cake_hf.model.kv_layout import made_by
-from cake_hf.model.look import one_look
+from cake_hf.model.look import one_look, where_computed
 from cake_hf.model.numerics import numerics_metadata
-from cake_hf.model.offload import where_computed
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
@@ -31,7 +30,7 @@ from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.planner import auto_chunk_size
 from cake_hf.util.canonical import canonical
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 from cake_hf.util.redaction import shown
 
 DOUBT_SECONDS = 10.0

@@ -100,8 +100,7 @@ def new_pace(
         threads=session.limits.loader_threads,
         following_seconds=_following_seconds(prompt, plan.usable, costs),
         ranges=plan.ranges,
-        credit=memory.credit,
-        quiet=memory.quiet,
+        **memory.effort(),
     )
 
 
@@ -154,14 +153,12 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
     compute = memory.costs().compute
     if compute is None:
         return
-    report, size = prompt.report, prompt.layout.chunk_size
-    past = prompt.call.past
-    computed = sum(
-        compute.seconds((past + start) // size) * (end - start) / size
-        for start, end, _ in prompt.blocks[: prompt.chunks]
-    )
+    report, size, past = prompt.report, prompt.layout.chunk_size, prompt.call.past
+    parts = [(start, end) for start, end, _ in prompt.blocks[: prompt.chunks]]
     if any(span.chunk < 0 for span in report.timeline[prompt.first_span :]):
-        computed += compute.seconds((past + prompt.rest) // size) * (prompt.call.tokens - prompt.rest) / size
+        parts.append((prompt.rest, prompt.call.tokens))
+    seconds_of = compute.each({(past + start) // size for start, _ in parts})
+    computed = sum(seconds_of[(past + start) // size] * (end - start) / size for start, end in parts)
     report.seconds_saved = (report.seconds_saved or 0.0) + computed - seconds
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.blocks import Block, blocks, suffix_start, tail_ends
+from cake_hf.blocks import Block, blocks, full_chunks, suffix_start, tail_ends
 from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import block_keys, state_key
@@ -27,7 +27,7 @@ from cake_hf.restore.support import cut_image_refusal, tell_once, tell_plain
 from cake_hf.stores.base import Store
 from cake_hf.transfer.cost_notes import note_seconds
 from cake_hf.transfer.deadline import ask
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 logger = logging.getLogger("cake_hf")
 
@@ -93,8 +93,7 @@ class Prompt:
     @cached_property
     def full(self) -> frozenset[int]:
         """The blocks that are full chunks, each run in one forward."""
-        size = self.layout.chunk_size
-        return frozenset(index for index, block in enumerate(self.blocks) if block.fills(size))
+        return full_chunks(self.blocks, self.layout.chunk_size)
 
     @cached_property
     def counted(self) -> frozenset[int]:

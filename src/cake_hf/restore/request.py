@@ -12,7 +12,7 @@ from cake_hf.blocks import Block
 from cake_hf.layers.compat import CACHE_NAMES, forward_of, named_for, parameters_of
 from cake_hf.model.vision import Vision, look_at
 from cake_hf.report import Refusal
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 _UNDERSTOOD = {
     "input_ids",

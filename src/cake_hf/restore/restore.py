@@ -29,8 +29,8 @@ import torch
 
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.limits import STAGED_PER_THREAD
-from cake_hf.model.kv_layout import keeps_tokens, kv_template
-from cake_hf.model.offload import devices_of
+from cake_hf.model.kv_layout import kv_template, layers_with_tokens
+from cake_hf.model.look import devices_of
 from cake_hf.model.ranks import ranks_of
 from cake_hf.restore.audit import Audit
 from cake_hf.restore.carried import Carried, StoredStates, WindowBuffers, Windows
@@ -89,9 +89,9 @@ class Restore:
         self._made = 0  # the devices' next work sees all chunks before this one
         template = kv_template(session.model)
         kept = [
-            (layer, one)
-            for layer, one in zip(layers, template, strict=True)
-            if isinstance(layer, TokenMajorLayer) and keeps_tokens(one)
+            (layers[number], template[number])
+            for number in layers_with_tokens(template)
+            if isinstance(layers[number], TokenMajorLayer)
         ]
         self._layers = [layer for layer, _ in kept]  # those that keep each token
         self._states = StoredStates(session, prompt)

@@ -34,12 +34,11 @@ from cake_hf.layers.compat import (
 from cake_hf.layers.kinds import check_stand_in, is_ours
 from cake_hf.model.code import is_users_code
 from cake_hf.model.foreign_code import LIBRARIES
-from cake_hf.model.kv_layout import keeps_each_token_once, keeps_tokens, kv_template
+from cake_hf.model.kv_layout import keep_each_token_once, kv_template, layers_with_tokens
 from cake_hf.model.look import parameters_of
-from cake_hf.model.offload import offloaded_weights
 from cake_hf.model.ranks import parallel_refusal, ranks_of
 from cake_hf.model.trials import differs_beyond_window, differs_in_pieces, forgets, looks_ahead
-from cake_hf.model.weights import unknown_weights
+from cake_hf.model.weights import offloaded_weights, unknown_weights
 from cake_hf.report import Refusal
 from cake_hf.restore.request import ForwardCall
 from cake_hf.util.interrupts import faults_suppressed, is_the_users
@@ -266,14 +265,14 @@ def kept_refusal(model: torch.nn.Module, layers: list[Any], tokens: int) -> Refu
             "indexer-positions",
             "this model's indexer keeps positions beside its keys, which cannot be restored yet",
         )
-    if not all(keeps_each_token_once(layer) for layer in template):
+    if not keep_each_token_once(template):
         return Refusal("token-count", "this model keeps another number of tokens than it is given")
     if any(isinstance(layer, LinearAttentionLayer) for layer in template) and forgets(model):
         return Refusal(
             "forgets-state",
             "this model forgets its recurrent state where a prompt is cut, so that prompts can only be run in one piece",
         )
-    if not any(keeps_tokens(layer) for layer in template):
+    if not layers_with_tokens(template):
         return KEEPS_NO_ATTENTION
     if differs_beyond_window(model, tokens):
         return Refusal(

@@ -41,6 +41,10 @@ class ComputeCost:
         """Returns the seconds to compute chunk `index` on the absolute grid."""
         return self.base + self.slope * index
 
+    def each(self, indices: Iterable[int]) -> dict[int, float]:
+        """Returns `seconds` of each of these chunks."""
+        return {index: self.seconds(index) for index in indices}
+
 
 @dataclass(frozen=True)
 class LoadCost:

@@ -175,21 +175,17 @@ class Frontier(Ledger):
         """
         with self._changed:
             end = len(self._states) if until is None else until
-            while self._front < end:
+            while self._pass_over(end):
                 state = self._states[self._front]
-                if state in THERE:
-                    self._given_out.discard(self._front)
-                    self._front += 1
-                elif not self._should_wait(self._front, state):
+                if not self._should_wait(self._front, state):
                     return self._give_out(self._front)
-                elif past_loads and self._open and (after := self._states.after_loads(self._front)) is not None:
+                if past_loads and self._open and (after := self._states.after_loads(self._front)) is not None:
                     return self._give_out(after) if after < end else None
-                elif self._tries(self._front):
+                if self._tries(self._front):
                     self._rather_wait()
                     self._trial = self._front
                     return self._give_out(self._front)
-                else:
-                    self._wait_for(self._front)
+                self._wait_for(self._front)
             return None
 
     def missing(self, before: int) -> list[int]:
@@ -285,6 +281,13 @@ class Frontier(Ledger):
 
     # Called with the lock held.
 
+    def _pass_over(self, end: int) -> bool:
+        """Moves the front over the chunks that are there; returns whether it is still before chunk `end`."""
+        front = self._states.first_missing(self._front, end)
+        self._given_out.difference_update(range(self._front, front))
+        self._front = front
+        return front < end
+
     def _claimable(self) -> int | None:
         """Returns the chunk to load next: the last unclaimed one, or else the one that is being computed."""
         if not self._open:
@@ -315,7 +318,7 @@ class Frontier(Ledger):
     def _slack(self, index: int) -> float:
         if self._strategy is not Strategy.BOTH:
             return math.inf
-        front = next((i for i in range(self._front, index) if self._states[i] not in THERE), index)
+        front = self._states.first_missing(self._front, index)
         return self._judge.slack(front, index, len(self._loads) + 1, self._clock())
 
     def _is_to_be_staged(self, index: int) -> bool:

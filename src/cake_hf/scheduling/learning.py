@@ -17,7 +17,15 @@ from typing import Any
 
 from cake_hf.report import Span
 from cake_hf.scheduling.costs import MAX_INDEX, MAX_SECONDS, Brought, CodecCost, ComputeCost, Costs, is_number
-from cake_hf.scheduling.load_batches import Load, LoadBatch, batch_from, batch_of, batch_row, codec_of, fit_load
+from cake_hf.scheduling.load_batches import (
+    LoadBatch,
+    batch_from,
+    batch_of,
+    batch_row,
+    codec_of,
+    fit_load,
+    possible_loads,
+)
 from cake_hf.scheduling.pace import Pace
 
 FORMAT = "cake_hf costs"
@@ -129,10 +137,8 @@ class CostLearner:
             spans: start and end of each load, in seconds of one clock. How they overlap separates latency from bandwidth.
             brought: what each of them brought; by default raw chunks.
         """
-        raw = Brought(chunk_bytes, chunk_bytes)
         pairs = list(spans)
-        told = [raw] * len(pairs) if brought is None else brought
-        loads = [Load(start, end, one) for (start, end), one in zip(pairs, told, strict=True)]
+        loads = possible_loads(pairs, [Brought(chunk_bytes, chunk_bytes)] * len(pairs) if brought is None else brought)
         batch, codec = batch_of(loads), codec_of(loads)
         if batch is None:
             return
@@ -282,7 +288,7 @@ def _line(steps: Steps) -> ComputeCost:
 
 def _levels(prompts: Sequence[Steps], line: ComputeCost) -> list[float]:
     """Returns, for each prompt, the ratio of its chunks' measured times to those on the line."""
-    expected = {index: line.seconds(index) for index in {index for steps in prompts for index, _ in steps}}
+    expected = line.each({index for steps in prompts for index, _ in steps})
     return [_level([seconds / expected[index] for index, seconds in steps if expected[index] > 0]) for steps in prompts]
 
 

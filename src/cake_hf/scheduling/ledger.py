@@ -141,6 +141,10 @@ class ChunkStates:
         """Returns whether a chunk is being computed; False after the last chunk."""
         return index < len(self._states) and self._states[index] is State.COMPUTING
 
+    def first_missing(self, start: int, end: int) -> int:
+        """Returns the first chunk from `start` on, and before `end`, that is not there; `end` if all are."""
+        return next((index for index in range(start, end) if self[index] not in THERE), max(start, end))
+
     def missing(self, begin: int, end: int) -> list[int]:
         """Returns the chunks in that range which are not there."""
         return [index for index in range(begin, end) if self._states[index] not in THERE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from statistics import fmean, median
@@ -43,8 +43,8 @@ class Load(NamedTuple):
         """Whether this can have been measured."""
         nbytes, raw_bytes, decoding = self.brought
         whole = isinstance(nbytes, int) and isinstance(raw_bytes, int)
-        sizes = is_number(nbytes, 1, MAX_BYTES) and is_number(raw_bytes, 1, MAX_BYTES)
-        return whole and sizes and 0 <= decoding <= self.end - self.start <= MAX_SECONDS
+        in_range = whole and min(nbytes, raw_bytes) >= 1 and max(nbytes, raw_bytes) <= MAX_BYTES
+        return in_range and 0 <= decoding <= self.end - self.start <= MAX_SECONDS
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,12 @@ class LoadBatch:
     def is_valid(self) -> bool:
         """Whether these numbers are possible."""
         numbers = self.chunk_bytes, self.count, self.threads, self.shortest_bytes
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        in_range = is_number(self.chunk_bytes, 1, MAX_BYTES) and is_number(self.count, 1, MAX_INDEX)
-        possible = is_number(self.threads, 1, self.count) and is_number(self.busy, 0.0, MAX_SECONDS)
-        seconds = is_number(self.shortest, 0.0, self.busy) and self.shortest > 0
-        if not (whole and in_range and possible and seconds and is_number(self.shortest_bytes, 1, MAX_BYTES)):
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+            return False
+        sizes = 1 <= self.chunk_bytes <= MAX_BYTES and 1 <= self.shortest_bytes <= MAX_BYTES
+        counts = 1 <= self.threads <= self.count <= MAX_INDEX
+        seconds = is_number(self.busy, 0.0, MAX_SECONDS) and is_number(self.shortest, 0.0, self.busy)
+        if not (sizes and counts and seconds and self.shortest > 0):
             return False
         return is_number(self.decoding, 0.0, self.busy - self.shortest) and is_number(
             self.usual, self.shortest, self.busy
@@ -133,23 +134,34 @@ class LoadBatch:
         return min(max((self.busy - (rounds + 1) * alone) / beyond, 0.0), most) if beyond else most
 
 
+def possible_loads(spans: Iterable[tuple[float, float]], brought: Iterable[Brought]) -> list[Load]:
+    """Returns the loads with these times, without impossible ones.
+
+    Args:
+        spans: start and end of each load.
+        brought: what each of them brought.
+    """
+    loads = [Load(start, end, one) for (start, end), one in zip(spans, brought, strict=True)]
+    return [load for load in loads if load.is_possible]
+
+
 def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
-    """Returns what loads have in common, or None if there are none. Impossible ones are ignored."""
-    good = [load for load in loads if load.is_possible]
-    if not good:
+    """Returns what loads have in common; None if there are none, or if the result is not possible."""
+    if not loads:
         return None
-    spans = [(load.start, load.end) for load in good]
-    fastest = min(good, key=lambda load: load.seconds)
+    spans = [(load.start, load.end) for load in loads]
+    seconds = [load.seconds for load in loads]
+    fastest = loads[seconds.index(min(seconds))]
     busy = busy_seconds(spans)
     batch = LoadBatch(
-        max(1, round(fmean(load.brought.nbytes for load in good))),
-        len(good),
+        max(1, round(fmean(load.brought.nbytes for load in loads))),
+        len(loads),
         busy,
-        fastest.seconds,
+        min(seconds),
         most_at_once(spans),
         fastest.brought.nbytes,
-        min(fmean(load.brought.decoding for load in good), max(0.0, busy - fastest.seconds)),
-        min(max(fmean(load.seconds for load in good), fastest.seconds), busy),
+        min(fmean(load.brought.decoding for load in loads), max(0.0, busy - min(seconds))),
+        min(max(fmean(seconds), min(seconds)), busy),
     )
     return batch if batch.is_valid else None
 
@@ -159,7 +171,7 @@ def codec_of(loads: Sequence[Load]) -> CodecCost | None:
 
     The speed is the median: a thread that had to wait for a processor while it decoded says nothing of decoding.
     """
-    encoded = [load.brought for load in loads if load.is_possible and load.brought.decoding > 0]
+    encoded = [load.brought for load in loads if load.brought.decoding > 0]
     if not encoded:
         return None
     ratio = sum(one.nbytes for one in encoded) / sum(one.raw_bytes for one in encoded)

@@ -19,7 +19,7 @@ from cake_hf.errors import StoreError
 from cake_hf.keys import namespace_digest, state_key
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.util.canonical import canonical
-from cake_hf.util.lazy import cached_property
+from cake_hf.util.forks import cached_property
 
 MANIFEST = "cake_pack.json"
 CARD = "README.md"

@@ -108,17 +108,10 @@ class CostMemory:
         with self._lock:
             return self._learner.costs(chunk_bytes)
 
-    @property
-    def credit(self) -> float:
-        """See `CostLearner`."""
+    def effort(self) -> dict[str, float]:
+        """Returns `credit` and `quiet`, as a `Pace` takes them; see `CostLearner`."""
         with self._lock:
-            return self._learner.credit
-
-    @property
-    def quiet(self) -> float:
-        """See `CostLearner`."""
-        with self._lock:
-            return self._learner.quiet
+            return {"credit": self._learner.credit, "quiet": self._learner.quiet}
 
     def learn(
         self,

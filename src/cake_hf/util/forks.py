@@ -1,4 +1,4 @@
-"""Locks that stay usable in a child that `os.fork` created while other threads were running, and starting threads.
+"""Threads and forks: locks that stay usable in a child that `os.fork` created while other threads were running.
 
 Those threads do not exist in the child and would never release the locks that they held. So each lock of the library is a new
 one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
 
 _renewals: set[weakref.WeakMethod[Callable[[], None]]] = set()
 
@@ -71,3 +72,33 @@ def refusal(thread: threading.Thread) -> RuntimeError | None:
             raise
         return error
     return None
+
+
+T = TypeVar("T")
+
+
+class cached_property(Generic[T]):  # noqa: N801  # named like the decorator that it replaces
+    """Works like `functools.cached_property`, without its lock.
+
+    Up to Python 3.11 that lock is shared by all objects of a class, so a child forked while a thread computes a value would
+    wait for it for ever. Here, threads that read the property at the same time all compute it; the last result stays.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> cached_property[T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> cached_property[T] | T:
+        if instance is None:
+            return self
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
