@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cake_hf.restore import lookup
+from cake_hf.restore import prompt
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.transfer import loader
 
@@ -37,7 +37,7 @@ def late_answers(call: Callable[..., Any], seconds: float) -> Callable[..., Any]
 WHAT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "loaders": (loader, "run_loader", late),
     "reports": (Frontier, "settle", late),
-    "answers": (lookup, "ask", late_answers),
+    "answers": (prompt, "ask", late_answers),
     "steps": (Frontier, "advance", late),
 }
 

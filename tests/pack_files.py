@@ -8,9 +8,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from cake_hf.keys import namespace_digest
+from cake_hf.keys import canonical, namespace_digest
 from cake_hf.stores.manifest import BLOCK_BYTES, MANIFEST, PackChunk, PackManifest, chunk_path
-from cake_hf.util.canonical import canonical
 
 FACTS = {"chunk_size": 16, "format": "1", "layout": {"layers.0.keys": {"dtype": "F32"}}, "model": {"class": "Tiny"}}
 

@@ -19,9 +19,9 @@ from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.report import Span
 from cake_hf.scheduling.codecs import TYPICAL, encoding_pays, finest
 from cake_hf.scheduling.costs import MAX_BYTES, Brought, CodecCost, Costs, LoadCost
+from cake_hf.scheduling.layer_gate import ranges_of
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import ranges_of
 from cake_hf.transfer import chunk_reads
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from test_lossless_cache import values_of

@@ -20,8 +20,8 @@ from cake_hf.stores import LocalStore
 from cake_hf.stores.background_queue import TIERS, WRITER, QueueUser, Task
 from cake_hf.stores.health import TierHealth
 from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
-from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.single_flight import Sharing, sharing_of
+from cake_hf.transfer.telemetry import FaultLog
 from cake_hf.util.finalizer_lock import FinalizerLock
 from cake_hf.util.forks import Lock, cached_property, renewed_in_child
 from faulty import Faulty, hanging

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, CakeError, MemoryStore, reads_only
-from cake_hf.model import kvpress as served
+from cake_hf.model import foreign_code as served
 from cake_hf.presses import FromKvpress, ThinK
 from models import CHUNK, CHUNKS, TAIL, build, difference, expected, oracle, prompt, run, run_ahead
 from naming import given

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.model import kv_layout, side_run
+from cake_hf.model import kv_layout
 from cake_hf.model import look as tree
+from cake_hf.model.kv_layout import run_aside
 from cake_hf.model.look import look_again, once_per_look, one_look
-from cake_hf.model.side_run import run_aside
 from models import CHUNK, build, prompt, run
 from old_versions import OLD
 from scripted import load_script
@@ -130,7 +130,7 @@ def test_the_first_prompt_of_a_model_probes_it_once(
         return run_aside(*args, **kwargs)
 
     model = build(family)  # nothing is known of it, as in a new process
-    monkeypatch.setattr(side_run, "run_aside", counted)
+    monkeypatch.setattr(kv_layout, "run_aside", counted)
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         run(model, ids, cache)
         first = count

@@ -13,8 +13,8 @@ import torch
 import cake_hf
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.cache.phase import Phase
-from cake_hf.restore.lookup import PrefixMatch
 from cake_hf.restore.plan import RestorePlan
+from cake_hf.restore.prompt import PrefixMatch
 from cake_hf.restore.restore import Restore
 from models import CHUNK, CHUNKS, TAIL, build, prompt, run
 from naming import given

@@ -15,7 +15,7 @@ import pytest
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.testing.contract import run_together
 from cake_hf.transfer import telemetry
-from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.telemetry import FaultLog
 from models import CHUNK, shared_model
 
 REPORT = Report(

@@ -32,10 +32,9 @@ from cake_hf.report import Span
 from cake_hf.scheduling.costs import MAX_SECONDS, Brought, CodecCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
 from cake_hf.scheduling.frontier import Outcome as LoadOutcome
-from cake_hf.scheduling.layer_gate import LayerGate
+from cake_hf.scheduling.layer_gate import LayerGate, ranges_of
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.scheduling.planner import ranges_of
 
 Policy = Literal["both", "compute", "load", "cake", "fixed"]
 """What is simulated: the three strategies of the library; the paper's own policy as a reference; and "fixed", which meets in

@@ -13,8 +13,7 @@ import torch
 from cake_hf.chunks.codec import ChunkMetadata, checksums, encode_header, header_size
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import CakeError
-from cake_hf.keys import namespace_digest
-from cake_hf.util.canonical import canonical
+from cake_hf.keys import canonical, namespace_digest
 
 HEADS, HEAD_DIM = 4, 128
 

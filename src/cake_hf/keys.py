@@ -7,9 +7,11 @@ prefixes, and a chunk can be used even if the chunks before it are not stored.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 from cake_hf.blocks import Block, blocks
 
@@ -114,3 +116,8 @@ def _raw(token_ids: Sequence[int] | memoryview) -> memoryview:
     if sys.byteorder == "big":
         tokens.byteswap()
     return memoryview(tokens).cast("B")
+
+
+def canonical(facts: Any) -> str:
+    """Returns metadata as text, the same for equal metadata."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)

@@ -1,23 +1,209 @@
-"""A cache that knows its content: the blocks of a prompt, tokens decoded after them, and what it holds but does not show."""
+"""A cache that knows its content: the blocks of a prompt, tokens decoded after them, and what it holds but does not show.
+
+The suffix of a prompt and the tokens decoded after it are a *turn*. Each of these forwards is a piece of the schedule, so that
+the next turn can continue from known KV: the suffix becomes a tail, and decoded tokens are single ones. Nothing is done with
+them until a prompt continues from there, or the caller asks for it; then the turn's KV in the layers is saved.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
 import torch
 
-from cake_hf.blocks import Block
+from cake_hf.blocks import Block, blocks
+from cake_hf.cache.checkpoint import GuardedCache
 from cake_hf.cache.positions import HiddenBlock
 from cake_hf.cache.seals import Seals, SeenTokens
-from cake_hf.cache.turns import Turn, known_turn, save_turn
+from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.errors import CakeError
-from cake_hf.layers import TokenMajorLayer
+from cake_hf.keys import block_keys, state_key
+from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.compat import keeps_attention
-from cake_hf.model.fingerprint import look_at_weights
+from cake_hf.layers.recurrent import states_of
+from cake_hf.model.fingerprint import adapters_vary, look_at_weights
+from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
+from cake_hf.model.ranks import ranks_of
 from cake_hf.report import Refusal, Report
-from cake_hf.restore.guarded import GuardedCache
+from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.held import HeldBlocks
-from cake_hf.restore.request import ForwardCall
+from cake_hf.restore.prompt import stored_mask
+from cake_hf.restore.request import ForwardCall, understands
 from cake_hf.restore.session import Session
+from cake_hf.restore.support import ahead_refusal, kept_refusal
+
+_OTHER_KERNELS = "output_attentions"
+"""An argument with which attention may be computed in another way."""
+
+
+class Turn:
+    """The turn after one prompt, a single row without padding.
+
+    Args:
+        begin: tokens before the suffix.
+        ids: `[1, tokens]` of the suffix; zero tokens if it is known already.
+        namespace: in which the blocks before are known; empty if it was not determined.
+        look: at the model's weights, when the suffix was run.
+
+    Attributes:
+        begin, namespace, look: see above.
+        end: tokens up to the last one.
+    """
+
+    def __init__(self, begin: int, ids: torch.Tensor, namespace: str, look: int) -> None:
+        self.begin, self.namespace, self.look = begin, namespace, look
+        self.end = begin + ids.shape[1]
+        self._ends = [self.end] if ids.shape[1] else []
+        self._ids = [ids.clone()]
+        self._numbers: list[torch.Tensor] = []
+        self._unmasked: list[torch.Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the turn's tokens."""
+        return self._ids[0].device
+
+    @property
+    def first(self) -> Block | None:
+        """The suffix of the prompt, if it is one forward of several tokens."""
+        tokens = self._ids[0].shape[1]
+        return Block(self.begin, self.begin + tokens) if tokens > 1 else None
+
+    def decoded(self, ids: torch.Tensor, arguments: dict[str, Any], past: int) -> bool:
+        """Adds a token `[1, 1]` that comes after `past` others; returns False if its KV cannot be predicted with certainty."""
+        if past != self.end or ids.shape[0] != 1 or arguments.get(_OTHER_KERNELS) or not understands(arguments):
+            return False
+        numbers, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+        if numbers is not None:
+            if numbers.numel() != 1:
+                return False
+            self._numbers.append(numbers.view(1) - past)
+        if mask is not None:
+            if mask.ndim != 2 or mask.shape[1] != past + 1:
+                return False
+            self._unmasked.append(mask.all().view(1))
+        self._ids.append(ids.clone())
+        self.end += 1
+        self._ends.append(self.end)
+        return True
+
+    def is_plain(self) -> bool:
+        """Whether each token had its own position number and saw all tokens before it. Waits for the device."""
+        numbered = not self._numbers or not bool(torch.cat(self._numbers).any())
+        return numbered and (not self._unmasked or bool(torch.cat(self._unmasked).all()))
+
+    def ids(self) -> torch.Tensor:
+        """Returns `[1, tokens]` of the whole turn."""
+        return torch.cat(self._ids, dim=1)
+
+    def blocks(self, size: int) -> list[Block]:
+        """Returns the blocks as they are stored, counted from the prompt's first token."""
+        return blocks(self.begin, self.end, self._ends, size)
+
+
+_CHUNK: Literal["chunk"] = "chunk"
+_TAIL: Literal["tail"] = "tail"
+
+
+def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn) -> tuple[HeldBlocks, str] | None:
+    """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say.
+
+    Args:
+        session: of the cache.
+        layers: of the cache.
+        held: what is known before the turn.
+        turn: the turn that has ended.
+    """
+    model = session.model
+    if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
+        return None
+    if model.training or adapters_vary(model) or foreign_code_refusal(model):
+        return None
+    if kept_refusal(model, layers, turn.end) or ahead_refusal(model):
+        return None
+    if not turn.namespace and look_at_weights(model) != turn.look:
+        return None
+    ids = turn.ids()
+    namespace = session.bound_model.namespace(ids)
+    if namespace != (turn.namespace or namespace) or audit_refusal(model, namespace):
+        return None
+    named = turn.blocks(session.chunk_size)
+    if session.bound_store.lossy is not None and any(block.fills(session.chunk_size) for block in named):
+        return None  # a full chunk that was not coded, and so is not what its key says
+    from_here = [block.shifted(-turn.begin) for block in named]
+    tokens = ids[0].to("cpu", torch.int64).contiguous().numpy().data
+    parent = held.keys[-1] if held.keys else namespace
+    return HeldBlocks(named, block_keys(namespace, tokens, from_here, session.chunk_size, parent)), namespace
+
+
+def save_turn(
+    session: Session, layers: Sequence[Any], held: HeldBlocks, turn: HeldBlocks, namespace: str, report: Report
+) -> Refusal | None:
+    """Queues the blocks of a turn that are not stored. Returns why the store could not be asked for them, if so.
+
+    Args:
+        session: of the cache.
+        layers: whose content ends with the turn.
+        held: what is known before the turn.
+        turn: its blocks.
+        namespace: of the keys.
+        report: counts what is saved.
+    """
+    if not session.bound_store.saves or not turn.keys:
+        return None
+    save = partial(session.bound_store.save_chunk, made_with=session.bound_model.metadata_of(namespace))
+    states = _states(session, layers)
+    names = [*turn.keys, *([state_key(turn.keys[-1])] if states else [])]
+    stored, refusal = stored_mask(session, names)
+    parents = [held.keys[-1] if held.keys else namespace, *turn.keys]
+    for number, (block, key) in enumerate(zip(turn.blocks, turn.keys, strict=True)):
+        pieces = _pieces(layers, block, turn.end)
+        if stored[number] or not pieces:
+            continue
+        metadata = ChunkMetadata(key, parents[number], len(held.keys) + number, namespace, session.bound_model.name)
+        what = _CHUNK if block.fills(session.chunk_size) else _TAIL
+        layout = session.bound_model.layout().of(block.tokens)
+        save(metadata, layout, partial(list, pieces), report, overwrite=False, what=what)
+    if states and not stored[-1]:
+        key, number = turn.keys[-1], len(held.keys) + len(turn.keys) - 1
+        metadata = ChunkMetadata(state_key(key), key, number, namespace, session.bound_model.name)
+        layout = session.bound_model.state_layout()
+        save(metadata, layout, partial(list, states), report, overwrite=False, what="state")
+    return refusal
+
+
+def _states(session: Session, layers: Sequence[Any]) -> list[torch.Tensor]:
+    """Returns the current recurrent states, in the order of a snapshot; none if they do not have the layout's shapes."""
+    named = {
+        f"layers.{n}.{name}": state
+        for n, layer in enumerate(layers)
+        if isinstance(layer, RecurrentLayer)
+        for name, state in states_of(layer).items()
+    }
+    found = [(named.get(piece.name), piece) for piece in session.bound_model.state_layout().pieces]
+    fit = [s for s, p in found if s is not None and s.dtype == p.dtype and s.numel() == p.heads * p.head_dim]
+    return fit if len(fit) == len(found) else []
+
+
+def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor] | None:
+    """Returns a block's pieces `[1, tokens, heads, head_dim]`; None if a sliding window has moved beyond the block."""
+    kept = [
+        buffer[:, block.start : block.end]
+        for layer in layers
+        if isinstance(layer, TokenMajorLayer) and layer.is_initialized
+        for buffer in layer.buffers
+    ]
+    for layer in layers:
+        if isinstance(layer, SlidingWindowLayer) and layer.keys is not None:
+            first = end - layer.keys.shape[-2]
+            if block.start < first:
+                return None
+            span = slice(block.start - first, block.end - first)
+            kept += [states[:, :, span].transpose(1, 2) for states in (layer.keys, layer.values)]
+    return kept
 
 
 class RememberingCache(GuardedCache):

@@ -13,9 +13,8 @@ from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
 from cake_hf.cache.positions import HiddenBlock, Position
 from cake_hf.model.fingerprint import adapters_vary
-from cake_hf.model.foreign_code import as_it_is, foreign_code_refusal
+from cake_hf.model.foreign_code import Presses, as_it_is, foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.model.kvpress import Presses
 from cake_hf.model.look import devices_of, home_device, look_again, one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import ranks_of

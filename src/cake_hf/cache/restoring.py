@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.checkpoint import Checkpoint, User
+from cake_hf.cache.checkpoint import Checkpoint, User, is_within
 from cake_hf.cache.phase import Phase
 from cake_hf.cache.prompt_cache import PromptCache
 from cake_hf.errors import CakeError, ForeignModel
@@ -28,7 +28,6 @@ from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.forwards import ForwardPreempted
-from cake_hf.restore.guarded import is_within
 from cake_hf.restore.hook import Rewritten
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import (

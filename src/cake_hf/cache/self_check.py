@@ -19,7 +19,7 @@ from cake_hf.cache.restoring import RestoringCache
 from cake_hf.layers import compat
 from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
 from cake_hf.limits import MIN_CHUNK_SIZE, Limits
-from cake_hf.model.kvpress import Presses
+from cake_hf.model.foreign_code import Presses
 from cake_hf.model.look import home_device
 from cake_hf.model.ranks import ranks_of
 from cake_hf.report import Refusal, Report

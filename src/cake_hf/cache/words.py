@@ -6,8 +6,8 @@ import json
 import time
 
 from cake_hf.cache.restoring import RestoringCache
+from cake_hf.keys import canonical
 from cake_hf.stores.records import Record, keep
-from cake_hf.util.canonical import canonical
 
 MOST_KEPT = 8
 """The most words that are kept."""

@@ -23,8 +23,7 @@ from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
 from cake_hf.chunks.codec import checksum
 from cake_hf.layers.compat import LinearAttentionLayer
 from cake_hf.layers.recurrent import states_of
-from cake_hf.model.kv_layout import forget_if_unlike
-from cake_hf.model.side_run import probed_layers
+from cake_hf.model.kv_layout import forget_if_unlike, probed_layers
 from cake_hf.util.forks import Lock
 
 Kept = dict[str, torch.Tensor]

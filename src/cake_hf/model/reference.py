@@ -24,8 +24,8 @@ from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.errors import CorruptChunk
 from cake_hf.keys import behaviour_key
 from cake_hf.model.behaviour import Kept
+from cake_hf.model.kv_layout import differ
 from cake_hf.model.plainly import ComputePlainly, no_answer
-from cake_hf.model.side_run import differ
 from cake_hf.stores.base import Store
 from cake_hf.transfer.deadline import Late, ask
 from cake_hf.transfer.single_reads import read_state

@@ -14,8 +14,8 @@ import torch
 
 from cake_hf.layers.compat import LinearAttentionLayer
 from cake_hf.layers.recurrent import states_of
+from cake_hf.model.kv_layout import differ, run_aside, some_tokens
 from cake_hf.model.look import has, modules_of
-from cake_hf.model.side_run import differ, run_aside, some_tokens
 from cake_hf.model.vision import family_of
 from cake_hf.util.forks import Lock
 

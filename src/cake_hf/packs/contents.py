@@ -14,7 +14,7 @@ import torch
 from cake_hf.blocks import Block, blocks, checked_cuts, tail_ends
 from cake_hf.chunks.stored_forms import check_any_file
 from cake_hf.errors import CakeError, CorruptChunk, StoreError
-from cake_hf.keys import block_keys, state_key
+from cake_hf.keys import block_keys, canonical, state_key
 from cake_hf.limits import Limits
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.which_model import resolve_model
@@ -27,7 +27,6 @@ from cake_hf.stores.manifest import CARD, MANIFEST, MAX_CHUNK_BYTES, PackChunk, 
 from cake_hf.stores.mismatch import dtypes
 from cake_hf.stores.opening import StoreSpec, open_store
 from cake_hf.stores.pack import block_digests, digest_of
-from cake_hf.util.canonical import canonical
 
 Progress = Callable[[int, int], None]
 

@@ -13,7 +13,7 @@ import torch
 from cake_hf.chunks.codec import FORMAT_VERSION
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossy import Method
-from cake_hf.keys import namespace_digest
+from cake_hf.keys import canonical, namespace_digest
 from cake_hf.layers.compat import chosen_functions, installed_version
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest, forget_rows, remember_rows, rows_changed
@@ -29,7 +29,6 @@ from cake_hf.model.vision import family_of
 from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.planner import auto_chunk_size
-from cake_hf.util.canonical import canonical
 from cake_hf.util.forks import cached_property
 from cake_hf.util.redaction import shown
 

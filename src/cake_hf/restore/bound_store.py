@@ -18,6 +18,7 @@ from cake_hf.chunks.lossless import CODEC as LOSSLESS
 from cake_hf.chunks.lossless import is_native
 from cake_hf.chunks.lossy import LOSSY, Method, is_lossy, lossy_method
 from cake_hf.chunks.stored_forms import can_be_encoded
+from cake_hf.keys import canonical
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
@@ -34,7 +35,6 @@ from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_access import Access
 from cake_hf.transfer.telemetry import observe, observe_save
 from cake_hf.transfer.writer import Coded, SaveJob, pack
-from cake_hf.util.canonical import canonical
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from cake_hf.blocks import Block, blocks
-from cake_hf.keys import block_keys
+from cake_hf.keys import block_keys, canonical
+from cake_hf.model.plainly import no_answer
 from cake_hf.report import Refusal
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
@@ -24,8 +25,7 @@ from cake_hf.restore.support import tell_once
 from cake_hf.stores.base import Store
 from cake_hf.stores.differences import Difference, between, in_a_sentence, severity
 from cake_hf.stores.records import Record, records
-from cake_hf.transfer.deadline import Question
-from cake_hf.util.canonical import canonical
+from cake_hf.transfer.deadline import Question, ask
 
 logger = logging.getLogger("cake_hf")
 
@@ -211,3 +211,41 @@ def _sample(keys: list[str]) -> list[str]:
         return keys
     places = {0, len(keys) - 1} | {2**n - 1 for n in range(1, len(keys).bit_length())}
     return [keys[place] for place in sorted(places) if place < len(keys)]
+
+
+def mismatch(session: Session, namespace: str) -> Refusal | None:
+    """Returns why the store's KV cannot serve this model, if the store can tell."""
+    store, sharing = session.bound_store.store, session.bound_store.sharing
+    if type(store).mismatch_reason is Store.mismatch_reason:
+        return None
+    # Read here: the asking thread may hang, and must not hold the session.
+    metadata = session.bound_model.latest_metadata()
+    answer = ask(
+        partial(_mismatch_reason_of, store, namespace, metadata),
+        session.limits.lookup_timeout,
+        "mismatch_reason",
+        sharing.lookups,
+    )
+    if answer.error is not None:
+        return no_answer(answer.trouble)
+    return Refusal("store-mismatch", answer.value) if answer.value else None
+
+
+def why_none(session: Session) -> Refusal:
+    """Returns why nothing of a prompt is stored, as far as the model tells; `NONE_YET` if it does not."""
+    if session.bound_model.doubt is not None:
+        return session.bound_model.doubt
+    if session.exact or "behaviour" not in session.bound_model.latest_metadata():
+        return NONE_YET
+    refusal = Refusal(
+        "edited-model",
+        "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
+        "own, and the store has none of the prompt's chunks under these yet",
+    )
+    tell_once(f"{type(session.model).__name__} apart", refusal.text[0].upper() + refusal.text[1:])
+    return refusal
+
+
+def _mismatch_reason_of(store: Store, namespace: str, metadata: dict[str, Any]) -> str:
+    mismatch_reason = store.mismatch_reason(namespace, lambda: metadata)
+    return mismatch_reason if isinstance(mismatch_reason, str) else ""

@@ -13,7 +13,7 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.scheduling.planner import ranges_of
+from cake_hf.scheduling.layer_gate import ranges_of
 
 NO_SNAPSHOT = Refusal(
     "no-snapshot", "stored chunks are computed where no snapshot of the model's state is stored behind them"

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,15 +18,79 @@ from cake_hf.keys import block_keys, state_key
 from cake_hf.model.plainly import no_answer
 from cake_hf.report import Refusal, Report, Span
 from cake_hf.restore.held import HeldBlocks
-from cake_hf.restore.lookup import PrefixMatch, is_asked, match_prefix
-from cake_hf.restore.misses import NONE_YET, Inquiry
+from cake_hf.restore.misses import NONE_YET, Inquiry, mismatch, why_none
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session
-from cake_hf.restore.support import cut_image_refusal, tell_once, tell_plain
+from cake_hf.restore.support import cut_image_refusal, tell_plain
+from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.transfer.cost_notes import note_seconds
 from cake_hf.transfer.deadline import ask
+from cake_hf.transfer.single_flight import Sharing
+from cake_hf.transfer.telemetry import observe_lookup
 from cake_hf.util.forks import cached_property
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """Which parts of a prompt a store has.
+
+    Attributes:
+        stored: for each block, whether it is stored.
+        states: for each block, whether the snapshot of the model's recurrent state at its end is stored.
+        refusal: why the store was not asked, or did not answer, in which case everything counts as missing; None if it did.
+    """
+
+    stored: tuple[bool, ...] = ()
+    states: tuple[bool, ...] = ()
+    refusal: Refusal | None = None
+
+    @classmethod
+    def none(cls, blocks: int) -> PrefixMatch:
+        """Returns a match in which none of the `blocks` blocks is stored."""
+        return cls((False,) * blocks, (False,) * blocks)
+
+
+def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -> PrefixMatch:
+    """Asks for blocks and snapshots in one question; all count as missing if the store fails or does not answer.
+
+    Args:
+        session: of the cache.
+        keys: of blocks.
+        states: keys of the snapshots at the end of each block; empty if the model has no recurrent state.
+    """
+    found, refusal = stored_mask(session, [*keys, *states])
+    stored = tuple(found[: len(keys)])
+    return PrefixMatch(stored, tuple(found[len(keys) :]) or (False,) * len(keys), refusal)
+
+
+def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], Refusal | None]:
+    """Returns the store's mask and None; or, if the store cannot be asked, a mask of missing keys and the refusal."""
+    none = [False] * len(keys)
+    bound = session.bound_store
+    if keys and (absence := bound.access.reach()):
+        return none, Refusal("store-unusable", absence)
+    if not keys or not is_asked(session):
+        return none, None
+    begin, sharing = time.monotonic(), bound.sharing
+    answer = ask(partial(_mask, bound.store, keys, sharing), session.limits.lookup_timeout, "lookup", sharing.lookups)
+    observe_lookup(time.monotonic() - begin)
+    if answer.value is not None:
+        sharing.forget_faults()
+        return answer.value, None
+    sharing.faults.tell("lookup", "The store cannot be asked for chunks; the prompt is computed. %s", answer.trouble)
+    return none, no_answer(answer.trouble)
+
+
+def is_asked(session: Session) -> bool:
+    """Whether the store's content matters to the session."""
+    return session.strategy is not Strategy.COMPUTE or session.bound_store.saves
+
+
+def _mask(store: Store, keys: list[str], sharing: Sharing) -> list[bool]:
+    """Asks the store. If this hangs, it keeps alive what is known about the hang (`sharing`), and nothing of the session."""
+    return [bool(has) for _, has in zip(keys, store.contains(keys), strict=True)]
+
 
 logger = logging.getLogger("cake_hf")
 
@@ -214,7 +277,7 @@ def open_prompt(
     report.bytes_stored += _bytes_stored(prompt)
     if not wanted.chunks or any(match.stored) or report.chunks_loaded or prompt.refusal or report.reason:
         return prompt
-    refusal = _mismatch(session, namespace) or _why_none(session)
+    refusal = mismatch(session, namespace) or why_none(session)
     if refusal != NONE_YET or held.keys or not asked:
         return replace(prompt, refusal=refusal)
     cuts, seconds = tail_ends(wanted.blocks, session.chunk_size), note_seconds(session.limits)
@@ -253,44 +316,6 @@ def _bytes_stored(prompt: Prompt) -> int:
     )
     chunks = sum(count * stored_bytes(prompt.layout.of(tokens)) for tokens, count in sizes.items())
     return chunks + sum(prompt.match.states) * stored_bytes(prompt.state_layout)
-
-
-def _mismatch(session: Session, namespace: str) -> Refusal | None:
-    """Returns why the store's KV cannot serve this model, if the store can tell."""
-    store, sharing = session.bound_store.store, session.bound_store.sharing
-    if type(store).mismatch_reason is Store.mismatch_reason:
-        return None
-    metadata = (
-        session.bound_model.latest_metadata()
-    )  # read here: the asking thread may hang, and must not hold the session
-    answer = ask(
-        partial(_mismatch_reason_of, store, namespace, metadata),
-        session.limits.lookup_timeout,
-        "mismatch_reason",
-        sharing.lookups,
-    )
-    if answer.error is not None:
-        return no_answer(answer.trouble)
-    return Refusal("store-mismatch", answer.value) if answer.value else None
-
-
-def _why_none(session: Session) -> Refusal:
-    if session.bound_model.doubt is not None:
-        return session.bound_model.doubt
-    if session.exact or "behaviour" not in session.bound_model.latest_metadata():
-        return NONE_YET
-    refusal = Refusal(
-        "edited-model",
-        "this model computes something else than the one whose KV the store holds for the same weights, so it has keys of its "
-        "own, and the store has none of the prompt's chunks under these yet",
-    )
-    tell_once(f"{type(session.model).__name__} apart", refusal.text[0].upper() + refusal.text[1:])
-    return refusal
-
-
-def _mismatch_reason_of(store: Store, namespace: str, metadata: dict[str, Any]) -> str:
-    mismatch_reason = store.mismatch_reason(namespace, lambda: metadata)
-    return mismatch_reason if isinstance(mismatch_reason, str) else ""
 
 
 def _record(report: Report, started: float, actor: str, index: int, begin: float, end: float, outcome: str) -> None:

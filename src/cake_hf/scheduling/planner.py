@@ -15,12 +15,6 @@ from cake_hf.scheduling.costs import MAX_INDEX, MAX_SECONDS, Costs
 
 Decision = Literal["compute", "load", "both"]
 
-MAX_RANGES = 16
-"""Finer ranges would hide hardly any more time, and each costs a read."""
-
-RANGES_COST = 0.05
-"""Fraction of a chunk's load time that reading it in ranges may add; only the last few chunks pay it."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,23 +93,6 @@ def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_second
     """
     all_stored = [True] * len(compute_seconds)
     return min(_curve(compute_seconds, lambda count: count * load_seconds, all_stored, suffix_seconds))
-
-
-def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
-    """Returns the number of layer ranges in which to read a chunk whose layers are waited for; 1 if a cost is not known.
-
-    Encoded chunks come whole: 1, too, if most are. Otherwise one range per layer (at most MAX_RANGES), or fewer, so that
-    reading in ranges costs at most RANGES_COST of the chunk's time on the path more than reading the chunk at once.
-
-    Args:
-        costs: the believed costs.
-        layers: layers of a chunk.
-        range_seconds: seconds that reading a range costs beyond its share of the chunk.
-    """
-    if costs.load is None or costs.come_encoded or not range_seconds < costs.load.interval:
-        return 1
-    affordable = RANGES_COST * costs.load.interval / range_seconds if range_seconds > 0 else layers
-    return max(1, int(min(layers, MAX_RANGES, affordable)))
 
 
 def _curve(

@@ -21,9 +21,9 @@ from cake_hf.serving.ledger import Ledger, Load
 from cake_hf.serving.restore import Restore
 from cake_hf.transfer.chunk_reads import ChunkReader
 from cake_hf.transfer.copy_streams import SlotRing
-from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import split_payload
 from cake_hf.transfer.single_flight import ReadSlot
+from cake_hf.transfer.telemetry import FaultLog
 from cake_hf.util.forks import Lock, refusal
 
 logger = logging.getLogger("cake_hf")

@@ -8,19 +8,18 @@ from typing import Any
 import torch
 
 from cake_hf.chunks.codec import stored_bytes
-from cake_hf.keys import chunk_keys, namespace_digest
+from cake_hf.keys import canonical, chunk_keys, namespace_digest
 from cake_hf.model.look import one_look
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Refusal
 from cake_hf.restore.audit import audit_refusal
-from cake_hf.restore.lookup import stored_mask
 from cake_hf.restore.misses import NONE_YET
+from cake_hf.restore.prompt import stored_mask
 from cake_hf.restore.session import Session
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.requests import give_up
 from cake_hf.serving.restore import Phase, Restore
 from cake_hf.serving.support import prompts_refusal
-from cake_hf.util.canonical import canonical
 
 logger = logging.getLogger("cake_hf")
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.keys import canonical
+from cake_hf.model.kv_layout import run_aside, some_tokens
 from cake_hf.model.look import one_look
-from cake_hf.model.side_run import run_aside, some_tokens
 from cake_hf.serving.seams import Engine, RequestState
-from cake_hf.util.canonical import canonical
 
 logger = logging.getLogger("cake_hf")
 

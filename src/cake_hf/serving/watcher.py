@@ -7,7 +7,7 @@ import logging
 from cake_hf.serving.requests import Requests
 from cake_hf.serving.restore import Restore
 from cake_hf.serving.seams import RequestState, Step
-from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.telemetry import FaultLog
 
 logger = logging.getLogger("cake_hf")
 

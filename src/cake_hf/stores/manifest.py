@@ -16,9 +16,8 @@ from typing import Any
 
 from cake_hf.blocks import Block, blocks, tail_ends
 from cake_hf.errors import StoreError
-from cake_hf.keys import namespace_digest, state_key
+from cake_hf.keys import canonical, namespace_digest, state_key
 from cake_hf.limits import MIN_CHUNK_SIZE
-from cake_hf.util.canonical import canonical
 from cake_hf.util.forks import cached_property
 
 MANIFEST = "cake_pack.json"

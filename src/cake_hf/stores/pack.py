@@ -14,11 +14,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any
 
 from cake_hf.errors import CorruptChunk, StoreError
+from cake_hf.keys import canonical
 from cake_hf.stores.base import Part, Store, scatter, total_bytes
 from cake_hf.stores.manifest import BLOCK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, PackChunk, chunk_path, parse_manifest
 from cake_hf.stores.mismatch import why_not
 from cake_hf.stores.specs import expanded
-from cake_hf.util.canonical import canonical
 
 FIRST_READ = 2**25
 """Bytes of a chunk that are read first; each further read doubles the bytes read so far."""

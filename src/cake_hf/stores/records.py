@@ -18,10 +18,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cake_hf.keys import namespace_digest
+from cake_hf.keys import canonical, namespace_digest
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.stores.base import MAX_NOTE_BYTES, Store
-from cake_hf.util.canonical import canonical
 from cake_hf.util.redaction import shown
 
 FORMAT = "cake_hf namespace"

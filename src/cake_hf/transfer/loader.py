@@ -18,9 +18,9 @@ from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.transfer.chunk_reads import ChunkReader
-from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import Landing, Place
 from cake_hf.transfer.single_flight import Flight, ReadSlot, Sharing
+from cake_hf.transfer.telemetry import FaultLog
 from cake_hf.util.forks import refusal
 
 logger = logging.getLogger("cake_hf")

@@ -25,7 +25,7 @@ import torch
 from cake_hf.stores.base import Store, place_of
 from cake_hf.transfer.chunk_reads import SeenForms
 from cake_hf.transfer.deadline import Late
-from cake_hf.transfer.fault_log import FaultLog
+from cake_hf.transfer.telemetry import FaultLog
 from cake_hf.util.forks import Lock, renewed_in_child
 from cake_hf.util.interrupts import faults_suppressed
 

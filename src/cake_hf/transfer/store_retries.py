@@ -16,8 +16,8 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, directory_of
 from cake_hf.stores.tier import Tier
 from cake_hf.transfer.deadline import Call, in_words
-from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.single_flight import Sharing
+from cake_hf.transfer.telemetry import FaultLog
 from cake_hf.util import environment
 from cake_hf.util.forks import Lock, renewed_in_child
 

@@ -18,8 +18,8 @@ from cake_hf.stores.background_queue import WRITER, QueueUser, Task
 from cake_hf.stores.base import Part, Store, place_of, total_bytes
 from cake_hf.transfer.chunk_reads import refuse_newer_in
 from cake_hf.transfer.copy_streams import Slot, copy_out
-from cake_hf.transfer.fault_log import FaultLog
 from cake_hf.transfer.landing import byte_view
+from cake_hf.transfer.telemetry import FaultLog
 
 logger = logging.getLogger("cake_hf")
 
