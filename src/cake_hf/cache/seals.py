@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cake_hf.blocks import Block
-from cake_hf.chunks.codec import checksum
+from cake_hf.chunks.codec import checksums_between
 from cake_hf.errors import CakeError
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
@@ -104,8 +104,8 @@ def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
     for buffer in buffers:
         by_device.setdefault(buffer.device, []).append(_sampled(buffer, tokens.to(buffer.device)).view(torch.uint8))
     rows = torch.cat([torch.cat(sampled, dim=1).cpu() for sampled in by_device.values()], dim=1).numpy()
-    ends = list(accumulate(len(of_block) for of_block in places))
-    return [checksum(rows[begin:end].tobytes()) for begin, end in zip([0, *ends], ends, strict=False)]
+    edges = accumulate((len(of_block) * rows.shape[1] for of_block in places), initial=0)
+    return list(checksums_between(rows.tobytes(), list(edges)))
 
 
 def _sampled(buffer: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import xxhash
 
@@ -116,8 +116,13 @@ def checksum(data: Buffer) -> str:
 
 def checksums(payload: Buffer, layout: ChunkLayout) -> tuple[str, ...]:
     """Returns the checksum of each piece of a whole payload."""
-    view, ends = memoryview(payload), accumulate(layout.sizes)
-    return tuple(checksum(view[end - size : end]) for end, size in zip(ends, layout.sizes, strict=True))
+    return checksums_between(payload, [0, *accumulate(layout.sizes)])
+
+
+def checksums_between(data: Buffer, edges: Sequence[int]) -> tuple[str, ...]:
+    """Returns the checksum of each part of the data, from one of the edges to the next."""
+    view = memoryview(data)
+    return tuple(checksum(view[start:end]) for start, end in pairwise(edges))
 
 
 def encode_header(layout: ChunkLayout, facts: ChunkMetadata) -> bytes:

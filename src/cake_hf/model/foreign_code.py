@@ -7,9 +7,10 @@ with `reads_only`.
 The package's own code runs between the graphs of torch.compile, since a restore waits for threads, which no graph can express.
 
 A press of kvpress shortens a cache's content after a prompt, by hooks on the attention modules, and expects the whole prompt
-in one forward. So a cache's presses are disabled during a restore, and the model's own KV is saved. After the suffix, each press
-is applied to the whole content of its layer, as to a computed prompt. This works for presses that use only K and V; with others,
-prompts are computed plainly. Nothing here imports kvpress: a press is recognised by its hook, which is one of its methods.
+in one forward. So a cache's presses are disabled during a restore, and the model's own KV is saved. After the suffix, each
+press is applied to the whole content of its layer, as to a computed prompt. This works for presses that use only K and V; with
+others, prompts are computed plainly. Nothing here imports kvpress: a press is recognised by its hook, which is one of its
+methods.
 """
 
 from __future__ import annotations

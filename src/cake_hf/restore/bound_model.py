@@ -100,13 +100,18 @@ class BoundModel:
         name = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
         return shown(Path(name).name if Path(name).is_absolute() or Path(name).exists() else name)
 
+    def layouts(self) -> tuple[ChunkLayout, ChunkLayout]:
+        """Returns the layouts of this model's chunks, and of a snapshot of its recurrent states (no pieces if it has none)."""
+        made = made_by(self.model)
+        return made.chunk(self.chunk_size), made.states
+
     def layout(self) -> ChunkLayout:
-        """Returns the layout of this model's chunks."""
-        return made_by(self.model).chunk(self.chunk_size)
+        """Returns the first of `layouts`."""
+        return self.layouts()[0]
 
     def state_layout(self) -> ChunkLayout:
-        """Returns the layout of a snapshot of this model's recurrent states; without pieces if it has none."""
-        return made_by(self.model).states
+        """Returns the second of `layouts`."""
+        return self.layouts()[1]
 
     def namespace(self, ids: torch.Tensor | None = None) -> str:
         """Returns the digest of all that must be equal, beside the tokens, for KV to be interchangeable.
@@ -159,14 +164,15 @@ class BoundModel:
 
     def _current_metadata(self) -> dict[str, Any]:
         seen = behaviour(self.model)
+        layout, states = self.layouts()
         metadata: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "chunk_size": self.chunk_size,
-            "layout": self.layout().tensor_table,
+            "layout": layout.tensor_table,
             "model": model_metadata(self.model, portable=not self.exact),
         }
-        if states := self.state_layout().tensor_table:
-            metadata["states"] = states
+        if states.pieces:
+            metadata["states"] = states.tensor_table
         if self.lossy is not None:
             metadata["codec"] = {"name": self.lossy.name, "version": self.lossy.version}
         if parallel := parallel_metadata(self.model, exact=self.exact):

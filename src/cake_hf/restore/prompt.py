@@ -248,7 +248,7 @@ def open_prompt(
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace
     keys = block_keys(namespace, tokens, wanted.blocks, session.chunk_size, parent, call.extra_hashes(wanted.blocks))
-    state_layout = session.bound_model.state_layout()
+    layout, state_layout = session.bound_model.layouts()
     state_keys = [state_key(key) for key in keys] if state_layout.pieces else []
     asked = is_asked(session)
     match = match_prefix(session, keys, state_keys)
@@ -263,7 +263,7 @@ def open_prompt(
         parent,
         match,
         wanted.ends_document,
-        session.bound_model.layout(),
+        layout,
         state_layout,
         report,
         started,
@@ -301,8 +301,7 @@ def off_schedule(session: Session, call: ForwardCall, wanted: CallBlocks, report
         "",
         none,
         wanted.ends_document,
-        session.bound_model.layout(),
-        session.bound_model.state_layout(),
+        *session.bound_model.layouts(),
         report,
         started,
         refusal=refusal,

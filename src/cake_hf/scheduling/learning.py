@@ -77,6 +77,7 @@ class CostLearner:
         self._step_seen = self._batch_seen = False
         self._compute: ComputeCost | None = None
         self._stale = False
+        self._estimates: dict[int | None, Costs] = {}  # the last one, unless something was measured since
 
     def saw_restore(
         self, pace: Pace, timeline: Sequence[Span], chunk_bytes: int, brought: Mapping[int, Brought] | None = None
@@ -98,6 +99,7 @@ class CostLearner:
         elif self._batches and pace.lateness > 1:
             late = self._batches[-1].late_by(pace.lateness)
             self._batches.extend([late] if late.is_valid else [])
+            self._estimates.clear()
         self.credit = pace.credit
         if pace.steps:
             self.quiet = median(pace.shares) if pace.shares else 1.0
@@ -114,6 +116,7 @@ class CostLearner:
         if good:
             self._prompts.append(good[-STEPS:])
         self._stale = True
+        self._estimates.clear()
 
     def saw_part(self, index: int, seconds: float) -> None:
         """Records the time of a part of a chunk: about the minimum for a whole chunk, and the estimate until one is computed.
@@ -126,6 +129,7 @@ class CostLearner:
         """
         if _is_step(index, seconds) and not self._prompts and not self._step_seen:
             self._cold_step, self._stale = (index, seconds), True
+            self._estimates.clear()
 
     def saw_loads(
         self, chunk_bytes: int, spans: Iterable[tuple[float, float]], brought: Sequence[Brought] | None = None
@@ -142,6 +146,7 @@ class CostLearner:
         batch, codec = batch_of(loads), codec_of(loads)
         if batch is None:
             return
+        self._estimates.clear()
         self._codecs.extend([codec] if codec else [])
         if self._batch_seen:
             self._batches.append(batch)
@@ -154,8 +159,11 @@ class CostLearner:
         Args:
             chunk_bytes: size of the raw chunks that will be loaded; by default chunks are as last seen, encoded ones included.
         """
-        batches = list(self._batches) or ([self._cold_batch] if self._cold_batch else [])
-        return Costs(self._compute_cost(), fit_load(batches, chunk_bytes), self._codec())
+        if chunk_bytes not in self._estimates:
+            batches = list(self._batches) or ([self._cold_batch] if self._cold_batch else [])
+            estimate = Costs(self._compute_cost(), fit_load(batches, chunk_bytes), self._codec())
+            self._estimates = {chunk_bytes: estimate}
+        return self._estimates[chunk_bytes]
 
     def to_json(self, now: float) -> str:
         """Returns all that is remembered, as one line of JSON.
