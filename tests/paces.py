@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import pytest
-
-from cake_hf.restore.pacing import RestorePace
 from cake_hf.scheduling.frontier import Judge
+from cake_hf.testing import RestorePace, Rules
 
 Answer = Callable[[int], bool]
 
@@ -60,11 +60,28 @@ class Told(Judge):
         return self.is_tried(chunk)
 
 
-def tell(monkeypatch: pytest.MonkeyPatch, worth: Answer) -> None:
-    """Have every restore decide so, and try nothing."""
+class ToldPace(RestorePace):
+    """Finds computing worth it as it was told to, and tries nothing."""
 
-    def worth_it(pace: RestorePace, chunk: int, *_: object, **__: object) -> bool:
-        return worth(chunk)
+    def __init__(self, *beliefs: Any, worth: Answer, slack: Callable[[int], float] | None, **more: Any) -> None:
+        super().__init__(*beliefs, **more)
+        self._is_worth, self._slack_of = worth, slack
 
-    monkeypatch.setattr(RestorePace, "worth", worth_it)
-    monkeypatch.setattr(RestorePace, "tries", lambda *_: False)
+    def slack(self, front: int, chunk: int, loads: int, now: float) -> float:
+        return super().slack(front, chunk, loads, now) if self._slack_of is None else self._slack_of(chunk)
+
+    def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
+        return self._is_worth(chunk)
+
+    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+        return False
+
+
+def told(worth: Answer, *, slack: Callable[[int], float] | None = None, **rules: Any) -> Rules:
+    """The rules of restores that decide so, and try nothing; the slack is as learnt unless it is given."""
+    return Rules(pace=partial(ToldPace, worth=worth, slack=slack), **rules)
+
+
+def in_ranges(number: int) -> Callable[..., int]:
+    """The rule that chunks are read in so many ranges of layers, whatever was learnt."""
+    return lambda *_: number

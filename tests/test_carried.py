@@ -19,7 +19,6 @@ from cake_hf.keys import state_key
 from cake_hf.layers import IndexedLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
-from cake_hf.restore import plan
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.testing.forgery import forge
@@ -41,7 +40,7 @@ from forwards import meeting_at
 from hanging import no_waiting_for
 from models import CHUNK, prompt, run_ahead
 from naming import given
-from paces import no, tell
+from paces import in_ranges, no, told
 from stored import filled_store, without
 from test_gated import BadRange
 from waiting import PATIENCE, join_loaders, loaders
@@ -380,8 +379,7 @@ def test_an_indexer_waits_for_its_layer_too(
 ) -> None:
     """The upper layer of the last chunk comes, or fails, when the lower one has taken in the first of K, V and indexer."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
-    monkeypatch.setattr(plan, "ranges_of", lambda *_: 2)
-    tell(monkeypatch, worth=no)
+    rules = told(no, ranges=in_ranges(2))
     gate = GateStore(BadRange(store, 1, fault), ranges=True)
     gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer
     settled, settle, update = threading.Event(), Frontier.settle, getattr(IndexedLayer, method)
@@ -400,7 +398,7 @@ def test_an_indexer_waits_for_its_layer_too(
 
     monkeypatch.setattr(Frontier, "settle", settling)
     limits = Limits.from_environment(loader_threads=1)
-    with CakeCache(model, gate, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits) as cache:
+    with CakeCache(model, gate, chunk_size=CHUNK, strategy=strategy, save=False, limits=limits, rules=rules) as cache:
         monkeypatch.setattr(IndexedLayer, method, updating)
         check(family, generate(model, cache), fault)
         report = cache.report

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 
 from benchmarks.simulation.simulator import Setting, simulate, steps
 from cake_hf import CakeCache, Limits
-from cake_hf.restore.pacing import RestorePace
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Outcome, State, Strategy
 from cake_hf.scheduling.pace import Pace
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
-from paces import Told, in_place, no, staged, too_late, yes
+from paces import Told, in_place, no, staged, told, too_late, yes
 from stored import filled_store
 from waiting import PATIENCE, join_loaders, loaders
 
@@ -423,12 +422,11 @@ def test_the_rule_saves_loads_where_computing_is_faster() -> None:
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3", "float32"), ("gpt_neox", "bfloat16")])
 @pytest.mark.parametrize("kept", [0, 3, CHUNKS])
-def test_no_bit_depends_on_what_is_refused(family: str, dtype: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_depends_on_what_is_refused(family: str, dtype: str, kept: int) -> None:
     """Loads of the first chunks would come too late, whatever happens; the main thread computes these."""
     model = shared_model(family, dtype)
-    monkeypatch.setattr(RestorePace, "slack", lambda pace, front, chunk, *_: late_below(kept)(chunk))
-    monkeypatch.setattr(RestorePace, "worth", lambda *_, **__: True)
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False, limits=Limits(loader_threads=2)) as cache:
+    rules, limits = told(yes, slack=late_below(kept)), Limits(loader_threads=2)
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False, limits=limits, rules=rules) as cache:
         outcome = run(model, prompt(), cache)
         report = cache.report
     join_loaders()
@@ -439,12 +437,10 @@ def test_no_bit_depends_on_what_is_refused(family: str, dtype: str, kept: int, m
     assert (report.chunks_failed, report.chunks_missed) == (0, 0)
 
 
-def test_a_restore_that_refuses_everything_and_then_waits_loads_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_that_refuses_everything_and_then_waits_loads_everything() -> None:
     model = shared_model("llama")
-    monkeypatch.setattr(RestorePace, "slack", lambda *_: 0.5)
-    monkeypatch.setattr(RestorePace, "worth", lambda pace, chunk, *_, **__: chunk == 0)
-    monkeypatch.setattr(RestorePace, "tries", lambda *_: False)
-    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False) as cache:
+    rules = told(lambda chunk: chunk == 0, slack=too_late)
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, save=False, rules=rules) as cache:
         assert difference(run(model, prompt(), cache), expected()) == ""
         assert cache.report.chunks_computed + cache.report.chunks_loaded == CHUNKS
         assert cache.report.chunks_computed <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from hypothesis import strategies as st
 
 from cake_hf import CakeCache, Limits
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.restore.pacing import RestorePace
 from cake_hf.scheduling.frontier import HEDGE, Frontier, Judge, Outcome, State
-from cake_hf.testing import GateStore
+from cake_hf.testing import GateStore, RestorePace, Rules
 from forwards import attentions, before_forward
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
-from paces import Told, in_place, no, tell, yes
+from paces import Told, in_place, no, yes
 from stored import filled_store
 from waiting import await_true, join_loaders
 
@@ -300,33 +300,36 @@ def test_a_trial_is_left_after_a_layer_or_goes_on(
     """The gate holds the loads back until the trial is over; whichever it comes to, no bit differs."""
     model = shared_model(family, dtype)
     gate = GateStore(filled_store(model))
-    tell(monkeypatch, worth=no)
     tried: list[int] = []
-    goes_on, saw_forward = Frontier.goes_on, RestorePace.saw_forward
+    shares: list[float] = []
+    asked = threading.Event()  # whether the trial goes on
+    goes_on = Frontier.goes_on
 
-    def tries(pace: RestorePace, chunk: int, *_: object) -> bool:
-        tried.append(chunk)
-        return len(tried) == 1
+    class Trying(RestorePace):
+        """Tries once, and finds nothing worth computing but, as it turns out, what it tries."""
+
+        def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
+            return turns_out and asked.is_set()
+
+        def tries(self, chunk: int, loads_left: int, now: float) -> bool:
+            tried.append(chunk)
+            return len(tried) == 1
+
+        def saw_forward(self, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
+            shares.append(share)
+            super().saw_forward(chunk, seconds, share, worked=worked)
+            if not turns_out or share == 1:
+                gate.open()
 
     def judge(frontier: Frontier, index: int) -> bool:
-        monkeypatch.setattr(RestorePace, "worth", lambda *_, **__: turns_out)
+        asked.set()
         answer = goes_on(frontier, index)
-        monkeypatch.setattr(RestorePace, "worth", lambda *_, **__: False)
+        asked.clear()
         return answer
 
-    shares: list[float] = []
-
-    def saw(pace: RestorePace, chunk: int, seconds: float, share: float = 1.0, *, worked: float | None = None) -> None:
-        shares.append(share)
-        saw_forward(pace, chunk, seconds, share, worked=worked)
-        if not turns_out or share == 1:
-            gate.open()
-
-    monkeypatch.setattr(RestorePace, "tries", tries)
     monkeypatch.setattr(Frontier, "goes_on", judge)
-    monkeypatch.setattr(RestorePace, "saw_forward", saw)
-    limits = Limits.from_environment(loader_threads=1)
-    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=limits) as cache:
+    limits, rules = Limits.from_environment(loader_threads=1), Rules(pace=Trying)
+    with CakeCache(model, gate, chunk_size=CHUNK, save=False, limits=limits, rules=rules) as cache:
         outcome = run(model, prompt(), cache)
         report = cache.report
     assert difference(outcome, expected(family, dtype)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,14 +14,14 @@ import torch
 
 from cake_hf import CakeCache, Limits, Store, StoreError
 from cake_hf.model.kv_layout import kv_template
-from cake_hf.restore import plan, restore
+from cake_hf.restore import restore
 from cake_hf.scheduling.frontier import Frontier
 from cake_hf.testing import GateStore, WrapperStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_when
 from models import CHUNK, CHUNKS, difference, expected, oracle, prompt, run, shared_model
 from naming import given
-from paces import no, tell
+from paces import Answer, in_ranges, no, told
 from stored import filled_store, keys_in_order
 from waiting import PATIENCE, join_loaders
 
@@ -30,23 +31,18 @@ WHOLE = CHUNKS - 1
 """Chunks that one loader reads whole before the last one, which it reads in ranges."""
 
 
-@pytest.fixture(autouse=True)
-def ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One range per layer, whatever was learnt."""
-    monkeypatch.setattr(plan, "ranges_of", lambda *_: LAYERS)
-
-
 @pytest.fixture(params=["load", "both"])
-def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def strategy(request: pytest.FixtureRequest) -> str:
     """Load-only has all chunks in place; both stages some, and here never finds one worth computing."""
-    tell(monkeypatch, worth=no)
     return str(request.param)
 
 
-def cache_of(model: torch.nn.Module, store: Store, strategy: str, **limits: float) -> CakeCache:
+def cache_of(model: torch.nn.Module, store: Store, strategy: str, *, worth: Answer = no, **limits: float) -> CakeCache:
+    """A cache whose last loads are read in one range per layer, whatever was learnt."""
     kv_template(model)  # runs the model once, which must not count
     found = Limits.from_environment(**{"loader_threads": 1, **limits})
-    return CakeCache(model, store, chunk_size=CHUNK, save=False, strategy=strategy, limits=found)
+    rules = told(worth, ranges=in_ranges(LAYERS))
+    return CakeCache(model, store, chunk_size=CHUNK, save=False, strategy=strategy, limits=found, rules=rules)
 
 
 @contextmanager
@@ -144,15 +140,14 @@ def test_a_load_that_fails_within_the_last_piece_is_made_up_for(
     assert report.chunks_failed + report.chunks_missed == 1
 
 
-def test_a_late_load_is_superseded_within_the_last_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_load_is_superseded_within_the_last_piece() -> None:
     """It is staged, so no deadline is needed: its chunk is computed in the middle of the forward."""
     model = shared_model("llama", "float32")
     gate = GateStore(filled_store(model), ranges=True)
     gate.open(WHOLE + 1)
     late = threading.Event()
-    tell(monkeypatch, worth=lambda _: late.is_set())
     with (
-        cache_of(model, gate, "both", read_timeout=60) as warm,
+        cache_of(model, gate, "both", worth=lambda _: late.is_set(), read_timeout=60) as warm,
         before_layers(model, lambda layer, forward: late.set() if (layer, forward) == (1, 1) else None),
     ):
         outcome = run(model, prompt(), warm)
@@ -275,9 +270,9 @@ def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeyp
         return advance(frontier, **options)
 
     monkeypatch.setattr(Frontier, "advance", advance_when_torn)
-    tell(monkeypatch, worth=lambda chunk: chunk == 0)
+    first_alone = partial(operator.eq, 0)
     with (
-        cache_of(model, torn, "both", loader_threads=2, read_timeout=PATIENCE) as warm,
+        cache_of(model, torn, "both", worth=first_alone, loader_threads=2, read_timeout=PATIENCE) as warm,
         before_layers(model, lambda layer, forward: torn.go_on.set() if (layer, forward) == (0, 2) else None),
     ):
         outcome = run(model, prompt(), warm)

@@ -8,13 +8,11 @@ import torch
 import test_gated
 from cake_hf import CakeCache, Limits
 from cake_hf.layers import TokenMajorLayer
-from cake_hf.restore import plan
 from cake_hf.testing import FaultStore, GateStore
 from forwards import attentions, before_forward
 from hanging import no_waiting_for
 from late_copies import LateCopies, _late_copies  # noqa: F401  # for each test in here
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
-from paces import no, tell
 from stored import filled_store, keys_in_order
 from test_batches import test_faults_change_no_bit, test_missing_chunks_are_computed  # noqa: F401
 from test_carried import test_an_abandoned_read_changes_nothing_when_it_ends, test_holes_anywhere  # noqa: F401
@@ -50,9 +48,7 @@ def test_a_load_that_does_not_come_is_superseded_alone(held: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["load", "both"])
-def test_each_layer_waits_for_its_copies(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "ranges_of", lambda *_: test_gated.LAYERS)
-    tell(monkeypatch, worth=no)
+def test_each_layer_waits_for_its_copies(strategy: str) -> None:
     test_gated.test_a_second_turn_is_gated_too(strategy)
     test_gated.test_a_last_piece_that_fails_leaves_the_cache_as_it_was(strategy)
     test_gated.test_prefill_comes_back_when_all_is_there(strategy)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from cake_hf import CakeCache, Limits, MemoryStore, Store
 from cake_hf.chunks.encoded_header import encoded_header_size, is_encoded
 from cake_hf.stores.places import START_BYTES, place_in
-from cake_hf.testing import FaultStore, WrapperStore
+from cake_hf.testing import FaultStore, Rules, WrapperStore
 from cake_hf.testing.forgery import forge, one_bit
 from cake_hf.transfer.single_reads import read_facts
 from families import WINDOW, family_model
@@ -21,6 +21,7 @@ from family_runs import difference as family_difference
 from family_runs import generate
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run
+from paces import in_ranges
 from stored import values_of
 from test_lossless_cache import copy_of, key_in, model_of, newer, values
 from waiting import PATIENCE, join_loaders
@@ -210,12 +211,9 @@ def test_of_windows_only_the_last_is_read(ranges: bool) -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "lossless"])
-def test_layer_by_layer(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cake_hf.restore import plan
-
-    monkeypatch.setattr(plan, "ranges_of", lambda *_: 3)
+def test_layer_by_layer(codec: str) -> None:
     for form in ("none", "lossless"):
-        outcome, report = warm_run(copy_of(form), codec)
+        outcome, report = warm_run(copy_of(form), codec, rules=Rules(ranges=in_ranges(3)))
         assert difference(outcome, expected()) == ""
         assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
 

@@ -18,11 +18,10 @@ from cake_hf import CakeCache, Limits, MemoryStore
 from cake_hf.keys import chunk_keys
 from cake_hf.model.images import UnreadImages
 from cake_hf.model.vision import look_at
-from cake_hf.restore import plan
 from family_runs import Run, Verdict, difference
 from models import CHUNK
 from naming import given
-from paces import no, tell
+from paces import in_ranges, no, told
 from test_gated import BadRange
 from vision_models import (
     MAIN,
@@ -263,10 +262,8 @@ def test_numerics_may_be_left_out_of_the_namespace(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("number", range(2))
-def test_an_image_is_seen_in_the_middle_of_a_forward(family: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_seen_in_the_middle_of_a_forward(family: str, number: int) -> None:
     """The load of the first chunk, with an image in it, fails layer by layer while the last piece waits for it."""
-    monkeypatch.setattr(plan, "ranges_of", lambda *_: 2)
-    tell(monkeypatch, worth=no)
     inputs, store = inputs_for(family, (4, "A", 6 * CHUNK)), MemoryStore()
     fill(family, store, inputs)
     bad = BadRange(store, number, "flip")
@@ -277,6 +274,7 @@ def test_an_image_is_seen_in_the_middle_of_a_forward(family: str, number: int, m
         save=False,
         strategy="load",
         limits=Limits.from_environment(loader_threads=1),
+        rules=told(no, ranges=in_ranges(2)),
     ) as cache:
         with counting_images(vision_model(family)) as seen:
             run = ask(family, cache, inputs)

@@ -30,6 +30,7 @@ from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
+from cake_hf.scheduling.rules import Rules
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -68,6 +69,7 @@ class CakeCache(RestoringCache):
             `exact=False` ("near", "int8", "quantspec", "int4", "rot4", "cachegen", "kivi2"): full chunks but for the first go
             through it before the next chunk sees them. The output is then another one than without, and still the same
             whatever is stored. Such KV has keys of its own (docs/codecs.md).
+        rules: for tests, what decides between loading and computing; see `cake_hf.testing.Rules`.
 
     Attributes:
         report: what happened to the last prompt.
@@ -95,6 +97,7 @@ class CakeCache(RestoringCache):
         limits: Limits | None = None,
         snapshot_every: int = 0,
         codec: str = "none",
+        rules: Rules | None = None,
     ) -> None:
         sides = Strategy(strategy)
         check_codec(codec, exact=exact)
@@ -113,6 +116,7 @@ class CakeCache(RestoringCache):
             snapshot_every=snapshot_every,
             codec=codec,
             compiled=given,
+            rules=rules,
         )
         super().__init__(session, layers, refusal, passive=not layers)
 

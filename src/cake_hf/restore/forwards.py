@@ -17,10 +17,11 @@ from cake_hf.errors import CakeError
 from cake_hf.layers import SlidingWindowLayer, TokenMajorLayer
 from cake_hf.restore.audit import Audit
 from cake_hf.restore.carried import Carried
-from cake_hf.restore.pacing import RestorePace, Steps
+from cake_hf.restore.pacing import Steps
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.saving import Saver
 from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.pace import RestorePace
 from cake_hf.transfer.landing import byte_view
 from cake_hf.transfer.writer import Coded, pack
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import dropwhile
-from typing import Any
 
-from cake_hf.blocks import Block
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.model.ranks import Ranks
@@ -16,55 +14,9 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Brought, Costs
 from cake_hf.scheduling.frontier import Frontier, Outcome
-from cake_hf.scheduling.pace import Pace
+from cake_hf.scheduling.pace import Pace, RestorePace
 from cake_hf.transfer.cost_notes import CostMemory
 from cake_hf.transfer.loader import LoadJob
-
-
-class RestorePace(Pace):
-    """The pace of one restore of a cache.
-
-    Attributes:
-        blocks: of the prompt.
-        can_run: whether a block could be computed right now; if not, skipping the wait for its load gains nothing.
-        can_leave: whether a forward on it can be ended although its load has not arrived.
-    """
-
-    def __init__(
-        self,
-        costs: Costs,
-        *,
-        blocks: Sequence[Block],
-        can_run: Callable[[int], bool],
-        can_leave: Callable[[int], bool],
-        **beliefs: Any,
-    ) -> None:
-        super().__init__(costs, **beliefs)
-        self.blocks, self.can_run, self.can_leave = blocks, can_run, can_leave
-
-    def end(self, now: float) -> None:
-        """Ends the restore, and drops the references to it, since it holds KV."""
-        super().end(now)
-        self.can_run = self.can_leave = _never
-
-    def slack(self, front: int, chunk: int, loads: int, now: float) -> float:
-        slack = super().slack(front, chunk, loads, now)
-        return max(1.0, slack) if any(block.singly for block in self.blocks[front : chunk + 1]) else slack
-
-    def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
-        if not self.can_run(chunk):
-            return False
-        if self.blocks[chunk].singly:  # takes one forward per token, so only if the loads are very late
-            wait = self._wait(loads_left, now)
-            return wait is None or self._compute is None or self.blocks[chunk].tokens * self._seconds(chunk) < wait
-        return super().worth(chunk, loads_left, now, whole=whole)
-
-    def tries(self, chunk: int, loads_left: int, now: float) -> bool:
-        return self.can_leave(chunk) and super().tries(chunk, loads_left, now)
-
-
-def _never(chunk: int) -> bool:
-    return False
 
 
 def new_pace(
@@ -89,7 +41,7 @@ def new_pace(
         layers: of the model.
         can_run, can_leave: see `RestorePace`.
     """
-    return RestorePace(
+    return session.rules.pace(
         costs,
         blocks=prompt.blocks,
         can_run=can_run,

@@ -13,7 +13,6 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.scheduling.layer_gate import ranges_of
 
 NO_SNAPSHOT = Refusal(
     "no-snapshot", "stored chunks are computed where no snapshot of the model's state is stored behind them"
@@ -86,7 +85,7 @@ def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
     store = session.bound_store.store
     if not store.reads_ranges:
         return 1
-    ranges = ranges_of(costs, prompt.layout.layers, store.range_seconds)
+    ranges = session.rules.ranges(costs, prompt.layout.layers, store.range_seconds)
     # After a failed load, chunks are computed in the middle of a forward; hooks that move weights do not support that.
     return 1 if ranges > 1 and any_has(session.model, "_hf_hook") else ranges
 

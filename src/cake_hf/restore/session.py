@@ -16,6 +16,7 @@ from cake_hf.restore.bound_model import BoundModel, chosen_chunk_size
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.frontier import Strategy
+from cake_hf.scheduling.rules import Rules
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.transfer.cost_notes import CostMemory
@@ -32,6 +33,7 @@ class Session:
         bound_model: the model, with the hook on it.
         bound_store: the store, with the queue in front of it.
         model, chunk_size, exact, salt, strategy, limits, snapshot_every: as for `CakeCache`.
+        rules: of the restores.
         at_work: the prompts that are running now.
         is_closed: as `closed`; a plain attribute, which torch.compile can trace.
     """
@@ -50,6 +52,7 @@ class Session:
         snapshot_every: int = 0,
         codec: str = "none",
         compiled: Any = None,
+        rules: Rules | None = None,
     ) -> None:
         chunk_size = chosen_chunk_size(model, chunk_size)
         self.model = model
@@ -59,6 +62,7 @@ class Session:
         self.strategy = strategy
         self.limits = limits
         self.snapshot_every = snapshot_every
+        self.rules = rules or Rules()
         self.is_closed = False
         self.at_work = AtWork()
         self.bound_store = BoundStore(store, limits, save=save, codec=codec)

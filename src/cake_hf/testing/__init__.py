@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cake_hf.scheduling.pace import RestorePace
+from cake_hf.scheduling.rules import Rules
 from cake_hf.stores.wrappers import WrapperStore
 from cake_hf.testing.wrappers import FAULTS, FaultStore, GateStore, ThrottledStore, expected_faults
 
@@ -25,6 +27,8 @@ __all__ = [
     "FaultStore",
     "GateStore",
     "ReadOnlyContract",
+    "RestorePace",
+    "Rules",
     "StoreContract",
     "ThrottledStore",
     "WrapperStore",
