@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cake_hf.cli.console import console
-from cake_hf.cli.tables import Bar, Bars, Lanes
+from cake_hf.cli.sheets import Bar, Bars, Lanes
 from cake_hf.util.sizes import bytes_text, seconds_text
 from demo.asking import Answer
 from demo.race import Race

@@ -13,7 +13,7 @@ import pytest
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.restore import hook
 from cake_hf.stores.base import Part
-from cake_hf.util.finalizer_lock import FinalizerLock
+from cake_hf.util.forks import FinalizerLock
 from families import family_model, here
 from family_runs import generate
 from models import CHUNK, CHUNKS, build, prompt, run, shared_model

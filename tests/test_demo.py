@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cake_hf import CakeCache, CakeError, LocalStore, Report
 from cake_hf.assets import RECALL_TINY
-from cake_hf.cli.tables import Bar, Bars, Lanes
+from cake_hf.cli.sheets import Bar, Bars, Lanes
 from cake_hf.report import Span
 from demo.__main__ import app
 from demo.asking import Answer, ask_plainly, ask_with_store

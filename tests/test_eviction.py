@@ -29,15 +29,16 @@ from cake_hf.stores import LocalStore, Store
 from cake_hf.stores.byte_count import ByteCount
 from cake_hf.stores.eviction import (
     EVICTIONS,
+    START_BYTES,
     ChunkPosition,
     Entry,
     FrontFirst,
     front_first,
     least_recently_used,
     order_named,
+    place_in,
 )
 from cake_hf.stores.folder import ShardListing
-from cake_hf.stores.places import START_BYTES, place_in
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, run_together, value_of
 from children import many_children, start_together

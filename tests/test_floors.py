@@ -52,7 +52,6 @@ LIBRARIES = {
 
 PLAIN_STORES = {
     "__init__",
-    "unavailable",
     "byte_count",
     "base",
     "direct",
@@ -65,13 +64,11 @@ PLAIN_STORES = {
     "mismatch",
     "opening",
     "pieces",
-    "places",
     "plugins",
     "redis_manifest",
     "redis_wire",
     "byte_budget",
     "specs",
-    "spread",
     "health",
     "tier",
     "tiers",

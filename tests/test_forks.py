@@ -22,8 +22,7 @@ from cake_hf.stores.health import TierHealth
 from cake_hf.transfer.cost_notes import flush_notes, note_of, recall_costs
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.telemetry import FaultLog
-from cake_hf.util.finalizer_lock import FinalizerLock
-from cake_hf.util.forks import Lock, cached_property, renewed_in_child
+from cake_hf.util.forks import FinalizerLock, Lock, cached_property, renewed_in_child
 from faulty import Faulty, hanging
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from stored import filled_store

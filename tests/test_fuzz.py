@@ -40,7 +40,7 @@ from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
 from cake_hf.cli.store_tables import chunk_table, listing, totals
 from cake_hf.stores import MemoryStore
-from cake_hf.stores.places import START_BYTES, place_in
+from cake_hf.stores.eviction import START_BYTES, place_in
 from cake_hf.testing.contract import key_of, value_of
 
 CASES = int(os.environ.get("CAKE_FUZZ", "1000"))

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from cake_hf import CakeCache, Limits, MemoryStore, Store
 from cake_hf.chunks.encoded_header import encoded_header_size, is_encoded
-from cake_hf.stores.places import START_BYTES, place_in
+from cake_hf.stores.eviction import START_BYTES, place_in
 from cake_hf.testing import FaultStore, Rules, WrapperStore
 from cake_hf.testing.forgery import forge, one_bit
 from cake_hf.transfer.single_reads import read_facts

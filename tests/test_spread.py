@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cake_hf.stores.spread import Spread
+from cake_hf.stores.object_client import Spread
 
 MIB = 2**20
 Server = Callable[[int], float]

@@ -9,9 +9,8 @@ import typer
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.inspect_store import existing_store, find_chunk, take_inventory
 from cake_hf.cli.keeping import what_it_keeps
-from cake_hf.cli.kept_records import records_of
 from cake_hf.cli.options import StoreArgument
-from cake_hf.cli.store_tables import chunk_table, listing, totals
+from cake_hf.cli.store_tables import chunk_table, listing, records_of, totals
 from cake_hf.util.redaction import shown_url
 
 

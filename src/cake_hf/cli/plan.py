@@ -18,7 +18,7 @@ from cake_hf.cli.known_costs import CostQuery, KnownCosts
 from cake_hf.cli.models import find_device, load_config, load_model, refuse_too_long
 from cake_hf.cli.options import Dtype
 from cake_hf.cli.plan_codecs import Forms, forms_of
-from cake_hf.cli.tables import Bar, Bars
+from cake_hf.cli.sheets import Bar, Bars
 from cake_hf.errors import CakeError
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost

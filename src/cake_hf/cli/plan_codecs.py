@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cake_hf.cli.tables import Bar
+from cake_hf.cli.sheets import Bar
 from cake_hf.scheduling.codecs import RAW, TYPICAL, encoding_pays
 from cake_hf.scheduling.costs import CodecCost, ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.planner import plan

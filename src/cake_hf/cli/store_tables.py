@@ -21,7 +21,6 @@ from cake_hf.cli.inspect_store import (
     prompts,
     total_file_bytes,
 )
-from cake_hf.cli.kept_records import first_words
 from cake_hf.cli.verify import BadChunk, Verified
 from cake_hf.stores.records import Record
 from cake_hf.util.redaction import shown
@@ -29,6 +28,11 @@ from cake_hf.util.sizes import bytes_text, count_text
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from cake_hf.cli.recompute import Recomputed
+
+
+from cake_hf.errors import StoreError
+from cake_hf.stores import Store
+from cake_hf.stores.records import records
 
 SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
@@ -217,3 +221,23 @@ def _unreadable_note(inventory: Inventory) -> list[Text]:
         return []
     count = count_text(len(inventory.unreadable), "chunk")
     return [Text(f"{count} cannot be read; `cake-hf verify STORE` says why.", style="red")]
+
+
+def records_of(store: Store) -> dict[str, Record]:
+    """Returns for each namespace what its chunks were made with, as far as the store knows; nothing if the store fails."""
+    try:
+        return {record.namespace: record for record in records(store)}
+    except StoreError:
+        return {}
+
+
+def first_words(chain: Chain, inventory: Inventory, known: Mapping[str, Record]) -> str:
+    """Returns the first words of a prompt, or of the document that it starts with; empty if none are kept."""
+    record = known.get(chain.leaf.metadata.namespace)
+    chunk: StoredChunk | None = chain.leaf if record is not None and record.words else None
+    while record is not None and chunk is not None:
+        if words := record.words.get(chunk.metadata.key):
+            return words
+        above = inventory.chunks.get(chunk.metadata.parent)
+        chunk = above if above is not None and above.metadata.index == chunk.metadata.index - 1 else None
+    return ""

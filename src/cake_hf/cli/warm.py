@@ -21,7 +21,7 @@ from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
 from cake_hf.cli.keeping import refuse_over_budget
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
-from cake_hf.cli.tables import Lanes, report_table
+from cake_hf.cli.sheets import Lanes, report_table
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.limits import Limits

@@ -19,7 +19,7 @@ import torch
 
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import attention_functions, eager_attention
-from cake_hf.util.finalizer_lock import FinalizerLock
+from cake_hf.util.forks import FinalizerLock
 
 NAME = "cake_hf_press"
 SERVED = ("eager", "sdpa")

@@ -18,7 +18,7 @@ from cake_hf.model.caller import cache_given_to_generate
 from cake_hf.model.foreign_code import is_compiled, outside_graphs
 from cake_hf.model.images import ImageDeferral
 from cake_hf.model.vision import family_of
-from cake_hf.util.finalizer_lock import FinalizerLock
+from cake_hf.util.forks import FinalizerLock
 
 Rewritten = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call, positional and by keyword, that a forward gets instead of its own."""

@@ -1,4 +1,6 @@
-"""Direct reads (O_DIRECT), which bypass the page cache, for uncached data and memory that the disk can write to directly.
+"""Transfers between scattered buffers and an open file, without holding the GIL and without a second copy.
+
+Direct reads (O_DIRECT) bypass the page cache, for uncached data and memory that the disk can write to directly.
 
 A cold read through the page cache copies every byte once more, on a processor that the model needs: here that took 0.3 of a
 core at 1.2 GB/s, against 0.04 for direct reads at the same speed. Cached data is read from the cache, four times as fast.
@@ -9,9 +11,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from cake_hf.stores.pieces import address_of
+from cake_hf.errors import CorruptChunk
+from cake_hf.stores.pieces import Part, address_of, after
 
 ALIGNMENT = 4096
 """Alignment of memory, offset and length that satisfies every disk and filesystem with direct reads."""
@@ -78,3 +81,65 @@ def _is_cached(descriptor: int, offset: int, nbytes: int) -> bool:
         return False
     except (OSError, AttributeError):
         return True
+
+
+CACHED_STEP = 2**19
+"""Bytes after which `arrived` is called: few enough to be still in the processor's cache when they are checked."""
+DIRECT_STEP = 2**23
+"""The same for direct reads, since a disk needs larger requests."""
+IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+def read_scattered(
+    descriptor: int,
+    parts: Sequence[memoryview],
+    key: str,
+    offset: int = 0,
+    arrived: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Fills the parts from an offset in the file on; preadv releases the GIL and copies nothing twice.
+
+    Data that is not in the page cache is read directly, see `direct`.
+
+    Args:
+        descriptor: descriptor of the open file.
+        parts: writable buffers.
+        key: the chunk's key, for the message.
+        offset: offset of the first byte.
+        arrived: called after each step with the number of parts that are full.
+
+    Raises:
+        CorruptChunk: the file ends before the parts are full.
+    """
+    step = DIRECT_STEP if skip_page_cache(descriptor, parts, offset) else CACHED_STEP
+    begin, nbytes = 0, 0
+    for end, part in enumerate(parts, start=1):
+        nbytes += part.nbytes
+        if nbytes >= step or end == len(parts):
+            _fill(descriptor, parts[begin:end], nbytes, key, offset)
+            arrived(end)
+            begin, offset, nbytes = end, offset + nbytes, 0
+
+
+def _fill(descriptor: int, parts: Sequence[memoryview], nbytes: int, key: str, offset: int) -> None:
+    """Fills the parts, which have `nbytes` bytes together."""
+    while nbytes:
+        try:
+            count = os.preadv(descriptor, parts[:IOV_MAX], offset)
+        except OSError as error:
+            if not is_refusal(error) or not use_page_cache(descriptor):
+                raise
+            continue
+        if count == 0:
+            raise CorruptChunk(f"Chunk {key} ended early.")
+        offset += count
+        nbytes -= count
+        if nbytes:
+            parts = after(parts, count)
+
+
+def write_gathered(descriptor: int, parts: Sequence[Part]) -> None:
+    """Writes the parts one after the other, without joining them in memory."""
+    pending = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
+    while pending:
+        pending = after(pending, os.writev(descriptor, pending[:IOV_MAX]))

@@ -1,12 +1,17 @@
-"""Orders of eviction: pure functions over a store's list of values.
+"""Orders of eviction, and the chunk's position in its header that they use: pure functions over a store's list of values.
 
 `lru`            the chunk that was used longest ago is evicted first.
 `front-first`    the prompt that was used longest ago is evicted first, and of its chunks the one nearest to the prompt's
                  start, which is the cheapest to compute, since later chunks attend to more tokens.
+
+A chunk's position is a hint: it is read without the codec (which imports torch), and only the order of eviction depends on it.
+An unreadable header is not an error, just a chunk without a position. Nothing else in `stores` looks into a value.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -138,3 +143,32 @@ def _parents(entries: Sequence[Entry], places: dict[str, ChunkPosition]) -> dict
         if place and parent and parent.index == place.index - 1:
             parents[entry.key] = place.parent
     return parents
+
+
+START_BYTES = 2**16
+"""Bytes from a value's start that suffice to find its position; the metadata comes first in our headers."""
+
+FIRST_BYTES = 2**12
+"""Bytes that suffice for nearly all values."""
+
+MAX_INDEX = 2**40
+_METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
+
+
+def place_in(start: bytes) -> ChunkPosition | None:
+    """Returns the position of a chunk in its prompt, or None if it is unknown.
+
+    Args:
+        start: the first `START_BYTES` of a value, or the whole of a shorter value.
+    """
+    length = int.from_bytes(start[:8], "little")
+    text = start[8 : 8 + min(length, len(start))].decode("latin-1")  # the metadata is ASCII, and latin-1 never fails
+    opening = _METADATA.match(text)
+    if opening is None:
+        return None
+    try:
+        metadata, _ = json.JSONDecoder().raw_decode(text, opening.end())
+        index, parent = int(metadata["index"]), metadata["parent"]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return ChunkPosition(index, parent) if isinstance(parent, str) and 0 <= index < MAX_INDEX else None

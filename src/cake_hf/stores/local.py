@@ -18,14 +18,12 @@ from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import Part, Store, refuse_longer, total_bytes
 from cake_hf.stores.byte_budget import ByteBudget
 from cake_hf.stores.default_budget import USUAL, FreeShare
-from cake_hf.stores.direct import ALIGNMENT, use_page_cache
-from cake_hf.stores.eviction import LRU, ChunkPosition, Entry, order_named
+from cake_hf.stores.direct import ALIGNMENT, read_scattered, use_page_cache, write_gathered
+from cake_hf.stores.eviction import FIRST_BYTES, LRU, START_BYTES, ChunkPosition, Entry, order_named, place_in
 from cake_hf.stores.folder import NOTES, SUFFIX, Folder
 from cake_hf.stores.note_files import read_notes, write_note
-from cake_hf.stores.places import FIRST_BYTES, START_BYTES, place_in
 from cake_hf.stores.safe_paths import advice, directory, sync_file
 from cake_hf.stores.specs import expanded
-from cake_hf.stores.transfer import read_scattered, write_gathered
 from cake_hf.util.interrupts import is_the_users
 
 __all__ = ["SUFFIX", "LocalStore"]

@@ -19,8 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from cake_hf.errors import StoreError
-from cake_hf.util.finalizer_lock import FinalizerLock
-from cake_hf.util.forks import renewed_in_child
+from cake_hf.util.forks import FinalizerLock, renewed_in_child
 from cake_hf.util.redaction import shown, shown_url
 from cake_hf.util.sizes import parse_bytes
 from cake_hf.util.urls import split_url

@@ -22,9 +22,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from cake_hf.errors import CorruptChunk, StoreError, is_a_fault
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, total_bytes
-from cake_hf.stores.object_client import advice, bucket_is_missing, connect, refuse_more_than_a_place
+from cake_hf.stores.object_client import Spread, advice, bucket_is_missing, connect, refuse_more_than_a_place
 from cake_hf.stores.pieces import cut, even_sizes
-from cake_hf.stores.spread import Spread
 from cake_hf.util.interrupts import faults_suppressed
 from cake_hf.util.redaction import is_secret, scrub
 

@@ -1,4 +1,7 @@
-"""A base class for wrappers around a store. Those that are slow or broken on purpose are in `cake_hf.testing`."""
+"""A base class for wrappers around a store, and the stand-in for a store that cannot be used at the moment.
+
+Wrappers that are slow or broken on purpose are in `cake_hf.testing`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from cake_hf.errors import StoreError
 from cake_hf.stores.base import Part, Store
 
 
@@ -86,3 +90,37 @@ def __getattr__(name: str) -> Any:
     if name in _FOR_TESTS:
         return getattr(import_module("cake_hf.testing"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class AbsentStore(Store):
+    """An empty store that refuses writes.
+
+    Args:
+        why: the message of the StoreError that writes raise.
+    """
+
+    read_only = True
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def contains(self, keys: Sequence[str]) -> list[bool]:
+        return [False] * len(keys)
+
+    def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
+        return None
+
+    def write(self, key: str, parts: Sequence[Part], *, replace: bool = False) -> bool:
+        raise StoreError(self._why)
+
+    def delete(self, key: str) -> bool:
+        raise StoreError(self._why)
+
+    def keys(self) -> Iterator[str]:
+        return iter(())
+
+    def size(self, key: str) -> int | None:
+        return None
+
+    def check_writable(self) -> None:
+        raise StoreError(self._why)

@@ -22,7 +22,7 @@ from cake_hf.stores.base import Store, place_of
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.marker import BYTES, MARKER, NOTES, PARTIAL
 from cake_hf.stores.opening import StoreSpec, directory_of, open_store
-from cake_hf.stores.unavailable import AbsentStore
+from cake_hf.stores.wrappers import AbsentStore
 from cake_hf.transfer.deadline import Call, ask, in_words
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_retries import door_of

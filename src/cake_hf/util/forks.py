@@ -1,7 +1,7 @@
-"""Threads and forks: locks that stay usable in a child that `os.fork` created while other threads were running.
+"""Threads and forks: locks that stay usable in a child that `os.fork` created, or in finalizers.
 
-Those threads do not exist in the child and would never release the locks that they held. So each lock of the library is a new
-one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
+Threads that were running then do not exist in the child and would never release the locks that they held. So each lock of the
+library is a new one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, overload
 
 _renewals: set[weakref.WeakMethod[Callable[[], None]]] = set()
@@ -102,3 +104,36 @@ class cached_property(Generic[T]):  # noqa: N801  # named like the decorator tha
             return self
         value = instance.__dict__[self._name] = self._compute(instance)
         return value
+
+
+class FinalizerLock:
+    """A non-reentrant lock, used as `with lock:`; `lock.soon(call)` makes a call under it and never waits.
+
+    The garbage collector may run a finalizer in any thread at nearly any time, even while that thread holds the lock: waiting
+    for the lock there would never end. If the lock is held, its holder therefore makes the call when it releases the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._left: deque[Callable[[], object]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        self._catch_up()
+
+    def soon(self, call: Callable[[], object]) -> None:
+        """Makes a call under the lock: at once, or when the lock is released."""
+        self._left.append(call)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        # A thread that queues a call then tries the lock, and a thread that releases it then checks the queue: no call is lost.
+        while self._left and self._lock.acquire(blocking=False):
+            try:
+                with suppress(IndexError):
+                    self._left.popleft()()
+            finally:
+                self._lock.release()
