@@ -50,7 +50,7 @@ class PrefixCache(RememberingCache):
     """Restores a prompt's full chunks, or says why not; later finishes the restore, or abandons it. See `RestoringCache`.
 
     Attributes:
-        presses_rest: presses are off in forwards with this cache while a prompt is being restored; see `kvpress`.
+        presses_rest: presses are off in forwards with this cache while a prompt is being restored; see `foreign_code`.
     """
 
     presses_rest: bool

@@ -210,7 +210,7 @@ class BoundModel:
 
 
 def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
-    """Returns the chunk size in tokens; "auto" depends on the device (see `scheduling.chunk_size`).
+    """Returns the chunk size in tokens; "auto" depends on the device (see `auto_chunk_size`).
 
     Raises:
         ValueError: it is neither a number of tokens nor "auto"; or it is too small.

@@ -3,15 +3,16 @@
 The steps, in the order in which they happen:
 
 1. `prompt_cache.PromptCache._handle` finds which part of a call is a prompt, and whether it is to be restored.
-2. `prompt.open_prompt` gives keys to the prompt's blocks, and `lookup.match_prefix` asks the store which of them it has (a
+2. `prompt.open_prompt` gives keys to the prompt's blocks, and `match_prefix` there asks the store which of them it has (a
    `PrefixMatch`).
 3. `plan.plan_restore` decides which of the stored chunks are loaded, and how (a `RestorePlan`).
 4. `Restore`, in this file: the layers reserve room, loaders claim chunks from the back (`transfer.loader`), and the walk goes
-   up from the front. The frontier decides what comes next (`scheduling.frontier`); `chunk_runs` runs the model on it, and has
-   it saved.
+   up from the front. The frontier decides what comes next (`scheduling.frontier`); `forwards.ChunkRuns` runs the model on
+   it, and has it saved.
 5. The sides meet: the length is set to all chunks. The caller of the model then runs the prompt's suffix. The suffix may start
    while the last loads still arrive: each of its layers waits for that layer of the loads (`await_layer`).
-6. `close` waits for the loaders, and `counting` adds to the report what happened. Or `abandon` restores the previous state.
+6. `close` waits for the loaders, and `pacing.count_restore` adds to the report what happened. Or `abandon` restores the
+   previous state.
 
 If the model carries something from chunk to chunk (sliding windows, recurrent states; see `carried`), the steps are the same,
 but the model can continue only where it stands: a chunk after loaded ones runs once the windows and the state before it are put

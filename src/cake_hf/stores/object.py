@@ -29,7 +29,7 @@ from cake_hf.util.redaction import is_secret, scrub
 
 RANGE_BYTES = 8 * 2**20
 """Most bytes of one read request. One connection rarely uses the full bandwidth, so larger values are read over several, unless
-`spread` finds that fewer requests are faster."""
+`Spread` finds that fewer requests are faster."""
 
 STEP_BYTES = 2**18
 """Bytes of an answer that are copied at once: about the size of the client's own buffers, so that it need not join them."""
