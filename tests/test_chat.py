@@ -164,7 +164,7 @@ def warm_arguments(file: Path, store: Path, model: Path = RECALL_TINY) -> list[s
 
 def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command has stored is all that a process with a new cache has before the question."""
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     folder = Path(shutil.copytree(RECALL_TINY, tmp_path / "model"))
     tokenizer.save_pretrained(folder)
     file, system, store = tmp_path / "text.txt", tmp_path / "system.txt", tmp_path / "store"
@@ -174,9 +174,13 @@ def test_warm_with_chat(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(app, [*arguments, "--chat", "--system", str(system)])
     assert result.exit_code == 0, result.output
     assert "chat_document" in result.output
+    assert "model.generate(**inputs, cache=cache)" in map(str.strip, result.output.splitlines())
+    assert "finds none of this" not in result.output
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
         report = cache.prefill(chat_document(tokenizer, DOCUMENT, system="Be brief."))
         assert (report.chunks_computed, report.tails_loaded, report.tails_computed) == (0, 1, 0)
+    without = CliRunner().invoke(app, arguments)
+    assert "finds none of this" in without.output
     refused = CliRunner().invoke(app, [*arguments, "--system", str(system)])
     assert refused.exit_code == 2
     assert "--system is for --chat" in " ".join(refused.stderr.split())

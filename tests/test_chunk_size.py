@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from typer.testing import CliRunner
 
@@ -46,9 +48,15 @@ def test_a_model_whose_images_must_not_be_cut_takes_longer_chunks() -> None:
 @pytest.mark.fault("Model", "A chunk size is no number, or too small.", "One sentence says what it can be.")
 @pytest.mark.parametrize(
     ("size", "said"),
-    [("large", "or \"auto\"; got 'large'"), ("", 'or "auto"'), (8, "at least 16"), (-1, "at least 16")],
+    [
+        ("large", "or \"auto\"; got 'large'"),
+        ("", 'or "auto"'),
+        (16.5, "a number of tokens"),
+        (8, "at least 16"),
+        (-1, "at least 16"),
+    ],
 )
-def test_an_invalid_chunk_size_is_refused(size: int | str, said: str) -> None:
+def test_an_invalid_chunk_size_is_refused(size: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         CakeCache(shared_model("llama"), MemoryStore(), chunk_size=size)
 

@@ -213,6 +213,11 @@ def test_different_options_are_named_in_the_reason(there: dict[str, Any], here: 
     assert told in reason(shared_model("llama"), store, **here)
 
 
+def test_the_same_is_not_advised_twice() -> None:
+    lossy, exact = {"codec": {"name": "int4", "version": "1"}}, {"numerics": {"device": "cpu"}}
+    assert in_a_sentence(between(lossy, exact, "A", "A")).endswith("exact=True: pass codec='int4'; pass exact=False")
+
+
 def test_several_differences_are_told_together_and_only_what_helps_is_advised() -> None:
     store = fill_store(shared_model("llama"), MemoryStore())
     with threads(2), mock.patch("cake_hf.model.numerics.processor", return_value=ANOTHER):

@@ -33,9 +33,10 @@ from cake_hf.layers import TokenMajorLayer, compat
 from cake_hf.report import Refusal
 from cake_hf.restore import support
 from families import family_model
-from models import CHUNK, CHUNKS, TAIL, build, prompt, run, shared_model
+from models import CHUNK, CHUNKS, TAIL, VOCABULARY, build, prompt, run, shared_model
 from naming import NAME, given
 from portable_chunks import IDS, VERSIONS, kept_chunks, portable_cache
+from stored import filled_store
 
 SOURCE = Path(cake_hf.__path__[0])
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,13 @@ def twice(model: Any, expected: torch.Tensor, **options: Any) -> list[Report]:
             assert cache.flush(60)
             reports.append(cache.report)
     return reports
+
+
+def assert_loaded(model: Any, store: MemoryStore) -> None:
+    """The prompt is restored from the store, which has all of it."""
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+        assert cache.report.chunks_loaded == CHUNKS
 
 
 def assert_restored(reports: list[Report]) -> None:
@@ -345,6 +353,26 @@ def test_a_model_that_was_not_understood_is_not_tried_again() -> None:
             model.generate(prompt(), **given(cache), **OPTIONS)
         assert (CHUNK in FailsInPieces.calls) == (turn == 0)
         assert "one piece only" in cache.report.reason
+
+
+@pytest.mark.fault(
+    "Model",
+    "A prompt has token ids, or more positions, than the model's embeddings.",
+    "torch's error reaches the caller; the model's other prompts are restored as before.",
+)
+@pytest.mark.parametrize("place", [3, CHUNK + 3, -2, slice(None)])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_id_that_the_model_does_not_have_is_that_prompts_fault_alone(is_known: bool, place: int | slice) -> None:
+    model: Any = build("llama")
+    store, wrong = filled_store(shared_model("llama")), prompt().clone()
+    wrong[0, place] = VOCABULARY
+    if is_known:
+        assert_loaded(model, store)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, pytest.raises(IndexError):
+        cache.prefill(wrong)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, pytest.raises(IndexError):
+        model.generate(wrong, **given(cache), **OPTIONS)
+    assert_loaded(model, store)
 
 
 def test_an_error_that_a_users_hook_causes_in_torch_is_theirs() -> None:

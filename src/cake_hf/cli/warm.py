@@ -193,7 +193,7 @@ def what_hits(job: WarmJob, report: Report, *, has_template: bool) -> list[str]:
             f"What is not in full chunks ({count_text(tails, 'tail')}) is found by prompts that declare where they are cut, as "
             "below."
         )
-    if has_template:
+    if has_template and not job.chat:
         lines.append(
             "The model has a chat template: a prompt from apply_chat_template begins with other tokens than the text alone, "
             "and finds none of this."

@@ -33,7 +33,7 @@ if Version(transformers.__version__) < Version(OLDEST):
 
 from transformers import Cache, DynamicCache, cache_utils  # noqa: E402  # older versions may lack these
 
-GENERATE_LINE = "model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache"
+GENERATE_LINE = "# before transformers 5.24: past_key_values=cache\nmodel.generate(**inputs, cache=cache)"
 """The call with which snippets printed for users pass a cache to `generate`."""
 
 WELL_KNOWN_FROM = Version("5.17")

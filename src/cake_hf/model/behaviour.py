@@ -112,7 +112,7 @@ def _embedding(model: Any) -> torch.Tensor | None:
 
 def _checksums(rows: torch.Tensor) -> torch.Tensor:
     """Returns `[rows]` int64: the sum of each row's 64-bit words times fixed odd numbers, modulo 2**64."""
-    octets = rows.contiguous().view(torch.uint8).view(rows.shape[0], -1)
+    octets = rows.contiguous().view(torch.uint8)
     if octets.shape[1] % 8:
         octets = torch.nn.functional.pad(octets, (0, -octets.shape[1] % 8))
     words = octets.view(torch.int64)

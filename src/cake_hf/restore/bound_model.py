@@ -220,8 +220,8 @@ def chosen_chunk_size(model: torch.nn.Module, chunk_size: int | str) -> int:
         return auto_chunk_size(
             torch.device(where_computed(model)).type, ties_images=family is not None and bool(family.types)
         )
-    if isinstance(chunk_size, str):
+    if isinstance(chunk_size, (str, float)):
         raise ValueError(f'chunk_size is a number of tokens, or "auto"; got {shown(chunk_size)!r}.')
     if chunk_size < MIN_CHUNK_SIZE:
         raise ValueError(f"chunk_size must be at least {MIN_CHUNK_SIZE} tokens, got {chunk_size}; try 512.")
-    return chunk_size
+    return int(chunk_size)

@@ -148,14 +148,14 @@ def model_refusal(model: torch.nn.Module, layers: list[Any]) -> Refusal | None:
 def not_understood(model: torch.nn.Module, error: Exception) -> Refusal:
     """Logs, once per kind, that a model is not understood, and remembers it; returns the reason for computing plainly.
 
-    A `RuntimeError` says little about the model, and may not occur again, so it is not remembered.
+    Not remembered: a `RuntimeError`, which may not occur again, and an `IndexError`, which an id without an embedding causes.
     """
     kind = f"{type(model).__name__} {type(error).__name__}"
     refusal = Refusal(
         "not-understood",
         f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})",
     )
-    if type(error) is not RuntimeError:
+    if type(error) not in (RuntimeError, IndexError):
         _misunderstood[model] = refusal
     tell_once(kind, f"{refusal.text}. Prompts are computed plainly")
     return refusal

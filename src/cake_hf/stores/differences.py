@@ -105,7 +105,7 @@ def _options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Dif
         yield Difference(told, f"chunks of {short(here)}", "this cache has", cure, OPTIONS)
     codec, mine = lossy_codec(theirs), lossy_codec(ours)
     if codec != mine:
-        cure = f"pass codec='{codec}' and exact=False" if codec else "leave codec= out"
+        cure = f"pass codec='{codec}'" if codec else "leave codec= out"
         yield Difference(
             f"the lossy codec {codec}" if codec else "no lossy codec", mine or "none", "this cache has", cure, OPTIONS
         )
