@@ -135,6 +135,9 @@ def examine_computed(family: str) -> None:
             assert cache.report.reason
             assert cache.flush(60)
         assert difference(run, plain) == "", f"{family}, {turn}"
+    with CakeCache(model, store, chunk_size=CHUNK) as cache:
+        assert cache.prefill(IDS).reason
+        assert difference(generate(model, cache), plain) == "", f"{family}, prefilled"
     assert list(store.keys()) == []
 
 

@@ -290,7 +290,7 @@ class PrefixCache(RememberingCache):
         """Restores the new part of a prompt, except for its last `leave` tokens (None: its last block); returns None if
         refused.
         """
-        model, past = self._session.model, self.get_seq_length()
+        model, past = self._session.model, self._length()
         self._seen.require(input_ids, None, past)
         ids = input_ids[:, past:].to(home_device(model))
         call = ForwardCall.parse(model, (), {"input_ids": ids}, self, past, for_kv=True)
@@ -321,7 +321,7 @@ class PrefixCache(RememberingCache):
             started: when `prefill` was called.
             namespace: of the session, if the blocks before the last one were just brought under it.
         """
-        past = self.get_seq_length()
+        past = self._length()
         begin = Position.take(self.layers, past, self._held)
         ids = input_ids[:, past:]
         report, refusal = self.report, Refusal(self.report.reason_code, self.report.reason)
@@ -330,7 +330,7 @@ class PrefixCache(RememberingCache):
         unpressed = self._unpressed
         prompt = self._prefill(input_ids, 0, progress, report=report, started=started, namespace=namespace)
         self._unpressed |= unpressed
-        if prompt is None or self.get_seq_length() != input_ids.shape[1]:
+        if prompt is None or self._length() != input_ids.shape[1]:
             self.report = report
             report.explain(refusal)
             return None
