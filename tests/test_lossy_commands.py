@@ -17,6 +17,7 @@ from cake_hf.packs.importing import refuse_foreign
 from cake_hf.serving.support import OLDEST, refuse_lossy
 from cake_hf.testing.forgery import forge, one_bit
 from commands import LOOKING, flat, look_at, no_progress, run_command, save_model, write_text
+from engine_runs import engine_config
 from models import CHUNK, CHUNKS, prompt, run, shared_model
 from stored import values_of
 
@@ -242,9 +243,8 @@ def test_an_engine_encodes_losslessly() -> None:
         pytest.skip("no engine here")
     tiny: Any = shared_model("llama", "bfloat16")
     store = MemoryStore()
-    cake_hf.generate_batch(
-        tiny, [prompt()[0].tolist()], store=store, chunk_size=CHUNK, codec="lossless", max_new_tokens=1
-    )
+    options = {"continuous_batching_config": engine_config(), "max_new_tokens": 1}
+    cake_hf.generate_batch(tiny, [prompt()[0].tolist()], store=store, chunk_size=CHUNK, codec="lossless", **options)
     chunks = [value for value in values_of(store).values() if is_encoded(value)]
     assert len(chunks) == CHUNKS
 
