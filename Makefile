@@ -14,15 +14,15 @@ CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_ca
 
 .PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
-NATIVE := src/cake_hf/chunks/_lossless.so
+NATIVE := src/cake_hf/chunks/_native.so
 SETUP := pyproject.toml scripts/setup.sh scripts/cpu_torch.sh
 
 $(READY): requirements/locked.txt $(SETUP)
 	PYTHON=$(PYTHON) TORCH=$(TORCH) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
 
-# The library of the lossless codec. Setting up an environment builds it, too; here it is built when its source has changed.
-$(NATIVE): src/cake_hf/chunks/lossless.c scripts/build_native.py
+# The library of the codecs. Setting up an environment builds it, too; here it is built when its source has changed.
+$(NATIVE): $(wildcard src/cake_hf/chunks/*.[ch] src/cake_hf/chunks/lossy/*.[ch]) scripts/build_native.py
 	$(PYTHON) scripts/build_native.py
 
 .venv-oldest/.ready: requirements/oldest.txt $(SETUP)
