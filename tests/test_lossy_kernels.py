@@ -220,6 +220,18 @@ def first_pieces(encoded: Encoded, layout: ChunkLayout, method: Method) -> bytes
     return bytes(room)
 
 
+def test_memory_that_does_not_fit_is_the_callers_fault(built: Path) -> None:
+    layout = layout_of(20, 2, 16, torch.bfloat16)
+    for method in everywhere("int8", built):
+        for payload in (memoryview(bytearray(layout.nbytes - 2)), memoryview(bytes(layout.nbytes))):
+            with pytest.raises(ValueError, match="in place"):
+                code_chunk(payload, layout, method)
+        made = coded(bytes(layout.nbytes), layout, method)
+        short = [memoryview(bytearray(size - 2)) for size in layout.sizes]
+        with pytest.raises(ValueError, match="sizes and places"):
+            decode_chunk(*made[:3], layout, short, method)
+
+
 @settings(max_examples=80, deadline=None)
 @given(chunk=chunks())
 def test_near_is_the_same_for_whole_chunks(chunk: tuple[ChunkLayout, bytes]) -> None:

@@ -44,6 +44,8 @@ def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Enco
         layout: of the chunk.
         method: of encoding.
     """
+    if payload.readonly or payload.nbytes != layout.nbytes:
+        raise ValueError(f"{payload.nbytes} bytes cannot be coded in place: writable, they are {layout.nbytes}.")
     encoded = None if method.whole is None else method.whole.encode(payload, layout)
     if encoded is not None:
         return encoded
@@ -88,6 +90,8 @@ def decode_chunk(
         CorruptChunk: the bytes are not as the encoder makes them.
     """
     first, second, count = np.frombuffer(bases, np.uint8), np.frombuffer(refinements, np.uint8), len(parts)
+    if tuple([part.nbytes for part in parts]) != layout.sizes[:count]:
+        raise ValueError("These are not the sizes and places of that layout's pieces.")
     if (first.size, second.size) != (sum(sizes.bases[:count]), sum(sizes.refinements[:count])):
         raise CorruptChunk("An encoded chunk is not as long as its metadata says.")
     if method.whole is not None and method.whole.decode(bases, refinements, sizes, layout, parts):
