@@ -12,17 +12,17 @@ CORE := tests/test_versions.py tests/test_transformers_contract.py tests/test_ca
 	tests/test_readme.py tests/test_docs.py tests/test_demo.py tests/test_offload.py tests/test_late_saving.py tests/test_collected.py
 # Most of what a version of transformers can break; `test-oldest` and `test-newest` run the rest, too.
 
-.PHONY: demo test test-core test-oldest test-newest test-kvpress test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
+.PHONY: demo test test-core test-oldest test-newest test-kvpress test-triton test-core-oldest test-core-newest lock versions lint bench eval docs notebooks clean
 
-NATIVE := src/cake_hf/chunks/_lossless.so
+NATIVE := src/cake_hf/chunks/_native.so
 SETUP := pyproject.toml scripts/setup.sh scripts/cpu_torch.sh
 
 $(READY): requirements/locked.txt $(SETUP)
 	PYTHON=$(PYTHON) TORCH=$(TORCH) bash scripts/setup.sh $(VENV) requirements/locked.txt
 	touch $@
 
-# The library of the lossless codec. Setting up an environment builds it, too; here it is built when its source has changed.
-$(NATIVE): src/cake_hf/chunks/lossless.c scripts/build_native.py
+# The library of the codecs. Setting up an environment builds it, too; here it is built when its source has changed.
+$(NATIVE): $(wildcard src/cake_hf/chunks/*.[ch] src/cake_hf/chunks/lossy/*.[ch]) scripts/build_native.py
 	$(PYTHON) scripts/build_native.py
 
 .venv-oldest/.ready: requirements/oldest.txt $(SETUP)
@@ -63,6 +63,15 @@ test-core-oldest: .venv-oldest/.ready $(NATIVE)  ## with the oldest transformers
 test-core-newest: .venv-newest $(NATIVE)  ## the same with the newest of everything
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(TOGETHER) $(CORE)
 
+# Beside the environment of the tests, which has no Triton where torch is its CPU build: with it, torch would compile otherwise.
+.venv-triton/.ready: $(READY) requirements/locked.txt
+	$(BIN)/pip --disable-pip-version-check install --quiet --no-deps --upgrade --target .venv-triton \
+		"$$(sed -n 's/^\(triton==[^ ;]*\).*/\1/p' requirements/locked.txt)"
+	touch $@
+
+test-triton: .venv-triton/.ready $(NATIVE)  ## the Triton kernels, by their interpreter on the CPU
+	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 CAKE_HF_REQUIRE_TRITON=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_lossless_triton.py
+
 test-kvpress: .venv-kvpress/.ready  ## kvpress beside us
 	OMP_NUM_THREADS=1 CAKE_HF_REQUIRE_KVPRESS=1 .venv-kvpress/bin/pytest tests/test_kvpress.py
 
@@ -90,4 +99,4 @@ versions: $(READY)  ## docs/versions.md: every family on a row of transformers v
 	$(BIN)/python scripts/versions.py
 
 clean:
-	rm -rf $(NATIVE) $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .venv-demo .demo docs/_build build/notebooks
+	rm -rf $(NATIVE) $(VENV) .venv .venv-oldest .venv-newest .venv-kvpress .venv-triton .venv-demo .demo docs/_build build/notebooks

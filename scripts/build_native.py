@@ -1,4 +1,4 @@
-"""Build the library of the lossless codec into the package, with the system's C compiler.
+"""Build the library of the codecs into the package, with the system's C compiler.
 
     python scripts/build_native.py
 
@@ -24,9 +24,14 @@ except ImportError:  # run by hand, where hatchling is not needed
     BuildHookInterface = object
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "cake_hf" / "chunks" / "lossless.c"
-LIBRARY = SOURCE.with_name("_lossless.so")
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
+CHUNKS = ROOT / "src" / "cake_hf" / "chunks"
+SOURCES = (CHUNKS / "lossless.c", CHUNKS / "lossy" / "lossy.c")
+LIBRARY = CHUNKS / "_native.so"
+ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+"""Numbers are the same on every machine: no operation is fused with another one. The others only let loops become vectors."""
+
+LANGUAGE = ("-std=gnu11", f"-I{CHUNKS}", *ARITHMETIC)
+FLAGS = (*LANGUAGE, "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 
 def compiler() -> list[str]:
@@ -46,7 +51,7 @@ def build(library: Path = LIBRARY) -> Path | None:
         return None
     made = library.with_name(f"{library.name}.{os.getpid()}")  # a process may have the old one loaded
     try:
-        run = subprocess.run([*command, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+        run = subprocess.run([*command, *FLAGS, *map(str, SOURCES), "-o", str(made)], capture_output=True, text=True)
         if run.returncode:
             [reason, *_] = [*run.stderr.splitlines(), "no message"]
             print(f"{library.name} is not built, numpy decodes KV: {reason}", file=sys.stderr)

@@ -26,11 +26,14 @@ def test_all_is_measured(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     outcome = json.loads((tmp_path / "out.json").read_text())
     assert outcome == json.loads(run.stdout.splitlines()[-1])
-    assert {"words_32", "header_32", "together_32", "beside"} == outcome["results"].keys()
+    assert {"words_32", "lossy_32", "header_32", "together_32", "beside"} == outcome["results"].keys()
     found = outcome["results"]["words_32"]
     assert found["size"]["value"] < 0.9
     assert found["base_size"]["value"] < found["size"]["value"] < found["file_size"]["value"]
     assert found["details"] == {"chunks": 2, "chunk_size": 32, "raw_bytes": found["details"]["raw_bytes"]}
+    lossy = outcome["results"]["lossy_32"]
+    assert {"int8_code", "int8_decode", "int8_by_pieces_decode", "near_decode", "int8_size"} <= lossy.keys()
+    assert 0.3 < lossy["int8_size"]["value"] < 0.8
     assert "cpu" in outcome["machine"]
     [kept] = real_kv.kept(tmp_path / "kv")
     assert kept.name == "words"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cake_hf import CorruptChunk
-from cake_hf.chunks import lossless, lossless_native
+from cake_hf.chunks import native
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.chunks.lossless import (
     Codec,
@@ -27,33 +24,12 @@ from cake_hf.chunks.lossless import (
     encode,
     rounded,
 )
-from cake_hf.chunks.lossless_native import AUTOMATIC, PORTABLE, NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
+from cake_hf.chunks.native import AUTOMATIC, PORTABLE, NativeCodec, library
 
-ROOT = Path(__file__).parent.parent
 BLOCK = 256
 SPECIAL = [0x0000, 0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F, 0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF]
 """Zeros, subnormal and extreme numbers, infinities, NaN of several payloads."""
-
-
-def script() -> ModuleType:
-    """The script that builds the library."""
-    spec = importlib.util.spec_from_file_location("build_native", ROOT / "scripts" / "build_native.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, of the source as it is now."""
-    path = script().build(tmp_path_factory.mktemp("native") / "_lossless.so")
-    if path is None:
-        pytest.skip("no C compiler here")
-    assert isinstance(path, Path)
-    return path
 
 
 CODECS: dict[str, Callable[[Path], Codec]] = {
@@ -63,7 +39,7 @@ CODECS: dict[str, Callable[[Path], Codec]] = {
 }
 
 
-def loaded(path: Path) -> lossless_native.Library:
+def loaded(path: Path) -> native.Library:
     found = library(path)
     assert found is not None
     return found
@@ -384,60 +360,3 @@ def test_the_rounding_is_the_middle_of_its_step() -> None:
     zeros = torch.tensor([0.0, -0.0, float("inf"), float("-inf")], dtype=torch.bfloat16)
     assert torch.equal(rounded(zeros).view(torch.int16), zeros.view(torch.int16))
     assert rounded(torch.tensor([float("nan")], dtype=torch.bfloat16)).isnan().all()
-
-
-# The library.
-
-
-def test_the_library_is_used_if_it_fits(built: Path, tmp_path: Path) -> None:
-    found = library(built)
-    assert found is not None
-    assert found.cake_abi() == lossless_native.ABI
-    assert library(tmp_path / "missing.so") is None
-    (tmp_path / "broken.so").write_bytes(b"no library")
-    assert library(tmp_path / "broken.so") is None
-
-
-def test_numpy_steps_in_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
-    found = library(built)
-    monkeypatch.setattr(lossless, "library", lambda: None)
-    assert isinstance(lossless.default_codec.__wrapped__(), NumpyCodec)
-    monkeypatch.setattr(lossless, "library", lambda: found)
-    assert isinstance(lossless.default_codec.__wrapped__(), NativeCodec)
-
-
-def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
-    build, source = script(), tmp_path / "other.c"
-    source.write_text("int cake_abi(void) { return 999; }\n")
-    build.SOURCE = source
-    if build.build(tmp_path / "other.so") is None:
-        pytest.skip("no C compiler here")
-    assert library(tmp_path / "other.so") is None
-
-
-def test_without_a_compiler_nothing_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert script().build(tmp_path / "a.so") is None
-    monkeypatch.setenv("CC", "false")
-    assert script().build(tmp_path / "b.so") is None
-    assert len(capfd.readouterr().err.splitlines()) == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_byte_beyond_a_buffer_is_touched(tmp_path: Path) -> None:
-    """The same functions under AddressSanitizer, with buffers as long as they are said to be and not a byte longer."""
-    command = script().compiler()
-    if not command:
-        pytest.skip("no C compiler here")
-    program = tmp_path / "fuzz"
-    flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    paths = [f"-I{ROOT / 'src' / 'cake_hf' / 'chunks'}", str(ROOT / "tests" / "native_fuzz.c"), "-o", str(program)]
-    made = subprocess.run([*command, *flags, *paths], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"this compiler has no AddressSanitizer: {made.stderr.splitlines()[-1:]}")
-    run = subprocess.run([str(program), "1", "1500"], capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-3000:]
-    encoded = int(run.stdout.split()[0])
-    assert encoded > 500

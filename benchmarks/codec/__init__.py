@@ -1,1 +1,1 @@
-"""What the lossless codec costs and saves, on KV that a real model made of real text."""
+"""What the codecs cost and save, on KV that a real model made of real text."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.codec import beside, speed
+from benchmarks.codec import beside, lossy, speed
 from benchmarks.codec.real_kv import RealKv, keep, kept, real_kv
 from benchmarks.figures import Result
 from benchmarks.machine import Machine, disturbance
@@ -24,8 +24,8 @@ from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.testing.haystack import real_text
 
 CODEC_HELP = (
-    "Measure the lossless codec on the KV that a model makes of texts: sizes, decoding and encoding per thread, several "
-    "threads at once, and the main thread's forward beside a thread that loads.\n\n"
+    "Measure the codecs on the KV that a model makes of texts: sizes, decoding and encoding per thread; of the lossless "
+    "one also several threads at once, and the main thread's forward beside a thread that loads.\n\n"
     "Speeds are in GB of raw KV per second of the thread's own CPU time where nothing else is said. Goals never decide the "
     "exit code."
 )
@@ -94,6 +94,8 @@ def _measured(model: Any, texts: Sequence[RealKv], sizes: Sequence[int], rounds:
         for kv in texts:
             tell(f"measuring {kv.name}, chunks of {chunk_size} ...")
             results[f"{kv.name}_{chunk_size}"] = speed.measure(kv, chunk_size, rounds)
+        tell(f"measuring the lossy codecs, chunks of {chunk_size} ...")
+        results[f"lossy_{chunk_size}"] = lossy.measure(texts[0], chunk_size, rounds)
         results[f"header_{chunk_size}"] = speed.measure_header(texts[0], chunk_size, rounds)
         cores = range(1, (os.cpu_count() or 1) + 1)
         results[f"together_{chunk_size}"] = speed.measure_together(texts[0], chunk_size, rounds, cores)

@@ -17,8 +17,8 @@ from cake_hf.chunks.encoded_checks import describe
 from cake_hf.chunks.encoded_header import check_encoded_header, encode_header, encoded_header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless import Codec, Encoded, decode_base_into, decode_into, encode
-from cake_hf.chunks.lossless_native import PORTABLE, NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
+from cake_hf.chunks.native import PORTABLE, NativeCodec, library
 from cake_hf.errors import CakeError
 
 SMALL, QUICK_TO_DECODE, QUICK_TO_ENCODE = Goal(0.71), Goal(4.5, at_most=False), Goal(2.0, at_most=False)

@@ -13,14 +13,15 @@ Python, torch and CUDA in it; one with the 8B model 4 s for its weights, which a
     ceilings          12     20  copies of 1 GiB, a file of 1 GiB written and read, a matrix product
     parity            75     90  16 tiny models x 20 restores of about 0.2 s
     attention         14     20  two layers of the 8B shape, 6 settings x 3 prompts of 4 chunks
-    ttft             155    195  filling 4 GiB: 15; exactness: 8; rounds of 32K, 16K, 8K, 4K tokens x 3: 60 + 27 + 18 + 15
+    ttft             155    185  filling 4 GiB: 15; exactness: 8; rounds of 32K, 16K, 8K, 4K tokens x 3: 60 + 27 + 18 + 15
     loading           42     55  filling 4 GiB: 15; memory: 4; 4 numbers of threads x 3 arms x 3 rounds of 2 GiB: 11
     decoding          28     40  a restore at 32K; 50 steps x 4 of 30 ms, and what cuDNN chooses for each length
-    saving            35     45  3 rounds x 2 arms of 16K, 32 new tokens; 2 GiB made durable 3 times
+    saving            35     40  3 rounds x 2 arms of 16K, 32 new tokens; 2 GiB made durable 3 times
     layerwise         26     30  8 arms x 3 rounds of 16K
     codecs             9     10  in versions that have codecs: more, from what others left
+    device_codec      13     15  two Triton kernels compiled; 3 arms x 3 rounds of one chunk
     serving            9     25  in versions that serve batches: one prefix of 16K, 22 short requests
-    all              405    530
+    all              418    530
 
 What a stage leaves of its limit, the next ones may use; each still gets its own limit, as long as the budget lasts.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check import attention, ceilings, layerwise, newer, parity, single, ttft
+from benchmarks.gpu_check import attention, ceilings, device_codec, layerwise, newer, parity, single, ttft
 from benchmarks.gpu_check.desk import Desk, NotHere
 from benchmarks.gpu_check.outcome import DONE, FAILED, NO_GPU, NOT_HERE, RUNNING, Plain, write
 from benchmarks.gpu_check.sizes import ON_A_GPU, REHEARSAL, Sizes
@@ -29,6 +29,7 @@ RUN: dict[str, Callable[[Desk], None]] = {
     "saving": single.run_saving,
     "layerwise": layerwise.run,
     "codecs": newer.run_codecs,
+    "device_codec": device_codec.run,
     "serving": newer.run_serving,
 }
 

@@ -28,12 +28,13 @@ STAGES = (
     Stage("ceilings", "What the machine can do at best", 20),
     Stage("parity", "Restored prompts, bit for bit", 90),
     Stage("attention", "The first attention, bit for bit", 20),
-    Stage("ttft", "Time to the first token", 195),
+    Stage("ttft", "Time to the first token", 185),
     Stage("loading", "Loading into place", 55),
     Stage("decoding", "Decoding", 40),
-    Stage("saving", "Saving", 45),
+    Stage("saving", "Saving", 40),
     Stage("layerwise", "Layer-wise arrival", 30),
     Stage("codecs", "Smaller KV", 10),
+    Stage("device_codec", "Decoding KV on the device", 15),
     Stage("serving", "One long prefix and many short requests", 25),
 )
 

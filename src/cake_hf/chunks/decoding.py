@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cake_hf.chunks import lossless
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossless import CODEC, Buffer, EncodedSizes
-from cake_hf.chunks.lossy import lossy_method, piece_decoder
-from cake_hf.errors import CorruptChunk
+from cake_hf.chunks.lossy import decode_chunk, lossy_method
 
 
 def decode_into(
@@ -38,20 +35,4 @@ def decode_into(
     if codec == CODEC:
         lossless.decode_into(bases, refinements, sizes, layout, parts)
         return
-    method = lossy_method(codec)
-    if method.decode_chunk is not None and all(layout.channels) and not any(sizes.refinements):
-        method.decode_chunk(bases, sizes, layout, parts)
-        return
-    decode = piece_decoder(method)
-    first, second = np.frombuffer(bases, np.uint8), np.frombuffer(refinements, np.uint8)
-    count, at, end = len(parts), 0, 0
-    if (first.size, second.size) != (sum(sizes.bases[:count]), sum(sizes.refinements[:count])):
-        raise CorruptChunk("An encoded chunk is not as long as its metadata says.")
-    for number, part in enumerate(parts):
-        base = first[at : at + sizes.bases[number]]
-        refinement = second[end : end + sizes.refinements[number]]
-        at, end = at + base.size, end + refinement.size
-        if sizes.is_raw(number, part.nbytes):
-            np.frombuffer(part, np.uint8)[:] = base
-        else:
-            decode(base, refinement, layout.pieces[number], layout.chunk_size, part)
+    decode_chunk(bases, refinements, sizes, layout, parts, lossy_method(codec))

@@ -1,33 +1,13 @@
 /* The lossless codec for bfloat16 KV: an 8-bit base and a 3-bit refinement per number. docs/format.md describes the bytes.
  *
- * Called through ctypes (lossless_native.py), once per chunk; lossless_numpy.py makes and reads the same bytes. Compiles with gcc
- * and clang. Each kernel works on whole blocks of 256 numbers; the AVX2 kernels are chosen at run time. Nothing is read or
- * written outside the given buffers, whatever they contain.
+ * lossless_numpy.py makes and reads the same bytes. Each kernel works on whole blocks of 256 numbers. Nothing is read or written
+ * outside the given buffers, whatever they contain.
  */
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native.h"
 
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "The encoded bytes are those of a little-endian machine."
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,popcnt")))
-#endif
-
-#define API __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-
-enum { ABI = 1 };                                            /* of the functions below; lossless_native.py expects it */
 enum { BLOCK = 256, LANES = 32, REST = 96 };                 /* numbers of a block and of a vector; bytes of its refinement */
 enum { WINDOW = 7, ESCAPE = 7, LOWEST = 6, HIGHEST = 254 };  /* exponents of a window; code of those outside; bounds of its top */
 enum { SAMPLED = 64, CANDIDATES = 4, TABLES = 3 + CANDIDATES };  /* tokens that decide about a window; tops that are tried */
-enum { OK, BAD_SIZES, BAD_TABLE, BAD_ESCAPES, NO_MEMORY };   /* lossless_native.py names them */
-enum { AUTOMATIC, PORTABLE, VECTOR };                        /* variants */
-
-static const int64_t MOST_CHANNELS = 1 << 20, MOST_BYTES = (int64_t)1 << 40;
 
 typedef struct {       /* where the escaped exponents of a piece are read from, or written to */
   uint8_t *at;
@@ -199,21 +179,6 @@ static AVX2 int encode_avx2(const uint8_t *in, uint8_t *codes, uint8_t *rest, co
 }
 #endif
 
-INLINE int has_vectors(int variant) {
-#ifdef AVX2
-  return variant != PORTABLE && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
-#else
-  (void)variant;
-  return 0;
-#endif
-}
-
-#ifdef AVX2
-#define CHOOSE(variant, kernel) (has_vectors(variant) ? kernel##_avx2 : kernel##_portable)
-#else
-#define CHOOSE(variant, kernel) ((void)(variant), kernel##_portable)
-#endif
-
 /* ---- whole pieces */
 
 /* Repeats a table of window tops, so that those of any block lie in a row. */
@@ -344,9 +309,6 @@ static int64_t encode_piece(Encode *encode, Choose *choose, const uint8_t *in, i
 /* ---- the interface */
 
 API int cake_abi(void) { return ABI; }
-
-/* Whether `variant` AUTOMATIC means the AVX2 kernels here. */
-API int cake_has_vectors(void) { return has_vectors(AUTOMATIC); }
 
 /* Decodes the pieces of a chunk. Of each, `rows` has: base, its bytes, refinement, its bytes, destination, its bytes, channels.
  * Without channels the base is the piece itself. With `near` the base alone is decoded.

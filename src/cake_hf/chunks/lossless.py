@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.lossless_native import NativeCodec, library
 from cake_hf.chunks.lossless_numpy import NumpyCodec
+from cake_hf.chunks.native import NativeCodec, library
 from cake_hf.errors import CorruptChunk
 from cake_hf.util.forks import cached_property
 

@@ -7,14 +7,14 @@ shrink. So do the pieces of sliding windows: what a window holds is the recent p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.chunks.lossless import Encoded, EncodedSizes
+from cake_hf.chunks.lossless import Buffer, Encoded, EncodedSizes
 from cake_hf.chunks.lossy.method import Method, Role, Shape
 from cake_hf.chunks.lossy.numbers import all_finite, from_float32, to_float32
 from cake_hf.chunks.lossy.scales import NotRepresentable
@@ -31,6 +31,11 @@ def is_coded(piece: Piece) -> bool:
     return piece.dtype in LOSSY_DTYPES and not piece.windowed
 
 
+def is_values(piece: Piece) -> bool:
+    """Returns whether a piece has the values of a layer; otherwise keys, or what an indexer keeps."""
+    return piece.name.endswith("values")
+
+
 def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Encoded:
     """Encodes a chunk, and replaces its numbers by those that it decodes to.
 
@@ -39,6 +44,11 @@ def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Enco
         layout: of the chunk.
         method: of encoding.
     """
+    if payload.readonly or payload.nbytes != layout.nbytes:
+        raise ValueError(f"{payload.nbytes} bytes cannot be coded in place: writable, they are {layout.nbytes}.")
+    encoded = None if method.whole is None else method.whole.encode(payload, layout)
+    if encoded is not None:
+        return encoded
     numbers, at = np.frombuffer(payload, np.uint8), 0
     bases: list[Bytes] = []
     refinements: list[Bytes] = []
@@ -58,16 +68,43 @@ def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Enco
     return Encoded(_joined(bases), _joined(refinements), sizes)
 
 
-def piece_decoder(method: Method) -> Callable[[Bytes, Bytes, Piece, int, memoryview], None]:
-    """Returns a function that decodes one encoded piece: (base, refinement, piece, tokens, where it goes).
+def decode_chunk(
+    bases: Buffer,
+    refinements: Buffer,
+    sizes: EncodedSizes,
+    layout: ChunkLayout,
+    parts: Sequence[memoryview],
+    method: Method,
+) -> None:
+    """Decodes the first pieces of a chunk into writable buffers.
 
-    The function raises CorruptChunk if the bytes are not as the encoder makes them.
+    Args:
+        bases: of these pieces, back to back.
+        refinements: likewise.
+        sizes: of the whole chunk, checked.
+        layout: of the chunk.
+        parts: where the pieces go; as many as are decoded.
+        method: by which the chunk is encoded.
+
+    Raises:
+        CorruptChunk: the bytes are not as the encoder makes them.
     """
-
-    def decode(base: Bytes, refinement: Bytes, piece: Piece, tokens: int, part: memoryview) -> None:
-        np.frombuffer(part, np.uint8)[:] = _decoded(base, refinement, piece, tokens, method)
-
-    return decode
+    first, second, count = np.frombuffer(bases, np.uint8), np.frombuffer(refinements, np.uint8), len(parts)
+    if tuple([part.nbytes for part in parts]) != layout.sizes[:count]:
+        raise ValueError("These are not the sizes and places of that layout's pieces.")
+    if (first.size, second.size) != (sum(sizes.bases[:count]), sum(sizes.refinements[:count])):
+        raise CorruptChunk("An encoded chunk is not as long as its metadata says.")
+    if method.whole is not None and method.whole.decode(bases, refinements, sizes, layout, parts):
+        return
+    at, end = 0, 0
+    for number, part in enumerate(parts):
+        base = first[at : at + sizes.bases[number]]
+        refinement = second[end : end + sizes.refinements[number]]
+        at, end = at + base.size, end + refinement.size
+        raw = sizes.is_raw(number, part.nbytes)
+        piece = layout.pieces[number]
+        decoded = base if raw else _decoded(base, refinement, piece, layout.chunk_size, method)
+        np.frombuffer(part, np.uint8)[:] = decoded
 
 
 def _coded(raw: Bytes, piece: Piece, layout: ChunkLayout, method: Method) -> tuple[Bytes, Bytes, Bytes] | None:
@@ -94,7 +131,7 @@ def _decoded(base: Bytes, refinement: Bytes, piece: Piece, tokens: int, method: 
 
 
 def _role(piece: Piece, layers: int) -> Role:
-    return Role(piece.name.endswith("values"), min(piece.layer, layers - 1) / layers)
+    return Role(is_values(piece), min(piece.layer, layers - 1) / layers)
 
 
 def _joined(parts: list[Bytes]) -> memoryview:

@@ -67,9 +67,10 @@ class Groups:
         The lowest value is not above, and lowest value and `levels` steps not below any number of the group, so each number
         is within half a step of one of these values.
         """
-        axis = 2 if self._values else 1
-        lowest = half_below(numbers.min(axis, keepdims=True))
-        return half_above((numbers.max(axis, keepdims=True) - lowest) / np.float32(levels)), lowest
+        # Of zeros with different signs, numpy finds either one. The sum has the positive zero for both.
+        axis, zero = 2 if self._values else 1, np.float32(0)
+        lowest = half_below(numbers.min(axis, keepdims=True) + zero)
+        return half_above((numbers.max(axis, keepdims=True) + zero - lowest) / np.float32(levels)), lowest
 
 
 def places(numbers: Numbers, step: Numbers, lowest: Numbers) -> Numbers:

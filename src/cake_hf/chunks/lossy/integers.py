@@ -17,6 +17,7 @@ import numpy as np
 
 from cake_hf.chunks.lossy.groups import Groups, places
 from cake_hf.chunks.lossy.method import Method, Role, Shape
+from cake_hf.chunks.lossy.native import GROUPED, Kernels
 from cake_hf.chunks.lossy.scales import from_words, in_words, normalised, packed, unnormalised, unpacked
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def _decode(bits: int, size: int, base: Bytes, refinement: Bytes, shape: Shape, 
 
 
 def _method(name: str, bits: int, size: int) -> Method:
-    return Method(name, "1", partial(_encode, bits, size), partial(_decode, bits, size))
+    whole = Kernels(GROUPED, bits, size)
+    return Method(name, "1", partial(_encode, bits, size), partial(_decode, bits, size), whole=whole)
 
 
 INT8, INT4, KIVI2 = _method("int8", 8, 0), _method("int4", 4, 32), _method("kivi2", 2, 32)

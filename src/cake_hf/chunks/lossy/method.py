@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.lossless import Buffer, EncodedSizes
+from cake_hf.chunks.lossless import Buffer, Encoded, EncodedSizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # brings much that nothing else needs
@@ -45,6 +45,18 @@ class Shape(NamedTuple):
         return self.heads * self.head_dim
 
 
+class WholeChunks(Protocol):
+    """Encodes and decodes whole chunks, with the same result as piece by piece."""
+
+    def encode(self, payload: memoryview, layout: ChunkLayout) -> Encoded | None:
+        """See `coding.code_chunk`; returns None, and does nothing, if the pieces of such a chunk must be encoded one by one."""
+
+    def decode(
+        self, bases: Buffer, refinements: Buffer, sizes: EncodedSizes, layout: ChunkLayout, parts: Sequence[memoryview]
+    ) -> bool:
+        """See `coding.decode_chunk`; returns False, and does nothing, if the pieces must be decoded one by one."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A lossy codec. Both functions are deterministic, and neither depends on threads or on the processor.
@@ -55,8 +67,7 @@ class Method:
         encode: returns base and refinement of a piece; the refinement is empty unless the codec has layers.
         decode: returns the numbers, from base and refinement; raises CorruptChunk if they are not as the encoder makes them.
         decode_base: returns the coarser numbers that the base alone gives; None if the codec has no layers.
-        decode_chunk: decodes the first pieces of a chunk of bfloat16 KV at once: (bases, sizes, layout, where they go). None if
-            pieces are decoded one by one.
+        whole: encodes and decodes whole chunks; None if their pieces are encoded and decoded one by one.
         library: that has to be installed, by the name of its module; empty for none.
     """
 
@@ -65,5 +76,5 @@ class Method:
     encode: Callable[[Numbers, Role], tuple[Bytes, Bytes]]
     decode: Callable[[Bytes, Bytes, Shape, Role], Numbers]
     decode_base: Callable[[Bytes, Shape, Role], Numbers] | None = None
-    decode_chunk: Callable[[Buffer, EncodedSizes, ChunkLayout, Sequence[memoryview]], None] | None = None
+    whole: WholeChunks | None = None
     library: str = ""

@@ -19,6 +19,7 @@ import numpy as np
 
 from cake_hf.chunks.lossy.groups import Groups, places
 from cake_hf.chunks.lossy.method import Method, Role, Shape
+from cake_hf.chunks.lossy.native import LAYERED, Kernels
 from cake_hf.chunks.lossy.scales import from_words, in_words, normalised, packed, unnormalised, unpacked
 
 if TYPE_CHECKING:
@@ -57,4 +58,4 @@ def _decoded(base: Bytes, shape: Shape, role: Role, lower: Numbers) -> Numbers:
     return groups.joined(numbers)
 
 
-QUANTSPEC = Method("quantspec", "1", _encode, _decode, _decode_base)
+QUANTSPEC = Method("quantspec", "1", _encode, _decode, _decode_base, Kernels(LAYERED, 4, SIZE))

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cake_hf.chunks.lossy.method import Method, Role, Shape
+from cake_hf.chunks.lossy.native import ROTATED, Kernels
 from cake_hf.chunks.lossy.scales import from_words, in_words, normalised, packed, unnormalised, unpacked
 
 if TYPE_CHECKING:
     from cake_hf.chunks.lossy.method import Bytes, Numbers
 
 STEP = np.float32(0.3352)
+_SIGNS = hashlib.sha256(b"cake_hf rot4").digest()
 
 
 def _encode(numbers: Numbers, role: Role) -> tuple[Bytes, Bytes]:
@@ -36,7 +38,8 @@ def _encode(numbers: Numbers, role: Role) -> tuple[Bytes, Bytes]:
     scaled, exponent = normalised(numbers)
     means: list[Numbers] = []
     if not role.values:
-        mean = np.add.reduce(scaled, 0) / np.float32(shape.tokens)  # row by row, so in a defined order
+        # `np.add.reduce` has no order for one channel.
+        mean = (np.add.accumulate(scaled, 0)[-1] + np.float32(0)) / np.float32(shape.tokens)
         means = [mean.astype(np.float16).astype(np.float32)]
         scaled = scaled - means[0]
     turned = _turned(np.ascontiguousarray(scaled.reshape(-1, shape.head_dim).T) * _signs(shape.head_dim))
@@ -97,8 +100,8 @@ def _parts(head_dim: int) -> tuple[int, ...]:
 @cache
 def _signs(head_dim: int) -> Numbers:
     """Returns 1 or -1 for each number of a vector, `[head_dim, 1]`: the bits of a digest, again and again."""
-    bits = np.unpackbits(np.frombuffer(hashlib.sha256(b"cake_hf rot4").digest(), np.uint8))
+    bits = np.unpackbits(np.frombuffer(_SIGNS, np.uint8))
     return (1 - 2 * np.resize(bits, (head_dim, 1)).astype(np.float32)).astype(np.float32)
 
 
-ROT4 = Method("rot4", "1", _encode, _decode)
+ROT4 = Method("rot4", "1", _encode, _decode, whole=Kernels(ROTATED, 4, signs=_SIGNS))

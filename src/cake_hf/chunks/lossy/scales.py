@@ -38,10 +38,10 @@ def normalised(numbers: Numbers) -> tuple[Numbers, int]:
     Raises:
         NotRepresentable: they are all too small, and not all zero; or one is too large.
     """
-    largest = float(np.abs(numbers).max(initial=0.0))
+    largest = int((numbers.view(np.uint32) & np.uint32(2**31 - 1)).max(initial=0))
     if not largest:
         return np.zeros_like(numbers), SMALLEST
-    exponent = int(np.frexp(np.float32(largest))[1])
+    exponent = (largest >> 23) - 126
     if not SMALLEST <= exponent <= LARGEST:
         raise NotRepresentable
     return numbers * np.float32(2.0 ** (TOP - exponent)), exponent

@@ -1,4 +1,5 @@
-"""The lossless codec in C, where the library of `lossless.c` was built: one call per chunk, during which other threads run."""
+"""The codecs in C, where the library of `lossless.c` and `lossy/lossy.c` was built: one call per chunk, during which other
+threads run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,16 +20,21 @@ if TYPE_CHECKING:
     Sizes = NDArray[np.int64]
 Library = ctypes.CDLL
 
-LIBRARY = Path(__file__).with_name("_lossless.so")
+LIBRARY = Path(__file__).with_name("_native.so")
 """Made by `python scripts/build_native.py`, and by installing the package."""
 
-ABI = 1
+ABI = 2
 """Of the library's functions. A library left over from another version is not used."""
 
 AUTOMATIC, PORTABLE, VECTOR = 0, 1, 2
 """Variants of the kernels: AVX2 where the processor has it, or the portable ones."""
 
-_FAULTS = {1: "has a wrong size", 2: "has an unusable window", 3: "has too few or too many escapes"}
+_FAULTS = {
+    1: "has a wrong size",
+    2: "has an unusable window",
+    3: "has too few or too many escapes",
+    5: "has scales that no encoder writes",
+}
 _NO_MEMORY = 4
 _REFINEMENT_BLOCK, _REFINEMENT_BYTES = 512, 96
 """So many bytes of a piece have so many bytes of refinement."""
@@ -43,16 +49,42 @@ def library(path: Path = LIBRARY) -> Library | None:
             return None
     except (OSError, AttributeError):
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.cake_encode.argtypes = [ctypes.c_int, number, pointer, pointer, number, pointer, number]
-    loaded.cake_encode.restype = number
-    loaded.cake_decode.argtypes = [ctypes.c_int, ctypes.c_int, number, pointer]
-    loaded.cake_decode.restype = number
+    choice: Any = ctypes.c_int
+    pointer: Any = ctypes.c_void_p
+    number: Any = ctypes.c_int64
+    scheme, outputs = [choice, choice, number, pointer, number], [pointer, number, pointer, number]
+    loaded.cake_encode.argtypes = [choice, number, pointer, *outputs]
+    loaded.cake_decode.argtypes = [choice, choice, number, pointer]
+    loaded.cake_lossy_encode.argtypes = [choice, *scheme, number, pointer, *outputs]
+    loaded.cake_lossy_decode.argtypes = [choice, *scheme, number, pointer]
+    for function in (loaded.cake_encode, loaded.cake_decode, loaded.cake_lossy_encode, loaded.cake_lossy_decode):
+        function.restype = number
     return loaded
 
 
+def refuse(result: int) -> None:
+    """Raises what a result of the library means.
+
+    Raises:
+        CorruptChunk: encoded bytes are wrong.
+        MemoryError: there was none.
+    """
+    if result == 0:
+        return
+    number, fault = divmod(result, 256)
+    if fault == _NO_MEMORY:
+        raise MemoryError("There is no memory for the codec.")
+    raise CorruptChunk(f"Encoded piece {number} {_FAULTS[fault]}.")
+
+
+def addresses(parts: Sequence[memoryview]) -> list[int]:
+    """Returns the addresses of writable, non-empty buffers."""
+    address, byte = ctypes.addressof, ctypes.c_char
+    return [address(byte.from_buffer(part)) for part in parts]
+
+
 class NativeCodec:
-    """Encodes and decodes the pieces of a chunk.
+    """The lossless codec: encodes and decodes the pieces of a chunk.
 
     Args:
         loaded: the library.
@@ -73,7 +105,7 @@ class NativeCodec:
         rows[:, 1] = nbytes
         rows[:, 2] = channels
         outputs = (bases.ctypes.data, bases.nbytes, refinements.ctypes.data, refinements.nbytes)
-        _refuse(self._library.cake_encode(self._variant, len(rows), rows.ctypes.data, *outputs))
+        refuse(self._library.cake_encode(self._variant, len(rows), rows.ctypes.data, *outputs))
         encoded = rows[:, 3:].copy()
         base_bytes, refinement_bytes = encoded.sum(0).tolist()
         return bases[:base_bytes], refinements[:refinement_bytes], encoded
@@ -87,23 +119,7 @@ class NativeCodec:
         rows[:, 0] = bases.ctypes.data + starts[:, 0]
         rows[:, 2] = 0 if refinements is None else refinements.ctypes.data + starts[:, 1]
         rows[:, 1:4:2] = sizes
-        address, byte = ctypes.addressof, ctypes.c_char
-        rows[:, 4] = [address(byte.from_buffer(part)) for part in parts]
+        rows[:, 4] = addresses(parts)
         rows[:, 5] = [part.nbytes for part in parts]
         rows[:, 6] = channels
-        _refuse(self._library.cake_decode(self._variant, refinements is None, len(rows), rows.ctypes.data))
-
-
-def _refuse(result: int) -> None:
-    """Raises what a result of the library means.
-
-    Raises:
-        CorruptChunk: encoded bytes are wrong.
-        MemoryError: there was none.
-    """
-    if result == 0:
-        return
-    number, fault = divmod(result, 256)
-    if fault == _NO_MEMORY:
-        raise MemoryError("There is no memory for the codec.")
-    raise CorruptChunk(f"Encoded piece {number} {_FAULTS[fault]}.")
+        refuse(self._library.cake_decode(self._variant, refinements is None, len(rows), rows.ctypes.data))
