@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 import cake_hf
 from cake_hf import CakeError, MemoryStore, Report
@@ -277,30 +276,13 @@ def test_ids_of_requests_under_way_are_refused(begun: bool) -> None:
 # What is not restored yet.
 
 
-def test_sliding_windows_are_computed_plainly_and_say_why() -> None:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=32,
-        pad_token_id=0,
-    )
-    model: Any = MistralForCausalLM(config).eval()
-    store = MemoryStore()
-    tokens, reports = served(model, COMPANY, store)
-    assert tokens == plain(model, COMPANY)
-    assert "sliding windows" in reports[1].reason
-    assert reports[1].restored == len(list(store.keys())) == 0
-    assert reports[1].prefill_seconds > 0
-
-
 @pytest.mark.parametrize(
     ("what", "value", "words"),
-    [("ranks", 2, "tensor-parallel"), ("block_bytes", 7, "another layout"), ("step_tokens", 8, "at most 8 tokens")],
+    [
+        ("ranks", 2, "tensor-parallel"),
+        ("block_bytes", (7, 0), "another layout"),
+        ("step_tokens", 8, "at most 8 tokens"),
+    ],
 )
 def test_engines_that_are_not_restored_say_why(
     what: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.serving.beliefs import Beliefs
-from cake_hf.serving.ledger import Chunk, Ledger, Load
+from cake_hf.serving.ledger import Chunk, Ledger, Load, WindowLoads
 from waiting import PATIENCE
 
 MOVES = st.lists(
@@ -19,13 +19,23 @@ MOVES = st.lists(
 )
 
 
+@st.composite
+def window_loads(draw: st.DrawFn, stored: list[bool]) -> WindowLoads:
+    """No windows, or some of any reach, which loads bring at least at the end of each run of stored chunks."""
+    reach = draw(st.integers(0, 3))
+    ends = [i for i, has in enumerate(stored) if has and (i + 1 == len(stored) or not stored[i + 1])]
+    wanted = {i for end in ends for i in range(max(0, end + 1 - reach), end + 1) if stored[i]}
+    return WindowLoads(frozenset(wanted), reach, draw(st.floats(1.0, 10.0)))
+
+
 @given(stored=st.lists(st.booleans(), min_size=1, max_size=8), moves=MOVES, data=st.data())
 def test_each_chunk_is_there_once_and_the_front_never_goes_back(
     stored: list[bool], moves: list[str], data: st.DataObject
 ) -> None:
-    now = 0.0
-    ledger, under_way, landing, computing = Ledger(stored, lambda: now), [], [], False
+    now, windows = 0.0, data.draw(window_loads(stored))
+    ledger, under_way, landing, computing = Ledger(stored, lambda: now, windows), [], [], False
     brought: list[int] = []
+    held: set[int] = set()  # windows that are at hand
     for move in moves:
         now += 1.0
         front = ledger.front
@@ -42,22 +52,37 @@ def test_each_chunk_is_there_once_and_the_front_never_goes_back(
             load = landing.pop()
             assert ledger.settle(load, Outcome.LOADED)
             brought.append(load.chunk)
+            held |= {load.chunk} & windows.chunks
         elif move == "lose" and under_way:
             ledger.settle(under_way.pop(), Outcome.ERROR)
         elif move == "begin" and not computing and ledger.advance() is not None:
             computing = ledger.begin()
         elif move == "computed" and computing:
-            brought.append(ledger.computed())
-            computing = False
-        elif move == "advance":
+            index, computing = ledger.computed(), False
+            held |= set(range(index + 1))
+            if not ledger.again:
+                brought.append(index)
+        elif move == "advance" and not computing:
             ledger.advance()
         elif move == "late":
             ledger.give_up_late(now - 10.0)
         assert ledger.front >= front
+        assert set(range(max(0, ledger.front - windows.reach), ledger.front)) <= held
     assert len(brought) == len(set(brought))
     there = {index for index in range(len(stored)) if ledger.state(index) in (Chunk.LOADED, Chunk.COMPUTED)}
     assert there == set(brought)
     assert set(range(ledger.front)) <= there
+    for load in landing:
+        ledger.settle(load, Outcome.LOADED)
+    for load in under_way:
+        ledger.settle(load, Outcome.ERROR)
+    if computing:
+        ledger.computed()
+    ledger.close_loading()
+    while ledger.advance() is not None:
+        assert ledger.begin()
+        ledger.computed()
+    assert ledger.front == len(stored)
 
 
 def test_the_end_waits_for_a_copy_that_is_under_way_and_lets_nothing_land_behind_it() -> None:

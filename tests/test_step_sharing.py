@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import pytest
@@ -12,10 +13,13 @@ from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.planner import plan
 from cake_hf.scheduling.step_sharing import (
     AGEING,
+    RECENT,
     StallBudget,
+    Traffic,
     first_front,
     holds_back,
     is_worth_computing,
+    is_worth_delaying,
     loads_wait,
     next_load,
     remaining_seconds,
@@ -58,6 +62,64 @@ def test_a_load_that_never_comes_is_overtaken(f: float, left: int, load: float, 
     assert is_worth_computing(f, left, load, patience, threads)
     assert is_worth_computing(f, left, load, 2 * patience, threads)
     assert loads_wait(left, load, 1000 * patience, threads) > loads_wait(left, load, patience, threads)
+
+
+def steady(interval: float, share: float) -> tuple[Traffic, float]:
+    """Requests that came at that interval and take that share of the time, and when the last one came."""
+    traffic = Traffic()
+    for number in range(2 * RECENT):
+        traffic.worked(share * interval)
+        traffic.came(1, number * interval)
+    return traffic, (2 * RECENT - 1) * interval
+
+
+@given(step=seconds, interval=st.floats(0.01, 1.0), share=st.floats(0.0, 0.9), offset=st.floats(0.0, 1.0))
+def test_a_step_delays_the_requests_that_come_until_its_backlog_is_worked_off(
+    step: float, interval: float, share: float, offset: float
+) -> None:
+    traffic, now = steady(interval, share)
+    waits, number = 0.0, 0
+    while (left := step - (offset + number) * interval * (1 - share)) > 0:
+        waits, number = waits + left, number + 1
+    expected = traffic.delay(step, now)
+    assert waits == pytest.approx(expected, abs=step)  # they come one by one, not evenly
+    assert traffic.delay(2 * step, now) == pytest.approx(4 * expected)
+
+
+@given(step=seconds, interval=st.floats(0.01, 1.0), share=st.floats(0.0, 0.9))
+def test_the_more_requests_the_more_delay_and_silence_is_believed(step: float, interval: float, share: float) -> None:
+    traffic, now = steady(interval, share)
+    busier, then = steady(interval, share / 2 + 0.5)
+    assert busier.delay(step, then) >= traffic.delay(step, now)
+    rarer, then = steady(2 * interval, share)
+    assert rarer.delay(step, then) <= traffic.delay(step, now)
+    assert traffic.delay(step, now + 3 * interval) < traffic.delay(step, now)
+    assert traffic.delay(step, now + 1e9) < 1e-6
+
+
+@given(step=seconds, interval=st.floats(0.01, 1.0), more=st.floats(1.1, 3.0))
+def test_an_engine_that_cannot_keep_up_has_no_time_to_spare(step: float, interval: float, more: float) -> None:
+    traffic, now = steady(interval, more)
+    assert math.isinf(traffic.delay(step, now))
+
+
+@given(step=seconds, requests=counts, now=st.floats(0.0, 100.0))
+def test_one_burst_says_nothing_of_what_will_come(step: float, requests: int, now: float) -> None:
+    traffic = Traffic()
+    traffic.came(requests, now)
+    traffic.worked(step)
+    assert traffic.delay(step, now) == 0.0
+
+
+@given(left=st.integers(1, 20), load=seconds, threads=st.integers(1, 4), delay=st.floats(0.0, 10.0))
+def test_a_chunk_is_computed_if_its_load_takes_longer_than_the_others_wait(
+    left: int, load: float, threads: int, delay: float
+) -> None:
+    assert is_worth_delaying(left, load, 0.0, threads, delay) == (left * load >= left * delay)
+    assert is_worth_delaying(left, load, 0.0, threads, 0.0)
+    assert not is_worth_delaying(left, load, 0.0, threads, math.inf)
+    patience = min(left, threads) * load + left * delay + 1e-6
+    assert is_worth_delaying(left, load, patience, threads, delay)  # a load that never comes is overtaken
 
 
 @given(f=seconds, load=st.none() | seconds, remaining=seconds, queued=seconds, waited=st.floats(0.0, 100.0))

@@ -23,7 +23,8 @@ from cake_hf.serving.loads import Loaders
 from cake_hf.serving.manager import BatchingManager
 from cake_hf.serving.restore import Restore
 
-PATIENCE = 60.0
+POLL = 0.1
+"""Seconds after which an engine with nothing to run looks again what it can do, as transformers has it."""
 
 
 class Arrival(NamedTuple):
@@ -62,7 +63,10 @@ PATIENCE = 600.0
 
 
 class SerialLoaders(Loaders):
-    """Loads without threads: up to two are under way, and one arrives every `interval` seconds of the virtual clock."""
+    """Loads without threads: up to two are under way, and one arrives every `interval` seconds of the virtual clock.
+
+    As threads would, a load that ends while a step runs makes room for the next one at once.
+    """
 
     interval = 0.0
     most = 2
@@ -75,19 +79,19 @@ class SerialLoaders(Loaders):
         self._reader = self.new_reader()
 
     def _start(self) -> None:
-        """There are no threads."""
+        """Claims what can be claimed."""
+        while len(self._under_way) < self.most and (claimed := self._claim()) is not None:
+            self._line = max(self._line, self._clock()) + self.interval
+            self._under_way.append((self._line, *claimed))
 
     def pump(self, clock: VirtualClock) -> None:
-        """Claims what can be claimed, and brings what has arrived by now."""
-        while True:
-            while len(self._under_way) < self.most and (claimed := self._claim()) is not None:
-                self._line = max(self._line, clock.now()) + self.interval
-                self._under_way.append((self._line, *claimed))
-            if not self._under_way or self._under_way[0][0] > clock.now():
-                return
+        """Brings what has arrived by now."""
+        now = clock.now()
+        while self._under_way and self._under_way[0][0] <= now:
             at, restore, load = self._under_way.pop(0)
             with clock.frozen(at):
                 self._count(restore, load, self._load(restore, load, self._reader))
+                self._start()
 
     def next_event(self) -> float | None:
         """When the next load arrives; None if none is under way."""
@@ -138,9 +142,10 @@ class VirtualManager(BatchingManager):
     def clock(self) -> float:
         return self.virtual.now()
 
-    def loaders_for(self, layout: Any, blocks: Any) -> Loaders:
+    def loaders_for(self, layout: Any, blocks: Any, windows: Any) -> Loaders:
+        device = torch.device("cpu")
         loaders = SerialLoaders(
-            self._session.bound_store, layout, blocks, self._beliefs, torch.device("cpu"), self.wake, self.clock
+            self._session.bound_store, layout, blocks, windows, self._beliefs, device, self.wake, self.clock
         )
         loaders.set_up(self._interval)
         return loaders
@@ -150,6 +155,13 @@ class VirtualManager(BatchingManager):
         for index, seconds in enumerate(chunks):
             self._beliefs.saw_chunk(index, seconds)
         self._beliefs.saw_arrival(self._interval)
+
+    def _await_comparisons(self) -> None:
+        """Waits for the audit's reads, which are of another thread."""
+        for restore in self._requests.under_way():
+            for comparison in restore.comparisons:
+                while not comparison.is_over():
+                    time.sleep(0.001)
 
     def run(self, arrivals: Sequence[Arrival], new: int) -> Run:
         """Answers all requests with `new` tokens each."""
@@ -167,9 +179,11 @@ class VirtualManager(BatchingManager):
                     self._requests.desk.wait(PATIENCE)
                     if loaders is not None:
                         loaders.pump(clock)
+                        self._await_comparisons()
                 if not processor.prepare_next_batch():
                     comes = loaders.next_event() if loaders is not None else None
-                    if events := [at for at in (later[0].at if later else None, comes) if at is not None]:
+                    looks_again = clock.now() + POLL if loaders is not None else None
+                    if events := [at for at in (later[0].at if later else None, comes, looks_again) if at is not None]:
                         before = clock.skipped
                         clock.skip_to(min(events))
                         run.idle += clock.skipped - before

@@ -29,7 +29,7 @@ class Workload:
         shorts: number of short prompts.
         scale: of their lengths.
         new: tokens of each answer.
-        spread: seconds over which the short prompts come; 0 for at once.
+        spread: seconds over which the short prompts come, and the long one after a quarter of them; 0 for all at once.
         dtype: of the model.
     """
 
@@ -55,11 +55,11 @@ class Workload:
         return document, [some(lengths[i]) for i in order]
 
     def arrivals(self, vocabulary: int) -> list[Arrival]:
-        """Returns the requests: the long one first."""
+        """Returns the requests; the long one is the first in the list."""
         document, shorts = self.prompts(vocabulary)
         count = max(1, len(shorts))
         return [
-            Arrival(0.0, "document", document),
+            Arrival(self.spread / 4, "document", document),
             *(Arrival(self.spread * (i + 1) / count, f"short {i:02}", ids) for i, ids in enumerate(shorts)),
         ]
 
@@ -97,6 +97,7 @@ class Bench:
     Attributes:
         compute: seconds to compute each chunk of the prefix, alone.
         alone: seconds to the first token of the long prompt, if it is computed alone.
+        decoding: seconds of the other tokens of its answer.
         others: seconds that the short prompts take without it.
     """
 
@@ -112,6 +113,7 @@ class Bench:
         for spans in zip(first.reports["document"].timeline, again.reports["document"].timeline, strict=True):
             self.compute.append(min(span.end - span.start for span in spans))
         self.alone = min(one.ttft["document"] for one in (first, again))
+        self.decoding = min(one.span - one.ttft["document"] for one in (first, again))
         self.others = self.run("plain", arrivals=[Arrival(0.0, *one[1:]) for one in self._arrivals[1:]]).span
         self._arrivals = replace(load, spread=spread * self.alone).arrivals(vocabulary)
 
@@ -157,5 +159,5 @@ class Bench:
     def bound(self, share: float) -> float:
         """Returns the seconds before which no schedule can end: short prompts and front on one side, loads on the other."""
         load, n = share * self.alone / self.load.chunks, self.load.chunks
-        suffix = max(0.0, self.alone - sum(self.compute))
-        return suffix + min(max(self.others + sum(self.compute[:k]), (n - k) * load) for k in range(n + 1))
+        behind = max(0.0, self.alone - sum(self.compute)) + self.decoding
+        return behind + min(max(self.others + sum(self.compute[:k]), (n - k) * load) for k in range(n + 1))

@@ -51,7 +51,7 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
     usable, state = _usable(prompt)
     return RestorePlan(
         usable,
-        _windows(usable, prompt.blocks, reach),
+        windows_to_load(usable, prompt.blocks, reach),
         state,
         loads=session.strategy is not Strategy.COMPUTE and any(usable),
         ranges=_ranges(session, prompt, costs) if by_layers else 1,
@@ -81,6 +81,25 @@ def window_begin(named: Sequence[Block], stop: int, reach: int) -> int:
     return begin
 
 
+def windows_to_load(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
+    """Chooses the windows to load: those that the model needs at the end, and wherever it continues after loaded chunks.
+
+    Args:
+        usable: which chunks are loaded.
+        named: all of them.
+        reach: how many tokens the longest window reaches back.
+
+    Returns:
+        The chunks, and the offset of each one's windows in a buffer for all of them, in tokens.
+    """
+    wanted: set[int] = set()
+    for stop in range(1, len(usable) + 1):
+        if usable[stop - 1] and (stop == len(usable) or not usable[stop]):
+            wanted.update(index for index in range(window_begin(named, stop, reach), stop) if usable[index])
+    ends = accumulate(named[index].tokens for index in sorted(wanted))
+    return {index: end - named[index].tokens for index, end in zip(sorted(wanted), ends, strict=True)}
+
+
 def _ranges(session: Session, prompt: Prompt, costs: Costs) -> int:
     store = session.bound_store.store
     if not store.reads_ranges:
@@ -103,13 +122,3 @@ def _between_states(stored: Sequence[bool], states: Sequence[bool]) -> tuple[int
         elif states[index] and begin + len(stored) - index - 1 < fewest:
             best, fewest = (begin, index), begin + len(stored) - index - 1
     return best
-
-
-def _windows(usable: Sequence[bool], named: Sequence[Block], reach: int) -> dict[int, int]:
-    """Chooses the windows to load: those that the model needs at the end, and wherever it continues after loaded chunks."""
-    wanted: set[int] = set()
-    for stop in range(1, len(usable) + 1):
-        if usable[stop - 1] and (stop == len(usable) or not usable[stop]):
-            wanted.update(index for index in range(window_begin(named, stop, reach), stop) if usable[index])
-    ends = accumulate(named[index].tokens for index in sorted(wanted))
-    return {index: end - named[index].tokens for index, end in zip(sorted(wanted), ends, strict=True)}

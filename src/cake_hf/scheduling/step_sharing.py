@@ -2,11 +2,14 @@
 
 An engine (continuous batching) runs one step after another. A restore's front takes steps of its own, one chunk each, while its
 back is loaded beside all steps. The symbols are those of `planner`: f is the time to compute the chunk at the front, l the time
-to load a chunk, R the time that the restore still takes at best (T*).
+to load a chunk, R the time that the restore still takes at best (T*). Those of queueing theory are lambda, the requests that
+come per second, and rho, the share of the engine's time that they take.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,28 +21,32 @@ AGEING = 0.05
 """A front that has waited for a step counts as shorter by this share of its wait, so that it is never left behind for ever."""
 
 
-def remaining_seconds(compute: Sequence[float], stored: Sequence[bool], load_seconds: float) -> float:
+RECENT = 16
+"""Arrivals that lambda and rho are measured over: enough to even out chance, few enough to notice a change soon."""
+
+
+def remaining_seconds(compute: Sequence[float], loads: Sequence[float], load_seconds: float) -> float:
     """Returns R: the least time until all chunks are there, with the whole machine and the whole path for this restore.
 
     The formula of `planner.plan`: of m chunks computed from the front, `max(F(m), L(m)) + H(m)`, where H are the holes behind.
 
     Args:
         compute: f_i of the chunks that are not there, from the front.
-        stored: which of them may be loaded.
+        loads: as how many loads each of them counts, by its bytes; 0 if it cannot be loaded.
         load_seconds: l.
     """
     fronts = list(accumulate(compute, initial=0.0))
-    best, loads, holes = fronts[-1], 0, 0.0
+    best, left, holes = fronts[-1], 0.0, 0.0
     for m in reversed(range(len(compute))):
-        if stored[m]:
-            loads += 1
-            best = min(best, max(fronts[m], loads * load_seconds) + holes)
+        if loads[m]:
+            left += loads[m]
+            best = min(best, max(fronts[m], left * load_seconds) + holes)
         else:
             holes += compute[m]
     return best
 
 
-def loads_wait(left: int, load_seconds: float, idle: float, threads: int) -> float:
+def loads_wait(left: float, load_seconds: float, idle: float, threads: int) -> float:
     """Returns the seconds until all remaining loads have arrived.
 
     Args:
@@ -52,12 +59,24 @@ def loads_wait(left: int, load_seconds: float, idle: float, threads: int) -> flo
     return max(left * load_seconds - idle, LATE * late, 0.0)
 
 
-def is_worth_computing(compute_seconds: float, left: int, load_seconds: float, idle: float, threads: int) -> bool:
+def is_worth_computing(compute_seconds: float, left: float, load_seconds: float, idle: float, threads: int) -> bool:
     """Returns whether the chunk at the front is begun: not if the loads would arrive before it is computed.
 
     The same question decides whether a load that is late is overtaken.
     """
     return loads_wait(left, load_seconds, idle, threads) > compute_seconds
+
+
+def is_worth_delaying(left: float, load_seconds: float, idle: float, threads: int, delay: float) -> bool:
+    """Returns whether a chunk is computed rather than loaded, although requests that come meanwhile have to wait.
+
+    The restore then has one load less to wait for. The sum of all waits is least if that is at least the requests' delay.
+
+    Args:
+        left, load_seconds, idle, threads: as for `loads_wait`.
+        delay: of the requests, in sum; see `Traffic.delay`.
+    """
+    return loads_wait(left, load_seconds, idle, threads) >= left * delay
 
 
 def yields(
@@ -123,6 +142,39 @@ def next_load(candidates: Sequence[tuple[float, int]]) -> int:
         candidates: pairs (f of the chunk that would be loaded, loads of that restore under way), not empty, oldest first.
     """
     return min(range(len(candidates)), key=lambda index: (-candidates[index][0], candidates[index][1], index))
+
+
+class Traffic:
+    """The requests that come to an engine: how many, and how much of its time they take."""
+
+    def __init__(self) -> None:
+        self._arrivals: deque[tuple[float, float]] = deque(maxlen=RECENT + 1)
+        self._worked = 0.0
+
+    def came(self, requests: int, now: float) -> None:
+        """Counts requests that have come together."""
+        self._arrivals.extend([(now, self._worked)] * requests)
+
+    def worked(self, seconds: float) -> None:
+        """Counts a step that was not one restore's alone."""
+        self._worked += seconds
+
+    def delay(self, seconds: float, now: float) -> float:
+        """Returns by how long, in sum, requests that may come are delayed by a step of that length which does nothing for them.
+
+        The step is a backlog of `seconds`, which the engine works off in 1 - rho of its time. Each request that comes until
+        then waits for what is left of it: together `lambda * seconds^2 / (2 * (1 - rho))`. Requests that came together say
+        nothing of lambda.
+        """
+        if not self._arrivals:
+            return 0.0
+        (begin, worked), (last, _) = self._arrivals[0], self._arrivals[-1]
+        requests = sum(at > begin for at, _ in self._arrivals)
+        if not requests:
+            return 0.0
+        interval = max((last - begin) / requests, now - last)
+        idle = interval - (self._worked - worked) / requests
+        return seconds * seconds / (2 * idle) if idle > 0 else math.inf
 
 
 @dataclass

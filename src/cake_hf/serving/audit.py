@@ -5,7 +5,9 @@ While a comparison of a request is under way, its loaded chunks are not used yet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.model.plainly import ComputePlainly
@@ -28,14 +30,20 @@ class EngineAudit:
     def __init__(self, session: Session, layout: ChunkLayout, saver: Saver, wake: Callable[[], None]) -> None:
         self._session, self._layout, self._saver, self._wake = session, layout, saver, wake
 
-    def computed(self, restore: Restore, index: int) -> None:
-        """Takes a chunk that was just computed: it is compared if it is stored and due for that, and saved by `settle`."""
-        restore.unsaved.append(index)
+    def computed(self, restore: Restore, index: int, windows: Sequence[torch.Tensor]) -> None:
+        """Takes a chunk that was just computed: it is compared if it is stored and due for that, and saved by `settle`.
+
+        Args:
+            restore: of the request.
+            index: of the chunk.
+            windows: its pieces of layers with a sliding window, `[tokens, heads, head_dim]`.
+        """
+        restore.unsaved[index] = windows
         if not self._session.exact or not restore.stored[index]:
             return
         restore.recomputed += 1
         if is_due(restore.recomputed):
-            pieces = self._saver.pieces(restore, index)
+            pieces = self._saver.pieces(restore, index, windows)
             restore.comparisons.append(
                 Comparison(
                     self._session.bound_store, restore.keys[index], self._layout, pieces, index, ended=self._wake
@@ -54,8 +62,8 @@ class EngineAudit:
             comparison = restore.comparisons.pop(0)
             if comparison.differs():
                 raise ComputePlainly(refuse_model(self._session.model, restore.namespace, comparison.chunk))
-        while restore.unsaved:
-            self._saver.chunk(restore, restore.unsaved.pop(0))
+        for index in list(restore.unsaved):
+            self._saver.chunk(restore, index, restore.unsaved.pop(index))
         return True
 
     def end(self, restore: Restore) -> None:

@@ -10,9 +10,11 @@ from cake_hf.scheduling.frontier import Strategy
 from cake_hf.scheduling.step_sharing import (
     LATE,
     StallBudget,
+    Traffic,
     first_front,
     holds_back,
     is_worth_computing,
+    is_worth_delaying,
     remaining_seconds,
     yields,
 )
@@ -54,6 +56,7 @@ class Fronts:
 
     Attributes:
         loading: number of restores that share the path to the store.
+        traffic: the requests that come to the engine.
     """
 
     def __init__(self, session: Session, beliefs: Beliefs, stall: float) -> None:
@@ -61,6 +64,7 @@ class Fronts:
         self._stall = StallBudget(stall)
         self._stall_share = stall
         self.loading = 1
+        self.traffic = Traffic()
 
     def may_compute(self, restore: Restore, at: Chunk, now: float) -> bool:
         """Returns whether the chunk at a front should be computed, although it may also come from the store."""
@@ -70,21 +74,23 @@ class Fronts:
             return True
         if at is Chunk.LANDING or self._session.strategy is not Strategy.BOTH:
             return False
-        compute, load = self._compute(ledger.front), self._load()
+        compute = sum(map(self._compute, range(ledger.front, ledger.missing + 1)))
+        load = self._load()
         left, idle = ledger.loads_left(), ledger.idle(now)
         if load is None:
             return at is Chunk.STORED or idle * LATE > compute
-        return is_worth_computing(compute, left, load, idle, self._session.limits.loader_threads)
+        waiting = left, load, idle, self._session.limits.loader_threads
+        return is_worth_computing(compute, *waiting) and is_worth_delaying(*waiting, self.traffic.delay(compute, now))
 
     def front(self, restore: Restore, now: float) -> Front:
         """Returns what is to be known of a front for `choose`."""
         ledger = restore.ledger
         assert ledger is not None
-        chunks, stored = ledger.left()
+        chunks, loads = ledger.left()
         compute = [self._compute(index) for index in chunks]
         known = self._load()
-        load = (compute[0] if known is None else known) if any(stored) else None
-        remaining = remaining_seconds(compute, stored, load or 0.0)
+        load = (compute[0] if known is None else known) if any(loads) else None
+        remaining = remaining_seconds(compute, loads, load or 0.0)
         waited = 0.0 if restore.ready_since is None else now - restore.ready_since
         return Front(restore, compute[0], load, remaining, waited)
 

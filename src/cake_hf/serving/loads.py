@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from cake_hf.chunks.codec import stored_bytes
+from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.scheduling.costs import Brought
@@ -19,6 +19,7 @@ from cake_hf.scheduling.step_sharing import next_load
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.ledger import Ledger, Load
 from cake_hf.serving.restore import Restore
+from cake_hf.serving.windows import Windows
 from cake_hf.transfer.chunk_reads import ChunkReader
 from cake_hf.transfer.copy_streams import SlotRing
 from cake_hf.transfer.landing import split_payload
@@ -59,6 +60,7 @@ class Loaders:
         bound: the store.
         layout: of a chunk.
         blocks: see `Blocks`.
+        windows: of the engine's requests.
         beliefs: about costs.
         device: where the blocks are.
         wake: called after each load.
@@ -70,12 +72,14 @@ class Loaders:
         bound: BoundStore,
         layout: ChunkLayout,
         blocks: Blocks,
+        windows: Windows,
         beliefs: Beliefs,
         device: torch.device,
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bound, self._layout, self._blocks, self._beliefs = bound, layout, blocks, beliefs
+        self._windows = windows
         self._wake, self._clock = wake, clock
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ring = SlotRing(layout.nbytes, bound.limits.loader_threads, pinned=self._stream is not None)
@@ -200,11 +204,12 @@ class Loaders:
         restore.record("load", load.chunk, load.begun, ended, outcome.value)
         if outcome is Outcome.LOADED:
             report.chunks_loaded += 1
-            report.bytes_loaded += self._layout.nbytes
+            report.bytes_loaded += sum(self._layout.sizes[: self._wanted(restore, load.chunk)])
             restore.arrivals.append(ended)
             with self._lock:
                 since, self._last_arrival = max(self._last_arrival, load.begun), ended
-            self._beliefs.saw_arrival(ended - since)
+            brings_windows = load.chunk in _ledger(restore).windows.chunks
+            self._beliefs.saw_arrival((ended - since) / (_ledger(restore).windows.weight if brings_windows else 1.0))
         elif outcome is Outcome.MISSED:
             report.chunks_missed += 1
         else:
@@ -213,17 +218,28 @@ class Loaders:
     def _load(self, restore: Restore, load: Load, reader: ChunkReader) -> Outcome:
         memory = self._ring.take()
         try:
-            slot, whole = _Slot(split_payload(memory.memory, self._layout)), self._layout.ranges(1)
+            count, whole = self._wanted(restore, load.chunk), self._layout.ranges(1)
+            slot = _Slot(split_payload(memory.memory, self._layout)[:count])
             if not reader.read(restore.keys[load.chunk], self._layout, slot, whole, lambda _: None, lambda: True):
                 return Outcome.MISSED
-            restore.took[load.chunk] = Brought(reader.nbytes, stored_bytes(self._layout), reader.decoding)
+            raw_bytes = header_size(self._layout) + sum(self._layout.sizes[:count])
+            restore.took[load.chunk] = Brought(reader.nbytes, raw_bytes, reader.decoding)
             if _ledger(restore).land(load):
-                self._copy(memory.memory, self._blocks(restore, load.chunk))
+                full = sum(self._layout.sizes[: self._layout.everywhere])
+                self._copy(memory.memory[:full], self._blocks(restore, load.chunk))
+                if count > self._layout.everywhere:
+                    self._windows.keep(restore, load.chunk, memory.memory)
             return Outcome.LOADED
         finally:
             self._ring.give_back(memory)
 
+    def _wanted(self, restore: Restore, chunk: int) -> int:
+        """Returns how many of a chunk's pieces are loaded: all, or those before the windows'."""
+        return len(self._layout.pieces) if chunk in _ledger(restore).windows.chunks else self._layout.everywhere
+
     def _copy(self, payload: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
+        if not blocks:
+            return
         source = payload.view(blocks[0].shape[0], len(blocks), -1)
         if self._stream is None:
             bytes_of, whole = np.copyto, source.numpy()

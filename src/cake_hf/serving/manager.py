@@ -29,6 +29,7 @@ from cake_hf.serving.saving import Saver
 from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to, no_room
 from cake_hf.serving.support import attention_refusal, engine_refusal, refuse_lossy
 from cake_hf.serving.watcher import Watcher
+from cake_hf.serving.windows import Windows
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 
@@ -182,10 +183,10 @@ class BatchingManager(EngineManager):
             self._requests.desk.open()
             return None
 
-    def loaders_for(self, layout: ChunkLayout, blocks: Blocks) -> Loaders:
+    def loaders_for(self, layout: ChunkLayout, blocks: Blocks, windows: Windows) -> Loaders:
         """Returns what loads for an engine."""
         device = torch.device(self.model.device)
-        return Loaders(self._session.bound_store, layout, blocks, self._beliefs, device, self.wake, self.clock)
+        return Loaders(self._session.bound_store, layout, blocks, windows, self._beliefs, device, self.wake, self.clock)
 
     def engine_gone(self) -> None:
         """See `EngineManager`."""
@@ -210,18 +211,19 @@ class BatchingManager(EngineManager):
             return Watcher(self._requests)
         if session.exact:
             self._matching.apart = {} if computes_as_generate(model, engine, layout) else engine.metadata()
-        saver = Saver(session, engine, layout)
+        saver, windows = Saver(session, engine, layout), Windows(engine, layout)
         self.engine_gone()
-        self._loaders = self.loaders_for(layout, saver.blocks)
+        self._loaders = self.loaders_for(layout, saver.blocks, windows)
         self._restorer = Restorer(
             session,
             engine,
             self._requests,
             self._loaders,
+            windows,
             EngineAudit(session, layout, saver, self.wake),
             self._beliefs,
             stall=self._stall,
-            step_seconds=lambda: self.step_seconds,
+            stepped_seconds=lambda: self.stepped_seconds,
             clock=self.clock,
         )
         self._requests.desk.open()

@@ -16,7 +16,11 @@ from cake_hf.serving.ledger import Ledger
 from cake_hf.util.forks import Lock
 
 if TYPE_CHECKING:
+    import torch
+
     from cake_hf.serving.seams import RequestState
+
+    Pieces = Sequence[torch.Tensor]
 
 
 class Phase(Enum):
@@ -54,7 +58,8 @@ class Restore:
         first_token: whether the first token of its answer has come.
         recomputed: number of stored chunks that were computed.
         comparisons: of such chunks with the store, that are under way.
-        unsaved: computed chunks that are to be saved if these find nothing.
+        unsaved: computed chunks that are to be saved if these find nothing, and the windows of each.
+        windows: what loads have brought of sliding windows, by chunk, until the front has passed it.
     """
 
     request_id: str
@@ -80,7 +85,8 @@ class Restore:
     first_token: bool = False
     recomputed: int = 0
     comparisons: list[Comparison] = field(default_factory=list)
-    unsaved: list[int] = field(default_factory=list)
+    unsaved: dict[int, Pieces] = field(default_factory=dict)
+    windows: dict[int, Pieces] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     def found(self) -> None:

@@ -24,6 +24,7 @@ from cake_hf.serving.requests import Requests
 from cake_hf.serving.restore import Phase, Restore
 from cake_hf.serving.seams import Engine, RequestState, Step
 from cake_hf.serving.watcher import Watcher
+from cake_hf.serving.windows import Windows
 from cake_hf.transfer.telemetry import observe_step
 
 CHANGED = Refusal(
@@ -44,10 +45,11 @@ class Restorer(Watcher):
         engine: that calls this.
         requests: of the manager.
         loaders: of the engine.
+        windows: of the engine's requests.
         audit: of computed chunks, which it has saved.
         beliefs: about costs.
         stall: the share of steps that may be one restore's alone while requests decode.
-        step_seconds: returns how long the last step took.
+        stepped_seconds: returns how long all steps so far took.
         clock: monotonic seconds.
     """
 
@@ -57,18 +59,22 @@ class Restorer(Watcher):
         engine: Engine,
         requests: Requests,
         loaders: Loaders,
+        windows: Windows,
         audit: EngineAudit,
         beliefs: Beliefs,
         *,
         stall: float,
-        step_seconds: Callable[[], float],
+        stepped_seconds: Callable[[], float],
         clock: Callable[[], float],
     ) -> None:
         super().__init__(requests)
         self._session, self._engine = session, engine
-        self._loaders, self._audit, self._beliefs = loaders, audit, beliefs
-        self._step_seconds, self._clock = step_seconds, clock
+        self._loaders, self._windows, self._audit, self._beliefs = loaders, windows, audit, beliefs
+        self._stepped_seconds, self._clock = stepped_seconds, clock
+        self._stepped = stepped_seconds()
+        self._arrived = 0
         self._size = session.chunk_size
+        self._solo = session.exact or engine.window > 0  # of a mixed step, a chunk's windows are not known
         self._fronts = Fronts(session, beliefs, stall)
         self._restoring: list[Restore] = []
         self._computing: dict[str, int] = {}
@@ -76,6 +82,11 @@ class Restorer(Watcher):
         self._stale: float | None = None
 
     # What the engine calls.
+
+    def arrived(self, state: RequestState) -> None:
+        """See `Hooks`."""
+        self._arrived += 1
+        super().arrived(state)
 
     def plan(self) -> Step:
         """See `Hooks`."""
@@ -107,8 +118,7 @@ class Restorer(Watcher):
     # One step.
 
     def _plan(self) -> Step:
-        for restore in list(self._restoring):
-            self._guarded(restore, self._note_computed)
+        self._note_step()
         self._admit_all()
         self._fronts.loading = sum(_ledger(restore).loads_left() > 0 for restore in self._restoring)
         fronts = [front for restore in list(self._restoring) if (front := self._guarded(restore, self._advance))]
@@ -120,7 +130,7 @@ class Restorer(Watcher):
         step = Step(hidden=hidden, let_go=self._let_go_all if self._held else None)
         if fronts:
             chosen, turn = self._fronts.choose(fronts, tokens, requests, decoding)
-            if not self._session.exact:
+            if not self._solo:
                 self._run_beside(chosen, step)
             elif turn:
                 step.alone = self._run_alone(chosen)
@@ -161,26 +171,43 @@ class Restorer(Watcher):
             self._computing[restore.request_id] = (ledger.front + 1) * self._size
         return restore.state
 
-    def _note_computed(self, restore: Restore) -> None:
-        """Notes that the last step, or the last steps, have computed the chunk at a front."""
+    def _note_step(self) -> None:
+        """Notes what the last step, if there was one since, has computed, and which requests have come."""
+        stepped = self._stepped_seconds()
+        took, self._stepped = stepped - self._stepped, stepped
+        alone = [
+            self._guarded(restore, partial(self._note_computed, seconds=took)) for restore in list(self._restoring)
+        ]
+        if not any(alone):
+            self._fronts.traffic.worked(took)
+        self._fronts.traffic.came(self._arrived, self._clock())
+        self._arrived = 0
+
+    def _note_computed(self, restore: Restore, seconds: float) -> bool:
+        """Notes that the last step has computed the chunk at a front; returns whether it was that chunk's alone."""
         until, state, ledger = self._computing.get(restore.request_id), restore.state, _ledger(restore)
         if until is None or state is None:
-            return
+            return False
         if state.position_offset < until:
-            if self._session.exact:  # the step did not take place
+            if self._solo:  # the step did not take place
                 del self._computing[restore.request_id]
                 ledger.put_back()
-            return
+            return False
         del self._computing[restore.request_id]
-        index, seconds, now = ledger.computed(), self._step_seconds(), self._clock()
-        restore.report.chunks_computed += 1
+        index, now = ledger.computed(), self._clock()
+        restore.report.chunks_computed += not ledger.again
         restore.record("compute", index, now - seconds, now, "computed")
-        if self._session.exact:  # else the step was not the chunk's alone
+        if self._solo:  # else the step was not the chunk's alone
             observe_step("alone")
             restore.steps.append((index, seconds))
             self._beliefs.saw_chunk(index, seconds)
         self._engine.publish(state, until)
-        self._audit.computed(restore, index)
+        windows = self._engine.seen_windows(self._size)
+        if windows is None:
+            restore.report.chunks_unsaved += restore.saves
+        else:
+            self._audit.computed(restore, index, windows)
+        return self._solo
 
     def _advance(self, restore: Restore) -> Front | None:
         """Moves a front over what is there, unless the audit forbids it; returns it if it could go on by computing."""
@@ -190,6 +217,7 @@ class Restorer(Watcher):
             return None
         at = ledger.advance()
         if state is not None and ledger.front * self._size > state.position_offset:
+            self._windows.move(restore, state, ledger.front)
             self._engine.go_on_from(state, ledger.front * self._size)
             self._engine.publish(state, state.position_offset)
         if at is None:
@@ -247,7 +275,8 @@ class Restorer(Watcher):
             return alone
         engine.admit(state)
         loads = self._session.strategy is not Strategy.COMPUTE
-        restore.ledger = Ledger([has and loads for has in restore.stored], self._clock)
+        loaded = [has and loads for has in restore.stored]
+        restore.ledger = Ledger(loaded, self._clock, self._windows.loads(loaded))
         restore.ledger.skip(there)
         restore.report.chunks_shared += there
         restore.began = self._clock()
@@ -265,6 +294,7 @@ class Restorer(Watcher):
         if restore.ledger is not None:
             restore.ledger.end()
         restore.over()
+        restore.windows.clear()
         self._audit.end(restore)
         self._computing.pop(restore.request_id, None)
         if restore in self._held:

@@ -27,24 +27,25 @@ class Saver:
         self._session, self._engine, self._layout = session, engine, layout
 
     def blocks(self, restore: Restore, index: int) -> list[torch.Tensor]:
-        """Returns the memory of a chunk: per block `[pieces, bytes]` uint8."""
+        """Returns the memory of a chunk in layers that keep all tokens: per block `[pieces, bytes]` uint8."""
         size = self._layout.chunk_size
-        return self._engine.parts(restore.request_id, index * size, size, len(self._layout.pieces))
+        return self._engine.parts(restore.request_id, index * size, size, self._layout.everywhere)
 
-    def pieces(self, restore: Restore, index: int) -> Sequence[torch.Tensor]:
-        """Returns a chunk's tensors `[1, tokens, heads, head_dim]` in payload order."""
-        blocks = self.blocks(restore, index)
+    def pieces(self, restore: Restore, index: int, windows: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Returns a chunk's tensors `[1, tokens, heads, head_dim]` in payload order; see `EngineAudit.computed`."""
+        blocks, everywhere = self.blocks(restore, index), self._layout.everywhere
         whole = [
             blocks[0][number] if len(blocks) == 1 else torch.cat([block[number] for block in blocks])
-            for number in range(len(self._layout.pieces))
+            for number in range(everywhere)
         ]
-        return [
+        full = [
             part.view(piece.dtype).view(1, self._layout.chunk_size, piece.heads, piece.head_dim)
-            for part, piece in zip(whole, self._layout.pieces, strict=True)
+            for part, piece in zip(whole, self._layout.pieces[:everywhere], strict=True)
         ]
+        return [*full, *(window.unsqueeze(0) for window in windows)]
 
-    def chunk(self, restore: Restore, index: int) -> None:
-        """Queues a chunk that was just computed, unless the store has it intact. Never waits."""
+    def chunk(self, restore: Restore, index: int, windows: Sequence[torch.Tensor]) -> None:
+        """Queues a chunk that was just computed, unless the store has it intact. Never waits; see `EngineAudit.computed`."""
         load = restore.outcomes.get(index)
         corrupt, gone = load is Outcome.CORRUPT, load is Outcome.MISSED
         if not restore.saves or (restore.stored[index] and not corrupt and not gone):
@@ -52,7 +53,7 @@ class Saver:
         self._session.bound_store.save_chunk(
             restore.metadata(index, self._session.bound_model.name),
             self._layout,
-            lambda: self.pieces(restore, index),
+            lambda: self.pieces(restore, index, windows),
             restore.report,
             overwrite=corrupt,
             made_with=self._session.bound_model.metadata_of(restore.namespace),

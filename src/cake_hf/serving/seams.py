@@ -1,15 +1,17 @@
 """Everything that is private in transformers' continuous batching, and that we depend on. No other file names any of it.
 
 The engine keeps KV in *blocks* of `page_size` tokens over all layers, `[L0 K | L0 V | L1 K | ...]`, each part token-major. That
-is the order of a chunk's payload, so a chunk is `chunk_size / page_size` blocks, part by part. What the engine finds in its own
-memory (`search_prefix_match`) moves a request's `position_offset` up and cuts `remaining_prefill_tokens`; a restore ends the
-same way. Tried with transformers 5.20, 5.23 and 5.24.
+is the order of a chunk's payload, so a chunk is `chunk_size / page_size` blocks, part by part. Layers with a sliding window
+have blocks of their own, a ring per request, in which a token is at its position modulo the window. What the engine finds in
+its own memory (`search_prefix_match`) moves a request's `position_offset` up and cuts `remaining_prefill_tokens`; a restore
+ends the same way. Tried with transformers 5.20, 5.23 and 5.24.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
+from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, SLIDING_ATTENTION
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
@@ -88,10 +90,15 @@ class Engine:
         self._processor = processor
         self._cache = processor.cache
         self._scheduler = processor.scheduler
-        self._allocator = next(iter(self._cache.cache_allocators.values()))
+        self._allocators = self._cache.cache_allocators
+        self._ring = self._allocators.get(SLIDING_ATTENTION)
+        self._allocator = self._allocators.get(FULL_ATTENTION, self._ring)
         self.page: int = self._allocator.tokens_per_page
         self.canonical: set[int] = set()
+        self._seen: list[torch.Tensor] | None = None
         self._watch_blocks()
+        if self._ring is not None:
+            self._watch_windows()
         self._leave_config_alone()
 
     def _leave_config_alone(self) -> None:
@@ -121,6 +128,17 @@ class Engine:
             return blocks
 
         pool.get_free_blocks = get_free_blocks
+
+    def _watch_windows(self) -> None:
+        """Has layers with a window, which soon overwrite it, show what a step gives them; see `see_windows`."""
+        update = self._ring.update
+
+        def watched(keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
+            if self._seen is not None:
+                self._seen += keys, values
+            return update(keys, values, *rest)
+
+        self._ring.update = watched
 
     # Requests.
 
@@ -166,14 +184,27 @@ class Engine:
     # Memory.
 
     @property
-    def has_windows(self) -> bool:
-        """Whether a layer keeps something else than all tokens."""
-        return list(self._cache.cache_allocators) != [FULL_ATTENTION]
+    def window(self) -> int:
+        """Tokens of the sliding window of the layers that have one; 0 if none has."""
+        return 0 if self._ring is None else int(self._ring.sliding_window)
+
+    @property
+    def windowed_layers(self) -> list[int]:
+        """The layers that have a sliding window."""
+        return [] if self._ring is None else list(self._ring.layer_indices)
 
     @property
     def room(self) -> int | None:
-        """How many tokens of one request the memory holds; None if its kinds of layers share it in an unknown proportion."""
-        return None if self.has_windows else self.account()["all"] * self.page
+        """How many tokens of one request the memory holds; None if it holds any number, since all layers have windows."""
+        sectors = int(self._cache.num_sectors)
+        most = sectors * max(one.blocks_per_sector for one in self._allocators.values()) * self.page + 1
+        room = bisect_right(range(most), sectors, key=self._sectors) - 1
+        return None if self._allocator is self._ring and room >= self.window else room
+
+    def _sectors(self, tokens: int) -> int:
+        """Returns how many sectors of memory a request of that many tokens takes."""
+        blocks = ((one, one._compute_blocks_needed(0, 0, tokens)) for one in self._allocators.values())
+        return sum(-(-count // one.blocks_per_sector) for one, count in blocks)
 
     def fit(self, state: RequestState) -> None:
         """Has a request's answer end where the memory does. A request that outgrows it would end the engine.
@@ -210,9 +241,10 @@ class Engine:
         return int(self._cache.max_batch_tokens)
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of a block."""
-        return int(self._allocator.bytes_per_block)
+    def block_bytes(self) -> tuple[int, int]:
+        """Bytes of a block: of layers that keep all tokens, and of layers with a window."""
+        full = 0 if self._allocator is self._ring else int(self._allocator.bytes_per_block)
+        return full, 0 if self._ring is None else int(self._ring.bytes_per_block)
 
     def metadata(self) -> dict[str, Any]:
         """Returns what of the engine may change how KV rounds."""
@@ -227,14 +259,19 @@ class Engine:
         }
 
     def account(self) -> dict[str, int]:
-        """Returns the number of blocks: all; free; in requests' tables; and kept only since they may be found again."""
-        index, pool, per_sector = self._allocator.index, self._cache.pool, self._allocator.blocks_per_sector
-        return {
-            "all": int(self._cache.num_sectors) * per_sector,
-            "free": len(pool.free_sectors) * per_sector + pool.count_free_blocks(index),
-            "tables": len({block for table in self._allocator.block_table.values() for block in table}),
-            "cached": len(self._allocator.ledger.cached_blocks),
-        }
+        """Returns the bytes of memory: all; free; in requests' tables; and kept only since they may be found again."""
+        pool, size = self._cache.pool, int(self._cache.bytes_per_sector)
+        found = {"all": int(self._cache.num_sectors) * size, "free": len(pool.free_sectors) * size}
+        for one in self._allocators.values():
+            tables = {block for table in one.block_table.values() for block in table}
+            counts = {
+                "free": pool.count_free_blocks(one.index),
+                "tables": len(tables),
+                "cached": len(one.ledger.cached_blocks),
+            }
+            for kind, count in counts.items():
+                found[kind] = found.get(kind, 0) + count * int(one.bytes_per_block)
+        return found
 
     def reserve(self, state: RequestState, *, alone: bool) -> bool:
         """Gives a request all blocks of its prompt; False, without any effect, if they are not free.
@@ -258,7 +295,10 @@ class Engine:
             return False
         if alone:
             return True
-        needed = self._allocator.needs_new_blocks(state.request_id, state.position_offset, tokens) * self.block_bytes
+        needed = sum(
+            one.needs_new_blocks(state.request_id, state.position_offset, tokens) * one.bytes_per_block
+            for one in self._allocators.values()
+        )
         whole = self._cache.num_sectors * self._cache.bytes_per_sector
         left = self._cache.compute_free_capacity(relative=False) - needed
         return bool(left >= self._scheduler.safety_margin * whole)
@@ -332,17 +372,46 @@ class Engine:
             self._hide(block)
 
     def parts(self, request_id: str, start: int, tokens: int, pieces: int) -> list[torch.Tensor]:
-        """Returns views of the memory of a request's tokens: per block `[pieces, bytes]` uint8.
+        """Returns views of the memory of a request's tokens in layers that keep all: per block `[pieces, bytes]` uint8.
 
         Args:
             request_id: of the request.
             start: first token; the start of a block.
             tokens: number of tokens; whole blocks.
-            pieces: how many parts a block has: the keys, and the values, of each layer.
+            pieces: how many parts a block has: the keys, and the values, of each such layer; 0 if there are none.
         """
+        if not pieces:
+            return []
         first, last = start // self.page, (start + tokens) // self.page
         blocks = self._allocator.block_table[request_id][first:last]
         return [self._allocator._copy_view[block].view(pieces, -1) for block in blocks]
+
+    def see_windows(self, *, on: bool) -> None:
+        """Begins or ends to keep what layers with a window are given in a step."""
+        self._seen = [] if on and self._ring is not None else None
+
+    def seen_windows(self, tokens: int) -> list[torch.Tensor] | None:
+        """Returns what the step under `see_windows` has given to the layers with a window: keys and values of each layer,
+        `[tokens, heads, head_dim]`. None if that was not seen, as in a step that is replayed from a graph.
+        """
+        seen = self._seen or []
+        complete = len(seen) == 2 * len(self.windowed_layers)
+        return [one[:tokens] for one in seen] if complete else None
+
+    def put_windows(self, state: RequestState, position: int, pieces: Sequence[torch.Tensor]) -> None:
+        """Sets consecutive tokens of a request, of the layers with a window.
+
+        Args:
+            state: of the request.
+            position: of the first token.
+            pieces: keys and values of each such layer, `[tokens, heads, head_dim]`; less tokens than a window.
+        """
+        slots = self._ring.get_write_indices(state.request_id, position, len(pieces[0]))
+        memory = [view for layer in self.windowed_layers for view in self._ring._kv_token_views[layer]]
+        index = torch.tensor(slots, device=memory[0].device)
+        with torch.inference_mode():
+            for view, piece in zip(memory, pieces, strict=True):
+                view.index_copy_(0, index, piece.to(view.device))
 
     def run_alone(self, model: Any, state: RequestState, tokens: int) -> None:
         """Runs the next tokens of a request that no scheduler knows, as a step of its own; for trials before the first step."""
@@ -407,6 +476,8 @@ class _Restoring:
         if self.hooks is None:
             return super().schedule_batch(token_budget, cache_budget)  # type: ignore[misc]
         self._step = step = self.hooks.plan()
+        if self.engine is not None:
+            self.engine.see_windows(on=False)
         if step.alone is not None:
             scheduled = self._alone(*step.alone, cache_budget)
             if scheduled[0]:
@@ -430,6 +501,8 @@ class _Restoring:
         batch, _, fast, queries, read = super()._process_candidates([state], tokens, cache_budget, set())  # type: ignore[misc]
         for future in batch:
             future.complete_blocks = {}  # `Engine.publish` sees to them
+        if self.engine is not None:
+            self.engine.see_windows(on=True)
         return batch, fast, queries, read
 
     def _process_candidates(self, candidates: list[RequestState], *budgets: Any) -> Any:
@@ -496,12 +569,12 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
     """A manager that tells hooks what its engine does, and how long each step took.
 
     Attributes:
-        step_seconds: of the last step.
+        stepped_seconds: of all steps.
         step_clock: seconds, to measure steps with.
     """
 
     step_clock = staticmethod(time.perf_counter)
-    step_seconds = 0.0
+    stepped_seconds = 0.0
 
     def __init__(
         self, model: Any, generation_config: GenerationConfig, config: ContinuousBatchingConfig, hints: Any = None
@@ -537,7 +610,10 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
         if self._engine is not None:
             return self._engine.room
         blocks = self.continuous_batching_config.num_blocks
-        return None if blocks is None else int(blocks) * int(self.continuous_batching_config.page_size)
+        windows = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if blocks is None or windows is not None:  # layers with windows leave more of the memory to the others
+            return None
+        return int(blocks) * int(self.continuous_batching_config.page_size)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -583,7 +659,7 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
     def _generation_step(self) -> None:
         begin = self.step_clock()
         super()._generation_step()
-        self.step_seconds = self.step_clock() - begin
+        self.stepped_seconds += self.step_clock() - begin
 
 
 def generation_config_of(model: Any, config: GenerationConfig | None) -> GenerationConfig:

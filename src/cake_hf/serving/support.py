@@ -79,12 +79,13 @@ def engine_refusal(engine: Any, layout: ChunkLayout) -> Refusal | None:
         return Refusal(
             "engine-ranks", "in continuous batching, prompts of a tensor-parallel model cannot be restored yet"
         )
-    if engine.has_windows:
-        return Refusal(
-            "engine-windows", "in continuous batching, prompts of a model with sliding windows cannot be restored yet"
-        )
-    blocks = layout.chunk_size // engine.page
-    if len(set(layout.sizes)) != 1 or layout.nbytes != blocks * engine.block_bytes:
+    blocks, full = layout.chunk_size // engine.page, layout.everywhere
+    sizes = sum(layout.sizes[:full]), sum(layout.sizes[full:])
+    if (
+        len(set(layout.sizes)) != 1
+        or sizes != tuple(blocks * nbytes for nbytes in engine.block_bytes)
+        or [piece.layer for piece in layout.pieces[full::2]] != engine.windowed_layers
+    ):
         return Refusal("engine-layout", "continuous batching keeps this model's KV in another layout than generate")
     if engine.step_tokens < layout.chunk_size:
         return Refusal(
