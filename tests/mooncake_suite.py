@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import test_fault_matrix as matrix
+import test_serve_processes as serve
 from benchmarks.servers import free_port
 from benchmarks.servers.mooncake import Cluster
 from cake_hf import CakeCache, Limits, StoreError, TierStore
@@ -22,6 +23,7 @@ from cake_hf.stores.mooncake import MOST_PIECES, MooncakeStore
 from cake_hf.stores.mooncake_client import LEASED
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import PATIENCE, key_of, read_parts, split, value_of
+from http_servers import require_server, save_chat_model
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model
 from waiting import await_true
 
@@ -135,6 +137,12 @@ def test_another_process_reads_and_writes(cluster: Cluster) -> None:
         assert answer.decode().split() == [hashlib.sha256(value).hexdigest(), "True"]
         assert store.read(key_of(2)) == b"from afar"
         assert sorted(store.keys()) == sorted([key_of(1), key_of(2)])
+
+
+def test_servers_share_prefixes(cluster: Cluster, tmp_path: Path) -> None:
+    """Mooncake's part of what two servers of a model give each other."""
+    require_server()
+    serve.test_servers_share_prefixes_and_a_later_one_goes_on(cluster.new_url(), save_chat_model(tmp_path))
 
 
 def test_values_beyond_any_slice_come_back(store: MooncakeStore) -> None:

@@ -23,7 +23,7 @@ from cake_hf.stores.mooncake_client import Member, MooncakeAddress
 
 HERE = Path(__file__).parent
 SUITE_SECONDS = 580
-SUITE_TESTS = 78
+SUITE_TESTS = 79
 """At least so many are in the suite: it must not pass by being empty."""
 
 

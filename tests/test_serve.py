@@ -13,6 +13,7 @@ import pytest
 from cake_hf import StoreError
 from cake_hf.stores import MemoryStore, open_store
 from cake_hf.testing import FaultStore, GateStore, expected_faults
+from cake_hf.transfer import telemetry
 from commands import run_command, write_text
 from faulty import Faulty, raising
 from http_servers import Running, expected_answer, require_server, running, save_chat_model, words
@@ -74,6 +75,29 @@ def test_the_completions_and_responses_of_the_server_are_restored_too(served: Ru
         model=served.model, input=text, max_output_tokens=16, temperature=0
     )
     assert served.report(raw.headers["x-request-id"])["tokens"] == 3 * CHUNK + 4
+
+
+def test_an_sdk_exports_what_a_server_does(folder: Path) -> None:
+    export = pytest.importorskip("opentelemetry.sdk.metrics.export")
+    sdk, reader = pytest.importorskip("opentelemetry.sdk.metrics"), export.InMemoryMetricReader()
+    telemetry.use_meter(sdk.MeterProvider([reader]).get_meter("cake_hf"))
+    try:
+        with running(folder, MemoryStore()) as server:
+            for _ in range(2):
+                server.told(DOCUMENT)
+            assert server.server.manager.flush(PATIENCE)
+        told = {
+            (metric.name, *point.attributes.values()): getattr(point, "value", None) or point.count
+            for resource in reader.get_metrics_data().resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            for point in metric.data.data_points
+        }
+    finally:
+        telemetry.use_meter(None)
+    assert told["cake_hf.requests", "restored"] == told["cake_hf.ttft",] == 2
+    assert told["cake_hf.steps", "alone"] == told["cake_hf.chunks", "computed"] == CHUNKS
+    assert told["cake_hf.chunks", "saved"] == told["cake_hf.chunks", "shared"] == CHUNKS
 
 
 def test_a_chat_of_many_turns_computes_only_what_is_new(folder: Path, served: Running) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cake_hf.stores import open_store
 from http_servers import Child, expected_answer, require_server, running, save_chat_model, words
 from models import CHUNK
-from servers import S3Server
+from servers import S3Server, Server
 from waiting import PATIENCE
 
 pytest_plugins = ["servers"]
@@ -24,11 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_chat_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(params=["directory", "redis", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A store that two processes can open, by its URL."""
+    """A store that two processes can open, by its URL. (A Mooncake cluster: in mooncake_suite.py.)"""
     if request.param == "directory":
         return str(tmp_path / "store")
+    if request.param == "redis":
+        redis: Server = request.getfixturevalue("redis_server")
+        return f"redis://127.0.0.1:{redis.port}/0?prefix=serve"
     server: S3Server = request.getfixturevalue("s3_server")
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint"])
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 
-NAMESPACES = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+NAMESPACES = ["unshare", "--map-root-user", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
 """The prefix of a command that is to run inside. All processes inside end with it, whatever happens."""
 
 SIOCSIFFLAGS = 0x8914
