@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, MemoryStore
-from cake_hf.testing import FaultStore, expected_faults
+from cake_hf.testing import FaultStore, GateStore, expected_faults
 from engine_runs import (
     CHUNKS,
     COMPANY,
@@ -179,6 +179,45 @@ def test_steps_of_a_chunk_alone_without_exact_too(family: str, window: int) -> N
     for loaded in (0, CHUNKS):
         tokens, reports = served(model, COMPANY, store, exact=False, strategy="load")
         assert (tokens, reports[1].chunks_loaded) == (answers(family, window), loaded)
+
+
+@pytest.mark.parametrize(("family", "window"), KINDS)
+def test_encoded_chunks_are_restored_too(family: str, window: int) -> None:
+    model, store = windowed(family, window, torch.bfloat16), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK, codec="lossless") as cache:
+        cache.prefill(IDS, whole=True)
+        cache.flush()
+    raw = values_of(filled_store(model, IDS))
+    assert all(len(value) < len(raw[key]) for key, value in values_of(store).items())
+    with stepping(model, store, strategy="load") as steps:
+        steps.add("document", DOCUMENT)
+        steps.run(until=lambda: is_restored(steps))
+        assert alike(kv_in_memory(steps), expected_kv(model, first_in_window(steps)))
+        steps.run()
+        report: Any = steps.manager.report("document")
+        assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
+
+
+@pytest.mark.parametrize(("family", "window"), KINDS)
+def test_little_memory_and_a_request_that_is_cancelled_while_it_loads(family: str, window: int) -> None:
+    model, store = windowed(family, window), GateStore(filled_store(windowed(family, window), IDS))
+    with stepping(model, store, engine=engine_config(blocks=8), strategy="load") as steps:
+        steps.add("cancelled", DOCUMENT)
+        steps.step()
+        store.await_begun(1)
+        store.open(2)
+        store.await_reads(2)
+        steps.step()
+        steps.manager.cancel_request("cancelled")
+        steps.step()
+        assert whole(steps)
+        names = [f"{number}" for number in range(len(COMPANY))] + ["again"]
+        for name, ids in zip(names, [*COMPANY, DOCUMENT], strict=True):
+            steps.add(name, ids)
+        store.open()  # what was read for the cancelled one comes now
+        steps.run()
+        assert [steps.tokens(name) for name in names] == [*answers(family, window), answers(family, window)[1]]
+        assert whole(steps)
 
 
 def test_the_memory_for_windows_does_not_grow_with_the_prompt() -> None:
