@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,9 +156,14 @@ class Bench:
         finally:
             manager.batch_processor = None
             manager.close()
+            gc.collect()  # the engine's memory, which is part of a cycle
 
     def bound(self, share: float) -> float:
-        """Returns the seconds before which no schedule can end: short prompts and front on one side, loads on the other."""
+        """Returns the seconds before which no schedule can end.
+
+        The short prompts and the front take the engine's time. The rest of the prefix is loaded meanwhile, and only then come
+        the long prompt's last tokens and its answer.
+        """
         load, n = share * self.alone / self.load.chunks, self.load.chunks
         behind = max(0.0, self.alone - sum(self.compute)) + self.decoding
-        return behind + min(max(self.others + sum(self.compute[:k]), (n - k) * load) for k in range(n + 1))
+        return min(max(self.others + sum(self.compute[:k]), (n - k) * load + behind) for k in range(n + 1))

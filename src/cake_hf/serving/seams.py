@@ -412,6 +412,8 @@ class Engine:
         with torch.inference_mode():
             for view, piece in zip(memory, pieces, strict=True):
                 view.index_copy_(0, index, piece.to(view.device))
+        if index.is_cuda:  # steps run in a stream of their own
+            torch.cuda.current_stream(index.device).synchronize()
 
     def run_alone(self, model: Any, state: RequestState, tokens: int) -> None:
         """Runs the next tokens of a request that no scheduler knows, as a step of its own; for trials before the first step."""
