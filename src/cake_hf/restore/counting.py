@@ -55,10 +55,13 @@ def count_restore(
             f"{late} of {len(outcomes)}, given up after {patience:g} s (Limits.read_timeout)",
         )
     report.states_loaded += states
+    rounded = sum(prompt.blocks[index].tokens for index in job.frontier.rounded())
+    report.tokens_lossy += rounded
+    report.tokens_hurried += rounded
     report.bytes_stored += sum(
         took.nbytes - took.raw_bytes
         for index, took in list(job.took.items())
-        if index in own and took.nbytes < took.raw_bytes
+        if index in own and took.nbytes < took.raw_bytes and not took.is_rounded
     )
     report.bytes_loaded += job.place.wanted_bytes(own) + states * prompt.state_layout.nbytes
     return len(own | shared)

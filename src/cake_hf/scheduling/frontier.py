@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.ledger import THERE, Changed, Ledger
 from cake_hf.scheduling.states import Judge, Outcome, State, Strategy
 from cake_hf.util.forks import renewed_in_child
@@ -100,7 +101,7 @@ class Frontier(Ledger):
             if index is None:
                 return None
             self._last_progress = now = self._clock()
-            self._loads.start(index, now, staged=self._is_to_be_staged(index))
+            self._loads.start(index, now, staged=self._is_to_be_staged(index), form=self._form_of_next(now))
             if self._states[index] is State.WAITING:
                 self._states.turn(index, State.LOADING)
             self._judge.loading(now)
@@ -144,17 +145,24 @@ class Frontier(Ledger):
         with self._changed:
             self._changed.notify_all()
 
-    def settle(self, index: int, outcome: Outcome) -> bool:
+    def settle(self, index: int, outcome: Outcome, brought: Brought | None = None) -> bool:
         """Reports how the load of a claimed chunk ended.
+
+        Args:
+            index: of the chunk.
+            outcome: of the load.
+            brought: what it brought, if that is known.
 
         Returns:
             False if the load was given up or superseded meanwhile: the loaded bytes are then dropped.
         """
         with self._changed:
             if outcome is Outcome.LOADED and self._open:
-                self._judge.loaded(self._clock())
+                self._judge.loaded(self._clock(), brought)
             if index not in self._loads:
                 return False
+            if outcome is Outcome.LOADED and brought is not None and brought.is_rounded:
+                self._loads.inexact.add(index)
             self._finish(index, outcome)
             self._last_progress = self._clock()
             self._changed.notify_all()
@@ -252,6 +260,8 @@ class Frontier(Ledger):
             self._given_out.remove(index)
             self._states.turn(index, State.COMPUTED)
             self._loads.supersede(index)
+            if any(before < index for before in self._loads.inexact):
+                self._loads.inexact.add(index)
             self._changed.notify_all()
 
     def take_staged(self) -> list[int]:
@@ -318,6 +328,10 @@ class Frontier(Ledger):
             return math.inf
         front = next((i for i in range(self._front, index) if self._states[i] not in THERE), index)
         return self._judge.slack(front, index, len(self._loads) + 1, self._clock())
+
+    def _form_of_next(self, now: float) -> int:
+        next_computed = self._front + self._states.is_computing(self._front)
+        return self._judge.form(next_computed if self._strategy is Strategy.BOTH else None, self._states.to_load, now)
 
     def _is_to_be_staged(self, index: int) -> bool:
         may_be_reached = math.inf if self._states[index] is State.COMPUTING else HEDGE

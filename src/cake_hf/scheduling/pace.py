@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-from cake_hf.scheduling.costs import MAX_SECONDS, ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_SECONDS, Brought, ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Judge
 
 TRIAL_SHARE = 0.02
@@ -104,7 +104,7 @@ class Pace(Judge):
         if not self._arrivals:
             self._arrivals.append(now)
 
-    def loaded(self, now: float) -> None:
+    def loaded(self, now: float, brought: Brought | None = None) -> None:
         """Notes that a load has arrived."""
         self._any_arrived = True
         if self._arrivals:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from enum import Enum, StrEnum
 
+from cake_hf.scheduling.costs import Brought
+
 
 class State(Enum):
     """State of one chunk."""
@@ -51,8 +53,8 @@ class Judge:
     def loading(self, now: float) -> None:
         """Notes that a load has started."""
 
-    def loaded(self, now: float) -> None:
-        """Notes that a load has arrived."""
+    def loaded(self, now: float, brought: Brought | None = None) -> None:
+        """Notes that a load has arrived, and what it brought if that is known."""
 
     def paused(self) -> None:
         """Notes that no load is under way because none is worth starting."""
@@ -69,6 +71,16 @@ class Judge:
             now: by the clock.
         """
         return math.inf
+
+    def form(self, front: int | None, left: int, now: float) -> int:
+        """Returns the form in which a chunk is to be loaded: 0 for the finest, in which it is stored.
+
+        Args:
+            front: the first chunk that is not there; None if the main thread computes only what cannot be loaded.
+            left: number of remaining loads, including this one.
+            now: by the clock.
+        """
+        return 0
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         """Returns whether to compute a chunk that could be loaded, rather than to wait for the remaining loads.
