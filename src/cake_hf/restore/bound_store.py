@@ -36,8 +36,8 @@ from cake_hf.util.redaction import shown
 
 CODECS = ("none", LOSSLESS, "auto", *LOSSY)
 LAYERED = (LOSSLESS, "auto")
-"""Codecs whose chunks may be loaded without their refinements. (quantspec's have such, too; but the output of a lossy codec is to
-be the same whatever happens.)"""
+"""Codecs whose chunks may be loaded without their refinements. (quantspec has such, too, but a lossy codec promises one output,
+whatever happens.)"""
 
 
 def check_codec(codec: str, *, exact: bool) -> None:
