@@ -289,6 +289,23 @@ def test_time_that_is_left_makes_chunks_exact(monkeypatch: pytest.MonkeyPatch) -
     )  # nothing was read twice but where a base was taken for longer
 
 
+def test_what_was_computed_before_a_chunk_was_refined_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole at the end runs behind a rounded chunk. That is then made exact, but what has seen it is not."""
+    ids = prompt(CHUNK * (CHUNKS + 1))
+    store = filled(ids=ids[:, : CHUNK * (CHUNKS - 1)])
+    before = values_of(store)
+    line = Line(store, monkeypatch, lambda index: 300.0 if index == CHUNKS - 2 else 1.0)
+    with cache_for(line, 1000.0, strategy="load") as cache:
+        outcome = run(bfloat16_llama(), ids, cache)
+        assert "refined" in [span.outcome for span in cache.report.timeline]
+        assert cache.boundaries == []
+        cache.end_turn()
+        assert cache.flush(60)
+        assert (cache.report.tokens_hurried, cache.report.chunks_saved) == (0, 0)
+    assert values_of(store) == before
+    assert difference(outcome, oracle(bfloat16_llama(), ids)) != ""
+
+
 @pytest.mark.fault(
     "KV", "A refinement is damaged, and its chunk was loaded without it.", "The chunk stays rounded; a line in the log."
 )
@@ -365,7 +382,7 @@ def test_a_damaged_base_is_not_used(sin: str) -> None:
     before = values_of(store)
     _, report = hurried(store, LATE)
     assert (report.chunks_loaded, report.chunks_computed, report.chunks_failed) == (CHUNKS - 1, 1, 1)
-    assert values_of(store) == before
+    assert (report.tokens_hurried, values_of(store)) == ((CHUNKS - 1) * CHUNK, before)
     outcome, report = hurried(store, AMPLE)
     assert difference(outcome, exact()) == ""
     assert values_of(store) == values_of(filled())

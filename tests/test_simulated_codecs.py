@@ -142,6 +142,21 @@ def test_a_time_that_the_coarsest_form_keeps_is_kept_and_no_coarser_than_needed(
     assert simulate(adapting(where, math.inf), "both").seconds == pytest.approx(alone(where, RAW))
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("latency", [0.0, 0.02, 0.08])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_it_is_kept_however_loads_arrive(threads: int, latency: float, *, known: bool) -> None:
+    """With latency, loads arrive in bunches. Where no costs are known, the first one to arrive tells them."""
+    for gbps in (7, 32):
+        where = replace(eight(gbps, threads), latency=latency, costs_known=known)
+        finest, coarsest = alone(where, forms[0]), min(alone(where, form) for form in forms)
+        for share in (0.2, 0.8, 1.5):
+            target = coarsest + share * (abs(finest - coarsest) + 0.1)
+            outcome = simulate(adapting(where, target), "both")
+            assert outcome.seconds <= target + 1.1 * max(where.compute[-1], where.line.interval)
+        assert 0 in outcome.forms
+
+
 def test_where_no_form_is_in_time_the_coarsest_is_loaded() -> None:
     where = replace(eight(DROPPING_GBPS, 2), line_speed=step(0.0, 0.01))
     outcome = simulate(adapting(where, 0.1), "both")
