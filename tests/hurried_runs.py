@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, Limits, MemoryStore, Store
-from cake_hf.chunks.codec import parse_header
-from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.lossless import rounded
-from cake_hf.keys import behaviour_key, state_key
 from cake_hf.testing import WrapperStore
 from lossy_runs import prefilled
 from models import CHUNK, Outcome, prompt, run, shared_model
+from stored import chunks_of, key_in
 
 LATE, AMPLE = 1e-9, 1e5
 """Seconds of `max_ttft`: over before anything is read, and far more than any run here takes."""
@@ -29,21 +27,9 @@ def bfloat16_llama() -> Any:
     return shared_model("llama", "bfloat16")
 
 
-def chunks_of(store: Store) -> dict[int, bytes]:
-    """The stored files of chunks by their place in the prompt; the last of each place."""
-    found = {}
-    for key in store.keys():  # noqa: SIM118  # a store is no mapping
-        value = bytes(store.read(key) or b"")
-        facts = parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]
-        if facts.key not in (state_key(facts.parent), behaviour_key(facts.namespace)):
-            found[facts.index] = value
-    return found
-
-
 def key_of(store: Store, index: int) -> str:
     """The key of a prompt's chunk."""
-    value = chunks_of(store)[index]
-    return (parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]).key
+    return key_in(chunks_of(store)[index])
 
 
 def cache_for(store: Store, max_ttft: float | None, model: Any = None, **options: Any) -> CakeCache:

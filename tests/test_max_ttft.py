@@ -26,13 +26,12 @@ from hurried_runs import (
     after_bases_of,
     bfloat16_llama,
     cache_for,
-    chunks_of,
     filled,
     hurried,
     key_of,
 )
 from models import CHUNK, CHUNKS, TAIL, Outcome, difference, oracle, prompt, run, shared_model
-from stored import values_of
+from stored import chunks_of, values_of
 from waiting import PATIENCE, await_true
 
 
