@@ -288,6 +288,32 @@ def test_time_that_is_left_makes_chunks_exact(monkeypatch: pytest.MonkeyPatch) -
     )  # nothing was read twice but where a base was taken for longer
 
 
+def test_several_chunks_are_refined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is as slow as it was learnt for two chunks, which come rounded, and fast then."""
+    two = cake_hf.Limits(loader_threads=2, read_timeout=1e8, lookup_timeout=60.0)
+    seconds = [10.0]
+    line = Line(filled(), monkeypatch, lambda index: 10.0 if index >= CHUNKS - 2 else seconds[0])
+    for _ in range(2):
+        hurried(line, None)
+    seconds[0] = 0.0
+    outcome, report = hurried(line, 60.0, limits=two)
+    assert difference(outcome, exact()) == ""
+    assert report.tokens_hurried == 0
+    assert [span.outcome for span in report.timeline].count("refined") >= 2
+
+
+@pytest.mark.fault("KV", "There is no memory to refine a chunk.", "The chunk stays rounded.")
+def test_without_memory_a_chunk_stays_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory is left")
+
+    line = Line(filled(), monkeypatch, hurries_needlessly)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", fail)  # how refinements are unpacked
+    outcome, report = hurried(line, 1000.0)
+    assert difference(outcome, after_bases_of([CHUNKS - 2])) == ""
+    assert report.tokens_hurried == CHUNK
+
+
 def test_what_was_computed_before_a_chunk_was_refined_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hole at the end runs behind a rounded chunk. That is then made exact, but what has seen it is not."""
     ids = prompt(CHUNK * (CHUNKS + 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import dropwhile
@@ -141,7 +140,6 @@ def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace) -> Fron
         read_timeout=session.limits.read_timeout,
         most_staged=STAGED_PER_THREAD * session.limits.loader_threads,
         judge=pace,
-        clock=time.monotonic,  # that of `Prompt.started`, from which deadlines count
     )
 
 

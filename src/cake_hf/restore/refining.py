@@ -20,6 +20,7 @@ from cake_hf.restore.pacing import HurriedPace
 from cake_hf.transfer.encoded_ranges import read_refinements
 from cake_hf.transfer.loader import LoadJob
 from cake_hf.transfer.single_reads import ReadBeside
+from cake_hf.util.interrupts import faults_suppressed
 
 REFINE, REFINED = "refine", "refined"
 """Actor and outcome in the timeline."""
@@ -55,25 +56,29 @@ class Refining:
                 break
             refinements = read.wait(self._limits.read_timeout)
             if refinements is not None:
-                self._refine(index, refinements)
-                self._job.record(REFINE, index, begin, time.monotonic(), REFINED)
+                with faults_suppressed(MemoryError, RuntimeError):  # without memory for it, the chunk stays as it is
+                    self._refine(index, refinements)
+                    self._job.record(REFINE, index, begin, time.monotonic(), REFINED)
         for _, read, _ in self._under_way:
             read.leave()
 
     def _begin_reads(self) -> bool:
         """Starts as many reads as may be under way and would be in time; returns whether any is under way."""
         while self._waiting and len(self._under_way) < self._limits.loader_threads:
-            index = self._waiting[0]
+            index = self._waiting.popleft()
             metadata = self._job.rounded[index]
-            if not self._pace.arrives(sum(metadata.sizes.refinements), time.monotonic()):
+            nbytes = sum(self._refinement_bytes(under_way) for under_way, *_ in self._under_way)
+            if not self._pace.arrives(nbytes + self._refinement_bytes(index), time.monotonic()):
                 self._waiting.clear()
                 break
-            self._waiting.popleft()
             layout, ended = self._job.place.layout_of(index), threading.Event()
             read = partial(read_refinements, self._job.store, layout, metadata, self._job.place.wanted(index))
             slot = self._job.sharing.begin_beside(self._limits.loader_threads, self._limits.read_timeout)
             self._under_way.append((index, ReadBeside(read, "refinement", slot, ended.set), ended))
         return bool(self._under_way)
+
+    def _refinement_bytes(self, index: int) -> int:
+        return sum(self._job.rounded[index].sizes.refinements)
 
     def _refine(self, index: int, refinements: memoryview) -> None:
         sizes = self._job.rounded[index].sizes.refinements

@@ -61,7 +61,7 @@ class Frontier(Ledger):
         most_staged: maximum number of staged chunks, including those still being loaded, that are not committed yet. Further
             loads go in place.
         judge: asked before a chunk is loaded, before one is computed that could be loaded, and while a load is waited for.
-        clock: monotonic seconds; replaceable for tests.
+        clock: monotonic seconds, by default `time.monotonic`; replaceable for tests.
         changed: the lock, and the condition that the main thread waits on; replaceable together with the clock. By default a
             new `threading.Condition`.
     """
@@ -74,14 +74,14 @@ class Frontier(Ledger):
         read_timeout: float = 10.0,
         most_staged: int = 2**31,
         judge: Judge | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         changed: Changed | None = None,
     ) -> None:
         super().__init__([has and strategy is not Strategy.COMPUTE for has in present], most_staged, changed)
         self._strategy = strategy
         self._read_timeout = read_timeout
         self._judge = judge or Judge()
-        self._clock = clock
+        self._clock = clock or time.monotonic
         if changed is None:
             renewed_in_child(self._renew)
         self._front = 0
@@ -89,7 +89,7 @@ class Frontier(Ledger):
         self._waits = False  # the main thread would rather wait for loads than compute
         self._refused = False  # a loader found no load that would arrive in time
         self._trial: int | None = None
-        self._last_progress = clock()
+        self._last_progress = self._clock()
         self._open = True
 
     # Loader side.
