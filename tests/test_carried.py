@@ -20,7 +20,7 @@ from cake_hf.layers import IndexedLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
 from cake_hf.restore import plan
-from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.frontier import Frontier
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.testing.forgery import forge
 from cake_hf.transfer.landing import DevicePlace
@@ -97,8 +97,8 @@ def arriving(
     """
     arrived, settle, forwards = threading.Event(), Frontier.settle, 0
 
-    def settled(frontier: Frontier, index: int, outcome: Outcome) -> bool:
-        counts = settle(frontier, index, outcome)
+    def settled(frontier: Frontier, index: int, *how: Any) -> bool:
+        counts = settle(frontier, index, *how)
         if index == chunk:
             arrived.set()
         return counts
@@ -386,8 +386,8 @@ def test_an_indexer_waits_for_its_layer_too(
     gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer
     settled, settle, update = threading.Event(), Frontier.settle, getattr(IndexedLayer, method)
 
-    def settling(frontier: Frontier, index: int, outcome: Outcome) -> bool:
-        counts = settle(frontier, index, outcome)
+    def settling(frontier: Frontier, index: int, *how: Any) -> bool:
+        counts = settle(frontier, index, *how)
         if index == 0:
             settled.set()
         return counts
