@@ -7,7 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from cake_hf import CakeCache, MemoryStore, Store
-from cake_hf.chunks.codec import parse_header
+from cake_hf.chunks.codec import ChunkMetadata, parse_header
+from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
+from cake_hf.keys import behaviour_key, state_key
 from models import CHUNK, prompt
 
 _made: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], MemoryStore]] = WeakKeyDictionary()
@@ -50,3 +52,23 @@ def keys_in_order(store: Store) -> list[str]:
 def values_of(store: Store) -> dict[str, bytes]:
     """All values of a store by their keys."""
     return {key: bytes(store.read(key) or b"") for key in store.keys()}  # noqa: SIM118  # a store is no mapping
+
+
+def facts_in(value: bytes) -> ChunkMetadata:
+    """What a stored file of either form says about itself."""
+    return parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]
+
+
+def key_in(value: bytes) -> str:
+    """The key in a stored file of either form."""
+    return facts_in(value).key
+
+
+def chunks_of(store: Store) -> dict[int, bytes]:
+    """The stored files of one prompt's chunks by their place in it."""
+    found = {}
+    for value in values_of(store).values():
+        facts = facts_in(value)
+        if facts.key not in (state_key(facts.parent), behaviour_key(facts.namespace)):
+            found[facts.index] = value
+    return found

@@ -19,7 +19,7 @@ from cake_hf.keys import state_key
 from cake_hf.layers import IndexedLayer
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.trials import forgets
-from cake_hf.scheduling.frontier import Frontier, Outcome
+from cake_hf.scheduling.frontier import Frontier
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from cake_hf.testing.forgery import forge
 from cake_hf.transfer.landing import DevicePlace
@@ -96,8 +96,8 @@ def arriving(
     """
     arrived, settle, forwards = threading.Event(), Frontier.settle, 0
 
-    def settled(frontier: Frontier, index: int, outcome: Outcome) -> bool:
-        counts = settle(frontier, index, outcome)
+    def settled(frontier: Frontier, index: int, *how: Any) -> bool:
+        counts = settle(frontier, index, *how)
         if index == chunk:
             arrived.set()
         return counts
@@ -384,8 +384,8 @@ def test_an_indexer_waits_for_its_layer_too(
     gate.open(CHUNKS)  # all chunks but the last one to be loaded, and its lower layer
     settled, settle, update = threading.Event(), Frontier.settle, getattr(IndexedLayer, method)
 
-    def settling(frontier: Frontier, index: int, outcome: Outcome) -> bool:
-        counts = settle(frontier, index, outcome)
+    def settling(frontier: Frontier, index: int, *how: Any) -> bool:
+        counts = settle(frontier, index, *how)
         if index == 0:
             settled.set()
         return counts

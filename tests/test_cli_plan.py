@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,3 +235,23 @@ def test_an_unknown_codec_lists_those_that_there_are(command: Command, codec: st
     assert result.exit_code == 2
     assert f"codec {codec!r} is unknown; choose one of none, lossless, near, int8, int4, auto." in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (9.0, "lossless: 0.70 .*; the finest within 9"),
+        (0.62, "near: 0.51 .*; the finest within 620"),
+        (0.1, "near: .*; yet not within 100"),
+    ],
+)
+def test_a_time_to_keep_chooses_the_form(command: Command, seconds: float, text: str) -> None:
+    result = command("--chunks", 32, *EIGHT, "--gbps", 7, "--max-ttft", seconds)
+    assert re.match(text, line(result, "codec"))
+
+
+@pytest.mark.parametrize("more", [("--max-ttft", 0), ("--max-ttft", 1, "--codec", "near")])
+def test_a_time_that_chooses_nothing_is_refused(command: Command, more: tuple[object, ...]) -> None:
+    result = command("--chunks", 4, *COSTS, *more)
+    assert result.exit_code == 2
+    assert "--max-ttft must be positive, and chooses the form; leave out --codec." in result.stderr

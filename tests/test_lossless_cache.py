@@ -14,9 +14,7 @@ from transformers import DynamicCache
 
 import cake_hf
 from cake_hf import CakeCache, Limits, LocalStore, MemoryStore, Store
-from cake_hf.chunks.codec import parse_header
-from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
-from cake_hf.keys import state_key
+from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.stores.tiers import TierStore
 from cake_hf.testing import GateStore, ThrottledStore, WrapperStore
@@ -26,7 +24,7 @@ from family_runs import difference as family_difference
 from family_runs import generate
 from forwards import meeting_at
 from models import CHUNK, CHUNKS, Outcome, difference, oracle, prompt, run, shared_model
-from stored import values_of
+from stored import chunks_of, key_in, values_of
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt_neox")
 """Qwen2 has biased keys."""
@@ -88,21 +86,6 @@ def copy_of(codec: str = "lossless", dtype: str = "bfloat16") -> MemoryStore:
     return store
 
 
-def values(store: Store) -> dict[int, bytes]:
-    """The stored files by their place in the prompt."""
-    found = {}
-    for key in store.keys():  # noqa: SIM118  # a store is no mapping
-        value = bytes(store.read(key) or b"")
-        facts = parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]
-        if facts.key != state_key(facts.parent):
-            found[facts.index] = value
-    return found
-
-
-def key_in(value: bytes) -> str:
-    return (parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]).key
-
-
 def loaded(store: Store, codec: str = "none", family: str = "llama", **options: Any) -> tuple[Outcome, Any]:
     """What a run with that store gives, and its report."""
     model = model_of(family)
@@ -124,8 +107,8 @@ def test_cold_and_warm_are_exact(family: str, kind: str, tmp_path: Path) -> None
         assert difference(run(model, prompt(), cold), expected(family)) == ""
         assert cold.flush(60)
         stored = cold.report.bytes_stored
-    assert all(map(is_encoded, values(store).values()))
-    assert stored == sum(map(len, values(store).values()))
+    assert all(map(is_encoded, chunks_of(store).values()))
+    assert stored == sum(map(len, chunks_of(store).values()))
     for codec in ("none", "lossless", "auto"):
         outcome, report = loaded(store, codec, family)
         assert difference(outcome, expected(family)) == ""
@@ -154,7 +137,7 @@ def test_windows_states_and_latents_are_exact(family: str) -> None:
     with CakeCache(model, store, chunk_size=CHUNK, codec="lossless") as cold:
         assert family_difference(generate(model, cold), plain) == ""
         assert cold.flush(60)
-    kept = values(store)
+    kept = chunks_of(store)
     assert kept
     assert all(map(is_encoded, kept.values()))
     for strategy in ("load", "both"):
@@ -166,7 +149,7 @@ def test_windows_states_and_latents_are_exact(family: str) -> None:
 
 def test_float32_is_stored_as_it_is_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     store = filled(MemoryStore(), family="qwen3", dtype="float32")
-    assert not any(map(is_encoded, values(store).values()))
+    assert not any(map(is_encoded, chunks_of(store).values()))
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.getMessage() for record in told] == [
         "Chunks are stored as they are: the codec encodes bfloat16 only. This is torch.float32."
@@ -194,7 +177,7 @@ def test_what_does_not_decode_to_the_same_is_stored_as_it_is(
 
     monkeypatch.setattr(stored_forms, "encode", wrong)
     store = filled(MemoryStore())
-    assert not any(map(is_encoded, values(store).values()))
+    assert not any(map(is_encoded, chunks_of(store).values()))
     assert "A chunk is stored as it is, since encoding it failed." in caplog.text
     outcome, report = loaded(store)
     assert difference(outcome, expected()) == ""
@@ -214,15 +197,15 @@ def test_auto_encodes_on_disk_and_not_in_memory(tmp_path: Path) -> None:
         (ThrottledStore(MemoryStore(), 1e9), True),
     ):
         filled(store, "auto")
-        assert set(map(is_encoded, values(store).values())) == {encodes}, store
-    assert not any(map(is_encoded, values(filled(MemoryStore(), "none")).values()))
+        assert set(map(is_encoded, chunks_of(store).values())) == {encodes}, store
+    assert not any(map(is_encoded, chunks_of(filled(MemoryStore(), "none")).values()))
 
 
 def test_auto_needs_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from cake_hf.restore import bound_store
 
     monkeypatch.setattr(bound_store, "is_native", lambda: False)
-    assert not any(map(is_encoded, values(filled(LocalStore(tmp_path), "auto")).values()))
+    assert not any(map(is_encoded, chunks_of(filled(LocalStore(tmp_path), "auto")).values()))
 
 
 @pytest.mark.parametrize("codec", ["zip", "", "Lossless", None, 3])
@@ -236,7 +219,7 @@ def test_an_unknown_codec_lists_those_that_there_are(codec: Any) -> None:
 def test_generate_takes_it() -> None:
     store = MemoryStore()
     cake_hf.generate(model_of(), prompt(), store=store, chunk_size=CHUNK, codec="lossless", max_new_tokens=1)
-    assert all(map(is_encoded, values(store).values()))
+    assert all(map(is_encoded, chunks_of(store).values()))
 
 
 # How it is read.
@@ -245,7 +228,7 @@ def test_generate_takes_it() -> None:
 def mixed(encoded: Sequence[int]) -> MemoryStore:
     """A store with these chunks encoded, the others not."""
     store = MemoryStore()
-    forms = {"lossless": values(copy_of()), "none": values(copy_of("none"))}
+    forms = {"lossless": chunks_of(copy_of()), "none": chunks_of(copy_of("none"))}
     for index in range(CHUNKS):
         value = forms["lossless" if index in encoded else "none"][index]
         store.write(key_in(value), [value])
@@ -285,14 +268,14 @@ def test_tiers_bring_encoded_chunks_nearer(tmp_path: Path) -> None:
         assert difference(outcome, expected()) == ""
         assert report.chunks_loaded == CHUNKS
         assert store.flush(60)
-    assert values(near) == values(far)
+    assert chunks_of(near) == chunks_of(far)
 
 
 # What is wrong with a chunk.
 
 
 def spoiled(store: MemoryStore, index: int, change: Any) -> None:
-    value = bytearray(values(store)[index])
+    value = bytearray(chunks_of(store)[index])
     store.write(key_in(bytes(value)), [change(value)], replace=True)
 
 
@@ -330,7 +313,7 @@ def test_a_damaged_chunk_is_computed(change: Any, codec: str) -> None:
 @pytest.mark.fault("KV", "An encoded chunk of another prompt lies under a chunk's key.", "It is computed instead.")
 def test_a_chunk_of_another_key_is_computed() -> None:
     store = copy_of()
-    all_values = values(store)
+    all_values = chunks_of(store)
     store.write(key_in(all_values[5]), [all_values[4]], replace=True)
     outcome, report = loaded(store)
     assert difference(outcome, expected()) == ""
@@ -390,7 +373,7 @@ def altered(store: Store) -> MemoryStore:
     from cake_hf.testing.forgery import forge, one_bit
 
     other = MemoryStore()
-    for value in values(store).values():
+    for value in chunks_of(store).values():
         other.write(key_in(value), [forge(value, one_bit)])
     return other
 
@@ -398,7 +381,7 @@ def altered(store: Store) -> MemoryStore:
 def test_negative_control() -> None:
     """A well-formed lie is not seen by checksums: the results differ, so the parity tests can fail."""
     store = altered(copy_of())
-    assert all(map(is_encoded, values(store).values()))
+    assert all(map(is_encoded, chunks_of(store).values()))
     outcome, report = loaded(store)
     assert report.chunks_loaded == CHUNKS
     assert difference(outcome, expected()) != ""

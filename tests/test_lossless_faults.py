@@ -22,8 +22,8 @@ from family_runs import generate
 from hanging import no_waiting_for
 from models import CHUNK, CHUNKS, Outcome, build, difference, oracle, prompt, run
 from paces import in_ranges
-from stored import values_of
-from test_lossless_cache import copy_of, key_in, model_of, newer, values
+from stored import chunks_of, key_in, values_of
+from test_lossless_cache import copy_of, model_of, newer
 from waiting import PATIENCE, join_loaders
 
 PATIENT = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
@@ -36,7 +36,7 @@ def expected() -> Outcome:
 
 def keys() -> list[str]:
     """Of the prompt's chunks, in order."""
-    found = values(copy_of())
+    found = chunks_of(copy_of())
     return [key_in(found[index]) for index in range(CHUNKS)]
 
 
@@ -56,7 +56,7 @@ def test_one_fault(fault: str, position: int, codec: str) -> None:
     store = copy_of()
     if fault == "tear":
         key = keys()[position]
-        store.write(key, [values(store)[position][: -len(values(store)[position]) // 2]], replace=True)
+        store.write(key, [chunks_of(store)[position][: -len(chunks_of(store)[position]) // 2]], replace=True)
         outcome, report = warm_run(store, codec)
     else:
         outcome, report = warm_run(FaultStore(store, {keys()[position]: fault}), codec)
@@ -225,12 +225,12 @@ def test_costs_are_learnt_from_what_came_over_the_line() -> None:
     with CakeCache(model_of(), store, chunk_size=CHUNK) as cache:
         load = cache._session.cost_memory(cache._session.namespace()).costs().load
     assert load is not None
-    sizes = [len(value) for value in values(store).values()]
+    sizes = [len(value) for value in chunks_of(store).values()]
     assert load.chunk_bytes == pytest.approx(sum(sizes) / len(sizes), rel=0.01)
 
 
 def test_eviction_finds_the_place_of_an_encoded_chunk() -> None:
-    found = values(copy_of())
+    found = chunks_of(copy_of())
     for index, value in found.items():
         place = place_in(value[:START_BYTES])
         assert place is not None

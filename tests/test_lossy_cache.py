@@ -14,10 +14,8 @@ import torch
 
 import cake_hf
 from cake_hf import CakeCache, CakeError, Limits, LocalStore, MemoryStore, Store, StoreError, TierStore, reads_only
-from cake_hf.chunks.codec import parse_header
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
 from cake_hf.chunks.lossy import LOSSY
-from cake_hf.keys import behaviour_key, state_key
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.testing import FaultStore, GateStore, WrapperStore
 from families import family_model, here
@@ -26,6 +24,7 @@ from family_runs import difference as family_difference
 from family_runs import generate
 from lossy_runs import NAMES, prefilled
 from models import CHUNK, CHUNKS, TAIL, Outcome, difference, oracle, prompt, run, shared_model
+from stored import chunks_of
 from waiting import join_loaders
 
 
@@ -34,7 +33,7 @@ class ChunkGate(GateStore):
 
     def read_into(self, key: str, parts: Sequence[memoryview]) -> int | None:
         chunks = {
-            parse_encoded_header(value)[0].facts.key for value in values(self.inner).values() if is_encoded(value)
+            parse_encoded_header(value)[0].facts.key for value in chunks_of(self.inner).values() if is_encoded(value)
         }
         return super().read_into(key, parts) if key in chunks else self.inner.read_into(key, parts)
 
@@ -100,17 +99,6 @@ def loaded(
         return outcome, cache.report
 
 
-def values(store: Store) -> dict[int, bytes]:
-    """The stored files by their place in the prompt."""
-    found = {}
-    for key in store.keys():  # noqa: SIM118  # a store is no mapping
-        value = bytes(store.read(key) or b"")
-        facts = parse_encoded_header(value)[0].facts if is_encoded(value) else parse_header(value)[0]
-        if facts.key not in (state_key(facts.parent), behaviour_key(facts.namespace)):
-            found[facts.index] = value
-    return found
-
-
 def codec_in(value: bytes) -> str:
     return parse_encoded_header(value)[0].codec if is_encoded(value) else "none"
 
@@ -154,12 +142,12 @@ def test_every_meeting_point_is_equal(codec: str) -> None:
 def test_every_hole_is_computed_to_the_same(hole: int) -> None:
     codec = "int4"
     store = filled(codec)
-    before = values(store)
+    before = chunks_of(store)
     store.delete(parse_encoded_header(before[hole])[0].facts.key)
     outcome, report = loaded(store, codec)
     assert difference(outcome, expected(codec)) == ""
     assert (report.chunks_loaded, report.chunks_missed, report.chunks_saved) == (CHUNKS - 1, 1, 1)
-    assert values(store) == before
+    assert chunks_of(store) == before
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says about configs as small as these
@@ -179,7 +167,7 @@ def test_windows_states_and_latents(family: str, dtype: torch.dtype) -> None:
         with cache_for(model, store, "int4", strategy=strategy, save=False) as warm:
             assert family_difference(generate(model, warm), plain) == ""
             assert (warm.report.chunks_failed, warm.report.tokens_lossy) == (0, coded)
-            assert strategy == "both" or warm.report.chunks_loaded == len(values(store))
+            assert strategy == "both" or warm.report.chunks_loaded == len(chunks_of(store))
 
 
 @pytest.mark.parametrize("tokens", [CHUNK * 3, CHUNK * 3 + 1, CHUNK * 4 - 1, CHUNK * 4])
@@ -198,12 +186,12 @@ def test_a_suffix_of_a_full_chunk_is_coded_once_it_has_run(tokens: int) -> None:
     with cache_for(model, store, "int4", strategy="load") as warm:
         again = run(model, ids, warm)
     assert difference(again, first) == ""
-    kept = values(store)
+    kept = chunks_of(store)
     assert len(kept) == tokens // CHUNK
     with cache_for(model, MemoryStore(), "int4") as whole:
         other = run(model, longer, whole)
         assert whole.flush(60)
-        assert {n: value for n, value in values(whole.store).items() if n in kept} == kept
+        assert {n: value for n, value in chunks_of(whole.store).items() if n in kept} == kept
     with cache_for(model, store, "int4", strategy="load") as warm:
         assert difference(run(model, longer, warm), other) == ""
         assert warm.report.chunks_loaded == tokens // CHUNK
@@ -223,7 +211,7 @@ def test_tails_before_cuts_stay_exact() -> None:
             assert difference(run(model, prompt(), cache), wanted) == "", strategy
             assert cache.report.tokens_lossy == lossy
             assert cache.flush(60)
-    tails = [value for value in values(store).values() if int(parse_encoded_header(value)[1].chunk_size) < CHUNK]
+    tails = [value for value in chunks_of(store).values() if int(parse_encoded_header(value)[1].chunk_size) < CHUNK]
     assert tails
     assert set(map(codec_in, tails)) == {"lossless"}
 
@@ -290,7 +278,7 @@ def test_beams_start_from_one_row() -> None:
 
 @pytest.mark.parametrize(("codec", "family", "dtype"), RUNS)
 def test_the_first_chunk_is_exact_and_the_others_coded(codec: str, family: str, dtype: str) -> None:
-    kept = values(filled(codec, family, dtype))
+    kept = chunks_of(filled(codec, family, dtype))
     exact = "lossless" if dtype == "bfloat16" else "none"
     assert [codec_in(kept[index]) for index in range(CHUNKS)] == [exact, *[codec] * (CHUNKS - 1)]
     reference: Any = oracle(shared_model(family, dtype), prompt())
@@ -310,7 +298,7 @@ def test_stores_on_disk_and_in_tiers(kind: str, tmp_path: Path) -> None:
     outcome, report = loaded(store, "int4")
     assert difference(outcome, expected("int4")) == ""
     assert report.chunks_loaded == CHUNKS
-    assert report.bytes_stored == sum(map(len, values(store).values()))
+    assert report.bytes_stored == sum(map(len, chunks_of(store).values()))
 
 
 def test_codecs_do_not_find_each_others_chunks() -> None:
@@ -368,14 +356,14 @@ def flipped(at: float) -> Any:
 def test_a_damaged_chunk_is_computed_to_the_same(change: Any) -> None:
     codec = "quantspec"
     store = filled(codec)
-    before = values(store)
+    before = chunks_of(store)
     key = parse_encoded_header(before[5])[0].facts.key
     store.write(key, [change(bytearray(before[5]))], replace=True)
     outcome, report = loaded(store, codec)
     assert difference(outcome, expected(codec)) == ""
     assert (report.chunks_loaded, report.chunks_failed, report.chunks_saved) == (CHUNKS - 1, 1, 1)
     assert report.tokens_lossy == LOSSY_TOKENS
-    assert values(store) == before
+    assert chunks_of(store) == before
 
 
 @pytest.mark.fault(
@@ -385,7 +373,7 @@ def test_a_chunk_of_a_later_version_of_the_codec_is_a_miss(caplog: pytest.LogCap
     from test_encoded_header import header_of, replaced, resealed
 
     store = filled("int4")
-    value = values(store)[5]
+    value = chunks_of(store)[5]
     metadata, _ = parse_encoded_header(value)
     header = resealed(replaced("codec_version", "9")(header_of(value)))
     newer = header + value[len(header) :]
@@ -496,4 +484,4 @@ def test_generate_takes_it() -> None:
     options: Any = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = cake_hf.generate(model, prompt(), store=store, chunk_size=CHUNK, codec="int4", exact=False, **options)
     assert torch.equal(found, expected("int4").tokens)
-    assert {codec_in(value) for value in values(store).values()} == {"lossless", "int4"}
+    assert {codec_in(value) for value in chunks_of(store).values()} == {"lossless", "int4"}

@@ -115,8 +115,8 @@ def test_what_was_still_possible_is_not_told_of_encoded_chunks() -> None:
 forms = tuple(FORMS.values())
 
 
-def adapting(where: Setting, seconds: float, *, gives_up: bool = True) -> Setting:
-    return replace(where, forms=forms, max_ttft=seconds, gives_up=gives_up)
+def adapting(where: Setting, seconds: float) -> Setting:
+    return replace(where, forms=forms, max_ttft=seconds)
 
 
 def alone(where: Setting, codec: CodecCost) -> float:
@@ -142,13 +142,26 @@ def test_a_time_that_the_coarsest_form_keeps_is_kept_and_no_coarser_than_needed(
     assert simulate(adapting(where, math.inf), "both").seconds == pytest.approx(alone(where, RAW))
 
 
-def test_where_no_form_is_in_time_all_is_computed_or_the_coarsest_is_loaded() -> None:
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("latency", [0.0, 0.02, 0.08])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_it_is_kept_however_loads_arrive(threads: int, latency: float, *, known: bool) -> None:
+    """With latency, loads arrive in bunches. Where no costs are known, the first one to arrive tells them."""
+    for gbps in (7, 32):
+        where = replace(eight(gbps, threads), latency=latency, costs_known=known)
+        finest, coarsest = alone(where, forms[0]), min(alone(where, form) for form in forms)
+        for share in (0.2, 0.8, 1.5):
+            target = coarsest + share * (abs(finest - coarsest) + 0.1)
+            outcome = simulate(adapting(where, target), "both")
+            assert outcome.seconds <= target + 1.1 * max(where.compute[-1], where.line.interval)
+        assert 0 in outcome.forms
+
+
+def test_where_no_form_is_in_time_the_coarsest_is_loaded() -> None:
     where = replace(eight(DROPPING_GBPS, 2), line_speed=step(0.0, 0.01))
     outcome = simulate(adapting(where, 0.1), "both")
-    assert outcome.computed >= where.chunks - 2  # those that were claimed before the line's speed was known
     assert outcome.computed + outcome.loaded == where.chunks
-    coarsest = simulate(adapting(where, 0.1, gives_up=False), "both")
-    assert set(coarsest.forms[:-2]) <= {len(forms) - 1}
+    assert set(outcome.forms[:-2]) <= {len(forms) - 1}  # but for those claimed before the line's speed was known
 
 
 @pytest.mark.parametrize("left", [0.5, 0.4, 0.7])

@@ -46,8 +46,7 @@ LEGEND = (
     "Seconds to the first token, by the library's own decisions with known costs. auto: the form that pays with so many "
     "loaders. Sizes and decode speeds are the library's typical ones. Bound: r(Tc + Tl) / (Tc + r*Tl). Line that drops: "
     f"{DROPPING_GBPS:g} Gbps, of which a part is left after {DROP_AT:g} s; target {TARGET:g} s, ! missed; shares of the "
-    "chunks by form; max_ttft: at each claim the finest form that is in time, and if there is none nothing more is loaded, "
-    "or the coarsest."
+    "chunks by form; max_ttft: at each claim the finest form that is in time, and if there is none the coarsest."
 )
 
 
@@ -141,11 +140,9 @@ def while_the_line_drops(threads: int) -> Table:
         for name, codec in FORMS.items():
             outcome = simulate(replace(where, codec=None if codec is RAW else codec), "both")
             rows.append(_drop_row(left, name, outcome, {name: outcome.loaded}))
-        for gives_up, policy in ((True, "max_ttft"), (False, "or coarsest")):
-            adapting = replace(where, forms=tuple(FORMS.values()), max_ttft=TARGET, gives_up=gives_up)
-            outcome = simulate(adapting, "both")
-            chosen = [list(FORMS)[form] for form in outcome.forms]
-            rows.append(_drop_row(left, policy, outcome, {name: chosen.count(name) for name in FORMS}))
+        outcome = simulate(replace(where, forms=tuple(FORMS.values()), max_ttft=TARGET), "both")
+        chosen = [list(FORMS)[form] for form in outcome.forms]
+        rows.append(_drop_row(left, "max_ttft", outcome, {name: chosen.count(name) for name in FORMS}))
     headings = ("<left", "<loads", "TTFT", *FORMS, "computed")
     return Table("drops", "8B, 16K tokens, H100: a line that drops", headings, rows)
 

@@ -25,10 +25,10 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Literal
 
-from benchmarks.simulation.adapting import Adapting
 from benchmarks.simulation.speeds import CONSTANT, Speed
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Span
+from cake_hf.scheduling.adapting import Adapting
 from cake_hf.scheduling.costs import MAX_SECONDS, Brought, CodecCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Frontier, Judge, Strategy
 from cake_hf.scheduling.frontier import Outcome as LoadOutcome
@@ -68,8 +68,7 @@ class Setting:
         cores: on which chunks are computed and decoded; decoding one then takes `S / (D * cores)` seconds from computing. 0 if
             computing has a device of its own.
         forms: in which each chunk is stored, the finest first, if a load may choose; then `codec` is not used.
-        max_ttft: seconds after which the first token should be there; loads choose by it (see `adapting.Adapting`).
-        gives_up: whether nothing more is loaded once no form is in time; otherwise, the coarsest is.
+        max_ttft: seconds after which the first token should be there; loads choose by it (see `scheduling.adapting`).
 
     Raises:
         ValueError: a number is out of range or not a number.
@@ -93,7 +92,6 @@ class Setting:
     cores: int = 0
     forms: tuple[CodecCost, ...] = ()
     max_ttft: float = math.inf
-    gives_up: bool = True
 
     def __post_init__(self) -> None:
         _ = self.line
@@ -471,7 +469,7 @@ class _Restore:
     def _pace_class(self) -> Callable[..., Pace]:
         if self._setting.forms and self._policy == "both":
             where = self._setting
-            return partial(Adapting, forms=where.forms, max_ttft=where.max_ttft, gives_up=where.gives_up)
+            return partial(Adapting, forms=where.forms, chunk_bytes=where.chunk_bytes, deadline=where.max_ttft)
         return _Fixed if self._policy == "fixed" else Pace
 
     def _walk(self, until: int, *, past_loads: bool) -> None:
@@ -555,7 +553,7 @@ class _Restore:
         """The form of the load that was just claimed."""
         if not self._setting.forms:
             return self._setting.codec
-        form = self._forms[index] = self.pace.form if isinstance(self.pace, Adapting) else 0
+        form = self._forms[index] = self._frontier.form(index)
         return self._setting.forms[form]
 
     def _read(self, actor: str, index: int, begin: float, number: int, ranges: int) -> None:
@@ -572,8 +570,6 @@ class _Restore:
                 self._gate.landed(index, self._setting.layers * number // ranges)
                 self._read(actor, index, begin, number + 1, ranges)
                 return
-            if isinstance(self.pace, Adapting):
-                self.pace.came(brought.nbytes, begin, self._clock.now)
             if brought.decoding and self._computes and self._setting.cores:
                 self._taken += brought.decoding / self._setting.cores
             if brought.decoding:
@@ -582,7 +578,7 @@ class _Restore:
                 load_ends()
 
         def load_ends() -> None:
-            if self._frontier.settle(index, LoadOutcome.LOADED):
+            if self._frontier.settle(index, LoadOutcome.LOADED, brought):
                 self._record(actor, index, begin, LoadOutcome.LOADED.value)
             self._load_next(actor)
 

@@ -27,6 +27,7 @@ BOTH, COMPUTE, LOAD, LIMIT = "#2a9d4b", "#e07b39", "#3a7ca5", "#222222"
 SHADES = {
     "computed": (COMPUTE, "#eb9a66"),
     "loaded": (LOAD, "#639bc0"),
+    "refined": ("#7a5ea8", "#a08bc4"),
     "shared": ("#5b9a68", "#84b58e"),
     "preempted": ("#9aa0a6", "#b3b8bd"),
     "superseded": ("#9aa0a6", "#b3b8bd"),

@@ -11,7 +11,7 @@ from cake_hf.util.redaction import shown
 LANE_WIDTH = 60
 
 _FILLS = {
-    **dict.fromkeys(("computed", "gated", "loaded", "shared"), "="),
+    **dict.fromkeys(("computed", "gated", "loaded", "shared", "refined"), "="),
     **dict.fromkeys(("preempted", "superseded"), "~"),
 }
 
@@ -34,13 +34,13 @@ class Span:
     """One actor's work on one chunk.
 
     Attributes:
-        actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads.
+        actor: "compute" for the main thread, "load-0", "load-1", ... for loader threads; "refine" for refinements.
         chunk: index on the absolute grid; -1 for the last partial chunk ("tail").
         start, end: seconds since the start of the restore.
         outcome: "computed", "loaded", "missed", "corrupt", "error" or "late"; "preempted" if a forward ended early because its
             chunk had arrived from the store; "gated" if the forward waited, layer by layer, for loads that were still under
             way; "shared" if the chunk came from another prompt that was being restored at the same time; "superseded" if a load
-            was no longer needed when it arrived.
+            was no longer needed when it arrived; "refined" if the rest of a chunk came that was loaded in part at first.
     """
 
     actor: str
@@ -83,6 +83,8 @@ class Report:
         chunks_saved: new chunks that are durable in the store; grows until `cache.flush()` returns.
         chunks_unsaved: new chunks and tails that were not saved because the queue was full or the store refused them.
         tokens_lossy: tokens whose KV has gone through a lossy codec, loaded or computed; all others are exact.
+        tokens_hurried: those of them that were loaded in the form of the codec "near", because all of their KV would have come
+            after `max_ttft`. What was computed behind them is not exact, either.
         states_loaded, states_saved: snapshots of a model's recurrent state, which are stored beside chunks.
         bytes_loaded, bytes_saved: payload bytes of chunks and states.
         store: the store's name without secrets; for a directory, the last part of its path; empty if the store was not asked.
@@ -112,6 +114,7 @@ class Report:
     chunks_saved: int = 0
     chunks_unsaved: int = 0
     tokens_lossy: int = 0
+    tokens_hurried: int = 0
     states_loaded: int = 0
     states_saved: int = 0
     bytes_loaded: int = 0
@@ -138,6 +141,7 @@ class Report:
         self.chunks_shared += (batch - 1) * self.restored
         self.tokens *= batch
         self.tokens_lossy *= batch
+        self.tokens_hurried *= batch
         self.batch = batch
 
     def rows(self) -> list[tuple[str, str]]:
@@ -158,7 +162,7 @@ class Report:
         if self.states_loaded or self.states_saved:
             rows.append(("states", f"{self.states_loaded} loaded, {self.states_saved} saved"))
         if self.tokens_lossy:
-            rows.append(("lossy", f"{self.tokens_lossy:,} tokens, whose KV is not exact"))
+            rows.append(("lossy", f"{self.tokens_lossy:,} tokens, whose KV is not exact{self._hurried()}"))
         if self.chunks_unsaved:
             rows.append(("not saved", f"{self.chunks_unsaved} chunks"))
         if self.reason:
@@ -170,6 +174,11 @@ class Report:
 
     def _shared(self) -> str:
         return f", {self.chunks_shared} shared" if self.chunks_shared else ""
+
+    def _hurried(self) -> str:
+        if not self.tokens_hurried:
+            return ""
+        return f": {self.tokens_hurried:,} came as near, since all of their KV would have come after max_ttft"
 
     def _saved_time(self) -> str:
         if self.seconds_saved is not None:

@@ -25,7 +25,7 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.vision import forget_numbering
 from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
-from cake_hf.restore.bound_store import check_codec
+from cake_hf.restore.bound_store import check_codec, check_max_ttft
 from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
@@ -69,6 +69,10 @@ class CakeCache(RestoringCache):
             `exact=False` ("near", "int8", "quantspec", "int4", "rot4", "cachegen", "kivi2"): full chunks but for the first go
             through it before the next chunk sees them. The output is then another one than without, and still the same
             whatever is stored. Such KV has keys of its own (docs/codecs.md).
+        max_ttft: seconds from a prompt's arrival within which its first token should be there, with `exact=False` and
+            codec="lossless" or "auto". Where stored chunks would take longer, only the upper 8 bits of their 11 are loaded, so
+            that KV and output are not exact. It depends on the store's speed which chunks these are. The report counts them;
+            nothing that they or what follows them gave is saved (docs/codecs.md). None: all chunks are loaded whole.
         rules: for tests, what decides between loading and computing; see `cake_hf.testing.Rules`.
 
     Attributes:
@@ -79,8 +83,8 @@ class CakeCache(RestoringCache):
         StoreError: no store is named; or the store cannot be opened, or cannot be written to while `save` is set, and has never
             been usable in this process. (If it was usable before, or does not answer in time, the cache works without it:
             docs/stores.md.)
-        ValueError: `chunk_size` is below 16, `strategy` or `codec` is unknown, the codec is lossy although `exact` is set, or a
-            `CAKE_HF_*` variable cannot be used.
+        ValueError: `chunk_size` is below 16, `strategy` or `codec` is unknown, the codec is lossy although `exact` is set,
+            `max_ttft` is not positive or does not go with `exact` or `codec`, or a `CAKE_HF_*` variable cannot be used.
         CakeError: the codec needs a library that is not installed.
     """
 
@@ -97,10 +101,12 @@ class CakeCache(RestoringCache):
         limits: Limits | None = None,
         snapshot_every: int = 0,
         codec: str = "none",
+        max_ttft: float | None = None,
         rules: Rules | None = None,
     ) -> None:
         sides = Strategy(strategy)
         check_codec(codec, exact=exact)
+        check_max_ttft(max_ttft, codec, exact=exact)
         given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, refusal = checked_layers(model)
@@ -119,6 +125,7 @@ class CakeCache(RestoringCache):
             rules=rules,
         )
         super().__init__(session, layers, refusal, passive=not layers)
+        self._max_ttft = max_ttft
 
     def __repr__(self) -> str:
         state = "closed, " if self.closed else ""
@@ -145,6 +152,7 @@ class CakeCache(RestoringCache):
             copied, self._session, copied_layers(self.layers, self._hidden, memo), self._model_refusal
         )
         copied._hidden = self._hidden
+        copied._max_ttft = self._max_ttft
         copied.report = copy.deepcopy(self.report, memo)
         if self._prefilled is not None and self._prefilled.report is self.report:
             copied._prefilled = replace(self._prefilled, report=copied.report)

@@ -16,7 +16,7 @@ from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
 from cake_hf.stores.opening import StoreSpec
 
-_CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every", "codec")
+_CACHE_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "limits", "snapshot_every", "codec", "max_ttft")
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
         report: called with the prompt's report at the end, e.g. `print`, or the `append` of a list.
         boundaries: cuts, as numbers of tokens from the prompt's start: the ends of parts that other prompts share, such as a
             document. Up to a cut, the prompt is run, stored and restored by itself (see `CakeCache.prefill`).
-        **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every, codec) and of
-            `model.generate`.
+        **kwargs: options of `CakeCache` (chunk_size, salt, save, exact, strategy, limits, snapshot_every, codec,
+            max_ttft) and of `model.generate`.
 
     Returns:
         What `model.generate` returns.

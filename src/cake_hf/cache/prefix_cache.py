@@ -54,6 +54,7 @@ class PrefixCache(RememberingCache):
     """
 
     presses_rest: bool
+    _max_ttft: float | None = None  # rows of a batch are loaded whole
 
     def _be_idle(self, refusal: Refusal | None) -> None:
         """Initializes the state, with no prompt.
@@ -198,7 +199,15 @@ class PrefixCache(RememberingCache):
         return prompt
 
     def _start(self, prompt: Prompt, progress: Progress, *, past_loads: bool) -> Restore:
-        restore = Restore(self._session, self.layers, prompt, self._compute_chunk, progress, past_loads=past_loads)
+        restore = Restore(
+            self._session,
+            self.layers,
+            prompt,
+            self._compute_chunk,
+            progress,
+            past_loads=past_loads,
+            max_ttft=self._max_ttft,
+        )
         self._work = Work(Phase.RESTORING, restore=restore)
         try:
             restore.start()
@@ -223,7 +232,7 @@ class PrefixCache(RememberingCache):
         self._work = IDLE
         prompt = restore.prompt
         if prompt.keys:
-            count = prompt.chunks + save_suffix
+            count = restore.exact_blocks(prompt.chunks + save_suffix)
             past, blocks = prompt.call.past, prompt.blocks[:count]
             self._held.append([block.shifted(past) for block in blocks] if past else blocks, prompt.keys[:count])
         learn_costs(restore.cost_memory, restore.prompt, restore.pace, restore.took)

@@ -22,6 +22,7 @@ from cake_hf.restore.batch import BatchRestore
 from cake_hf.restore.forwards import no_progress
 from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.hook import Rewritten
+from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_refusal
 
@@ -124,7 +125,7 @@ class PromptCache(PrefixCache):
         self._forget_prefilled()
         self._forget_edited()
         self._end_turn(call.past)
-        if call.past != self._held.end:
+        if prefilled is not None and not self._goes_on(prefilled, call.past):
             prefilled = None
         is_rest = prefilled is not None and self._is_rest(call)
         if call.tokens:
@@ -176,6 +177,12 @@ class PromptCache(PrefixCache):
         if given is not None:
             self._seen.require(given.ids, given.mask, past, longer=True)
             self._forget_changed_reply(given.ids)
+
+    def _goes_on(self, prefilled: Prompt, past: int) -> bool:
+        """Whether a call continues from what `prefill` has brought, if that is still there."""
+        if prefilled.report.tokens_hurried:  # known up to the first rounded chunk only
+            return past == prefilled.call.past + prefilled.rest
+        return past == self._held.end
 
     def _is_rest(self, call: ForwardCall) -> bool:
         """Whether what comes after `prefill` is only a suffix.

@@ -54,12 +54,22 @@ def check_encoded(
     Raises:
         CorruptChunk: they do not match their checksums.
     """
-    sizes, wanted = metadata.sizes, slice(first, first + count)
     digits = slice(first * SHORT_DIGITS, (first + count) * SHORT_DIGITS)
-    good = _short_checksums(bases, sizes.bases[wanted]) == metadata.base_checksums[digits]
-    if good and len(refinements):
-        good = _short_checksums(refinements, sizes.refinements[wanted]) == metadata.refinement_checksums[digits]
-    if not good:
+    if _short_checksums(bases, metadata.sizes.bases[first : first + count]) != metadata.base_checksums[digits]:
+        raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
+    if len(refinements):
+        check_refinements(refinements, metadata, first, count)
+
+
+def check_refinements(refinements: Buffer, metadata: EncodedMetadata, first: int = 0, count: int = 2**31) -> None:
+    """Refuses refinements that are not as they were written; see `check_encoded`.
+
+    Raises:
+        CorruptChunk: they do not match their checksums.
+    """
+    digits = slice(first * SHORT_DIGITS, (first + count) * SHORT_DIGITS)
+    found = _short_checksums(refinements, metadata.sizes.refinements[first : first + count])
+    if found != metadata.refinement_checksums[digits]:
         raise CorruptChunk(f"Chunk {metadata.facts.key} does not match its checksum.")
 
 

@@ -174,6 +174,22 @@ def rounded(numbers: torch.Tensor) -> torch.Tensor:
     return (bits & ~7 | usual.to(torch.int16) << 2).view(torch.bfloat16)
 
 
+def refine(numbers: torch.Tensor, refinement: torch.Tensor) -> None:
+    """Puts the refinement of a piece into the bfloat16 numbers that its base gave, on any device: they become exact.
+
+    Args:
+        numbers: contiguous, in the order in which they were encoded; changed in place.
+        refinement: `[bytes]` uint8 of that piece, checked.
+    """
+    packed = refinement.view(-1, 3, 32)
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8).view(1, 8, 1)
+    lower = packed[:, :2].repeat_interleave(4, dim=1) >> 2 * (shifts & 3) & 3
+    upper = packed[:, 2:] >> shifts & 1
+    bits = numbers.view(torch.int16).view(-1)
+    bits &= ~7
+    bits |= (lower | upper << 2).view(-1)[: bits.numel()]
+
+
 def _decode(
     bases: Buffer,
     refinements: Buffer | None,

@@ -75,6 +75,10 @@ def plan_command(
             help="Form of the stored chunks: none, auto, or a codec that is listed; by default as they came last."
         ),
     ] = "",
+    max_ttft: Annotated[
+        float | None,
+        typer.Option(help="Plan with the finest form that a cache with this max_ttft would load; not with --codec."),
+    ] = None,
     suffix: Annotated[float, typer.Option(help="Seconds to compute the prompt's suffix.")] = 0.0,
     gpu_share: Annotated[
         float, typer.Option(help="Share of the device's compute that computing chunks gets, above 0 and up to 1.")
@@ -90,6 +94,8 @@ def plan_command(
     """
     if not 0 < gpu_share <= 1:
         raise ValueError(f"--gpu-share must be above 0 and at most 1, got {gpu_share}.")
+    if max_ttft is not None and (codec or not max_ttft > 0):
+        raise ValueError("--max-ttft must be positive, and chooses the form; leave out --codec.")
     if tokens is not None:
         _refuse_outside("--tokens", tokens, 1, MAX_TOKENS)
     if chunk_size is not None:
@@ -118,11 +124,14 @@ def plan_command(
     count = _chunk_count(tokens, chunks, size)
     compute = _compute_cost(measured.compute, compute_base, compute_slope, gpu_share)
     forms = _forms(measured, known, chunk_mib, gbps, latency_ms, threads)
-    chosen = forms.choose(codec)
+    chosen, kept = forms.choose(codec), ""
+    if max_ttft is not None:
+        chosen, in_time = forms.in_time(compute, count, suffix, max_ttft)
+        kept = f"; {'the finest' if in_time else 'yet not'} within {seconds_text(max_ttft)}"
     load = forms.load(chosen)
     made = plan(Costs(compute, load), [True] * count, suffix_seconds=suffix)
     by_form = forms.bars(compute, count, suffix, chosen) if len(forms.codecs) > 1 else []
-    show_plan(compute, load, made, _source(known, store), _sized(size, kind), forms.text(chosen), by_form)
+    show_plan(compute, load, made, _source(known, store), _sized(size, kind), forms.text(chosen) + kept, by_form)
 
 
 def find_costs(

@@ -10,7 +10,7 @@ from cake_hf.scheduling.costs import CodecCost, ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.planner import plan
 from cake_hf.util.sizes import bytes_text
 
-NONE, AUTO, LOSSLESS = "none", "auto", "lossless"
+NONE, AUTO, LOSSLESS, NEAR = "none", "auto", "lossless", "near"
 BFLOAT16 = "BF16"
 """As safetensors names the only dtype that is encoded."""
 
@@ -69,12 +69,32 @@ class Forms:
             suffix: seconds of the prompt's suffix.
             chosen: the form that is planned with.
         """
-        bars = []
-        for name in self.codecs:
-            load = self.load(name)
-            seconds = plan(Costs(compute, load), [True] * chunks, suffix_seconds=suffix).predicted_seconds or 0.0
-            bars.append(Bar(name, seconds, "green" if name == chosen else "dim", bytes_text(load.chunk_bytes)))
-        return bars
+        return [
+            Bar(
+                name,
+                self._seconds(name, compute, chunks, suffix),
+                "green" if name == chosen else "dim",
+                bytes_text(self.load(name).chunk_bytes),
+            )
+            for name in self.codecs
+        ]
+
+    def in_time(self, compute: ComputeCost, chunks: int, suffix: float, max_ttft: float) -> tuple[str, bool]:
+        """Returns the finest form that a cache with that `max_ttft` would load throughout, and whether it is in time.
+
+        Args:
+            compute, chunks, suffix: as for `bars`.
+            max_ttft: seconds.
+        """
+        for name in (LOSSLESS, NEAR):
+            if name in self.codecs and self._seconds(name, compute, chunks, suffix) <= max_ttft:
+                return name, True
+        last = NEAR if NEAR in self.codecs else NONE
+        return last, self._seconds(last, compute, chunks, suffix) <= max_ttft
+
+    def _seconds(self, name: str, compute: ComputeCost, chunks: int, suffix: float) -> float:
+        made = plan(Costs(compute, self.load(name)), [True] * chunks, suffix_seconds=suffix)
+        return made.predicted_seconds or 0.0
 
 
 def forms_of(raw: LoadCost, codec: CodecCost | None, dtype: str, *, came_encoded: bool) -> Forms:

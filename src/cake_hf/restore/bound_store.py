@@ -23,6 +23,7 @@ from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
 from cake_hf.scheduling.codecs import encoding_pays
+from cake_hf.scheduling.costs import MAX_SECONDS, is_number
 from cake_hf.stores.base import Store
 from cake_hf.stores.display_name import store_name
 from cake_hf.stores.opening import StoreSpec
@@ -37,10 +38,14 @@ from cake_hf.transfer.telemetry import observe, observe_save
 from cake_hf.transfer.writer import Coded, SaveJob, pack
 from cake_hf.util.forks import Lock
 from cake_hf.util.interrupts import is_the_users
+from cake_hf.util.redaction import shown
 
 logger = logging.getLogger("cake_hf")
 
 CODECS = ("none", LOSSLESS, "auto", *LOSSY)
+LAYERED = (LOSSLESS, "auto")
+"""Codecs whose chunks may be loaded without their refinements. (quantspec has such, too, but a lossy codec promises one output,
+whatever happens.)"""
 
 _DAY = 24 * 60 * 60
 
@@ -59,6 +64,24 @@ def check_codec(codec: str, *, exact: bool) -> None:
         raise ValueError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}.")
     if exact and is_lossy(codec):
         raise ValueError(f"codec {codec!r} is lossy: pass exact=False (--no-exact) with it, or take codec='lossless'.")
+
+
+def check_max_ttft(max_ttft: float | None, codec: str, *, exact: bool) -> None:
+    """Refuses a time to the first token that cannot be kept by leaving something out.
+
+    Raises:
+        ValueError: it is not positive, KV has to be exact, or the codec stores nothing that can be left out.
+    """
+    if max_ttft is None:
+        return
+    if not is_number(max_ttft, 0.0, MAX_SECONDS) or not max_ttft:
+        raise ValueError(f"max_ttft must be a positive number of seconds, got {shown(repr(max_ttft))}.")
+    if exact:
+        raise ValueError("With max_ttft, KV may be loaded in part, so that it is not exact: pass exact=False with it.")
+    if codec not in LAYERED:
+        raise ValueError(
+            f"With codec {codec!r}, chunks have no part that max_ttft could leave out; take codec='lossless' or 'auto'."
+        )
 
 
 class BoundStore:

@@ -231,10 +231,11 @@ class ChunkRuns:
         load = self._frontier.outcomes().get(index)
         self._steps.computed(index)
         self._prompt.record("compute", index, begin, end, GATED if self.waited else "computed")
-        if load not in (Outcome.CORRUPT, Outcome.MISSED):
-            self._audit.computed(index, partial(self._saver.pieces, index))
-        self._saver.chunk(index, load, coded)
-        self._saver.state(index)
+        if self._is_exact(index):
+            if load not in (Outcome.CORRUPT, Outcome.MISSED):
+                self._audit.computed(index, partial(self._saver.pieces, index))
+            self._saver.chunk(index, load, coded)
+            self._saver.state(index)
         return True
 
     def stand(self, index: int) -> None:
@@ -244,7 +245,8 @@ class ChunkRuns:
             begin = time.monotonic()
             self._run(chunk, never)
             self._prompt.record("compute", chunk, begin, time.monotonic(), "computed")
-            self._saver.state(chunk)
+            if self._is_exact(chunk):
+                self._saver.state(chunk)
 
     def show(self, chunks: int) -> None:
         """Makes the first `chunks` chunks the content of the layers that keep each token."""
@@ -261,6 +263,10 @@ class ChunkRuns:
         self._carried.passed(index)
         wait_for_devices(self._devices)
         return self._lossy.code(index)
+
+    def _is_exact(self, index: int) -> bool:
+        """Whether a chunk that was computed is what its key says: it has seen no rounded KV."""
+        return index < self._frontier.exact_until()
 
     def _is_left(self, index: int, layers: Layers) -> bool:
         """Whether a forward ends before its next layer: its chunk has arrived, or was a trial that is not worth finishing."""

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import dropwhile
 
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.limits import STAGED_PER_THREAD
-from cake_hf.model.ranks import Ranks
+from cake_hf.model.ranks import Ranks, ranks_of
 from cake_hf.restore.plan import RestorePlan
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
+from cake_hf.scheduling.adapting import Adapting
+from cake_hf.scheduling.codecs import levels_of
 from cake_hf.scheduling.costs import Brought, Costs
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.pace import Pace, RestorePace
 from cake_hf.transfer.cost_notes import CostMemory
 from cake_hf.transfer.loader import LoadJob
+
+
+class HurriedPace(RestorePace, Adapting):
+    """The pace of a restore that has a time to keep. A chunk has two forms: whole, and its bases alone."""
+
+
+def deadline_of(session: Session, prompt: Prompt, max_ttft: float | None) -> float | None:
+    """Returns when the prompt's first token should be there; None if its chunks are all loaded whole.
+
+    They are, too, if bases cannot be read alone; and on several ranks, as each would choose forms of its own.
+    """
+    if max_ttft is None or not session.bound_store.store.reads_ranges or ranks_of(session.model) is not None:
+        return None
+    return prompt.started + max_ttft
 
 
 def new_pace(
@@ -26,6 +43,7 @@ def new_pace(
     memory: CostMemory,
     costs: Costs,
     *,
+    deadline: float | None,
     layers: int,
     can_run: Callable[[int], bool],
     can_leave: Callable[[int], bool],
@@ -37,11 +55,16 @@ def new_pace(
         prompt: from `open_prompt`.
         plan: of the restore.
         memory: the costs of earlier prompts.
-        costs: of chunks, from that memory.
+        costs: of chunks, from that memory; of raw ones if there is a deadline.
+        deadline: see `deadline_of`.
         layers: of the model.
         can_run, can_leave: see `RestorePace`.
     """
-    return session.rules.pace(
+    kind: Callable[..., RestorePace] = session.rules.pace
+    if deadline is not None:
+        raw_bytes = stored_bytes(prompt.layout)
+        kind = partial(HurriedPace, forms=levels_of(costs.codec), chunk_bytes=raw_bytes, deadline=deadline)
+    return kind(
         costs,
         blocks=prompt.blocks,
         can_run=can_run,
@@ -172,10 +195,13 @@ def count_restore(
             f"{late} of {len(outcomes)}, given up after {patience:g} s (Limits.read_timeout)",
         )
     report.states_loaded += states
+    rounded = sum(prompt.blocks[index].tokens for index in job.frontier.rounded())
+    report.tokens_lossy += rounded
+    report.tokens_hurried += rounded
     report.bytes_stored += sum(
         took.nbytes - took.raw_bytes
         for index, took in list(job.took.items())
-        if index in own and took.nbytes < took.raw_bytes
+        if index in own and took.nbytes < took.raw_bytes and not took.is_rounded
     )
     report.bytes_loaded += job.place.wanted_bytes(own) + states * prompt.state_layout.nbytes
     return len(own | shared)

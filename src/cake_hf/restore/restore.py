@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from cake_hf.chunks.codec import stored_bytes
 from cake_hf.layers import HEADROOM_TOKENS, TokenMajorLayer
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.model.kv_layout import kv_template, layers_with_tokens
@@ -36,9 +37,10 @@ from cake_hf.model.ranks import ranks_of
 from cake_hf.restore.audit import Audit
 from cake_hf.restore.carried import Carried, StoredStates, WindowBuffers, Windows
 from cake_hf.restore.forwards import ChunkRuns, Forward, LossySchedule, Progress
-from cake_hf.restore.pacing import count_restore, new_frontier, new_pace, steps_for
+from cake_hf.restore.pacing import HurriedPace, count_restore, deadline_of, new_frontier, new_pace, steps_for
 from cake_hf.restore.plan import plan_restore
 from cake_hf.restore.prompt import Prompt
+from cake_hf.restore.refining import Refining
 from cake_hf.restore.saving import Flights, Saver
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Brought
@@ -61,6 +63,7 @@ class Restore:
         forward: runs the model on one chunk with the cache, see `forwards.Forward`.
         progress: called from time to time with (chunks that are there, all chunks).
         past_loads: whether a forward that follows loads may start before these have all arrived.
+        max_ttft: seconds after the call within which the first token should be there; None to load all chunks whole.
 
     Attributes:
         prompt: as given.
@@ -79,6 +82,7 @@ class Restore:
         progress: Progress,
         *,
         past_loads: bool,
+        max_ttft: float | None = None,
     ) -> None:
         self.prompt = prompt
         self.brought = 0
@@ -110,8 +114,9 @@ class Restore:
         self._lossy = LossySchedule(session.bound_store.lossy, prompt, self._saver.pieces)
         self._ranks = ranks_of(session.model)
         self.cost_memory = session.cost_memory(prompt.namespace)
-        costs = self.cost_memory.costs()
-        by_layers = past_loads and not self._carried and self._ranks is None
+        deadline = deadline_of(session, prompt, max_ttft)
+        costs = self.cost_memory.costs(None if deadline is None else stored_bytes(prompt.layout))
+        by_layers = past_loads and not self._carried and self._ranks is None and deadline is None
         self._plan = plan = plan_restore(session, prompt, costs, self._carried.reach, by_layers=by_layers)
         self._windows = WindowBuffers(prompt, plan.windows, template)
         self._reserve(kept)  # the last step that takes memory: a failure before it has nothing to release
@@ -126,6 +131,7 @@ class Restore:
             plan,
             self.cost_memory,
             costs,
+            deadline=deadline,
             layers=len(layers),
             can_run=self._can_run,
             can_leave=self._can_leave,
@@ -168,6 +174,8 @@ class Restore:
         """
         prompt = self.prompt
         self._walk(prompt.chunks, past_loads=self._gate.is_open)
+        if isinstance(self.pace, HurriedPace) and not self._carried:
+            Refining(self._job, self.pace, self._session.limits, self._saver.pieces).run()
         self.pending = self._gate.beyond > 0
         self._audit.settle()
         self._audit.end()  # from now on the suffix is in the model
@@ -204,7 +212,7 @@ class Restore:
             self._states.let_go()
             self.brought = self._count()
             self.prompt.report.tokens_lossy += self._lossy.tokens(self.prompt.chunks + save_suffix)
-            if save_suffix:
+            if save_suffix and self.exact_blocks(self.prompt.chunks + 1) > self.prompt.chunks:
                 self._carried.begin()
                 self._carried.ran()
                 self._carried.passed(self.prompt.chunks)
@@ -236,6 +244,14 @@ class Restore:
     def took(self) -> dict[int, Brought]:
         """What was brought for each chunk that was read so far."""
         return dict(self._job.took)  # late loads may still add to it
+
+    def exact_blocks(self, count: int) -> int:
+        """Returns how many of the first `count` blocks are exact: those before the first one that is rounded.
+
+        All later ones may have seen rounded KV, and belong to no key.
+        """
+        until = self._frontier.exact_until()
+        return count if until == self.prompt.chunks else until
 
     @property
     def waited(self) -> bool:

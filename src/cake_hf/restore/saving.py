@@ -160,7 +160,8 @@ class Flights:
     def flight(self, index: int) -> AbstractContextManager[FlightPlan]:
         """Announces that a chunk is going to be computed here, or finds out that another restore is computing it."""
         # Other restores must not wait for a forward that may be preempted, and it must not wait for theirs.
-        if self._alone or self._frontier.is_trial(index):
+        # Nor may they get what is computed behind rounded chunks.
+        if self._alone or self._frontier.is_trial(index) or index > self._frontier.exact_until():
             return nullcontext(FlightPlan(None))
         key = self._prompt.keys[index]
         return self._bound.sharing.flight(key, self._restore, computes=True, saves=self._bound.saves)

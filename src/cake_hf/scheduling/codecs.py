@@ -20,6 +20,16 @@ TYPICAL = {
 """What codecs take for bfloat16 KV where nothing was measured: sizes of real KV, and one thread of an x86 CPU with AVX2."""
 
 
+BASE_SHARE = 17 / 32
+"""Bytes of a base over those of its piece, at most as a rule: a byte of 2 per number, and 1/32 for windows and escapes."""
+
+
+def levels_of(codec: CodecCost | None) -> tuple[CodecCost, CodecCost]:
+    """Returns what a chunk of the lossless codec takes whole, and its bases alone; `codec` is the former as measured."""
+    whole = codec or TYPICAL["lossless"]
+    return whole, CodecCost(min(BASE_SHARE, whole.ratio), whole.speed)
+
+
 def encoding_pays(costs: Costs) -> bool:
     """Returns whether encoded chunks load no slower than raw ones; True while that is not known.
 

@@ -113,11 +113,13 @@ class Brought(NamedTuple):
         nbytes: bytes that came from the store.
         raw_bytes: bytes that would have come if the chunk were raw.
         decoding: seconds of the load in which its thread decoded.
+        is_rounded: whether only the bases of an encoded chunk came, so that its KV is not exact.
     """
 
     nbytes: int
     raw_bytes: int
     decoding: float = 0.0
+    is_rounded: bool = False
 
 
 @dataclass(frozen=True)

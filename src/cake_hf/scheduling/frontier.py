@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.ledger import THERE, Changed, Judge, Ledger, Outcome, State, Strategy
 from cake_hf.util.forks import renewed_in_child
 
@@ -59,7 +60,7 @@ class Frontier(Ledger):
         most_staged: maximum number of staged chunks, including those still being loaded, that are not committed yet. Further
             loads go in place.
         judge: asked before a chunk is loaded, before one is computed that could be loaded, and while a load is waited for.
-        clock: monotonic seconds; replaceable for tests.
+        clock: monotonic seconds, by default `time.monotonic`; replaceable for tests.
         changed: the lock, and the condition that the main thread waits on; replaceable together with the clock. By default a
             new `threading.Condition`.
     """
@@ -72,14 +73,14 @@ class Frontier(Ledger):
         read_timeout: float = 10.0,
         most_staged: int = 2**31,
         judge: Judge | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         changed: Changed | None = None,
     ) -> None:
         super().__init__([has and strategy is not Strategy.COMPUTE for has in present], most_staged, changed)
         self._strategy = strategy
         self._read_timeout = read_timeout
         self._judge = judge or Judge()
-        self._clock = clock
+        self._clock = clock or time.monotonic
         if changed is None:
             renewed_in_child(self._renew)
         self._front = 0
@@ -87,7 +88,7 @@ class Frontier(Ledger):
         self._waits = False  # the main thread would rather wait for loads than compute
         self._refused = False  # a loader found no load that would arrive in time
         self._trial: int | None = None
-        self._last_progress = clock()
+        self._last_progress = self._clock()
         self._open = True
 
     # Loader side.
@@ -99,7 +100,7 @@ class Frontier(Ledger):
             if index is None:
                 return None
             self._last_progress = now = self._clock()
-            self._loads.start(index, now, staged=self._is_to_be_staged(index))
+            self._loads.start(index, now, staged=self._is_to_be_staged(index), form=self._form_of_next(now))
             if self._states[index] is State.WAITING:
                 self._states.turn(index, State.LOADING)
             self._judge.loading(now)
@@ -143,17 +144,24 @@ class Frontier(Ledger):
         with self._changed:
             self._changed.notify_all()
 
-    def settle(self, index: int, outcome: Outcome) -> bool:
+    def settle(self, index: int, outcome: Outcome, brought: Brought | None = None) -> bool:
         """Reports how the load of a claimed chunk ended.
+
+        Args:
+            index: of the chunk.
+            outcome: of the load.
+            brought: what it brought, if that is known.
 
         Returns:
             False if the load was given up or superseded meanwhile: the loaded bytes are then dropped.
         """
         with self._changed:
             if outcome is Outcome.LOADED and self._open:
-                self._judge.loaded(self._clock())
+                self._judge.loaded(self._clock(), brought)
             if index not in self._loads:
                 return False
+            if outcome is Outcome.LOADED and brought is not None and brought.is_rounded:
+                self._loads.inexact.add(index)
             self._finish(index, outcome)
             self._last_progress = self._clock()
             self._changed.notify_all()
@@ -247,6 +255,8 @@ class Frontier(Ledger):
             self._given_out.remove(index)
             self._states.turn(index, State.COMPUTED)
             self._loads.supersede(index)
+            if any(before < index for before in self._loads.inexact):
+                self._loads.inexact.add(index)
             self._changed.notify_all()
 
     def take_staged(self) -> list[int]:
@@ -320,6 +330,10 @@ class Frontier(Ledger):
             return math.inf
         front = self._states.first_missing(self._front, index)
         return self._judge.slack(front, index, len(self._loads) + 1, self._clock())
+
+    def _form_of_next(self, now: float) -> int:
+        next_computed = self._front + self._states.is_computing(self._front)
+        return self._judge.form(next_computed if self._strategy is Strategy.BOTH else None, self._states.to_load, now)
 
     def _is_to_be_staged(self, index: int) -> bool:
         may_be_reached = math.inf if self._states[index] is State.COMPUTING else HEDGE

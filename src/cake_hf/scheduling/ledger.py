@@ -13,6 +13,8 @@ from enum import Enum, StrEnum
 from types import TracebackType
 from typing import Protocol
 
+from cake_hf.scheduling.costs import Brought
+
 
 class State(Enum):
     """State of one chunk."""
@@ -59,8 +61,8 @@ class Judge:
     def loading(self, now: float) -> None:
         """Notes that a load has started."""
 
-    def loaded(self, now: float) -> None:
-        """Notes that a load has arrived."""
+    def loaded(self, now: float, brought: Brought | None = None) -> None:
+        """Notes that a load has arrived, and what it brought if that is known."""
 
     def paused(self) -> None:
         """Notes that no load is under way because none is worth starting."""
@@ -77,6 +79,16 @@ class Judge:
             now: by the clock.
         """
         return math.inf
+
+    def form(self, front: int | None, left: int, now: float) -> int:
+        """Returns the form in which a chunk is to be loaded: 0 for the finest, in which it is stored.
+
+        Args:
+            front: the first chunk that is not there; None if the main thread computes only what cannot be loaded.
+            left: number of remaining loads, including this one.
+            now: by the clock.
+        """
+        return 0
 
     def worth(self, chunk: int, loads_left: int, now: float, *, whole: bool = False) -> bool:
         """Returns whether to compute a chunk that could be loaded, rather than to wait for the remaining loads.
@@ -173,6 +185,7 @@ class Loads:
     Attributes:
         outcomes: how each load has ended, by chunk; not of those that were superseded.
         in_parts: chunks whose loads deliver layer by layer.
+        inexact: chunks whose KV is not exact: they were loaded in rounded form, or computed behind such ones.
         abandoned: loads in place were given up, so that their threads may still write there.
         left_behind: a load was superseded or given up, so that its thread may still be busy when all else is done.
     """
@@ -180,11 +193,13 @@ class Loads:
     def __init__(self, most_staged: int) -> None:
         self.outcomes: dict[int, Outcome] = {}
         self.in_parts: set[int] = set()
+        self.inexact: set[int] = set()
         self.abandoned = False
         self.left_behind = False
         self._most_staged = most_staged
         self._started_at: dict[int, float] = {}
         self._staged: dict[int, bool] = {}  # under way -> whether staged
+        self._forms: dict[int, int] = {}
         self._arrived: list[int] = []  # staged, not yet committed
 
     def __len__(self) -> int:
@@ -193,10 +208,15 @@ class Loads:
     def __contains__(self, index: int) -> bool:
         return index in self._staged
 
-    def start(self, index: int, now: float, *, staged: bool) -> None:
+    def start(self, index: int, now: float, *, staged: bool, form: int) -> None:
         """Records that a load starts."""
         self._started_at[index] = now
         self._staged[index] = staged
+        self._forms[index] = form
+
+    def form(self, index: int) -> int:
+        """Returns the form in which a claimed chunk is to be loaded."""
+        return self._forms[index]
 
     def started_at(self, index: int) -> float | None:
         """Returns when a chunk's load started; None if it never did."""
@@ -231,6 +251,7 @@ class Loads:
             self._arrived.remove(index)
         if self.outcomes.get(index) is Outcome.LOADED:
             del self.outcomes[index]
+            self.inexact.discard(index)
 
     def give_up(self) -> list[int]:
         """Marks what is under way as left behind; returns these chunks."""
@@ -289,6 +310,27 @@ class Ledger:
         """Returns whether a claimed chunk must be loaded into memory of its own, for the main thread to commit."""
         with self._changed:
             return self._loads.is_staged(index)
+
+    def form(self, index: int) -> int:
+        """Returns the form in which a claimed chunk is to be loaded, see `Judge.form`."""
+        with self._changed:
+            return self._loads.form(index)
+
+    def exact_until(self) -> int:
+        """Returns the number of the first chunk that is not exact; of chunks before it, all that are there are exact."""
+        with self._changed:
+            return min(self._loads.inexact, default=len(self._states))
+
+    def rounded(self) -> list[int]:
+        """Returns the chunks that were loaded in rounded form and not refined since, in order."""
+        with self._changed:
+            ends = self._loads.outcomes
+            return sorted(index for index in self._loads.inexact if ends.get(index) is Outcome.LOADED)
+
+    def refined(self, index: int) -> None:
+        """Records that a chunk that was loaded in rounded form has become exact."""
+        with self._changed:
+            self._loads.inexact.remove(index)
 
     def left_behind(self) -> bool:
         """Returns whether a load was superseded or given up, so that its thread may still be busy when all else is done."""

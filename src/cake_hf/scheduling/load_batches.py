@@ -41,7 +41,7 @@ class Load(NamedTuple):
     @property
     def is_possible(self) -> bool:
         """Whether this can have been measured."""
-        nbytes, raw_bytes, decoding = self.brought
+        nbytes, raw_bytes, decoding, _ = self.brought
         whole = isinstance(nbytes, int) and isinstance(raw_bytes, int)
         in_range = whole and min(nbytes, raw_bytes) >= 1 and max(nbytes, raw_bytes) <= MAX_BYTES
         return in_range and 0 <= decoding <= self.end - self.start <= MAX_SECONDS
@@ -167,11 +167,11 @@ def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
 
 
 def codec_of(loads: Sequence[Load]) -> CodecCost | None:
-    """Returns how the encoded ones among loads differ from raw ones; None if there are none.
+    """Returns how the encoded ones among loads differ from raw ones; None if none came whole.
 
     The speed is the median: a thread that had to wait for a processor while it decoded says nothing of decoding.
     """
-    encoded = [load.brought for load in loads if load.brought.decoding > 0]
+    encoded = [load.brought for load in loads if load.brought.decoding > 0 and not load.brought.is_rounded]
     if not encoded:
         return None
     ratio = sum(one.nbytes for one in encoded) / sum(one.raw_bytes for one in encoded)

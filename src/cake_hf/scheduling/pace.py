@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cake_hf.blocks import Block
-from cake_hf.scheduling.costs import MAX_SECONDS, ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_SECONDS, Brought, ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Judge
 
 TRIAL_SHARE = 0.02
@@ -107,7 +107,7 @@ class Pace(Judge):
         if not self._arrivals:
             self._arrivals.append(now)
 
-    def loaded(self, now: float) -> None:
+    def loaded(self, now: float, brought: Brought | None = None) -> None:
         """Notes that a load has arrived."""
         self._any_arrived = True
         if self._arrivals:

@@ -16,7 +16,7 @@ from cake_hf.stores.opening import StoreSpec
 if TYPE_CHECKING:
     from cake_hf.serving.manager import BatchingManager
 
-_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "stall", "limits", "codec")
+_OPTIONS = ("chunk_size", "salt", "save", "exact", "strategy", "stall", "limits", "codec", "max_ttft")
 
 
 @contextmanager
@@ -34,6 +34,7 @@ def batching(
     stall: float = 0.5,
     limits: Limits | None = None,
     codec: str = "none",
+    max_ttft: float | None = None,
     workload_hints: Any = None,
     warmup: bool = True,
 ) -> Iterator[BatchingManager]:
@@ -58,6 +59,7 @@ def batching(
         chunk_size: tokens per chunk. Caches and engines with the same size share a store's chunks.
         exact: as for `CakeCache`. With False, a front takes what other requests leave of a step, instead of steps of its own.
         codec: as for `CakeCache`, but for the lossy ones.
+        max_ttft: refused.
         stall: while requests decode, at most this share of the steps is one restore's alone.
         workload_hints: as in transformers.
         warmup: as in transformers.
@@ -68,8 +70,8 @@ def batching(
     Raises:
         CakeError: the installed transformers is older than 5.20.
         UnsupportedModel, StoreError: as for `CakeCache`.
-        ValueError: an option is out of range, the codec is unknown or lossy, or an option does not go with the
-            `ContinuousBatchingConfig`.
+        ValueError: an option is out of range, the codec is unknown or lossy, `max_ttft` is given, or an option does not go with
+            the `ContinuousBatchingConfig`.
     """
     require_engine()
     from cake_hf.serving.manager import BatchingManager
@@ -88,6 +90,7 @@ def batching(
         stall=stall,
         limits=limits,
         codec=codec,
+        max_ttft=max_ttft,
     )
     try:
         if warmup:

@@ -59,9 +59,10 @@ class BatchingManager(EngineManager):
         stall: float = 0.5,
         limits: Limits | None = None,
         codec: str = "none",
+        max_ttft: float | None = None,
     ) -> None:
         sides = Strategy(strategy)
-        refuse_lossy(codec)
+        refuse_lossy(codec, max_ttft)
         if not 0 < stall <= 1:
             raise ValueError(f"stall is a share of the steps, above 0 and at most 1; got {stall!r}.")
         model = resolve_model(model, store)

@@ -39,13 +39,15 @@ def require_engine() -> None:
         )
 
 
-def refuse_lossy(codec: str) -> None:
-    """Raises an error for a codec that an engine's chunks cannot go through, or that there is not.
+def refuse_lossy(codec: str, max_ttft: float | None = None) -> None:
+    """Raises an error for what would give an engine's chunks KV that is not exact, and for a codec that there is not.
 
     Raises:
-        ValueError: it is lossy, or unknown.
+        ValueError: the codec is lossy or unknown, or there is a time to keep.
     """
     check_codec(codec, exact=False)
+    if max_ttft is not None:
+        raise ValueError("Continuous batching loads all chunks whole; take CakeCache or cake_hf.generate for max_ttft.")
     if is_lossy(codec):
         raise ValueError(
             f"codec {codec!r} is lossy, and continuous batching computes each chunk from exact KV; take codec='lossless', or "

@@ -17,8 +17,9 @@ from cake_hf.chunks.aligned_memory import empty_aligned
 from cake_hf.chunks.codec import header_size, stored_bytes
 from cake_hf.chunks.decoding import decode_into
 from cake_hf.chunks.encoded_checks import check_encoded
-from cake_hf.chunks.encoded_header import check_encoded_header, encoded_header_size, is_encoded
+from cake_hf.chunks.encoded_header import EncodedMetadata, is_encoded
 from cake_hf.chunks.layout import ChunkLayout, LayerRange
+from cake_hf.chunks.lossless import CODEC, decode_base_into
 from cake_hf.chunks.stored_forms import (
     HEADER_BYTES,
     START_BYTES,
@@ -32,6 +33,7 @@ from cake_hf.chunks.stored_forms import (
 from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.stores.pieces import copy
+from cake_hf.transfer.encoded_ranges import read_first_pieces
 from cake_hf.transfer.landing import Check, byte_view
 
 COMMIT_STEP = 2**23
@@ -89,6 +91,7 @@ class ChunkReader:
     Attributes:
         nbytes: bytes of the store that the last chunk took.
         decoding: seconds in which it was checked and decoded; 0 if it was raw.
+        rounded: its metadata, if only its bases were read, so that its KV is rounded; else None.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class ChunkReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.nbytes, self.decoding = 0, 0.0
+        self.rounded: EncodedMetadata | None = None
         self._clock = clock
         self._store = store
         self._layout = layout
@@ -119,6 +123,8 @@ class ChunkReader:
         ranges: Sequence[LayerRange],
         landed: Callable[[int], None],
         is_wanted: Callable[[], bool],
+        *,
+        bases_alone: bool = False,
     ) -> bool:
         """Reads, checks and commits a chunk; False for a miss, or if nothing is wanted any more.
 
@@ -129,16 +135,17 @@ class ChunkReader:
             ranges: in which it may be read if it is raw.
             landed: called with a number of layers when, of several ranges, those up to it are committed.
             is_wanted: whether bytes may still be put into the landing, if that is not memory of its own.
+            bases_alone: leave out the refinements if it turns out to be encoded by the lossless codec.
 
         Raises:
             CorruptChunk: it is not the requested chunk, or not as it was written.
             NewerChunk: it is of a format that is not known here.
             StoreError: it cannot be read.
         """
-        self.decoding = 0.0
+        self.decoding, self.rounded = 0.0, None
         may_be_encoded = self._lossy or can_be_encoded(layout)
         if may_be_encoded and self._seen.expects_encoded(self._encodes):
-            return self._read_encoded(key, layout, landing, is_wanted)
+            return self._read_encoded(key, layout, landing, is_wanted, bases_alone)
         check = Check(key, layout, self._header[: header_size(layout)], landing.parts)
         try:
             found = self._read_in_place(check, key, landing, ranges, landed)
@@ -202,11 +209,13 @@ class ChunkReader:
             arrived(1 + len(parts))  # the store has not reported it, or ignored the callback
         return found
 
-    def _read_encoded(self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool]) -> bool:
-        """Reads a chunk that is probably encoded: whole, or only what its first pieces need."""
-        if len(landing.parts) < len(layout.pieces) and self._store.reads_ranges:
+    def _read_encoded(
+        self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool], bases_alone: bool
+    ) -> bool:
+        """Reads a chunk that is probably encoded: whole, or only what is wanted of it."""
+        if (bases_alone or len(landing.parts) < len(layout.pieces)) and self._store.reads_ranges:
             try:
-                found = self._read_first(key, layout, landing, is_wanted)
+                found = self._read_ranges(key, layout, landing, is_wanted, bases_alone)
             except NewerChunk:
                 raise
             except CorruptChunk:  # it is raw, or was replaced by one of the other form meanwhile
@@ -215,31 +224,27 @@ class ChunkReader:
                 return found
         return self._read_whole(key, layout, landing, is_wanted)
 
-    def _read_first(
-        self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool]
+    def _read_ranges(
+        self, key: str, layout: ChunkLayout, landing: Destination, is_wanted: Callable[[], bool], bases_alone: bool
     ) -> bool | None:
-        """Reads an encoded chunk's first pieces: header, bases, refinements. Returns None if it is raw."""
-        count, start = len(landing.parts), encoded_header_size(layout)
-        room = self._whole_room()
-        header = room[:start]
-        if not self._store.read_range(key, [header], 0):
+        """Reads an encoded chunk's first pieces, or their bases alone. Returns None if its codec has no such bases."""
+        count = len(landing.parts)
+        read = read_first_pieces(self._store, key, layout, self._whole_room(), count, bases_alone=bases_alone)
+        if read is None:
             return False
-        if not is_encoded(header):
+        metadata, sizes = read.metadata, read.metadata.sizes
+        if bases_alone and metadata.codec != CODEC:
             return None
-        metadata = check_encoded_header(header, key, layout)
-        sizes = metadata.sizes
-        middle = start + sum(sizes.bases[:count])
-        end = middle + sum(sizes.refinements[:count])
-        bases, refinements = room[start:middle], room[middle:end]
-        found = self._store.read_range(key, [bases], start)
-        if found and refinements:
-            found = self._store.read_range(key, [refinements], start + sizes.base_bytes)
-        if not found or not _may_fill(landing, is_wanted):
+        if not _may_fill(landing, is_wanted):
             return False
         with self._decoding():
-            check_encoded(bases, refinements, metadata, 0, count)
-            decode_into(metadata.codec, bases, refinements, sizes, layout, landing.parts)
-        self._took(landing, end, encoded=True)
+            check_encoded(read.bases, read.refinements, metadata, 0, count)
+            if bases_alone:
+                decode_base_into(read.bases, sizes, layout, landing.parts)
+            else:
+                decode_into(metadata.codec, read.bases, read.refinements, sizes, layout, landing.parts)
+        self._took(landing, read.nbytes, encoded=True)
+        self.rounded = metadata if bases_alone and any(sizes.refinements[:count]) else None
         return True
 
     def _read_whole(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cake_hf.chunks.codec import header_size
+from cake_hf.chunks.encoded_header import EncodedMetadata
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Frontier, Outcome
@@ -55,6 +56,7 @@ class LoadJob:
         encodes: whether the cache writes encoded chunks, so that such are expected.
         lossy: whether its codec is lossy.
         took: what was brought for each chunk that was read.
+        rounded: the metadata of each chunk of which only the bases were read.
         faults: of all loads.
     """
 
@@ -74,6 +76,7 @@ class LoadJob:
     encodes: bool = False
     lossy: bool = False
     took: dict[int, Brought] = field(default_factory=dict)
+    rounded: dict[int, EncodedMetadata] = field(default_factory=dict)
     faults: FaultLog = field(default_factory=FaultLog)
     _slots: dict[str, ReadSlot] = field(default_factory=dict)
     _landings: dict[int, Landing] = field(default_factory=dict)
@@ -191,7 +194,7 @@ def _bring(job: LoadJob, actor: str, index: int, reader: ChunkReader, slot: Read
         return _load(job, index, landing, reader, slot)
 
     outcome = job.faults.outcome_of(load)
-    counts = job.frontier.settle(index, outcome)
+    counts = job.frontier.settle(index, outcome, job.took.get(index))
     job._landings.pop(index, None)
     if counts:
         job.record(actor, index, start, job.clock(), SHARED if index in job.shared else outcome.value)
@@ -206,6 +209,8 @@ def _bring(job: LoadJob, actor: str, index: int, reader: ChunkReader, slot: Read
 
 
 def _load(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, slot: ReadSlot) -> Outcome:
+    if job.frontier.form(index):  # other prompts may want exact KV, and this one cannot wait for theirs
+        return _read(job, index, landing, reader, bases_alone=True)
     # A partial load gets a flight of its own: the followers of the chunk's flight may want all pieces.
     whole = len(landing.parts) == len(job.layout.pieces)
     flight = job.keys[index] if whole else f"{job.keys[index]}, first {len(landing.parts)} pieces"
@@ -213,16 +218,24 @@ def _load(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, slot:
         if plan.followed is not None:
             slot.release()  # another restore does the read
             return _copy(job, index, landing, plan.followed)
-        gate, layout = job.gate, job.place.layout_of(index)
-        ranges = job.layout.ranges(1 if gate is None else gate.ranges_of(index))
-        landed = _nothing if gate is None else partial(gate.landed, index)
-        wanted = partial(job.frontier.is_wanted, index)
-        if not reader.read(job.keys[index], layout, landing, ranges, landed, wanted):
-            return Outcome.MISSED
-        raw_bytes = header_size(layout) + total_bytes(landing.parts)
-        job.took[index] = Brought(reader.nbytes, raw_bytes, reader.decoding)
-        plan.payload = lambda: _joined(landing.parts)
-        return Outcome.LOADED
+        outcome = _read(job, index, landing, reader, bases_alone=False)
+        if outcome is Outcome.LOADED:
+            plan.payload = lambda: _joined(landing.parts)
+        return outcome
+
+
+def _read(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, *, bases_alone: bool) -> Outcome:
+    gate, layout = job.gate, job.place.layout_of(index)
+    ranges = job.layout.ranges(1 if gate is None else gate.ranges_of(index))
+    landed = _nothing if gate is None else partial(gate.landed, index)
+    wanted = partial(job.frontier.is_wanted, index)
+    if not reader.read(job.keys[index], layout, landing, ranges, landed, wanted, bases_alone=bases_alone):
+        return Outcome.MISSED
+    raw_bytes = header_size(layout) + total_bytes(landing.parts)
+    job.took[index] = Brought(reader.nbytes, raw_bytes, reader.decoding, reader.rounded is not None)
+    if reader.rounded is not None:
+        job.rounded[index] = reader.rounded
+    return Outcome.LOADED
 
 
 def _copy(job: LoadJob, index: int, landing: Landing, flight: Flight) -> Outcome:
