@@ -120,6 +120,8 @@ class PrefixCache(RememberingCache):
         if self._model_refusal is None:
             refused = refusal is not None
             refusal = ranks_refusal(session.model, call, session.chunk_size, refused=refused) or refusal
+        if refusal is None and namespace is None:
+            session.bound_model.begin_namespace()
         if refusal := refusal or kept_refusal(session.model, self.layers, call.past + call.tokens):
             self._refuse(call, refusal)
             return None

@@ -166,6 +166,12 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     return result
 
 
+def is_digest_known(model: torch.nn.Module, *, portable: bool) -> bool:
+    """Returns whether `weights_digest` has computed a checksum before, of whatever weights the model then had."""
+    with _known_lock:
+        return portable in _known.get(model, {})
+
+
 def look_at_weights(model: torch.nn.Module) -> int:
     """Returns the cheap signature by which `weights_digest` detects changed weights."""
     return _signature(model)
