@@ -245,7 +245,8 @@ class CakeCache(RestoringCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         declared, self._cuts = self._cuts, cuts
         try:
-            return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
+            with self._session.wait_budget().in_this_thread():
+                return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
         finally:
             self._cuts = declared
             self._session.at_work.end(self)
