@@ -270,10 +270,10 @@ class CakeCache(RestoringCache):
             self._cuts = sorted({*self._cuts, ids.shape[1]})
         started = time.monotonic()
         try:
-            prompt = self._prefill(ids, leave, progress, started=started)
-            if leave is None and ids.shape[1] > self._length() == self._held.end:
-                namespace = prompt.namespace if prompt is not None and prompt.keys else None
-                prompt = self._prefill_end(ids, progress, started, namespace) or prompt
+            if leave is None:
+                prompt = self._prefill_document(ids, progress, started)
+            else:
+                prompt = self._prefill(ids, leave, progress, started=started)
         except ComputePlainly as because:
             self._report_plain(because.refusal)
             return self.report

@@ -25,7 +25,7 @@ def probed_layers(model: torch.nn.Module) -> list[Any]:
         model: of a kind whose layers are known.
     """
     ids = some_tokens(model, TOKENS, 7919)
-    return run_aside(model, [ids], positions=_positions(model, ids.device))[1]
+    return run_aside(model, [ids], positions=_positions(model, ids.device), for_kv=True)[1]
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 
 from cake_hf.model.embedding_rows import remember_rows
 from cake_hf.model.fingerprint import is_digest_known, weights_digest
-from cake_hf.model.weights import weights
+from cake_hf.model.weights import Weight, weights
 from cake_hf.util.forks import Lock
 from cake_hf.util.threads import refusal
 
@@ -34,9 +35,12 @@ def begin_digest(model: torch.nn.Module, *, portable: bool) -> None:
         model: whose forward may run meanwhile.
         portable: as for `weights_digest`.
     """
-    if is_digest_known(model, portable=portable) or not _is_all_in_host_memory(model):
+    if is_digest_known(model, portable=portable):
         return
-    thread = threading.Thread(target=_digest, args=(model, portable), name="cake-weights", daemon=True)
+    found = list(chain.from_iterable(weights(model)))
+    if not all(weight.in_place and weight.tensor.device.type == "cpu" for weight in found):
+        return
+    thread = threading.Thread(target=_digest, args=(model, portable, found), name="cake-weights", daemon=True)
     with _lock:
         if model in _under_way:
             return
@@ -54,16 +58,9 @@ def await_digest(model: torch.nn.Module) -> None:
         thread.join()
 
 
-def _digest(model: torch.nn.Module, portable: bool) -> None:
+def _digest(model: torch.nn.Module, portable: bool, found: Sequence[Weight]) -> None:
     try:
-        weights_digest(model, portable=portable)
+        weights_digest(model, portable=portable, found=found)
         remember_rows(model)
     except Exception as error:  # an error that lasts is raised where the checksum is needed
         logger.debug("The weights' checksum is computed later: %s", error)
-
-
-def _is_all_in_host_memory(model: torch.nn.Module) -> bool:
-    return all(
-        weight.in_place and weight.elsewhere is None and weight.tensor.device.type == "cpu"
-        for weight in chain.from_iterable(weights(model))
-    )
