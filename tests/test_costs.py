@@ -20,7 +20,7 @@ from cake_hf.scheduling.costs import (
     busy_seconds,
     most_at_once,
 )
-from cake_hf.scheduling.learning import FIT_POINTS, OLD_SECONDS, PROMPTS, STEPS, CostLearner, fit_line
+from cake_hf.scheduling.learning import COLD_DEBT, FIT_POINTS, OLD_SECONDS, PROMPTS, STEPS, CostLearner, fit_line
 from cake_hf.scheduling.pace import Pace
 
 NOW = 1.7e9
@@ -365,7 +365,9 @@ def test_an_old_or_doubtful_note_is_a_start_and_one_from_the_future_is_none() ->
     learner = CostLearner()
     learner.saw_steps([(0, 1.0), (0, 1.0)])
     learner.credit = 5.0
-    assert again(learner, 60.0).credit == 5.0
+    assert again(learner, 60.0).credit == -COLD_DEBT  # a first trial is cold, and has to be earned
+    learner.credit = -2 * COLD_DEBT
+    assert again(learner, 60.0).credit == -2 * COLD_DEBT
     old = again(learner, OLD_SECONDS + 1)
     assert old.costs() == learner.costs()
     assert old.credit > 1e5  # any trial is earned

@@ -135,6 +135,7 @@ def test_an_api_that_cannot_be_imported_is_said_once_and_in_nobodys_way(
     fresh: None, lost: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is a dependency: without it, or with parts of it, the installation is broken."""
+    monkeypatch.setenv("OTEL_PYTHON_METER_PROVIDER", "sdk_meter_provider")
     if lost == "get_meter":
         monkeypatch.setitem(sys.modules, "opentelemetry", ModuleType("opentelemetry"))
         monkeypatch.setitem(sys.modules, "opentelemetry.metrics", ModuleType("opentelemetry.metrics"))
@@ -157,10 +158,23 @@ def test_a_provider_that_raises_is_in_nobodys_way(fresh: None, monkeypatch: pyte
     assert telemetry._watch._instruments is None
 
 
-def test_a_cache_is_made_with_its_instruments_and_importing_it_brings_none(fresh: None) -> None:
-    """The first prompt does not wait for the import."""
+@pytest.mark.parametrize("sign", ["imported", "named"])
+def test_the_api_is_not_imported_for_a_program_that_has_set_up_nothing(
+    fresh: None, sign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that sets up an SDK has imported the API, or names a provider in the environment."""
+    metrics = importlib.import_module("opentelemetry.metrics")
+    monkeypatch.delitem(sys.modules, "opentelemetry.metrics")
     with CakeCache(shared_model("llama"), MemoryStore(), chunk_size=CHUNK):
-        assert telemetry._watch._instruments is not None
+        observe_everything()
+    assert telemetry._watch._instruments is None
+    assert "opentelemetry.metrics" not in sys.modules
+    if sign == "imported":
+        monkeypatch.setitem(sys.modules, "opentelemetry.metrics", metrics)
+    else:
+        monkeypatch.setenv("OTEL_PYTHON_METER_PROVIDER", "default_meter_provider")
+    observe_everything()
+    assert telemetry._watch._instruments is not None
 
 
 def test_the_global_meter_is_asked_for_once_and_late(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,5 +296,6 @@ def test_the_real_sdk_collects_it(fresh: None) -> None:
 
 def test_the_real_api_without_an_sdk_does_nothing(fresh: None) -> None:
     """Its instruments are made once and take everything."""
+    importlib.import_module("opentelemetry.metrics")
     observe_everything()
     assert telemetry._watch._instruments is not None

@@ -257,7 +257,8 @@ class CakeCache(RestoringCache):
             raise CakeError("This CakeCache is closed; make a new one.")
         declared, self._cuts = self._cuts, cuts
         try:
-            return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
+            with self._session.wait_budget().in_this_thread():
+                return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
         finally:
             self._cuts = declared
             self._session.at_work.end(self)
@@ -281,10 +282,10 @@ class CakeCache(RestoringCache):
             self._cuts = sorted({*self._cuts, ids.shape[1]})
         started = time.monotonic()
         try:
-            prompt = self._prefill(ids, leave, progress, started=started)
-            if leave is None and ids.shape[1] > self._length() == self._held.end:
-                namespace = prompt.namespace if prompt is not None and prompt.keys else None
-                prompt = self._prefill_end(ids, progress, started, namespace) or prompt
+            if leave is None:
+                prompt = self._prefill_document(ids, progress, started)
+            else:
+                prompt = self._prefill(ids, leave, progress, started=started)
         except ComputePlainly as because:
             self._report_plain(because.refusal)
             return self.report

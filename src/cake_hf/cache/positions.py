@@ -79,6 +79,11 @@ class HiddenBlock:
         return ids.shape[0] == 1 and ids.shape[1] > self.tokens and torch.equal(ids[:, : self.tokens].cpu(), self.ids)
 
 
+def can_be_shortened(layers: Sequence[Any]) -> bool:
+    """Whether layers hold, for each place, what they held there: each token, and neither windows nor states."""
+    return not any(isinstance(layer, (SlidingWindowLayer, RecurrentLayer)) for layer in layers)
+
+
 def show_tokens(layers: Sequence[Any], tokens: int) -> None:
     """Has the layers that keep each token show the first `tokens` of their buffers."""
     for layer in layers:

@@ -11,7 +11,7 @@ import torch
 
 from cake_hf.cache.known_content import RememberingCache
 from cake_hf.cache.phase import IDLE, Phase, Work
-from cake_hf.cache.positions import HiddenBlock, Position
+from cake_hf.cache.positions import HiddenBlock, Position, can_be_shortened
 from cake_hf.model.fingerprint import adapters_vary
 from cake_hf.model.foreign_code import Presses, as_it_is, foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
@@ -118,6 +118,8 @@ class PrefixCache(RememberingCache):
         if self._model_refusal is None:
             refused = refusal is not None
             refusal = ranks_refusal(session.model, call, session.chunk_size, refused=refused) or refusal
+        if refusal is None and namespace is None:
+            session.bound_model.begin_namespace()
         if refusal := refusal or kept_refusal(session.model, self.layers, call.past + call.tokens):
             self._refuse(call, refusal)
             return None
@@ -319,6 +321,33 @@ class PrefixCache(RememberingCache):
         self._unpressed = not past
         return restore.prompt
 
+    def _prefill_document(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
+        """Restores the new part of a document `[1, tokens]`, and hides its last block; returns None if refused.
+
+        All blocks are restored together if the layers can be shortened by the last one.
+        """
+        tokens, past = input_ids.shape[1], self._length()
+        if tokens > past == self._held.end and can_be_shortened(self.layers):
+            prompt = self._prefill(input_ids, 0, progress, started=started)
+            if tokens == self._held.end:
+                begin = self._held.blocks[-1].start
+                self._hide(input_ids, Position(begin, self._held.copy(), {}, {}))
+            return prompt
+        prompt = self._prefill(input_ids, None, progress, started=started)
+        if tokens > self._length() == self._held.end:
+            namespace = prompt.namespace if prompt is not None and prompt.keys else None
+            prompt = self._prefill_end(input_ids, progress, started, namespace) or prompt
+        return prompt
+
+    def _hide(self, input_ids: torch.Tensor, begin: Position) -> None:
+        """Hides all tokens of a document `[1, tokens]` after a position."""
+        end = Position.take(self.layers, input_ids.shape[1], self._held)
+        self._hidden = HiddenBlock(input_ids[:, begin.tokens :].cpu().clone(), end)
+        begin.put(self.layers, kv_template(self._session.model))
+        self._held = begin.held
+        self._held.crop(begin.tokens)
+        self._seen.crop(begin.tokens)
+
     def _prefill_end(
         self, input_ids: torch.Tensor, progress: Progress, started: float, namespace: str | None
     ) -> Prompt | None:
@@ -330,9 +359,7 @@ class PrefixCache(RememberingCache):
             started: when `prefill` was called.
             namespace: of the session, if the blocks before the last one were just brought under it.
         """
-        past = self._length()
-        begin = Position.take(self.layers, past, self._held)
-        ids = input_ids[:, past:]
+        begin = Position.take(self.layers, self._length(), self._held)
         report, refusal = self.report, Refusal(self.report.reason_code, self.report.reason)
         if not report.restored:
             report.explain(None)  # "no full chunk" no longer applies
@@ -343,10 +370,7 @@ class PrefixCache(RememberingCache):
             self.report = report
             report.explain(refusal)
             return None
-        self._hidden = HiddenBlock(ids.cpu().clone(), Position.take(self.layers, past + ids.shape[1], self._held))
-        begin.put(self.layers, kv_template(self._session.model))
-        self._held = begin.held
-        self._seen.crop(past)
+        self._hide(input_ids, begin)
         return prompt
 
     def _refusal(self, call: ForwardCall) -> Refusal | None:

@@ -68,6 +68,7 @@ class RestoringCache(PromptCache):
         self._depth = 0  # how many forwards of our own model, nested in each other, are running
         self._compiled = False  # the model was called by compiled code
         self._checkpoint: Checkpoint | None = None  # of the forward that is running, or was interrupted
+        self._waits = session.wait_budget()  # of that forward
 
     @property
     def is_compileable(self) -> bool:
@@ -205,8 +206,9 @@ class RestoringCache(PromptCache):
             past = self._length()
             self._compiled = traced or compiled
             self._checkpoint = Checkpoint.take(self.layers, past, self._held, traced=traced)
+            self._waits = self._session.wait_budget()
             try:
-                with one_look():
+                with self._waits.in_this_thread(), one_look():
                     rewritten = self._handle_if_understood(model, args, kwargs, past)
             except BaseException as error:
                 self._session.at_work.end(self)
@@ -244,7 +246,8 @@ class RestoringCache(PromptCache):
             self._learn_from(sys.exc_info()[1])
             self._go_back()
             return
-        self._finish()
+        with self._waits.in_this_thread():
+            self._finish()
         if self.presses_rest:
             self._press()
         self._settle()

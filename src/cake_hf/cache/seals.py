@@ -7,7 +7,7 @@ more than single numbers. Layers themselves notice when their tensors are replac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -100,19 +100,38 @@ def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
         return [""] * len(blocks)
     places = [[*range(block.start, block.end, STRIDE), block.end - 1] for block in blocks]
     tokens = torch.tensor([token for of_block in places for token in of_block], device="cpu")
+    places_of: dict[Hashable, torch.Tensor] = {}
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for buffer in buffers:
-        by_device.setdefault(buffer.device, []).append(_sampled(buffer, tokens.to(buffer.device)).view(torch.uint8))
+        by_device.setdefault(buffer.device, []).append(_sampled(buffer, tokens, places_of))
     rows = torch.cat([torch.cat(sampled, dim=1).cpu() for sampled in by_device.values()], dim=1).numpy()
     edges = accumulate((len(of_block) * rows.shape[1] for of_block in places), initial=0)
     return list(checksums_between(rows.tobytes(), list(edges)))
 
 
-def _sampled(buffer: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns `[sampled tokens, 1]`: the head, and the number within it, vary from token to token."""
-    heads, head_dim = buffer.shape[2:]
+def _sampled(buffer: torch.Tensor, tokens: torch.Tensor, places_of: dict[Hashable, torch.Tensor]) -> torch.Tensor:
+    """Returns the bytes of one number per sampled token, `[sampled tokens, bytes]`.
+
+    The head, and the number within it, vary from token to token.
+
+    Args:
+        buffer: of a layer.
+        tokens: the sampled ones.
+        places_of: where these numbers lie in memory, by the geometry of buffers; most buffers of a cache share one.
+    """
+    row = buffer.detach()[0]
+    geometry = (row.device, row.shape, row.stride())
+    if geometry not in places_of:
+        places_of[geometry] = _places(row, tokens).to(row.device)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(row.shape, row.stride(), strict=True))
+    return row.as_strided((reach,), (1,)).index_select(0, places_of[geometry]).unsqueeze(1).view(torch.uint8)
+
+
+def _places(row: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns where the sampled numbers of these tokens lie in memory, counted in numbers from the first of the row."""
+    (_, heads, head_dim), (by_token, by_head, by_number) = row.shape, row.stride()
     number = tokens // STRIDE
-    return buffer.detach()[0, tokens, number % heads, number * 7 % head_dim].unsqueeze(1)
+    return tokens * by_token + number % heads * by_head + number * 7 % head_dim * by_number
 
 
 class SeenTokens:

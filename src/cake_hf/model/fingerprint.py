@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,7 +18,7 @@ import xxhash
 
 from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
 from cake_hf.model.look import modules_of, those_with
-from cake_hf.model.weights import weights
+from cake_hf.model.weights import Weight, weights
 from cake_hf.util.forks import Lock
 
 HASHED_BLOCK = 2**15
@@ -136,7 +137,7 @@ def adapters_vary(model: torch.nn.Module) -> bool:
     )
 
 
-def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
+def weights_digest(model: torch.nn.Module, *, portable: bool = False, found: Sequence[Weight] | None = None) -> str:
     """Returns a checksum over the names, shapes, dtypes and bytes of all weights.
 
     It is computed once per model and kept for the model's lifetime. It is computed again if a cheap look (addresses, version
@@ -146,14 +147,15 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     Args:
         model: any module.
         portable: hash on the host, so that the result does not depend on the device.
+        found: the model's weights, if they are known already; they must all be in memory.
     """
-    signature = _signature(model)
+    signature = _signature(_all(model) if found is None else found)
     with _known_lock:
         known = _known.get(model, {}).get(portable)
     if known is not None and known.signature == signature:
         return known.digest
     digest = xxhash.xxh3_128()
-    for weight in chain.from_iterable(weights(model)):
+    for weight in _all(model) if found is None else found:
         tensor = weight.content()
         digest.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         # Offloaded or not, a weight is hashed on the device that computes with it, so that its digest is the same.
@@ -166,9 +168,15 @@ def weights_digest(model: torch.nn.Module, *, portable: bool = False) -> str:
     return result
 
 
+def is_digest_known(model: torch.nn.Module, *, portable: bool) -> bool:
+    """Returns whether `weights_digest` has computed a checksum before, of whatever weights the model then had."""
+    with _known_lock:
+        return portable in _known.get(model, {})
+
+
 def look_at_weights(model: torch.nn.Module) -> int:
     """Returns the cheap signature by which `weights_digest` detects changed weights."""
-    return _signature(model)
+    return _signature(_all(model))
 
 
 def forget_weights(model: torch.nn.Module) -> None:
@@ -177,11 +185,15 @@ def forget_weights(model: torch.nn.Module) -> None:
         _known.pop(model, None)
 
 
-def _signature(model: torch.nn.Module) -> int:
+def _all(model: torch.nn.Module) -> Iterable[Weight]:
+    return chain.from_iterable(weights(model))
+
+
+def _signature(found: Iterable[Weight]) -> int:
     """Returns a cheap hash that changes if a weight does: over identity, version and some values of each tensor."""
     identity: list[Any] = []
     samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for weight in chain.from_iterable(weights(model)):
+    for weight in found:
         name, tensor = weight.name, weight.tensor
         if weight.elsewhere is not None and (stamp := weight.elsewhere.stamp()) is not None:
             identity.append((name, tensor.dtype, tuple(tensor.shape), stamp))

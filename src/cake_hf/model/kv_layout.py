@@ -22,7 +22,9 @@ from cake_hf.layers.recurrent import states_of
 from cake_hf.model.foreign_code import Presses, as_it_is, unobserved
 from cake_hf.model.look import home_device, look_again, modules_of, once_per_look
 from cake_hf.model.numerics import autocast_modes
+from cake_hf.model.ranks import ranks_of
 from cake_hf.model.vision import family_of
+from cake_hf.model.which_model import is_from_transformers
 from cake_hf.util.forks import Lock
 
 _GONE = object()
@@ -30,7 +32,11 @@ _one_at_a_time = Lock()
 
 
 def run_aside(
-    model: torch.nn.Module, pieces: Sequence[torch.Tensor], *, positions: torch.Tensor | None = None
+    model: torch.nn.Module,
+    pieces: Sequence[torch.Tensor],
+    *,
+    positions: torch.Tensor | None = None,
+    for_kv: bool = False,
 ) -> tuple[torch.Tensor, list[Any]]:
     """Runs a model on the pieces of a prompt with a plain cache.
 
@@ -38,9 +44,10 @@ def run_aside(
         model: a transformers model.
         pieces: `[1, tokens]` each.
         positions: `[1, tokens]` of a single piece. Models that take no positions number the tokens themselves.
+        for_kv: only the KV is wanted, so logits are computed only if the model cannot do without.
 
     Returns:
-        The last token's logits `[1, vocabulary]`, and the layers of the cache.
+        The last token's logits `[1, vocabulary]`, or no logits, and the layers of the cache.
     """
     cache = plain_cache(model)
     Presses.on(model)
@@ -48,15 +55,27 @@ def run_aside(
     accepted = parameters_of(forward_of(model))
     arguments: dict[str, Any] = {"use_cache": True, **named_for(model, cache)}
     if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = 1
+        none = for_kv and _can_do_without_logits(model)
+        arguments["logits_to_keep"] = torch.empty(0, dtype=torch.long) if none else 1
     if positions is not None and "position_ids" in accepted:
         arguments["position_ids"] = positions
     with _one_at_a_time, torch.no_grad(), unobserved(), _unchanged(model), as_it_is(model):
         look_again()
         for piece in pieces:
             output = model(input_ids=piece, **arguments)
-            logits: torch.Tensor = output[0][:, -1]  # by index: field names change now and then
+            logits: torch.Tensor = output[0][:, -1:].squeeze(1)  # by index: field names change now and then
     return logits, list(cache.layers)
+
+
+def _can_do_without_logits(model: torch.nn.Module) -> bool:
+    """Returns whether a model may be asked for the logits of no token: its last step is a plain matrix product.
+
+    With a large vocabulary, that step takes a quarter of a forward on few tokens.
+    """
+    if not is_from_transformers(model) or ranks_of(model) is not None:
+        return False
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
 
 
 def some_tokens(model: Any, tokens: int, step: int) -> torch.Tensor:
@@ -100,7 +119,7 @@ def probed_layers(model: torch.nn.Module) -> list[Any]:
         model: of a kind whose layers are known.
     """
     ids = some_tokens(model, TOKENS, 7919)
-    return run_aside(model, [ids], positions=_positions(model, ids.device))[1]
+    return run_aside(model, [ids], positions=_positions(model, ids.device), for_kv=True)[1]
 
 
 def _positions(model: torch.nn.Module, device: torch.device) -> torch.Tensor | None:

@@ -31,7 +31,7 @@ def resolve_model(model: Any, store: Any = None) -> torch.nn.Module:
             f"{type(model).__name__} copies the model to several devices; use a CakeCache for the model in it (.module)."
         )
     within: torch.nn.Module = getattr(model, "_orig_mod", model)  # torch.compile
-    if _is_from_transformers(within) or (hasattr(within, "config") and cache_name(forward_of(within))):
+    if is_from_transformers(within) or (hasattr(within, "config") and cache_name(forward_of(within))):
         return within
     return _only_one_in(within)
 
@@ -41,7 +41,7 @@ def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
     within: set[torch.nn.Module] = set()
     found: list[torch.nn.Module] = []
     for part in module.modules():  # outer ones first
-        if _is_from_transformers(part) and part not in within:
+        if is_from_transformers(part) and part not in within:
             found.append(part)
             within.update(part.modules())
     if len(found) == 1:
@@ -54,7 +54,8 @@ def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-def _is_from_transformers(module: torch.nn.Module) -> bool:
+def is_from_transformers(module: torch.nn.Module) -> bool:
+    """Returns whether a module is a transformers model, of whatever class."""
     from transformers import PreTrainedModel  # imports a lot, but with such a model it is already imported
 
     return isinstance(module, PreTrainedModel)

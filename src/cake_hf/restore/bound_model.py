@@ -26,6 +26,7 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
+from cake_hf.model.weights_ahead import await_digest, begin_digest
 from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.planner import auto_chunk_size
@@ -124,6 +125,7 @@ class BoundModel:
         Raises:
             ComputePlainly: with `exact=False`, the store does not say which model its KV is from.
         """
+        await_digest(self.model)
         if ids is not None and rows_changed(self.model, ids):
             forget_weights(self.model)
             forget_rows(self.model)
@@ -132,6 +134,10 @@ class BoundModel:
         remember_rows(self.model)
         _latest.setdefault(self.model, {})[self._options] = _Latest(namespace, metadata)
         return namespace
+
+    def begin_namespace(self) -> None:
+        """Starts what `namespace` needs and what can run beside a forward of the model, if it is needed at all."""
+        begin_digest(self.model, portable=not self.exact)
 
     def metadata(self) -> dict[str, Any]:
         """Returns the metadata that the namespace is a digest of, without the secret salt. Runs and inspects the model."""

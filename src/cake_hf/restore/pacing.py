@@ -79,18 +79,19 @@ def new_pace(
     )
 
 
-def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace) -> Frontier:
+def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace, read_timeout: float) -> Frontier:
     """Returns the ledger of one restore.
 
     Args:
         session: of the cache.
         plan: of the restore.
         pace: of the restore.
+        read_timeout: seconds that a read is waited for.
     """
     return Frontier(
         plan.usable,
         strategy=session.strategy,
-        read_timeout=session.limits.read_timeout,
+        read_timeout=read_timeout,
         most_staged=STAGED_PER_THREAD * session.limits.loader_threads,
         judge=pace,
     )

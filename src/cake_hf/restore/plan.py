@@ -13,6 +13,7 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Strategy
+from cake_hf.transfer.wait_budget import wait_budget
 
 NO_SNAPSHOT = Refusal(
     "no-snapshot", "stored chunks are computed where no snapshot of the model's state is stored behind them"
@@ -53,7 +54,7 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
         usable,
         windows_to_load(usable, prompt.blocks, reach),
         state,
-        loads=session.strategy is not Strategy.COMPUTE and any(usable),
+        loads=session.strategy is not Strategy.COMPUTE and any(usable) and wait_budget().grant(1.0) > 0,
         ranges=_ranges(session, prompt, costs) if by_layers else 1,
     )
 

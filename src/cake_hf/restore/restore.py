@@ -49,6 +49,7 @@ from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.copy_streams import let_copies_out_end
 from cake_hf.transfer.landing import place_for
 from cake_hf.transfer.loader import LoadJob, start_loaders
+from cake_hf.transfer.wait_budget import wait_budget
 
 
 class Restore:
@@ -136,7 +137,9 @@ class Restore:
             can_run=self._can_run,
             can_leave=self._can_leave,
         )
-        self._frontier = new_frontier(session, plan, self.pace)
+        self._waits = wait_budget()
+        self._read_timeout = self._waits.grant(session.limits.read_timeout)
+        self._frontier = new_frontier(session, plan, self.pace, self._read_timeout)
         self._gate = LayerGate(self._frontier, last=session.limits.loader_threads, ranges=plan.ranges)
         self._steps = steps_for(self._frontier, self._ranks)
         self._job = self._load_job(buffers)
@@ -322,6 +325,7 @@ class Restore:
         """
         self._job.commit_staged()
         if self._frontier.take_abandoned():
+            self._waits.spend(self._read_timeout)
             self._job.drop_late()
             if self._job.place.is_read_into:
                 for layer in self._layers:
@@ -368,6 +372,6 @@ class Restore:
         )
 
     def _count(self) -> int:
-        outcomes, patience = self._frontier.outcomes(), self._session.limits.read_timeout
+        outcomes, patience = self._frontier.outcomes(), self._read_timeout
         flown, states = self._flights.shared, len(self._states.loaded)
         return count_restore(self.prompt, outcomes, self._steps.overruled, self._job, flown, states, patience)

@@ -21,6 +21,7 @@ from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.transfer.cost_notes import CostMemory
 from cake_hf.transfer.store_access import Access
+from cake_hf.transfer.wait_budget import WaitBudget
 from cake_hf.util.forks import Lock
 
 __all__ = ["Session", "chosen_chunk_size"]
@@ -98,6 +99,10 @@ class Session:
             return True
         self.bound_model.hook.detach()
         return self.bound_store.close(self.limits.exit_flush_seconds)
+
+    def wait_budget(self) -> WaitBudget:
+        """Returns the budget of a new prompt: what the longest of its waits for the store may take."""
+        return WaitBudget(max(self.limits.read_timeout, self.limits.lookup_timeout))
 
     # For code outside of a restore; the restore itself asks `bound_model` or `bound_store`.
 

@@ -48,6 +48,10 @@ OLD_SECONDS = 24 * 3600.0
 FUTURE_SECONDS = 3600.0
 """Tolerated difference between the clocks of machines that write notes. A note from further in the future is ignored."""
 
+COLD_DEBT = 5.0
+"""Seconds of restores that a process has to its debit at first. Its first trial is cold: it takes far longer than is believed,
+about 0.1 s, and its measurement does not count."""
+
 DOUBTFUL = 2.0
 """A note is also a guess if its last measurements differ from the median of all by more than this factor."""
 
@@ -258,7 +262,7 @@ class CostLearner:
         learner._cold_step = None if plain["cold_step"] is None else _step(plain["cold_step"])
         learner._cold_batch = None if plain["cold_load"] is None else batch_from(_rows(plain["cold_load"]))
         doubtful = now - plain["written"] > OLD_SECONDS or plain["spread"] > DOUBTFUL
-        learner.credit = MAX_SECONDS if doubtful else float(plain["credit"])
+        learner.credit = MAX_SECONDS if doubtful else min(float(plain["credit"]), -COLD_DEBT)
         learner.quiet = float(plain["quiet"])
         learner._stale = True
         return learner

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from cake_hf.errors import DeadlineExceeded
+from cake_hf.transfer.wait_budget import wait_budget
 from cake_hf.util.forks import refusal
 
 T = TypeVar("T")
@@ -81,14 +82,17 @@ class Call(Generic[T]):
             self._answer = Answer(error=error)
 
     def wait(self, seconds: float) -> Answer[T]:
-        """Returns the answer; `DeadlineExceeded` if there is none within that time.
+        """Returns the answer; `DeadlineExceeded` if there is none within that time, or within the budget of the prompt.
 
         Anything raised in here comes from one of the user's signal handlers, never from the call.
         """
+        budget = wait_budget()
+        seconds = budget.grant(seconds)
         if self._answer is None:
             self.thread.join(seconds)
         if self._answer is not None:
             return self._answer
+        budget.spend(seconds)
         return Answer(error=DeadlineExceeded(f"The store did not answer ({self._what}) within {seconds:g} s."))
 
     def _run(self) -> None:
@@ -107,14 +111,19 @@ class Question(Generic[T]):
     Args:
         call: to run.
         what: what it is about, in a word.
-        late: calls that were given up earlier: while there are any, this one is not started.
+        late: calls that were given up earlier: while there are any, this one is not started. Nor is it if the budget of the
+            prompt is used up.
     """
 
     def __init__(self, call: Callable[[], T], what: str, late: Late | None = None) -> None:
         self._call: Call[T] | None = None
         self._late = late
-        self._what = what
-        if not late:
+        self._refusal = ""
+        if late:
+            self._refusal = f"An earlier question ({what}) is still not answered; nothing is asked until it is."
+        elif not wait_budget().grant(1.0):
+            self._refusal = f"This prompt has waited for the store in vain already and asks it nothing more ({what})."
+        else:
             self._call = Call(call, what)
             self._call.begin()
 
@@ -124,11 +133,7 @@ class Question(Generic[T]):
         Raises nothing but what the user's signal handlers raise.
         """
         if self._call is None:
-            return Answer(
-                error=DeadlineExceeded(
-                    f"An earlier question ({self._what}) is still not answered; nothing is asked until it is."
-                )
-            )
+            return Answer(error=DeadlineExceeded(self._refusal))
         try:
             return self._call.wait(seconds)
         finally:

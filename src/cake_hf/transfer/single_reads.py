@@ -15,6 +15,7 @@ from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.stores.base import Store
 from cake_hf.transfer.landing import Check, split_payload
 from cake_hf.transfer.single_flight import ReadSlot
+from cake_hf.transfer.wait_budget import wait_budget
 from cake_hf.util.forks import refusal
 
 logger = logging.getLogger("cake_hf")
@@ -55,9 +56,13 @@ class ReadBeside(Generic[T]):
             logger.warning("A stored %s cannot be read: no more threads. %s", what, error)
 
     def wait(self, seconds: float) -> T | None:
-        """Returns the value read; None if it is missing, unusable, or not there within that time."""
+        """Returns the value read; None if it is missing, unusable, or not there within that time or the prompt's budget."""
         if self._thread.ident is not None:
+            budget = wait_budget()
+            seconds = budget.grant(seconds)
             self._thread.join(seconds)
+            if self._thread.is_alive():
+                budget.spend(seconds)
             if self._thread.is_alive() and not self._told:
                 self._told = True
                 logger.warning(

@@ -26,7 +26,6 @@ from cake_hf.stores.wrappers import AbsentStore
 from cake_hf.transfer.deadline import Call, ask, in_words
 from cake_hf.transfer.single_flight import Sharing, sharing_of
 from cake_hf.transfer.store_retries import door_of
-from cake_hf.transfer.telemetry import prepare
 from cake_hf.transfer.writer import Writer
 from cake_hf.util import environment
 from cake_hf.util.forks import Lock
@@ -99,7 +98,6 @@ class Access:
         self._share = share
         self._door = door_of(spec)
         self._trying = Lock()
-        prepare()
         found = self._open()
         if found.error is not None and not self._is_excused(found):
             if found.store is not None and found.store is not spec:

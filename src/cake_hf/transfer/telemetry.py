@@ -17,6 +17,8 @@ Without an SDK that the program sets up, the API's instruments do nothing. No er
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -115,6 +117,8 @@ class _Watch:
     def tell(self, what: Callable[[Instruments], None]) -> None:
         """Records something, if there are instruments."""
         if not self._made:
+            if not _may_have_provider():
+                return
             self.use(_global_meter, again=False)
         instruments = self._instruments
         if instruments is None:
@@ -128,11 +132,6 @@ class _Watch:
 
 
 _watch = _Watch()
-
-
-def prepare() -> None:
-    """Makes the instruments now, so that the first prompt need not wait for the API's import."""
-    _watch.tell(lambda instruments: None)
 
 
 def observe(report: Report) -> None:
@@ -174,8 +173,16 @@ def use_meter(meter: Meter | None) -> None:
     _watch.use(lambda: meter, again=True)
 
 
+def _may_have_provider() -> bool:
+    """Returns whether the program may have set up an SDK: it then has imported the API, or has named a provider.
+
+    Otherwise nothing would be recorded, so the API is not imported, which takes longer than importing cake_hf.
+    """
+    return "opentelemetry.metrics" in sys.modules or "OTEL_PYTHON_METER_PROVIDER" in os.environ
+
+
 def _global_meter() -> Meter:
-    """Returns the program's meter. The API is imported here since that takes longer than importing cake_hf."""
+    """Returns the program's meter."""
     from opentelemetry.metrics import get_meter
 
     return get_meter("cake_hf")
