@@ -16,7 +16,7 @@ from cake_hf.cli.models import load_tokenizer
 from cake_hf.presses import KVSharer
 from eval.data.prompts import load_templates
 from eval.data.rows import Row
-from eval.methods import tables
+from eval.methods import tables, vision
 from eval.methods.__main__ import main, rows_in_turn
 from eval.methods.contestants import FULL, contestants
 from eval.methods.runs import Times, shortened, split_row
@@ -133,7 +133,23 @@ def test_the_table_compares_each_method_with_the_full_kv_on_its_own_rows() -> No
 
 def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    begin, end = "<!-- eval.methods writes from here -->", "<!-- to here -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for text in ("one", "two"):
         tables.fill(page, text)
-        assert page.read_text() == f"before\n{tables.BEGIN}\n\n{text}\n\n{tables.END}\nafter\n"
+        assert page.read_text() == f"before\n{begin}\n\n{text}\n\n{end}\nafter\n"
+    with pytest.raises(ValueError, match=r"no place for eval\.methods\.vision"):
+        tables.fill(page, "three", "eval.methods.vision")
+
+
+def test_the_presses_for_images_hold_their_budgets_on_a_restored_prompt() -> None:
+    result = vision.measure()
+    assert result["images"] == 2 * 144
+    for row in result["rows"]:
+        assert row["share"] == pytest.approx(row["keep"], abs=0.02)
+        even = len({round(entries) for entries in row["entries"]}) == 1
+        assert even == (row["method"] != "VLCache")
+    for method in ("VLCache", "ElasticCache", "eviction alone"):
+        errors = [row["error"] for row in result["rows"] if row["method"] == method]
+        assert errors == sorted(errors)
+    assert "| VLCache | 50 % | 50 % |" in vision.page(result)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -35,6 +36,8 @@ TRACES_HELP = (
     "document, in SCBench's form; `page` renders docs/traces.md from result files. --trace reads Mooncake's JSONL or token "
     "counts (see benchmarks/traces/reading.py); without it, traces with the statistics of published ones are generated."
 )
+
+T = TypeVar("T")
 
 PAGE = Path("docs/traces.md")
 SHOWN_GBPS = 32.0
@@ -149,22 +152,32 @@ def turns_command(
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer, instead of the task's number.")] = None,
     model: Annotated[str, typer.Option(help="Folder or name of the model.")] = RECALL_TINY.name,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.FLOAT32,
+    papers: Annotated[bool, typer.Option("--papers", help="Also other papers' methods, as in eval.methods.")] = False,
+    less: Annotated[Path | None, typer.Option(help="Kernels of LESS for --papers.")] = None,
+    shared: Annotated[Path | None, typer.Option(help="Layers of KVSharer for --papers.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
+    processor: Annotated[bool, typer.Option("--processor", help="Seconds are those of the processor.")] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask several questions about each document, with each method."""
     from benchmarks.traces.comparing import compare
+    from benchmarks.traces.pressing import paper_methods
     from benchmarks.traces.questions import SHOTS, documents_of, many_shot
-    from benchmarks.traces.turns import METHODS
+    from benchmarks.traces.turns import CLOCK, METHODS
     from eval.data.encode import Encoder
     from eval.data.prompts import load_templates
     from eval.data.sources import Source, load_rows
     from eval.tasks import find_task
 
+    methods = _chosen(METHODS | (paper_methods(less, shared) if papers else {}), method or ())
     machine, begin = Machine(), time.perf_counter()
     with quiet_transformers():
         loaded, tokenizer = load_model(model, dtype.value, "cpu"), load_tokenizer(model)
     refuse_too_long(loaded.config, tokens, "choose fewer --tokens.")
+    context = copy_context()
+    if processor:
+        context.run(CLOCK.set, time.process_time)
     templates, encoder = load_templates(), Encoder(tokenizer, tokens, truncate=False, new_tokens=new_tokens)
     results = []
     for one in map(find_task, task or ["recall"]):
@@ -173,10 +186,16 @@ def turns_command(
             found = [turn for row in found for turn in many_shot(row, turns, chars)]
         documents = list(documents_of(one, found, templates[one.name], encoder))
         with progress_bar(one.name, "answers") as progress:
-            tick = partial(_tick, progress, count(1), len(documents) * len(METHODS))
-            results.append(compare(loaded, tokenizer, one, documents, METHODS, tick))
-    about = {"model": Path(model).name, "dtype": dtype.value}
+            tick = partial(_tick, progress, count(1), len(documents) * len(methods))
+            results.append(context.run(compare, loaded, tokenizer, one, documents, methods, tick))
+    about = {"model": Path(model).name, "dtype": dtype.value, "processor": processor}
     hand_out("turns", machine, begin, results, as_json=as_json, out=out, about=about)
+
+
+def _chosen(methods: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
+    if unknown := sorted(set(names) - set(methods)):
+        raise ValueError(f"There is no method {unknown[0]!r}; choose from {', '.join(methods)}.")
+    return {name: one for name, one in methods.items() if not names or name in names}
 
 
 @traces_app.command("page")
@@ -184,20 +203,24 @@ def page_command(
     results: Annotated[list[Path], typer.Argument(help="Result files, in the order of the page.")],
     page: Annotated[Path, typer.Option(help="The page to fill.")] = PAGE,
 ) -> None:
-    """Render the tables of a page from result files."""
+    """Render the tables of a page from result files; those of one command share its place."""
+    rendered: dict[str, list[str]] = {}
     for path in results:
-        fill_page(page, path)
+        command, text = rendered_result(path)
+        rendered.setdefault(command, []).append(text)
+    for command, texts in rendered.items():
+        tables.fill(page, f"traces {command}", "\n\n".join(texts))
 
 
 def _tick(progress: Callable[[int, int], None], number: Iterator[int], total: int) -> None:
     progress(next(number), total)
 
 
-def fill_page(page: Path, path: Path) -> None:
-    """Fills a page's place for the command that wrote the result.
+def rendered_result(path: Path) -> tuple[str, str]:
+    """Returns the command that wrote a result, and the text that a page has of it.
 
     Raises:
-        ValueError: the file is no such result, or the page has no place for it.
+        ValueError: the file is no such result.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +228,7 @@ def fill_page(page: Path, path: Path) -> None:
         raise ValueError(f"The result {path} cannot be read; measure first, with --out.") from error
     if result.get("command") not in RENDERED:
         raise ValueError(f"{path} is no result of `python -m benchmarks traces`.")
-    tables.fill(page, f"traces {result['command']}", RENDERED[result["command"]](result))
+    return result["command"], RENDERED[result["command"]](result)
 
 
 def _rendered_simulation(result: dict[str, Any]) -> str:
