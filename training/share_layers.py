@@ -1,6 +1,6 @@
 """Find the layers of a model that may share KV, for `cake_hf.presses.KVSharer`, on texts of one's own.
 
-PYTHONPATH=src:. python training/share_layers.py --model MODEL --data FOLDER --out shared.json
+PYTHONPATH=src python training/share_layers.py --model MODEL --data FOLDER --out shared.json
 """
 
 from __future__ import annotations
