@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_methods_that_are_prepared_for_a_model_come_with_their_files(tmp_path: P
     found = contestants(shared=pairs)
     assert set(found) - set(contestants()) == {"KVSharer, 1 layers share", "KVSharer, 2 layers share"}
     assert found["KVSharer, 2 layers share"] == KVSharer(((2, 0), (3, 1)))
+
+
+def test_layers_that_share_are_found_on_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gov_report", "qasper"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"context": "The first story, and another one. " * 20}))
+    pairs = tmp_path / "shared.json"
+    options = ["--model", str(RECALL_TINY), "--data", str(tmp_path), "--out", str(pairs), "--tokens", "32"]
+    monkeypatch.setattr(sys, "argv", ["share_layers.py", *options, "--share", "0.5", "--threshold", "-1"])
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "training"))
+    import share_layers
+
+    share_layers.main()
+    [(share, found)] = json.loads(pairs.read_text()).items()
+    assert share == "0.5"
+    assert found
+    assert all(source < layer for layer, source in found)
 
 
 def test_the_table_compares_each_method_with_the_full_kv_on_its_own_rows() -> None:
