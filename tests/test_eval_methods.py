@@ -19,7 +19,7 @@ from eval.data.prompts import load_templates
 from eval.data.rows import Row
 from eval.methods import tables, vision
 from eval.methods.__main__ import main, rows_in_turn
-from eval.methods.contestants import FULL, contestants
+from eval.methods.contestants import FULL, chosen, contestants
 from eval.methods.runs import Times, shortened, split_row
 from eval.tasks import find_task
 
@@ -120,6 +120,9 @@ def test_methods_that_are_prepared_for_a_model_come_with_their_files(tmp_path: P
     found = contestants(shared=pairs)
     assert set(found) - set(contestants()) == {"KVSharer, 1 layers share", "KVSharer, 2 layers share"}
     assert found["KVSharer, 2 layers share"] == KVSharer(((2, 0), (3, 1)))
+    assert list(chosen(found, ["KVSharer, 2 layers share", FULL])) == [FULL, "KVSharer, 2 layers share"]
+    with pytest.raises(ValueError, match="no method 'mine'"):
+        chosen(found, ["mine"])
 
 
 def test_layers_that_share_are_found_on_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from contextvars import copy_context
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -36,8 +36,6 @@ TRACES_HELP = (
     "document, in SCBench's form; `page` renders docs/traces.md from result files. --trace reads Mooncake's JSONL or token "
     "counts (see benchmarks/traces/reading.py); without it, traces with the statistics of published ones are generated."
 )
-
-T = TypeVar("T")
 
 PAGE = Path("docs/traces.md")
 SHOWN_GBPS = 32.0
@@ -168,9 +166,10 @@ def turns_command(
     from eval.data.encode import Encoder
     from eval.data.prompts import load_templates
     from eval.data.sources import Source, load_rows
+    from eval.methods.contestants import chosen
     from eval.tasks import find_task
 
-    methods = _chosen(METHODS | (paper_methods(less, shared) if papers else {}), method or ())
+    methods = chosen(METHODS | (paper_methods(less, shared) if papers else {}), method or ())
     machine, begin = Machine(), time.perf_counter()
     with quiet_transformers():
         loaded, tokenizer = load_model(model, dtype.value, "cpu"), load_tokenizer(model)
@@ -190,12 +189,6 @@ def turns_command(
             results.append(context.run(compare, loaded, tokenizer, one, documents, methods, tick))
     about = {"model": Path(model).name, "dtype": dtype.value, "processor": processor}
     hand_out("turns", machine, begin, results, as_json=as_json, out=out, about=about)
-
-
-def _chosen(methods: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
-    if unknown := sorted(set(names) - set(methods)):
-        raise ValueError(f"There is no method {unknown[0]!r}; choose from {', '.join(methods)}.")
-    return {name: one for name, one in methods.items() if not names or name in names}
 
 
 @traces_app.command("page")

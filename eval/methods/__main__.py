@@ -23,7 +23,7 @@ from cake_hf.cli.models import load_model, load_tokenizer
 from eval.data.prompts import load_templates
 from eval.data.rows import Row
 from eval.data.sources import Source, load_rows
-from eval.methods.contestants import contestants
+from eval.methods.contestants import chosen, contestants
 from eval.methods.runs import Runner, split_row
 from eval.methods.tables import fill, page, summary
 from eval.tasks import Task, find_task
@@ -62,7 +62,8 @@ def _measure(asked: argparse.Namespace) -> None:
         done = {(line["task"], line["row"], line["method"]) for line in found}
     templates = load_templates()
     with tempfile.TemporaryDirectory() as folder, asked.out.open("a", encoding="utf-8") as out:
-        runner = Runner(model, tokenizer, Path(folder), asked.answer, contestants(asked.less, asked.shared))
+        methods = chosen(contestants(asked.less, asked.shared), asked.method)
+        runner = Runner(model, tokenizer, Path(folder), asked.answer, methods)
         for turn, (task, row) in enumerate(rows_in_turn(asked)):
             missing = [name for name in runner.methods if (task.name, row.id, name) not in done]
             if not missing:
@@ -103,6 +104,7 @@ def _options(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=1, help="of torch [default: 1; 0 for its own choice]")
     parser.add_argument("--measured", type=int, default=5, help="rows of which the error is measured, too [default: 5]")
+    parser.add_argument("--method", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--less", type=Path, help="kernels for LESS, from training/train_less.py")
     parser.add_argument("--shared", type=Path, help="layers for KVSharer, from training/share_layers.py")
     parser.add_argument("--out", type=Path, default=ROOT / "eval" / "results" / "methods" / "rows.jsonl")

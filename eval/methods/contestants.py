@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cake_hf.presses import (
     CORM,
@@ -25,6 +26,8 @@ from cake_hf.presses import (
 
 FULL = "full KV"
 
+
+T = TypeVar("T")
 
 Method = Press | Blend | None
 """What makes the cache that is asked; None is the full KV."""
@@ -69,3 +72,14 @@ def contestants(kernels: Path | None = None, shared: Path | None = None) -> Mapp
         "CacheBlend, 15 % again": CacheBlend(0.15),
         "CacheBlend, 50 % again": CacheBlend(0.5),
     }
+
+
+def chosen(methods: Mapping[str, T], names: Sequence[str]) -> Mapping[str, T]:
+    """Returns the methods of these names, in the order of the table; without names all.
+
+    Raises:
+        ValueError: there is no method of a name.
+    """
+    if unknown := sorted(set(names) - set(methods)):
+        raise ValueError(f"There is no method {unknown[0]!r}; choose from {'; '.join(methods)}.")
+    return {name: one for name, one in methods.items() if not names or name in names}
