@@ -17,10 +17,11 @@ from cake_hf.cli.models import load_tokenizer
 from cake_hf.presses import KVSharer
 from eval.data.prompts import load_templates
 from eval.data.rows import Row
+from eval.data.shorten import shortened
 from eval.methods import tables, vision
 from eval.methods.__main__ import main, rows_in_turn
 from eval.methods.contestants import FULL, chosen, contestants
-from eval.methods.runs import Times, shortened, split_row
+from eval.methods.runs import Times, split_row
 from eval.tasks import find_task
 
 

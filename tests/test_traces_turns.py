@@ -14,7 +14,7 @@ import torch
 from benchmarks.traces import turns as turns_module
 from benchmarks.traces.comparing import compare
 from benchmarks.traces.pressing import pressing
-from benchmarks.traces.questions import SHOTS, Document, documents_of, many_shot
+from benchmarks.traces.questions import SHOTS, Document, documents_of, gathered, many_shot
 from benchmarks.traces.turns import METHODS, Answered, Turn, method
 from cake_hf.cli.models import RECALL_TINY, load_model, load_tokenizer
 from cake_hf.presses import EPIC, LESS, ThinK
@@ -91,6 +91,20 @@ def test_examples_become_questions() -> None:
     [document] = {one.document for one in many_shot(row, 2, 80)}
     assert document == TREC[TREC.index("Question: What is 2") : TREC.index("Question: What is 4")]
     assert many_shot(row, 6, 10_000) == many_shot(row, 2, 10) == []
+
+
+def test_questions_about_several_documents_become_turns_about_one(tokenizer: Any) -> None:
+    filler = "One two three four. " * 40
+    rows = [Row("hotpotqa", name, f"{filler}It was {name}. {filler}", f"Who, {name}?", (name,)) for name in "ABCDE"]
+    asked = gathered(tokenizer, find_task("hotpotqa"), rows, 2, 80)
+    assert [one.document for one in asked[::2]] == [one.document for one in [*asked[1::2], asked[4]]]
+    assert [[f"was {name}." in one.document for name in "ABCDE"] for one in asked[::2]] == [
+        [True, True, False, False, False],
+        [False, False, True, True, False],
+        [False, False, False, False, True],
+    ]
+    assert [one.history for one in asked] == [(), (("Who, A?", "A"),), (), (("Who, C?", "C"),), ()]
+    assert [len(one.turns) for one in found(asked, tokenizer, task="hotpotqa")] == [2, 2]
 
 
 @pytest.mark.parametrize("task", SHOTS)

@@ -138,14 +138,16 @@ def live_traces(
 def turns_command(
     task: Annotated[
         list[str] | None,
-        typer.Option(help="SCBench's tasks, trec, samsum, triviaqa, or recall (our own); may be repeated."),
+        typer.Option(
+            help="SCBench's tasks, LongBench's questions and few-shot tasks, or recall (our own); may be repeated."
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="Folder with <task>.jsonl; by default the Hub.")] = "",
     rows: Annotated[int, typer.Option(min=1, help="Records of each task.")] = 4,
-    turns: Annotated[int, typer.Option(min=2, help="Most questions about a document of LongBench's examples.")] = 4,
+    turns: Annotated[int, typer.Option(min=2, help="Most questions about a document of LongBench.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 4096,
     chars: Annotated[
-        int, typer.Option(min=1, help="Most characters of a document of examples, or of a made-up one.")
+        int, typer.Option(min=1, help="Most characters of a document of LongBench, or of a made-up one.")
     ] = 8000,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer, instead of the task's number.")] = None,
     model: Annotated[str, typer.Option(help="Folder or name of the model.")] = RECALL_TINY.name,
@@ -161,13 +163,14 @@ def turns_command(
     """Ask several questions about each document, with each method."""
     from benchmarks.traces.comparing import compare
     from benchmarks.traces.pressing import paper_methods
-    from benchmarks.traces.questions import SHOTS, documents_of, many_shot
+    from benchmarks.traces.questions import SHOTS, documents_of, gathered, many_shot
     from benchmarks.traces.turns import CLOCK, METHODS
     from eval.data.encode import Encoder
     from eval.data.prompts import load_templates
+    from eval.data.shorten import CHARS_PER_TOKEN
     from eval.data.sources import Source, load_rows
     from eval.methods.contestants import chosen
-    from eval.tasks import find_task
+    from eval.tasks import LONGBENCH, find_task
 
     methods = chosen(METHODS | (paper_methods(less, shared) if papers else {}), method or ())
     machine, begin = Machine(), time.perf_counter()
@@ -183,6 +186,8 @@ def turns_command(
         found = load_rows(one, Source(data, rows=rows, chars=chars)).rows
         if one.name in SHOTS:
             found = [turn for row in found for turn in many_shot(row, turns, chars)]
+        elif (one.suite, one.metric) == (LONGBENCH, "qa_f1"):
+            found = gathered(tokenizer, one, found, turns, chars // CHARS_PER_TOKEN)
         documents = list(documents_of(one, found, templates[one.name], encoder))
         with progress_bar(one.name, "answers") as progress:
             tick = partial(_tick, progress, count(1), len(documents) * len(methods))

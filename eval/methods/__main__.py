@@ -22,6 +22,7 @@ from benchmarks.traces.questions import SHOTS, many_shot
 from cake_hf.cli.models import load_model, load_tokenizer
 from eval.data.prompts import load_templates
 from eval.data.rows import Row
+from eval.data.shorten import CHARS_PER_TOKEN
 from eval.data.sources import Source, load_rows
 from eval.methods.contestants import chosen, contestants
 from eval.methods.runs import Runner, split_row
@@ -32,7 +33,6 @@ ROOT = Path(__file__).parent.parent.parent
 TASKS = "trec,triviaqa,samsum,lcc,repobench-p,hotpotqa,2wikimqa,multifieldqa_en"
 SHOTS_ASKED = 3
 """Examples of a few-shot row that become questions about those before them, where there are too few rows."""
-CHARS_PER_TOKEN = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
