@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,20 +61,28 @@ class Answer:
 class FirstToken(BaseStreamer):  # type: ignore[misc]  # transformers is not typed for us
     """Notes when the first new token came; `generate` hands a streamer the prompt, then each token."""
 
-    def __init__(self) -> None:
-        self._pieces = 0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._pieces, self._clock = 0, clock
         self.at = 0.0
 
     def put(self, value: torch.Tensor) -> None:
         self._pieces += 1
         if self._pieces == 2:
-            self.at = time.monotonic()
+            self.at = self._clock()
 
     def end(self) -> None:
         """Does nothing: there are no more tokens."""
 
 
-def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> Answer:
+def ask(
+    model: Any,
+    ids: torch.Tensor,
+    cache: Any,
+    new_tokens: int,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> Answer:
     """Generates greedily and takes the time.
 
     Args:
@@ -81,10 +90,11 @@ def ask(model: Any, ids: torch.Tensor, cache: Any, new_tokens: int, **options: A
         ids: `[1, tokens]` of the prompt.
         cache: a new `CakeCache` or `DynamicCache`.
         new_tokens: the most tokens to generate.
+        clock: returns seconds; those of the processor on a machine with other work.
         **options: more arguments of `generate`.
     """
-    streamer, ids = FirstToken(), ids.to(model.device)
-    begin = time.monotonic()
+    streamer, ids = FirstToken(clock), ids.to(model.device)
+    begin = clock()
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

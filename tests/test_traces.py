@@ -499,4 +499,4 @@ def test_a_page_or_result_that_is_none_is_refused(tmp_path: Path) -> None:
         tables.fill(tmp_path / "no.md", "traces simulate", "text")
     for content in ("{}", "no json"):
         with pytest.raises(ValueError, match=r"no result of|cannot be read"):
-            command_module.fill_page(page, write(tmp_path / "r.json", content))
+            command_module.page_command([write(tmp_path / "r.json", content)], page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 
 from benchmarks.traces import turns as turns_module
 from benchmarks.traces.comparing import compare
-from benchmarks.traces.questions import SHOTS, Document, documents_of, many_shot
+from benchmarks.traces.pressing import pressing
+from benchmarks.traces.questions import SHOTS, Document, documents_of, gathered, many_shot
 from benchmarks.traces.turns import METHODS, Answered, Turn, method
 from cake_hf.cli.models import RECALL_TINY, load_model, load_tokenizer
+from cake_hf.presses import EPIC, LESS, ThinK
 from commands import run_benchmark
 from eval.data.encode import Encoder
 from eval.data.prompts import load_templates
 from eval.data.rows import Row, parse_record
+from eval.data.sources import Source, load_rows
 from eval.tasks import find_task
 
 TREC = "".join(f"Question: What is {n} ?\nType: kind {n}\n" for n in range(6))
@@ -87,6 +91,20 @@ def test_examples_become_questions() -> None:
     [document] = {one.document for one in many_shot(row, 2, 80)}
     assert document == TREC[TREC.index("Question: What is 2") : TREC.index("Question: What is 4")]
     assert many_shot(row, 6, 10_000) == many_shot(row, 2, 10) == []
+
+
+def test_questions_about_several_documents_become_turns_about_one(tokenizer: Any) -> None:
+    filler = "One two three four. " * 40
+    rows = [Row("hotpotqa", name, f"{filler}It was {name}. {filler}", f"Who, {name}?", (name,)) for name in "ABCDE"]
+    asked = gathered(tokenizer, find_task("hotpotqa"), rows, 2, 80)
+    assert [one.document for one in asked[::2]] == [one.document for one in [*asked[1::2], asked[4]]]
+    assert [[f"was {name}." in one.document for name in "ABCDE"] for one in asked[::2]] == [
+        [True, True, False, False, False],
+        [False, False, True, True, False],
+        [False, False, False, False, True],
+    ]
+    assert [one.history for one in asked] == [(), (("Who, A?", "A"),), (), (("Who, C?", "C"),), ()]
+    assert [len(one.turns) for one in found(asked, tokenizer, task="hotpotqa")] == [2, 2]
 
 
 @pytest.mark.parametrize("task", SHOTS)
@@ -188,9 +206,31 @@ def test_the_command_asks_and_renders(tmp_path: Path, monkeypatch: pytest.Monkey
     run = run_benchmark("traces", "turns", "--task", "trec", "--data", tmp_path, "--turns", 2, "--out", out)
     assert run.exit_code == 0, run.output
     page.write_text("<!-- traces turns -->\n<!-- end of traces turns -->\n")
+    assert run_benchmark("traces", "page", out, out, "--page", page).exit_code == 0
+    assert page.read_text().count("### trec: 1 documents") == 2
+    assert "| another | 0.0 | 0.0 | 0.0 | 1.000 | 1.000 |" in page.read_text()
+    options = ["--task", "trec", "--data", tmp_path, "--method", "another", "--processor", "--out", out]
+    assert run_benchmark("traces", "turns", *options).exit_code == 0
     assert run_benchmark("traces", "page", out, "--page", page).exit_code == 0
-    assert "### trec: 1 documents" in page.read_text()
-    assert "| another | 0.0 | 1.000 | 1.000 |" in page.read_text()
+    assert "| one |" not in page.read_text()
+    assert "Seconds are those of the processor." in page.read_text()
+
+
+def test_other_papers_methods_answer_all_turns(model: Any, tokenizer: Any) -> None:
+    rows = load_rows(find_task("recall"), Source("generated", rows=2, chars=1500)).rows
+    document = found(rows, tokenizer, task="recall")[0]
+    right = METHODS["cake_hf, warm"](model, document.ids, document.turns).answers
+    for press, same in ((ThinK(0), True), (EPIC(300), True), (LESS([], 0.02), False)):
+        answered = pressing(press)(model, document.ids, document.turns)
+        assert len(answered.answers) == len(answered.ttfts) == len(document.turns)
+        assert all(ttft > 0 for ttft in answered.ttfts)
+        assert (answered.answers == right) is same
+
+
+def test_turns_may_be_timed_by_the_processor(model: Any) -> None:
+    context, turn = copy_context(), Turn(torch.tensor([[5, 6]]), 1)
+    context.run(turns_module.CLOCK.set, iter(range(100)).__next__)
+    assert context.run(METHODS["computed anew"], model, torch.tensor([[7, 8]]), [turn]).ttfts == (3,)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +238,7 @@ def test_the_command_asks_and_renders(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (["--task", "nothing"], "Unknown task 'nothing'"),
         (["--tokens", 10**6], "choose fewer --tokens"),
+        (["--method", "mine"], "There is no method 'mine'"),
         (["--task", "qasper", "--data", "generated"], "no document with two questions"),
     ],
 )

@@ -1,7 +1,9 @@
 """Train the kernels of LESS (`cake_hf.presses.LESS`) for a model, layer by layer, on texts of one's own.
 
 As in the paper each layer is trained alone: its attention with the state of evicted entries is to give what attention on all
-entries gives. What is learnt is small (a few megabytes for a model of 135M parameters), and the model stays as it is.
+entries gives. The entries are evicted as the press evicts them: of the beginning of a text, at one of several budgets; the
+queries are those of the text that follows. What is learnt is small (a few megabytes for a model of 135M parameters), and the
+model stays as it is.
 
     PYTHONPATH=src python training/train_less.py --model MODEL --data FOLDER --out less.safetensors
 """
@@ -13,7 +15,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cake_hf.layers.compat import named_for
-from cake_hf.presses.less import Kernels, save_kernels
+from cake_hf.presses.less import Kernels, kept_entries, save_kernels
 from cake_hf.presses.window import Recorded, record
 
 
@@ -34,25 +36,56 @@ class Setting:
         hidden: width of the kernels.
         steps, rate: of the optimizer.
         queries: of each step.
-        first, recent: entries that are kept; all others are evicted.
+        keeps: budgets, as `keep` of `LESS`; each step takes one of them.
+        first, window: as for `LESS`.
     """
 
     rank: int = 8
     hidden: int = 32
-    steps: int = 150
+    steps: int = 300
     rate: float = 5e-3
     queries: int = 64
+    keeps: tuple[float, ...] = (0.25, 0.1)
     first: int = 4
-    recent: int = 128
+    window: int = 32
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one layer sees of one text."""
+    """What one layer sees of one text.
+
+    Attributes:
+        recorded: the queries of its second half.
+        keys, values: of the whole text.
+    """
 
     recorded: Recorded
     keys: torch.Tensor
     values: torch.Tensor
+
+    @property
+    def before(self) -> int:
+        """Tokens before the recorded queries."""
+        return int(self.keys.shape[2] - self.recorded.queries.shape[2])
+
+    def queries(self, start: int, end: int) -> Recorded:
+        """Returns the recorded queries of some tokens of the text."""
+        return replace(self.recorded, queries=self.recorded.queries[:, :, start - self.before : end - self.before])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A text whose beginning is pressed; the queries are those of the tokens behind it.
+
+    Attributes:
+        sample: the text.
+        cut: tokens that are pressed.
+        keep: the budget.
+    """
+
+    sample: Sample
+    cut: int
+    keep: float
 
 
 def train(
@@ -62,46 +95,51 @@ def train(
 
     Args:
         model: the model.
-        texts: token ids `[1, tokens]`.
+        texts: token ids `[1, tokens]`, of at least `2 * (setting.window + setting.queries)` tokens.
         setting: see there.
-        seed: of the first weights and the order of the texts.
+        seed: of the first weights, and of the texts, cuts and budgets of the steps.
     """
     torch.manual_seed(seed)
     chooser = random.Random(seed)
-    seen = [_seen(model, ids, ids.shape[1] - setting.first - setting.recent) for ids in texts]
+    seen = [_seen(model, ids) for ids in texts]
     for number in range(len(seen[0])):
         yield _train_layer([samples[number] for samples in seen], setting, chooser)
 
 
-def _seen(model: Any, ids: torch.Tensor, queries: int) -> list[Sample]:
+def _seen(model: Any, ids: torch.Tensor) -> list[Sample]:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, **named_for(model, cache))
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    recorded = record(model, keys, values, ids, queries)
+    recorded = record(model, keys, values, ids, ids.shape[1] // 2)
     return [Sample(one, key, value) for one, key, value in zip(recorded, keys, values, strict=True)]
 
 
 def _train_layer(samples: list[Sample], setting: Setting, chooser: random.Random) -> tuple[Kernels, float, float]:
-    kernels = _calibrated(_begun(samples[0], setting), samples[0], setting)
+    last = [Case(one, one.keys.shape[2] - setting.queries, keep) for one in samples for keep in setting.keeps]
+    kernels = _calibrated(_begun(samples[0], setting), last[0], setting)
     parts = [kernels.query_in, kernels.query_out, kernels.key_in, kernels.key_out, kernels.key_mix]
     for part in parts:
         part.requires_grad_()
     optimizer = torch.optim.Adam(parts, lr=setting.rate)
     for _ in range(setting.steps):
-        sample = chooser.choice(samples)
-        chosen = sorted(chooser.sample(range(sample.recorded.queries.shape[2]), setting.queries))
-        loss, _ = _errors(kernels, sample, chosen, setting)
+        loss, _ = _errors(kernels, _drawn(samples, setting, chooser), setting)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        final = [_errors(kernels, sample, range(0, sample.recorded.queries.shape[2], 4), setting) for sample in samples]
+        final = [_errors(kernels, case, setting) for case in last]
     return (
         Kernels(*(part.detach() for part in parts)),
         sum(float(with_it) for with_it, _ in final) / len(final),
         sum(float(without) for _, without in final) / len(final),
     )
+
+
+def _drawn(samples: list[Sample], setting: Setting, chooser: random.Random) -> Case:
+    sample = chooser.choice(samples)
+    cut = chooser.randint(sample.before + setting.window, sample.keys.shape[2] - setting.queries)
+    return Case(sample, cut, chooser.choice(setting.keeps))
 
 
 def _begun(sample: Sample, setting: Setting) -> Kernels:
@@ -120,61 +158,63 @@ def _begun(sample: Sample, setting: Setting) -> Kernels:
     )
 
 
-def _calibrated(kernels: Kernels, sample: Sample, setting: Setting) -> Kernels:
+def _calibrated(kernels: Kernels, case: Case, setting: Setting) -> Kernels:
     """Scales the kernels of each key head so that what they add is, in the mean of its logarithm, as large as it is to be."""
-    chosen = list(range(0, sample.recorded.queries.shape[2], 8))
-    split = _split(kernels, sample, chosen, setting)
+    split = _split(kernels, case, setting)
     right = split.products.masked_fill(~split.is_gone, float("-inf")).logsumexp(dim=-1)
-    found = (
-        (split.mapped_queries @ split.mapped_keys.transpose(-1, -2) * split.is_gone).sum(dim=-1).clamp_min(1e-20).log()
-    )
-    shift = (right - found)[0].mean(dim=-1).unflatten(0, (sample.keys.shape[1], -1)).mean(dim=-1)
-    return Kernels(
-        kernels.query_in,
-        kernels.query_out,
-        kernels.key_in,
-        kernels.key_out,
-        kernels.key_mix * shift.exp()[:, None, None],
-    )
+    found = split.added.sum(dim=-1).clamp_min(1e-20).log()
+    shift = (right - found)[0].mean(dim=-1).unflatten(0, (case.sample.keys.shape[1], -1)).mean(dim=-1)
+    return replace(kernels, key_mix=kernels.key_mix * shift.exp()[:, None, None])
 
 
 @dataclass(frozen=True)
 class _Split:
+    """The queries behind a cut and all entries of the text; each but `values` is `[1, query heads, queries, tokens]`.
+
+    Attributes:
+        products: scaled, of queries and keys.
+        is_gone, is_kept: evicted entries, and those that the query sees.
+        added: what the state adds for evicted entries, in place of `exp(products)`.
+        values: `[1, query heads, tokens, head_dim]`.
+    """
+
     products: torch.Tensor
     is_gone: torch.Tensor
     is_kept: torch.Tensor
-    mapped_queries: torch.Tensor
-    mapped_keys: torch.Tensor
+    added: torch.Tensor
     values: torch.Tensor
 
 
-def _split(kernels: Kernels, sample: Sample, chosen: Any, setting: Setting) -> _Split:
-    queries = sample.recorded.queries[:, :, list(chosen)].float()
+def _split(kernels: Kernels, case: Case, setting: Setting) -> _Split:
+    sample, cut, end = case.sample, case.cut, case.cut + setting.queries
+    queries = sample.queries(cut, end).queries.float()
     groups = queries.shape[1] // sample.keys.shape[1]
-    tokens = sample.keys.shape[2]
-    places = torch.tensor(list(chosen))[:, None] + tokens - sample.recorded.queries.shape[2]
-    numbers = torch.arange(tokens)[None]
-    is_kept = (numbers <= places) & ((numbers < setting.first) | (numbers > places - setting.recent))
-    keys = sample.keys.float().repeat_interleave(groups, dim=1)
+    keys, values = sample.keys[:, :, :end], sample.values[:, :, :end].float().repeat_interleave(groups, dim=1)
+    window = sample.queries(cut - setting.window, cut)
+    in_prefix, _ = kept_entries(window, keys[:, :, :cut], case.keep, setting.first)
+    in_prefix = in_prefix.repeat_interleave(groups, dim=0)[None, :, None].expand(*queries.shape[:3], cut)
+    behind = torch.ones(setting.queries, setting.queries, dtype=torch.bool).tril().expand(*queries.shape[:3], -1)
+    is_gone = torch.cat([~in_prefix, torch.zeros_like(behind)], dim=-1)
+    mapped = kernels.of_queries(queries) @ kernels.of_keys(keys).repeat_interleave(groups, dim=1).transpose(-1, -2)
     return _Split(
-        products=queries @ keys.transpose(-1, -2) * sample.recorded.attention.scaling,
-        is_gone=(numbers <= places) & ~is_kept,
-        is_kept=is_kept,
-        mapped_queries=kernels.of_queries(queries),
-        mapped_keys=kernels.of_keys(sample.keys).repeat_interleave(groups, dim=1),
-        values=sample.values.float().repeat_interleave(groups, dim=1),
+        products=queries
+        @ keys.float().repeat_interleave(groups, dim=1).transpose(-1, -2)
+        * sample.recorded.attention.scaling,
+        is_gone=is_gone,
+        is_kept=torch.cat([in_prefix, behind], dim=-1),
+        added=mapped * is_gone,
+        values=values,
     )
 
 
-def _errors(kernels: Kernels, sample: Sample, chosen: Any, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+def _errors(kernels: Kernels, case: Case, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the relative errors of attention with the state, and with kept entries alone."""
-    split = _split(kernels, sample, chosen, setting)
+    split = _split(kernels, case, setting)
     hidden = float("-inf")
     right = split.products.masked_fill(~(split.is_kept | split.is_gone), hidden).softmax(dim=-1) @ split.values
     kept = split.products.masked_fill(~split.is_kept, hidden)
-    added = split.mapped_queries @ split.mapped_keys.transpose(-1, -2) * split.is_gone
-    total = torch.logaddexp(kept.logsumexp(dim=-1), added.sum(dim=-1).clamp_min(1e-20).log())[..., None]
-    found = ((kept - total).exp() + added * (-total).exp()) @ split.values
+    total = torch.logaddexp(kept.logsumexp(dim=-1), split.added.sum(dim=-1).clamp_min(1e-20).log())[..., None]
+    found = ((kept - total).exp() + split.added * (-total).exp()) @ split.values
     alone = kept.softmax(dim=-1) @ split.values
     return (found - right).norm() / right.norm(), (alone - right).norm() / right.norm()
 

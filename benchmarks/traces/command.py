@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -137,45 +138,61 @@ def live_traces(
 def turns_command(
     task: Annotated[
         list[str] | None,
-        typer.Option(help="SCBench's tasks, trec, samsum, triviaqa, or recall (our own); may be repeated."),
+        typer.Option(
+            help="SCBench's tasks, LongBench's questions and few-shot tasks, or recall (our own); may be repeated."
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="Folder with <task>.jsonl; by default the Hub.")] = "",
     rows: Annotated[int, typer.Option(min=1, help="Records of each task.")] = 4,
-    turns: Annotated[int, typer.Option(min=2, help="Most questions about a document of LongBench's examples.")] = 4,
+    turns: Annotated[int, typer.Option(min=2, help="Most questions about a document of LongBench.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 4096,
     chars: Annotated[
-        int, typer.Option(min=1, help="Most characters of a document of examples, or of a made-up one.")
+        int, typer.Option(min=1, help="Most characters of a document of LongBench, or of a made-up one.")
     ] = 8000,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer, instead of the task's number.")] = None,
     model: Annotated[str, typer.Option(help="Folder or name of the model.")] = RECALL_TINY.name,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.FLOAT32,
+    papers: Annotated[bool, typer.Option("--papers", help="Also other papers' methods, as in eval.methods.")] = False,
+    less: Annotated[Path | None, typer.Option(help="Kernels of LESS for --papers.")] = None,
+    shared: Annotated[Path | None, typer.Option(help="Layers of KVSharer for --papers.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
+    processor: Annotated[bool, typer.Option("--processor", help="Seconds are those of the processor.")] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask several questions about each document, with each method."""
     from benchmarks.traces.comparing import compare
-    from benchmarks.traces.questions import SHOTS, documents_of, many_shot
-    from benchmarks.traces.turns import METHODS
+    from benchmarks.traces.pressing import paper_methods
+    from benchmarks.traces.questions import SHOTS, documents_of, gathered, many_shot
+    from benchmarks.traces.turns import CLOCK, METHODS
     from eval.data.encode import Encoder
     from eval.data.prompts import load_templates
+    from eval.data.shorten import CHARS_PER_TOKEN
     from eval.data.sources import Source, load_rows
-    from eval.tasks import find_task
+    from eval.methods.contestants import chosen
+    from eval.tasks import LONGBENCH, find_task
 
+    methods = chosen(METHODS | (paper_methods(less, shared) if papers else {}), method or ())
     machine, begin = Machine(), time.perf_counter()
     with quiet_transformers():
         loaded, tokenizer = load_model(model, dtype.value, "cpu"), load_tokenizer(model)
     refuse_too_long(loaded.config, tokens, "choose fewer --tokens.")
+    context = copy_context()
+    if processor:
+        context.run(CLOCK.set, time.process_time)
     templates, encoder = load_templates(), Encoder(tokenizer, tokens, truncate=False, new_tokens=new_tokens)
     results = []
     for one in map(find_task, task or ["recall"]):
         found = load_rows(one, Source(data, rows=rows, chars=chars)).rows
         if one.name in SHOTS:
             found = [turn for row in found for turn in many_shot(row, turns, chars)]
+        elif (one.suite, one.metric) == (LONGBENCH, "qa_f1"):
+            found = gathered(tokenizer, one, found, turns, chars // CHARS_PER_TOKEN)
         documents = list(documents_of(one, found, templates[one.name], encoder))
         with progress_bar(one.name, "answers") as progress:
-            tick = partial(_tick, progress, count(1), len(documents) * len(METHODS))
-            results.append(compare(loaded, tokenizer, one, documents, METHODS, tick))
-    about = {"model": Path(model).name, "dtype": dtype.value}
+            tick = partial(_tick, progress, count(1), len(documents) * len(methods))
+            results.append(context.run(compare, loaded, tokenizer, one, documents, methods, tick))
+    about = {"model": Path(model).name, "dtype": dtype.value, "processor": processor}
     hand_out("turns", machine, begin, results, as_json=as_json, out=out, about=about)
 
 
@@ -184,20 +201,24 @@ def page_command(
     results: Annotated[list[Path], typer.Argument(help="Result files, in the order of the page.")],
     page: Annotated[Path, typer.Option(help="The page to fill.")] = PAGE,
 ) -> None:
-    """Render the tables of a page from result files."""
+    """Render the tables of a page from result files; those of one command share its place."""
+    rendered: dict[str, list[str]] = {}
     for path in results:
-        fill_page(page, path)
+        command, text = rendered_result(path)
+        rendered.setdefault(command, []).append(text)
+    for command, texts in rendered.items():
+        tables.fill(page, f"traces {command}", "\n\n".join(texts))
 
 
 def _tick(progress: Callable[[int, int], None], number: Iterator[int], total: int) -> None:
     progress(next(number), total)
 
 
-def fill_page(page: Path, path: Path) -> None:
-    """Fills a page's place for the command that wrote the result.
+def rendered_result(path: Path) -> tuple[str, str]:
+    """Returns the command that wrote a result, and the text that a page has of it.
 
     Raises:
-        ValueError: the file is no such result, or the page has no place for it.
+        ValueError: the file is no such result.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +226,7 @@ def fill_page(page: Path, path: Path) -> None:
         raise ValueError(f"The result {path} cannot be read; measure first, with --out.") from error
     if result.get("command") not in RENDERED:
         raise ValueError(f"{path} is no result of `python -m benchmarks traces`.")
-    tables.fill(page, f"traces {result['command']}", RENDERED[result["command"]](result))
+    return result["command"], RENDERED[result["command"]](result)
 
 
 def _rendered_simulation(result: dict[str, Any]) -> str:

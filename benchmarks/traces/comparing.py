@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -56,15 +56,23 @@ def compare(
 
 
 def _row(tokenizer: Any, task: Task, documents: Sequence[Document], answered: Sequence[Answered]) -> dict[str, Any]:
-    scores, ttfts = [], []
+    scores, ttfts = [], [one.ttfts for one in answered]
     for document, one in zip(documents, answered, strict=True):
-        ttfts.append(one.ttfts)
-        for row, tokens in zip(document.rows, one.answers, strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            scores.append(score(task, text, row.answers, row.classes))
-    turns = max(map(len, ttfts))
-    by_turn = [median(one[turn] for one in ttfts if turn < len(one)) for turn in range(turns)]
-    return {"score": mean(scores), "ttfts": by_turn, "answers": [list(map(list, one.answers)) for one in answered]}
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in one.answers]
+        rows = zip(texts, document.rows, strict=True)
+        scores.append([score(task, text, row.answers, row.classes) for text, row in rows])
+    return {
+        "score": mean(value for one in scores for value in one),
+        "scores": _by_turn(scores, mean),
+        "ttfts": _by_turn(ttfts, median),
+        "answers": [list(map(list, one.answers)) for one in answered],
+    }
+
+
+def _by_turn(values: Sequence[Sequence[float]], middle: Callable[[Iterable[float]], float]) -> list[float]:
+    """Returns a mean or median for each turn, over the documents that have as many."""
+    turns = max(map(len, values))
+    return [middle([one[turn] for one in values if turn < len(one)]) for turn in range(turns)]
 
 
 def _later(answered: Sequence[Answered]) -> list[float]:

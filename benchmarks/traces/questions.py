@@ -1,7 +1,8 @@
 """Documents with several questions each, as token ids: rows of SCBench, or examples of LongBench in SCBench's form.
 
 LongBench asks one question per document. Its few-shot tasks have many examples in a document, though: the last ones become the
-turns, with the answers that stand there, and the others the document that they share, as in SCBench's many-shot task.
+turns, with the answers that stand there, and the others the document that they share, as in SCBench's many-shot task. Of its
+other questions several rows become one document: what stands around the answers, one behind the other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from benchmarks.traces.turns import Turn
 from eval.data.encode import Encoder, TooLong
 from eval.data.prompts import Template
 from eval.data.rows import Row
+from eval.data.shorten import shortened
 from eval.tasks import Task
 
 SHOTS = {"trec": ("Question:", "\nType:"), "samsum": ("Dialogue:", "\nSummary:"), "triviaqa": ("Passage:", "\nAnswer:")}
@@ -93,6 +96,27 @@ def many_shot(row: Row, turns: int, chars: int) -> list[Row]:
             )
         )
     return asked
+
+
+def gathered(tokenizer: Any, task: Task, rows: Sequence[Row], turns: int, tokens: int) -> list[Row]:
+    """Returns rows that share documents: of so many rows at a time, what stands around their answers.
+
+    Args:
+        tokenizer: of the model.
+        task: of the rows.
+        rows: each with a document of its own.
+        turns: questions about each document.
+        tokens: of each document, the same for each of its rows.
+    """
+    found: list[Row] = []
+    for start in range(0, len(rows), turns):
+        together = rows[start : start + turns]
+        document = "\n\n".join(shortened(tokenizer, task, row, tokens // turns) for row in together)
+        asked: tuple[tuple[str, str], ...] = ()
+        for row in together:
+            found.append(replace(row, document=document, history=asked))
+            asked = (*asked, (row.question, row.answers[0]))
+    return found
 
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:

@@ -107,14 +107,20 @@ def live_page(result: Found) -> str:
 
 def turns_page(result: Found) -> str:
     """Returns the section of docs/traces.md about several questions per document."""
-    parts = [f"**{result['model']} in {result['dtype']}.** Measured on {machine(result['machine'])}."]
+    whose = " Seconds are those of the processor." if result.get("processor") else ""
+    parts = [f"**{result['model']} in {result['dtype']}.** Measured on {machine(result['machine'])}.{whose}"]
     for one in result["results"].values():
         details = one["details"]
         methods = details["methods"]
         turns = max(len(found["ttfts"]) for found in methods.values())
-        headings = ("method", "score", *(f"turn {number + 1}, s" for number in range(turns)))
+        numbers = range(1, turns + 1)
+        headings = ("method", "score", *(f"turn {one}" for one in numbers), *(f"turn {one}, s" for one in numbers))
         rows = [
-            [name, f"{100 * found['score']:.1f}", *(f"{ttft:.3f}" for ttft in found["ttfts"])]
+            [
+                name,
+                *(f"{100 * value:.1f}" for value in (found["score"], *found["scores"])),
+                *(f"{ttft:.3f}" for ttft in found["ttfts"]),
+            ]
             for name, found in methods.items()
         ]
         parts.append(f"### {details['task']}: {details['documents']} documents of {details['tokens']:,.0f} tokens")

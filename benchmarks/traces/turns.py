@@ -15,6 +15,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +27,9 @@ from cake_hf.scheduling.planner import auto_chunk_size
 from demo.asking import ask
 
 T = TypeVar("T")
+
+CLOCK: ContextVar[Callable[[], float]] = ContextVar("clock", default=time.monotonic)
+"""Returns seconds: those that passed, or those of the processor, which other programs on the machine change less."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def cold(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
 def warm(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
     """The document was stored before; each turn restores it from the disk in a new cache."""
     with tempfile.TemporaryDirectory(prefix="cake-turns-") as store:
-        _prefilled(model, store, document).close()
+        prefilled(model, store, document).close()
         return _from_store(model, store, document).run(model, document, turns)
 
 
@@ -107,8 +111,8 @@ def warm(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
 def in_memory(model: Any, document: torch.Tensor, turns: Sequence[Turn]) -> Answered:
     """The document was stored before; the first turn restores it, and each question is asked on a copy of that cache."""
     with tempfile.TemporaryDirectory(prefix="cake-turns-") as store:
-        _prefilled(model, store, document).close()
-        steps = Steps(bring=lambda: _prefilled(model, store, document), make=copy.deepcopy, end=CakeCache.close)
+        prefilled(model, store, document).close()
+        steps = Steps(bring=lambda: prefilled(model, store, document), make=copy.deepcopy, end=CakeCache.close)
         return steps.run(model, document, turns)
 
 
@@ -142,7 +146,7 @@ class Steps:
             for number, turn in enumerate(turns):
                 cache, preparing = timed(lambda: self.make(held))
                 prompt = torch.cat([document, turn.ids], dim=1)
-                answer = ask(model, prompt, cache, turn.new_tokens, **self.options)
+                answer = ask(model, prompt, cache, turn.new_tokens, clock=CLOCK.get(), **self.options)
                 self.after(cache)
                 answers.append(tuple(answer.tokens.tolist()))
                 ttfts.append(answer.ttft + preparing + (0.0 if number else bringing))
@@ -153,16 +157,18 @@ class Steps:
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
     """Returns what the work gave, and its seconds."""
-    begin = time.monotonic()
+    clock = CLOCK.get()
+    begin = clock()
     done = work()
-    return done, time.monotonic() - begin
+    return done, clock() - begin
 
 
 def _from_store(model: Any, store: str, document: torch.Tensor) -> Steps:
-    return Steps(make=lambda _: _prefilled(model, store, document), after=CakeCache.close)
+    return Steps(make=lambda _: prefilled(model, store, document), after=CakeCache.close)
 
 
-def _prefilled(model: Any, store: str, document: torch.Tensor) -> CakeCache:
+def prefilled(model: Any, store: str, document: torch.Tensor) -> CakeCache:
+    """Returns a cache with a document from the store, or computed and to be stored."""
     cache = CakeCache(model, store)
     cache.prefill(document)
     return cache

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from cake_hf.presses import (
     CORM,
+    EPIC,
     LESS,
+    Blend,
+    CacheBlend,
     CascadingKV,
     ClusterKV,
     DBudgetKV,
     ElasticCache,
     KVMerger,
+    KVSharer,
     Press,
     ThinK,
     load_kernels,
@@ -21,13 +27,20 @@ from cake_hf.presses import (
 FULL = "full KV"
 
 
-def contestants(kernels: Path | None) -> Mapping[str, Press | None]:
-    """Returns all methods in the order of the table; None is the full KV.
+T = TypeVar("T")
+
+Method = Press | Blend | None
+"""What makes the cache that is asked; None is the full KV."""
+
+
+def contestants(kernels: Path | None = None, shared: Path | None = None) -> Mapping[str, Method]:
+    """Returns all methods in the order of the table.
 
     Args:
         kernels: what `training/train_less.py` made for the model; None leaves LESS out.
+        shared: what `training/share_layers.py` found for the model; None leaves KVSharer out.
     """
-    found: dict[str, Press | None] = {
+    found: dict[str, Method] = {
         FULL: None,
         "ThinK, 50 % of channels": ThinK(0.5),
         "ThinK, 75 %": ThinK(0.75),
@@ -50,4 +63,23 @@ def contestants(kernels: Path | None) -> Mapping[str, Press | None]:
     if kernels is not None:
         trained = load_kernels(kernels)
         found |= {f"LESS, keeps {100 * keep:.0f} %": LESS(trained, keep) for keep in (0.25, 0.1)}
-    return found
+    if shared is not None:
+        pairs = json.loads(shared.read_text(encoding="utf-8"))
+        found |= {f"KVSharer, {len(one)} layers share": KVSharer(tuple(map(tuple, one))) for one in pairs.values()}
+    return found | {
+        "documents alone, none again": EPIC(0),
+        "EPIC, 16 tokens again": EPIC(16),
+        "CacheBlend, 15 % again": CacheBlend(0.15),
+        "CacheBlend, 50 % again": CacheBlend(0.5),
+    }
+
+
+def chosen(methods: Mapping[str, T], names: Sequence[str]) -> Mapping[str, T]:
+    """Returns the methods of these names, in the order of the table; without names all.
+
+    Raises:
+        ValueError: there is no method of a name.
+    """
+    if unknown := sorted(set(names) - set(methods)):
+        raise ValueError(f"There is no method {unknown[0]!r}; choose from {'; '.join(methods)}.")
+    return {name: one for name, one in methods.items() if not names or name in names}

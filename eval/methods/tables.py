@@ -10,7 +10,6 @@ from typing import Any
 from cake_hf.util.sizes import bytes_text, count_text
 from eval.methods.contestants import FULL
 
-BEGIN, END = "<!-- eval.methods writes from here -->", "<!-- to here -->"
 SECONDS = ("compute_seconds", "restore_seconds", "press_seconds", "question_seconds", "token_seconds")
 
 
@@ -66,7 +65,7 @@ def page(result: Mapping[str, Any]) -> str:
             f"tokens of document in the mean, {bytes_text(result['bytes'])} of KV. {machine}; "
             f"{count_text(result['threads'], 'thread')}; seconds are those of the processor.",
             "",
-            *_markdown(headings, rows),
+            *markdown(headings, rows),
         ]
     )
 
@@ -87,13 +86,21 @@ def _cells(name: str, found: Mapping[str, Any], tasks: Iterable[str]) -> list[st
     ]
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in Markdown; all columns but the first are aligned on the right."""
     line = ["---", *["---:"] * (len(headings) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, line, *rows)]
 
 
-def fill(path: Path, text: str) -> None:
-    """Puts the table between its marks in a page."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+def fill(path: Path, text: str, command: str = "eval.methods") -> None:
+    """Puts a table between the marks of the command that made it in a page.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    begin, end = f"<!-- {command} writes from here -->", "<!-- to here -->"
+    before, mark, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    if not mark:
+        raise ValueError(f"{path} has no place for {command}.")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -41,7 +41,7 @@ class Ours:
 
         ids = torch.tensor([question.ids])
         if not question.reuse:
-            pieces = {} if self._options.dtype == "float32" else {"prefill_chunk_size": BLOCK}
+            pieces: dict[str, Any] = {} if self._options.dtype == "float32" else {"prefill_chunk_size": BLOCK}
             answer = ask(self._model, ids, plain_cache(self._model), question.new, **pieces)
             return Answer(answer.tokens.tolist(), answer.ttft, 0)
         with CakeCache(self._model, self._store, chunk_size=BLOCK, salt=self._options.tenant) as cache:

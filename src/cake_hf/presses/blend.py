@@ -1,20 +1,23 @@
 """Documents whose KV was stored alone, put one behind the other: what CacheBlend and EPIC have in common.
 
-    documents = [CakeCache(model, store) for _ in ids]  # each after prefill(its own ids)
+    documents = (restored(ids) for ids in parts)  # a `CakeCache` for each, after `prefill(ids)`
     small = CacheBlend(ratio=0.15)(model, documents)
-    model.generate(torch.cat([*ids, question], dim=1), cache=small)
+    model.generate(torch.cat([*parts, question], dim=1), cache=small)
 
 The KV of all documents but the first is wrong there in two ways. Its keys have the positions of a document that starts at 0:
 they are turned on by the rotary embedding, `R(p + offset) k = R(offset) R(p) k`. And it knows nothing of the documents before
-it: a method chooses tokens, whose KV is computed again, with all documents in sight.
+it: a method chooses tokens, whose KV is computed again, with those documents in sight. While that happens, the next document
+loads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from cake_hf.layers.compat import forward_of, named_for, parameters_of
 from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
-from cake_hf.presses.press import Prefix, Press, taken
+from cake_hf.presses.press import Prefix, error_of, taken, with_window
 from cake_hf.presses.window import same_states
 
 
@@ -42,25 +45,37 @@ class BlendReport(PressReport):
 
 @dataclass
 class Joined:
-    """All documents, one behind the other.
+    """The documents so far, one behind the other.
 
     Attributes:
         model: the model.
         keys, values: of each layer, `[1, heads, tokens, head_dim]`, keys with their new positions.
         ids: `[1, tokens]`.
-        starts: where each document starts, and the end of the last one.
+        start: where the last document starts.
     """
 
     model: Any
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     ids: torch.Tensor
-    starts: list[int]
+    start: int = 0
+
+    def add(self, document: Prefix, frequencies: torch.Tensor) -> None:
+        """Puts a document behind the others; `frequencies` are those of the rotary embedding."""
+        assert document.ids is not None
+        self.start = self.ids.shape[1]
+        self.keys = _behind(self.keys, [turned(one, self.start, frequencies) for one in document.keys])
+        self.values = _behind(self.values, document.values)
+        self.ids = torch.cat([self.ids, document.ids.to(self.ids.device)], dim=1)
 
     @property
-    def first(self) -> int:
-        """Tokens of the first document, whose KV is right as it is."""
-        return self.starts[1]
+    def places(self) -> torch.Tensor:
+        """The places of the last document's tokens."""
+        return torch.arange(self.start, self.ids.shape[1], device=self.ids.device)
+
+
+def _behind(states: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.cat(pair, dim=-2) for pair in zip(states, others, strict=True)]
 
 
 class Blend:
@@ -72,7 +87,7 @@ class Blend:
     def __call__(
         self,
         model: torch.nn.Module,
-        documents: Sequence[Cache],
+        documents: Iterable[Cache],
         ids: Sequence[torch.Tensor] | None = None,
         *,
         measure: bool = True,
@@ -81,70 +96,47 @@ class Blend:
 
         Args:
             model: the model whose KV the caches hold.
-            documents: a cache for each, as a `Press` takes it, with positions from 0; they are not changed.
+            documents: a cache for each, as a `Press` takes it, with positions from 0; they are not changed. Each is taken in
+                another thread while tokens of the one before are computed again, so a generator restores it meanwhile.
             ids: the token ids of each, `[1, tokens]`; a `CakeCache` after `prefill` knows them.
             measure: also measure the error, for which the whole prompt is computed once.
 
         Raises:
             CakeError: as for a `Press`; or the model does not give tokens their positions by rotary embedding.
         """
-        started = time.monotonic()
-        if not documents:
+        started, again = time.monotonic(), 0
+        joined: Joined | None = None
+        for document, own in zip_longest(_one_ahead(documents), ids if ids is not None else ()):
+            if document is None or (own is None and ids is not None):
+                raise CakeError("Each document has its token ids, and there are not as many documents as ids.")
+            prefix = taken(model, document, own, str(self))
+            if prefix.ids is None:
+                raise CakeError(f"{self} computes tokens again: pass the token ids of all documents as ids=...")
+            if joined is None:
+                joined = Joined(model, prefix.keys, prefix.values, prefix.ids.to(prefix.keys[0].device))
+            else:
+                joined.add(prefix, _frequencies(model, str(self)))
+                again += self._computed_again(joined)
+        if joined is None:
             raise CakeError(f"{self} needs at least one document.")
-        given = ids if ids is not None else [None] * len(documents)
-        if len(given) != len(documents):
-            raise CakeError(f"Each document has its token ids: for {len(documents)} documents {len(given)} were given.")
-        prefixes = [taken(model, cache, one, str(self)) for cache, one in zip(documents, given, strict=True)]
-        joined = self._joined(prefixes)
-        places = self._places(joined)
-        layers = recomputed(joined, places)
-        sizes = [nbytes([*keys, *values]) for keys, values in ((one.keys, one.values) for one in prefixes)]
+        tokens, size = joined.ids.shape[1], nbytes([*joined.keys, *joined.values])
+        layers = [PressedLayer(key, value, tokens) for key, value in zip(joined.keys, joined.values, strict=True)]
         seconds = time.monotonic() - started
-        report = BlendReport(
-            press=str(self),
-            tokens=joined.starts[-1],
-            entries=[layer.entries for layer in layers],
-            bytes_before=sum(sizes),
-            bytes_after=nbytes(tensor for layer in layers for tensor in layer.state()),
-            error=_error(joined, layers) if measure else None,
-            seconds=seconds,
-            recomputed=len(places),
-        )
+        error = _error(joined, layers, str(self)) if measure else None
+        report = BlendReport(str(self), tokens, [tokens] * len(layers), size, size, error, seconds, again)
         return PressedCache(model, layers, report)
 
     def chosen(self, joined: Joined, fresh: list[PressedLayer]) -> torch.Tensor:
-        """Returns which tokens behind the first document are computed again, in their order.
+        """Returns which tokens of the last document are computed again, in their order.
 
         Args:
-            joined: all documents.
-            fresh: the layers up to `compared`, with KV as the model computes it for the whole prompt.
+            joined: the documents so far.
+            fresh: the layers up to `compared`, with KV as the model computes it for all of them.
         """
         raise NotImplementedError
 
-    def _joined(self, prefixes: list[Prefix]) -> Joined:
-        model, starts = prefixes[0].model, [0]
-        for prefix in prefixes:
-            starts.append(starts[-1] + prefix.tokens)
-        ids = [prefix.ids for prefix in prefixes if prefix.ids is not None]
-        if len(ids) < len(prefixes):
-            raise CakeError(f"{self} computes tokens again: pass the token ids of all documents as ids=...")
-        buffers = (buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
-        frequencies = next(buffers, None)
-        if frequencies is None:
-            raise CakeError(f"{self} is made for rotary positions, and this model has none.")
-        count = range(len(prefixes[0].keys))
-        keys = [
-            torch.cat(
-                [turned(one.keys[n], start, frequencies) for one, start in zip(prefixes, starts, strict=False)], dim=-2
-            )
-            for n in count
-        ]
-        values = [torch.cat([one.values[n] for one in prefixes], dim=-2) for n in count]
-        return Joined(model, keys, values, torch.cat([one.to(keys[0].device) for one in ids], dim=1), starts)
-
-    def _places(self, joined: Joined) -> torch.Tensor:
-        if joined.first == joined.starts[-1]:
-            return torch.empty(0, dtype=torch.long, device=joined.ids.device)
+    def _computed_again(self, joined: Joined) -> int:
+        """Computes tokens of the last document again; returns how many."""
         fresh = fresh_layers(joined, min(self.compared, len(joined.keys) - 1))
         for stored, computed in ((joined.keys[0], fresh[0].keys), (joined.values[0], fresh[0].values)):
             if not same_states(computed, stored):
@@ -155,7 +147,25 @@ class Blend:
         places = self.chosen(joined, fresh)
         for number, layer in enumerate(fresh):
             joined.keys[number], joined.values[number] = layer.keys, layer.values
-        return places
+        compute_again(joined, places)
+        return len(places)
+
+
+def _one_ahead(documents: Iterable[Cache]) -> Iterator[Cache]:
+    """Yields documents; the next one is taken in another thread while one is in use."""
+    rest = iter(documents)
+    with ThreadPoolExecutor(1, "cake-documents") as pool:
+        coming = pool.submit(next, rest, None)
+        while (document := coming.result()) is not None:
+            coming = pool.submit(next, rest, None)
+            yield document
+
+
+def _frequencies(model: torch.nn.Module, method: str) -> torch.Tensor:
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            return buffer
+    raise CakeError(f"{method} is made for rotary positions, and this model has none.")
 
 
 def turned(keys: torch.Tensor, offset: int, frequencies: torch.Tensor) -> torch.Tensor:
@@ -185,14 +195,14 @@ class _Fresh(PressedLayer):
 
 
 def fresh_layers(joined: Joined, last: int) -> list[PressedLayer]:
-    """Computes the KV of all tokens behind the first document, of the layers up to `last` only."""
+    """Computes the KV of the last document, of the layers up to `last` only; returns them with all documents."""
     layers = [
-        _Fresh(key[:, :, : joined.first], value[:, :, : joined.first], joined.first)
+        _Fresh(key[:, :, : joined.start], value[:, :, : joined.start], joined.start)
         for key, value in zip(joined.keys, joined.values, strict=True)
     ]
     layers[last].last = True
     with contextlib.suppress(_Enough):
-        _forward(joined, PressedCache(joined.model, [*layers]), torch.arange(joined.first, joined.starts[-1]))
+        _forward(joined, PressedCache(joined.model, [*layers]), joined.places)
     return [*layers[: last + 1]]
 
 
@@ -221,18 +231,17 @@ class _Scattered(PressedLayer):
         return attention(query, keys, values, hidden[None, None])
 
 
-def recomputed(joined: Joined, places: torch.Tensor) -> list[PressedLayer]:
-    """Computes the KV of some tokens with all documents in sight; returns all layers with it."""
-    layers: list[PressedLayer] = [
-        _Scattered(key, value, places) for key, value in zip(joined.keys, joined.values, strict=True)
-    ]
-    if len(places):
-        _forward(joined, PressedCache(joined.model, layers), places)
-    return [PressedLayer(layer.keys, layer.values, joined.starts[-1]) for layer in layers]
+def compute_again(joined: Joined, places: torch.Tensor) -> None:
+    """Computes the KV of some tokens with all documents in sight, and puts it in place of what is there."""
+    if not len(places):
+        return
+    layers = [_Scattered(key, value, places) for key, value in zip(joined.keys, joined.values, strict=True)]
+    _forward(joined, PressedCache(joined.model, [*layers]), places)
+    joined.keys, joined.values = [layer.keys for layer in layers], [layer.values for layer in layers]
 
 
 def _forward(joined: Joined, cache: PressedCache, places: torch.Tensor) -> None:
-    model, places = joined.model, places.to(joined.ids.device)
+    model = joined.model
     options = {"logits_to_keep": 1} if "logits_to_keep" in parameters_of(forward_of(model)) else {}
     with torch.no_grad():
         model(
@@ -244,20 +253,9 @@ def _forward(joined: Joined, cache: PressedCache, places: torch.Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Given(Press):
-    """Layers as they are given, for measuring their error."""
-
-    given: list[PressedLayer]
-
-    def layers(self, prefix: Prefix) -> list[PressedLayer]:
-        return self.given
-
-
-def _error(joined: Joined, layers: list[PressedLayer]) -> float | None:
+def _error(joined: Joined, layers: list[PressedLayer], method: str) -> float | None:
     """Returns the error of `PressReport`: against KV that is computed for the whole prompt."""
     model, full = joined.model, DynamicCache(config=joined.model.config)
     with torch.no_grad():
         model(joined.ids, attention_mask=torch.ones_like(joined.ids), **named_for(model, full))
-    report = _Given(layers)(model, full, joined.ids).report
-    return report.error if report is not None else None
+    return error_of(with_window(taken(model, full, joined.ids, method)), layers)

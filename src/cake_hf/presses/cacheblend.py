@@ -17,10 +17,11 @@ class CacheBlend(Blend):
 
     The first two layers' KV is computed for all tokens. The deviation of a token is `||V - V_stored||^2` in the second layer
     (section 4.3 of the paper; as in its code, one choice is made for all layers). With all tokens computed again the cache is
-    bit for bit that of the first document with the others run on it in one forward.
+    bit for bit that of the first document with the others run on it, each in one forward.
+    Other than in the paper the share is that of each document, so that one is done while the next one loads.
 
     Args:
-        ratio: share of the tokens behind the first document that is computed again.
+        ratio: share of the tokens of each document behind the first that is computed again.
     """
 
     ratio: float = 0.15
@@ -30,8 +31,9 @@ class CacheBlend(Blend):
         check_share("ratio", self.ratio)
 
     def chosen(self, joined: Joined, fresh: list[PressedLayer]) -> torch.Tensor:
-        number = len(fresh) - 1
-        old, new = (states[0, :, joined.first :].float() for states in (joined.values[number], fresh[number].values))
+        old, new = (
+            states[0, :, joined.start :].float() for states in (joined.values[len(fresh) - 1], fresh[-1].values)
+        )
         deviation = (new - old).square().sum(dim=(0, 2))
         most = deviation.topk(int(len(deviation) * self.ratio)).indices
-        return most.sort().values + joined.first
+        return joined.places[most.sort().values]

@@ -84,8 +84,9 @@ class Cascade:
             if full and (token - self.sinks) % 2**level:
                 if score[moved] < score[held[-1]]:
                     return moved
+                replaced = held.pop()
                 held.append(moved)
-                return _second_last(held)
+                return replaced
             held.append(moved)
             moved = held.popleft()
         return moved
@@ -154,10 +155,3 @@ class CascadingLayer(PressedLayer):
             self.keys, self.values = (
                 states.index_select(-2, rows.to(states.device)) for states in (self.keys, self.values)
             )
-
-
-def _second_last(held: deque[int]) -> int:
-    newest = held.pop()
-    replaced = held.pop()
-    held.append(newest)
-    return replaced

@@ -33,11 +33,11 @@ class CORM(Press):
 
     def layer(self, prefix: Prefix, number: int) -> PressedLayer:
         keys, values = prefix.keys[number], prefix.values[number]
+        layer = CormLayer(*_by_head(keys, values), prefix.tokens, self.window)
         if self.window >= prefix.tokens:
-            return CormLayer(*_by_head(keys, values), prefix.tokens, self.window)
+            return layer
         weights = prefix.window[number].scores(keys)[:, -self.window :]
         found = important(weights, prefix.tokens).unflatten(0, (keys.shape[1], -1)).any(dim=1)
-        layer = CormLayer(*_by_head(keys, values), prefix.tokens, self.window)
         for head, messages in enumerate(found):
             layer.note(head, messages)
         layer.asked = self.window

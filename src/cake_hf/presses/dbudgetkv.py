@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from cake_hf.presses.layers import PressedLayer
 from cake_hf.presses.press import Prefix, Press, check_share
 
@@ -34,16 +32,11 @@ class DBudgetKV(Press):
         check_share("threshold", self.threshold)
 
     def layer(self, prefix: Prefix, number: int) -> PressedLayer:
-        keys, values = prefix.keys[number], prefix.values[number]
         end = max(self.first, prefix.tokens - self.window)
-        columns = prefix.window[number].scores(keys).double().square().sum(dim=(0, 1))
+        columns = prefix.window[number].scores(prefix.keys[number]).double().square().sum(dim=(0, 1))
         left = columns.sum() - columns[self.first : end].cumsum(dim=0)
         change = 1 - left.clamp_min(0).sqrt() / columns.sum().sqrt()
         pruned = int((change <= self.threshold).sum()) if self.threshold else 0
-        if not pruned:
-            return prefix.plain_layer(number)
-
-        def left_of(states: torch.Tensor) -> torch.Tensor:
-            return torch.cat([states[:, :, : self.first], states[:, :, self.first + pruned :]], dim=-2)
-
-        return PressedLayer(left_of(keys), left_of(values), prefix.tokens)
+        layer = prefix.plain_layer(number)
+        layer.drop(self.first, self.first + pruned)
+        return layer

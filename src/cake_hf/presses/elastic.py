@@ -62,10 +62,7 @@ class ElasticLayer(PressedLayer):
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         surplus = self.keys.shape[-2] + key_states.shape[-2] - self.method.kept(self.seen)
         if surplus > 0:
-            self.keys, self.values = (
-                torch.cat([states[:, :, : self.place], states[:, :, self.place + surplus :]], dim=-2)
-                for states in (self.keys, self.values)
-            )
+            self.drop(self.place, self.place + surplus)
         super().append(key_states, value_states)
 
 

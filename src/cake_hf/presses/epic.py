@@ -15,8 +15,8 @@ class EPIC(Blend):
     """Computes the first tokens of each document but the first again, which a document stored alone makes attention sinks of.
 
     This is LegoLink (section 4 of the paper): `tokens` of each document, wherever it stands, so the cost does not grow with
-    its length. With all tokens computed again the cache is bit for bit that of the first document with the others run on it
-    in one forward.
+    its length. With all tokens computed again the cache is bit for bit that of the first document with the others run on it,
+    each in one forward.
 
     Args:
         tokens: of each document.
@@ -29,6 +29,4 @@ class EPIC(Blend):
             raise ValueError(f"tokens is not negative; got {self.tokens!r}.")
 
     def chosen(self, joined: Joined, fresh: list[PressedLayer]) -> torch.Tensor:
-        documents = zip(joined.starts[1:-1], joined.starts[2:], strict=True)
-        spans = [torch.arange(start, min(start + self.tokens, end)) for start, end in documents]
-        return torch.cat(spans).to(joined.ids.device)
+        return joined.places[: self.tokens]

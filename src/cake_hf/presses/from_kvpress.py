@@ -14,7 +14,7 @@ from cake_hf.model.foreign_code import reads_only
 from cake_hf.presses.attention import attention_modules
 from cake_hf.presses.cache import PressedCache
 from cake_hf.presses.layers import PressedLayer
-from cake_hf.presses.press import Prefix, Press
+from cake_hf.presses.press import Prefix, Press, copied
 from cake_hf.presses.window import record
 
 SERVED = ("KeyDiffPress", "KnormPress", "LagKVPress", "SnapKVPress", "StreamingLLMPress", "ThinKPress")
@@ -51,7 +51,7 @@ class FromKvpress(Press):
             given = inputs[module.layer_idx]
             with torch.no_grad():
                 kept = self.press.compress(module, given["hidden_states"], key.clone(), value, None, given)
-            made.append(PressedLayer(_own(kept[0]), _own(kept[1]), prefix.tokens))
+            made.append(PressedLayer(copied(kept[0]), copied(kept[1]), prefix.tokens))
         return made
 
     def _inputs(self, prefix: Prefix) -> dict[int, dict[str, Any]]:
@@ -74,7 +74,3 @@ class FromKvpress(Press):
             for hook in hooks:
                 hook.remove()
         return found
-
-
-def _own(states: torch.Tensor) -> torch.Tensor:
-    return states.clone(memory_format=torch.contiguous_format)

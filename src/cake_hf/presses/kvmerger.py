@@ -42,7 +42,7 @@ class KVMerger(Press):
         merges = min(prefix.tokens - round(self.keep * prefix.tokens), old - 1)
         if merges <= 0:
             return prefix.plain_layer(number)
-        attention = prefix.window[number].scores(keys).sum(dim=1).unflatten(0, (keys.shape[1], -1)).sum(dim=1)
+        attention = prefix.window[number].by_head(keys)
         alone = min(int(self.heavy * prefix.tokens), (old - 1 - merges) // 2)  # each keeps two pairs apart
         sets = _sets(keys[0], attention, old, merges, alone)
         key, value = _merged(keys[0].float(), values[0].float(), attention, sets, prefix.tokens - merges)

@@ -71,7 +71,9 @@ class KVSharer(Press):
             trial = {**shared, layer: source}
             trial = {one: trial.get(other, other) for one, other in sorted(trial.items())}
             pairs = tuple(trial.items())
-            changed = torch.cat([_hidden(model, text, cls(pairs).layers(_empty(prefixes[0]))) for text in texts])
+            changed = torch.cat(
+                [_run(model, text, PressedCache(model, cls(pairs).layers(_empty(prefixes[0])))) for text in texts]
+            )
             if torch.cosine_similarity(changed.flatten(1), hidden, dim=-1).mean() > threshold:
                 shared = trial
         return cls(tuple(sorted(shared.items())))
@@ -110,12 +112,8 @@ def _seen(model: Any, text: torch.Tensor) -> tuple[Prefix, torch.Tensor]:
     return taken(model, cache, text, "KVSharer"), hidden
 
 
-def _hidden(model: Any, text: torch.Tensor, layers: list[PressedLayer]) -> torch.Tensor:
-    """Returns a text's last hidden states with these layers, which are empty."""
-    return _run(model, text, PressedCache(model, layers))
-
-
 def _run(model: Any, text: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Returns a text's last hidden states with this cache, which is empty."""
     with torch.no_grad():
         output = model(text, attention_mask=torch.ones_like(text), output_hidden_states=True, **named_for(model, cache))
     return output.hidden_states[-1].float()  # type: ignore[no-any-return]

@@ -44,6 +44,12 @@ class PressedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
 
+    def drop(self, start: int, end: int) -> None:
+        """Drops the entries of some places."""
+        self.keys, self.values = (
+            torch.cat([states[:, :, :start], states[:, :, end:]], dim=-2) for states in (self.keys, self.values)
+        )
+
     def attend(self, call: AttentionCall) -> Attended:
         """Computes the attention of new tokens."""
         attention, query, keys, values, mask = call

@@ -13,6 +13,7 @@ from cake_hf.errors import CakeError
 from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
+from cake_hf.presses.window import Recorded
 
 PARTS = ("query_in", "query_out", "key_in", "key_out", "key_mix")
 
@@ -93,19 +94,32 @@ class LESS(Press):
 
     def layer(self, prefix: Prefix, number: int) -> PressedLayer:
         keys, values, tokens = prefix.keys[number], prefix.values[number], prefix.tokens
-        count = min(max(round(self.keep * tokens), self.first + 1), tokens)
-        recent = max((count - self.first + 1) // 2, 0)
-        attention = prefix.window[number].scores(keys).sum(dim=1).unflatten(0, (keys.shape[1], -1)).sum(dim=1)
-        attention[:, : self.first] = float("inf")
-        attention[:, tokens - recent :] = -1  # not among those that are never evicted
-        fixed = attention.topk(count - recent, dim=-1).indices.sort(dim=-1).values
-        is_kept = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, fixed, value=True)
-        is_kept[:, tokens - recent :] = True
+        is_kept, recent = kept_entries(prefix.window[number], keys, self.keep, self.first)
         kept, gone = _split(keys, is_kept), _split(keys, ~is_kept)
         kernels = self.kernels[number].on(keys.device) if self.kernels else None
-        layer = LessLayer(kept, _split(values, is_kept), tokens, count - recent, recent, kernels)
+        layer = LessLayer(kept, _split(values, is_kept), tokens, kept.shape[-2] - recent, recent, kernels)
         layer.absorb(gone, _split(values, ~is_kept))
         return layer
+
+
+def kept_entries(window: Recorded, keys: torch.Tensor, keep: float, first: int) -> tuple[torch.Tensor, int]:
+    """Returns which entries of a prefix are kept, bool `[key heads, tokens]`, and how many of them as the most recent ones.
+
+    Args:
+        window: the last queries of the prefix.
+        keys: `[1, key heads, tokens, head_dim]` of the prefix.
+        keep, first: as for `LESS`.
+    """
+    tokens = keys.shape[-2]
+    count = min(max(round(keep * tokens), first + 1), tokens)
+    recent = max((count - first + 1) // 2, 0)
+    attention = window.by_head(keys)
+    attention[:, :first] = float("inf")
+    attention[:, tokens - recent :] = -1  # not among those that are never evicted
+    fixed = attention.topk(count - recent, dim=-1).indices
+    is_kept = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, fixed, value=True)
+    is_kept[:, tokens - recent :] = True
+    return is_kept, recent
 
 
 class LessLayer(PressedLayer):
@@ -155,10 +169,7 @@ class LessLayer(PressedLayer):
         if over > 0:
             end = self.fixed + over
             self.absorb(self.keys[:, :, self.fixed : end], self.values[:, :, self.fixed : end])
-            self.keys, self.values = (
-                torch.cat([states[:, :, : self.fixed], states[:, :, end:]], dim=-2)
-                for states in (self.keys, self.values)
-            )
+            self.drop(self.fixed, end)
 
     def state(self) -> list[torch.Tensor]:
         return [*super().state(), self.outer, self.norm]

@@ -87,14 +87,16 @@ class Press:
         """
         started = time.monotonic()
         prefix = taken(model, cache, ids, str(self))
-        if prefix.ids is not None and (self.needs_queries or measure):
-            prefix = _with_window(prefix, self)
-        elif self.needs_queries:
+        if prefix.ids is None and self.needs_queries:
             raise CakeError(f"{self} looks at the last queries of the prompt: pass its token ids as ids=...")
+        if self.needs_queries or measure:
+            prefix = with_window(prefix, self.window)
+        if self.needs_queries and not prefix.window:
+            raise CakeError(f"{self} looks at the queries of the text behind the last image, and there is none.")
         before = nbytes([*prefix.keys, *prefix.values])
         layers = self.layers(prefix)
         seconds = time.monotonic() - started
-        error = _error(prefix, layers) if measure and prefix.window else None
+        error = error_of(prefix, layers) if measure else None
         report = PressReport(
             press=str(self),
             tokens=prefix.tokens,
@@ -153,22 +155,20 @@ def taken(model: Any, cache: Cache, ids: torch.Tensor | None, press: str) -> Pre
             f"The ids have the shape {tuple(ids.shape)}, and the cache holds {tokens} tokens of one prompt."
         )
     ids = known if ids is None else ids[:, :tokens]
-    return Prefix(model, [*map(_copy, keys)], [*map(_copy, values)], ids, [])
+    return Prefix(model, [*map(copied, keys)], [*map(copied, values)], ids, [])
 
 
-def _copy(states: torch.Tensor) -> torch.Tensor:
+def copied(states: torch.Tensor) -> torch.Tensor:
+    """Returns a copy that is no view of something larger."""
     return states.clone(memory_format=torch.contiguous_format)
 
 
-def _with_window(prefix: Prefix, press: Press) -> Prefix:
-    """Adds the last queries. The window ends where an image does: its tokens would run without the image."""
-    assert prefix.ids is not None
-    window = min(max(press.window, QUERIES), text_at_end(prefix.model, prefix.ids))
-    if window:
-        return replace(prefix, window=record(prefix.model, prefix.keys, prefix.values, prefix.ids, window))
-    if press.needs_queries:
-        raise CakeError(f"{press} looks at the queries of the text behind the last image, and there is none.")
-    return prefix
+def with_window(prefix: Prefix, window: int = QUERIES) -> Prefix:
+    """Adds the last queries, if the ids are known. The window ends where an image does: its tokens would run without it."""
+    model, ids = prefix.model, prefix.ids
+    if ids is None or not (tokens := min(max(window, QUERIES), text_at_end(model, ids))):
+        return prefix
+    return replace(prefix, window=record(model, prefix.keys, prefix.values, ids, tokens))
 
 
 def text_at_end(model: Any, ids: torch.Tensor) -> int:
@@ -179,8 +179,10 @@ def text_at_end(model: Any, ids: torch.Tensor) -> int:
     return ids.shape[1] - (int(found[-1]) + 1 if len(found) else 0)
 
 
-def _error(prefix: Prefix, layers: list[PressedLayer]) -> float:
-    """Returns the mean over all layers of the relative error of attention, on copies of what the press made."""
+def error_of(prefix: Prefix, layers: list[PressedLayer]) -> float | None:
+    """Returns the mean over all layers of the error of attention, on copies of what a press made; None without a window."""
+    if not prefix.window:
+        return None
     errors = []
     for recorded, keys, values, layer in zip(prefix.window, prefix.keys, prefix.values, layers, strict=True):
         pressed = copy.deepcopy(layer)

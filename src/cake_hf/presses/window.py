@@ -41,6 +41,11 @@ class Recorded:
         hidden = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
         return (products * self.attention.scaling).masked_fill(hidden, float("-inf")).softmax(dim=-1)
 
+    def by_head(self, keys: torch.Tensor) -> torch.Tensor:
+        """Returns `scores`, summed over the queries and those of a key's group: `[key heads, tokens]`."""
+        summed: torch.Tensor = self.scores(keys).sum(dim=1).unflatten(0, (keys.shape[1], -1)).sum(dim=1)
+        return summed
+
 
 class _Recording(PressedLayer):
     """A layer that keeps everything and notes the queries that it sees."""
