@@ -6,6 +6,7 @@ The canaries change transformers as its next releases may, and say that its vers
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import re
@@ -373,6 +374,37 @@ def test_an_id_that_the_model_does_not_have_is_that_prompts_fault_alone(is_known
     with CakeCache(model, store, chunk_size=CHUNK) as cache, pytest.raises(IndexError):
         model.generate(wrong, **given(cache), **OPTIONS)
     assert_loaded(model, store)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_cache_that_met_such_an_id_restores_its_next_prompt(is_reset: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = build("llama")
+    store, wrong = filled_store(shared_model("llama")), prompt().clone()
+    wrong[0, 3] = VOCABULARY
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        with pytest.raises(IndexError):
+            model.generate(wrong, **given(cache), **OPTIONS)
+        assert "This prompt is computed plainly" in caplog.text
+        copied = copy.deepcopy(cache)
+        for each in (cache, copied):
+            if is_reset:
+                each.reset()
+            assert torch.equal(model.generate(prompt(), **given(each), **OPTIONS), plain_tokens())
+            assert each.report.chunks_loaded == CHUNKS
+
+
+def test_a_cache_whose_prompt_met_a_passing_error_restores_again_after_reset() -> None:
+    model = from_elsewhere(FailsInPieces)
+    model.error = RuntimeError
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        assert torch.equal(model.generate(prompt(), **given(cache), **OPTIONS), plain_tokens())
+        assert "one piece only" in cache.report.reason
+        FailsInPieces.calls.clear()
+        copied = copy.deepcopy(cache)
+        for each in (cache, copied):
+            each.reset()
+            assert torch.equal(model.generate(prompt(), **given(each), **OPTIONS), plain_tokens())
+        assert FailsInPieces.calls.count(CHUNK) == 2  # each tries again
 
 
 def test_an_error_that_a_users_hook_causes_in_torch_is_theirs() -> None:

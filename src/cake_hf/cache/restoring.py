@@ -35,7 +35,9 @@ from cake_hf.restore.support import (
     CLOSED,
     NOT_USED_YET,
     is_misunderstanding,
+    layers_or_refusal,
     not_understood,
+    passes,
     plain_layers,
     tell_once,
     tell_plain,
@@ -110,6 +112,9 @@ class RestoringCache(PromptCache):
         self._seen.crop(length)
 
     def reset(self) -> None:
+        if not self.passive and passes(self._session.model, self._model_refusal):  # it was one prompt's alone
+            layers, self._model_refusal = layers_or_refusal(self._session.model)
+            self.layers = layers or self.layers
         super().reset()
         self._held.forget()
         self._forget_prefilled()

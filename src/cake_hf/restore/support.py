@@ -60,6 +60,7 @@ NO_CUTS_IN_BATCH = Refusal(
     "batch-boundaries",
     "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out",
 )
+NOT_UNDERSTOOD = "not-understood"
 CLOSED = Refusal("closed", "this CakeCache is closed; make a new one to have prompts restored")
 NOT_USED_YET = Refusal(
     "no-prompt-yet", "no prompt has come with this cache yet; pass it to the model's generate as the cache"
@@ -152,18 +153,24 @@ def not_understood(model: torch.nn.Module, error: Exception) -> Refusal:
     """
     kind = f"{type(model).__name__} {type(error).__name__}"
     refusal = Refusal(
-        "not-understood",
+        NOT_UNDERSTOOD,
         f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})",
     )
-    if type(error) not in (RuntimeError, IndexError):
+    may_pass = type(error) in (RuntimeError, IndexError)
+    if not may_pass:
         _misunderstood[model] = refusal
-    tell_once(kind, f"{refusal.text}. Prompts are computed plainly")
+    tell_once(kind, f"{refusal.text}. {'This prompt is' if may_pass else 'Prompts are'} computed plainly")
     return refusal
 
 
 def misunderstood_refusal(model: torch.nn.Module) -> Refusal | None:
     """Returns why a model is computed plainly after it was not understood before; None if it was, or was not tried."""
     return _misunderstood.get(model)
+
+
+def passes(model: torch.nn.Module, refusal: Refusal | None) -> bool:
+    """Whether a refusal is of one prompt alone: the model was not understood in it, and this was not remembered."""
+    return refusal is not None and refusal.code == NOT_UNDERSTOOD and model not in _misunderstood
 
 
 def unseen_refusal(model: torch.nn.Module) -> Refusal:
