@@ -62,6 +62,14 @@ def show_race(race: Race) -> None:
     rate = f"{bytes_text(race.bytes_per_second)}/s"
     rounds = len(race.runs["both"])
     console.print(Rule("2  a store as slow as the model", align="left", style="dim"))
+    middle = race.middle_run("both")
+    computed, loaded = middle.report.chunks_computed, middle.report.chunks_loaded
+    if not loaded:
+        console.print(
+            f"No chunk was loaded at {rate}, so there was no race: the first run, which sets the rate, was slower than the "
+            "later ones. Run the demonstration again when the machine is less busy.\n"
+        )
+        return
     console.print(
         f"Throttled to {rate}, which is as fast as a first run computed the KV. Time to the first token, "
         f"median of {rounds}:\n"
@@ -75,8 +83,6 @@ def show_race(race: Race) -> None:
             ]
         )
     )
-    middle = race.middle_run("both")
-    computed, loaded = middle.report.chunks_computed, middle.report.chunks_loaded
     _show_lanes(f"\n{computed} chunks were computed from the front while {loaded} came from the back:", middle)
 
 

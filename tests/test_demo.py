@@ -21,6 +21,7 @@ from cake_hf.cli.sheets import Bar, Bars, Lanes
 from cake_hf.report import Span
 from demo.__main__ import app
 from demo.asking import Answer, ask_plainly, ask_with_store
+from demo.pictures import show_race
 from demo.play import judge, refuse_unrestored
 from demo.race import STRATEGIES, Race, run_race
 from demo.task import make_task
@@ -226,6 +227,21 @@ def test_medians_and_gain(oracle: Answer) -> None:
     assert [race.seconds(strategy) for strategy in STRATEGIES] == [4, 6, 2]
     assert race.gain == 2
     assert race.middle_run("both").ttft == 2
+
+
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_a_race_in_which_nothing_was_loaded_shows_no_gain(
+    oracle: Answer, loaded: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run was slow, and set a bandwidth at which no load was worth its wait."""
+    race = Race(1.0)
+    for strategy, seconds in (("compute", 15.0), ("load", 16.0), ("both", 0.8)):
+        report = Report(chunks_computed=8 - loaded, chunks_loaded=loaded)
+        race.runs[strategy] = [replace(oracle, ttft=seconds, report=report)]
+    show_race(race)
+    said = capsys.readouterr().out
+    assert ("No chunk was loaded" in said) == (not loaded)
+    assert ("x" in said.split("both ends")[-1].splitlines()[0]) == bool(loaded)
 
 
 def test_lanes_fill_the_width_and_fit_it() -> None:
