@@ -30,6 +30,31 @@ pytestmark = needs_engine
 IDS = torch.tensor([DOCUMENT])
 
 
+def engine_bytes(**options: Any) -> int:
+    """The bytes that an engine takes for KV."""
+    from transformers import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig(page_size=CHUNK, max_batch_tokens=64, max_requests_per_batch=4, **options)
+    with stepping(shared_model("llama"), MemoryStore(), engine=config) as steps:
+        assert steps.processor.cache.cache_tensor.device.type == "cpu"
+        return int(steps.processor.cache.cache_tensor.nbytes)
+
+
+def test_by_default_an_engine_on_a_cpu_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cake_hf.limits.ENGINE_BYTES", most := 16 * 2**20)
+    taken = engine_bytes()
+    assert most / 100 < taken < most
+    assert engine_bytes(num_blocks=8192) > most
+    assert engine_bytes(max_memory_percent=0.01) > most
+
+
+def test_an_engine_that_needs_more_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what transformers' own engine does; here that is little, too."""
+    monkeypatch.setattr("cake_hf.limits.ENGINE_BYTES", 2**16)
+    monkeypatch.setattr("cake_hf.serving.seams.SHARE_ALONE", 0.01)
+    assert engine_bytes() > 2**16
+
+
 def stored_document() -> MemoryStore:
     return filled_store(shared_model("llama"), IDS)
 

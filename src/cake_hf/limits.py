@@ -14,6 +14,10 @@ from cake_hf.util.sizes import parse_bytes
 STAGED_PER_THREAD = 3
 """Maximum number of staged chunks per loader thread, in memory beside the KV; memory left to late reads is not counted."""
 
+ENGINE_BYTES = 4 * 2**30
+ENGINE_SHARE = 0.25
+"""Maximum memory of a continuous-batching engine on a CPU, and of the available memory, if its configuration sets none."""
+
 MIN_CHUNK_SIZE = 16
 """Below this, a chunk's fixed costs (one file, one forward) dwarf the cost of its tokens."""
 

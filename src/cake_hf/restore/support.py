@@ -60,7 +60,6 @@ NO_CUTS_IN_BATCH = Refusal(
     "batch-boundaries",
     "boundaries are for a prompt without padding, or for equal ones; those of this batch are left out",
 )
-NOT_UNDERSTOOD = "not-understood"
 CLOSED = Refusal("closed", "this CakeCache is closed; make a new one to have prompts restored")
 NOT_USED_YET = Refusal(
     "no-prompt-yet", "no prompt has come with this cache yet; pass it to the model's generate as the cache"
@@ -153,13 +152,14 @@ def not_understood(model: torch.nn.Module, error: Exception) -> Refusal:
     """
     kind = f"{type(model).__name__} {type(error).__name__}"
     refusal = Refusal(
-        NOT_UNDERSTOOD,
+        "not-understood",
         f"cake_hf does not understand this {type(model).__name__} ({type(error).__name__}: {error})",
     )
-    may_pass = type(error) in (RuntimeError, IndexError)
-    if not may_pass:
+    if type(error) in (RuntimeError, IndexError):
+        tell_once(kind, f"{refusal.text}. This prompt is computed plainly")
+    else:
         _misunderstood[model] = refusal
-    tell_once(kind, f"{refusal.text}. {'This prompt is' if may_pass else 'Prompts are'} computed plainly")
+        tell_once(kind, f"{refusal.text}. Prompts are computed plainly")
     return refusal
 
 
@@ -170,7 +170,7 @@ def misunderstood_refusal(model: torch.nn.Module) -> Refusal | None:
 
 def passes(model: torch.nn.Module, refusal: Refusal | None) -> bool:
     """Whether a refusal is of one prompt alone: the model was not understood in it, and this was not remembered."""
-    return refusal is not None and refusal.code == NOT_UNDERSTOOD and model not in _misunderstood
+    return refusal is not None and refusal.code == "not-understood" and model not in _misunderstood
 
 
 def unseen_refusal(model: torch.nn.Module) -> Refusal:

@@ -26,6 +26,8 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
+from cake_hf.serving.support import default_share
+
 __all__ = [
     "Engine",
     "EngineManager",
@@ -535,6 +537,10 @@ def _scheduler_for(name: str) -> str:
     return ours
 
 
+SHARE_ALONE = 0.6
+"""Of the memory, what transformers' own engine takes on a CPU."""
+
+
 def complete_config(config: ContinuousBatchingConfig | None, chunk_size: int) -> ContinuousBatchingConfig:
     """Returns a copy of the user's configuration with what restoring needs.
 
@@ -581,6 +587,10 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
     def __init__(
         self, model: Any, generation_config: GenerationConfig, config: ContinuousBatchingConfig, hints: Any = None
     ) -> None:
+        takes_default = config.num_blocks is None and config.max_memory_percent is None
+        self._share = default_share(model.device.type) if takes_default else None
+        if self._share is not None:
+            config.max_memory_percent = self._share
         super().__init__(model, generation_config, config, hints)
         self._engine: Engine | None = None
 
@@ -651,7 +661,14 @@ class EngineManager(ContinuousBatchingManager):  # type: ignore[misc]  # transfo
         """The engine, and its memory, are no longer used."""
 
     def _create_batch_processor(self) -> Any:
-        processor = super()._create_batch_processor()
+        try:
+            processor = super()._create_batch_processor()
+        except (MemoryError, ValueError):
+            if self._share is None:
+                raise
+            self._share = None  # too little for this model's engine
+            self.continuous_batching_config.max_memory_percent = SHARE_ALONE
+            processor = super()._create_batch_processor()
         if self._engine is None or self._engine._processor is not processor:
             self._engine = Engine(processor)
             processor.scheduler.engine = self._engine

@@ -1,9 +1,13 @@
-"""Refusals of continuous batching: why an engine's requests are not restored."""
+"""What continuous batching needs: the version, the memory of an engine, and why its requests are not restored."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
+from transformers.utils import is_psutil_available
+
+from cake_hf import limits
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.lossy import is_lossy
 from cake_hf.errors import CakeError
@@ -37,6 +41,14 @@ def require_engine() -> None:
             f"Restoring in continuous batching needs transformers {OLDEST} or newer, and {installed_version()} is installed; "
             "CakeCache and cake_hf.generate work with it."
         )
+
+
+def default_share(device_type: str) -> float | None:
+    """Returns the share of all memory for an engine whose configuration sets none; None for transformers' own default."""
+    if device_type != "cpu" or not is_psutil_available():
+        return None
+    memory = import_module("psutil").virtual_memory()
+    return float(min(limits.ENGINE_BYTES, limits.ENGINE_SHARE * memory.available) / memory.total)
 
 
 def refuse_lossy(codec: str, max_ttft: float | None = None) -> None:
