@@ -91,7 +91,7 @@ def test_version_option_prints_the_version(command: Command) -> None:
 def test_help_names_every_command(command: Command) -> None:
     result = command("--help")
     assert result.exit_code == 0
-    for name in ("warm", "ls", "info", "verify", "gc", "demo", "bench"):
+    for name in ("warm", "ls", "info", "verify", "gc"):
         assert name in result.output
 
 
@@ -178,6 +178,36 @@ def test_any_store_can_be_listed(store: Path) -> None:
 def test_an_empty_store(tmp_path: Path, command: Command) -> None:
     assert "empty" in command("ls", tmp_path).output
     assert "0 chunks" in command("verify", tmp_path).output
+
+
+def test_pull_of_a_folder_by_its_bare_name_says_how(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pk").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = command("pull", "pk", "st")
+    assert result.exit_code == 2
+    assert "cake-hf pull ./pk st." in flat(result.stderr)
+
+
+def test_info_and_verify_count_alike(tmp_path: Path, model_folder: Path, document: Path, command: Command) -> None:
+    """With --no-exact there is also a record of what the model computes."""
+    store = tmp_path / "store"
+    assert warm(command, model_folder, document, store, "--no-exact").exit_code == 0
+    assert f"{CHUNKS + 1} chunks" in flat(command("verify", store).output)
+    assert f"chunks {CHUNKS + 1} (1 chunk of states or recorded results)" in flat(command("info", store).output)
+    assert "and 1 chunk of states or recorded results" in flat(command("ls", store).output)
+
+
+def test_a_model_s_name_is_not_folded_within_a_word(
+    tmp_path: Path, model_folder: Path, document: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    folder.symlink_to(model_folder)
+    assert warm(command, folder, document, tmp_path / "store").exit_code == 0
+    monkeypatch.setattr("cake_hf.cli.store_tables.console.width", 80)
+    words = command("ls", tmp_path / "store").output.split()
+    assert words.count("SmolLM2-135M-") == words.count("Instruct") == 2
 
 
 def test_info_of_a_store(store: Path, command: Command) -> None:

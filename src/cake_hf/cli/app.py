@@ -18,19 +18,21 @@ COMMANDS = {
     "ls": Deferred("cake_hf.cli.look_commands:ls_command", "List what a store has, by namespace and by prompt."),
     "info": Deferred("cake_hf.cli.look_commands:info_command", "Show the totals of a store, or all of one chunk."),
     "why": Deferred("cake_hf.cli.why:why_command", "Say why a prompt is not found in a store."),
-    "demo": Deferred("cake_hf.cli.moved:demo", "A demonstration; it is in the repository now."),
+    "demo": Deferred("cake_hf.cli.moved:demo", "A demonstration; it is in the repository now.", hidden=True),
     "verify": Deferred("cake_hf.cli.verify_command:verify_command", "Check what a store has, bit for bit."),
     "recode": Deferred("cake_hf.cli.recode:recode_command", "Store all chunks in another form."),
     "gc": Deferred("cake_hf.cli.gc:gc_command", "Delete chunks by age or for a budget."),
     "rm": Deferred("cake_hf.cli.rm:rm_command", "Delete the KV of a document, a model or a namespace."),
     "pin": Deferred("cake_hf.cli.pin:pin_command", "Protect chunks from eviction for some time."),
     "stats": Deferred("cake_hf.cli.stats:stats_command", "Show how much came from a store, day by day."),
-    "bench": Deferred("cake_hf.cli.moved:bench", "Measurements; they are in the repository now."),
+    "bench": Deferred("cake_hf.cli.moved:bench", "Measurements; they are in the repository now.", hidden=True),
     "plan": Deferred("cake_hf.cli.plan:plan_command", "Predict how a prompt would be restored, and how fast."),
     "export": Deferred("cake_hf.cli.pack_commands:export_command", "Write a document's KV as a pack, to a folder."),
     "push": Deferred("cake_hf.cli.pack_commands:push_command", "Publish a document's KV as a pack, on the Hub."),
     "pull": Deferred("cake_hf.cli.pack_commands:pull_command", "Copy a pack into a store of your own."),
-    "simulate": Deferred("cake_hf.cli.moved:simulate", "Restores on a virtual clock; they are in the repository now."),
+    "simulate": Deferred(
+        "cake_hf.cli.moved:simulate", "Restores on a virtual clock; they are in the repository now.", hidden=True
+    ),
 }
 
 app = typer.Typer(

@@ -21,10 +21,12 @@ class Deferred:
     Attributes:
         target: "module:name" of a function with typer's annotations, or of a `typer.Typer` with commands of its own.
         help: one line for the list of commands.
+        hidden: whether the list leaves it out.
     """
 
     target: str
     help: str
+    hidden: bool = False
 
     def load(self, name: str) -> Any:
         """Imports the command's module and returns the command."""
@@ -72,7 +74,8 @@ def deferring(deferred: Mapping[str, Deferred]) -> type[PlainErrors]:
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
             """Returns an entry for the list of commands; None if there is no such command."""
-            return TyperCommand(cmd_name, help=deferred[cmd_name].help) if cmd_name in deferred else None
+            entry = deferred.get(cmd_name)
+            return None if entry is None else TyperCommand(cmd_name, help=entry.help, hidden=entry.hidden)
 
         def resolve_command(self, ctx: Any, args: Any) -> Any:
             """Returns the command itself, to be run."""

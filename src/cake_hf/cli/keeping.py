@@ -19,11 +19,11 @@ def what_it_keeps(store: Store) -> str:
     if not isinstance(store, LocalStore):
         return ""
     budget = store.budget()
-    may = "It may use all the space that there is" if budget is None else f"It may take {bytes_text(budget)}"
+    may = "It may use all available space" if budget is None else f"It may take {bytes_text(budget)}"
     share = f", {store.share}" if budget is not None and store.share else ""
     pinned = store.pinned()
     pins = f" {count_text(len(pinned), 'chunk')} of it are pinned." if pinned else ""
-    return f"{may}{share}; eviction is {store.eviction}.{pins}"
+    return f"{may}{share}; the eviction policy is {store.eviction}.{pins}"
 
 
 def refuse_over_budget(store: Store, nbytes: int) -> None:

@@ -150,6 +150,11 @@ def pull_command(
 ) -> None:
     """Copy a pack into a store, checking every file against the pack's manifest."""
     is_url_or_path = ":" in repo.partition("@")[0] or repo.startswith((".", "/", "~", "$"))
+    if "/" not in repo and not is_url_or_path and Path(repo).is_dir():
+        raise ValueError(
+            f"{shown(repo)} is not a name on the Hugging Face Hub (ORG/NAME); for the folder: cake-hf pull ./{shown(repo)} "
+            f"{shown_url(store)}."
+        )
     source = repo if is_url_or_path else f"{SCHEME}{repo}"
     with console.status("loading the model"):
         loaded = load_model(model, dtype.value, device) if model else None

@@ -89,7 +89,7 @@ def plan_command(
 ) -> None:
     """Predict the time to first token of computing, loading and both, and where the two ends meet.
 
-    From the costs in a store's notes: cake-hf plan --model DIR --store DIR --tokens 32768. All other options override
+    From the costs in a store's notes: cake-hf plan --model DIR --store DIR --tokens 8192. All other options override
     these.
     """
     if not 0 < gpu_share <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +35,9 @@ from cake_hf.errors import StoreError
 from cake_hf.stores import Store
 from cake_hf.stores.records import records
 
+WIDE, MODEL_WIDTH = 110, 14
+"""On terminals with fewer columns than WIDE, names of models have lines of at most MODEL_WIDTH characters, if parts allow."""
+
 SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
 
@@ -60,16 +64,23 @@ def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]
     ]
     if len(chains) > most_prompts:
         parts.append(Text(f"... and {len(chains) - most_prompts} shorter prompts (--prompts shows more)", style="dim"))
+    if others := len(inventory.states) + len(inventory.behaviours):
+        parts.append(Text(f"... and {_others(others)}, as `cake-hf verify` and gc count them", style="dim"))
     return Group(*parts, *_unreadable_note(inventory))
+
+
+def _others(count: int) -> str:
+    return f"{count_text(count, 'chunk')} of states or recorded results"
 
 
 def totals(name: str, inventory: Inventory) -> RenderableType:
     """Shows a store as a whole."""
     models = sorted({chunk.metadata.model for chunk in inventory.chunks.values()})
+    others = len(inventory.states) + len(inventory.behaviours)
     table = _pairs_table(
         [
             ("store", name),
-            ("chunks", f"{len(inventory.chunks):,}"),
+            ("chunks", f"{len(inventory.chunks) + others:,}{f' ({_others(others)})' if others else ''}"),
             ("tokens", f"{inventory.tokens:,}"),
             ("bytes", bytes_text(inventory.file_bytes)),
             ("prompts", f"{len(prompts(inventory)):,}"),
@@ -161,7 +172,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
         first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
         table.add_row(
             Text(namespace.digest[:SHORT]),
-            Text(_short_name(first.metadata.model)),
+            Text(_folded(first.metadata.model)),
             Text(first.table.dtypes),
             str(first.chunk_size),
             f"{count:,}",
@@ -183,7 +194,7 @@ def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequ
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
         cells = [
             metadata.key[:SHORT],
-            _short_name(metadata.model),
+            _folded(metadata.model),
             f"{chain.tokens(sizes[metadata.namespace]):,}",
             f"{chain.chunks:,}",
             missing,
@@ -214,6 +225,19 @@ def _pairs_table(rows: Sequence[tuple[str, str]]) -> Table:
 def _short_name(model: str) -> str:
     """Returns a name on the Hub unchanged, and the last part of a path."""
     return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
+
+
+def _folded(model: str) -> str:
+    """Returns a model's short name; on a narrow terminal in lines that end between its parts."""
+    name = _short_name(model)
+    if console.width >= WIDE:
+        return name
+    lines = [""]
+    for part in re.findall(r"[^/_-]+[/_-]?|[/_-]", name):
+        if lines[-1] and len(lines[-1] + part) > MODEL_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _unreadable_note(inventory: Inventory) -> list[Text]:

@@ -115,7 +115,9 @@ def _options(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Dif
         )
     exact = "numerics" in theirs
     if exact != ("numerics" in ours):
-        cure = "pass exact=True where all else is alike, or exact=False on both sides" if exact else "pass exact=False"
+        cure = (
+            "pass exact=True if everything else matches, or exact=False on both sides" if exact else "pass exact=False"
+        )
         yield Difference(f"exact={exact}", f"exact={not exact}", "this cache has", cure, OPTIONS)
 
 
