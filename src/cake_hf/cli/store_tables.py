@@ -207,7 +207,7 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     """Returns a table that leaves out no column on a narrow terminal: cells that do not fit go on in the next line."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for number, heading in enumerate(texts):
-        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # text to be copied stays in one line
+        table.add_column(heading, overflow="fold", no_wrap=number < 2)  # keys to be copied, and names, stay whole
     for heading in numbers:
         table.add_column(heading, justify="right", overflow="fold")
     return table
