@@ -199,17 +199,6 @@ def test_info_and_verify_count_alike(tmp_path: Path, model_folder: Path, documen
     assert "and 1 chunk of states or recorded results" in flat(command("ls", store).output)
 
 
-def test_a_model_s_name_is_not_folded_within_a_word(
-    tmp_path: Path, model_folder: Path, document: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "SmolLM2-135M-Instruct"
-    folder.symlink_to(model_folder)
-    assert warm(command, folder, document, tmp_path / "store").exit_code == 0
-    monkeypatch.setattr("cake_hf.cli.store_tables.console.width", 80)
-    words = command("ls", tmp_path / "store").output.split()
-    assert words.count("SmolLM2-135M-") == words.count("Instruct") == 2
-
-
 def test_info_of_a_store(store: Path, command: Command) -> None:
     output = flat(command("info", store).output)
     assert f"chunks {CHUNKS}" in output

@@ -230,7 +230,7 @@ def test_several_differences_are_told_together_and_only_what_helps_is_advised() 
     ("there", "here", "told"),
     [
         ({"device": "cuda"}, {"device": "cpu"}, "made with device cuda; this process has device cpu: use exact=False"),
-        ({"device": "cuda"}, None, "made with exact=True; this cache has exact=False: pass exact=True where"),
+        ({"device": "cuda"}, None, "made with exact=True; this cache has exact=False: pass exact=True if"),
         ({"device": "cpu"}, None, "made with exact=True and other weights of A; here there are exact=False and B: pass exact"),
         ({"device": "cuda"}, {"device": "cuda"}, "made with other weights of A; this model is B: load the same revision"),
         (None, None, "made with other weights of A; this model is B: load the same revision"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -34,9 +33,6 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 from cake_hf.errors import StoreError
 from cake_hf.stores import Store
 from cake_hf.stores.records import records
-
-WIDE, MODEL_WIDTH = 110, 14
-"""On terminals with fewer columns than WIDE, names of models have lines of at most MODEL_WIDTH characters, if parts allow."""
 
 SHORT = 12
 """Digits of a key or a digest that are shown; enough for `cake-hf info STORE KEY` to find it."""
@@ -172,7 +168,7 @@ def _namespace_table(found: Sequence[Namespace], known: Mapping[str, Record]) ->
         first, count, record = namespace.first, len(namespace.chunks), known.get(namespace.digest)
         table.add_row(
             Text(namespace.digest[:SHORT]),
-            Text(_folded(first.metadata.model)),
+            Text(_short_name(first.metadata.model)),
             Text(first.table.dtypes),
             str(first.chunk_size),
             f"{count:,}",
@@ -194,7 +190,7 @@ def _prompt_table(chains: Sequence[Chain], sizes: Mapping[str, int], words: Sequ
         missing = "none" if not chain.first else f"chunk {chain.first - 1}; those before it may be stored"
         cells = [
             metadata.key[:SHORT],
-            _folded(metadata.model),
+            _short_name(metadata.model),
             f"{chain.tokens(sizes[metadata.namespace]):,}",
             f"{chain.chunks:,}",
             missing,
@@ -207,7 +203,7 @@ def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     """Returns a table that leaves out no column on a narrow terminal: cells that do not fit go on in the next line."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     for number, heading in enumerate(texts):
-        table.add_column(heading, overflow="fold", no_wrap=number < 2)  # keys to be copied, and names, stay whole
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)  # text to be copied stays in one line
     for heading in numbers:
         table.add_column(heading, justify="right", overflow="fold")
     return table
@@ -225,19 +221,6 @@ def _pairs_table(rows: Sequence[tuple[str, str]]) -> Table:
 def _short_name(model: str) -> str:
     """Returns a name on the Hub unchanged, and the last part of a path."""
     return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".", "~")) else model
-
-
-def _folded(model: str) -> str:
-    """Returns a model's short name; on a narrow terminal in lines that end between its parts."""
-    name = _short_name(model)
-    if console.width >= WIDE:
-        return name
-    lines = [""]
-    for part in re.findall(r"[^/_-]+[/_-]?|[/_-]", name):
-        if lines[-1] and len(lines[-1] + part) > MODEL_WIDTH:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
 
 
 def _unreadable_note(inventory: Inventory) -> list[Text]:
