@@ -223,6 +223,21 @@ def test_engines_refuse_lossy_codecs(codec: str) -> None:
         cake_hf.generate_batch(shared_model("llama"), [[1, 2, 3]], store=MemoryStore(), codec=codec, exact=False)
 
 
+def test_engines_refuse_a_time_to_keep() -> None:
+    with pytest.raises(ValueError, match="loads all chunks whole; take CakeCache or"):
+        refuse_lossy("lossless", max_ttft=1.0)
+    if is_older_than(OLDEST):
+        return
+    options: dict[str, Any] = {"codec": "lossless", "exact": False, "max_ttft": 1.0}
+    with (
+        pytest.raises(ValueError, match="loads all chunks whole"),
+        cake_hf.batching(shared_model("llama"), MemoryStore(), **options),
+    ):
+        pass
+    with pytest.raises(ValueError, match="loads all chunks whole"):
+        cake_hf.generate_batch(shared_model("llama"), [[1, 2, 3]], store=MemoryStore(), **options)
+
+
 @pytest.mark.parametrize("codec", ["int3", "zip"])
 def test_engines_list_the_codecs(codec: str) -> None:
     with pytest.raises(ValueError, match="choose one of none, lossless, auto"):
