@@ -13,7 +13,6 @@ from itertools import chain
 
 import torch
 
-from cake_hf.model.behaviour import remember_rows
 from cake_hf.model.fingerprint import is_digest_known, weights_digest
 from cake_hf.model.weights import Weight, weights
 from cake_hf.util.forks import Lock, refusal
@@ -60,6 +59,5 @@ def await_digest(model: torch.nn.Module) -> None:
 def _digest(model: torch.nn.Module, portable: bool, found: Sequence[Weight]) -> None:
     try:
         weights_digest(model, portable=portable, found=found)
-        remember_rows(model)
     except Exception as error:  # an error that lasts is raised where the checksum is needed
         logger.debug("The weights' checksum is computed later: %s", error)
