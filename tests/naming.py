@@ -32,4 +32,4 @@ def mask_sizes(layer: Any, queries: int) -> tuple[int, int]:
 
 def in_this_version(text: str) -> str:
     """A snippet as people with the installed version of transformers have to write it."""
-    return re.sub(r"\bcache=(?=cache\b|copy\b|small\b|DynamicCache\b)", f"{NAME}=", text)
+    return re.sub(r"\bcache=(?=cache\b|copy\b|small\b|hurried\b|DynamicCache\b)", f"{NAME}=", text)
