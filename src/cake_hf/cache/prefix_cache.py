@@ -324,10 +324,10 @@ class PrefixCache(RememberingCache):
     def _prefill_document(self, input_ids: torch.Tensor, progress: Progress, started: float) -> Prompt | None:
         """Restores the new part of a document `[1, tokens]`, and hides its last block; returns None if refused.
 
-        All blocks are restored together if the layers can be shortened by the last one.
+        All blocks are restored together if the layers can be shortened by the last one, and all of them will be known.
         """
         tokens, past = input_ids.shape[1], self._length()
-        if tokens > past == self._held.end and can_be_shortened(self.layers):
+        if tokens > past == self._held.end and can_be_shortened(self.layers) and self._max_ttft is None:
             prompt = self._prefill(input_ids, 0, progress, started=started)
             if tokens == self._held.end:
                 begin = self._held.blocks[-1].start
