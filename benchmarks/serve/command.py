@@ -52,6 +52,9 @@ def serve_command(
             help="Short prompts come over this many times the prefix's compute time; it comes behind a quarter."
         ),
     ] = 0.0,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Steps take what a formula says, so that the figures have no noise.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print only JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
 ) -> None:
@@ -68,7 +71,7 @@ def serve_command(
         else Workload(chunks=chunks, shorts=shorts, scale=scale)
     )
     try:
-        result = measure(load, spread, rounds or (1 if quick else 3), model)
+        result = measure(load, spread, rounds or (1 if quick or simulated else 3), model, simulated=simulated)
     finally:
         torch.set_num_threads(threads)
     text = json.dumps({"machine": describe(), **result.as_dict()})
@@ -80,7 +83,7 @@ def serve_command(
         console.print(build_tables([result]))
 
 
-def measure(load: Workload, spread: float, rounds: int, model: str = "") -> Result:
+def measure(load: Workload, spread: float, rounds: int, model: str = "", *, simulated: bool = False) -> Result:
     """Runs the workload in each way, in turns.
 
     Args:
@@ -88,10 +91,14 @@ def measure(load: Workload, spread: float, rounds: int, model: str = "") -> Resu
         spread: over how many times the prefix's compute time the short prompts come.
         rounds: number of turns.
         model: a folder or a name on the Hub; by default the small one.
+        simulated: whether steps take what a formula says, with a model that computes next to nothing.
     """
-    from benchmarks.serve.workload import Bench, small_model
+    from benchmarks.serve.virtual import StepCosts
+    from benchmarks.serve.workload import Bench, least_model, small_model
 
-    bench = Bench(load_model(model, load.dtype, "cpu") if model else small_model(load.dtype), load, spread)
+    small = least_model if simulated else small_model
+    runs_on = load_model(model, load.dtype, "cpu") if model else small(load.dtype)
+    bench = Bench(runs_on, load, spread, StepCosts() if simulated else None)
     runs: dict[str, list[Run]] = {}
     ways = [("plain", 0.0), ("cold", 0.0), *((way, cell) for cell in SPANS for way in ("load", "both"))]
     with progress_bar("serving", "runs") as done:
@@ -123,6 +130,7 @@ def measure(load: Workload, spread: float, rounds: int, model: str = "") -> Resu
         "model": Path(model).name,
         "workload": asdict(load),
         "spread": spread,
+        "simulated": simulated,
         "prefix_seconds": bench.alone,
         "shorts_seconds": bench.others,
         "same_tokens": same,

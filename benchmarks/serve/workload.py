@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.serve.virtual import Arrival, Run, VirtualManager
+from benchmarks.serve.virtual import Arrival, Run, StepCosts, VirtualManager
 from cake_hf import MemoryStore
 from cake_hf.report import Refusal
 from cake_hf.stores.base import Store
@@ -71,14 +71,23 @@ class Workload:
 
 def small_model(dtype: str) -> Any:
     """A Llama of 4 layers with random weights, whose steps take tenths of a second on one core."""
+    return _llama(dtype, vocabulary=4096, size=384, layers=4, heads=6)
+
+
+def least_model(dtype: str) -> Any:
+    """A Llama that computes next to nothing, for runs in which a formula says what steps take."""
+    return _llama(dtype, vocabulary=64, size=16, layers=1, heads=2)
+
+
+def _llama(dtype: str, vocabulary: int, size: int, layers: int, heads: int) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        vocab_size=vocabulary,
+        hidden_size=size,
+        intermediate_size=size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=32768,
         pad_token_id=0,
         bos_token_id=1,
@@ -94,6 +103,7 @@ class Bench:
         model: to run.
         load: the workload.
         spread: the short prompts come over this many times the long one's compute time.
+        costs: of steps; None to measure them.
 
     Attributes:
         compute: seconds to compute each chunk of the prefix, alone.
@@ -102,8 +112,8 @@ class Bench:
         others: seconds that the short prompts take without it.
     """
 
-    def __init__(self, model: Any, load: Workload, spread: float = 0.0) -> None:
-        self.model, self.load = model, load
+    def __init__(self, model: Any, load: Workload, spread: float = 0.0, costs: StepCosts | None = None) -> None:
+        self.model, self.load, self._costs = model, load, costs
         self._store = MemoryStore()
         vocabulary = int(model.config.vocab_size)
         self._arrivals = load.arrivals(vocabulary)
@@ -135,6 +145,7 @@ class Bench:
             self.model,
             self._store if warm else store or MemoryStore(),
             interval=share * self.alone / load.chunks if warm else 0.0,
+            costs=self._costs,
             generation_config=GenerationConfig(
                 max_new_tokens=load.new, do_sample=False, eos_token_id=-1, pad_token_id=0
             ),
