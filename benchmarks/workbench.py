@@ -27,6 +27,7 @@ from cake_hf.scheduling.frontier import Strategy
 from cake_hf.stores.base import Store
 from cake_hf.stores.local import LocalStore
 from cake_hf.stores.memory import MemoryStore
+from cake_hf.testing import Rules
 
 FLUSH_SECONDS = 600.0
 """Seconds within which a full store must be durable."""
@@ -156,12 +157,25 @@ class Workbench:
     _filled: LocalStore | None = field(default=None, repr=False)
 
     def cache(
-        self, store: Store, *, strategy: str = "both", save: bool = False, limits: Limits | None = None
+        self,
+        store: Store,
+        *,
+        strategy: str = "both",
+        save: bool = False,
+        limits: Limits | None = None,
+        rules: Rules | None = None,
     ) -> CakeCache:
         """Returns a new, empty cache on the store."""
         s = self.settings
-        limits = limits or s.limits
-        return CakeCache(self.model, store, chunk_size=s.chunk_size, strategy=strategy, save=save, limits=limits)
+        return CakeCache(
+            self.model,
+            store,
+            chunk_size=s.chunk_size,
+            strategy=strategy,
+            save=save,
+            limits=limits or s.limits,
+            rules=rules,
+        )
 
     def session(self, store: Store, *, chunk_size: int | None = None) -> Session:
         """Returns the session behind a cache on the store, for a look at its parts; it saves nothing. The caller closes it."""
@@ -229,13 +243,13 @@ class Workbench:
         compared."""
         return self.timed(lambda: plain_cache(self.model), label, exact=False)
 
-    def cake_run(self, store: Store, label: str, *, strategy: str = "both") -> Run:
+    def cake_run(self, store: Store, label: str, *, strategy: str = "both", rules: Rules | None = None) -> Run:
         """Runs a prompt through a new cache that reads from the store and saves nothing.
 
         Raises:
             CakeError: it did something else than its strategy says, so its time would mean nothing.
         """
-        with self.cache(store, strategy=strategy) as cache:
+        with self.cache(store, strategy=strategy, rules=rules) as cache:
             run = self.generate(cache, label, new_tokens=1)
         self._expect(run.report, strategy, label)
         return run

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from unittest.mock import patch
 
 from benchmarks.cells import ttft
 from benchmarks.figures import Figure
@@ -17,7 +16,7 @@ from benchmarks.grid.axes import BITS_PER_BYTE, GIGA
 from benchmarks.timing import interleave
 from benchmarks.workbench import Run, Workbench
 from cake_hf.stores.base import Store
-from cake_hf.testing import ThrottledStore, WrapperStore
+from cake_hf.testing import Rules, ThrottledStore, WrapperStore
 
 GBPS = 32
 STRATEGIES = ("load", "both")
@@ -55,8 +54,7 @@ def _with(bench: Workbench, store: Store, strategy: str) -> Run:
 
 
 def _without(bench: Workbench, store: Store, strategy: str) -> Run:
-    with patch("cake_hf.restore.plan.ranges_of", lambda *_: 1):
-        return bench.cake_run(store, f"whole, {strategy}", strategy=strategy)
+    return bench.cake_run(store, f"whole, {strategy}", strategy=strategy, rules=Rules(ranges=lambda *_: 1))
 
 
 def _was_gated(run: Run) -> bool:
