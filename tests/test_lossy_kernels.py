@@ -1,4 +1,4 @@
-"""The lossy codecs in C and in numpy: the same bytes, whoever encoded, and the same numbers, whoever decoded."""
+"""The lossy codecs in C and in numpy: both encode to the same bytes and decode to the same numbers."""
 
 from __future__ import annotations
 

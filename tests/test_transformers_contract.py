@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cake_hf.cache.checkpoint import GuardedCache
+from cake_hf.cache.guards import GuardedCache
 from cake_hf.layers import compat
 from models import CHUNK, build, difference, in_chunks_by_hand, oracle, prompt
 from old_versions import WRONG_BEFORE

@@ -5,28 +5,19 @@ PYTHONPATH=src python training/share_layers.py --model MODEL --data FOLDER --out
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cake_hf.presses import KVSharer
-from train_less import read_texts
+from train_less import read_texts, text_options
 
 
 def main() -> None:
     """Writes the pairs of layers, by the share of layers that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="a folder with LongBench's gov_report.jsonl and qasper.jsonl"
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser = text_options(__doc__, texts=4, tokens=256)
     parser.add_argument("--share", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--threshold", type=float, default=0.5)
     asked = parser.parse_args()

@@ -230,16 +230,22 @@ def read_texts(folder: Path, tokenizer: Any, count: int, tokens: int) -> list[to
     return [ids for ids in found if ids.shape[1] == tokens]
 
 
-def main() -> None:
-    """Trains the kernels of a model and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def text_options(description: str | None, *, texts: int, tokens: int) -> argparse.ArgumentParser:
+    """Returns a parser for the options of a script that runs a model on texts, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument(
         "--data", type=Path, required=True, help="a folder with LongBench's gov_report.jsonl and qasper.jsonl"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--texts", type=int, default=texts)
+    parser.add_argument("--tokens", type=int, default=tokens)
+    return parser
+
+
+def main() -> None:
+    """Trains the kernels of a model and writes them."""
+    parser = text_options(__doc__, texts=8, tokens=1024)
     parser.add_argument("--steps", type=int, default=Setting.steps)
     asked = parser.parse_args()
     model: Any = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32).eval()

@@ -63,6 +63,13 @@ def compared(run: Any, rounds: int) -> dict[str, Any]:
     }
 
 
+def model_and_prompt(name: str, tokens: int) -> tuple[Any, torch.Tensor]:
+    """Returns a model in bfloat16, and a prompt of real text `[1, tokens]`."""
+    with quiet_transformers():
+        model, tokenizer = load_model(name, "bfloat16", "cpu"), load_tokenizer(name)
+    return model, tokenizer(real_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder or name of a model.")],
     tokens: int = 1024,
@@ -72,9 +79,7 @@ def main(
 ) -> None:
     """Measures load-only and both at three bandwidths, and a page-cached directory."""
     machine = Machine()
-    with quiet_transformers():
-        loaded, tokenizer = load_model(model, "bfloat16", "cpu"), load_tokenizer(model)
-    ids = tokenizer(real_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
+    loaded, ids = model_and_prompt(model, tokens)
     stores = {codec: MemoryStore() for codec in CODECS}
     nbytes = {codec: filled(loaded, ids, store, codec, chunk_size) for codec, store in stores.items()}
     computing = median(seconds(loaded, ids, MemoryStore(), "compute", "none", chunk_size) for _ in range(3))

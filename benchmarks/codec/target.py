@@ -16,13 +16,12 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
+from benchmarks.codec.restore import model_and_prompt
 from benchmarks.machine import Machine
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.cli.console import console
-from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
 from cake_hf.cli.sheets import Sheet
 from cake_hf.testing import ThrottledStore
-from cake_hf.testing.haystack import real_text
 
 LEFT = (1.0, 0.7, 0.5)
 """Parts of the bandwidth that are left."""
@@ -88,9 +87,7 @@ def main(
 ) -> None:
     """Measures restores with and without a target, behind a line that keeps a part of its bandwidth."""
     machine = Machine()
-    with quiet_transformers():
-        loaded, tokenizer = load_model(model, "bfloat16", "cpu"), load_tokenizer(model)
-    ids = tokenizer(real_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
+    loaded, ids = model_and_prompt(model, tokens)
     kept = MemoryStore()
     with CakeCache(loaded, kept, chunk_size=chunk_size, codec="lossless", exact=False) as cache:
         cache.prefill(ids, whole=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from cake_hf.blocks import Block, blocks
-from cake_hf.cache.checkpoint import GuardedCache
+from cake_hf.cache.guards import GuardedCache
 from cake_hf.cache.positions import HiddenBlock
 from cake_hf.cache.seals import Seals, SeenTokens
 from cake_hf.chunks.codec import ChunkMetadata

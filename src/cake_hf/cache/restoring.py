@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.cache.checkpoint import Checkpoint, User, is_within
+from cake_hf.cache.guards import Checkpoint, User, is_within
 from cake_hf.cache.phase import Phase
 from cake_hf.cache.prompt_cache import PromptCache
 from cake_hf.errors import CakeError, ForeignModel
