@@ -25,6 +25,7 @@ from cake_hf.testing.haystack import real_text
 
 CODECS = ("none", "lossless")
 SHARES = (0.5, 1.0, 2.0)
+LESSONS = 3
 
 
 def seconds(model: Any, ids: torch.Tensor, store: Store, strategy: str, codec: str, chunk_size: int) -> float:
@@ -47,14 +48,24 @@ def filled(model: Any, ids: torch.Tensor, store: Store, codec: str, chunk_size: 
         return cache.report.bytes_stored
 
 
-def compared(run: Any, rounds: int) -> dict[str, Any]:
-    """Runs both codecs in turn, once to learn and then `rounds` times; returns medians, and the ratio's range."""
-    took: dict[str, list[float]] = {codec: [] for codec in CODECS}
+def filled_as_learned(model: Any, ids: torch.Tensor, store: LocalStore, chunk_size: int) -> int:
+    """Saves the prompt with the codec "auto", once what loads of it took has been learned; returns the bytes that it takes."""
+    filled(model, ids, store, "auto", chunk_size)
+    for _ in range(LESSONS):
+        seconds(model, ids, store, "load", "auto", chunk_size)
+    for key in list(store.keys()):
+        store.delete(key)
+    return filled(model, ids, store, "auto", chunk_size)
+
+
+def compared(run: Any, rounds: int, codec: str = "lossless") -> dict[str, Any]:
+    """Runs a codec and none in turn, once to learn and then `rounds` times; returns medians, and the ratio's range."""
+    took: dict[str, list[float]] = {"none": [], codec: []}
     for number in range(rounds + 1):
-        for codec in CODECS:
-            second = run(codec)
-            took[codec] += [second] if number else []
-    ratios = sorted(one / other for one, other in zip(took["lossless"], took["none"], strict=True))
+        for one in took:
+            second = run(one)
+            took[one] += [second] if number else []
+    ratios = sorted(one / other for one, other in zip(took[codec], took["none"], strict=True))
     return {
         "seconds": {codec: median(all_of) for codec, all_of in took.items()},
         "ratio": median(ratios),
@@ -86,12 +97,19 @@ def main(
     cells: dict[str, Any] = {}
     print("computing", computing, "size", nbytes["lossless"] / nbytes["none"], flush=True)
     with TemporaryDirectory() as folder:
-        disks = {codec: LocalStore(Path(folder) / codec, budget=None) for codec in CODECS}
-        for codec, disk in disks.items():
-            filled(loaded, ids, disk, codec, chunk_size)
-        for name, places in (("memory, load", stores), ("page cache, load", disks)):
+        disks = {codec: LocalStore(Path(folder) / codec, budget=None) for codec in (*CODECS, "auto")}
+        for codec in CODECS:
+            filled(loaded, ids, disks[codec], codec, chunk_size)
+        nbytes["auto"] = filled_as_learned(loaded, ids, disks["auto"], chunk_size)
+        for name, places, codec in (
+            ("memory, load", stores, "lossless"),
+            ("page cache, load", disks, "lossless"),
+            ("page cache, load, auto", disks, "auto"),
+        ):
             cells[name] = compared(
-                lambda codec, places=places: seconds(loaded, ids, places[codec], "load", codec, chunk_size), 3 * rounds
+                lambda codec, places=places: seconds(loaded, ids, places[codec], "load", codec, chunk_size),
+                3 * rounds,
+                codec,
             )
             print(name, json.dumps(cells[name]), flush=True)
     for strategy in ("both", "load"):
@@ -114,6 +132,7 @@ def main(
         "rounds": rounds,
         "computing": computing,
         "size": nbytes["lossless"] / nbytes["none"],
+        "size_auto": nbytes["auto"] / nbytes["none"],
         "cells": cells,
     }
     print(json.dumps(outcome))
