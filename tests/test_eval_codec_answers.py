@@ -10,7 +10,7 @@ import pytest
 
 from cake_hf.assets import RECALL_TINY
 from eval import codec_answers
-from eval.codec_answers import EXACT, OTHER_CHUNKS, main, summary
+from eval.codec_answers import EXACT, EAGER, main, summary
 
 
 def line(codec: str, row: str, tokens: list[int], score: float, task: str = "hotpotqa") -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_rows_are_answered_by_all_codecs_and_resumed(tmp_path: Path, capsys: pyt
     options, out = asked(tmp_path), tmp_path / "results" / "answers.jsonl"
     main([*options, "--rows", "1"])
     first = out.read_text().splitlines()
-    assert [json.loads(one)["codec"] for one in first] == [EXACT, OTHER_CHUNKS, "near", "int4"]
+    assert [json.loads(one)["codec"] for one in first] == [EXACT, EAGER, "near", "int4"]
     assert [json.loads(one)["lossy"] > 0 for one in first] == [False, False, True, True]
     main([*options, "--rows", "2"])
     assert out.read_text().splitlines()[:4] == first

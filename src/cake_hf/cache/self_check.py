@@ -8,6 +8,7 @@ transformers' own layers, and plain compute.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class _Verdict:
 
     checked: bool = False
     refusal: Refusal | None = None
-    lock: Lock = field(default_factory=Lock)
+    lock: threading.RLock = field(default_factory=Lock)
 
 
 class _Trial(RestoringCache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -87,7 +88,7 @@ class Restore:
     comparisons: list[Comparison] = field(default_factory=list)
     unsaved: dict[int, Pieces] = field(default_factory=dict)
     windows: dict[int, Pieces] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
+    _lock: threading.RLock = field(default_factory=Lock)
 
     def found(self) -> None:
         """Notes that the store was asked; the restore now waits for memory, unless it was abandoned meanwhile."""

@@ -1,7 +1,7 @@
 """Threads and forks: locks that stay usable in a child that `os.fork` created, or in finalizers.
 
 Threads that were running then do not exist in the child and would never release the locks that they held. So each lock of the
-library is a new one in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
+library is unlocked in the child, and anything that only those threads could finish (a queue, a read under way) is dropped.
 """
 
 from __future__ import annotations
@@ -22,39 +22,27 @@ def renewed_in_child(renew: Callable[[], None]) -> None:
     _renewals.add(weakref.WeakMethod(renew, _renewals.discard))
 
 
-class Lock:
-    """A `threading.Lock` that is a new, unlocked one in a forked child.
+_locks: set[weakref.ref[threading.RLock]] = set()
 
-    A thread that forks while it holds the lock may release it in the child.
+
+def Lock() -> threading.RLock:  # noqa: N802  # used like the one of `threading`
+    """Returns a reentrant lock that is unlocked in a forked child, unless the thread that forks holds it.
+
+    What is done to it there is what Python does to the locks of its own library.
     """
+    lock = threading.RLock()
+    _locks.add(weakref.ref(lock, _locks.discard))
+    return lock
 
-    def __init__(self) -> None:
-        self._lock = self._held = threading.Lock()
-        renewed_in_child(self._renew)
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Takes the lock; returns False if that was not possible within the time."""
-        lock = self._lock
-        taken = lock.acquire(blocking, timeout)
-        if taken:
-            self._held = lock
-        return taken
-
-    def release(self) -> None:
-        """Releases the lock."""
-        self._held.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
-
-    def _renew(self) -> None:
-        self._lock = threading.Lock()
+def _is_mine(lock: threading.RLock) -> bool:
+    return bool(lock._is_owned())  # type: ignore[attr-defined]
 
 
 def _renew_all() -> None:
+    for lock in [found for one in list(_locks) if (found := one()) is not None]:
+        if not _is_mine(lock):
+            lock._at_fork_reinit()  # type: ignore[attr-defined]
     for method in list(_renewals):
         renew = method()
         if renew is not None:
@@ -131,7 +119,7 @@ class FinalizerLock:
 
     def _catch_up(self) -> None:
         # A thread that queues a call then tries the lock, and a thread that releases it then checks the queue: no call is lost.
-        while self._left and self._lock.acquire(blocking=False):
+        while self._left and not _is_mine(self._lock) and self._lock.acquire(blocking=False):
             try:
                 with suppress(IndexError):
                     self._left.popleft()()
