@@ -10,7 +10,7 @@ import pytest
 
 from cake_hf.assets import RECALL_TINY
 from eval import codec_answers
-from eval.codec_answers import EXACT, EAGER, main, summary
+from eval.codec_answers import EAGER, EXACT, main, summary
 
 
 def line(codec: str, row: str, tokens: list[int], score: float, task: str = "hotpotqa") -> dict[str, Any]:
