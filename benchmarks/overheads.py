@@ -24,10 +24,10 @@ import torch
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample
 from benchmarks.workbench import Workbench, remove
+from cake_hf.blocks import HeldBlocks
 from cake_hf.errors import CakeError
 from cake_hf.limits import STAGED_PER_THREAD
 from cake_hf.report import Report
-from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.prompt import CallBlocks, Prompt, open_prompt
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session

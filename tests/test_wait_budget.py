@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cake_hf import CakeCache, Limits
-from cake_hf.transfer.wait_budget import WaitBudget, wait_budget
+from cake_hf.transfer.deadline import WaitBudget, wait_budget
 from faulty import Faulty, Hang, hanging
 from models import CHUNKS, difference, expected, prompt, run, shared_model
 from store_runs import opened

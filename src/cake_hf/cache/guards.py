@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from cake_hf.blocks import HeldBlocks
 from cake_hf.errors import CakeError
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.sliding_window import Content
 from cake_hf.model.caller import is_used_by
 from cake_hf.model.foreign_code import outside_graphs
-from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.hook import HookedCache
 from cake_hf.util.forks import Lock
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from cake_hf.blocks import Block, blocks
+from cake_hf.blocks import Block, HeldBlocks, blocks
 from cake_hf.cache.guards import GuardedCache
 from cake_hf.cache.positions import HiddenBlock
 from cake_hf.cache.seals import Seals, SeenTokens
@@ -29,7 +29,6 @@ from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.ranks import ranks_of
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.audit import audit_refusal
-from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.prompt import stored_mask
 from cake_hf.restore.request import ForwardCall, understands
 from cake_hf.restore.session import Session

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from cake_hf.blocks import HeldBlocks
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
 from cake_hf.layers.recurrent import states_of
 from cake_hf.layers.sliding_window import Content
-from cake_hf.restore.held import HeldBlocks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.blocks import blocks
+from cake_hf.blocks import HeldBlocks, blocks
 from cake_hf.cache.phase import Phase, Work
 from cake_hf.cache.prefix_cache import PrefixCache
 from cake_hf.errors import CakeError
@@ -20,7 +20,6 @@ from cake_hf.report import Refusal
 from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.batch import BatchRestore
 from cake_hf.restore.forwards import no_progress
-from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.hook import Rewritten
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.request import ForwardCall

@@ -7,6 +7,8 @@ and paths do not count, only content does.
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ import xxhash
 from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
 from cake_hf.model.look import modules_of, those_with
 from cake_hf.model.weights import Weight, weights
-from cake_hf.util.forks import Lock
+from cake_hf.util.forks import Lock, refusal
+
+logger = logging.getLogger("cake_hf")
 
 HASHED_BLOCK = 2**15
 """64-bit words per row of the on-device checksum."""
@@ -234,3 +238,49 @@ def _device_digest(tensor: torch.Tensor) -> bytes:
     rows = [part.view(torch.int64).view(-1, HASHED_BLOCK).split(256) for part in parts]
     sums = torch.cat([(some * factors).sum(dim=1) for some in chain(*rows)])
     return hashlib.blake2b(sums.cpu().numpy().tobytes(), digest_size=16).digest()
+
+
+_under_way: weakref.WeakKeyDictionary[torch.nn.Module, threading.Thread] = weakref.WeakKeyDictionary()
+_under_way_lock = Lock()
+
+
+def begin_digest(model: torch.nn.Module, *, portable: bool) -> None:
+    """Starts to compute the checksum of a model's weights, unless it is known. Call `await_digest` before it is used.
+
+    It is computed beside the short forward that a first prompt begins with, which keeps few cores busy.
+
+    What the thread finds counts only if the weights are then still the same, as for any checksum that is remembered. A model
+    whose weights are not all in host memory is left alone: hooks may move them during a forward, and a GPU has other work.
+
+    Args:
+        model: whose forward may run meanwhile.
+        portable: as for `weights_digest`.
+    """
+    if is_digest_known(model, portable=portable):
+        return
+    found = list(chain.from_iterable(weights(model)))
+    if not all(weight.in_place and weight.tensor.device.type == "cpu" for weight in found):
+        return
+    thread = threading.Thread(target=_digest_ahead, args=(model, portable, found), name="cake-weights", daemon=True)
+    with _under_way_lock:
+        if model in _under_way:
+            return
+        _under_way[model] = thread
+    if refusal(thread) is not None:  # it is computed when it is needed
+        with _under_way_lock:
+            _under_way.pop(model, None)
+
+
+def await_digest(model: torch.nn.Module) -> None:
+    """Waits for the thread that `begin_digest` started, if there is one."""
+    with _under_way_lock:
+        thread = _under_way.pop(model, None)
+    if thread is not None:
+        thread.join()
+
+
+def _digest_ahead(model: torch.nn.Module, portable: bool, found: Sequence[Weight]) -> None:
+    try:
+        weights_digest(model, portable=portable, found=found)
+    except Exception as error:  # an error that lasts is raised where the checksum is needed
+        logger.debug("The weights' checksum is computed later: %s", error)

@@ -18,7 +18,7 @@ from cake_hf.layers.compat import chosen_functions, installed_version
 from cake_hf.limits import MIN_CHUNK_SIZE
 from cake_hf.model.behaviour import Kept, behaviour, behaviour_digest, forget_rows, remember_rows, rows_changed
 from cake_hf.model.code import code_digest, users_functions
-from cake_hf.model.fingerprint import forget_weights, model_metadata
+from cake_hf.model.fingerprint import await_digest, begin_digest, forget_weights, model_metadata
 from cake_hf.model.kv_layout import made_by
 from cake_hf.model.look import one_look, where_computed
 from cake_hf.model.numerics import numerics_metadata
@@ -26,7 +26,6 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
 from cake_hf.model.vision import family_of
-from cake_hf.model.weights_ahead import await_digest, begin_digest
 from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.planner import auto_chunk_size

@@ -13,7 +13,7 @@ from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.transfer.wait_budget import wait_budget
+from cake_hf.transfer.deadline import wait_budget
 
 NO_SNAPSHOT = Refusal(
     "no-snapshot", "stored chunks are computed where no snapshot of the model's state is stored behind them"

@@ -11,13 +11,12 @@ from functools import partial
 
 import torch
 
-from cake_hf.blocks import Block, blocks, full_chunks, suffix_start, tail_ends
+from cake_hf.blocks import Block, HeldBlocks, blocks, full_chunks, suffix_start, tail_ends
 from cake_hf.chunks.codec import ChunkMetadata, stored_bytes
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.keys import block_keys, state_key
 from cake_hf.model.plainly import no_answer
 from cake_hf.report import Refusal, Report, Span
-from cake_hf.restore.held import HeldBlocks
 from cake_hf.restore.misses import NONE_YET, Inquiry, mismatch, why_none
 from cake_hf.restore.request import ForwardCall
 from cake_hf.restore.session import Session

@@ -47,9 +47,9 @@ from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.layer_gate import LayerGate
 from cake_hf.transfer.copy_streams import let_copies_out_end
+from cake_hf.transfer.deadline import wait_budget
 from cake_hf.transfer.landing import place_for
 from cake_hf.transfer.loader import LoadJob, start_loaders
-from cake_hf.transfer.wait_budget import wait_budget
 
 
 class Restore:

@@ -20,8 +20,8 @@ from cake_hf.scheduling.rules import Rules
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.transfer.cost_notes import CostMemory
+from cake_hf.transfer.deadline import WaitBudget
 from cake_hf.transfer.store_access import Access
-from cake_hf.transfer.wait_budget import WaitBudget
 from cake_hf.util.forks import Lock
 
 __all__ = ["Session", "chosen_chunk_size"]

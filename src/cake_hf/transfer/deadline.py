@@ -1,14 +1,19 @@
-"""Questions to a store: calls that may hang or raise anything. They are bounded in time, and their errors are answers."""
+"""Questions to a store: calls that may hang or raise anything. They are bounded in time, and their errors are answers.
+
+Each question, and each read, has a limit of its own. A store that hangs in all of them would cost a prompt the sum of these, so
+a prompt has a budget for what it waits in vain, over all its questions and reads together.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from cake_hf.errors import DeadlineExceeded
-from cake_hf.transfer.wait_budget import wait_budget
 from cake_hf.util.forks import refusal
 
 T = TypeVar("T")
@@ -163,3 +168,43 @@ def in_words(error: BaseException) -> str:
     """Returns an error's text for the middle of a sentence, with its type if it has no text or is not an `Exception`."""
     text = str(error)
     return text if text and isinstance(error, Exception) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+_current = threading.local()
+
+
+class WaitBudget:
+    """The budget of one prompt. Only waits that end without an answer are charged to it.
+
+    Args:
+        seconds: of the whole prompt.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    def grant(self, seconds: float) -> float:
+        """Returns how many of these seconds may be waited; 0 if nothing more is to be asked."""
+        return max(0.0, min(seconds, self._left))
+
+    def spend(self, seconds: float) -> None:
+        """Charges a wait that was in vain."""
+        self._left -= seconds
+
+    @contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Makes this the budget of what the thread asks meanwhile, unless it has one: then that is shared."""
+        if getattr(_current, "budget", None) is not None:
+            yield
+            return
+        _current.budget = self
+        try:
+            yield
+        finally:
+            _current.budget = None
+
+
+def wait_budget() -> WaitBudget:
+    """Returns the budget of the prompt that this thread is working on; an unlimited one if there is none."""
+    budget: WaitBudget | None = getattr(_current, "budget", None)
+    return WaitBudget(math.inf) if budget is None else budget

@@ -13,9 +13,9 @@ from cake_hf.chunks.codec import ChunkMetadata, check_header, header_size
 from cake_hf.chunks.encoded_header import check_encoded_header, encoded_header_size, is_encoded
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.stores.base import Store
+from cake_hf.transfer.deadline import wait_budget
 from cake_hf.transfer.landing import Check, split_payload
 from cake_hf.transfer.single_flight import ReadSlot
-from cake_hf.transfer.wait_budget import wait_budget
 from cake_hf.util.forks import refusal
 
 logger = logging.getLogger("cake_hf")
