@@ -20,6 +20,7 @@ from cake_hf.restore.pacing import HurriedPace
 from cake_hf.transfer.encoded_ranges import read_refinements
 from cake_hf.transfer.loader import LoadJob
 from cake_hf.transfer.single_reads import ReadBeside
+from cake_hf.transfer.wait_budget import wait_budget
 from cake_hf.util.interrupts import faults_suppressed
 
 REFINE, REFINED = "refine", "refined"
@@ -51,7 +52,7 @@ class Refining:
         while self._begin_reads():
             index, read, ended = self._under_way.popleft()
             begin = time.monotonic()
-            if not read.is_over() and not ended.wait(max(0.0, self._pace.time_left(begin))):
+            if not read.is_over() and not self._await(ended, begin):
                 read.leave()
                 break
             refinements = read.wait(self._limits.read_timeout)
@@ -68,7 +69,8 @@ class Refining:
             index = self._waiting.popleft()
             metadata = self._job.rounded[index]
             nbytes = sum(self._refinement_bytes(under_way) for under_way, *_ in self._under_way)
-            if not self._pace.arrives(nbytes + self._refinement_bytes(index), time.monotonic()):
+            nbytes += self._refinement_bytes(index)
+            if not self._job.frontier.ask(partial(self._pace.arrives, nbytes, time.monotonic())):
                 self._waiting.clear()
                 break
             layout, ended = self._job.place.layout_of(index), threading.Event()
@@ -76,6 +78,16 @@ class Refining:
             slot = self._job.sharing.begin_beside(self._limits.loader_threads, self._limits.read_timeout)
             self._under_way.append((index, ReadBeside(read, "refinement", slot, ended.set), ended))
         return bool(self._under_way)
+
+    def _await(self, ended: threading.Event, now: float) -> bool:
+        """Waits for a read until the time is over, or the prompt's patience with its store; returns whether it has ended."""
+        budget = wait_budget()
+        patience = budget.grant(self._limits.read_timeout)
+        seconds = min(patience, max(0.0, self._pace.time_left(now)))
+        if ended.wait(seconds):
+            return True
+        budget.spend(seconds)
+        return False
 
     def _refinement_bytes(self, index: int) -> int:
         return sum(self._job.rounded[index].sizes.refinements)
