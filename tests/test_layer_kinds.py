@@ -88,7 +88,7 @@ def kept(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def reset(layer: Any) -> None:
-    """As the newest transformers does it, older ones go on behind zeros; and without the states that it overwrites with zeros."""
+    """As the newest transformers does it (older ones go on behind zeros), and without states, which that overwrites."""
     if hasattr(layer, "keys"):
         drop_content(layer)
     if type(layer) is DynamicIndexedLayer:

@@ -377,7 +377,7 @@ def test_a_refinement_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
     "The chunk stays rounded after `read_timeout`, which all waits of the prompt share; the read is left.",
 )
 def test_a_refinement_that_hangs_costs_no_more_than_any_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was learnt of the line lets the first loads come rounded; it is fast by now, so there is time for the second pass."""
+    """By what was learnt of the line, the first loads come rounded. It is fast by now, so there is time for the second pass."""
     store, go_on, hung = filled(), threading.Event(), threading.Event()
     places = {}
     for value in chunks_of(store).values():

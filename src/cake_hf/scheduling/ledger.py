@@ -15,7 +15,6 @@ from typing import Protocol, TypeVar
 
 from cake_hf.scheduling.costs import Brought
 
-
 Answer = TypeVar("Answer")
 
 
