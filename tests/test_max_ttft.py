@@ -474,12 +474,12 @@ NOT_LAYERED = "With codec {!r}, chunks have no part that max_ttft could leave ou
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_ttft": 0.0}, "max_ttft must be a positive number of seconds, at most 1,000,000; got 0.0."),
-        ({"max_ttft": -1}, "max_ttft must be a positive number of seconds, at most 1,000,000; got -1."),
-        ({"max_ttft": float("nan")}, "max_ttft must be a positive number of seconds, at most 1,000,000; got nan."),
-        ({"max_ttft": float("inf")}, "max_ttft must be a positive number of seconds, at most 1,000,000; got inf."),
-        ({"max_ttft": "1"}, "max_ttft must be a positive number of seconds, at most 1,000,000; got '1'."),
-        ({"max_ttft": True}, "max_ttft must be a positive number of seconds, at most 1,000,000; got True."),
+        ({"max_ttft": 0.0}, "max_ttft must be positive, and at most 1,000,000 s; got 0.0."),
+        ({"max_ttft": -1}, "max_ttft must be positive, and at most 1,000,000 s; got -1."),
+        ({"max_ttft": float("nan")}, "max_ttft must be positive, and at most 1,000,000 s; got nan."),
+        ({"max_ttft": float("inf")}, "max_ttft must be positive, and at most 1,000,000 s; got inf."),
+        ({"max_ttft": "1"}, "max_ttft must be positive, and at most 1,000,000 s; got '1'."),
+        ({"max_ttft": True}, "max_ttft must be positive, and at most 1,000,000 s; got True."),
         ({"exact": True}, "With max_ttft, KV may be loaded in part, so that it is not exact: pass exact=False with it."),
         ({"codec": "none"}, NOT_LAYERED.format("none")),
         ({"codec": "int4"}, NOT_LAYERED.format("int4")),

@@ -22,10 +22,9 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformer
 
     def reset(self) -> None:
         """Drops the states, which transformers keeps as zeros: the next prompt may have another number of rows."""
-        for index in range(self.number_of_states):
-            for name in ("conv_states", "recurrent_states"):
-                getattr(self, name)[index] = None
-                getattr(self, f"is_{name}_initialized")[index] = False
+        for name in ("conv_states", "recurrent_states"):
+            for index in getattr(self, name):
+                getattr(self, name)[index], getattr(self, f"is_{name}_initialized")[index] = None, False
         LinearAttentionLayer.reset(self)
 
     def put_states(self, states: dict[str, torch.Tensor], template: LinearAttentionLayer) -> None:

@@ -75,8 +75,7 @@ def check_max_ttft(max_ttft: float | None, codec: str, *, exact: bool) -> None:
     if max_ttft is None:
         return
     if not is_number(max_ttft, 0.0, MAX_SECONDS) or not max_ttft:
-        most = f"{MAX_SECONDS:,.0f}"
-        raise ValueError(f"max_ttft must be a positive number of seconds, at most {most}; got {shown(repr(max_ttft))}.")
+        raise ValueError(f"max_ttft must be positive, and at most {MAX_SECONDS:,.0f} s; got {shown(repr(max_ttft))}.")
     if exact:
         raise ValueError("With max_ttft, KV may be loaded in part, so that it is not exact: pass exact=False with it.")
     if codec not in LAYERED:

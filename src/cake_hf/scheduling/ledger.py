@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from enum import Enum, StrEnum
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from cake_hf.scheduling.costs import Brought
-
-Answer = TypeVar("Answer")
 
 
 class State(Enum):
@@ -298,7 +296,7 @@ class Ledger:
         self._states = ChunkStates(stored)
         self._loads = Loads(most_staged)
 
-    def ask(self, question: Callable[[], Answer]) -> Answer:
+    def ask(self, question: Callable[[], bool]) -> bool:
         """Returns the answer to a question to the judge, which late loads still tell when they arrive."""
         with self._changed:
             return question()
