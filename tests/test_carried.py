@@ -339,6 +339,18 @@ def test_prompts_at_once(family: str) -> None:
         assert all(torch.equal(tensor, runs[tokens][name]) for name, tensor in kept.items()), tokens
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_reset_a_cache_takes_another_number_of_rows(family: str) -> None:
+    model, store = family_model(family), filled_store(family_model(family), IDS)
+    with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
+        for rows in (1, 2, 1, 3, 1):
+            answers = generate(model, cache, IDS.repeat(rows, 1))
+            assert torch.equal(answers.tokens, answers.tokens[:1].repeat(rows, 1))
+            if rows == 1:
+                check(family, answers, "alone")
+            cache.reset()
+
+
 @pytest.mark.parametrize("family", RECURRENT)
 def test_what_prompts_share_gets_a_state_of_its_own(family: str) -> None:
     """The second prompt finds that it shares a beginning with the first; from the third on it is loaded."""

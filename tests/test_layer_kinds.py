@@ -88,11 +88,15 @@ def kept(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def reset(layer: Any) -> None:
-    """As the newest transformers does it. Older ones go on behind zeros."""
+    """As the newest transformers does it (older ones go on behind zeros), and without states, which that overwrites."""
     if hasattr(layer, "keys"):
         drop_content(layer)
     if type(layer) is DynamicIndexedLayer:
         layer.indexer_keys, layer.is_indexer_initialized = None, False
+    for name in ("conv_states", "recurrent_states"):
+        for index in getattr(layer, name, {}):
+            getattr(layer, name)[index] = None
+            getattr(layer, f"is_{name}_initialized")[index] = False
     layer.reset()
 
 

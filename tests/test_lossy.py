@@ -374,7 +374,7 @@ def test_headers_are_as_long_as_their_layout_says(name: str, model: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checked_in_chunks_stay_readable(name: str) -> None:
-    """Each is what its codec makes of the KV of version-2.safetensors. If this fails, raise the codec's version."""
+    """Each is what its codec makes of the KV of version-2.safetensors. If decoding fails, raise the codec's version."""
     plain = (FORMATS / "version-2.safetensors").read_bytes()
     facts, table = parse_header(plain)
     raw = (FORMATS / f"{name}.safetensors").read_bytes()
@@ -385,3 +385,22 @@ def test_checked_in_chunks_stay_readable(name: str) -> None:
     encoded = code_chunk(payload, layout, lossy_method(name))
     again = file_of(encoded, layout, replace(facts, checksums=checksums(payload, layout)), name)
     assert b"".join(again) == raw
+
+
+TIE = torch.full((256, 1, 1), 2.0**-25).index_fill(0, torch.tensor([0]), 1 + 2.0**-11)
+"""One channel, whose mean is half way between two float16 numbers if it is summed in order."""
+ZEROS = torch.tensor([0.0, -0.0, -1.5, -0.0, 0.0, 2.5, -0.0, 0.0]).repeat(512).view(256, 2, 8)
+ROUNDED = {
+    "near": ("1", "879e47af4880c9fc"), "int8": ("1", "430f87440c909ad5"), "quantspec": ("1", "54b83ae20c909ad5"),
+    "int4": ("1", "54b83ae20c909ad5"), "rot4": ("2", "b22d1d980c909ad5"), "cachegen": ("1", "ab1274d30c909ad5"),
+    "kivi2": ("1", "a396f7d40c909ad5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_become_what_the_keys_say(name: str) -> None:
+    """In C or not, and on any machine. If the second part changes, raise the first: the codec's `rounding`."""
+    pieces = (Piece("layers.0.keys", 1, 1, torch.float32), Piece("layers.1.keys", 2, 8, torch.float32, 1))
+    layout, payload = ChunkLayout(256, pieces), payload_of(TIE, ZEROS)
+    code_chunk(payload, layout, lossy_method(name))
+    assert (lossy_method(name).rounding, "".join(one[:8] for one in checksums(payload, layout))) == ROUNDED[name]

@@ -270,5 +270,6 @@ def test_plain_caches_are_as_before() -> None:
     for options in ({}, {"codec": "lossless"}, {"exact": False}):
         with CakeCache(tiny, MemoryStore(), chunk_size=CHUNK, **options) as cache:
             assert "codec" not in cache._session.namespace_metadata()
-    with CakeCache(tiny, MemoryStore(), chunk_size=CHUNK, codec="int4", exact=False) as cache:
-        assert cache._session.namespace_metadata()["codec"] == {"name": "int4", "version": "1"}
+    for codec, version in (("int4", "1"), ("rot4", "2")):
+        with CakeCache(tiny, MemoryStore(), chunk_size=CHUNK, codec=codec, exact=False) as cache:
+            assert cache._session.namespace_metadata()["codec"] == {"name": codec, "version": version}

@@ -20,6 +20,13 @@ OF_STATES = (
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not typed for us
     """A `LinearAttentionLayer` whose states can be read and replaced."""
 
+    def reset(self) -> None:
+        """Drops the states, which transformers keeps as zeros: the next prompt may have another number of rows."""
+        for name in ("conv_states", "recurrent_states"):
+            for index in getattr(self, name):
+                getattr(self, name)[index], getattr(self, f"is_{name}_initialized")[index] = None, False
+        LinearAttentionLayer.reset(self)
+
     def put_states(self, states: dict[str, torch.Tensor], template: LinearAttentionLayer) -> None:
         """Replaces the layer's states with copies of these.
 
@@ -27,14 +34,13 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformer
             states: by the names of `states_of`, on any device; empty for the state before a prompt's first token.
             template: a layer of the same kind that holds states; gives their shapes and devices.
         """
-        LinearAttentionLayer.reset(self)
+        RecurrentLayer.reset(self)
         if not states:
             return
         for name, index, state in _states(template):
             which = name.split("_")[0]  # conv or recurrent
             with torch.inference_mode(False), torch.no_grad():
-                if not getattr(self, f"is_{name}_initialized")[index]:
-                    LinearAttentionLayer.lazy_initialization(self, **{name: state}, state_idx=index)
+                LinearAttentionLayer.lazy_initialization(self, **{name: state}, state_idx=index)
             with torch.inference_mode():  # tensors created in inference mode cannot be written to outside it
                 getattr(self, name)[index].copy_(states[f"{which}.{index}"])
             self.has_previous_state[index] = True
@@ -54,7 +60,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
         (TokenMajorLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
+        RecurrentLayer.reset(self)
         TokenMajorLayer.reset(self)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -179,7 +179,7 @@ class BoundModel:
         if states.pieces:
             metadata["states"] = states.tensor_table
         if self.lossy is not None:
-            metadata["codec"] = {"name": self.lossy.name, "version": self.lossy.version}
+            metadata["codec"] = {"name": self.lossy.name, "version": self.lossy.rounding}
         if parallel := parallel_metadata(self.model, exact=self.exact):
             metadata["parallel"] = parallel
         if self.exact:

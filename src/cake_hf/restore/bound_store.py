@@ -70,12 +70,12 @@ def check_max_ttft(max_ttft: float | None, codec: str, *, exact: bool) -> None:
     """Refuses a time to the first token that cannot be kept by leaving something out.
 
     Raises:
-        ValueError: it is not positive, KV has to be exact, or the codec stores nothing that can be left out.
+        ValueError: it is not positive or too large, KV has to be exact, or the codec stores nothing that can be left out.
     """
     if max_ttft is None:
         return
     if not is_number(max_ttft, 0.0, MAX_SECONDS) or not max_ttft:
-        raise ValueError(f"max_ttft must be a positive number of seconds, got {shown(repr(max_ttft))}.")
+        raise ValueError(f"max_ttft must be positive, and at most {MAX_SECONDS:,.0f} s; got {shown(repr(max_ttft))}.")
     if exact:
         raise ValueError("With max_ttft, KV may be loaded in part, so that it is not exact: pass exact=False with it.")
     if codec not in LAYERED:

@@ -6,7 +6,6 @@ used to read refinements, those of the first chunks first. A refined chunk is ex
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,41 +43,38 @@ class Refining:
         self._limits = limits
         self._pieces = pieces
         self._waiting = deque(job.frontier.rounded())
-        self._under_way: deque[tuple[int, ReadBeside[memoryview], threading.Event]] = deque()
+        self._under_way: deque[tuple[int, ReadBeside[memoryview]]] = deque()
 
     def run(self) -> None:
         """Refines chunks until all are exact, or another one would not be in time."""
         while self._begin_reads():
-            index, read, ended = self._under_way.popleft()
+            index, read = self._under_way.popleft()
             begin = time.monotonic()
-            if not read.is_over() and not ended.wait(max(0.0, self._pace.time_left(begin))):
+            refinements = read.wait(min(self._limits.read_timeout, max(0.0, self._pace.time_left(begin))))
+            if not read.is_over():
                 read.leave()
                 break
-            refinements = read.wait(self._limits.read_timeout)
             if refinements is not None:
                 with faults_suppressed(MemoryError, RuntimeError):  # without memory for it, the chunk stays as it is
                     self._refine(index, refinements)
                     self._job.record(REFINE, index, begin, time.monotonic(), REFINED)
-        for _, read, _ in self._under_way:
+        for _, read in self._under_way:
             read.leave()
 
     def _begin_reads(self) -> bool:
         """Starts as many reads as may be under way and would be in time; returns whether any is under way."""
         while self._waiting and len(self._under_way) < self._limits.loader_threads:
             index = self._waiting.popleft()
-            metadata = self._job.rounded[index]
-            nbytes = sum(self._refinement_bytes(under_way) for under_way, *_ in self._under_way)
-            if not self._pace.arrives(nbytes + self._refinement_bytes(index), time.monotonic()):
+            together = (index, *(under_way for under_way, _ in self._under_way))
+            nbytes = sum(sum(self._job.rounded[one].sizes.refinements) for one in together)
+            if not self._job.frontier.ask(partial(self._pace.arrives, nbytes, time.monotonic())):
                 self._waiting.clear()
                 break
-            layout, ended = self._job.place.layout_of(index), threading.Event()
-            read = partial(read_refinements, self._job.store, layout, metadata, self._job.place.wanted(index))
+            layout, wanted = self._job.place.layout_of(index), self._job.place.wanted(index)
+            read = partial(read_refinements, self._job.store, layout, self._job.rounded[index], wanted)
             slot = self._job.sharing.begin_beside(self._limits.loader_threads, self._limits.read_timeout)
-            self._under_way.append((index, ReadBeside(read, "refinement", slot, ended.set), ended))
+            self._under_way.append((index, ReadBeside(read, "refinement", slot)))
         return bool(self._under_way)
-
-    def _refinement_bytes(self, index: int) -> int:
-        return sum(self._job.rounded[index].sizes.refinements)
 
     def _refine(self, index: int, refinements: memoryview) -> None:
         sizes = self._job.rounded[index].sizes.refinements

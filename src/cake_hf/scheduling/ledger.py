@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from enum import Enum, StrEnum
 from types import TracebackType
 from typing import Protocol
@@ -295,6 +295,11 @@ class Ledger:
         self._changed: Changed = threading.Condition() if changed is None else changed
         self._states = ChunkStates(stored)
         self._loads = Loads(most_staged)
+
+    def ask(self, question: Callable[[], bool]) -> bool:
+        """Returns the answer to a question to the judge, which late loads still tell when they arrive."""
+        with self._changed:
+            return question()
 
     def is_untouched(self, index: int) -> bool:
         """Returns whether no load of that chunk ever started."""

@@ -283,9 +283,9 @@ class Pace(Judge):
         """Returns the lateness by the last arrivals only: one per thread, as these may arrive together or in sequence."""
         done = len(self._arrivals) - 1
         start = max(0, done - self._threads)
-        took = self._arrivals[done] - self._arrivals[start]
-        if done == 0 or load.finish(done) <= load.finish(start):
+        if done < 1 or load.finish(done) <= load.finish(start):
             return self._before
+        took = self._arrivals[done] - self._arrivals[start]
         at_most = took / (load.finish(done) - load.finish(start))
         at_least = took / (load.finish(max(done, self._threads)) - load.finish(start))
         return min(max(self._before, at_least), at_most) if done < self._threads else at_most

@@ -61,12 +61,13 @@ class ReadBeside(Generic[T]):
             budget = wait_budget()
             seconds = budget.grant(seconds)
             self._thread.join(seconds)
-            if self._thread.is_alive():
-                budget.spend(seconds)
-            if self._thread.is_alive() and not self._told:
+            if not self._thread.is_alive():
+                return self._result
+            budget.spend(seconds)
+            if not self._told:
                 self._told = True
                 logger.warning(
-                    "A stored %s did not come in time: given up after %g s (Limits.read_timeout).", self._what, seconds
+                    "A stored %s did not come in time: left after %g s (read_timeout, max_ttft).", self._what, seconds
                 )
         return self._result
 

@@ -63,12 +63,13 @@ class Method:
 
     Attributes:
         name: as users write it, and as the header of a chunk has it.
-        version: raised whenever the same numbers would give other bytes, or the same bytes other numbers.
+        version: in the header of a chunk; raised whenever the same bytes would decode to other numbers.
         encode: returns base and refinement of a piece; the refinement is empty unless the codec has layers.
         decode: returns the numbers, from base and refinement; raises CorruptChunk if they are not as the encoder makes them.
         decode_base: returns the coarser numbers that the base alone gives; None if the codec has no layers.
         whole: encodes and decodes whole chunks; None if their pieces are encoded and decoded one by one.
         library: that has to be installed, by the name of its module; empty for none.
+        rounding: a part of keys; raised whenever the same numbers would become other ones in the cache.
     """
 
     name: str
@@ -78,3 +79,4 @@ class Method:
     decode_base: Callable[[Bytes, Shape, Role], Numbers] | None = None
     whole: WholeChunks | None = None
     library: str = ""
+    rounding: str = "1"

@@ -104,4 +104,4 @@ def _signs(head_dim: int) -> Numbers:
     return (1 - 2 * np.resize(bits, (head_dim, 1)).astype(np.float32)).astype(np.float32)
 
 
-ROT4 = Method("rot4", "1", _encode, _decode, whole=Kernels(ROTATED, 4, signs=_SIGNS))
+ROT4 = Method("rot4", "1", _encode, _decode, whole=Kernels(ROTATED, 4, signs=_SIGNS), rounding="2")
