@@ -6,7 +6,7 @@ import math
 from itertools import accumulate
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
@@ -19,7 +19,6 @@ from cake_hf.scheduling.step_sharing import (
     first_front,
     holds_back,
     is_worth_computing,
-    is_worth_delaying,
     loads_wait,
     next_load,
     remaining_seconds,
@@ -52,15 +51,15 @@ def test_what_remains_is_at_most_either_side_alone_and_grows_with_each_cost(comp
 
 @given(f=seconds, left=st.integers(1, 20), load=seconds, threads=st.integers(1, 4))
 def test_a_step_that_the_loads_would_overtake_is_not_begun(f: float, left: int, load: float, threads: int) -> None:
-    assert is_worth_computing(f, left, load, 0.0, threads) == (left * load > f)
-    assert not is_worth_computing(f, 0, load, 0.0, threads)
+    assert is_worth_computing(f, left, load, 0.0, threads, 0.0) == (left * load > f)
+    assert not is_worth_computing(f, 0, load, 0.0, threads, 0.0)
 
 
 @given(f=seconds, left=st.integers(1, 20), load=seconds, threads=st.integers(1, 4))
 def test_a_load_that_never_comes_is_overtaken(f: float, left: int, load: float, threads: int) -> None:
     patience = min(left, threads) * load + f
-    assert is_worth_computing(f, left, load, patience, threads)
-    assert is_worth_computing(f, left, load, 2 * patience, threads)
+    assert is_worth_computing(f, left, load, patience, threads, 0.0)
+    assert is_worth_computing(f, left, load, 2 * patience, threads, 0.0)
     assert loads_wait(left, load, 1000 * patience, threads) > loads_wait(left, load, patience, threads)
 
 
@@ -111,15 +110,30 @@ def test_one_burst_says_nothing_of_what_will_come(step: float, requests: int, no
     assert traffic.delay(step, now) == 0.0
 
 
-@given(left=st.integers(1, 20), load=seconds, threads=st.integers(1, 4), delay=st.floats(0.0, 10.0))
-def test_a_chunk_is_computed_if_its_load_takes_longer_than_the_others_wait(
-    left: int, load: float, threads: int, delay: float
+@given(
+    f=seconds,
+    left=st.integers(1, 20),
+    load=seconds,
+    threads=st.integers(1, 4),
+    delay=st.floats(0.0, 10.0, exclude_min=True),
+)
+def test_a_chunk_is_computed_if_the_restore_gains_what_the_others_lose(
+    f: float, left: int, load: float, threads: int, delay: float
 ) -> None:
-    assert is_worth_delaying(left, load, 0.0, threads, delay) == (left * load >= left * delay)
-    assert is_worth_delaying(left, load, 0.0, threads, 0.0)
-    assert not is_worth_delaying(left, load, 0.0, threads, math.inf)
-    patience = min(left, threads) * load + left * delay + 1e-6
-    assert is_worth_delaying(left, load, patience, threads, delay)  # a load that never comes is overtaken
+    """The restore ends when its loads and the chunk are there, whichever is later."""
+    gain = left * load - max(f, (left - 1) * load)
+    assume(gain != pytest.approx(delay))
+    assert is_worth_computing(f, left, load, 0.0, threads, delay) == (gain >= delay)
+    assert not is_worth_computing(f, left, load, 0.0, threads, math.inf)
+    patience = min(left, threads) * load + f + left * delay + 1e-6
+    assert is_worth_computing(f, left, load, patience, threads, delay)  # a load that never comes is overtaken
+
+
+@given(f=seconds, share=st.floats(0.05, 1.0))
+def test_the_last_load_is_not_overtaken_for_little_while_others_decode(f: float, share: float) -> None:
+    delay = StallBudget(share).delay(f)
+    assert not is_worth_computing(f, 1, f * (2 - share) - 1e-3 * f, 0.0, 1, delay)
+    assert is_worth_computing(f, 1, f * (2 - share) + 1e-3 * f, 0.0, 1, delay)
 
 
 @given(f=seconds, load=st.none() | seconds, remaining=seconds, queued=seconds, waited=st.floats(0.0, 100.0))

@@ -30,9 +30,6 @@ SERVE_HELP = (
     "loads arrive one behind the other on that clock, so other processes hardly disturb it. Needs transformers 5.20."
 )
 
-PAPER = 0.375
-"""Three tokens of the prefix for one of the short prompts."""
-
 SPANS = {0.5: 0.85, 1.0: 0.65, 2.0: 0.45}
 """Seconds to load the prefix by seconds to compute it -> goal for the span over that of loading alone."""
 
@@ -44,7 +41,9 @@ def serve_command(
         str, typer.Option(help="A model to run in float32 instead of the small one: a folder, or a name on the Hub.")
     ] = "",
     chunks: Annotated[int, typer.Option(min=2, help="Chunks of 512 tokens in the prefix.")] = 12,
-    scale: Annotated[float, typer.Option(help="Length of the short prompts; 0.375 is 3:1 as in the paper.")] = PAPER,
+    scale: Annotated[
+        float, typer.Option(help="Length of the short prompts; 1 is 3:1 in tokens, as in the paper.")
+    ] = 1.0,
     shorts: Annotated[int, typer.Option(min=1, help="Number of short prompts.")] = 22,
     spread: Annotated[
         float,
@@ -66,7 +65,7 @@ def serve_command(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     load = (
-        Workload(chunk=64, chunks=3, shorts=4, scale=0.1)
+        Workload(chunk=64, chunks=3, shorts=4, scale=8.0)
         if quick
         else Workload(chunks=chunks, shorts=shorts, scale=scale)
     )
@@ -112,12 +111,12 @@ def measure(load: Workload, spread: float, rounds: int, model: str = "", *, simu
         both, alone = runs[f"both {cell}"], runs[f"load {cell}"]
         named = f"load/compute {cell:g}: "
         goal = 0.8 if model else goal
-        span = Goal(1.03) if spread else Goal(goal) if load.scale == PAPER else None
+        span = Goal(1.03) if spread else Goal(goal) if load.scale == 1 else None
         figures[f"span_{cell:g}"] = _ratio(f"{named}span over load-only", both, alone, _span, span)
         figures[f"ttft_{cell:g}"] = _ratio(f"{named}short TTFT over load-only", both, alone, _short, Goal(1.15))
         better = [min(one.span, other.span) for one, other in zip(plain, alone, strict=True)]
         gains = [best / run.span for best, run in zip(better, both, strict=True)]
-        gain_goal = Goal(1.26, at_most=False) if cell == 1.0 and load.scale == PAPER and not spread else None
+        gain_goal = Goal(1.26, at_most=False) if cell == 1.0 and load.scale == 1 and not spread else None
         figures[f"gain_{cell:g}"] = Figure.of(
             f"{named}throughput over the better", Sample(tuple(gains)), "x", gain_goal
         )

@@ -16,7 +16,9 @@ from cake_hf.report import Refusal
 from cake_hf.stores.base import Store
 
 SHORTEST, LONGEST = 32, 448
-"""Tokens of short prompts, for a prefix of 16K tokens; they are scaled with the prefix."""
+"""Tokens of short prompts, for a prefix of 16K tokens: 3 : 1 in tokens, as in the paper. They are scaled with the prefix."""
+
+PREFIX = 16384
 
 SUFFIX = 40
 
@@ -28,7 +30,7 @@ class Workload:
     Attributes:
         chunk, chunks: size and number of the prefix's chunks.
         shorts: number of short prompts.
-        scale: of their lengths.
+        scale: of their lengths; 1 is 3 : 1, whatever the prefix.
         new: tokens of each answer.
         spread: seconds over which the short prompts come, and the long one after a quarter of them; 0 for all at once.
         dtype: of the model.
@@ -37,7 +39,7 @@ class Workload:
     chunk: int = 512
     chunks: int = 12
     shorts: int = 22
-    scale: float = 0.375
+    scale: float = 1.0
     new: int = 8
     spread: float = 0.0
     dtype: str = "float32"
@@ -51,7 +53,8 @@ class Workload:
             return ids
 
         document, step = some(self.chunk * self.chunks + SUFFIX), (LONGEST - SHORTEST) / max(1, self.shorts - 1)
-        lengths = [max(4, int((SHORTEST + round(i * step)) * self.scale)) for i in range(self.shorts)]
+        scale = self.scale * self.chunk * self.chunks / PREFIX
+        lengths = [max(4, int((SHORTEST + round(i * step)) * scale)) for i in range(self.shorts)]
         order = torch.randperm(self.shorts, generator=generator).tolist()
         return document, [some(lengths[i]) for i in order]
 

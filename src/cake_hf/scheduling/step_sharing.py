@@ -59,24 +59,22 @@ def loads_wait(left: float, load_seconds: float, idle: float, threads: int) -> f
     return max(left * load_seconds - idle, LATE * late, 0.0)
 
 
-def is_worth_computing(compute_seconds: float, left: float, load_seconds: float, idle: float, threads: int) -> bool:
-    """Returns whether the chunk at the front is begun: not if the loads would arrive before it is computed.
+def is_worth_computing(
+    compute_seconds: float, left: float, load_seconds: float, idle: float, threads: int, delay: float
+) -> bool:
+    """Returns whether the chunk at the front is begun. The same question decides whether a load that is late is overtaken.
 
-    The same question decides whether a load that is late is overtaken.
-    """
-    return loads_wait(left, load_seconds, idle, threads) > compute_seconds
-
-
-def is_worth_delaying(left: float, load_seconds: float, idle: float, threads: int, delay: float) -> bool:
-    """Returns whether a chunk is computed rather than loaded, although requests that come meanwhile have to wait.
-
-    The restore then has one load less to wait for. The sum of all waits is least if that is at least the requests' delay.
+    The restore then has one load less to wait for. It is over sooner by that, but not before the chunk is computed. The sum of
+    all waits is least if the others are delayed by at most as much.
 
     Args:
+        compute_seconds: f.
         left, load_seconds, idle, threads: as for `loads_wait`.
-        delay: of the requests, in sum; see `Traffic.delay`.
+        delay: of the other requests, in sum; see `Traffic.delay` and `StallBudget.delay`.
     """
-    return loads_wait(left, load_seconds, idle, threads) >= left * delay
+    wait = loads_wait(left, load_seconds, idle, threads)
+    saved = min(wait / max(left, 1.0), wait - compute_seconds)
+    return saved > 0 and saved >= delay
 
 
 def yields(
@@ -189,6 +187,10 @@ class StallBudget:
 
     share: float
     _credit: float = 1.0
+
+    def delay(self, seconds: float) -> float:
+        """Returns what one restore's step of that length costs those that decode: all but the share that they grant it."""
+        return (1.0 - self.share) * seconds
 
     def allows(self) -> bool:
         """Returns whether the next step may be one restore's alone."""

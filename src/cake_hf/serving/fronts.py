@@ -14,7 +14,6 @@ from cake_hf.scheduling.step_sharing import (
     first_front,
     holds_back,
     is_worth_computing,
-    is_worth_delaying,
     remaining_seconds,
     yields,
 )
@@ -66,8 +65,15 @@ class Fronts:
         self.loading = 1
         self.traffic = Traffic()
 
-    def may_compute(self, restore: Restore, at: Chunk, now: float) -> bool:
-        """Returns whether the chunk at a front should be computed, although it may also come from the store."""
+    def may_compute(self, restore: Restore, at: Chunk, now: float, *, decoding: bool) -> bool:
+        """Returns whether the chunk at a front should be computed, although it may also come from the store.
+
+        Args:
+            restore: whose front it is.
+            at: the state of that chunk.
+            now: monotonic seconds.
+            decoding: whether any request is decoding.
+        """
         ledger = restore.ledger
         assert ledger is not None
         if at is Chunk.ABSENT:
@@ -80,7 +86,8 @@ class Fronts:
         if load is None:
             return at is Chunk.STORED or idle * LATE > compute
         waiting = left, load, idle, self._session.limits.loader_threads
-        return is_worth_computing(compute, *waiting) and is_worth_delaying(*waiting, self.traffic.delay(compute, now))
+        delay = self.traffic.delay(compute, now) + (self._stall.delay(compute) if decoding else 0.0)
+        return is_worth_computing(compute, *waiting, delay)
 
     def front(self, restore: Restore, now: float) -> Front:
         """Returns what is to be known of a front for `choose`."""

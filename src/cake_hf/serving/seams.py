@@ -164,8 +164,12 @@ class Engine:
         scheduler.waiting_requests_order.remove(state.request_id)
         state.status = RequestStatus.PREFILLING
 
-    def queue(self, hidden: set[str]) -> tuple[int, int, bool]:
-        """Returns the tokens and the number of the requests that wait for prefill, and whether any request decodes.
+    def decodes(self) -> bool:
+        """Returns whether any request is decoding."""
+        return any(state.status == RequestStatus.DECODING for state in self.active().values())
+
+    def queue(self, hidden: set[str]) -> tuple[int, int]:
+        """Returns the tokens and the number of the requests that wait for prefill.
 
         Args:
             hidden: requests that do not count.
@@ -175,7 +179,7 @@ class Engine:
         for state in (*active, *(state for state in self.waiting() if state.request_id not in hidden)):
             if state.status != RequestStatus.DECODING:
                 tokens, requests = tokens + len(state.remaining_prefill_tokens), requests + 1
-        return tokens, requests, any(state.status == RequestStatus.DECODING for state in active)
+        return tokens, requests
 
     @staticmethod
     def go_on_from(state: RequestState, position: int) -> None:
