@@ -377,7 +377,7 @@ def test_a_restore_tells_bytes_and_decoding_apart(
     decode = chunk_reads.decode_file
 
     def slow(*arguments: Any) -> Any:
-        now[0] += 100.0
+        now[0] += 1.0  # all of them together take less than a read may
         return decode(*arguments)
 
     monkeypatch.setattr(chunk_reads, "decode_file", slow)
@@ -395,5 +395,5 @@ def test_a_restore_tells_bytes_and_decoding_apart(
         return
     assert costs.codec is not None
     assert costs.codec.ratio == pytest.approx(sum(sizes) / len(sizes) / raw, rel=0.01)
-    assert 100.0 <= costs.load.decoding <= 300.0  # two threads may be decoding at once
-    assert costs.codec.speed <= raw / 100.0
+    assert 1.0 <= costs.load.decoding <= 3.0  # two threads may be decoding at once
+    assert costs.codec.speed <= raw
