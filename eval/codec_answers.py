@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
 
 from cake_hf import CakeCache, MemoryStore
 from cake_hf.chunks.lossy import LOSSY
 from cake_hf.cli.models import load_model, load_tokenizer
-from cake_hf.layers.compat import for_generate
 from cake_hf.report import Report
 from eval.data.prompts import load_templates
 from eval.methods.__main__ import rows_in_turn
-from eval.methods.runs import Times, split_row
+from eval.methods.runs import ask, split_row
 from eval.scores import score
 from eval.tasks import Task
 
@@ -45,8 +43,8 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, task: Task, new: int, 
         RuntimeError: the answer from the saved chunks is another one.
     """
     store = MemoryStore()
-    computed, _ = _ask(model, tokenizer, ids, task, new, codec, store)
-    loaded, report = _ask(model, tokenizer, ids, task, new, codec, store)
+    computed, _ = _ask(model, tokenizer, ids, task, new, codec, store, "both")
+    loaded, report = _ask(model, tokenizer, ids, task, new, codec, store, "load")
     if not report.chunks_loaded or report.chunks_computed:
         raise RuntimeError(f"{codec}: not all chunks came from the store: {report}")
     if computed != loaded:
@@ -55,23 +53,23 @@ def answer(model: Any, tokenizer: Any, ids: torch.Tensor, task: Task, new: int, 
 
 
 def _ask(
-    model: Any, tokenizer: Any, ids: torch.Tensor, task: Task, new: int, codec: str, store: MemoryStore
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    task: Task,
+    new: int,
+    codec: str,
+    store: MemoryStore,
+    strategy: str,
 ) -> tuple[list[int], Report]:
-    stop = Times(tokenizer.decode if task.first_line else None, ids.shape[1])
-    strategy = "load" if len(list(store.keys())) else "both"
     options: dict[str, Any] = {} if codec in (EXACT, EAGER) else {"exact": False, "codec": codec}
-    model.set_attn_implementation("eager" if codec == EAGER else "sdpa")
-    with CakeCache(model, store, strategy=strategy, **options) as cache:
-        tokens = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(new, task.new_tokens),
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([stop]),
-            pad_token_id=tokenizer.eos_token_id,
-            **for_generate(model, cache),
-        )
-        return tokens[0, ids.shape[1] :].tolist(), cache.report
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager" if codec == EAGER else own)
+    try:
+        with CakeCache(model, store, strategy=strategy, **options) as cache:
+            return ask(model, tokenizer, task, ids, cache, new)[0], cache.report
+    finally:
+        model.set_attn_implementation(own)
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

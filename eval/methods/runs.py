@@ -75,6 +75,31 @@ class Times(StoppingCriteria):  # type: ignore[misc]  # transformers is not type
         return torch.full((input_ids.shape[0],), stops, dtype=torch.bool, device=input_ids.device)
 
 
+def ask(
+    model: Any, tokenizer: Any, task: Task, ids: torch.Tensor, cache: Any, most: int
+) -> tuple[list[int], list[float]]:
+    """Has a model answer, greedily; returns the tokens, and when each came, in seconds of the processor.
+
+    Args:
+        model, tokenizer: that answer.
+        task: of the question.
+        ids: of the prompt, `[1, tokens]`.
+        cache: that may hold the start of the prompt.
+        most: tokens of the answer, if the task has no smaller number.
+    """
+    times = Times(tokenizer.decode if task.first_line else None, ids.shape[1])
+    answer = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=min(most, task.new_tokens),
+        do_sample=False,
+        stopping_criteria=[times],
+        pad_token_id=tokenizer.eos_token_id,
+        **for_generate(model, cache),
+    )
+    return answer[0, ids.shape[1] :].tolist(), times.tokens
+
+
 @dataclass(frozen=True)
 class Runner:
     """Runs rows.
@@ -157,20 +182,9 @@ class Runner:
         self, task: Task, row: Row, caches: list[CakeCache], ids: torch.Tensor, method: Method, *, measure: bool
     ) -> dict[str, Any]:
         used, found = self._pressed(caches, method, measure=measure)
-        times = Times(self.tokenizer.decode if task.first_line else None, ids.shape[1])
         begun = time.process_time()
-        new = min(self.answer, task.new_tokens)
-        answer = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            stopping_criteria=[times],
-            pad_token_id=self.tokenizer.eos_token_id,
-            **for_generate(self.model, used),
-        )
-        text = self.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
-        ticks = times.tokens
+        answer, ticks = ask(self.model, self.tokenizer, task, ids, used, self.answer)
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
         return {
             **found,
             "question_seconds": ticks[0] - begun,

@@ -31,11 +31,11 @@ class PromptCache(PrefixCache):
 
     def _runs_compiled(self) -> bool:
         """Whether compiled code will run the forward that has started, or a part of it."""
-        raise NotImplementedError
+        raise NotImplementedError  # `RestoringCache` has it
 
     def _new_row(self, layers: list[TokenMajorLayer]) -> PromptCache:
         """Returns a cache for one row of a batch, which may continue from what the layers hold."""
-        raise NotImplementedError
+        raise NotImplementedError  # `RestoringCache` has it
 
     def _handle(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int

@@ -55,6 +55,7 @@ class Fronts:
 
     Attributes:
         loading: number of restores that share the path to the store.
+        decoding: whether any request is decoding.
         traffic: the requests that come to the engine.
     """
 
@@ -63,17 +64,11 @@ class Fronts:
         self._stall = StallBudget(stall)
         self._stall_share = stall
         self.loading = 1
+        self.decoding = False
         self.traffic = Traffic()
 
-    def may_compute(self, restore: Restore, at: Chunk, now: float, *, decoding: bool) -> bool:
-        """Returns whether the chunk at a front should be computed, although it may also come from the store.
-
-        Args:
-            restore: whose front it is.
-            at: the state of that chunk.
-            now: monotonic seconds.
-            decoding: whether any request is decoding.
-        """
+    def may_compute(self, restore: Restore, at: Chunk, now: float) -> bool:
+        """Returns whether the chunk at a front should be computed, although it may also come from the store."""
         ledger = restore.ledger
         assert ledger is not None
         if at is Chunk.ABSENT:
@@ -86,7 +81,7 @@ class Fronts:
         if load is None:
             return at is Chunk.STORED or idle * LATE > compute
         waiting = left, load, idle, self._session.limits.loader_threads
-        delay = self.traffic.delay(compute, now) + (self._stall.delay(compute) if decoding else 0.0)
+        delay = self.traffic.delay(compute, now) + (self._stall.delay(compute) if self.decoding else 0.0)
         return is_worth_computing(compute, *waiting, delay)
 
     def front(self, restore: Restore, now: float) -> Front:
@@ -101,21 +96,20 @@ class Fronts:
         waited = 0.0 if restore.ready_since is None else now - restore.ready_since
         return Front(restore, compute[0], load, remaining, waited)
 
-    def choose(self, fronts: Sequence[Front], tokens: int, requests: int, decoding: bool) -> tuple[Front, bool]:
+    def choose(self, fronts: Sequence[Front], tokens: int, requests: int) -> tuple[Front, bool]:
         """Returns the front whose turn it is among the fronts, and whether it gets the next step.
 
         Args:
             fronts: that could go on; not empty.
             tokens: of the other requests' prompts that wait to be computed.
             requests: their number.
-            decoding: whether any request is decoding.
         """
         front = fronts[first_front([(one.remaining, one.waited) for one in fronts])]
         queued = tokens * self._compute(0) / self._session.chunk_size
         turn = not yields(front.compute, front.load, front.remaining, queued, requests, front.waited)
         if not turn:
             observe_step("yielded")
-        if not decoding:
+        if not self.decoding:
             self._stall = StallBudget(self._stall_share)
             return front, turn
         if turn := turn and self._stall.allows():

@@ -121,6 +121,7 @@ class Restorer(Watcher):
         self._note_step()
         self._admit_all()
         self._fronts.loading = sum(_ledger(restore).loads_left() > 0 for restore in self._restoring)
+        self._fronts.decoding = self._engine.decodes()
         fronts = [front for restore in list(self._restoring) if (front := self._guarded(restore, self._advance))]
         hidden = self._hidden()
         tokens, requests = self._engine.queue(hidden)
@@ -129,7 +130,7 @@ class Restorer(Watcher):
                 self._let_go(restore, hidden)
         step = Step(hidden=hidden, let_go=self._let_go_all if self._held else None)
         if fronts:
-            chosen, turn = self._fronts.choose(fronts, tokens, requests, self._engine.decodes())
+            chosen, turn = self._fronts.choose(fronts, tokens, requests)
             if not self._solo:
                 self._run_beside(chosen, step)
             elif turn:
@@ -227,9 +228,7 @@ class Restorer(Watcher):
                 restore.phase = Phase.HELD
                 self._held.append(restore)
             return None
-        if at is not Chunk.COMPUTING and not self._fronts.may_compute(
-            restore, at, now, decoding=self._engine.decodes()
-        ):
+        if at is not Chunk.COMPUTING and not self._fronts.may_compute(restore, at, now):
             restore.ready_since = None
             return None
         if restore.ready_since is None:

@@ -36,13 +36,13 @@ def Lock() -> threading.RLock:  # noqa: N802  # used like the one of `threading`
 
 
 def _is_mine(lock: threading.RLock) -> bool:
-    return bool(lock._is_owned())  # type: ignore[attr-defined]
+    return bool(lock._is_owned())  # type: ignore[attr-defined]  # private, so the stubs leave it out
 
 
 def _renew_all() -> None:
     for lock in [found for one in list(_locks) if (found := one()) is not None]:
         if not _is_mine(lock):
-            lock._at_fork_reinit()  # type: ignore[attr-defined]
+            lock._at_fork_reinit()  # type: ignore[attr-defined]  # private, too
     for method in list(_renewals):
         renew = method()
         if renew is not None:
