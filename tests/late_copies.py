@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -24,6 +25,7 @@ from cake_hf.transfer.copy_streams import CopyStreams
 from waiting import PATIENCE
 
 Copy = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+Work = Callable[[], None]
 
 
 class LateCopies(CopyStreams):
@@ -31,13 +33,16 @@ class LateCopies(CopyStreams):
 
     def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
         super().__init__([])
-        self._queue: deque[Copy] = deque()
+        self._queue: deque[Work] = deque()
         self._lock = Lock()
         self._begun = self._done = 0
 
     def copy(self, places: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
+        self.run(places[0].device, partial(torch._foreach_copy_, places, pieces))
+
+    def run(self, device: torch.device, work: Work) -> None:
         with self._lock:
-            self._queue.append((places, pieces))
+            self._queue.append(work)
             self._begun += 1
 
     def marks(self, devices: Iterable[torch.device]) -> list[Any]:
@@ -51,8 +56,8 @@ class LateCopies(CopyStreams):
         """The first copies, as many, in order."""
         with self._lock, torch.inference_mode():
             while self._done < count:
-                torch._foreach_copy_(*self._queue.popleft())
                 self._done += 1
+                self._queue.popleft()()
 
 
 class Event:
@@ -108,10 +113,10 @@ class LateLanding(place._DeviceLanding):
 
 
 @contextmanager
-def late_copies() -> Iterator[LateCopiesOut]:
-    """All restores in the body, see above; what is saved meanwhile."""
+def late_copies(kind: type[place.DevicePlace] = place.DevicePlace) -> Iterator[LateCopiesOut]:
+    """All restores in the body, see above, through places of that kind; what is saved meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cake_hf.restore.restore.place_for", place.DevicePlace)
+        patch.setattr("cake_hf.restore.restore.place_for", kind)
         patch.setattr(place, "CopyStreams", LateCopies)
         patch.setattr(place, "_DeviceLanding", LateLanding)
         out = LateCopiesOut()

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.chunks.encoded_header import is_encoded
+from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.report import Span
 from cake_hf.scheduling.codecs import TYPICAL, encoding_pays, finest
 from cake_hf.scheduling.costs import MAX_BYTES, Brought, CodecCost, Costs, LoadCost
 from cake_hf.scheduling.layer_gate import ranges_of
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace
-from cake_hf.transfer import chunk_reads
 from models import CHUNK, CHUNKS, difference, oracle, prompt, run, shared_model
 from test_lossless_cache import values_of
 
@@ -374,13 +374,13 @@ def test_a_restore_tells_bytes_and_decoding_apart(
     store, now = MemoryStore(), [0.0]
     saved_forms(model, store, codec)
     sizes = sorted(len(value) for value in values_of(store).values())[-CHUNKS:]  # the tail is smaller
-    decode = chunk_reads.decode_file
+    decode = EncodedPieces.decode_into
 
     def slow(*arguments: Any) -> Any:
         now[0] += 1.0  # all of them together take less than a read may
         return decode(*arguments)
 
-    monkeypatch.setattr(chunk_reads, "decode_file", slow)
+    monkeypatch.setattr(EncodedPieces, "decode_into", slow)
     monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + now[0])
     for _ in range(2):
         with CakeCache(model, store, chunk_size=CHUNK, codec=codec, strategy="load", save=False) as cache:

@@ -26,6 +26,7 @@ LIMITS = {
     "lookup_timeout": ("1m", 60.0),
     "save_queue_bytes": ("4GB", 4 * 10**9),
     "tier_queue_bytes": ("4GB", 4 * 10**9),
+    "device_decode_bytes": ("1GiB", 2**30),
     "exit_flush_seconds": ("90s", 90.0),
 }
 

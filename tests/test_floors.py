@@ -38,7 +38,7 @@ LIBRARIES = {
     "util": set(),
     "words": set(),
     "scheduling": set(),
-    "chunks": {*_PLAIN, "xxhash", "constriction"},
+    "chunks": {*_PLAIN, "xxhash", "constriction", "triton"},
     "transfer": {*_PLAIN, "opentelemetry"},
     "layers": {"torch", "transformers", "packaging"},
     "model": {*_PLAIN, "transformers", "xxhash"},

@@ -30,10 +30,10 @@ else:
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("only Triton's interpreter works on a CPU: make test-triton", allow_module_level=True)
 
-from benchmarks.codec.on_device import TILE, decode_on_device
 from benchmarks.gpu_check import device_codec
 from benchmarks.gpu_check.desk import Desk
 from benchmarks.gpu_check.sizes import REHEARSAL
+from cake_hf.chunks.lossless_triton import TILE, decode_on_device
 
 GUARD = 0xA5
 
@@ -151,14 +151,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.codec import on_device
+from cake_hf.chunks import lossless_triton
 
-sizes = {"fields": 7, "tile_size": on_device.TILE}
+sizes = {"fields": 7, "tile_size": lossless_triton.TILE}
 tables = {"payload": "*u8", "table": "*i64", "tiles": "i32"}
 for kernel, results, choices in (
-    (on_device._count_escapes, {"counts": "*i32"}, sizes),
-    (on_device._decode_tiles, {"starts": "*i32", "faults": "*i32"}, {**sizes, "near": False}),
-    (on_device._decode_tiles, {"starts": "*i32", "faults": "*i32"}, {**sizes, "near": True}),
+    (lossless_triton._count_escapes, {"counts": "*i32"}, sizes),
+    (lossless_triton._decode_tiles, {"starts": "*i32", "faults": "*i32"}, {**sizes, "near": False}),
+    (lossless_triton._decode_tiles, {"starts": "*i32", "faults": "*i32"}, {**sizes, "near": True}),
 ):
     signature = {**tables, **results, **dict.fromkeys(choices, "constexpr")}
     made = triton.compile(ASTSource(kernel, signature, choices), target=GPUTarget("cuda", 90, 32))
@@ -177,6 +177,6 @@ def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
 def test_the_gpu_check_compares_both_ways(tmp_path: Path) -> None:
     kept: list[Any] = []
     device_codec.run(Desk(REHEARSAL, time.time() + 1000, tmp_path, tmp_path, kept.append))
-    assert kept[-1]["checks"] == 3
+    assert kept[-1]["checks"] == 4
     assert kept[-1]["wrong"] == []
     assert kept[-1]["figures"]["ratio"]["value"] > 0

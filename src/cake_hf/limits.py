@@ -45,6 +45,8 @@ class Limits:
             on a GPU this is page-locked memory, which torch allocates in powers of two and keeps for the next prompt.
         tier_queue_bytes: bytes of chunks that tiers may hold for copies and delayed writes; beyond that, these are skipped and
             counted. Applies to tiers that the cache opens itself.
+        device_decode_bytes: bytes of a GPU's memory for chunks of the codec "lossless" while a prompt is restored: they cross
+            encoded, and are decoded there. If not even one chunk has room, as with 1, all are decoded on the host.
         exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. The time
             covers everything there is to wait for; when the interpreter exits, all caches of the process share it.
 
@@ -57,6 +59,7 @@ class Limits:
     lookup_timeout: float = 10.0
     save_queue_bytes: int = 2**30
     tier_queue_bytes: int = 256 * 2**20
+    device_decode_bytes: int = 512 * 2**20
     exit_flush_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ _PARSERS: dict[str, Callable[[str], float]] = {
     "lookup_timeout": some_seconds,
     "save_queue_bytes": parse_bytes,
     "tier_queue_bytes": parse_bytes,
+    "device_decode_bytes": parse_bytes,
     "exit_flush_seconds": some_seconds,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from cake_hf.chunks.codec import (
     FORMAT_VERSION,
@@ -20,6 +21,7 @@ from cake_hf.chunks.decoding import decode_into
 from cake_hf.chunks.encoded_checks import check_encoded, check_encoded_file, describe, refuse_inflated
 from cake_hf.chunks.encoded_header import (
     ENCODED_VERSION,
+    EncodedMetadata,
     check_encoded_header,
     encoded_header_size,
     is_encoded,
@@ -28,7 +30,7 @@ from cake_hf.chunks.encoded_header import (
 )
 from cake_hf.chunks.encoded_header import encode_header as encoded_header
 from cake_hf.chunks.layout import ChunkLayout
-from cake_hf.chunks.lossless import CODEC, Encoded, encode
+from cake_hf.chunks.lossless import CODEC, Encoded, decode_base_into, encode
 from cake_hf.errors import CorruptChunk, NewerChunk
 
 _VERSION = re.compile(rb'.{8}\{"__metadata__":\{"format":"cake_hf","version":"([0-9]{1,9})",', re.DOTALL)
@@ -84,27 +86,82 @@ def file_of(encoded: Encoded, layout: ChunkLayout, facts: ChunkMetadata, codec: 
     return [encoded_header(layout, describe(facts, encoded, codec)), encoded.bases, encoded.refinements]
 
 
-def decode_file(raw: memoryview, key: str, layout: ChunkLayout, parts: list[memoryview]) -> ChunkMetadata:
-    """Checks a whole encoded file and decodes its first pieces.
+@dataclass(frozen=True)
+class EncodedPieces:
+    """The first pieces of an encoded chunk, or the bases of them alone.
+
+    Attributes:
+        metadata: of the chunk.
+        count: number of pieces.
+        bases: of these pieces, back to back.
+        refinements: likewise; empty if they were left out.
+    """
+
+    metadata: EncodedMetadata
+    count: int
+    bases: memoryview
+    refinements: memoryview
+
+    @property
+    def are_rounded(self) -> bool:
+        """Whether refinements were left out."""
+        return not self.refinements and any(self.metadata.sizes.refinements[: self.count])
+
+    def check(self) -> None:
+        """Refuses bytes that are not as they were written.
+
+        Raises:
+            CorruptChunk: they do not match their checksums.
+        """
+        check_encoded(self.bases, self.refinements, self.metadata, 0, self.count)
+
+    def decode_into(self, layout: ChunkLayout, parts: list[memoryview]) -> None:
+        """Decodes the pieces, which were checked, into writable buffers.
+
+        Raises:
+            CorruptChunk: the bytes are not as the encoder makes them. The parts are then undefined.
+        """
+        codec, sizes = self.metadata.codec, self.metadata.sizes
+        if codec == CODEC and self.are_rounded:
+            decode_base_into(self.bases, sizes, layout, parts)
+        else:
+            decode_into(codec, self.bases, self.refinements, sizes, layout, parts)
+
+
+def pieces_of_file(raw: memoryview, key: str, layout: ChunkLayout, count: int) -> EncodedPieces:
+    """Returns the first pieces of a whole encoded file, of which only the header is checked.
 
     Args:
         raw: the file.
         key: of the requested chunk.
         layout: that the model needs.
-        parts: where the first pieces go; all, or fewer.
+        count: number of pieces.
 
     Raises:
         CorruptChunk: it is not what was requested, or not as it was written.
     """
     metadata = check_encoded_header(raw, key, layout)
-    payload, sizes, count = raw[encoded_header_size(layout) :], metadata.sizes, len(parts)
+    payload, sizes = raw[encoded_header_size(layout) :], metadata.sizes
     if payload.nbytes != sizes.nbytes:
         raise CorruptChunk(f"Chunk {key} has {payload.nbytes} payload bytes, its header says {sizes.nbytes}.")
     bases = payload[: sum(sizes.bases[:count])]
-    refinements = payload[sizes.base_bytes :][: sum(sizes.refinements[:count])]
-    check_encoded(bases, refinements, metadata, 0, count)
-    decode_into(metadata.codec, bases, refinements, sizes, layout, parts)
-    return metadata.facts
+    return EncodedPieces(metadata, count, bases, payload[sizes.base_bytes :][: sum(sizes.refinements[:count])])
+
+
+def decode_file(raw: memoryview, key: str, layout: ChunkLayout, parts: list[memoryview]) -> ChunkMetadata:
+    """Checks a whole encoded file and decodes its first pieces.
+
+    Args:
+        raw, key, layout: as for `pieces_of_file`.
+        parts: where the first pieces go; all, or fewer.
+
+    Raises:
+        CorruptChunk: it is not what was requested, or not as it was written.
+    """
+    pieces = pieces_of_file(raw, key, layout, len(parts))
+    pieces.check()
+    pieces.decode_into(layout, parts)
+    return pieces.metadata.facts
 
 
 def check_any_file(raw: Buffer, key: str, *, deep: bool = False) -> ChunkMetadata:

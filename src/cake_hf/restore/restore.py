@@ -348,7 +348,9 @@ class Restore:
         return index in self.prompt.full and not self._carried and self._ranks is None
 
     def _load_job(self, buffers: list[torch.Tensor]) -> LoadJob:
-        limits = self._session.limits
+        limits, lossy = self._session.limits, self._session.bound_store.lossy is not None
+        encodes = self._session.bound_store.encodes(self.prompt.namespace, self.prompt.layout)
+        rooms = limits.device_decode_bytes // max(1, self.prompt.layout.nbytes) if encodes and not lossy else 0
         return LoadJob(
             store=self._session.bound_store.store,
             keys=self.prompt.keys,
@@ -359,6 +361,7 @@ class Restore:
                 STAGED_PER_THREAD * limits.loader_threads,
                 self._plan.windows,
                 [(block.start, block.end) for block in self.prompt.blocks],
+                min(rooms, limits.loader_threads),
             ),
             frontier=self._frontier,
             record=self.prompt.recorder(),
@@ -367,8 +370,8 @@ class Restore:
             most_reads=limits.loader_threads,
             patience=limits.read_timeout,
             gate=self._gate,
-            encodes=self._session.bound_store.encodes(self.prompt.namespace, self.prompt.layout),
-            lossy=self._session.bound_store.lossy is not None,
+            encodes=encodes,
+            lossy=lossy,
         )
 
     def _count(self) -> int:

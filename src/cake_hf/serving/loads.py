@@ -12,6 +12,7 @@ import torch
 
 from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
@@ -48,6 +49,10 @@ class _Slot:
 
     def commit(self, end: int) -> None:
         """Does nothing: the chunk is copied to its blocks once all of it is there."""
+
+    def decode(self, pieces: EncodedPieces) -> bool:
+        """Has the host decode: nobody knows yet where the chunk goes."""
+        return False
 
 
 class Loaders:

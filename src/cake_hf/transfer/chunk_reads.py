@@ -15,16 +15,15 @@ import torch
 
 from cake_hf.chunks.aligned_memory import empty_aligned
 from cake_hf.chunks.codec import header_size, stored_bytes
-from cake_hf.chunks.decoding import decode_into
-from cake_hf.chunks.encoded_checks import check_encoded
 from cake_hf.chunks.encoded_header import EncodedMetadata, is_encoded
 from cake_hf.chunks.layout import ChunkLayout, LayerRange
-from cake_hf.chunks.lossless import CODEC, decode_base_into
+from cake_hf.chunks.lossless import CODEC
 from cake_hf.chunks.stored_forms import (
     HEADER_BYTES,
     START_BYTES,
+    EncodedPieces,
     can_be_encoded,
-    decode_file,
+    pieces_of_file,
     refuse_newer,
     room_for,
     says_newer,
@@ -33,6 +32,7 @@ from cake_hf.chunks.stored_forms import (
 from cake_hf.errors import CorruptChunk, NewerChunk
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.stores.pieces import copy
+from cake_hf.transfer.copy_streams import Slot
 from cake_hf.transfer.encoded_ranges import read_first_pieces
 from cake_hf.transfer.landing import Check, byte_view
 
@@ -55,6 +55,13 @@ class Destination(Protocol):
 
     def commit(self, end: int) -> None:
         """Takes over the first `end` parts, which hold checked pieces."""
+
+    def decode(self, pieces: EncodedPieces) -> bool:
+        """Decodes checked pieces to where they belong, other than by way of the parts; False if that cannot be done.
+
+        Raises:
+            CorruptChunk: the bytes are not as the encoder makes them.
+        """
 
 
 class SeenForms:
@@ -86,6 +93,7 @@ class ChunkReader:
         seen: in that place.
         encodes: whether the cache writes encoded chunks.
         lossy: whether its codec is lossy, so that KV of other dtypes than bfloat16 may be encoded, too.
+        pinned: whether encoded chunks are read into page-locked memory, since a device copies from there.
         clock: monotonic seconds.
 
     Attributes:
@@ -102,6 +110,7 @@ class ChunkReader:
         *,
         encodes: bool,
         lossy: bool = False,
+        pinned: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.nbytes, self.decoding = 0, 0.0
@@ -112,6 +121,7 @@ class ChunkReader:
         self._seen = seen
         self._encodes = encodes
         self._lossy = lossy
+        self._pinned = pinned
         self._header = byte_view(empty_aligned([header_size(layout)], torch.uint8))
         self._room: memoryview | None = None
 
@@ -232,20 +242,10 @@ class ChunkReader:
         read = read_first_pieces(self._store, key, layout, self._whole_room(), count, bases_alone=bases_alone)
         if read is None:
             return False
-        metadata, sizes = read.metadata, read.metadata.sizes
-        if bases_alone and metadata.codec != CODEC:
+        pieces, nbytes = read
+        if bases_alone and pieces.metadata.codec != CODEC:
             return None
-        if not _may_fill(landing, is_wanted):
-            return False
-        with self._decoding():
-            check_encoded(read.bases, read.refinements, metadata, 0, count)
-            if bases_alone:
-                decode_base_into(read.bases, sizes, layout, landing.parts)
-            else:
-                decode_into(metadata.codec, read.bases, read.refinements, sizes, layout, landing.parts)
-        self._took(landing, read.nbytes, encoded=True)
-        self.rounded = metadata if bases_alone and any(sizes.refinements[:count]) else None
-        return True
+        return self._take(pieces, nbytes, layout, landing, is_wanted)
 
     def _read_whole(
         self,
@@ -271,12 +271,8 @@ class ChunkReader:
             return False
         raw = room[:size]
         if is_encoded(raw):
-            if not _may_fill(landing, is_wanted):
-                return False
-            with self._decoding():
-                decode_file(raw, key, layout, landing.parts)
-            self._took(landing, size, encoded=True)
-            return True
+            encoded = pieces_of_file(raw, key, layout, len(landing.parts))
+            return self._take(encoded, size, layout, landing, is_wanted)
         refuse_newer(raw)
         if size != (expected := stored_bytes(layout)):
             raise instead or CorruptChunk(f"Chunk {key} has {size} bytes, {expected} were expected.")
@@ -288,6 +284,25 @@ class ChunkReader:
         for part, piece in zip(landing.parts, pieces, strict=True):
             copy(part, piece)
         self._took(landing, size, encoded=False)
+        return True
+
+    def _take(
+        self,
+        pieces: EncodedPieces,
+        nbytes: int,
+        layout: ChunkLayout,
+        landing: Destination,
+        is_wanted: Callable[[], bool],
+    ) -> bool:
+        """Checks, decodes and commits encoded pieces; False if nothing is wanted any more."""
+        if not _may_fill(landing, is_wanted):
+            return False
+        with self._decoding():
+            pieces.check()
+            if not landing.decode(pieces):
+                pieces.decode_into(layout, landing.parts)
+        self._took(landing, nbytes, encoded=True)
+        self.rounded = pieces.metadata if pieces.are_rounded else None
         return True
 
     def _took(self, landing: Destination, nbytes: int, *, encoded: bool) -> None:
@@ -303,7 +318,7 @@ class ChunkReader:
 
     def _whole_room(self) -> memoryview:
         if self._room is None:
-            self._room = byte_view(empty_aligned([room_for(self._layout)], torch.uint8))
+            self._room = byte_view(Slot(room_for(self._layout), pinned=self._pinned).memory)
         return self._room
 
 

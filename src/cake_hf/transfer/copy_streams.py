@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -120,16 +120,28 @@ class CopyStreams:
         On a GPU the copy runs behind the earlier ones, and the pieces must not be written to until it is done: see `marks`.
         Elsewhere it is done on return.
         """
-        stream = self._streams.get(places[0].device)
-        # The main thread may have made the places in inference mode; the copying thread must be in it, too.
+        device = places[0].device
+
+        def copy() -> None:
+            if device in self._streams:
+                torch._foreach_copy_(list(places), list(pieces), non_blocking=True)
+                return
+            for place, piece in zip(places, pieces, strict=True):
+                place.copy_(piece)
+
+        self.run(device, copy)
+
+    def run(self, device: torch.device, work: Callable[[], None]) -> None:
+        """Starts work on a device, behind the earlier copies to it. On a device that is no GPU it is done on return."""
+        stream = self._streams.get(device)
+        # The main thread may have made the buffers in inference mode; the working thread must be in it, too.
         with torch.inference_mode():
             if stream is None:
-                for place, piece in zip(places, pieces, strict=True):
-                    place.copy_(piece)
+                work()
                 return
             # The device first: on exit, a stream's context restores the device that this thread was on.
             with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-                torch._foreach_copy_(list(places), list(pieces), non_blocking=True)
+                work()
 
     def marks(self, devices: Iterable[torch.device]) -> list[torch.cuda.Event]:
         """Returns events that follow all copies to these devices started so far."""

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cake_hf.chunks.encoded_checks import check_refinements
 from cake_hf.chunks.encoded_header import EncodedMetadata, check_encoded_header, encoded_header_size
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.scheduling.codecs import BASE_SHARE
 from cake_hf.stores.base import Store
 
 
-@dataclass(frozen=True)
-class EncodedRanges:
-    """The first pieces of an encoded chunk, as they were read.
-
-    Attributes:
-        metadata: of the chunk.
-        bases: of these pieces, back to back.
-        refinements: likewise; empty if they were left out.
-        nbytes: bytes that were read.
-    """
-
-    metadata: EncodedMetadata
-    bases: memoryview
-    refinements: memoryview
-    nbytes: int
-
-
 def read_first_pieces(
     store: Store, key: str, layout: ChunkLayout, room: memoryview, count: int, *, bases_alone: bool
-) -> EncodedRanges | None:
+) -> tuple[EncodedPieces, int] | None:
     """Reads header and bases of a chunk's first pieces, in one read as a rule, and their refinements; None for a miss.
 
-    Only the header is checked (for the rest: `check_encoded`).
+    Only the header is checked. Also returns how many bytes were read.
 
     Args:
         store: to read from.
@@ -60,7 +42,8 @@ def read_first_pieces(
     refinements = room[middle:end]
     if refinements and not store.read_range(key, [refinements], start + sizes.base_bytes):
         return None
-    return EncodedRanges(metadata, room[start:middle], refinements, max(likely, middle) + len(refinements))
+    pieces = EncodedPieces(metadata, count, room[start:middle], refinements)
+    return pieces, max(likely, middle) + len(refinements)
 
 
 def read_refinements(store: Store, layout: ChunkLayout, metadata: EncodedMetadata, count: int) -> memoryview | None:

@@ -17,7 +17,9 @@ import torch
 
 from cake_hf.chunks.codec import ChunkMetadata, check_header, check_pieces
 from cake_hf.chunks.layout import ChunkLayout
+from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.transfer.copy_streams import CopyStreams, SlotRing
+from cake_hf.transfer.device_decoding import TRIALS, DeviceDecoder
 from cake_hf.util.forks import Lock
 
 
@@ -41,6 +43,21 @@ class Landing(ABC):
     def release(self) -> None:
         """Declares that the parts are no longer written to, and that what was not committed is not wanted."""
 
+    def decode(self, pieces: EncodedPieces) -> bool:
+        """Decodes checked pieces to their places, not into the parts; False if the host has to decode into the parts.
+
+        For the thread that would fill the parts. A `commit` is needed all the same.
+
+        Raises:
+            CorruptChunk: the bytes are not as the encoder makes them.
+        """
+        return False
+
+    def payload(self) -> torch.Tensor:
+        """Returns a copy of the chunk on the host, `[bytes of all parts]` uint8. For the thread that brought it, before it
+        reads another one."""
+        return torch.from_numpy(np.concatenate([np.frombuffer(part, np.uint8) for part in self.parts]))
+
     def commit_parts(self, end: int) -> None:
         """Commits the first `end` pieces of a staged chunk to the buffers. Main thread only."""
         places = self._places[self._brought : end]
@@ -62,6 +79,7 @@ class Place(ABC):
 
     Attributes:
         is_read_into: whether reads that are not staged write directly to the buffers, so that a late read may do so, too.
+        decodes: whether encoded chunks may be decoded here.
 
     Args:
         buffers: one per piece of the layout, contiguous `[1, capacity, heads, head_dim]`, each on the device of its layer.
@@ -69,9 +87,11 @@ class Place(ABC):
         slots: number of chunks that may be in host memory beside the KV.
         windows: the chunks whose sliding-window pieces are wanted -> where these lie in their buffers, in tokens.
         extents: for each chunk (first token, last token + 1); by default all have the layout's size.
+        rooms: number of encoded chunks that may be in a device's memory at once, to be decoded there.
     """
 
     is_read_into: bool
+    decodes = False
 
     def __init__(
         self,
@@ -80,8 +100,10 @@ class Place(ABC):
         slots: int = 1,
         windows: Mapping[int, int] | None = None,
         extents: Sequence[tuple[int, int]] | None = None,
+        rooms: int = 0,
     ) -> None:
         self._layout = layout
+        self._rooms = rooms
         self._windows = windows or {}
         self._extents = extents
         self._token_bytes = [size // layout.chunk_size for size in layout.sizes]
@@ -174,19 +196,33 @@ class HostLanding(Landing):
 class DevicePlace(Place):
     """A place on GPUs: chunks pass through page-locked host memory and a copy stream per GPU, while the GPUs compute.
 
+    If all layers are on one GPU, encoded chunks that are not staged cross to it as they are (see `device_decoding`).
+
     Events order copies and computing (see `CopyStreams`), and a slot is not filled again before the copies from it are done. A
     read that returns after its landing was let go has written to unused host memory only. If some layers are in host memory,
     their pieces are copied by the thread that commits the chunk.
     """
 
     is_read_into = False
+    trials = TRIALS
+    _decoder: DeviceDecoder | None = None
 
     def _prepare(self) -> None:
-        self._streams = CopyStreams(self._buffers)
+        devices = {buffer.device for buffer in self._buffers}
+        rooms: list[torch.Tensor] = []
+        if self._rooms and len(devices) == 1 and self.trials.passed(device := devices.pop()):
+            self._decoder = DeviceDecoder(device, self._layout.nbytes, self._rooms, self.trials)
+            self.decodes, rooms = True, self._decoder.rooms
+        self._streams = CopyStreams([*self._buffers, *rooms])
 
     def landing(self, index: int, *, staged: bool) -> Landing:
         places = [buffer[span] for buffer, span in zip(self._buffers, self._spans(index), strict=False)]
-        return _DeviceLanding(places, self.layout_of(index), self._ring, self._streams, staged=staged)
+        layout, decoder = self.layout_of(index), None if staged else self._decoder
+        return _DeviceLanding(places, layout, self._ring, self._streams, decoder, staged=staged)
+
+    def let_go(self) -> None:
+        super().let_go()
+        self._decoder = None
 
     def catch_up(self) -> None:
         self._streams.catch_up()
@@ -199,18 +235,36 @@ class _DeviceLanding(Landing):
         layout: ChunkLayout,
         ring: SlotRing,
         streams: CopyStreams,
+        decoder: DeviceDecoder | None,
         *,
         staged: bool,
     ) -> None:
         self._places = places
+        self._layout = layout
         self._ring = ring
         self._streams = streams
+        self._decoder = decoder
+        self._decoded: EncodedPieces | None = None  # on the device, so that the parts are empty
         self._slot = ring.take()
         self._pieces = self._slot.memory[: layout.nbytes].split(layout.sizes)
         self._copied_to: set[torch.device] = set()
         self._bringing = Lock()  # so that no copy is under way once it was let go
         self.staged = staged
         self.parts = split_payload(self._slot.memory, layout)[: len(places)]
+
+    def decode(self, pieces: EncodedPieces) -> bool:
+        decoder = self._decoder
+        if decoder is None or not decoder.decode(
+            pieces, self._layout, lambda: self._places, self._streams, self._bringing
+        ):
+            return False
+        self._decoded, self._brought = pieces, pieces.count
+        return True
+
+    def payload(self) -> torch.Tensor:
+        if self._decoded is not None:
+            self._decoded.decode_into(self._layout, self.parts)
+        return super().payload()
 
     def commit(self, end: int) -> None:
         if not self.staged:
@@ -253,9 +307,10 @@ def place_for(
     slots: int = 1,
     windows: Mapping[int, int] | None = None,
     extents: Sequence[tuple[int, int]] | None = None,
+    rooms: int = 0,
 ) -> Place:
     """Returns the kind of place that fits the buffers' devices."""
-    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows, extents)
+    return (HostPlace if is_host_place(buffers) else DevicePlace)(buffers, layout, slots, windows, extents, rooms)
 
 
 def is_host_place(buffers: Sequence[torch.Tensor]) -> bool:

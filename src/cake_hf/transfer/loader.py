@@ -153,7 +153,13 @@ def start_loaders(job: LoadJob, count: int) -> list[threading.Thread]:
 def run_loader(job: LoadJob, actor: str) -> None:
     """Runs one loader. Its errors become outcomes in the frontier; nothing is raised."""
     reader = ChunkReader(
-        job.store, job.layout, job.sharing.forms, encodes=job.encodes, lossy=job.lossy, clock=job.clock
+        job.store,
+        job.layout,
+        job.sharing.forms,
+        encodes=job.encodes,
+        lossy=job.lossy,
+        pinned=job.place.decodes,
+        clock=job.clock,
     )
 
     def has_no_claims() -> bool:
@@ -220,7 +226,7 @@ def _load(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, slot:
             return _copy(job, index, landing, plan.followed)
         outcome = _read(job, index, landing, reader, bases_alone=False)
         if outcome is Outcome.LOADED:
-            plan.payload = lambda: _joined(landing.parts)
+            plan.payload = landing.payload
         return outcome
 
 
@@ -260,7 +266,3 @@ def _fill(landing: Landing, payload: torch.Tensor) -> None:
 
 def _nothing(layers: int) -> None:
     """Does nothing when layers have landed."""
-
-
-def _joined(parts: Sequence[memoryview]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.frombuffer(part, np.uint8) for part in parts]))

@@ -1,7 +1,8 @@
-"""The lossless codec's decoder as Triton kernels, with which a chunk could cross to a GPU encoded: 0.70 of its bytes, or 0.51.
+"""The lossless codec's decoder as Triton kernels, with which a chunk crosses to a GPU encoded: 0.70 of its bytes, or 0.51.
 
-**Not run on a GPU yet**, only by Triton's interpreter on a CPU (`make test-triton`). Nothing uses it: restores decode on the
-host. `scripts/gpu_check.sh` compares both ways of bringing chunks to a GPU. docs/format.md describes the bytes.
+**Not run on a GPU yet**, only by Triton's interpreter on a CPU (`make test-triton`), so `transfer/device_decoding.py` tries it
+before it uses it. Triton is no dependency: only that file imports this one, when it is needed. docs/format.md describes the
+bytes.
 
 A number's escape lies behind those of all numbers before it. So a first kernel counts the escapes of each tile, and a second
 one decodes. Whatever the bytes are, nothing is read or written outside the payload and the places.
@@ -87,7 +88,8 @@ def _decode(payload: torch.Tensor, rows: Sequence[Sequence[int]], tiles: int, ne
     return (counts.sum(1) != table[:, 3]) | faults.any(1)
 
 
-@triton.jit
+# `tiles` differs from chunk to chunk; specialised for it, a kernel would be compiled anew in the middle of a load.
+@triton.jit(do_not_specialize=["tiles"])
 def _count_escapes(payload, table, counts, tiles, fields: tl.constexpr, tile_size: tl.constexpr):
     tile, piece = tl.program_id(0), tl.program_id(1)
     row = table + piece * fields
@@ -98,7 +100,7 @@ def _count_escapes(payload, table, counts, tiles, fields: tl.constexpr, tile_siz
     tl.store(counts + piece * tiles + tile, tl.sum((((code >> 4) & 7) == 7).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _decode_tiles(
     payload, table, starts, faults, tiles, fields: tl.constexpr, tile_size: tl.constexpr, near: tl.constexpr
 ):
