@@ -70,7 +70,7 @@ test-core-newest: .venv-newest $(NATIVE)  ## the same with the newest of everyth
 	touch $@
 
 test-triton: .venv-triton/.ready $(NATIVE)  ## the Triton kernels, by their interpreter on the CPU
-	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 CAKE_HF_REQUIRE_TRITON=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_lossless_triton.py
+	PYTHONPATH=.venv-triton TRITON_INTERPRET=1 CAKE_HF_REQUIRE_TRITON=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_lossless_triton.py tests/test_device_decoding.py
 
 test-kvpress: .venv-kvpress/.ready  ## kvpress beside us
 	OMP_NUM_THREADS=1 CAKE_HF_REQUIRE_KVPRESS=1 .venv-kvpress/bin/pytest tests/test_kvpress.py

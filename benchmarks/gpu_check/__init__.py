@@ -19,7 +19,7 @@ Python, torch and CUDA in it; one with the 8B model 4 s for its weights, which a
     saving            35     40  3 rounds x 2 arms of 16K, 32 new tokens; 2 GiB made durable 3 times
     layerwise         26     30  8 arms x 3 rounds of 16K
     codecs             9     10  in versions that have codecs: more, from what others left
-    device_codec      13     15  two Triton kernels compiled; 3 arms x 3 rounds of one chunk
+    device_codec      13     15  three Triton kernels compiled; 3 arms x 3 rounds of one chunk
     serving            9     25  in versions that serve batches: one prefix of 16K, 22 short requests
     all              418    530
 
