@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -147,11 +147,14 @@ def impossible(pieces: EncodedPieces) -> EncodedPieces:
 class OnePlace:
     """A place for a single chunk, in zeroed buffers, and its landing."""
 
-    def __init__(self, layout: ChunkLayout, trials: Trials, *, rooms: int = 1, staged: bool = False) -> None:
+    def __init__(
+        self, layout: ChunkLayout, trials: Trials, *, rooms: int = 1, staged: bool = False, device: torch.device = CPU
+    ) -> None:
         self.buffers = [
-            torch.zeros(1, layout.chunk_size, piece.heads, piece.head_dim, dtype=piece.dtype) for piece in layout.pieces
+            torch.zeros(1, layout.chunk_size, piece.heads, piece.head_dim, dtype=piece.dtype, device=device)
+            for piece in layout.pieces
         ]
-        with late_copies():
+        with late_copies() if device.type == "cpu" else nullcontext():
             self.place = type("Tried", (DevicePlace,), {"trials": trials})(self.buffers, layout, rooms=rooms)
         self.staged = staged
 
@@ -161,7 +164,7 @@ class OnePlace:
 
     def content(self) -> bytes:
         self.place.catch_up()
-        return b"".join(buffer.view(torch.uint8).numpy().tobytes() for buffer in self.buffers)
+        return b"".join(buffer.cpu().view(torch.uint8).numpy().tobytes() for buffer in self.buffers)
 
 
 # The trial.
@@ -289,11 +292,10 @@ def test_one_wrong_bit_would_show(decoder: Decoder) -> None:
     assert difference(outcome, expected()) != ""
 
 
-@pytest.mark.parametrize("strategy", ["load", "both"])
-def test_a_cache_that_goes_on(decoder: Decoder, strategy: str) -> None:
+def test_a_restore_from_both_ends_is_exact(decoder: Decoder) -> None:
     """Wherever the sides meet, and whichever loads are staged."""
     with through(tried()):
-        outcome, report = restored(copy_of(), strategy=strategy)
+        outcome, report = restored(copy_of(), strategy="both")
     assert report.chunks_loaded + report.chunks_computed == CHUNKS
     assert difference(outcome, expected()) == ""
 
@@ -511,6 +513,20 @@ def test_a_place_without_rooms_or_on_several_devices_does_not_decode(decoder: De
     kind = type("Tried", (DevicePlace,), {"trials": trials})
     assert kind(buffers, layout, rooms=1).decodes
     assert not kind([*buffers[:-1], buffers[-1].to("meta")], layout, rooms=1).decodes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "bases alone"])
+def test_a_gpu_decodes(alone: bool) -> None:
+    device, trials = torch.device("cuda", 0), Trials()
+    assert trials.run(device) == ""
+    pieces, layout, _ = stored_chunk()
+    one = OnePlace(layout, trials, device=device)
+    landing = one.landing()
+    assert landing.decode(bare(pieces) if alone else pieces)
+    landing.commit(len(landing.parts))
+    landing.release()
+    assert one.content() == landing.payload().numpy().tobytes()
 
 
 def test_late_copies_are_late() -> None:
