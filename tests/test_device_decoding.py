@@ -36,7 +36,7 @@ from waiting import PATIENCE, await_true, join_loaders
 
 CPU = torch.device("cpu")
 KERNELS = "cake_hf.chunks.lossless_triton"
-LIMITS = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE)
+LIMITS = Limits(loader_threads=2, read_timeout=PATIENCE, lookup_timeout=PATIENCE, device_decode_bytes=2**29)
 DECODERS = ["the host's", *(["kernels"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
 
 Decode = Callable[..., torch.Tensor]
@@ -312,11 +312,14 @@ def test_caches_of_other_codecs_leave_it_to_the_host(decoder: Decoder, codec: st
         assert difference(outcome, expected()) == ""
 
 
-def test_it_can_be_switched_off(decoder: Decoder) -> None:
-    trials = Trials()
+@pytest.mark.parametrize("room", [{}, {"device_decode_bytes": 1}])
+def test_without_room_for_a_chunk_the_host_decodes(decoder: Decoder, room: dict[str, int]) -> None:
+    """So it does by default."""
+    trials = tried()
+    before = len(decoder.calls)
     with through(trials):
-        outcome, report = restored(copy_of(), limits=Limits(device_decode_bytes=1))
-    assert (report.chunks_loaded, decoder.calls) == (CHUNKS, [])
+        outcome, report = restored(copy_of(), limits=Limits(**room))
+    assert (report.chunks_loaded, len(decoder.calls)) == (CHUNKS, before)
     assert difference(outcome, expected()) == ""
 
 

@@ -28,6 +28,8 @@ MOST_SECONDS = 10.0**9
 MOST = {"loader_threads": 4096}
 MOST_BYTES = 2**62
 
+MAY_BE_ZERO = frozenset({"device_decode_bytes"})
+
 MOST_SHOWN = 40
 """Characters of a value that a message quotes."""
 
@@ -46,7 +48,7 @@ class Limits:
         tier_queue_bytes: bytes of chunks that tiers may hold for copies and delayed writes; beyond that, these are skipped and
             counted. Applies to tiers that the cache opens itself.
         device_decode_bytes: bytes of a GPU's memory for chunks of the codec "lossless" while a prompt is restored: they cross
-            encoded, and are decoded there. If not even one chunk has room, as with 1, all are decoded on the host.
+            encoded, and are decoded there. 0, the default, or less than a chunk has all decoded on the host.
         exit_flush_seconds: how long leaving the interpreter, or `close()`, waits for queued chunks to become durable. The time
             covers everything there is to wait for; when the interpreter exits, all caches of the process share it.
 
@@ -59,7 +61,7 @@ class Limits:
     lookup_timeout: float = 10.0
     save_queue_bytes: int = 2**30
     tier_queue_bytes: int = 256 * 2**20
-    device_decode_bytes: int = 512 * 2**20
+    device_decode_bytes: int = 0
     exit_flush_seconds: float = 30.0
 
     def __post_init__(self) -> None:
@@ -102,10 +104,13 @@ def _checked(name: str, value: Any) -> float:
     """
     is_time = _PARSERS[name] is some_seconds
     most = MOST_SECONDS if is_time else MOST.get(name, MOST_BYTES)
-    form = "a number of seconds, such as 2.5" if is_time else f"a whole number, such as {getattr(Limits, name)}"
+    form = (
+        "a number of seconds, such as 2.5" if is_time else f"a whole number, such as {getattr(Limits, name) or 2**29}"
+    )
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and not value > 0:  # so that NaN is refused too
-        raise ValueError(f"Limits.{name} must be positive, got {_shown(value)}.")
+    may_be_zero = name in MAY_BE_ZERO
+    if is_number and not (value > 0 or (may_be_zero and value == 0)):  # so that NaN is refused too
+        raise ValueError(f"Limits.{name} must be {'0 or ' if may_be_zero else ''}positive, got {_shown(value)}.")
     if not is_number or not (is_time or isinstance(value, Integral)):
         raise ValueError(f"Limits.{name} must be {form}, got {_shown(value)}.")
     if value > most:
