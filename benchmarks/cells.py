@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from benchmarks.figures import Figure, Goal
 from benchmarks.timing import Sample, ratio
 from benchmarks.workbench import Run, Workbench
-from cake_hf.scheduling.costs import busy_seconds
+from cake_hf.scheduling.load_batches import busy_seconds
 from cake_hf.scheduling.planner import optimum
 
 

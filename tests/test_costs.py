@@ -17,10 +17,9 @@ from cake_hf.scheduling.costs import (
     ComputeCost,
     Costs,
     LoadCost,
-    busy_seconds,
-    most_at_once,
 )
 from cake_hf.scheduling.learning import COLD_DEBT, FIT_POINTS, OLD_SECONDS, PROMPTS, STEPS, CostLearner, fit_line
+from cake_hf.scheduling.load_batches import busy_seconds, most_at_once
 from cake_hf.scheduling.pace import Pace
 
 NOW = 1.7e9

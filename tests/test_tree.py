@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cake_hf.model.look import attributes_of, devices_of, has, modules_of, parameters_of
+from cake_hf.model.foreign_code import attributes_of
+from cake_hf.model.look import devices_of, has, modules_of, parameters_of
 from models import shared_model
 
 

@@ -60,7 +60,7 @@ class RedactedText:
         return "" if report is None else str(report.__dict__[self._name])
 
     def __set__(self, report: Any, value: object) -> None:
-        report.__dict__[self._name] = shown(value)
+        report.__dict__[self._name] = shown(value) if value else ""
 
 
 @dataclass

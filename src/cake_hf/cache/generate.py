@@ -11,7 +11,7 @@ from cake_hf.blocks import checked_cuts
 from cake_hf.cache.cake_cache import CakeCache
 from cake_hf.cache.token_ids import token_ids
 from cake_hf.errors import UnsupportedModel
-from cake_hf.layers.compat import for_generate, forward_of, has_cache, parameters_of, without_cache
+from cake_hf.layers.compat import for_generate, forward_parameters, has_cache, without_cache
 from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
 from cake_hf.stores.opening import StoreSpec
@@ -124,7 +124,7 @@ def _needs_prefill(model: torch.nn.Module) -> bool:
 
     To continue, `generate` has to make an attention mask: it derives from the mask's length how much of the prompt is new.
     """
-    parameters = parameters_of(forward_of(model))
+    parameters = forward_parameters(model)
     return "logits_to_keep" not in parameters and "attention_mask" in parameters
 
 

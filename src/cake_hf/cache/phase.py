@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from cake_hf.restore.batch import BatchRestore
-from cake_hf.restore.forwards import never
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.restore import Restore
 
@@ -38,7 +37,7 @@ class Work:
         prompt: the prompt that was prefilled, or whose suffix is in the model.
         restore: of the chunks before the suffix, whose loads may be under way; None if no restore was started, or `prefill` has
             brought them.
-        preempted: whether the chunk that is being computed has come from the store.
+        preempted: returns whether the chunk that is being computed has come from the store; None if none is computed.
         batch: the batch whose suffixes are in the model.
         begin: when the model got the suffix.
         saved: the suffix is a block of the canonical schedule, and becomes known like the others.
@@ -48,7 +47,7 @@ class Work:
     phase: Phase
     prompt: Prompt | None = None
     restore: Restore | None = None
-    preempted: Callable[[], bool] = never
+    preempted: Callable[[], bool] | None = None
     batch: BatchRestore | None = None
     begin: float = 0.0
     saved: bool = False

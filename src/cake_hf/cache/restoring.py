@@ -176,7 +176,7 @@ class RestoringCache(PromptCache):
         if not self._depth:
             self._arrived_outside()
         work = self._work
-        if work.preempted():
+        if work.preempted is not None and work.preempted():
             raise ForwardPreempted
         if reads and work.restore is not None and work.restore.pending:
             work.restore.await_layer(layer)
@@ -335,13 +335,9 @@ class RestoringCache(PromptCache):
             self._report_plain(unseen_refusal(self._session.model))
 
     def _note_bypassed(self, ids: torch.Tensor) -> None:
-        """Reports that `generate`, although it was given this cache, runs the model without it.
-
-        Does nothing while a prompt of this cache is being handled: we may then be trying the model out.
-        """
-        if not self._session.at_work.has(self):
-            self._report_plain(BYPASSED, ids.numel())
-            tell_plain(BYPASSED)
+        """Reports that `generate`, although it was given this cache, runs the model without it."""
+        self._report_plain(BYPASSED, ids.numel())
+        tell_plain(BYPASSED)
 
     def _foreign(self) -> ForeignModel:
         name = type(self._session.model).__name__

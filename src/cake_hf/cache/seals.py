@@ -37,9 +37,10 @@ class Seals:
         del self._samples[len(blocks) :]
         if not blocks:
             return
+        buffers = _buffers(layers)
         if new := blocks[len(self._samples) :]:
-            self._samples += _samples(layers, new)
-        self._watched = [tensor for tensor in _tensors(layers) if not tensor.is_inference()]
+            self._samples += _samples(buffers, new)
+        self._watched = [tensor for tensor in (*buffers, *_others(layers)) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._watched]
 
     def look(self) -> None:
@@ -52,7 +53,7 @@ class Seals:
         del self._samples[len(blocks) :]
         if not all(getattr(layer, "is_own", True) for layer in layers):
             return False
-        return not self._broken and self._samples == _samples(layers, blocks[: len(self._samples)])
+        return not self._broken and self._samples == _samples(_buffers(layers), blocks[: len(self._samples)])
 
     def forget(self) -> None:
         """Removes all seals: the cache is empty, or its content is no longer known."""
@@ -75,26 +76,25 @@ class Seals:
         return seals
 
 
-def _tensors(layers: Sequence[Any]) -> list[torch.Tensor]:
+def _buffers(layers: Sequence[Any]) -> list[torch.Tensor]:
+    """Returns the buffers of all layers that keep each token."""
+    kept = [layer for layer in layers if isinstance(layer, TokenMajorLayer) and layer.is_initialized]
+    return [buffer for layer in kept for buffer in layer.buffers]
+
+
+def _others(layers: Sequence[Any]) -> list[torch.Tensor]:
+    """Returns what layers hold beside these buffers: windows and recurrent states."""
     found: list[torch.Tensor] = []
     for layer in layers:
         if isinstance(layer, RecurrentLayer):
             found += states_of(layer).values()
-        if isinstance(layer, TokenMajorLayer) and layer.is_initialized:
-            found += layer.buffers
         elif isinstance(layer, SlidingWindowLayer) and layer.keys is not None:
             found += [layer.keys, layer.values]
     return found
 
 
-def _samples(layers: Sequence[Any], blocks: Sequence[Block]) -> list[str]:
+def _samples(buffers: Sequence[torch.Tensor], blocks: Sequence[Block]) -> list[str]:
     """Returns a digest per block, of the same numbers wherever they lie in memory."""
-    buffers = [
-        buffer
-        for layer in layers
-        if isinstance(layer, TokenMajorLayer) and layer.is_initialized
-        for buffer in layer.buffers
-    ]
     buffers = [buffer for buffer in buffers if buffer.numel()]
     if not blocks or not buffers:
         return [""] * len(blocks)

@@ -18,7 +18,7 @@ import torch
 
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.layers import compat
-from cake_hf.layers.compat import forward_of, named_for, parameters_of, plain_cache
+from cake_hf.layers.compat import forward_parameters, named_for, plain_cache
 from cake_hf.limits import MIN_CHUNK_SIZE, Limits
 from cake_hf.model.foreign_code import Presses
 from cake_hf.model.look import home_device
@@ -175,7 +175,7 @@ def _by_us(model: Any, ids: torch.Tensor, store: MemoryStore, strategy: Strategy
     with closing(session):
         cache = _Trial(session, layers_for(model), None)
         new = ids
-        if "logits_to_keep" not in parameters_of(forward_of(model)):
+        if "logits_to_keep" not in forward_parameters(model):
             cache._prefill(ids, 1, no_progress)
             new = ids[:, cache.get_seq_length() :]
         logits = torch.cat([_last_logits(model, cache, new), _next_logits(model, cache, ids)])
@@ -189,7 +189,7 @@ def _next_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _last_logits(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True, **named_for(model, cache)}
-    if "logits_to_keep" in parameters_of(forward_of(model)):
+    if "logits_to_keep" in forward_parameters(model):
         arguments["logits_to_keep"] = 1
     logits: torch.Tensor = model(**arguments)[0][:, -1]  # by position, since fields are renamed now and then
     return logits

@@ -104,6 +104,11 @@ def cache_name(forward: Callable[..., Any]) -> str:
     return known[0] if known else annotated[0] if len(annotated) == 1 else ""
 
 
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a model's forward by name, without `self`."""
+    return parameters_of(forward_of(model))
+
+
 def takes_any(forward: Callable[..., Any]) -> bool:
     """Returns whether a forward takes arguments that its signature does not name."""
     kinds = {parameter.kind for parameter in parameters_of(forward).values()}
@@ -185,6 +190,13 @@ def begin_plainly(cache: Any, config: Any) -> None:
         with faults_suppressed(Exception):  # versions reject unknown arguments with different errors
             return DynamicCache.__init__(cache, *args, **named)  # type: ignore[no-any-return]  # transformers is not typed
     return Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)  # type: ignore[no-any-return]  # the same
+
+
+def is_from_transformers(module: Any) -> bool:
+    """Returns whether a module is a transformers model, of whatever class."""
+    from transformers import PreTrainedModel  # imports a lot, but with such a model it is already imported
+
+    return isinstance(module, PreTrainedModel)
 
 
 def takes_dynamic_cache(model: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
-from cake_hf.model.look import modules_of, those_with
+from cake_hf.model.look import Named, modules_of, those_with
 from cake_hf.model.weights import Weight, weights
 from cake_hf.util.forks import Lock, refusal
 
@@ -67,9 +67,10 @@ def model_metadata(model: torch.nn.Module, *, portable: bool) -> dict[str, Any]:
         "weights": weights_digest(model, portable=portable),
         "adapters": adapter_metadata(model),
     }
-    if rounded := rounded_buffers(model):
+    modules = modules_of(model)
+    if rounded := rounded_buffers(modules):
         metadata["rounded"] = rounded
-    if foreign := foreign_modules(model):
+    if foreign := foreign_modules(modules):
         metadata["modules"] = foreign
     return metadata
 
@@ -88,7 +89,7 @@ def config_metadata(config: Any) -> dict[str, Any]:
     return metadata
 
 
-def rounded_buffers(model: torch.nn.Module) -> list[str]:
+def rounded_buffers(modules: Named) -> list[str]:
     """Lists buffers that a model derives from its config and creates in float32, but keeps in another dtype.
 
     `model.to(torch.bfloat16)` rounds the rotary frequencies, too; `from_pretrained(..., dtype=torch.bfloat16)` does not. So the
@@ -96,7 +97,7 @@ def rounded_buffers(model: torch.nn.Module) -> list[str]:
     """
     return [
         f"{path}.{name}: {buffer.dtype}"
-        for path, module in modules_of(model)
+        for path, module in modules
         for name, buffer in module._buffers.items()
         if name in module._non_persistent_buffers_set
         and buffer is not None
@@ -114,13 +115,16 @@ def adapter_metadata(model: torch.nn.Module) -> list[str]:
     return metadata
 
 
-def foreign_modules(model: torch.nn.Module) -> list[str]:
+def foreign_modules(modules: Named) -> list[str]:
     """Lists paths and classes of modules that come neither from torch.nn nor from the model's own library.
 
     They may compute a different result with the same weights: some quantise only in the forward.
+
+    Args:
+        modules: of a model, which comes first.
     """
+    (_, model), *below = modules
     usual = ("torch.nn.", f"{type(model).__module__.split('.')[0]}.")
-    below = modules_of(model)[1:]
     foreign = {kind for kind in {type(module) for _, module in below} if not kind.__module__.startswith(usual)}
     return [
         f"{path}: {kind.__module__}.{kind.__qualname__}"

@@ -16,15 +16,20 @@ from typing import Any
 import torch
 
 from cake_hf.chunks.layout import ChunkLayout, Piece
-from cake_hf.layers.compat import LinearAttentionLayer, forward_of, named_for, parameters_of, plain_cache
+from cake_hf.layers.compat import (
+    LinearAttentionLayer,
+    forward_parameters,
+    is_from_transformers,
+    named_for,
+    plain_cache,
+)
 from cake_hf.layers.kinds import windowed_layers
 from cake_hf.layers.recurrent import states_of
-from cake_hf.model.foreign_code import Presses, as_it_is, unobserved
+from cake_hf.model.foreign_code import aside
 from cake_hf.model.look import home_device, look_again, modules_of, once_per_look
 from cake_hf.model.numerics import autocast_modes
 from cake_hf.model.ranks import ranks_of
 from cake_hf.model.vision import family_of
-from cake_hf.model.which_model import is_from_transformers
 from cake_hf.util.forks import Lock
 
 _GONE = object()
@@ -50,16 +55,15 @@ def run_aside(
         The last token's logits `[1, vocabulary]`, or no logits, and the layers of the cache.
     """
     cache = plain_cache(model)
-    Presses.on(model)
     cache.presses_rest = True
-    accepted = parameters_of(forward_of(model))
+    accepted = forward_parameters(model)
     arguments: dict[str, Any] = {"use_cache": True, **named_for(model, cache)}
     if "logits_to_keep" in accepted:
         none = for_kv and _can_do_without_logits(model)
         arguments["logits_to_keep"] = torch.empty(0, dtype=torch.long) if none else 1
     if positions is not None and "position_ids" in accepted:
         arguments["position_ids"] = positions
-    with _one_at_a_time, torch.no_grad(), unobserved(), _unchanged(model), as_it_is(model):
+    with _one_at_a_time, torch.no_grad(), aside(model), _unchanged(model):
         look_again()
         for piece in pieces:
             output = model(input_ids=piece, **arguments)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cake_hf.errors import UnsupportedModel
-from cake_hf.layers.compat import cache_name, forward_of
+from cake_hf.layers.compat import cache_name, forward_of, is_from_transformers
 
 
 def resolve_model(model: Any, store: Any = None) -> torch.nn.Module:
@@ -52,13 +52,6 @@ def _only_one_in(module: torch.nn.Module) -> torch.nn.Module:
         f"{type(module).__name__} is no transformers model, and there are {len(found)} in it; "
         "make the CakeCache with the one that generates."
     )
-
-
-def is_from_transformers(module: torch.nn.Module) -> bool:
-    """Returns whether a module is a transformers model, of whatever class."""
-    from transformers import PreTrainedModel  # imports a lot, but with such a model it is already imported
-
-    return isinstance(module, PreTrainedModel)
 
 
 def _what_it_is_instead(model: Any, store: Any) -> str:

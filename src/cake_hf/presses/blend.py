@@ -24,7 +24,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from cake_hf.errors import CakeError
-from cake_hf.layers.compat import forward_of, named_for, parameters_of
+from cake_hf.layers.compat import forward_parameters, named_for
 from cake_hf.presses.attention import Attended, AttentionCall
 from cake_hf.presses.cache import PressedCache, PressReport, nbytes
 from cake_hf.presses.layers import PressedLayer
@@ -242,7 +242,7 @@ def compute_again(joined: Joined, places: torch.Tensor) -> None:
 
 def _forward(joined: Joined, cache: PressedCache, places: torch.Tensor) -> None:
     model = joined.model
-    options = {"logits_to_keep": 1} if "logits_to_keep" in parameters_of(forward_of(model)) else {}
+    options = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
     with torch.no_grad():
         model(
             joined.ids[:, places],

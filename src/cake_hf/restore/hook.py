@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from cake_hf.layers.compat import renamed_for
 from cake_hf.model.caller import cache_given_to_generate
-from cake_hf.model.foreign_code import is_compiled, outside_graphs
+from cake_hf.model.foreign_code import is_aside, is_compiled, outside_graphs
 from cake_hf.model.images import ImageDeferral
 from cake_hf.model.vision import family_of
 from cake_hf.util.forks import FinalizerLock
@@ -255,9 +255,9 @@ def _handed_on(
 
 
 def _note_bypassed(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tells the cache that was given to `generate`, if a prompt runs without it, so that its report says so."""
+    """Tells the cache that was given to `generate` if a prompt runs without it, so that its report says so."""
     ids = args[0] if args else kwargs.get("input_ids")
-    if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1:
+    if isinstance(ids, torch.Tensor) and ids.shape[-1] > 1 and not is_aside():
         cache = cache_given_to_generate(model, HookedCache)
         if cache is not None and not cache.passive and not cache.is_over():
             cache._note_bypassed(ids)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import Parameter
 from typing import Any
 
 import torch
 
 from cake_hf.blocks import Block
-from cake_hf.layers.compat import CACHE_NAMES, forward_of, named_for, parameters_of
+from cake_hf.layers.compat import CACHE_NAMES, forward_parameters, named_for
 from cake_hf.model.vision import Vision, look_at
 from cake_hf.report import Refusal
 from cake_hf.util.forks import cached_property
@@ -81,13 +82,13 @@ class ForwardCall:
             past: tokens in it.
             for_kv: see the attribute.
         """
-        forward = forward_of(model)
-        named = _named(forward, args, kwargs)
+        parameters = forward_parameters(model)
+        named = _named(parameters, args, kwargs)
         given_as = next((name for name, value in named.items() if value is cache), "")
         named = {name: value for name, value in named.items() if value is not cache}
         if named.get("mm_encoder_outputs") == {}:
             del named["mm_encoder_outputs"]  # `generate` has looked for images, and there are none
-        accepts = frozenset(parameters_of(forward))
+        accepts = frozenset(parameters)
         taken = named_for(model, cache, given_as)
         wants_inner = not for_kv and any(_is_wanted(model, named, name) for name in _OF_ALL_TOKENS)
         return cls(named, past, taken, accepts, for_kv, wants_inner, look_at(model, named, past, accepts))
@@ -266,13 +267,12 @@ def _is_wanted(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) 
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
-def _named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns all arguments of a forward by name; arguments that it takes as `*args` get numbers, which no code understands."""
-    parameters = parameters_of(forward).values()
+def _named(parameters: Mapping[str, Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns all arguments of a call by name; arguments that it takes as `*args` get numbers, which no code understands."""
     names = [
-        parameter.name
-        for parameter in parameters
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        name
+        for name, parameter in parameters.items()
+        if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     ]
     names += [f"*{number}" for number in range(len(names), len(args))]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -170,10 +170,6 @@ class AtWork:
                 self._caches[id(cache)] = threading.get_ident(), cache
             return not self.closing
 
-    def has(self, cache: Any) -> bool:
-        """Whether a prompt of that cache is in the model."""
-        return id(cache) in self._caches
-
     def end(self, cache: Any) -> None:
         """Removes a cache whose prompt has run, or was given up; idempotent. The last one runs a `close` that was put off."""
         with self._lock:

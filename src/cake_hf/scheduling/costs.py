@@ -179,26 +179,6 @@ class Costs:
         return self.load is not None and self.codec is not None and self.codec.share(self.load) > 1 / 2
 
 
-def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """Returns the seconds during which at least one span (start, end) was under way: the length of their union."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
-    """Returns the maximum number of spans (start, end) that overlap; a span does not overlap one that starts where it ends."""
-    under_way = most = 0
-    for _, change in sorted(
-        [(at, change) for start, end in spans if end > start for at, change in ((start, 1), (end, -1))]
-    ):
-        under_way += change
-        most = max(most, under_way)
-    return most
-
-
 def is_number(value: object, low: float, high: float) -> bool:
     """Returns whether a value is a number in that range. NaN never is, nor is a bool; integers may have any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

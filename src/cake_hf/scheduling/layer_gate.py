@@ -30,9 +30,12 @@ def ranges_of(costs: Costs, layers: int, range_seconds: float) -> int:
         layers: layers of a chunk.
         range_seconds: seconds that reading a range costs beyond its share of the chunk.
     """
-    if costs.load is None or costs.come_encoded or not range_seconds < costs.load.interval:
+    if costs.load is None or costs.come_encoded:
         return 1
-    affordable = RANGES_COST * costs.load.interval / range_seconds if range_seconds > 0 else layers
+    interval = costs.load.interval
+    if not range_seconds < interval:
+        return 1
+    affordable = RANGES_COST * interval / range_seconds if range_seconds > 0 else layers
     return max(1, int(min(layers, MAX_RANGES, affordable)))
 
 

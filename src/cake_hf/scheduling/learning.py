@@ -58,6 +58,9 @@ DOUBTFUL = 2.0
 Steps = Sequence[tuple[int, float]]
 """(index on the absolute grid, seconds) of computed chunks."""
 
+Line = tuple[float, float]
+"""Intercept and slope of a line through steps: `base` and `slope` of a `ComputeCost`."""
+
 
 class CostLearner:
     """Estimates costs from measurements of successive prompts. Memory is bounded; one thread at a time.
@@ -228,11 +231,12 @@ class CostLearner:
     def _fit_compute(self) -> ComputeCost | None:
         """Returns the line through all prompts, scaled to the level of the last one."""
         if not self._prompts:
-            return None if self._cold_step is None else _line([self._cold_step])
-        line = self._fit_shape()
-        return _scaled(line, _levels([self._prompts[-1]], line)[0])
+            return None if self._cold_step is None else ComputeCost(*_line([self._cold_step]))
+        base, slope = line = self._fit_shape()
+        level = _levels([self._prompts[-1]], line)[0]
+        return ComputeCost(min(base * level, MAX_SECONDS), min(slope * level, MAX_SECONDS))
 
-    def _fit_shape(self) -> ComputeCost:
+    def _fit_shape(self) -> Line:
         """Returns a line through the steps of all prompts after bringing the prompts to one level."""
         line = _line([step for steps in self._prompts for step in steps])
         levels = _levels(self._prompts, line)
@@ -290,26 +294,23 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return 0.0, median(y / x for x, y in points if x > 0)
 
 
-def _line(steps: Steps) -> ComputeCost:
+def _line(steps: Steps) -> Line:
     by_index: defaultdict[int, list[float]] = defaultdict(list)
     for index, seconds in steps:
         by_index[index].append(seconds)
     base, slope = fit_line(_thinned(sorted((float(index), median(seen)) for index, seen in by_index.items())))
-    return ComputeCost(min(base, MAX_SECONDS), min(slope, MAX_SECONDS))
+    return min(base, MAX_SECONDS), min(slope, MAX_SECONDS)
 
 
-def _levels(prompts: Sequence[Steps], line: ComputeCost) -> list[float]:
+def _levels(prompts: Sequence[Steps], line: Line) -> list[float]:
     """Returns, for each prompt, the ratio of its chunks' measured times to those on the line."""
-    expected = line.each({index for steps in prompts for index, _ in steps})
-    return [_level([seconds / expected[index] for index, seconds in steps if expected[index] > 0]) for steps in prompts]
+    base, slope = line
+    expected = [[(seconds, base + slope * index) for index, seconds in steps] for steps in prompts]
+    return [_level([seconds / on_line for seconds, on_line in steps if on_line > 0]) for steps in expected]
 
 
 def _level(ratios: Sequence[float]) -> float:
     return min(max(median(ratios), 1 / MAX_SECONDS), MAX_SECONDS) if ratios else 1.0
-
-
-def _scaled(line: ComputeCost, level: float) -> ComputeCost:
-    return ComputeCost(min(line.base * level, MAX_SECONDS), min(line.slope * level, MAX_SECONDS))
 
 
 def _spread(levels: Sequence[float]) -> float:
@@ -327,8 +328,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
     return [(median(x for x, _ in group), median(y for _, y in group)) for group in groups]
 
 
-def _is_step(index: object, seconds: object) -> bool:
-    return is_number(index, 0, MAX_INDEX) and isinstance(index, int) and is_number(seconds, 0.0, MAX_SECONDS)
+def _is_step(index: int, seconds: float) -> bool:
+    return 0 <= index <= MAX_INDEX and 0.0 <= seconds <= MAX_SECONDS
 
 
 def _rows(value: Any) -> list[Any]:
@@ -339,7 +340,7 @@ def _rows(value: Any) -> list[Any]:
 
 def _step(row: Any) -> tuple[int, float]:
     index, seconds = _rows(row)
-    if not _is_step(index, seconds):
+    if type(index) is not int or type(seconds) not in (int, float) or not _is_step(index, seconds):
         raise ValueError("not a step")
     return index, float(seconds)
 

@@ -18,9 +18,6 @@ from cake_hf.scheduling.costs import (
     Brought,
     CodecCost,
     LoadCost,
-    busy_seconds,
-    is_number,
-    most_at_once,
 )
 
 ROUNDING = 1e-9
@@ -101,12 +98,8 @@ class LoadBatch:
             return False
         sizes = 1 <= self.chunk_bytes <= MAX_BYTES and 1 <= self.shortest_bytes <= MAX_BYTES
         counts = 1 <= self.threads <= self.count <= MAX_INDEX
-        seconds = is_number(self.busy, 0.0, MAX_SECONDS) and is_number(self.shortest, 0.0, self.busy)
-        if not (sizes and counts and seconds and self.shortest > 0):
-            return False
-        return is_number(self.decoding, 0.0, self.busy - self.shortest) and is_number(
-            self.usual, self.shortest, self.busy
-        )
+        seconds = 0.0 < self.shortest <= self.usual <= self.busy <= MAX_SECONDS
+        return sizes and counts and seconds and 0.0 <= self.decoding <= self.busy - self.shortest
 
     def _transfer(self) -> float:
         """Returns the seconds t for which an average load takes the path.
@@ -132,6 +125,26 @@ class LoadBatch:
             return most if most < transfer and explained >= self.busy * (1 - ROUNDING) else min(transfer, self.usual)
         most = min(alone / self.threads, most)
         return min(max((self.busy - (rounds + 1) * alone) / beyond, 0.0), most) if beyond else most
+
+
+def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Returns the seconds during which at least one span (start, end) was under way: the length of their union."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
+    """Returns the maximum number of spans (start, end) that overlap; a span does not overlap one that starts where it ends."""
+    under_way = most = 0
+    for _, change in sorted(
+        [(at, change) for start, end in spans if end > start for at, change in ((start, 1), (end, -1))]
+    ):
+        under_way += change
+        most = max(most, under_way)
+    return most
 
 
 def possible_loads(spans: Iterable[tuple[float, float]], brought: Iterable[Brought]) -> list[Load]:
@@ -228,9 +241,11 @@ def batch_from(row: list[float]) -> LoadBatch:
     """Returns the batch of such numbers. Rows of five are from before the codec: chunks were raw, or taken for raw.
 
     Raises:
-        ValueError: there is no such batch.
-        TypeError: these are not as many numbers.
+        ValueError: there is no such batch, or these are not plain numbers.
+        TypeError: these are not as many.
     """
+    if not all(type(number) in (int, float) for number in row):
+        raise ValueError("not a row of numbers")
     batch = LoadBatch(*(row if len(row) != 5 else [*row, row[0], 0.0, row[2]]))  # type: ignore[arg-type]  # checked next
     if not batch.is_valid:
         raise ValueError("not a batch of loads")

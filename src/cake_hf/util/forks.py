@@ -6,13 +6,14 @@ library is unlocked in the child, and anything that only those threads could fin
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Generic, TypeVar, overload
+from contextlib import nullcontext, suppress
+from typing import Any, TypeVar
 
 _renewals: set[weakref.WeakMethod[Callable[[], None]]] = set()
 
@@ -67,31 +68,16 @@ def refusal(thread: threading.Thread) -> RuntimeError | None:
 T = TypeVar("T")
 
 
-class cached_property(Generic[T]):  # noqa: N801  # named like the decorator that it replaces
-    """Works like `functools.cached_property`, without its lock.
+class cached_property(functools.cached_property[T]):  # noqa: N801  # named like the decorator that it replaces
+    """Works like `functools.cached_property` of Python 3.12 and later, which has no lock.
 
-    Up to Python 3.11 that lock is shared by all objects of a class, so a child forked while a thread computes a value would
+    Up to Python 3.11 there is a lock, shared by all objects of a class: a child forked while a thread computes a value would
     wait for it for ever. Here, threads that read the property at the same time all compute it; the last result stays.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
-        self._compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> cached_property[T]: ...
-
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-
-    def __get__(self, instance: object | None, owner: type) -> cached_property[T] | T:
-        if instance is None:
-            return self
-        value = instance.__dict__[self._name] = self._compute(instance)
-        return value
+        super().__init__(compute)
+        self.lock = nullcontext()
 
 
 class FinalizerLock:
