@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from cake_hf.scheduling.adapting import Adapting
-from cake_hf.scheduling.codecs import levels_of
-from cake_hf.scheduling.costs import Brought, Costs, LoadCost
+from cake_hf.scheduling.costs import Brought, Costs, LoadCost, levels_of
 from cake_hf.scheduling.frontier import Frontier
 
 CHUNK_BYTES = 1000

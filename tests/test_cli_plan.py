@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from cake_hf.cli.app import app
 from cake_hf.cli.plan import CURVE_LINES, read_costs, shown_splits
-from cake_hf.scheduling.codecs import TYPICAL
-from cake_hf.scheduling.costs import Brought
+from cake_hf.scheduling.costs import TYPICAL, Brought
 from cake_hf.scheduling.learning import CostLearner
 
 Command = Callable[..., Result]

@@ -18,8 +18,7 @@ from cake_hf.chunks.codec import stored_bytes
 from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.report import Span
-from cake_hf.scheduling.codecs import TYPICAL, encoding_pays, finest
-from cake_hf.scheduling.costs import MAX_BYTES, Brought, CodecCost, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_BYTES, TYPICAL, Brought, CodecCost, Costs, LoadCost, encoding_pays, finest
 from cake_hf.scheduling.layer_gate import ranges_of
 from cake_hf.scheduling.learning import CostLearner
 from cake_hf.scheduling.pace import Pace

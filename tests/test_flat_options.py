@@ -11,8 +11,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from cake_hf.cli.app import COMMANDS
-from cake_hf.cli.flat_options import flat_options
-from cake_hf.cli.options import WarmedOptions
+from cake_hf.cli.options import WarmedOptions, flat_options
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ PLAIN_STORES = {
     "opening",
     "pieces",
     "plugins",
-    "redis_manifest",
     "redis_wire",
     "byte_budget",
     "specs",

@@ -38,7 +38,7 @@ from cake_hf.chunks.codec import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, read_chunk
-from cake_hf.cli.store_tables import chunk_table, listing, totals
+from cake_hf.cli.look_commands import chunk_table, listing, totals
 from cake_hf.stores import MemoryStore
 from cake_hf.stores.eviction import START_BYTES, place_in
 from cake_hf.testing.contract import key_of, value_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cake_hf import CakeCache, MemoryStore, Store, StoreError, export_pack, import_pack
-from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
+from cake_hf.cli.recompute import RecomputeJob, WarmedOptions, recompute_prompt
 from cake_hf.stores import LocalStore
 from cake_hf.stores.manifest import CARD, parse_manifest
 from cake_hf.stores.pack import open_folder_pack
@@ -196,7 +196,7 @@ def test_tails_are_recomputed(name: str, tokens: int, boundaries: tuple[int, ...
     model, ids = any_model(name), prompt(tokens, seed=5)
     store = saved(model, ids, boundaries)
     count = len(list(store.keys()))
-    job = RecomputeJob("", [], 1.0, chunk_size=CHUNK, boundaries=boundaries)
+    job = RecomputeJob("", [], 1.0, warmed=WarmedOptions(chunk_size=CHUNK, boundary=boundaries))
     result = recompute_prompt(job, store, model, ids, "a prompt")
     assert (result.sampled, result.stored, result.bad) == (count, count, [])
     lie = keys_in_order(store)[-1]

@@ -17,7 +17,7 @@ import family_runs
 from cake_hf import CakeCache, CorruptChunk, LocalStore, MemoryStore, Store, StoreError, export_pack, import_pack
 from cake_hf.chunks.codec import parse_header
 from cake_hf.cli.inspect_store import take_inventory
-from cake_hf.cli.recompute import RecomputeJob, recompute_prompt
+from cake_hf.cli.recompute import RecomputeJob, WarmedOptions, recompute_prompt
 from cake_hf.cli.verify import verify
 from cake_hf.keys import state_key
 from cake_hf.stores.manifest import (
@@ -495,7 +495,7 @@ def test_what_looks_at_stores_sees_a_packs_snapshots(recurrent: Path, family: st
     assert (verified.checked, verified.nbytes, verified.bad) == (chunks + 1, opened.manifest.nbytes, [])
     inventory = take_inventory(opened, lambda *_: None)
     assert (len(inventory.chunks), len(inventory.states), inventory.unreadable) == (chunks, 1, {})
-    job = RecomputeJob("", [], 1.0, chunk_size=CHUNK)
+    job = RecomputeJob("", [], 1.0, warmed=WarmedOptions(chunk_size=CHUNK))
     result = recompute_prompt(job, opened, family_model(family), family_runs.IDS, "a prompt")
     assert (result.sampled, result.stored, result.bad) == (chunks + 1, chunks + 1, [])
 

@@ -14,8 +14,8 @@ from cake_hf.cli import gc, warm
 from cake_hf.cli.console import console, errors, progress_bar
 from cake_hf.cli.gc import Collected
 from cake_hf.cli.inspect_store import Inventory
-from cake_hf.cli.store_tables import show_verified, totals
-from cake_hf.cli.verify import BadChunk, Verified
+from cake_hf.cli.look_commands import totals
+from cake_hf.cli.verify import BadChunk, Verified, show_verified
 from cake_hf.testing.contract import key_of
 from commands import flat, run_command
 from faulty import raising

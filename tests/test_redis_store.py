@@ -21,7 +21,7 @@ import redis
 from cake_hf import CakeCache, CorruptChunk, StoreError
 from cake_hf.stores import Store, open_store
 from cake_hf.stores.redis import RedisStore
-from cake_hf.stores.redis_manifest import Manifest
+from cake_hf.stores.redis_wire import Manifest
 from cake_hf.testing import StoreContract, check_against_dict
 from cake_hf.testing.contract import key_of, read_parts, read_whole, run_together, value_of
 from models import CHUNK, CHUNKS, difference, expected, prompt, run, shared_model

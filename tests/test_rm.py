@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.cli.inspect_store import take_inventory
-from cake_hf.cli.selecting import Selector, choose
+from cake_hf.cli.selecting import Naming, WarmedOptions, choose
 from commands import flat, run_command, save_model, write_text
 from families import family_model
 from models import prompt as tokens_of
@@ -124,7 +124,7 @@ def test_any_store_can_lose_a_document() -> None:
             cache.prefill(tokens_of(4 * CHUNK, seed), whole=True)
     inventory = take_inventory(memory, lambda done, total: None)
     [leaf, _] = [chunk for chunk in inventory.chunks.values() if chunk.metadata.index == 3]
-    keys, shared = choose(memory, inventory, Selector(chunk=leaf.metadata.key)).to_delete(inventory)
+    keys, shared = choose(memory, inventory, Naming(chunk=leaf.metadata.key), WarmedOptions()).to_delete(inventory)
     assert (len(keys), shared) == (4, 0)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cake_hf import CakeCache, LocalStore, Report, StoreError, open_store
 from cake_hf.chunks.codec import METADATA, sealed_header
-from cake_hf.cli.store_tables import totals
+from cake_hf.cli.look_commands import totals
 from cake_hf.stores import MemoryStore, Store, TierStore
 from cake_hf.stores.hub import HubSource, parse_hub_name
 from cake_hf.stores.object import ObjectStore

@@ -17,8 +17,7 @@ from benchmarks.command import bench_app
 from benchmarks.simulation.codecs import DROPPING_GBPS, FORMS, TARGET, eight, gain
 from benchmarks.simulation.simulator import Setting, best_after, evaluate, learnt, simulate, simulate_prompts, steps
 from benchmarks.simulation.speeds import step
-from cake_hf.scheduling.codecs import RAW, encoding_pays
-from cake_hf.scheduling.costs import CodecCost, Costs
+from cake_hf.scheduling.costs import RAW, CodecCost, Costs, encoding_pays
 
 Command = Callable[..., Result]
 

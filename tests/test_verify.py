@@ -14,7 +14,7 @@ import pytest
 from cake_hf import CakeCache
 from cake_hf.chunks.codec import check_file, parse_header
 from cake_hf.cli import recompute as recompute_module
-from cake_hf.cli.recompute import Comparing, RecomputeJob, recompute_prompt
+from cake_hf.cli.recompute import Comparing, RecomputeJob, WarmedOptions, recompute_prompt
 from cake_hf.cli.verify import verify
 from cake_hf.stores import LocalStore, MemoryStore
 from cake_hf.testing import FaultStore
@@ -255,7 +255,7 @@ def test_snapshots_of_recurrent_models_are_recomputed_as_well(family: str) -> No
         assert cache.flush(60)
         chunks, snapshots = cache.report.chunks_saved, cache.report.states_saved
     assert snapshots > 1
-    job = RecomputeJob("", [], 1.0, chunk_size=CHUNK)
+    job = RecomputeJob("", [], 1.0, warmed=WarmedOptions(chunk_size=CHUNK))
     result = recompute_prompt(job, store, chunk_model, ids, "a prompt")
     assert (result.sampled, result.stored, result.bad) == (chunks + snapshots, chunks + snapshots, [])
     lie = max(store.keys(), key=lambda key: parse_header(bytes(store.read(key) or b""))[0].key)

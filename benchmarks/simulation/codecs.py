@@ -13,8 +13,7 @@ from typing import Any
 from benchmarks.simulation.simulator import Outcome, Setting, best_seconds, simulate, steps
 from benchmarks.simulation.speeds import step
 from cake_hf.cli.sheets import Sheet
-from cake_hf.scheduling.codecs import RAW, TYPICAL, encoding_pays
-from cake_hf.scheduling.costs import CodecCost, Costs
+from cake_hf.scheduling.costs import RAW, TYPICAL, CodecCost, Costs, encoding_pays
 from cake_hf.util.sizes import seconds_text
 
 GIGA, BITS_PER_BYTE, KIB = 1e9, 8, 2**10

@@ -30,7 +30,7 @@ from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.scheduling.rules import Rules
+from cake_hf.scheduling.pace import Rules
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 

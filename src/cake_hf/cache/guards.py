@@ -246,10 +246,6 @@ class User:
     def copying(self, model: torch.nn.Module, cache: Any) -> Iterator[None]:
         """Guards a copy of the cache's content; any number of threads may copy it, one after another.
 
-        Args:
-            model: of the cache.
-            cache: whose user this is.
-
         Raises:
             CakeError: another thread is changing the content.
         """

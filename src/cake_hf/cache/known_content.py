@@ -108,14 +108,7 @@ _TAIL: Literal["tail"] = "tail"
 
 
 def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn) -> tuple[HeldBlocks, str] | None:
-    """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say.
-
-    Args:
-        session: of the cache.
-        layers: of the cache.
-        held: what is known before the turn.
-        turn: the turn that has ended.
-    """
+    """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say."""
     model = session.model
     if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
         return None
@@ -141,16 +134,7 @@ def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn
 def save_turn(
     session: Session, layers: Sequence[Any], held: HeldBlocks, turn: HeldBlocks, namespace: str, report: Report
 ) -> Refusal | None:
-    """Queues the blocks of a turn that are not stored. Returns why the store could not be asked for them, if so.
-
-    Args:
-        session: of the cache.
-        layers: whose content ends with the turn.
-        held: what is known before the turn.
-        turn: its blocks.
-        namespace: of the keys.
-        report: counts what is saved.
-    """
+    """Queues the blocks of a turn that are not stored. Returns why the store could not be asked for them, if so."""
     if not session.bound_store.saves or not turn.keys:
         return None
     save = partial(session.bound_store.save_chunk, made_with=session.bound_model.metadata_of(namespace))

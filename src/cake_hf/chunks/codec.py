@@ -302,12 +302,7 @@ def _parsed(raw: bytes) -> tuple[ChunkMetadata, TensorTable]:
 
 
 def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
-    """Returns the metadata from text that `_USUAL` matched; None if it is not as it was written.
-
-    Args:
-        written: the match.
-        table: of the tensors, as sorted JSON.
-    """
+    """Returns the metadata from text that `_USUAL` matched; None if it is not as it was written."""
     metadata = written.groupdict()
     seal = metadata.pop("header")
     # Sorted JSON without the encoder: none of these values has a character that JSON would escape.
@@ -317,10 +312,6 @@ def _usual_facts(written: re.Match[str], table: str) -> ChunkMetadata | None:
 
 def _sealed_facts(metadata: dict[str, object], table: str) -> ChunkMetadata:
     """Returns the metadata of a header; raises one of `_UNREADABLE` if it is incomplete or malformed.
-
-    Args:
-        metadata: with the seal, which is removed.
-        table: of the tensors, as sorted JSON.
 
     Raises:
         CorruptChunk: another format or version, or not as it was written.

@@ -84,12 +84,7 @@ def addresses(parts: Sequence[memoryview]) -> list[int]:
 
 
 class NativeCodec:
-    """The lossless codec: encodes and decodes the pieces of a chunk.
-
-    Args:
-        loaded: the library.
-        variant: of the kernels.
-    """
+    """The lossless codec: encodes and decodes the pieces of a chunk."""
 
     def __init__(self, loaded: Library, variant: int = AUTOMATIC) -> None:
         self._library = loaded

@@ -29,10 +29,6 @@ def what_it_keeps(store: Store) -> str:
 def refuse_over_budget(store: Store, nbytes: int) -> None:
     """Raises an error if a store's budget is smaller than one chunk, before anything is computed for it.
 
-    Args:
-        store: the one to be written to.
-        nbytes: of a chunk.
-
     Raises:
         StoreError: its budget is smaller; or it cannot be looked at.
     """

@@ -1,12 +1,14 @@
-"""Arguments and options shared by several commands."""
+"""Arguments and options shared by several commands; groups of options are declared once, as the fields of a dataclass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import update_wrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -71,22 +73,6 @@ Chat = Annotated[
 System = Annotated[Path | None, typer.Option(help="With --chat: a text file with the system prompt.")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarmedSettings:
-    """The settings that documents were warmed with; see the options of `cake-hf warm`."""
-
-    chunk_size: int | str = "auto"
-    salt: str = ""
-    exact: bool = True
-    codec: str = "none"
-    dtype: str = "auto"
-    device: str = "auto"
-    tokens: int | None = None
-    boundaries: Sequence[int] = ()
-    chat: bool = False
-    system: Path | None = None
-
-
 @dataclass(frozen=True)
 class WarmedOptions:
     """How a document was warmed: everything besides its text and the model that decides which KV is its own."""
@@ -116,15 +102,36 @@ class WarmedOptions:
             "codec": self.codec.value,
         }
 
-    @property
-    def as_given(self) -> dict[str, Any]:
-        """Returns all options, by the names of `WarmedSettings`."""
-        return {
-            **self.keyed,
-            "dtype": self.dtype.value,
-            "device": self.device,
-            "tokens": self.tokens,
-            "boundaries": tuple(self.boundary or ()),
-            "chat": self.chat,
-            "system": self.system,
-        }
+
+def flat_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command as typer must see it: a parameter that is a dataclass of options is replaced by its fields.
+
+    Args:
+        command: with typer's annotations, which the dataclass's fields have, too.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        single = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        parameters += _fields_of(groups[name]) if name in groups else [single]
+
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})  # type: ignore[operator]  # a class
+        command(**given)
+
+    update_wrapper(flat, command)
+    del flat.__wrapped__  # type: ignore[attr-defined]  # or typer would look there
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what `inspect` goes by
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _fields_of(group: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+        )

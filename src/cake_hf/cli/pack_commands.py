@@ -13,11 +13,10 @@ import typer
 from cake_hf.blocks import Block, blocks
 from cake_hf.cli.console import console, errors, progress_bar
 from cake_hf.cli.documents import read_warmed
-from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import load_model, load_tokenizer
-from cake_hf.cli.options import Device, Dtype, DtypeOption, WarmedOptions
+from cake_hf.cli.options import Device, Dtype, DtypeOption, WarmedOptions, flat_options
 from cake_hf.packs.card import cache_line, prefill_line
 from cake_hf.packs.export import export_pack
 from cake_hf.packs.importing import Imported, import_pack
@@ -164,14 +163,7 @@ def pull_command(
 
 
 def _show_published(what: str, manifest: PackManifest, url: str, named: Sequence[Block]) -> None:
-    """Shows what went into a pack, and what did not.
-
-    Args:
-        what: the action, in a word.
-        manifest: of the pack.
-        url: of the pack.
-        named: the blocks of the prompt.
-    """
+    """Shows what went into a pack, and what did not."""
     console.print(f"{what}ed {_summary(manifest)}")
     end_is_absent = not named[-1].fills(manifest.chunk_size) and manifest.chunks[-1].index < len(named) - 1
     missing = len(named) - end_is_absent - len(manifest.chunks)

@@ -11,10 +11,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
-from cake_hf.cli.options import StoreArgument, WarmedOptions
-from cake_hf.cli.selecting import Naming, Selector, choose
+from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
+from cake_hf.cli.selecting import Naming, choose
 from cake_hf.cli.sheets import Sheet
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore
@@ -39,10 +38,9 @@ def pin_command(
     Neither a store's budget nor `cake-hf gc` evicts pinned chunks until their
     time is over; `cake-hf rm` deletes them. For directories only.
     """
-    wanted = Selector.of(naming, warmed)
-    showing = not (wanted.ways or time_to_live or off)
+    showing = not (naming.ways or time_to_live or off)
     if not showing:
-        wanted.refuse_unclear(NOTHING)
+        naming.refuse_unclear(NOTHING)
         if off == bool(time_to_live):
             raise ValueError("Say for how long, as in --for 7d, or take the pins away with --off.")
     seconds = parse_seconds(time_to_live) if time_to_live else 0.0
@@ -54,7 +52,7 @@ def pin_command(
         if showing:
             console.print(_pinned(opened, inventory))
             return
-        keys = choose(opened, inventory, wanted).stored(inventory)
+        keys = choose(opened, inventory, naming, warmed).stored(inventory)
         until = time.time() + seconds
         count = opened.unpin(keys) if off else opened.pin(keys, until)
     if off:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cake_hf.cli.sheets import Bar
-from cake_hf.scheduling.codecs import RAW, TYPICAL, encoding_pays
-from cake_hf.scheduling.costs import CodecCost, ComputeCost, Costs, LoadCost
+from cake_hf.scheduling.costs import RAW, TYPICAL, CodecCost, ComputeCost, Costs, LoadCost, encoding_pays
 from cake_hf.scheduling.planner import plan
 from cake_hf.util.sizes import bytes_text
 

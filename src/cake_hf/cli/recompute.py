@@ -24,9 +24,9 @@ from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.documents import read_document
+from cake_hf.cli.documents import read_warmed
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
-from cake_hf.cli.options import WarmedSettings
+from cake_hf.cli.options import WarmedOptions
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import Pace
 from cake_hf.errors import CakeError, StoreError
@@ -39,19 +39,21 @@ from cake_hf.util.redaction import shown
 
 
 @dataclass(frozen=True)
-class RecomputeJob(WarmedSettings):
+class RecomputeJob:
     """The chunks to be computed again.
 
     Attributes:
         model: a folder, or a name on the Hub.
         prompts: UTF-8 text files whose chunks, and tails, are sampled.
         share: of each prompt's stored chunks, but at least one of them; in (0, 1].
+        warmed: how the prompts were warmed.
         seed: of the choice. The same store, prompts and seed give the same sample.
     """
 
     model: str
     prompts: Sequence[Path]
     share: float
+    warmed: WarmedOptions
     seed: int = 0
 
 
@@ -77,11 +79,11 @@ def recompute(job: RecomputeJob, store: Store) -> Recomputed:
         CakeError: the store has no chunk of a prompt, or a prompt cannot be restored at all.
         ValueError: the model or a file cannot be used.
     """
-    documents = [read_document(path, job.chat, job.system, job.tokens, job.boundaries) for path in job.prompts]
+    documents = [read_warmed(path, job.warmed) for path in job.prompts]
     with console.status("loading the model"):
         tokenizer = load_tokenizer(job.model)
         prompts = [document.ids(tokenizer) for document in documents]
-        model = load_model(job.model, job.dtype, job.device)
+        model = load_model(job.model, job.warmed.dtype.value, job.warmed.device)
     found = []
     for path, ids in zip(job.prompts, prompts, strict=True):
         refuse_too_long(model.config, ids.shape[1], "give a shorter text.")
@@ -96,13 +98,6 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
     The end counts as declared: that changes no chunk before it, and shows whether the store has the tail there. Nothing
     stored goes into the computation, so a forged chunk cannot vouch for the next one.
 
-    Args:
-        job: what is to be computed.
-        store: with the chunks.
-        model: loaded.
-        ids: `[1, tokens]`.
-        name: of the prompt, for messages.
-
     Raises:
         CakeError: see `recompute`.
         ValueError: a boundary is outside of the prompt.
@@ -112,10 +107,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
     with CakeCache(
         model,
         comparing,
-        chunk_size=job.chunk_size,
-        salt=job.salt,
-        exact=job.exact,
-        codec=job.codec,
+        **job.warmed.keyed,
         strategy="compute",
         limits=limits,
         snapshot_every=1,  # wherever the store may have one
@@ -130,7 +122,7 @@ def recompute_prompt(job: RecomputeJob, store: Store, model: Any, ids: torch.Ten
                     raise _Enough
 
             try:
-                report = cache.prefill(ids, boundaries=job.boundaries, progress=progress)
+                report = cache.prefill(ids, boundaries=job.warmed.boundary or (), progress=progress)
             except _Enough:
                 report = cache.report
         cache.flush()

@@ -8,10 +8,9 @@ import typer
 from rich.text import Text
 
 from cake_hf.cli.console import WRONG, console, progress_bar
-from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store, take_inventory
-from cake_hf.cli.options import StoreArgument, WarmedOptions
-from cake_hf.cli.selecting import Naming, Selector, choose
+from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
+from cake_hf.cli.selecting import Naming, choose
 from cake_hf.errors import StoreError
 from cake_hf.stores import LocalStore, Store
 from cake_hf.util.redaction import shown, shown_url
@@ -36,14 +35,13 @@ def rm_command(
     Chunks that other prompts start with, too, stay. What is deleted is
     computed again when its prompt comes; pinned chunks are deleted, too.
     """
-    wanted = Selector.of(naming, warmed)
-    wanted.refuse_unclear(NOTHING)
+    naming.refuse_unclear(NOTHING)
     with existing_store(store) as opened:
         if opened.read_only:
             raise StoreError(f"{shown_url(store)} can only be read; nothing is deleted there.")
         with progress_bar("reading headers", "chunks") as progress:
             inventory = take_inventory(opened, progress)
-        keys, shared = choose(opened, inventory, wanted).to_delete(inventory)
+        keys, shared = choose(opened, inventory, naming, warmed).to_delete(inventory)
         sizes = {key: chunk.file_bytes for key, chunk in {**inventory.chunks, **inventory.states}.items()}
         told = f"{count_text(len(keys), 'chunk')}, {bytes_text(sum(sizes[key] for key in keys))}"
         if shared:

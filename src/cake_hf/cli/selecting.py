@@ -6,20 +6,22 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, find_chunk, namespaces
-from cake_hf.cli.options import WarmedOptions, WarmedSettings
+from cake_hf.cli.options import WarmedOptions
 from cake_hf.errors import StoreError
 from cake_hf.keys import block_keys
 from cake_hf.stores import Store
 
+_DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Naming:
-    """The options that name chunks, shared by `rm` and `pin`."""
+    """The options that name chunks, shared by `rm` and `pin`; they are to be named in one way."""
 
     prompt: Annotated[
         list[Path] | None,
@@ -31,38 +33,10 @@ class Naming:
         str, typer.Option(help="The first digits of a prompt's last chunk, as `cake-hf ls` shows them.")
     ] = ""
 
-
-_DIGITS = re.compile(r"[0-9a-f]{1,64}", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Selector(WarmedSettings):
-    """A selection as given by the options of the same names.
-
-    Attributes:
-        prompts, model, namespace, chunk: ways to name chunks; one of them is used.
-    """
-
-    prompts: Sequence[Path] = ()
-    model: str = ""
-    namespace: str = ""
-    chunk: str = ""
-
-    @classmethod
-    def of(cls, naming: Naming, warmed: WarmedOptions) -> Selector:
-        """Builds a selection from the options of a command."""
-        return cls(
-            tuple(naming.prompt or ()),
-            naming.model,
-            naming.namespace,
-            naming.chunk,
-            **warmed.as_given,
-        )
-
     @property
     def ways(self) -> int:
         """The number of ways in which chunks are named."""
-        return sum(map(bool, (self.prompts or self.model, self.namespace, self.chunk)))
+        return sum(map(bool, (self.prompt or self.model, self.namespace, self.chunk)))
 
     def refuse_unclear(self, nothing: str) -> None:
         """Raises an error if chunks are not named in exactly one way.
@@ -77,7 +51,7 @@ class Selector(WarmedSettings):
             raise ValueError(nothing)
         if self.ways > 1:
             raise ValueError("Name chunks in one way: --prompt with --model, --model, --namespace, or --chunk.")
-        if self.prompts and not self.model:
+        if self.prompt and not self.model:
             raise ValueError("--prompt needs --model: whose KV of that document.")
 
 
@@ -121,22 +95,28 @@ class SelectedChunks:
         return with_states(gone, inventory), shared
 
 
-def choose(store: Store, inventory: Inventory, wanted: Selector) -> SelectedChunks:
+def choose(store: Store, inventory: Inventory, naming: Naming, warmed: WarmedOptions) -> SelectedChunks:
     """Finds the selected chunks.
+
+    Args:
+        store: with the chunks.
+        inventory: of the store.
+        naming: names the chunks, in one way.
+        warmed: how documents were warmed, if these name them.
 
     Raises:
         StoreError: the store has none of them.
         ValueError: the model or a file cannot be used, or digits are not hexadecimal.
         CakeError: no KV of the model is kept.
     """
-    if wanted.prompts:
-        return SelectedChunks(*_of_documents(store, inventory, wanted))
-    if wanted.namespace:
-        return SelectedChunks(keys=_of_namespace(inventory, wanted.namespace))
-    if wanted.chunk:
-        _refuse_no_digits("--chunk", wanted.chunk)
-        return SelectedChunks(chains=[_chain_to(find_chunk(store, wanted.chunk), inventory)])
-    return SelectedChunks(keys=_of_model(inventory, wanted.model))
+    if naming.prompt:
+        return SelectedChunks(*_of_documents(store, inventory, naming.prompt, naming.model, warmed))
+    if naming.namespace:
+        return SelectedChunks(keys=_of_namespace(inventory, naming.namespace))
+    if naming.chunk:
+        _refuse_no_digits("--chunk", naming.chunk)
+        return SelectedChunks(chains=[_chain_to(find_chunk(store, naming.chunk), inventory)])
+    return SelectedChunks(keys=_of_model(inventory, naming.model))
 
 
 def with_states(keys: Iterable[str], inventory: Inventory) -> list[str]:
@@ -156,26 +136,21 @@ def _below(key: str, children: dict[str, list[str]]) -> set[str]:
     return found
 
 
-def _of_documents(store: Store, inventory: Inventory, wanted: Selector) -> tuple[list[list[str]], list[str]]:
+def _of_documents(
+    store: Store, inventory: Inventory, prompts: Sequence[Path], model_name: str, warmed: WarmedOptions
+) -> tuple[list[list[str]], list[str]]:
     """Returns for each document the keys up to its end (or to its last chunk, if the end was not declared), and the tails
     after these."""
     # These take seconds to import.
-    from cake_hf.cli.documents import read_document
+    from cake_hf.cli.documents import read_warmed
     from cake_hf.cli.models import load_model, load_tokenizer
     from cake_hf.packs.contents import session_for
 
-    how = wanted.chat, wanted.system, wanted.tokens, wanted.boundaries
-    documents = {path: read_document(path, *how) for path in wanted.prompts}
-    tokenizer = load_tokenizer(wanted.model)
+    documents = {path: read_warmed(path, warmed) for path in prompts}
+    tokenizer = load_tokenizer(model_name)
     ids = {path: document.ids(tokenizer) for path, document in documents.items()}
-    model = load_model(wanted.model, wanted.dtype, wanted.device)
-    options: dict[str, Any] = {
-        "chunk_size": wanted.chunk_size,
-        "salt": wanted.salt,
-        "exact": wanted.exact,
-        "codec": wanted.codec,
-    }
-    with session_for(model, store, **options) as session:
+    model = load_model(model_name, warmed.dtype.value, warmed.device)
+    with session_for(model, store, **warmed.keyed) as session:
         namespace, size = session.namespace(), session.chunk_size
     chains, tails = [], []
     for path, document in documents.items():

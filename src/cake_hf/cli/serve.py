@@ -14,11 +14,10 @@ import typer
 from typer.models import OptionInfo
 
 from cake_hf.cli.console import FAILED, console
-from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.keeping import said_of_new
 from cake_hf.cli.models import HELP as MODEL
 from cake_hf.cli.models import find_model
-from cake_hf.cli.options import ChunkSize, Codec
+from cake_hf.cli.options import ChunkSize, Codec, flat_options
 from cake_hf.cli.server_seams import Make, Server, missing_packages, options_of_transformers
 from cake_hf.errors import CakeError
 from cake_hf.scheduling.frontier import Strategy

@@ -62,12 +62,7 @@ class Sheet:
         return needed <= options.max_width
 
     def _table(self, columns: Sequence[int], *, whole: bool) -> Table:
-        """Returns a table of some of the columns.
-
-        Args:
-            columns: by number.
-            whole: no cell takes several lines.
-        """
+        """Returns a table of some of the columns."""
         padding = (0, 0 if self.tight else 1, 0, 0)
         table = Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=padding, pad_edge=False)
         for column in columns:

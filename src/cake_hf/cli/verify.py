@@ -1,4 +1,4 @@
-"""`cake-hf verify`: reads every chunk of a store and checks it against its own checksum."""
+"""`cake-hf verify`: reads every chunk of a store, checks it against its own checksum, and shows what it has found."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
 
 from cake_hf.chunks.codec import Checksum, check_pieces, spans_of
 from cake_hf.chunks.encoded_checks import check_encoded_file, stored_pieces
 from cake_hf.chunks.encoded_header import is_encoded, parse_encoded_header
+from cake_hf.cli.console import console
 from cake_hf.cli.inspect_store import Progress, StoredChunk, chunk_of, read_chunk
 from cake_hf.cli.many import each_answer
 from cake_hf.errors import CorruptChunk, NewerChunk, StoreError
 from cake_hf.stores import Store
 from cake_hf.util.redaction import shown
+from cake_hf.util.sizes import bytes_text, count_text
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from cake_hf.cli.recompute import Recomputed
 
 THREADS = 4
 """Each thread takes memory for what it reads."""
@@ -153,3 +162,53 @@ def delete(store: Store, bad: Sequence[BadChunk]) -> int:
         StoreError: one of them cannot be deleted.
     """
     return sum(store.delete(chunk.key) for chunk in bad if chunk.corrupt)
+
+
+def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
+    """Shows the damaged chunks, if any, and what to do about them.
+
+    Args:
+        result: of the check of all chunks.
+        bad: the damaged chunks that any check has found.
+        deleted: how many of them have been deleted.
+    """
+    what = _what_was_checked(result)
+    if not bad:
+        console.print(Text.assemble(("All is well:", "green"), f" {what} checked."))
+        return
+    _show_bad(bad)
+    console.print(f"\n{len(bad)} damaged of {what} checked.", style="bold red")
+    if deleted:
+        console.print(f"{count_text(deleted, 'chunk')} deleted; computed and saved again when their prompt comes.")
+    elif any(chunk.corrupt for chunk in bad):
+        console.print(Text.assemble("Delete them with the same command and ", ("--fix", "bold"), "."))
+
+
+def show_stopped(result: Verified) -> None:
+    """Shows the findings of a check that was stopped."""
+    if result.bad:
+        _show_bad(result.bad)
+    found = f"{len(result.bad)} damaged of {_what_was_checked(result)} checked"
+    console.print(f"\nStopped: {found}, {count_text(result.left, 'chunk')} not checked, nothing deleted.", style="bold")
+
+
+def _what_was_checked(result: Verified) -> str:
+    return f"{count_text(result.checked, 'chunk')}, {bytes_text(result.nbytes)}"
+
+
+def _show_bad(bad: Sequence[BadChunk]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("damaged chunk", style="red", no_wrap=True)
+    table.add_column("why")
+    for chunk in bad:
+        table.add_row(chunk.key, Text(chunk.why))
+    console.print(table)
+
+
+def show_recomputed(result: Recomputed) -> None:
+    """Shows how many chunks were computed again."""
+    of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
+    if result.bad:
+        console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
+    else:
+        console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))

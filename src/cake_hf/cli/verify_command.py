@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from cake_hf.cli.console import STOPPED, WRONG, progress_bar
-from cake_hf.cli.flat_options import flat_options
 from cake_hf.cli.inspect_store import existing_store
-from cake_hf.cli.options import StoreArgument, WarmedOptions
+from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
 from cake_hf.cli.recompute import RecomputeJob, recompute
-from cake_hf.cli.store_tables import show_recomputed, show_stopped, show_verified
-from cake_hf.cli.verify import BadChunk, delete, verify
+from cake_hf.cli.verify import BadChunk, delete, show_recomputed, show_stopped, show_verified, verify
 from cake_hf.util.sizes import parse_share
 
 
@@ -83,7 +81,7 @@ def _recompute_job(
         raise ValueError(
             "--recompute needs --model, and with --prompt the texts whose chunks are to be checked: chunks do not hold them."
         )
-    return RecomputeJob(model, prompts, parse_share(share), seed, **warmed.as_given)
+    return RecomputeJob(model, prompts, parse_share(share), warmed, seed)
 
 
 def _together(one: list[BadChunk], other: list[BadChunk]) -> list[BadChunk]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from cake_hf.blocks import blocks
 from cake_hf.cache import CakeCache
-from cake_hf.cache.words import SALTED_WORDS, keep_words
+from cake_hf.cache.restoring import RestoringCache
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.cli.console import console, progress_bar
 from cake_hf.cli.documents import read_document
@@ -23,12 +25,14 @@ from cake_hf.cli.keeping import refuse_over_budget
 from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.sheets import Lanes, report_table
 from cake_hf.errors import CakeError
+from cake_hf.keys import canonical
 from cake_hf.layers.compat import GENERATE_LINE
 from cake_hf.limits import Limits
 from cake_hf.model.kv_layout import chunk_layout, kv_template
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.report import Report
 from cake_hf.restore.session import chosen_chunk_size
+from cake_hf.stores.records import Record, keep
 from cake_hf.util.redaction import shown_url
 from cake_hf.util.sizes import count_text
 
@@ -125,6 +129,39 @@ def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     return report
 
 
+MOST_KEPT = 8
+"""The most words that are kept."""
+
+MAX_LETTERS = 80
+
+SALTED_WORDS = (
+    "First words are not kept of what is saved under a salt, since others could read them; leave out --keep-words."
+)
+
+
+def keep_words(cache: RestoringCache, text: str) -> None:
+    """Keeps the first words of the document that a cache holds. Call it once the document's chunks are durable.
+
+    Raises:
+        ValueError: there is a salt, whose purpose is to hide documents from others.
+        StoreError: they cannot be kept.
+    """
+    session = cache._session
+    if session.salt:
+        raise ValueError(SALTED_WORDS)
+    if not cache._held.keys:
+        return
+    now, words = int(time.time()), " ".join(text.split(maxsplit=MOST_KEPT)[:MOST_KEPT])[:MAX_LETTERS]
+    namespace, metadata = (
+        session.bound_model.latest_namespace(),
+        json.loads(canonical(session.bound_model.latest_metadata())),
+    )
+    keep(
+        session.bound_store.store,
+        Record(namespace, metadata, session.bound_model.name, now, now, {cache._held.keys[-1]: words}),
+    )
+
+
 class Pace:
     """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait.
 
@@ -149,13 +186,7 @@ class Pace:
 
 
 def show_warmed(job: WarmJob, report: Report, *, has_template: bool = False) -> None:
-    """Shows what was done, what will be restored from it, and how.
-
-    Args:
-        job: the one that is done.
-        report: of the document.
-        has_template: the model is a chat model.
-    """
+    """Shows what was done, what will be restored from it, and how."""
     console.print(Panel(report_table(report), title="warmed", title_align="left", border_style="green", expand=False))
     if report.chunks_computed and report.chunks_loaded:
         console.print(Lanes(report))

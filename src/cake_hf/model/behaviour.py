@@ -33,9 +33,6 @@ def behaviour(model: torch.nn.Module) -> Kept:
     """Returns the KV that a model currently computes for a few tokens, by name; see `probed_layers`.
 
     If that KV has a different layout from the remembered one, the layout will be determined again.
-
-    Args:
-        model: of a kind whose layers are known.
     """
     layers = probed_layers(model)
     forget_if_unlike(model, layers)
@@ -67,12 +64,7 @@ _lock = Lock()
 
 
 def rows_changed(model: torch.nn.Module, ids: torch.Tensor) -> bool:
-    """Returns whether the rows of these tokens have changed since `remember_rows` was called; False if it was not called.
-
-    Args:
-        model: a transformers model.
-        ids: token ids, of any shape.
-    """
+    """Returns whether the rows of these tokens have changed since `remember_rows` was called; False if it was not called."""
     with _lock:
         known = _sums.get(model)
     weight = _embedding(model)

@@ -49,10 +49,6 @@ def users_functions(model: torch.nn.Module, chosen: Mapping[str, Any]) -> list[s
     """Returns those functions of `code_digest` that no installed library provides: none, unless a user has added some.
 
     Unlike the digest, the result does not depend on the versions of libraries.
-
-    Args:
-        model: any model.
-        chosen: as for `code_digest`.
     """
     kinds = {type(module) for _, module in modules_of(model)}
     own = {_package(kind.__module__) for kind in kinds}

@@ -119,9 +119,6 @@ def foreign_modules(modules: Named) -> list[str]:
     """Lists paths and classes of modules that come neither from torch.nn nor from the model's own library.
 
     They may compute a different result with the same weights: some quantise only in the forward.
-
-    Args:
-        modules: of a model, which comes first.
     """
     (_, model), *below = modules
     usual = ("torch.nn.", f"{type(model).__module__.split('.')[0]}.")
@@ -255,10 +252,6 @@ def begin_digest(model: torch.nn.Module, *, portable: bool) -> None:
 
     What the thread finds counts only if the weights are then still the same, as for any checksum that is remembered. A model
     whose weights are not all in host memory is left alone: hooks may move them during a forward, and a GPU has other work.
-
-    Args:
-        model: whose forward may run meanwhile.
-        portable: as for `weights_digest`.
     """
     if is_digest_known(model, portable=portable):
         return

@@ -302,11 +302,7 @@ class Presses:
         return None
 
     def apply(self, layers: list[Any]) -> None:
-        """Applies the presses to layers that hold a whole prompt.
-
-        Args:
-            layers: of the cache.
-        """
+        """Applies the presses to layers that hold a whole prompt."""
         for pressed in self.pressed:
             module, layer = pressed.module, layers[pressed.module.layer_idx]
             layer.keys, layer.values = pressed.press.compress(module, None, layer.keys, layer.values, None, {})

@@ -118,9 +118,6 @@ def probed_layers(model: torch.nn.Module) -> list[Any]:
     """Returns the layers of a `DynamicCache` that holds the KV that a model computes for `TOKENS` tokens.
 
     Within one look the model is run once: a first prompt needs the layout and then the behaviour.
-
-    Args:
-        model: of a kind whose layers are known.
     """
     ids = some_tokens(model, TOKENS, 7919)
     return run_aside(model, [ids], positions=_positions(model, ids.device), for_kv=True)[1]
@@ -176,11 +173,7 @@ _lock = Lock()
 
 @once_per_look
 def made_by(model: torch.nn.Module) -> Made:
-    """Returns the kind of KV that a model currently computes.
-
-    Args:
-        model: of a kind whose layers are known.
-    """
+    """Returns the kind of KV that a model currently computes."""
     mode = _mode(model)
     with _lock:
         known = _known.setdefault(model, {})
@@ -204,12 +197,7 @@ def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
 
 
 def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
-    """Returns the layout of a chunk of these layers' KV.
-
-    Args:
-        layers: from `kv_template`.
-        chunk_size: in tokens.
-    """
+    """Returns the layout of a chunk of these layers' KV."""
     windowed = windowed_layers(layers)
     pieces = [
         Piece(
@@ -227,11 +215,7 @@ def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:
 
 
 def state_layout(layers: list[Any]) -> ChunkLayout:
-    """Returns the layout of a snapshot of these layers' recurrent states, each as one "token"; without pieces if none.
-
-    Args:
-        layers: from `kv_template`.
-    """
+    """Returns the layout of a snapshot of these layers' recurrent states, each as one "token"; without pieces if none."""
     pieces = [
         Piece(f"layers.{number}.{what}", state.numel() // state.shape[-1], state.shape[-1], state.dtype, number)
         for number, layer in enumerate(layers)

@@ -18,9 +18,5 @@ class ComputePlainly(Exception):
 
 
 def no_answer(trouble: str) -> Refusal:
-    """Returns why a prompt is computed whose store failed, or did not answer in time.
-
-    Args:
-        trouble: what went wrong, in words.
-    """
+    """Returns why a prompt is computed whose store failed, or did not answer in time."""
     return Refusal("store-not-asked", f"the store could not be asked: {trouble}")

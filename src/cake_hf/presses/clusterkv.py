@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from cake_hf.presses.attention import Attended, AttentionCall
+from cake_hf.presses.attention import Attended, AttentionCall, attended, grouped
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
-from cake_hf.presses.softmax import attended, grouped
 
 
 @dataclass(frozen=True)

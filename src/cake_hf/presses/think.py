@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_hf.presses.attention import Attended, AttentionCall
+from cake_hf.presses.attention import Attended, AttentionCall, grouped, weighed
 from cake_hf.presses.layers import PressedLayer, causal_mask
 from cake_hf.presses.press import Prefix, Press, check_share
-from cake_hf.presses.softmax import grouped, weighed
 
 
 @dataclass(frozen=True)

@@ -135,13 +135,7 @@ class Audit:
 
 
 def refuse_model(model: torch.nn.Module, namespace: str, number: int) -> Refusal:
-    """Records that a model, under this namespace, does not compute what is stored; returns the refusal.
-
-    Args:
-        model: that computed the chunk.
-        namespace: of the chunk.
-        number: of the chunk in its prompt.
-    """
+    """Records that a model, under this namespace, does not compute what is stored; returns the refusal."""
     refusal = Refusal(
         "differs-from-store",
         f"this model does not compute what the store holds (chunk {number} is stored with other values), so something "

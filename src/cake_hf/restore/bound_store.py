@@ -22,8 +22,7 @@ from cake_hf.keys import canonical
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
-from cake_hf.scheduling.codecs import encoding_pays
-from cake_hf.scheduling.costs import MAX_SECONDS, is_number
+from cake_hf.scheduling.costs import MAX_SECONDS, encoding_pays, is_number
 from cake_hf.stores.base import Store
 from cake_hf.stores.display_name import store_name
 from cake_hf.stores.opening import StoreSpec
@@ -130,10 +129,6 @@ class BoundStore:
         With the codec "auto" they are, unless the store is in memory or, by what was learned of both, loading them would take
         longer than loading raw ones. That changes no key, and all forms are read. With a lossy codec, those chunks that stay
         exact are encoded by the lossless one.
-
-        Args:
-            namespace: of the chunks.
-            layout: of a chunk.
         """
         if self._codec != "auto":
             return self._codec == LOSSLESS or self.lossy is not None

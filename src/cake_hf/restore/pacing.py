@@ -14,8 +14,7 @@ from cake_hf.restore.plan import RestorePlan
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
 from cake_hf.scheduling.adapting import Adapting
-from cake_hf.scheduling.codecs import levels_of
-from cake_hf.scheduling.costs import Brought, Costs
+from cake_hf.scheduling.costs import Brought, Costs, levels_of
 from cake_hf.scheduling.frontier import Frontier, Outcome
 from cake_hf.scheduling.pace import Pace, RestorePace
 from cake_hf.transfer.cost_notes import CostMemory
@@ -80,14 +79,7 @@ def new_pace(
 
 
 def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace, read_timeout: float) -> Frontier:
-    """Returns the ledger of one restore.
-
-    Args:
-        session: of the cache.
-        plan: of the restore.
-        pace: of the restore.
-        read_timeout: seconds that a read is waited for.
-    """
+    """Returns the ledger of one restore."""
     return Frontier(
         plan.usable,
         strategy=session.strategy,

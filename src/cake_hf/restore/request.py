@@ -72,16 +72,7 @@ class ForwardCall:
         *,
         for_kv: bool = False,
     ) -> ForwardCall:
-        """Names the positional arguments, and separates the cache from the others.
-
-        Args:
-            model: whose forward is called.
-            args: positional arguments of the call.
-            kwargs: its keyword arguments.
-            cache: which of all these is the cache.
-            past: tokens in it.
-            for_kv: see the attribute.
-        """
+        """Names the positional arguments, and separates the cache from the others."""
         parameters = forward_parameters(model)
         named = _named(parameters, args, kwargs)
         given_as = next((name for name, value in named.items() if value is cache), "")

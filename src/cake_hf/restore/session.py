@@ -16,7 +16,7 @@ from cake_hf.restore.bound_model import BoundModel, chosen_chunk_size
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.frontier import Strategy
-from cake_hf.scheduling.rules import Rules
+from cake_hf.scheduling.pace import Rules
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.transfer.cost_notes import CostMemory

@@ -1,6 +1,6 @@
 """Loads that choose among forms of a chunk, so that a restore is over in time: CacheGen's adaptation at both ends.
 
-Source: CacheGen (Liu et al., SIGCOMM 2024). Its rule, `codecs.finest`, is asked at each claim. What computing will have made by
+Source: CacheGen (Liu et al., SIGCOMM 2024). Its rule, `costs.finest`, is asked at each claim. What computing will have made by
 then need not be loaded. Where no form is in time, the coarsest is loaded. Pure arithmetic: no clock, no threads.
 """
 
@@ -13,8 +13,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from cake_hf.scheduling.codecs import finest
-from cake_hf.scheduling.costs import MAX_SECONDS, Brought, CodecCost, Costs, LoadCost
+from cake_hf.scheduling.costs import MAX_SECONDS, Brought, CodecCost, Costs, LoadCost, finest
 from cake_hf.scheduling.pace import Pace
 
 LEAST_SECONDS = 1e-9

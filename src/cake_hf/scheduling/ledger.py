@@ -179,9 +179,6 @@ class ChunkStates:
 class Loads:
     """Used under the frontier's lock. `len` is the number of loads under way; `in` asks whether a chunk's load is.
 
-    Args:
-        most_staged: see `Frontier`.
-
     Attributes:
         outcomes: how each load has ended, by chunk; not of those that were superseded.
         in_parts: chunks whose loads deliver layer by layer.

@@ -148,12 +148,7 @@ def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
 
 
 def possible_loads(spans: Iterable[tuple[float, float]], brought: Iterable[Brought]) -> list[Load]:
-    """Returns the loads with these times, without impossible ones.
-
-    Args:
-        spans: start and end of each load.
-        brought: what each of them brought.
-    """
+    """Returns the loads with these times, without impossible ones."""
     loads = [Load(start, end, one) for (start, end), one in zip(spans, brought, strict=True)]
     return [load for load in loads if load.is_possible]
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cake_hf.blocks import Block
 from cake_hf.scheduling.costs import MAX_SECONDS, Brought, ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.frontier import Judge
+from cake_hf.scheduling.layer_gate import ranges_of
 
 TRIAL_SHARE = 0.02
 """Fraction of the restores' time that may be spent on trials of the unused side."""
@@ -335,3 +337,16 @@ class RestorePace(Pace):
 
 def _never(chunk: int) -> bool:
     return False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides, in the restores of a cache, whether a chunk is loaded or computed, and how it is read.
+
+    Attributes:
+        pace: makes the pace of each restore.
+        ranges: chooses the number of layer ranges in which the last chunks are read; see `layer_gate.ranges_of`.
+    """
+
+    pace: Callable[..., RestorePace] = RestorePace
+    ranges: Callable[[Costs, int, float], int] = ranges_of

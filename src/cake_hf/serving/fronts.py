@@ -48,11 +48,6 @@ class Front:
 class Fronts:
     """The decisions of one engine.
 
-    Args:
-        session: with the strategy.
-        beliefs: about costs.
-        stall: see `batching`.
-
     Attributes:
         loading: number of restores that share the path to the store.
         decoding: whether any request is decoding.

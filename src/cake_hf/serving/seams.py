@@ -80,9 +80,6 @@ class Hooks(Protocol):
 class Engine:
     """The scheduler and the memory of one batch processor.
 
-    Args:
-        processor: the batch processor.
-
     Attributes:
         page: tokens of a block.
         canonical: blocks whose KV is known to be as `generate` computes it.

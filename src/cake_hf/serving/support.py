@@ -83,12 +83,7 @@ def attention_refusal(model: Any) -> Refusal | None:
 
 
 def engine_refusal(engine: Any, layout: ChunkLayout) -> Refusal | None:
-    """Returns why an engine's requests cannot be restored; None if they can.
-
-    Args:
-        engine: an `Engine`.
-        layout: of a chunk, as `generate` makes it.
-    """
+    """Returns why an engine's requests cannot be restored; None if they can."""
     if engine.ranks > 1:
         return Refusal(
             "engine-ranks", "in continuous batching, prompts of a tensor-parallel model cannot be restored yet"
@@ -110,14 +105,7 @@ def engine_refusal(engine: Any, layout: ChunkLayout) -> Refusal | None:
 
 
 def prompts_refusal(session: Session, layers: list[Any], namespace: str, tokens: int) -> Refusal | None:
-    """Returns why the model's prompts must be computed plainly for now; None if they are restored.
-
-    Args:
-        session: with the model.
-        layers: that a `CakeCache` for the model has.
-        namespace: of the session.
-        tokens: of the longest prompt in question.
-    """
+    """Returns why the model's prompts must be computed plainly for now; None if they are restored."""
     model = session.model
     return (
         misunderstood_refusal(model)

@@ -13,11 +13,7 @@ logger = logging.getLogger("cake_hf")
 
 
 class Watcher:
-    """Hooks of an engine (`seams.Hooks`) that note when the first token of each answer comes.
-
-    Args:
-        requests: of the manager.
-    """
+    """Hooks of an engine (`seams.Hooks`) that note when the first token of each answer comes."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests

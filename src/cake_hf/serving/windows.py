@@ -20,12 +20,7 @@ from cake_hf.serving.seams import Engine, RequestState
 
 
 class Windows:
-    """The windows of one engine's requests.
-
-    Args:
-        engine: whose memory has them.
-        layout: of a chunk.
-    """
+    """The windows of one engine's requests."""
 
     def __init__(self, engine: Engine, layout: ChunkLayout) -> None:
         self._engine, self._layout, self._size = engine, layout, layout.chunk_size
@@ -33,11 +28,7 @@ class Windows:
         self._full_bytes = sum(layout.sizes[: layout.everywhere])
 
     def loads(self, stored: Sequence[bool]) -> WindowLoads:
-        """Returns which loads are to bring windows.
-
-        Args:
-            stored: which chunks are loaded.
-        """
+        """Returns which loads are to bring windows."""
         wanted = windows_to_load(stored, blocks(0, len(stored) * self._size, (), self._size), self._tokens)
         weight = stored_bytes(self._layout) / (header_size(self._layout) + self._full_bytes)
         return WindowLoads(frozenset(wanted if self._tokens else ()), -(-self._tokens // self._size), weight)

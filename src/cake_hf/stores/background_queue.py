@@ -55,9 +55,6 @@ class BackgroundQueue:
     """The tasks of one place and purpose, and their thread. It is used through `QueueUser`.
 
     Invariant: `bytes of queued tasks + bytes of the running task <= the largest capacity of a user`.
-
-    Args:
-        name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:

@@ -50,11 +50,7 @@ class TierCounts:
 
 
 class Breaker:
-    """A circuit breaker for one kind of operation. Called with its owner's lock held.
-
-    Args:
-        clock: monotonic seconds.
-    """
+    """A circuit breaker for one kind of operation. Called with its owner's lock held."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -86,10 +82,6 @@ class TierHealth:
     """The health of one tier. All methods may be called from any thread.
 
     Reads and writes have a breaker each: a full disk still reads well.
-
-    Args:
-        name: name of the store, for messages.
-        clock: monotonic seconds.
     """
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:

@@ -56,10 +56,6 @@ def is_store(root: int) -> bool:
 def claim(root: int, path: Path) -> None:
     """Marks a directory as a store, unless it holds other files.
 
-    Args:
-        root: descriptor of the directory.
-        path: path of the directory, for the message.
-
     Raises:
         StoreError: the directory is neither empty nor a store.
         OSError: the directory cannot be accessed or written to.

@@ -25,8 +25,7 @@ from cake_hf.errors import CorruptChunk, StoreError
 from cake_hf.stores.base import MAX_NOTE_BYTES, MOST_NOTES, Part, Store, refuse_longer, total_bytes
 from cake_hf.stores.pieces import cut
 from cake_hf.stores.redis_client import RedisAddress, advice, socket_of
-from cake_hf.stores.redis_manifest import MANIFEST_BYTES, Manifest
-from cake_hf.stores.redis_wire import Refused, Unfit, Wire
+from cake_hf.stores.redis_wire import MANIFEST_BYTES, Manifest, Refused, Unfit, Wire
 from cake_hf.util.interrupts import faults_suppressed, is_the_users
 from cake_hf.util.redaction import scrub
 

@@ -2,16 +2,20 @@
 
 A client that returns values as objects copies each value, and takes the GIL once per piece that the socket delivers; the
 model's forward waits for the GIL. Here one blocking system call transfers a value.
+
+A value is stored in slices, which a small key, its manifest, describes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from cake_hf.stores.pieces import after
 
@@ -164,3 +168,51 @@ def _command(words: Sequence[bytes]) -> bytes:
 
 def _bulks(words: Sequence[bytes]) -> bytes:
     return b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+MANIFEST_BYTES = 63
+"""Index of the last byte of a manifest that is read. Ours are shorter; for others no more memory is used."""
+
+MAX_SLICES = 2**16
+"""Most slices of a value; a manifest that claims more is not ours."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A value's size and slices.
+
+    Attributes:
+        size: bytes of the value.
+        slice_bytes: bytes of each slice except the last.
+        tag: tag in the names of the slices.
+    """
+
+    size: int
+    slice_bytes: int
+    tag: str
+
+    def encode(self) -> bytes:
+        """Returns the manifest as it is stored."""
+        return f"1 {self.size} {self.slice_bytes} {self.tag}".encode()
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest | None:
+        """Parses a stored manifest; returns None if it is missing or not ours."""
+        match = re.fullmatch(rb"1 (\d{1,15}) ([1-9]\d{0,9}) ([0-9a-f]{16})", raw)
+        if match is None:
+            return None
+        found = cls(int(match[1]), int(match[2]), match[3].decode())
+        return found if found.size <= found.slice_bytes * MAX_SLICES else None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each slice."""
+        full, rest = divmod(self.size, self.slice_bytes)
+        return [self.slice_bytes] * full + [rest] * (rest > 0)
+
+    def ranges(self, offset: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Iterates over the parts of slices that make up `count` bytes from an offset in the value: (slice, begin, end)."""
+        end = offset + count
+        for number in range(offset // self.slice_bytes, -(-end // self.slice_bytes) if count else 0):
+            start = number * self.slice_bytes
+            yield number, max(offset - start, 0), min(end - start, self.slice_bytes)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cake_hf.scheduling.pace import RestorePace
-from cake_hf.scheduling.rules import Rules
+from cake_hf.scheduling.pace import RestorePace, Rules
 from cake_hf.stores.wrappers import WrapperStore
 from cake_hf.testing.wrappers import FAULTS, FaultStore, GateStore, ThrottledStore, expected_faults
 

@@ -66,10 +66,6 @@ class Call(Generic[T]):
     """A call in a thread of its own. Nothing that it raises propagates, whatever its base class.
 
     A call that hangs cannot be ended from outside; its (daemon) thread is left running.
-
-    Args:
-        call: to run.
-        what: what it is about, in a word.
     """
 
     def __init__(self, call: Callable[[], T], what: str) -> None:
@@ -174,11 +170,7 @@ _current = threading.local()
 
 
 class WaitBudget:
-    """The budget of one prompt. Only waits that end without an answer are charged to it.
-
-    Args:
-        seconds: of the whole prompt.
-    """
+    """The budget of one prompt. Only waits that end without an answer are charged to it."""
 
     def __init__(self, seconds: float) -> None:
         self._left = seconds

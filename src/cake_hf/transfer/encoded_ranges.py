@@ -6,7 +6,7 @@ from cake_hf.chunks.encoded_checks import check_refinements
 from cake_hf.chunks.encoded_header import EncodedMetadata, check_encoded_header, encoded_header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.stored_forms import EncodedPieces
-from cake_hf.scheduling.codecs import BASE_SHARE
+from cake_hf.scheduling.costs import BASE_SHARE
 from cake_hf.stores.base import Store
 
 

@@ -78,9 +78,6 @@ def parsed(text: str) -> dict[str, Hits]:
 def read_hits(folder: Path) -> dict[str, Hits]:
     """Returns the totals in a store's notes; empty if there are none.
 
-    Args:
-        folder: of the notes.
-
     Raises:
         OSError: the notes cannot be read.
     """

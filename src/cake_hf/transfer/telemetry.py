@@ -159,12 +159,7 @@ def observe_lookup(seconds: float) -> None:
 
 
 def observe_save(durable: bool, nbytes: int) -> None:
-    """Counts a chunk that was to be saved.
-
-    Args:
-        durable: whether it is in the store now.
-        nbytes: of its payload.
-    """
+    """Counts a chunk that was to be saved."""
     _watch.tell(lambda instruments: instruments.save(durable, nbytes))
 
 
