@@ -25,6 +25,7 @@ from benchmarks.figures import Figure, Goal, Result
 from benchmarks.timing import Sample, interleave
 from benchmarks.workbench import Run, Workbench, median_parts
 from cake_hf.model.behaviour import Kept, behaviour
+from cake_hf.model.kv_layout import Made
 
 NEVER_SLOWER = Goal(1.02)
 NEAR_THE_FLOOR = Goal(1.1)
@@ -86,7 +87,7 @@ class _Round:
         return cls(run.seconds, run)
 
 
-def _told(answer: Kept, run: Callable[[], Run]) -> Run:
+def _told(answer: tuple[Kept, Made], run: Callable[[], Run]) -> Run:
     """Times a run that takes this as the short forward's answer."""
     with patch("cake_hf.restore.bound_model.behaviour", lambda model: answer):
         return run()

@@ -2,9 +2,9 @@
 
     python scripts/trace_restore.py [--calls] [--tokens N]
 
-A small random Llama, a prompt of 8 chunks and a last piece, all chunks stored; the cache is there already. Counted is what runs
-in the main thread. A *crossing* is a call of a function in one file of the package by one in another; what lies between them of
-other libraries does not count, and a generator that goes on counts as called.
+The model is a small random Llama. The prompt has 8 chunks, all of them stored, and a last piece; the cache exists already. Only
+the main thread is counted. A *crossing* is a call of a function in one file of the package by one in another file. Calls
+through other libraries count as direct ones, and a generator that is resumed counts as called.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ OUTSIDE = "outside"
 
 @dataclass
 class Trace:
-    """What ran.
+    """Counts of the calls in one run.
 
     Attributes:
-        functions: how often each was called.
-        crossings: how often, by (file of the caller, file of the called).
-        borders: the same by function, for who looks closer.
+        functions: calls of each function.
+        crossings: calls from file to file, by (file of the caller, file of the called function).
+        borders: the same, with the name of the called function.
     """
 
     root: str
@@ -43,16 +43,16 @@ class Trace:
 
     @property
     def files(self) -> set[str]:
-        """Of the package, that ran."""
+        """The package's files of which some code ran."""
         return {self._short(code.co_filename) for code in self.functions}
 
     @property
     def total(self) -> int:
-        """Crossings from file to file; calls from outside the package are none."""
+        """The number of crossings from file to file; calls from outside the package do not count."""
         return sum(count for (caller, _), count in self.crossings.items() if caller != OUTSIDE)
 
     def saw(self, frame: FrameType, event: str, argument: object) -> None:
-        """For `sys.setprofile`."""
+        """Counts one event. It is the callback for `sys.setprofile`."""
         code = frame.f_code
         if not code.co_filename.startswith(self.root):
             return
@@ -71,7 +71,7 @@ class Trace:
 
 
 def traced(run: Callable[[], object]) -> Trace:
-    """Run something, and see what of the package runs in this thread meanwhile."""
+    """Run something, and count which code of the package runs in this thread meanwhile."""
     import cake_hf
 
     trace = Trace(str(Path(cake_hf.__path__[0])))
@@ -84,7 +84,7 @@ def traced(run: Callable[[], object]) -> Trace:
 
 
 def warm_restore(new_tokens: int = 1) -> Trace:
-    """The trace of one `generate` whose prompt is stored, the third one of its kind in this process.
+    """Trace one `generate` whose prompt is stored, the third one of its kind in this process.
 
     Raises:
         RuntimeError: the prompt was not restored.

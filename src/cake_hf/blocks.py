@@ -154,7 +154,7 @@ class HeldBlocks:
         return tail_ends(self.blocks, size)
 
     def is_edge(self, place: int) -> bool:
-        """Whether a forward ended at that place, which must not be after the end."""
+        """Returns whether a forward ended at that place, which must not be after the end."""
         return any(block.end == place or (block.singly and block.start < place < block.end) for block in self.blocks)
 
     def append(self, blocks: Sequence[Block], keys: Sequence[str]) -> None:

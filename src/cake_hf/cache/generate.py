@@ -120,7 +120,7 @@ def _with_use_cache(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _needs_prefill(model: torch.nn.Module) -> bool:
-    """Whether the hook cannot recognize a prompt by `logits_to_keep`, but `generate` can continue from what `prefill` brings.
+    """Returns whether the hook cannot recognize a prompt by `logits_to_keep`, but `generate` can continue after `prefill`.
 
     To continue, `generate` has to make an attention mask: it derives from the mask's length how much of the prompt is new.
     """

@@ -35,7 +35,7 @@ class GuardedCache(HookedCache):
     """A cache whose subclasses check in `_before_update` what must hold; by default nothing."""
 
     def _before_update(self, layer: int, *, reads: bool) -> None:
-        """Called before a layer takes something in.
+        """Runs before a layer takes something in.
 
         Args:
             layer: its number.
@@ -43,10 +43,10 @@ class GuardedCache(HookedCache):
         """
 
     def _before_unknown_update(self) -> None:
-        """Called before an update with arguments that we do not know."""
+        """Runs before an update with arguments that we do not know."""
 
     def _is_in_graph(self) -> bool:
-        """Whether torch.compile traces the calling forward, and nothing is left to do outside of the graph."""
+        """Returns whether torch.compile traces the calling forward, and nothing is left to do outside of the graph."""
         return False
 
     def _as_kept(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +117,7 @@ class GuardedCache(HookedCache):
 
 
 def is_within(model: torch.nn.Module) -> bool:
-    """Whether the calling code runs within that model or one of its modules, as far as the call stack shows.
+    """Returns whether the calling code runs within that model or one of its modules, as far as the call stack shows.
 
     Meant for the rare call that the model's hook did not announce: it takes some 20 microseconds per level of the stack.
     """
@@ -167,7 +167,7 @@ class Checkpoint:
         return cls(past, held.copy(), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
 
     def is_over(self) -> bool:
-        """Whether the forward has ended. If that cannot be determined, as in other threads, it counts as running."""
+        """Returns whether the forward has ended. If that cannot be determined, as in other threads, it counts as running."""
         if self.frame is None or threading.get_ident() != self.thread:
             return False
         frame: FrameType | None = sys._getframe(1)
@@ -191,7 +191,7 @@ class Checkpoint:
         return True
 
     def _holds(self, number: int, layer: Any) -> bool:
-        """Whether a layer can be cut back to what it held."""
+        """Returns whether a layer can be cut back to what it held."""
         if isinstance(layer, SlidingWindowLayer) or number in self.replaced:
             return True
         if not isinstance(layer, TokenMajorLayer):
@@ -228,10 +228,6 @@ class User:
 
     def claim(self, model: torch.nn.Module, cache: Any) -> None:
         """Makes the calling thread the user of the cache from now on.
-
-        Args:
-            model: whose forward, or `generate`, is called with the cache.
-            cache: whose user this is.
 
         Raises:
             CakeError: another thread is still using it.

@@ -90,7 +90,7 @@ class Turn:
         return True
 
     def is_plain(self) -> bool:
-        """Whether each token had its own position number and saw all tokens before it. Waits for the device."""
+        """Returns whether each token had its own position number and saw all tokens before it. Waits for the device."""
         numbered = not self._numbers or not bool(torch.cat(self._numbers).any())
         return numbered and (not self._unmasked or bool(torch.cat(self._unmasked).all()))
 
@@ -190,7 +190,7 @@ def _pieces(layers: Sequence[Any], block: Block, end: int) -> list[torch.Tensor]
 
 
 class RememberingCache(GuardedCache):
-    """What `RestoringCache` knows of its content.
+    """The part of `RestoringCache` that knows what the cache holds.
 
     Attributes:
         passive: it is a plain cache, of which nothing is known.
@@ -221,7 +221,7 @@ class RememberingCache(GuardedCache):
         return int(self.get_seq_length()) if not self.passive and self._counts() else 0
 
     def _counts(self) -> bool:
-        """Whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
+        """Returns whether this cache can tell how many tokens it holds; one with recurrent states alone cannot."""
         return not self.layers or keeps_attention(self.layers)
 
     def _rows(self) -> int:
@@ -261,7 +261,7 @@ class RememberingCache(GuardedCache):
             self._turn = None
 
     def _is_cut_in(self, call: ForwardCall) -> bool:
-        """Whether a cut is declared within, or at the end of, the tokens of a call."""
+        """Returns whether a cut is declared within, or at the end of, the tokens of a call."""
         return any(call.past < cut <= call.past + call.tokens for cut in self._cuts)
 
     def _require_same_cuts(self) -> None:
@@ -278,7 +278,7 @@ class RememberingCache(GuardedCache):
                 )
 
     def _continues(self, hidden: HiddenBlock, ids: torch.Tensor, first: int = 0) -> bool:
-        """Whether the tokens `[1, tokens]` of a prompt, from number `first` on, continue from the document's end."""
+        """Returns whether the tokens `[1, tokens]` of a prompt, from number `first` on, continue from the document's end."""
         begin = hidden.end.tokens - hidden.tokens
         return self._held.end == self._length() == begin and hidden.begins(ids[:, begin - first :])
 

@@ -1,4 +1,4 @@
-"""What a cache is doing: the prompt that it works on, and how far that has come.
+"""The phases of a cache: the prompt that it works on, and how far that has come.
 
     IDLE -> RESTORING -> SUFFIX -> IDLE                        a prompt that a forward brings
     IDLE -> RESTORING -> IDLE -> PREFILLED -> SUFFIX -> IDLE   a prompt that `prefill` brings and `generate` continues from

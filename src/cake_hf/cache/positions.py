@@ -1,4 +1,4 @@
-"""What layers hold at one place of a prompt, so that this can be put back while later tokens stay in their buffers."""
+"""The content of layers at one place of a prompt, which can be put back while later tokens stay in their buffers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,7 @@ class Position:
         return cls(tokens, held.copy(), windows, states)
 
     def put(self, layers: Sequence[Any], template: Sequence[Any]) -> None:
-        """Puts the layers back to that place; the KV of each token up to there must still be in their buffers.
-
-        Args:
-            layers: of the cache.
-            template: the same layers with some tokens in them.
-        """
+        """Puts the layers back to that place; the KV of each token up to there must still be in their buffers."""
         for number, layer in enumerate(layers):
             if isinstance(layer, SlidingWindowLayer):
                 layer.put(self.windows[number])
@@ -75,12 +70,12 @@ class HiddenBlock:
         return int(self.ids.shape[1])
 
     def begins(self, ids: torch.Tensor) -> bool:
-        """Whether the new part of a prompt, `[1, tokens]`, starts with these tokens and continues after them."""
+        """Returns whether the new part of a prompt, `[1, tokens]`, starts with these tokens and continues after them."""
         return ids.shape[0] == 1 and ids.shape[1] > self.tokens and torch.equal(ids[:, : self.tokens].cpu(), self.ids)
 
 
 def can_be_shortened(layers: Sequence[Any]) -> bool:
-    """Whether layers hold, for each place, what they held there: each token, and neither windows nor states."""
+    """Returns whether layers hold, for each place, what they held there: each token, and neither windows nor states."""
     return not any(isinstance(layer, (SlidingWindowLayer, RecurrentLayer)) for layer in layers)
 
 

@@ -1,4 +1,4 @@
-"""What a cache does with a call of its model: finds which part of it is a prompt, and has that restored."""
+"""Handles a call of the cache's model: finds which part of it is a prompt, and restores that."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from cake_hf.restore.support import CLOSED, NO_CUTS_IN_BATCH, batch_refusal
 
 
 class PromptCache(PrefixCache):
-    """Has the prompt in a call restored, and leaves its suffix to the model. See `RestoringCache`."""
+    """Restores the prompt in a call, and leaves its suffix to the model. See `RestoringCache`."""
 
     def _runs_compiled(self) -> bool:
-        """Whether compiled code will run the forward that has started, or a part of it."""
+        """Returns whether compiled code will run the forward that has started, or a part of it."""
         raise NotImplementedError  # `RestoringCache` has it
 
     def _new_row(self, layers: list[TokenMajorLayer]) -> PromptCache:
@@ -159,7 +159,7 @@ class PromptCache(PrefixCache):
             raise
 
     def _brings_all(self, call: ForwardCall) -> bool:
-        """Whether a call within `generate` brings the whole prompt, although the cache holds its start.
+        """Returns whether a call within `generate` brings the whole prompt, although the cache holds its start.
 
         This happens without `use_cache`, and in the first step of assisted decoding.
         """
@@ -178,13 +178,13 @@ class PromptCache(PrefixCache):
             self._forget_changed_reply(given.ids)
 
     def _goes_on(self, prefilled: Prompt, past: int) -> bool:
-        """Whether a call continues from what `prefill` has brought, if that is still there."""
+        """Returns whether a call continues from what `prefill` has brought, if that is still there."""
         if prefilled.report.tokens_hurried:  # known up to the first rounded chunk only
             return past == prefilled.call.past + prefilled.rest
         return past == self._held.end
 
     def _is_rest(self, call: ForwardCall) -> bool:
-        """Whether what comes after `prefill` is only a suffix.
+        """Returns whether what comes after `prefill` is only a suffix.
 
         A full chunk counts as a suffix if it cannot be saved like the others.
         """

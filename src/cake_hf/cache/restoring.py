@@ -46,7 +46,7 @@ from cake_hf.restore.support import (
 
 
 class RestoringCache(PromptCache):
-    """What `CakeCache` does while its model runs. The hook on the model calls it before and after each forward.
+    """The part of `CakeCache` that acts while its model runs. The hook on the model calls it before and after each forward.
 
     Args:
         session: what the cache shares with its rows and copies: model, store and settings.
@@ -232,7 +232,7 @@ class RestoringCache(PromptCache):
         return rewritten
 
     def _runs_compiled(self) -> bool:
-        """Whether compiled code will run the forward that has started, or a part of it."""
+        """Returns whether compiled code will run the forward that has started, or a part of it."""
         return self._compiled or is_compiled(self._session.model)
 
     def _leave_model(self, model: torch.nn.Module, *, failed: bool) -> None:

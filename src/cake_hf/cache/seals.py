@@ -1,4 +1,4 @@
-"""What a cache has seen of its content: the prompt tokens, and seals by which it finds that the KV of known chunks was edited.
+"""A cache's record of its content: the prompt tokens, and seals by which it detects that the KV of known chunks was edited.
 
 Edited KV is never saved, and never treated as known. There are two checks for it, since neither sees everything. Version
 counters catch each write by torch that is not hidden (`.data`, numpy). A sample of each chunk catches hidden writes that change
@@ -49,7 +49,7 @@ class Seals:
         self._watched, self._versions = [], []
 
     def hold(self, layers: Sequence[Any], blocks: Sequence[Block]) -> bool:
-        """Whether these blocks, all of them known, are still what the model made."""
+        """Returns whether these blocks, all of them known, are still what the model made."""
         del self._samples[len(blocks) :]
         if not all(getattr(layer, "is_own", True) for layer in layers):
             return False

@@ -79,7 +79,7 @@ _USUAL = re.compile(
 
 @dataclass(frozen=True)
 class ChunkMetadata:
-    """What a chunk says about itself, beside its tensors.
+    """A chunk's description of itself, beside its tensors.
 
     Attributes:
         key: its key in the store.

@@ -17,13 +17,7 @@ MOST_INFLATED = 32
 
 
 def describe(facts: ChunkMetadata, encoded: Encoded, codec: str = CODEC) -> EncodedMetadata:
-    """Returns the metadata of an encoded chunk.
-
-    Args:
-        facts: with the checksums of what the chunk's pieces decode to.
-        encoded: the chunk.
-        codec: by which it is encoded.
-    """
+    """Returns the metadata of an encoded chunk."""
     bases = _short_checksums(encoded.bases, encoded.sizes.bases)
     return EncodedMetadata(
         facts, encoded.sizes, bases, _short_checksums(encoded.refinements, encoded.sizes.refinements), codec

@@ -71,7 +71,7 @@ _ENTRY_BYTES = sum(len(f'{suffix}:{{"dtype":"U8","shape":[],"data_offsets":[,]}}
 
 @dataclass(frozen=True)
 class EncodedMetadata:
-    """What an encoded chunk says about itself.
+    """An encoded chunk's description of itself.
 
     Attributes:
         facts: what every chunk says; the checksums are those of the decoded pieces.

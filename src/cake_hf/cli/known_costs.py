@@ -59,7 +59,7 @@ class CostQuery:
         return path.name if path.is_absolute() or path.exists() else self.model
 
     def fits(self, chunk: StoredChunk) -> bool:
-        """Whether a chunk is of this model, as far as its header tells."""
+        """Returns whether a chunk is of this model, as far as its header tells."""
         layers = {name.rsplit(".", 1)[0] for name in chunk.table}
         return (
             chunk.metadata.model == self.name

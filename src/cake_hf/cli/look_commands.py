@@ -65,13 +65,7 @@ def info_command(
 
 
 def listing(inventory: Inventory, most_prompts: int, known: Mapping[str, Record]) -> RenderableType:
-    """Shows all namespaces, then the longest prompts.
-
-    Args:
-        inventory: of the store.
-        most_prompts: how many prompts are shown at most.
-        known: by namespace, what its chunks were made with.
-    """
+    """Shows all namespaces, then the longest prompts."""
     if not inventory.chunks and not inventory.unreadable:
         return Text("The store is empty; `cake-hf warm MODEL FILE --store DIR` fills it.")
     chains = prompts(inventory)

@@ -70,11 +70,6 @@ def load_tokenizer(name: str) -> Any:
 def refuse_too_long(config: Any, tokens: int, advice: str) -> None:
     """Raises an error if a prompt does not fit the model.
 
-    Args:
-        config: of the model.
-        tokens: of the prompt.
-        advice: what to do: the end of the message.
-
     Raises:
         ValueError: the prompt has more tokens than the model has positions.
     """

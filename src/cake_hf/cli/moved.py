@@ -12,12 +12,7 @@ REPOSITORY = "https://github.com/cake-hf/cake-hf"
 
 
 def moved(name: str, module: str) -> typer.Typer:
-    """Returns a command of that name that only says so; its arguments belong to the new command line.
-
-    Args:
-        name: of the command.
-        module: to run with `python -m` in a checkout.
-    """
+    """Returns a command of that name that only says so; its arguments belong to the new command line."""
     command = typer.Typer(add_completion=False)
 
     @command.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -75,7 +75,7 @@ System = Annotated[Path | None, typer.Option(help="With --chat: a text file with
 
 @dataclass(frozen=True)
 class WarmedOptions:
-    """How a document was warmed: everything besides its text and the model that decides which KV is its own."""
+    """The options with which a document was warmed: all that decides which KV is its own, except its text and the model."""
 
     chunk_size: ChunkSize = None
     salt: Annotated[str, typer.Option(help="The salt that the KV was saved under.")] = ""
@@ -104,11 +104,7 @@ class WarmedOptions:
 
 
 def flat_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns a command as typer must see it: a parameter that is a dataclass of options is replaced by its fields.
-
-    Args:
-        command: with typer's annotations, which the dataclass's fields have, too.
-    """
+    """Returns a command as typer must see it: a parameter that is a dataclass of options is replaced by its fields."""
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []

@@ -139,12 +139,6 @@ def find_costs(
 ) -> KnownCosts | None:
     """Returns costs from the store's notes, or measured now.
 
-    Args:
-        wanted: whose costs.
-        store: as the user named it.
-        tokens, chunks: of the prompt; one of them is given.
-        measure: measure now, whatever the notes have.
-
     Raises:
         CakeError: there is no such store, or costs cannot be measured.
         ValueError: the prompt is too long or too short for the model.
@@ -196,16 +190,7 @@ def show_plan(
     codec: str = "",
     by_form: Sequence[Bar] = (),
 ) -> None:
-    """Shows the decision, the assumptions, the three predictions, and the curve.
-
-    Args:
-        compute, load: the costs.
-        made: a plan of at least one chunk from them.
-        source: where the costs are from; empty if the user gave them.
-        sized: the size of a chunk, and where that is from.
-        codec: the form of the chunks.
-        by_form: the prediction for each form.
-    """
+    """Shows the decision, the assumptions, the three predictions, and the curve."""
     seconds, split = made.predicted_seconds, made.split
     if seconds is None or split is None:
         raise ValueError("A plan from unknown costs has nothing to show.")

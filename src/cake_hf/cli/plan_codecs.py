@@ -1,4 +1,4 @@
-"""What `cake-hf plan` says of codecs: what each takes, and which one is planned with."""
+"""The codecs in `cake-hf plan`: what each takes, and which one is planned with."""
 
 from __future__ import annotations
 
@@ -79,12 +79,7 @@ class Forms:
         ]
 
     def in_time(self, compute: ComputeCost, chunks: int, suffix: float, max_ttft: float) -> tuple[str, bool]:
-        """Returns the finest form that a cache with that `max_ttft` would load throughout, and whether it is in time.
-
-        Args:
-            compute, chunks, suffix: as for `bars`.
-            max_ttft: seconds.
-        """
+        """Returns the finest form that a cache with that `max_ttft` would load throughout, and whether it is in time."""
         for name in (LOSSLESS, NEAR):
             if name in self.codecs and self._seconds(name, compute, chunks, suffix) <= max_ttft:
                 return name, True

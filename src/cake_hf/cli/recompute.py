@@ -152,11 +152,6 @@ class Comparing(WrapperStore):
     """Looks like an empty store to a cache. Each chunk that the cache writes is compared with the stored one, and written
     nowhere.
 
-    Args:
-        inner: the store with the chunks. Nothing in it is changed.
-        share: of the stored chunks to compare.
-        seed: of their choice.
-
     Attributes:
         asked: whether the cache has asked for chunks at all.
         stored: how many of the chunks asked for are there.

@@ -98,12 +98,6 @@ class SelectedChunks:
 def choose(store: Store, inventory: Inventory, naming: Naming, warmed: WarmedOptions) -> SelectedChunks:
     """Finds the selected chunks.
 
-    Args:
-        store: with the chunks.
-        inventory: of the store.
-        naming: names the chunks, in one way.
-        warmed: how documents were warmed, if these name them.
-
     Raises:
         StoreError: the store has none of them.
         ValueError: the model or a file cannot be used, or digits are not hexadecimal.

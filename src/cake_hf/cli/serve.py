@@ -114,12 +114,6 @@ def serve_command(model: Annotated[str, typer.Argument(help=MODEL)], restoring: 
 def make_server(model: str, store: Store, restoring: Restoring, transformers: Mapping[str, Any]) -> Server:
     """Returns a server that does not listen yet.
 
-    Args:
-        model: a folder, or a name on the Hugging Face Hub.
-        store: for the KV.
-        restoring: how prompts are restored.
-        transformers: options of `transformers serve`.
-
     Raises:
         CakeError: the model cannot be served.
         ValueError: an option cannot be used, or there is no such model.

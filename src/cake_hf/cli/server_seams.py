@@ -55,11 +55,6 @@ def missing_packages() -> list[str]:
 class Server:
     """transformers' server for one model, with the managers that `make` makes.
 
-    Args:
-        model: the model's folder, or its name on the Hub.
-        options: of `transformers serve`.
-        make: makes the managers.
-
     Attributes:
         app: the FastAPI application.
         manager: that answers now.
@@ -109,12 +104,12 @@ class Server:
             self.manager.close()
 
     def stop(self) -> None:
-        """Has `run` end: no new requests, and those under way are finished. From any thread."""
+        """Ends `run`: no new requests are taken, and those under way are finished. Any thread may call it."""
         self._server.should_exit = True
 
     @property
     def ports(self) -> list[int]:
-        """Where it listens; empty if it does not."""
+        """The ports on which the server listens; empty if it does not."""
         listening = getattr(self._server, "servers", []) if self._server.started else []
         return [socket.getsockname()[1] for server in listening for socket in server.sockets]
 
@@ -184,7 +179,7 @@ def _restoring_manager(server: Server) -> Any:
     from transformers.cli.serving.utils import CBGenerateManager
 
     class RestoringManager(CBGenerateManager):  # type: ignore[misc]
-        """What the server's endpoints use. Requests that the engine would not survive are refused, or made shorter."""
+        """The manager behind the server's endpoints. Requests that would end the engine are refused, or made shorter."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -257,7 +252,7 @@ async def _tell_client(request: Any, error: Any) -> Any:
 
 @contextmanager
 def _signals_end_it_once() -> Iterator[None]:
-    """Has the signals that end the server, which uvicorn sends once more when it has ended, not end what comes behind it."""
+    """Keeps the signals that end the server, which uvicorn sends again when it has ended, from ending what comes after it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -165,13 +165,7 @@ def delete(store: Store, bad: Sequence[BadChunk]) -> int:
 
 
 def show_verified(result: Verified, bad: Sequence[BadChunk], deleted: int) -> None:
-    """Shows the damaged chunks, if any, and what to do about them.
-
-    Args:
-        result: of the check of all chunks.
-        bad: the damaged chunks that any check has found.
-        deleted: how many of them have been deleted.
-    """
+    """Shows the damaged chunks, if any, and what to do about them."""
     what = _what_was_checked(result)
     if not bad:
         console.print(Text.assemble(("All is well:", "green"), f" {what} checked."))

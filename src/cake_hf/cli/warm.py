@@ -91,10 +91,6 @@ def load(job: WarmJob) -> Loaded:
 def warm(job: WarmJob, loaded: Loaded | None = None) -> Report:
     """Prefills the document into the store and waits until all of it is durable.
 
-    Args:
-        job: the document.
-        loaded: the job's model, if it is loaded already.
-
     Raises:
         CakeError: nothing of it can be restored (the report's reason), or some of it could not be saved.
         ValueError: the model or the file cannot be used.
@@ -163,19 +159,14 @@ def keep_words(cache: RestoringCache, text: str) -> None:
 
 
 class Pace:
-    """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait.
-
-    Args:
-        cache: the one being filled.
-        most: bytes that may be waiting to be written.
-    """
+    """Keeps the writer's queue from running over, which would leave chunks unsaved: here there is time to wait."""
 
     def __init__(self, cache: CakeCache, most: int) -> None:
         self._cache = cache
         self._most = most
 
     def __call__(self, done: int) -> None:
-        """Is called after each computed chunk; waits for the writer if too much is queued."""
+        """Waits for the writer if too much is queued. To be called after each computed chunk."""
         report = self._cache.report
         if not report.chunks_saved:
             self._cache.flush()  # the size of a chunk is known from now on

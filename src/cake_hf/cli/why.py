@@ -102,7 +102,7 @@ SHORT = 12
 
 @dataclass(frozen=True)
 class Findings:
-    """Where a prompt's chunks are.
+    """The places of a prompt's chunks.
 
     Attributes:
         chunks: how many the prompt has here, tails at declared boundaries included.

@@ -23,20 +23,16 @@ from cake_hf.chunks.aligned_memory import host_bytes, odd_factors
 from cake_hf.chunks.codec import checksum
 from cake_hf.layers.compat import LinearAttentionLayer
 from cake_hf.layers.recurrent import states_of
-from cake_hf.model.kv_layout import forget_if_unlike, probed_layers
+from cake_hf.model.kv_layout import Made, probed
 from cake_hf.util.forks import Lock
 
 Kept = dict[str, torch.Tensor]
 
 
-def behaviour(model: torch.nn.Module) -> Kept:
-    """Returns the KV that a model currently computes for a few tokens, by name; see `probed_layers`.
-
-    If that KV has a different layout from the remembered one, the layout will be determined again.
-    """
-    layers = probed_layers(model)
-    forget_if_unlike(model, layers)
-    return {name: tensor.cpu() for name, tensor in _kept(layers)}
+def behaviour(model: torch.nn.Module) -> tuple[Kept, Made]:
+    """Returns the KV that a model currently computes for a few tokens, by name, and what kind of KV that is."""
+    layers, made = probed(model)
+    return {name: tensor.cpu() for name, tensor in _kept(layers)}, made
 
 
 def behaviour_digest(seen: Kept) -> str:

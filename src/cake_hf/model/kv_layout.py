@@ -187,13 +187,18 @@ def kv_template(model: torch.nn.Module) -> list[Any]:
     return made_by(model).layers
 
 
-def forget_if_unlike(model: torch.nn.Module, layers: list[Any]) -> None:
-    """Forgets the remembered layout if layers that the model has just computed differ from it: the model has been changed."""
-    mode = _mode(model)
+def probed(model: torch.nn.Module) -> tuple[list[Any], Made]:
+    """Returns the layers that a model currently computes (`probed_layers`), and what kind of KV they hold.
+
+    That is remembered for `made_by`. It differs from what was remembered before if the model has been changed.
+    """
+    layers, mode = probed_layers(model), _mode(model)
     with _lock:
-        known = _known.get(model, {})
-        if mode in known and (known[mode].token, known[mode].states) != (chunk_layout(layers, 1), state_layout(layers)):
-            del known[mode]
+        known = _known.setdefault(model, {})
+        made = known.get(mode)
+        if made is None or (made.token, made.states) != (chunk_layout(layers, 1), state_layout(layers)):
+            made = known[mode] = Made.of(layers)
+        return layers, made
 
 
 def chunk_layout(layers: list[Any], chunk_size: int) -> ChunkLayout:

@@ -1,4 +1,4 @@
-"""All tensors that make up a model's weights, wherever a module keeps them.
+"""Finds all tensors that make up a model's weights, wherever a module keeps them.
 
 Most are parameters and buffers. Quantised weights may not be: they may be tensors made of other tensors, or kept in a private
 place of the module, which reveals them only when it is saved. accelerate's hooks (`cpu_offload`, `disk_offload`, a `device_map`

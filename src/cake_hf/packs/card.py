@@ -47,13 +47,7 @@ class About:
 
 
 def card_text(manifest: PackManifest, name: str, about: About) -> str:
-    """Returns the card as Markdown with the Hub's metadata block.
-
-    Args:
-        manifest: the pack's manifest.
-        name: the name by which the pack is opened.
-        about: the publisher's description.
-    """
+    """Returns the card as Markdown with the Hub's metadata block."""
     first, last = manifest.tokens
     rows = {
         "base model": _base_model_text(manifest, about),
@@ -147,12 +141,7 @@ model = AutoModelForCausalLM.from_pretrained({", ".join(model)})
 
 
 def cache_line(manifest: PackManifest, store: str) -> str:
-    """Returns the line of Python that makes a cache which finds the pack's chunks.
-
-    Args:
-        manifest: of the pack.
-        store: the store that has them, as a Python expression.
-    """
+    """Returns the line of Python that makes a cache which finds the pack's chunks."""
     options = ["model", store, f"chunk_size={manifest.chunk_size}"]
     options += [] if "numerics" in manifest.facts else ["exact=False"]
     options += [f"codec={codec!r}"] if (codec := lossy_codec(manifest.facts)) else []

@@ -168,8 +168,8 @@ class BoundModel:
         return where_computed(self.model)
 
     def _current_metadata(self) -> dict[str, Any]:
-        seen = behaviour(self.model)
-        layout, states = self.layouts()
+        seen, made = behaviour(self.model)
+        layout, states = made.chunk(self.chunk_size), made.states
         metadata: dict[str, Any] = {
             "format": FORMAT_VERSION,
             "chunk_size": self.chunk_size,
@@ -197,7 +197,7 @@ class BoundModel:
         return namespace_digest(canonical({**metadata, "salt": self.salt}))
 
     def _computes_otherwise(self, metadata: dict[str, Any], seen: Kept) -> bool:
-        """Whether the model differs from the one whose KV is stored under this metadata, which excludes its behaviour."""
+        """Returns whether the model differs from the one whose KV is stored under this metadata (without its behaviour)."""
         alone = ranks_of(self.model) is None  # otherwise one rank's store may answer, and another's may not
         reference_place = self._reference_place(self._digest(metadata), self.name) if alone else None
         content = canonical([metadata["model"], metadata.get("code")])

@@ -139,7 +139,7 @@ class BoundStore:
 
     @property
     def sharing(self) -> Sharing:
-        """What all users of the store share."""
+        """The part that all users of the store share."""
         return self.access.sharing
 
     def close(self, seconds: float) -> bool:
@@ -152,12 +152,7 @@ class BoundStore:
         return flushed
 
     def reference_place(self, namespace: str, model: str) -> ReferencePlace:
-        """Returns where the store keeps what the model of a namespace computes.
-
-        Args:
-            namespace: of that model, without its behaviour.
-            model: its name.
-        """
+        """Returns where the store keeps what the model of a namespace computes."""
         sharing, seconds = self.sharing, self.limits.lookup_timeout
         return ReferencePlace(self.store, namespace, model, self.saves, seconds, sharing.lookups, sharing.claims)
 

@@ -1,4 +1,4 @@
-"""What a model carries from one chunk to the next beside the KV of each token: sliding windows, and recurrent states.
+"""State that a model carries from one chunk to the next beside the KV of each token: sliding windows and recurrent states.
 
 The KV of a full-attention layer can be committed in any order. What is carried cannot: it belongs to one place in the prompt,
 and the model can continue only there. So it has a *standing*: the number of the chunk that can run next. Computing from the
@@ -74,7 +74,7 @@ class Carried:
         }
 
     def __bool__(self) -> bool:
-        """Whether the model carries anything."""
+        """Returns whether the model carries anything."""
         return bool(self._windowed or self._recurrent)
 
     @property

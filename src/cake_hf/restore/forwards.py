@@ -42,7 +42,7 @@ class ForwardPreempted(Exception):
 
 
 class Layers:
-    """How far a forward has come.
+    """Counts the layers that a forward has reached.
 
     Args:
         count: of the model's layers.
@@ -265,11 +265,11 @@ class ChunkRuns:
         return self._lossy.code(index)
 
     def _is_exact(self, index: int) -> bool:
-        """Whether a chunk that was computed is what its key says: it has seen no rounded KV."""
+        """Returns whether a chunk that was computed is what its key says: it has seen no rounded KV."""
         return index < self._frontier.exact_until()
 
     def _is_left(self, index: int, layers: Layers) -> bool:
-        """Whether a forward ends before its next layer: its chunk has arrived, or was a trial that is not worth finishing."""
+        """Returns whether a forward ends before its next layer: its chunk has arrived, or was a trial not worth finishing."""
         layers.next()
         if self._steps.preempted(index):
             return True

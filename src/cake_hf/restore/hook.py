@@ -43,11 +43,11 @@ class HookedCache(DynamicCache):  # type: ignore[misc]  # transformers is not ty
         return False
 
     def is_over(self) -> bool:
-        """Whether the hooks have nothing more to do for this cache."""
+        """Returns whether the hooks have nothing more to do for this cache."""
         return False
 
     def is_inside(self) -> bool:
-        """Whether a forward of the cache's model is running."""
+        """Returns whether a forward of the cache's model is running."""
         return False
 
     def _enter_model(
@@ -124,7 +124,7 @@ class ModelHook:
             return hook
 
     def stay_in_front(self, given: Any = None) -> None:
-        """Has prompts restored before compiled code runs, even if that is compiled as one graph.
+        """Makes the hook run before compiled code does, even if that is compiled as one graph.
 
         Args:
             given: what the user passed as the model: it may be the module that torch.compile has put around it.
@@ -154,7 +154,7 @@ class ModelHook:
                 del _hooks[model]
 
     def _is_traced(self) -> bool:
-        """Whether the hooks are part of graphs, which would be compiled again without them, and again with the next ones.
+        """Returns whether the hooks are part of graphs, which would be compiled again without them and with the next ones.
 
         Such hooks may stay, since they do nothing without a cache of ours.
         """
@@ -289,7 +289,7 @@ def _enter_decoder(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _needs_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a traced decoder call needs no work: it has no cache of ours, or comes from within its model."""
+    """Returns whether a traced decoder call needs no work: it has no cache of ours, or comes from within its model."""
     cache = _cake_cache(args, kwargs)
     return cache is None or cache.is_inside()
 

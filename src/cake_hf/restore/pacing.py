@@ -1,4 +1,4 @@
-"""What a restore believes about costs, the frontier made from that, the chunk to make next, and what is counted at the end."""
+"""Makes a restore's beliefs about costs, its frontier and its steps, and counts for the report what came of them."""
 
 from __future__ import annotations
 
@@ -90,14 +90,7 @@ def new_frontier(session: Session, plan: RestorePlan, pace: RestorePace, read_ti
 
 
 def learn_costs(memory: CostMemory, prompt: Prompt, pace: Pace, took: Mapping[int, Brought]) -> None:
-    """Stores what the restore measured, for decisions about the next prompt.
-
-    Args:
-        memory: of costs.
-        prompt: that was restored.
-        pace: of the restore.
-        took: what was brought for each chunk that was read.
-    """
+    """Stores what the restore measured, for decisions about the next prompt."""
     if not prompt.keys:
         return
     timeline = prompt.report.timeline[prompt.first_span :]

@@ -22,7 +22,7 @@ NO_SNAPSHOT = Refusal(
 
 @dataclass(frozen=True)
 class RestorePlan:
-    """What the loaders are to bring.
+    """Says what the loaders bring.
 
     Attributes:
         usable: for each chunk, whether loading it helps.

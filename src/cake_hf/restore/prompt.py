@@ -82,7 +82,7 @@ def stored_mask(session: Session, keys: list[str]) -> tuple[list[bool], Refusal 
 
 
 def is_asked(session: Session) -> bool:
-    """Whether the store's content matters to the session."""
+    """Returns whether the store's content matters to the session."""
     return session.strategy is not Strategy.COMPUTE or session.bound_store.saves
 
 
@@ -232,17 +232,7 @@ def open_prompt(
     started: float,
     namespace: str,
 ) -> Prompt:
-    """Gives keys to the prompt's blocks and asks the store which of them it has.
-
-    Args:
-        session: of the cache.
-        call: the forward with the prompt, or the new part of it.
-        wanted: how the call is cut.
-        held: what the cache already holds, all from the canonical schedule.
-        report: counts everything that happens to the prompt.
-        started: when the call came.
-        namespace: of the session.
-    """
+    """Gives keys to the prompt's blocks and asks the store which of them it has."""
     began = time.monotonic()
     tokens = call.ids[0].to("cpu", torch.int64).contiguous().numpy().data
     parent = held.keys[-1] if held.keys else namespace

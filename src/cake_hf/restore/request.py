@@ -35,7 +35,7 @@ _UNKNOWN_MASK = Refusal("mask", "the attention mask has a form of its own")
 
 
 def understands(arguments: Mapping[str, Any]) -> bool:
-    """Whether the meaning of all named arguments, except the cache, is known."""
+    """Returns whether the meaning of all named arguments, except the cache, is known."""
     return all(value is None or name in _UNDERSTOOD or name in CACHE_NAMES for name, value in arguments.items())
 
 
@@ -242,7 +242,7 @@ class ForwardCall:
         return mask.to(self.ids.device).bool()
 
     def _positions_are_plain(self) -> bool:
-        """Whether each row's tokens are numbered from 0, not counting the padding."""
+        """Returns whether each row's tokens are numbered from 0, not counting the padding."""
         positions, mask = self.arguments.get("position_ids"), self._mask
         if positions is None:
             return bool(mask.all())

@@ -1,4 +1,4 @@
-"""What a restore does with the chunks that it computed: saves them, and hands them to concurrent restores (single flight)."""
+"""Saves the chunks that a restore computes, and hands them to concurrent restores (single flight)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache and its copies share: a bound model, a bound store, and how the two are used together."""
+"""A session is shared by a cache and its copies: a bound model, a bound store, and the settings of both."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def misunderstood_refusal(model: torch.nn.Module) -> Refusal | None:
 
 
 def passes(model: torch.nn.Module, refusal: Refusal | None) -> bool:
-    """Whether a refusal is of one prompt alone: the model was not understood in it, and this was not remembered."""
+    """Returns whether a refusal is of one prompt alone: the model was not understood in it, and this was not remembered."""
     return refusal is not None and refusal.code == "not-understood" and model not in _misunderstood
 
 
@@ -196,7 +196,7 @@ def tell_plain(refusal: Refusal) -> None:
 
 
 def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
-    """Whether an error during a restore may come from how we call the model, so that a plain call could succeed.
+    """Returns whether an error during a restore may come from how we call the model, so that a plain call could succeed.
 
     Errors that pass through the user's code (hooks, signal handlers, stopping criteria) are the user's. Errors that we raise on
     purpose are passed on, too, and so are failures of the machine. Ranks of a tensor-parallel model must all act alike.
@@ -211,7 +211,7 @@ def is_misunderstanding(model: torch.nn.Module, error: Exception) -> bool:
 
 
 def _is_the_users(frame: FrameType, model: torch.nn.Module) -> bool:
-    """Whether code is neither ours nor the model's, and was not installed as a library."""
+    """Returns whether code is neither ours nor the model's, and was not installed as a library."""
     own = (*LIBRARIES, type(model).__module__.split(".")[0])
     return is_users_code(str(frame.f_globals.get("__name__", "")), frame.f_code.co_filename, own)
 
@@ -221,7 +221,7 @@ def _may_keep_attention(layers: list[Any]) -> bool:
 
 
 def _takes_cache(model: torch.nn.Module) -> bool:
-    """Whether the model's forward can be given a cache.
+    """Returns whether the model's forward can be given a cache.
 
     A name that we do not know counts if the cache is for attention (a Mamba model of older versions has a cache for its states
     alone). `**kwargs` count in a model that generates and is not transformers' own, since transformers' models name
@@ -252,13 +252,7 @@ def ranks_refusal(model: torch.nn.Module, call: ForwardCall, chunk_size: int, *,
 
 
 def kept_refusal(model: torch.nn.Module, layers: list[Any], tokens: int) -> Refusal | None:
-    """Returns why what a model keeps, as seen when it runs, cannot be restored now; None if it can.
-
-    Args:
-        model: of a kind whose layers we know.
-        layers: of the cache.
-        tokens: of the prompt, including those in the cache.
-    """
+    """Returns why what a model keeps, as seen when it runs, cannot be restored now; None if it can."""
     template = kv_template(model)
     if any(isinstance(layer, RecurrentLayer) and layer.record_past for layer in layers):
         return Refusal(

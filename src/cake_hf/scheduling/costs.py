@@ -107,7 +107,7 @@ class LoadCost:
 
 
 class Brought(NamedTuple):
-    """What a load brought.
+    """The bytes that a load brought, and the time that decoding took.
 
     Attributes:
         nbytes: bytes that came from the store.

@@ -140,17 +140,12 @@ class Frontier(Ledger):
             return True
 
     def notify(self) -> None:
-        """Has the main thread check again what it waits for."""
+        """Makes the main thread check again what it waits for."""
         with self._changed:
             self._changed.notify_all()
 
     def settle(self, index: int, outcome: Outcome, brought: Brought | None = None) -> bool:
         """Reports how the load of a claimed chunk ended.
-
-        Args:
-            index: of the chunk.
-            outcome: of the load.
-            brought: what it brought, if that is known.
 
         Returns:
             False if the load was given up or superseded meanwhile: the loaded bytes are then dropped.

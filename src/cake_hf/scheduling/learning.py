@@ -129,10 +129,6 @@ class CostLearner:
         """Records the time of a part of a chunk: about the minimum for a whole chunk, and the estimate until one is computed.
 
         If loads are so fast that no chunk is ever computed, nothing else would show that none should be started.
-
-        Args:
-            index: index of the chunk on the absolute grid.
-            seconds: time that the part took.
         """
         if _is_step(index, seconds) and not self._prompts and not self._step_seen:
             self._cold_step, self._stale = (index, seconds), True

@@ -1,4 +1,4 @@
-"""What is recorded of a restore's chunks and loads, the lock that its two sides share, and what the ledger asks of the rules.
+"""The record of a restore's chunks and loads, the lock that its two sides share, and the interface of the rules.
 
 `Frontier` changes it.
 """
@@ -111,7 +111,7 @@ TO_LOAD = (State.WAITING, State.LOADING)
 
 
 class ChunkStates:
-    """Used under the frontier's lock.
+    """The states of a restore's chunks. Used under the frontier's lock.
 
     Args:
         stored: for each chunk, whether it can be loaded.
@@ -177,7 +177,7 @@ class ChunkStates:
 
 
 class Loads:
-    """Used under the frontier's lock. `len` is the number of loads under way; `in` asks whether a chunk's load is.
+    """The loads of a restore; used under the frontier's lock. `len` is the number under way; `in` says if a chunk's load is.
 
     Attributes:
         outcomes: how each load has ended, by chunk; not of those that were superseded.
@@ -264,7 +264,7 @@ class Loads:
 
 
 class Changed(Protocol):
-    """What the frontier needs of a `threading.Condition`."""
+    """The methods of `threading.Condition` that the frontier uses."""
 
     def __enter__(self) -> object: ...
 
@@ -280,7 +280,7 @@ class Changed(Protocol):
 
 
 class Ledger:
-    """What any thread may ask.
+    """The part of the frontier that any thread may ask.
 
     Args:
         stored: for each chunk, whether it can be loaded.

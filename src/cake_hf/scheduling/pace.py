@@ -341,7 +341,7 @@ def _never(chunk: int) -> bool:
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides, in the restores of a cache, whether a chunk is loaded or computed, and how it is read.
+    """The rules by which a cache's restores load or compute a chunk, and read it. Tests replace them.
 
     Attributes:
         pace: makes the pace of each restore.

@@ -1,4 +1,4 @@
-"""What an engine believes about the costs of computing and loading a chunk: learnt from earlier prompts, then measured."""
+"""An engine's beliefs about the costs of computing and loading a chunk: learnt from earlier prompts, then measured."""
 
 from __future__ import annotations
 

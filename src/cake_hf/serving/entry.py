@@ -1,4 +1,4 @@
-"""What users call: `batching` and `generate_batch`. The engine is imported only then, since older transformers have none."""
+"""The functions that users call, `batching` and `generate_batch`. They import the engine, which older transformers lack."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _UNDER_WAY = (Chunk.LOADING, Chunk.LANDING)
 
 @dataclass(frozen=True)
 class WindowLoads:
-    """Which loads bring sliding windows.
+    """Says which loads bring sliding windows.
 
     Attributes:
         chunks: whose loads bring them.
@@ -154,7 +154,7 @@ class Ledger:
             return late
 
     def close_loading(self) -> None:
-        """Has everything computed whose load has not begun."""
+        """Ends loading: every chunk whose load has not begun is computed."""
         with self._landed:
             self._close()
 

@@ -27,11 +27,6 @@ logger = logging.getLogger("cake_hf")
 class Matching:
     """The prefix match of an engine's requests.
 
-    Args:
-        session: with model and store.
-        layers: that a `CakeCache` for the model has.
-        beliefs: about costs, which start with those learnt from earlier prompts.
-
     Attributes:
         refusal: why nothing is restored; None if it is.
         apart: metadata of the engine that is part of the namespace; empty if it computes as `generate` does.

@@ -200,6 +200,6 @@ NO_THREAD = Refusal("no-thread", "the system provides no thread to look the prom
 
 
 def give_up(restore: Restore, refusal: Refusal = NO_THREAD) -> None:
-    """Has the engine compute a request that could not be looked up."""
+    """Lets the engine compute a request that could not be looked up."""
     restore.report.explain(refusal)
     restore.over()

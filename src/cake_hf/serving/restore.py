@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Phase(Enum):
-    """How far a restore is."""
+    """The phase of a restore."""
 
     LOOKING = auto()  # the store is being asked
     WAITING = auto()  # for memory, or for another request that makes the same chunks

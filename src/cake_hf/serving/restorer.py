@@ -258,7 +258,7 @@ class Restorer(Watcher):
                 break  # the next one must not take the memory that this one waits for
 
     def _is_made_by_another(self, restore: Restore) -> bool:
-        """Whether another request is restoring chunks just now that this one will then find in memory."""
+        """Returns whether another request is restoring chunks just now that this one will then find in memory."""
         return self._engine.shares and any(
             _ledger(other).front < restore.shared_with(other) for other in self._restoring
         )

@@ -1,4 +1,4 @@
-"""What continuous batching needs: the version, the memory of an engine, and why its requests are not restored."""
+"""Checks what continuous batching needs: the version and the memory of an engine, and why its requests are not restored."""
 
 from __future__ import annotations
 

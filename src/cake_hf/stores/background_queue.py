@@ -94,7 +94,7 @@ class BackgroundQueue:
             self._settle(user, task.nbytes)
 
     def end_thread(self) -> None:
-        """Has the thread end as soon as no task is left. Finalizers may call it."""
+        """Makes the thread end as soon as no task is left. Finalizers may call it."""
         with self.changed:
             self._ends = True
             self.changed.notify_all()

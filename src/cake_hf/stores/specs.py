@@ -246,13 +246,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _meant(word: str, known: Collection[str], *, guess: bool) -> str:
-    """Returns the scheme that the user probably means by a word; empty if there is none.
-
-    Args:
-        word: the text before the colon.
-        known: the known schemes.
-        guess: whether to accept a scheme that is spelled similarly.
-    """
+    """Returns the scheme that the user probably means by a word; empty if there is none."""
     lower = word.lower().strip()
     meant = lower if lower in known else _ALIASES.get(lower, "")
     near = [] if meant or not guess else difflib.get_close_matches(lower, known, 1, 0.7)

@@ -48,7 +48,7 @@ LEAST_SECONDS = 1e-9
 
 
 class Destination(Protocol):
-    """What a reader needs of a `Landing`."""
+    """The part of a `Landing` that a reader uses."""
 
     parts: list[memoryview]
     staged: bool
@@ -65,7 +65,7 @@ class Destination(Protocol):
 
 
 class SeenForms:
-    """Which form the chunks had that were last read from one place. Races between threads cost a wrong guess at most."""
+    """Remembers the form of the chunks that were last read from one place. Races between threads cost a wrong guess at most."""
 
     def __init__(self) -> None:
         self._raw_in_a_row: int | None = None

@@ -1,4 +1,4 @@
-"""How much computing a store has saved its prompts, day by day: lines in a small file among the store's notes.
+"""Counts how much computing a store has saved its prompts, day by day: lines in a small file among the store's notes.
 
 Each prompt appends one line, in the background. When the file has become large, the lines of each day are added up and days
 beyond the retention period are dropped. Counts that two processes write at the very moment of that may get lost; nothing

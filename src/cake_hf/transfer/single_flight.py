@@ -114,9 +114,6 @@ class Sharing:
     Invariants: a read starts only while fewer reads than its reader's limit are under way; each key has at most one flight on
     the board.
 
-    Args:
-        clock: monotonic seconds.
-
     Attributes:
         lookups: questions to the place of chunks that were not answered in time.
         notes: the same for questions where notes about the place are.
@@ -264,7 +261,7 @@ class Sharing:
 
 
 class FlightPlan:
-    """How the caller gets a chunk.
+    """Says how the caller gets a chunk.
 
     Attributes:
         followed: the flight to wait for; None if the caller does the work itself.

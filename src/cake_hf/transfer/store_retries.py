@@ -1,4 +1,4 @@
-"""What this process knows about the stores that users name: whether they were ever usable, and when to try again."""
+"""Remembers, for each store that a user names, whether it was ever usable, and when to try it again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_DOORS = 1024
 
 
 class Door:
-    """What is known about one name of a store. Get it from `door_of`.
+    """The state of one name of a store. Get it from `door_of`.
 
     Attributes:
         known: whether the store was usable earlier in this process.

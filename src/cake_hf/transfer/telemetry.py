@@ -1,4 +1,4 @@
-"""What others are told: one log line per kind of fault, and metrics through the OpenTelemetry API.
+"""Telemetry: one log line per kind of fault, and metrics through the OpenTelemetry API.
 
     cake_hf.chunks            counter, {chunk}   by cake_hf.outcome: loaded, computed, shared, missed, failed, saved, unsaved
     cake_hf.bytes             counter, By        by cake_hf.direction: loaded, saved
@@ -190,13 +190,7 @@ class FaultLog:
         self._told: dict[str, object] = {}
 
     def tell(self, kind: str, message: str, error: object) -> None:
-        """Logs a fault as a warning if it is the first of its kind, otherwise at debug level.
-
-        Args:
-            kind: e.g. an outcome's name.
-            message: with one `%s` for the error.
-            error: what was raised.
-        """
+        """Logs a fault as a warning if it is the first of its kind, otherwise at debug level; `message` has one `%s` for it."""
         mark = object()
         first = self._told.setdefault(kind, mark) is mark  # atomic, so no lock is needed
         logger.log(logging.WARNING if first else logging.DEBUG, message, error)

@@ -62,7 +62,7 @@ class SaveJob:
 
 
 class Writer:
-    """What one session has to save: a user of the background queue in front of a store.
+    """Saves the chunks of one session; a user of the background queue in front of a store.
 
     All writers of a process for one place share a thread and a byte budget. An offer beyond that budget is refused at once;
     nothing ever waits for room.
