@@ -92,8 +92,8 @@ class Watched:
         self.store = SlowStore(LocalStore(folder, budget=None), rate)
         self._ends.callback(self.store.close)
         with closing(bench.session(self.store)) as session:
-            self._memory = session.cost_memory(session.namespace())
-            self._chunk_bytes = session.layout().nbytes
+            self._memory = session.cost_memory(session.bound_model.namespace())
+            self._chunk_bytes = session.bound_model.layout().nbytes
 
     def __enter__(self) -> Watched:
         return self

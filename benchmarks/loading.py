@@ -68,8 +68,8 @@ class Chunks:
         s, store = bench.settings, bench.filled_store()
         session = bench.session(store)
         with closing(session):
-            keys = chunk_keys(session.namespace(), bench.ids[0, : s.tokens].tolist(), s.chunk_size)
-            return cls(store, keys, session.layout(), s.device)
+            keys = chunk_keys(session.bound_model.namespace(), bench.ids[0, : s.tokens].tolist(), s.chunk_size)
+            return cls(store, keys, session.bound_model.layout(), s.device)
 
     @property
     def nbytes(self) -> int:

@@ -108,7 +108,7 @@ def _random_call(bench: Workbench, seed: int) -> ForwardCall:
 
 def _look_up(session: Session, call: ForwardCall) -> Prompt:
     wanted = CallBlocks.of(call, (), session.chunk_size, 1)
-    return open_prompt(session, call, wanted, HeldBlocks(), Report(), time.monotonic(), session.namespace())
+    return open_prompt(session, call, wanted, HeldBlocks(), Report(), time.monotonic(), session.bound_model.namespace())
 
 
 def _name(session: Session, call: ForwardCall) -> Naming:
@@ -120,9 +120,9 @@ def _name(session: Session, call: ForwardCall) -> Naming:
     times = [time.perf_counter()]
     prompt = _look_up(session, call)
     times.append(time.perf_counter())
-    session.namespace()
+    session.bound_model.namespace()
     times.append(time.perf_counter())
-    session.store.contains(prompt.keys)
+    session.bound_store.store.contains(prompt.keys)
     times.append(time.perf_counter())
     if sum(prompt.stored) != CHUNKS // 2:
         raise CakeError(f"{sum(prompt.stored)} of the prompt's chunks were found, {CHUNKS // 2} are stored.")

@@ -285,7 +285,7 @@ class Workbench:
     def _room_for_all(self) -> Limits:
         """Returns limits under which no chunk stays unsaved because the disk is slower than the model."""
         with closing(self.session(MemoryStore())) as session:
-            payload = session.layout().nbytes * self.settings.chunks
+            payload = session.bound_model.layout().nbytes * self.settings.chunks
         limits = self.settings.limits
         return replace(limits, save_queue_bytes=max(limits.save_queue_bytes, payload), exit_flush_seconds=FLUSH_SECONDS)
 

@@ -143,7 +143,7 @@ class Stepper:
 
     def kv(self, name: str, chunks: int) -> list[torch.Tensor]:
         """A copy of the KV of a request's chunks in memory: keys and values of each layer, as bytes in order."""
-        pieces = len(self.manager._session.layout().pieces)
+        pieces = len(self.manager._session.bound_model.layout().pieces)
         blocks = self.engine.parts(name, 0, chunks * CHUNK, pieces)
         return [torch.cat([block[piece] for block in blocks]).clone() for piece in range(pieces)]
 

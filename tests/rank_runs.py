@@ -142,7 +142,7 @@ def case_not_called_alike() -> Any:
 
 def case_the_namespace_says_which_part() -> Any:
     with CakeCache(LLAMA, MemoryStore(), chunk_size=CHUNK) as used:
-        return used._session.namespace_metadata()["parallel"], used._session.namespace()
+        return used._session.bound_model.metadata()["parallel"], used._session.bound_model.namespace()
 
 
 def case_windows() -> Any:

@@ -415,7 +415,7 @@ def test_a_forward_that_fails_leaves_the_cache_empty() -> None:
     for inputs, failing in ((batch(), 2), (batch(), DISTINCT + 1), (equal_rows, 2), (equal_rows, chunks + 1)):
         calls = 0
         with CakeCache(model, store, chunk_size=CHUNK, strategy="compute", save=False) as used:
-            used._session.layout()  # runs the model once
+            used._session.bound_model.layout()  # runs the model once
             calls = 0
             with pytest.raises(RuntimeError, match="on purpose"):
                 generate(model, inputs, used)

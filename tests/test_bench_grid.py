@@ -184,7 +184,7 @@ def test_exactness_sees_a_chunk_that_is_wrong_in_good_order(tmp_path: Path) -> N
     bench = workbench(tmp_path)
     store = bench.filled_store()
     with bench.cache(store) as cache:
-        tamper(store, cache._session.layout())
+        tamper(store, cache._session.bound_model.layout())
     examination = Examination(bench)
     names = list(examination.steps())
     assert names == examination.found.tried

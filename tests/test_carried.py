@@ -447,7 +447,7 @@ def test_of_windows_only_the_last_is_read() -> None:
     store = CountingStore(filled_store(model, ids))
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as cache:
         assert difference(generate(model, cache, ids), oracle("gemma3", ids)) == ""
-        layout, report = cache._session.layout(), cache.report
+        layout, report = cache._session.bound_model.layout(), cache.report
     assert report.chunks_loaded == tokens // CHUNK
     payload = store.count - store.reads * header_size(layout)
     assert payload == report.bytes_loaded

@@ -369,7 +369,7 @@ def test_nothing_is_saved_before_the_comparison() -> None:
     model = build("llama")
     store = filled_by_another(model)
     with CakeCache(model, store, chunk_size=CHUNK) as cache:
-        first, *others = chunk_keys(cache._session.namespace(), IDS[0].tolist(), CHUNK)
+        first, *others = chunk_keys(cache._session.bound_model.namespace(), IDS[0].tolist(), CHUNK)
     for key in others:
         store.delete(key)
     before = list(store.keys())

@@ -306,8 +306,8 @@ def model() -> torch.nn.Module:
 def learn(model: torch.nn.Module, store: Any, *, bandwidth: float, speed: float, threads: int = 2) -> None:
     """Teaches a store's costs what was measured elsewhere."""
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
-        memory = cache._session.cost_memory(cache._session.namespace())
-        raw = stored_bytes(cache._session.layout())
+        memory = cache._session.cost_memory(cache._session.bound_model.namespace())
+        raw = stored_bytes(cache._session.bound_model.layout())
     for _ in range(2):
         for codec in (CodecCost(1.0, float(MAX_BYTES)), CodecCost(RATIO, speed)):
             load = codec.load(LoadCost(0.0, bandwidth, raw, threads))
@@ -385,8 +385,8 @@ def test_a_restore_tells_bytes_and_decoding_apart(
         with CakeCache(model, store, chunk_size=CHUNK, codec=codec, strategy="load", save=False) as cache:
             run(model, prompt(), cache)
             assert cache.report.chunks_loaded == CHUNKS
-            costs = cache._session.cost_memory(cache._session.namespace()).costs()
-            raw = stored_bytes(cache._session.layout())
+            costs = cache._session.cost_memory(cache._session.bound_model.namespace()).costs()
+            raw = stored_bytes(cache._session.bound_model.layout())
     assert costs.load is not None
     assert costs.load.chunk_bytes == pytest.approx(sum(sizes) / len(sizes), rel=0.01)
     if codec == "none":

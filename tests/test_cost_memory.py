@@ -246,7 +246,7 @@ def test_prompts_teach_and_notes_are_no_chunks(model: torch.nn.Module, tmp_path:
     for _ in range(2):
         with CakeCache(model, tmp_path, chunk_size=CHUNK, strategy="load") as cache:
             run(model, prompt(), cache)
-            costs = cache._session.cost_memory(cache._session.namespace()).costs(1)
+            costs = cache._session.cost_memory(cache._session.bound_model.namespace()).costs(1)
     assert costs.compute is not None
     assert costs.load is not None
     assert len(list(LocalStore(tmp_path).keys())) == CHUNKS
@@ -257,7 +257,7 @@ def test_no_compute_step_is_begun_if_the_loads_will_be_there_first(model: torch.
     store = MemoryStore()
     with CakeCache(model, store, chunk_size=CHUNK) as saving:
         saving.prefill(prompt())
-        namespace, layout = saving._session.namespace(), saving._session.layout()
+        namespace, layout = saving._session.bound_model.namespace(), saving._session.bound_model.layout()
     teacher = CostMemory(None)
     loads = [Span("load-0", index, index * 1e-6, (index + 1) * 1e-6, "loaded") for index in range(8)]
     for _ in range(2):  # what is measured first is cold
@@ -286,6 +286,6 @@ def test_after_one_full_hit_no_forward_is_begun_that_the_loads_overtake() -> Non
     fast = filled_store(model)  # a store object of its own, of which nothing is known yet
     with CakeCache(model, fast, chunk_size=CHUNK, save=False, strategy="load") as first:
         run(model, prompt(), first)
-        memory = first._session.cost_memory(first._session.namespace())
+        memory = first._session.cost_memory(first._session.bound_model.namespace())
     assert memory.costs(1000).compute is not None
     assert memory.costs(1000).load is not None

@@ -160,7 +160,7 @@ def test_a_full_queue_skips_saving_and_never_waits() -> None:
     model = shared_model("llama")
     store = SlowWrites(MemoryStore())
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as scratch:
-        room_for_two = Limits(save_queue_bytes=2 * scratch._session.layout().nbytes)
+        room_for_two = Limits(save_queue_bytes=2 * scratch._session.bound_model.layout().nbytes)
     with CakeCache(model, store, chunk_size=CHUNK, limits=room_for_two) as cache:
         outcome = run(model, prompt(), cache)  # would hang here if it waited for room
         store.gate.set()

@@ -146,7 +146,7 @@ def test_chunks_that_are_replaced_meanwhile(begin: str, codec: str) -> None:
 def test_facts_are_those_of_the_kv() -> None:
     layout = None
     with CakeCache(model_of(), MemoryStore(), chunk_size=CHUNK) as cache:
-        layout = cache._session.layout()
+        layout = cache._session.bound_model.layout()
     raw, encoded = copy_of("none"), copy_of()
     assert [read_facts(raw, key, layout) for key in keys()] == [read_facts(encoded, key, layout) for key in keys()]
     assert read_facts(encoded, "0" * 40, layout) is None
@@ -202,7 +202,7 @@ def test_of_windows_only_the_last_is_read(ranges: bool) -> None:
         counting.reads_ranges = ranges
         with CakeCache(model, counting, chunk_size=CHUNK, codec=codec, strategy="load", save=False) as cache:
             assert difference(run(model, ids, cache), plain) == ""
-            report, layout = cache.report, cache._session.layout()
+            report, layout = cache.report, cache._session.bound_model.layout()
         assert (report.chunks_loaded, report.chunks_failed) == (8 * WINDOW // CHUNK, 0)
         header = encoded_header_size(layout) if codec == "lossless" else 4096
         read[codec] = counting.nbytes - report.chunks_loaded * header
@@ -223,7 +223,7 @@ def test_costs_are_learnt_from_what_came_over_the_line() -> None:
     for _ in range(3):
         warm_run(store)
     with CakeCache(model_of(), store, chunk_size=CHUNK) as cache:
-        load = cache._session.cost_memory(cache._session.namespace()).costs().load
+        load = cache._session.cost_memory(cache._session.bound_model.namespace()).costs().load
     assert load is not None
     sizes = [len(value) for value in chunks_of(store).values()]
     assert load.chunk_bytes == pytest.approx(sum(sizes) / len(sizes), rel=0.01)

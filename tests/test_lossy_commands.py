@@ -269,7 +269,7 @@ def test_plain_caches_are_as_before() -> None:
     tiny: Any = shared_model("llama", "bfloat16")
     for options in ({}, {"codec": "lossless"}, {"exact": False}):
         with CakeCache(tiny, MemoryStore(), chunk_size=CHUNK, **options) as cache:
-            assert "codec" not in cache._session.namespace_metadata()
+            assert "codec" not in cache._session.bound_model.metadata()
     for codec, version in (("int4", "1"), ("rot4", "2")):
         with CakeCache(tiny, MemoryStore(), chunk_size=CHUNK, codec=codec, exact=False) as cache:
-            assert cache._session.namespace_metadata()["codec"] == {"name": codec, "version": version}
+            assert cache._session.bound_model.metadata()["codec"] == {"name": codec, "version": version}

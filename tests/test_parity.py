@@ -159,7 +159,7 @@ def test_a_wrong_payload_shows(tmp_path: Path) -> None:
         saving.prefill(prompt())
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as honest:
         assert difference(run(model, prompt(), honest), expected("llama", "float32", "sdpa")) == ""
-    forge(store, keys_in_order(store)[2], honest._session.layout())
+    forge(store, keys_in_order(store)[2], honest._session.bound_model.layout())
     with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as deceived:
         outcome = run(model, prompt(), deceived)
         assert deceived.report.chunks_loaded == CHUNKS

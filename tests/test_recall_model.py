@@ -62,7 +62,7 @@ def test_a_wrong_kv_shows_as_a_wrong_answer(model: Any, tokenizer: Any) -> None:
     assert [answer("true"), answer("false")] == [fact.answer, other.answer]
     assert answer("true") == fact.answer  # from the store now
     with CakeCache(model, stores["true"], chunk_size=64) as cache:
-        swap_payloads(stores["false"], stores["true"], cache._session.layout())
+        swap_payloads(stores["false"], stores["true"], cache._session.bound_model.layout())
     assert answer("true") != fact.answer
 
 

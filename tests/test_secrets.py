@@ -357,7 +357,7 @@ def test_a_models_name_with_a_token_in_it_is_not_stored() -> None:
     try:
         store = MemoryStore()
         with CakeCache(model, store, chunk_size=CHUNK) as cache:
-            assert cache._session.model_name.startswith("https://host/org/model")
+            assert cache._session.bound_model.name.startswith("https://host/org/model")
             cache.prefill(prompt())
         values = [bytes(store.read(key) or b"") for key in [*store.keys()]]
         assert values

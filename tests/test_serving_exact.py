@@ -115,7 +115,7 @@ def test_encoded_chunks_are_restored_too() -> None:
         assert (report.chunks_loaded, report.chunks_failed) == (CHUNKS, 0)
         assert steps.manager._requests.desk.wait(PATIENCE)
         session = steps.manager._session
-        costs = session.cost_memory(session.namespace()).costs()
+        costs = session.cost_memory(session.bound_model.namespace()).costs()
     assert costs.codec is not None  # what was encoded was not taken for raw chunks that came sooner
     assert costs.load is not None
     assert costs.load.chunk_bytes < raw

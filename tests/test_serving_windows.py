@@ -86,8 +86,8 @@ def first_in_window(steps: Stepper) -> int:
 
 def kv_in_memory(steps: Stepper) -> list[torch.Tensor]:
     """The KV of the document's chunks in the engine's memory, in the form of `expected_kv`."""
-    engine, layers = steps.engine, steps.manager._session.layout().layers
-    everywhere = steps.manager._session.layout().everywhere
+    engine, layers = steps.engine, steps.manager._session.bound_model.layout().layers
+    everywhere = steps.manager._session.bound_model.layout().everywhere
     blocks = engine.parts("document", 0, END, everywhere)
     full = iter([torch.cat([block[piece] for block in blocks]).clone() for piece in range(everywhere)])
     first = first_in_window(steps)

@@ -256,7 +256,7 @@ def test_what_a_signal_handler_raises_while_a_store_hangs_is_the_users(method: s
 def test_many_caches_on_a_store_that_hangs_on_writes(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, before = shared_model("llama"), our_threads()
     with opened(MemoryStore()) as scratch:
-        nbytes = scratch._session.layout().nbytes
+        nbytes = scratch._session.bound_model.layout().nbytes
     limits = Limits(save_queue_bytes=3 * nbytes, exit_flush_seconds=0.5)
     with hanging() as hang:
         monkeypatch.setattr(LocalStore, "write", hang)

@@ -78,7 +78,7 @@ class Desk:
 def _keys(bench: Workbench, store: LocalStore) -> list[str]:
     with closing(bench.session(store)) as session:
         ids = bench.ids[0, : bench.settings.tokens].tolist()
-        return list(chunk_keys(session.namespace(), ids, bench.settings.chunk_size))
+        return list(chunk_keys(session.bound_model.namespace(), ids, bench.settings.chunk_size))
 
 
 def plain(result: Result, bench: Workbench) -> Plain:

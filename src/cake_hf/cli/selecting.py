@@ -145,7 +145,7 @@ def _of_documents(
     ids = {path: document.ids(tokenizer) for path, document in documents.items()}
     model = load_model(model_name, warmed.dtype.value, warmed.device)
     with session_for(model, store, **warmed.keyed) as session:
-        namespace, size = session.namespace(), session.chunk_size
+        namespace, size = session.bound_model.namespace(), session.chunk_size
     chains, tails = [], []
     for path, document in documents.items():
         named = document.blocks(ids[path].shape[1], size)

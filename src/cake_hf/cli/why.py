@@ -244,12 +244,12 @@ def _look(store: Store, model: Any, document: Document, ids: torch.Tensor, warme
     tokens = ids[0].to(torch.int64).contiguous().numpy().data
     with session_for(model, store, **warmed.keyed) as session:
         namespace, metadata, name, size = (
-            session.namespace(),
-            session.latest_metadata(),
-            session.model_name,
+            session.bound_model.namespace(),
+            session.bound_model.latest_metadata(),
+            session.bound_model.name,
             session.chunk_size,
         )
-        has_states = bool(session.state_layout().pieces)
+        has_states = bool(session.bound_model.state_layout().pieces)
     named = document.blocks(len(tokens), size)
     keys = block_keys(namespace, tokens, named, size)
     has = dict(zip(keys, map(bool, store.contains(keys)), strict=True)) if keys else {}

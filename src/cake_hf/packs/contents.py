@@ -151,9 +151,9 @@ def contents_of(
     opened = open_store(store)
     try:
         with session_for(model, opened, chunk_size=chunk_size, salt=salt, exact=exact, codec=codec) as session:
-            facts, namespace = json.loads(canonical(session.namespace_metadata())), session.namespace()
+            facts, namespace = json.loads(canonical(session.bound_model.metadata())), session.bound_model.namespace()
             revision = getattr(session.model.config, "_commit_hash", None) or ""
-            name, has_states = printable(session.model_name), bool(session.state_layout().pieces)
+            name, has_states = printable(session.bound_model.name), bool(session.bound_model.state_layout().pieces)
         named = blocks(0, tokens, cuts, chunk_size)
         keys = block_keys(namespace, input_ids[0].tolist(), named, chunk_size)
         stored = _stored(opened, dict(enumerate(keys)))

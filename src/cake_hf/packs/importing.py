@@ -116,7 +116,7 @@ def refuse_foreign(pack: PackStore, model: torch.nn.Module, salt: str = "") -> N
     if exact or not is_lossy(codec):
         codec = "none"  # one that is not known here; the reason says it
     with session_for(model, pack, chunk_size=manifest.chunk_size, salt=salt, exact=exact, codec=codec) as session:
-        if mismatch_reason := pack.mismatch_reason(session.namespace(), session.namespace_metadata):
+        if mismatch_reason := pack.mismatch_reason(session.bound_model.namespace(), session.bound_model.metadata):
             raise StoreError(f"{mismatch_reason[0].upper()}{mismatch_reason[1:]}.")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.limits import Limits
 from cake_hf.model.caller import is_used_by
 from cake_hf.restore.bound_model import BoundModel, chosen_chunk_size
@@ -17,7 +16,6 @@ from cake_hf.restore.bound_store import BoundStore
 from cake_hf.restore.hook import ModelHook
 from cake_hf.scheduling.frontier import Strategy
 from cake_hf.scheduling.pace import Rules
-from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec
 from cake_hf.transfer.cost_notes import CostMemory
 from cake_hf.transfer.deadline import WaitBudget
@@ -103,38 +101,6 @@ class Session:
     def wait_budget(self) -> WaitBudget:
         """Returns the budget of a new prompt: what the longest of its waits for the store may take."""
         return WaitBudget(max(self.limits.read_timeout, self.limits.lookup_timeout))
-
-    # For code outside of a restore; the restore itself asks `bound_model` or `bound_store`.
-
-    @property
-    def store(self) -> Store:
-        """The store that keeps the chunks; see `BoundStore`."""
-        return self.bound_store.store
-
-    @property
-    def model_name(self) -> str:
-        """See `BoundModel`."""
-        return self.bound_model.name
-
-    def namespace(self, ids: torch.Tensor | None = None) -> str:
-        """See `BoundModel`."""
-        return self.bound_model.namespace(ids)
-
-    def namespace_metadata(self) -> dict[str, Any]:
-        """See `BoundModel.metadata`."""
-        return self.bound_model.metadata()
-
-    def latest_metadata(self) -> dict[str, Any]:
-        """See `BoundModel`."""
-        return self.bound_model.latest_metadata()
-
-    def layout(self) -> ChunkLayout:
-        """See `BoundModel`."""
-        return self.bound_model.layout()
-
-    def state_layout(self) -> ChunkLayout:
-        """See `BoundModel`."""
-        return self.bound_model.state_layout()
 
     def cost_memory(self, namespace: str) -> CostMemory:
         """Returns what computing and loading cost with this model, device and store."""

@@ -202,7 +202,7 @@ class BatchingManager(EngineManager):
     def _hooks_for(self, engine: Engine) -> Hooks:
         session, model = self._session, self._session.model
         refusal = self._model_refusal or attention_refusal(model)
-        layout = None if refusal else session.layout()
+        layout = None if refusal else session.bound_model.layout()
         if layout is not None:
             refusal = engine_refusal(engine, layout)
         self._matching.refusal = refusal

@@ -56,7 +56,7 @@ class Matching:
     def _look_up(self, restores: list[Restore]) -> Refusal | None:
         session = self._session
         with torch.no_grad(), one_look():
-            plain = session.namespace(torch.tensor([restores[0].tokens]))
+            plain = session.bound_model.namespace(torch.tensor([restores[0].tokens]))
             if refusal := prompts_refusal(session, self._layers, plain, max(len(one.tokens) for one in restores)):
                 return refusal
         namespace = self._apart(plain)
@@ -73,7 +73,7 @@ class Matching:
             restore.saves = session.bound_store.saves
             report, missing = restore.report, restore.chunks - sum(restore.stored)
             report.store, report.chunks_missed = session.bound_store.name, report.chunks_missed + missing
-            report.bytes_stored += sum(restore.stored) * stored_bytes(session.layout())
+            report.bytes_stored += sum(restore.stored) * stored_bytes(session.bound_model.layout())
             report.explain(absence or (NONE_YET if missing == restore.chunks else None))
         if session.exact and any(stored):
             session.bound_model.vouched_for = plain

@@ -183,7 +183,7 @@ class Requests:
             self._learn(restore)
 
     def _learn(self, restore: Restore) -> None:
-        memory, layout = self._session.cost_memory(restore.namespace), self._session.layout()
+        memory, layout = self._session.cost_memory(restore.namespace), self._session.bound_model.layout()
         pace = Pace(memory.costs(), chunks=restore.chunks, threads=self._session.limits.loader_threads)
         for number, at in enumerate(restore.arrivals):
             (pace.loaded if number else pace.loading)(at)
