@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from cake_hf import CakeCache, LocalStore, MemoryStore, Report, Store, Tier, TierStore
 from cake_hf.stores.differences import between, in_a_sentence
-from cake_hf.stores.display_name import store_name
+from cake_hf.stores.opening import store_name
 from cake_hf.stores.records import MOST_RECORDS
 from faulty import Faulty, hanging, raising
 from models import CHUNK, CHUNKS, build, difference, expected, prompt, run, shared_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_hf.cli.moved import REPOSITORY
+from cake_hf.cli.app import REPOSITORY
 from commands import run_command
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cake_hf import LocalStore, StoreError
-from cake_hf.stores import pins
+from cake_hf.stores import byte_budget
 from cake_hf.testing.contract import key_of, value_of
 from commands import flat, run_command
 
@@ -99,7 +99,7 @@ def test_a_later_pin_replaces_an_earlier_one(tmp_path: Path) -> None:
     store.pin([key_of(0)], SOON)
     store.pin([key_of(0), key_of(1)], SOON + 99)
     assert set(store.pinned().values()) == {int(SOON + 99) + 1}
-    assert pins.MAX_FILE_BYTES > 10**6 * 52
+    assert byte_budget.MAX_PINS_BYTES > 10**6 * 52
 
 
 def test_a_store_with_pins_and_without_a_mark_is_a_store(tmp_path: Path) -> None:

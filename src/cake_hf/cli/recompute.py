@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.text import Text
 
 from cake_hf.cache import CakeCache
 from cake_hf.chunks.codec import Buffer, parse_header
@@ -24,8 +25,7 @@ from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.documents import read_warmed
-from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
+from cake_hf.cli.models import load_model, load_tokenizer, read_warmed, refuse_too_long
 from cake_hf.cli.options import WarmedOptions
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import Pace
@@ -36,6 +36,7 @@ from cake_hf.stores import Store
 from cake_hf.stores.base import Part
 from cake_hf.stores.wrappers import WrapperStore
 from cake_hf.util.redaction import shown
+from cake_hf.util.sizes import count_text
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,15 @@ class Comparing(WrapperStore):
             f"Chunk {key} (number {own.index}) is well-formed and is not what the model computes: {differing.size:,} of "
             f"{_payload(computed).size:,} bytes differ, the first in {where}."
         )
+
+
+def show_recomputed(result: Recomputed) -> None:
+    """Shows how many chunks were computed again."""
+    of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
+    if result.bad:
+        console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
+    else:
+        console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))
 
 
 def _payload(raw: Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:

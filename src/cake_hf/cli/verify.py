@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +20,6 @@ from cake_hf.errors import CorruptChunk, NewerChunk, StoreError
 from cake_hf.stores import Store
 from cake_hf.util.redaction import shown
 from cake_hf.util.sizes import bytes_text, count_text
-
-if TYPE_CHECKING:  # it imports transformers, which takes seconds
-    from cake_hf.cli.recompute import Recomputed
 
 THREADS = 4
 """Each thread takes memory for what it reads."""
@@ -197,12 +193,3 @@ def _show_bad(bad: Sequence[BadChunk]) -> None:
     for chunk in bad:
         table.add_row(chunk.key, Text(chunk.why))
     console.print(table)
-
-
-def show_recomputed(result: Recomputed) -> None:
-    """Shows how many chunks were computed again."""
-    of = f"{count_text(result.sampled, 'chunk')} of {result.stored:,} computed again"
-    if result.bad:
-        console.print(f"{of}, {len(result.bad)} are not what the model computes.", style="bold red")
-    else:
-        console.print(Text.assemble(("The sample is true:", "green"), f" {of}, equal bit for bit."))

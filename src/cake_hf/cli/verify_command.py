@@ -10,8 +10,8 @@ import typer
 from cake_hf.cli.console import STOPPED, WRONG, progress_bar
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
-from cake_hf.cli.recompute import RecomputeJob, recompute
-from cake_hf.cli.verify import BadChunk, delete, show_recomputed, show_stopped, show_verified, verify
+from cake_hf.cli.recompute import RecomputeJob, recompute, show_recomputed
+from cake_hf.cli.verify import BadChunk, delete, show_stopped, show_verified, verify
 from cake_hf.util.sizes import parse_share
 
 

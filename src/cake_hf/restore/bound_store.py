@@ -24,8 +24,7 @@ from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
 from cake_hf.scheduling.costs import MAX_SECONDS, encoding_pays, is_number
 from cake_hf.stores.base import Store
-from cake_hf.stores.display_name import store_name
-from cake_hf.stores.opening import StoreSpec
+from cake_hf.stores.opening import StoreSpec, store_name
 from cake_hf.stores.records import Record, keep
 from cake_hf.transfer.copy_streams import let_copies_out_end
 from cake_hf.transfer.cost_notes import CostMemory, flush_costs, note_seconds, recall_costs

@@ -21,8 +21,7 @@ from cake_hf.scheduling.frontier import Strategy
 from cake_hf.serving.audit import EngineAudit, Saver
 from cake_hf.serving.beliefs import Beliefs
 from cake_hf.serving.loads import Blocks, Loaders
-from cake_hf.serving.matching import Matching
-from cake_hf.serving.probe import computes_as_generate
+from cake_hf.serving.matching import Matching, computes_as_generate
 from cake_hf.serving.requests import Requests
 from cake_hf.serving.restorer import Restorer
 from cake_hf.serving.seams import Engine, EngineManager, Hooks, complete_config, generation_config_of, lend_to, no_room

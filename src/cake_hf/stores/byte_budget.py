@@ -3,6 +3,10 @@
 Before a chunk is written its bytes are reserved: they are added to the shared byte count, and the partial file gets its final
 size. So files and reservations together never exceed the budget, however many processes write. A killed process's reservation
 is its leftover file, and ends with that file's removal.
+
+Pins, chunks that are not evicted until a date, are listed in one small file: each line is a key and a date, in seconds since
+the epoch. The file is changed, and checked before an eviction, under the lock of the byte count, so a chunk is safe as soon as
+it is pinned.
 """
 
 from __future__ import annotations
@@ -10,18 +14,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from cake_hf.errors import StoreError
 from cake_hf.stores.byte_count import ByteCount, OpenCount
 from cake_hf.stores.default_budget import FreeShare
 from cake_hf.stores.eviction import Entry, Order, least_recently_used
 from cake_hf.stores.folder import BYTES, Folder, ShardListing
-from cake_hf.stores.pins import Mark, Pins
+from cake_hf.stores.marker import PINS
+from cake_hf.stores.safe_paths import directory, opened, replace_file, status_of
 from cake_hf.util.redaction import shown
 from cake_hf.util.sizes import bytes_text
 
@@ -257,3 +264,47 @@ class ByteBudget:
 
     def _said(self) -> str:
         return f"{self._budget:,}" + (f" ({self._share})" if self._share else "")
+
+
+MAX_PINS_BYTES = 2**26
+"""More than a million chunks."""
+
+_PIN_LINE = re.compile(rb"([0-9a-f]{40}) ([0-9]{1,12})")
+
+Mark = tuple[int, int, int] | None
+"""Distinguishes versions of the file without reading it: inode, mtime and size."""
+
+
+class Pins:
+    """The file with the pins. Methods pass OSError through; callers of `change` hold the lock of the byte count."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def mark(self) -> Mark:
+        """Returns a mark that differs after each change; None if there is no file."""
+        with suppress(FileNotFoundError), directory(self._root) as root:
+            found = status_of(PINS, root)
+            return None if found is None else (found.st_ino, found.st_mtime_ns, found.st_size)
+        return None
+
+    def read(self, now: float) -> dict[str, int]:
+        """Returns the chunks that are pinned now: key -> end of the pin, in seconds since the epoch."""
+        with (
+            suppress(FileNotFoundError),
+            directory(self._root) as root,
+            opened(PINS, os.O_RDONLY, root) as (file, status),
+        ):
+            lines = os.pread(file, min(status.st_size, MAX_PINS_BYTES), 0).splitlines()
+            found = (_PIN_LINE.fullmatch(line) for line in lines)
+            return {line[1].decode(): int(line[2]) for line in found if line and int(line[2]) > now}
+        return {}
+
+    def change(self, pinned: Mapping[str, int], unpinned: Iterable[str], now: float) -> None:
+        """Adds some pins and removes others; expired pins are removed, too."""
+        wanted = {**self.read(now), **pinned}
+        for key in unpinned:
+            wanted.pop(key, None)
+        text = "".join(f"{key} {until}\n" for key, until in sorted(wanted.items()))
+        with directory(self._root) as root:
+            replace_file(PINS, text.encode(), root)

@@ -1,4 +1,4 @@
-"""Opens a store from a user's spec: a path, a URL, a list of these, or a store object."""
+"""Opens a store from a user's spec: a path, a URL, a list of these, or a store object; and names it for display."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from cake_hf.stores.specs import (
     path_directory,
     plain_directory,
 )
+from cake_hf.stores.tier import Tier
 from cake_hf.stores.tiers import open_tiers
 from cake_hf.util import environment
-from cake_hf.util.redaction import shown_url
+from cake_hf.util.redaction import shown, shown_url
 
 StoreSpec = Store | str | os.PathLike[str] | Sequence[Any]
 """A user's spec of a store; a sequence means tiers, nearest first (see `open_tiers`)."""
@@ -192,3 +193,43 @@ def _known(kinds: Iterable[RemoteKind | Plugin]) -> str:
         by_extra.setdefault(kind.install, []).append(kind.example)
     remote = [f"{', '.join(examples)}{f' ({install})' * bool(install)}" for install, examples in by_extra.items()]
     return "; ".join([f"a directory path, {LOCAL_EXAMPLES['file']}, {LOCAL_EXAMPLES['memory']}", *remote])
+
+
+def store_name(spec: object) -> str:
+    """Returns the display name of a store's spec, without asking the store; for a directory, the last part of its path.
+
+    It has no secrets and no full paths: reports are shown to people who need not know where on a machine a directory is.
+    """
+    if spec is None:
+        spec = environment.text_from(environment.STORE) or ""
+    if isinstance(spec, (list, tuple)):
+        return ", ".join(map(store_name, spec))
+    if isinstance(spec, Tier):
+        return store_name(spec.store)
+    if isinstance(spec, LocalStore):
+        return _last_part(spec.root)
+    if isinstance(spec, Store):
+        return _name_of_store(spec)
+    return _last_part(Path(spec)) if isinstance(spec, os.PathLike) else _name_of_text(str(spec))
+
+
+def _name_of_text(text: str) -> str:
+    try:
+        path = directory_of(text)
+    except StoreError:  # opening the store reports what is wrong
+        path = None
+    if path is None and text.startswith("pack:"):
+        return f"pack:{_last_part(Path(text.removeprefix('pack:')))}"
+    return shown_url(text) if path is None else _last_part(path)
+
+
+def _name_of_store(store: Store) -> str:
+    """Returns the kind of a store object, with its place if that is on a network."""
+    # The repr of a user's own store may do anything, so only ours is called.
+    tells = type(store).__module__.startswith("cake_hf.") and type(store).__repr__ is not object.__repr__
+    told = shown(repr(store)) if tells else ""
+    return told if "://" in told else type(store).__name__
+
+
+def _last_part(path: Path) -> str:
+    return shown(path.name or path)
