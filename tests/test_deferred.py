@@ -10,8 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from cake_hf import CakeError
-from cake_hf.cli.app import COMMANDS, app
-from cake_hf.cli.deferred import Deferred, deferring
+from cake_hf.cli.app import COMMANDS, Deferred, app, deferring
 
 RUN = """
 import sys

@@ -472,9 +472,9 @@ def test_an_unknown_codec_lists_the_lossy_ones_too(codec: str) -> None:
 
 
 def test_a_codec_whose_library_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cake_hf.chunks.lossy import registry
+    from cake_hf.chunks import lossy
 
-    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    monkeypatch.setattr(lossy, "find_spec", lambda name: None)
     with pytest.raises(CakeError, match=r'cachegen needs constriction: pip install "cake-hf\[cachegen\]"'):
         CakeCache(shared_model("llama"), MemoryStore(), codec="cachegen", exact=False)
 

@@ -33,7 +33,6 @@ class Work:
     """A phase and the data that belongs to it. A `Work` is not changed: the next phase has one of its own.
 
     Attributes:
-        phase: of the cache.
         prompt: the prompt that was prefilled, or whose suffix is in the model.
         restore: of the chunks before the suffix, whose loads may be under way; None if no restore was started, or `prefill` has
             brought them.

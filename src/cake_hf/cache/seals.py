@@ -63,7 +63,6 @@ class Seals:
         """Returns the seals for a copy of the cache.
 
         Args:
-            layers: of the cache.
             copied: of the copy, with the same content.
             blocks: the known blocks.
         """

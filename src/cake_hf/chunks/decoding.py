@@ -25,7 +25,6 @@ def decode_into(
         bases: of these pieces, back to back.
         refinements: likewise.
         sizes: of the whole chunk, checked.
-        layout: of the chunk.
         parts: where the pieces go; as many as are decoded.
 
     Raises:

@@ -41,7 +41,6 @@ def check_encoded(
     Args:
         bases: of `count` consecutive pieces, back to back.
         refinements: likewise; empty if the bases alone are decoded.
-        metadata: of the chunk.
         first: number of the first of these pieces in the chunk.
         count: of pieces; all that follow by default.
 

@@ -28,7 +28,7 @@ from cake_hf.chunks.codec import (
 )
 from cake_hf.chunks.layout import ChunkLayout, Piece, dtype_name, dtype_named, plain_json
 from cake_hf.chunks.lossless import CODEC, CODEC_VERSION, EncodedSizes
-from cake_hf.chunks.lossy.registry import is_lossy, version_of
+from cake_hf.chunks.lossy import is_lossy, version_of
 from cake_hf.chunks.tensor_table import MAX_EXTENT, MAX_PAYLOAD_BYTES, METADATA
 from cake_hf.errors import CorruptChunk, NewerChunk
 

@@ -1,16 +1,94 @@
-"""The list of commands; those that have left the package say how to run them from a checkout."""
+"""The list of commands. Each command's module is imported when it runs, since torch and transformers take seconds to import.
+
+Commands that have left the package say how to run them from a checkout.
+"""
 
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import cake_hf
-from cake_hf.cli.console import console
-from cake_hf.cli.deferred import Deferred, deferring
+from cake_hf.cli.console import PlainErrors, console
 from cake_hf.errors import CakeError
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The location of a command.
+
+    Attributes:
+        target: "module:name" of a function with typer's annotations, or of a `typer.Typer` with commands of its own.
+        help: one line for the list of commands.
+        hidden: whether the list leaves it out.
+    """
+
+    target: str
+    help: str
+    hidden: bool = False
+
+    def load(self, name: str) -> Any:
+        """Imports the command's module and returns the command."""
+        module, attribute = self.target.split(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            command = typer.main.get_command(found)
+        else:
+            alone = typer.Typer(add_completion=False)
+            alone.command(name)(found)
+            command = typer.main.get_command(alone)
+        command.name = name
+        return command
+
+
+class _Commands(Mapping[str, Any]):
+    """Commands by name; each is imported when it is looked up."""
+
+    def __init__(self, deferred: Mapping[str, Deferred]) -> None:
+        self._deferred = deferred
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._deferred[name].load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deferred)
+
+    def __len__(self) -> int:
+        return len(self._deferred)
+
+
+def deferring(deferred: Mapping[str, Deferred]) -> type[PlainErrors]:
+    """Returns a class of groups with these commands, for `typer.Typer(cls=...)`."""
+
+    class Group(PlainErrors):
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__(**attributes)
+            self.commands: Any = _Commands(deferred)
+
+        def list_commands(self, ctx: Any) -> list[str]:
+            return list(deferred)
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            """Returns an entry for the list of commands; None if there is no such command."""
+            entry = deferred.get(cmd_name)
+            return None if entry is None else TyperCommand(cmd_name, help=entry.help, hidden=entry.hidden)
+
+        def resolve_command(self, ctx: Any, args: Any) -> Any:
+            """Returns the command itself, to be run."""
+            name, listed, rest = super().resolve_command(ctx, args)
+            return name, listed and self.commands[listed.name], rest
+
+    return Group
+
 
 REPOSITORY = "https://github.com/cake-hf/cake-hf"
 
@@ -46,7 +124,7 @@ COMMANDS = {
     "gc": Deferred("cake_hf.cli.gc:gc_command", "Delete chunks by age or for a budget."),
     "rm": Deferred("cake_hf.cli.rm:rm_command", "Delete the KV of a document, a model or a namespace."),
     "pin": Deferred("cake_hf.cli.pin:pin_command", "Protect chunks from eviction for some time."),
-    "stats": Deferred("cake_hf.cli.stats:stats_command", "Show how much came from a store, day by day."),
+    "stats": Deferred("cake_hf.cli.look_commands:stats_command", "Show how much came from a store, day by day."),
     "bench": Deferred("cake_hf.cli.app:bench", "Measurements; they are in the repository now.", hidden=True),
     "plan": Deferred("cake_hf.cli.plan:plan_command", "Predict how a prompt would be restored, and how fast."),
     "export": Deferred("cake_hf.cli.pack_commands:export_command", "Write a document's KV as a pack, to a folder."),

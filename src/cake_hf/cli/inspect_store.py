@@ -178,7 +178,6 @@ def chunk_of(raw: bytearray, key: str, size: int) -> StoredChunk:
 
     Args:
         raw: the header at least.
-        key: of the chunk.
         size: of the file.
 
     Raises:

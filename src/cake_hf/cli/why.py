@@ -55,10 +55,8 @@ def agreement(
     """Follows a prompt through a store, block by block.
 
     Args:
-        inventory: of the store.
         namespace: to search.
         tokens: of the prompt, 64-bit integers.
-        chunk_size: of the namespace.
         known: the prompt's stored blocks, by key; blocks before one of these may be gone.
     """
     children: dict[str, list[StoredChunk]] = {}

@@ -285,7 +285,6 @@ class Presses:
         """Returns why a prompt with these presses is computed plainly; None if it can be restored.
 
         Args:
-            layers: of the cache.
             mixed: whether the prompt is padded, or belongs to a batch of different prompts.
         """
         if not self.pressed:

@@ -101,7 +101,6 @@ class Vision:
 
     Args:
         model: the model whose forward is called.
-        family: of the model.
         arguments: of the forward, by name, with `input_ids`.
         past: the number of tokens in the cache before the call.
         sliceable: whether the forward takes the vision part's features, so that a piece can contain a part of an image.

@@ -35,13 +35,11 @@ class Comparison:
 
     Args:
         bound_store: that has the chunk.
-        key, layout: of the chunk.
         pieces: its tensors `[1, tokens, heads, head_dim]` in payload order. They are copied, so they may change afterwards.
         chunk: its index.
         ended: called, in another thread, when the checksums have been read.
 
     Attributes:
-        chunk: as given.
         due: monotonic time after which the store is not waited for any more.
     """
 
@@ -104,7 +102,6 @@ class Audit:
         """Starts to compare a chunk that was computed, if it is stored and due for comparison.
 
         Args:
-            index: of the chunk.
             pieces: returns its tensors `[1, tokens, heads, head_dim]` in payload order.
         """
         if not self._on or not self._prompt.stored[index]:

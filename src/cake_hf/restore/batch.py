@@ -66,10 +66,8 @@ class BatchRestore:
     """The counterpart of `Restore` for a batch. Use: `run`; the suffixes, with `keep` in each layer; `close`, or `abandon`.
 
     Args:
-        session: of the cache.
         layers: of the cache, without content.
         call: the forward that brought the batch; some of its rows have a chunk to be restored.
-        namespace: of the session.
         started: when the call came.
 
     Attributes:

@@ -60,7 +60,6 @@ class BoundModel:
         compiled: what the user passed as the model.
 
     Attributes:
-        model, chunk_size, salt, exact, lossy: as given.
         hook: on the model; has to be detached.
         doubt: why a lossy cache could not ask the store which model its KV is from, and so has keys of its own for now.
         vouched_for: a namespace of which the store was seen to hold chunks; None for none yet.

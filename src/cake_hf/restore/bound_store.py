@@ -87,7 +87,6 @@ class BoundStore:
 
     Args:
         store: what the user named.
-        limits: of the session.
         save: whether new chunks are saved to it.
         codec: of new chunks, one of `CODECS`.
 
@@ -95,7 +94,6 @@ class BoundStore:
         lossy: the lossy codec; None for an exact cache.
         name: of the store, for display.
         access: the access to it.
-        limits: as given.
 
     Raises:
         StoreError: the store has never been usable, and is not now.
@@ -183,7 +181,6 @@ class BoundStore:
 
         Args:
             metadata: the chunk's metadata, without its checksums.
-            layout: of the chunk.
             pieces: returns its tensors `[1, chunk_size, heads, head_dim]` in payload order; called only if there is room.
             report: counts the outcome.
             overwrite: replace a stored chunk that turned out to be unusable.
@@ -251,7 +248,6 @@ def recorder(
     Args:
         store: with the chunk.
         metadata: the metadata that the namespace is a digest of, without the salt.
-        namespace: of the chunk.
         model: its name, for display.
         seconds: that the thread waits for the write to finish.
         late: questions about notes that were not answered in time; while there are any, nothing is written.

@@ -49,7 +49,6 @@ class MissedPrompt:
     Attributes:
         namespace: digest, of the session.
         metadata: the metadata that the namespace is a digest of, without the salt.
-        salt: of the session.
         model: its name.
         tokens: of the prompt, 64-bit integers.
         extra_hashes: returns the extra hashes of blocks, see `ForwardCall.extra_hashes`.
@@ -83,7 +82,6 @@ class StoredElsewhere:
     """Chunks of a prompt that are stored under another namespace.
 
     Attributes:
-        record: of the namespace.
         differences: between that namespace and the session's own.
         keys: of the prompt's chunks there, see `MissedPrompt.keys`.
         stored: how many of these are stored.
@@ -105,9 +103,7 @@ class Inquiry:
     """The question why a prompt of a session was not found, asked in the background.
 
     Args:
-        session: of the cache.
         call: the forward with the whole prompt.
-        namespace: of the session.
         seconds: that the answer may take from now on.
         cuts: the declared ones.
     """
@@ -170,7 +166,6 @@ def found_elsewhere(
 
     Args:
         store: to be asked.
-        missed: the prompt.
         known: records of the store.
         all_chunks: ask for each chunk; if False, only for some, which costs less, and `stored` is not a full count.
     """

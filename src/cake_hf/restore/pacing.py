@@ -50,13 +50,10 @@ def new_pace(
     """Returns the beliefs at the start of a restore.
 
     Args:
-        session: of the cache.
         prompt: from `open_prompt`.
-        plan: of the restore.
         memory: the costs of earlier prompts.
         costs: of chunks, from that memory; of raw ones if there is a deadline.
         deadline: see `deadline_of`.
-        layers: of the model.
         can_run, can_leave: see `RestorePace`.
     """
     kind: Callable[..., RestorePace] = session.rules.pace
@@ -150,7 +147,6 @@ def count_restore(
     The numbers are added, not set, since the rows of a batch share a report.
 
     Args:
-        prompt: of the restore.
         outcomes: of its loads, by chunk.
         overruled: chunks that were loaded, and then made again.
         job: of the loaders.

@@ -43,7 +43,6 @@ def plan_restore(session: Session, prompt: Prompt, costs: Costs, reach: int, *, 
     """Plans the restore of one prompt.
 
     Args:
-        session: of the cache.
         prompt: from `open_prompt`.
         costs: as currently believed.
         reach: how many tokens the model's longest window reaches back.

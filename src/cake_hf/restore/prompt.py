@@ -54,7 +54,6 @@ def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -
     """Asks for blocks and snapshots in one question; all count as missing if the store fails or does not answer.
 
     Args:
-        session: of the cache.
         keys: of blocks.
         states: keys of the snapshots at the end of each block; empty if the model has no recurrent state.
     """

@@ -25,11 +25,8 @@ class Saver:
     """The saver of one prompt.
 
     Args:
-        session: of the cache.
         layers: of the cache that keep each token.
         prompt: from `open_prompt`.
-        carried: of the restore.
-        stored: of the restore.
         audit: of the restore. Nothing is saved before the comparisons under way have found equal checksums.
     """
 
@@ -53,7 +50,6 @@ class Saver:
         """Queues a chunk that was just computed on the canonical schedule, unless the store has it intact.
 
         Args:
-            index: of the chunk.
             load: how the attempt to load it ended, if there was one.
             coded: what a lossy codec has made of it, to be stored as that; None to store what is in the layers.
 
@@ -134,7 +130,6 @@ class Flights:
     """The flights of one restore.
 
     Args:
-        session: of the cache.
         prompt: from `open_prompt`.
         restore: whose flights these are: any object of its own.
         frontier: the ledger.

@@ -297,7 +297,6 @@ class RestorePace(Pace):
     """The pace of one restore of a cache.
 
     Attributes:
-        blocks: of the prompt.
         can_run: whether a block could be computed right now; if not, skipping the wait for its load gains nothing.
         can_leave: whether a forward on it can be ended although its load has not arrived.
     """

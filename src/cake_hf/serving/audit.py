@@ -65,7 +65,6 @@ class EngineAudit:
 
     Args:
         session: with model and store. Without `exact`, equal bits are not expected, and nothing is compared.
-        layout: of a chunk.
         saver: of computed chunks.
         wake: called, in another thread, when a comparison can be settled.
     """
@@ -77,8 +76,6 @@ class EngineAudit:
         """Takes a chunk that was just computed: it is compared if it is stored and due for that, and saved by `settle`.
 
         Args:
-            restore: of the request.
-            index: of the chunk.
             windows: its pieces of layers with a sliding window, `[tokens, heads, head_dim]`.
         """
         restore.unsaved[index] = windows

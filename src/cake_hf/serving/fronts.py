@@ -117,7 +117,6 @@ class Fronts:
         """Returns whether a request whose chunks are all there stays out of the others' steps for now.
 
         Args:
-            restore: of the request.
             tokens: of the other requests' prompts that wait to be computed.
             requests: their number.
             now: monotonic seconds.

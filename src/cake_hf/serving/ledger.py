@@ -77,7 +77,6 @@ class Ledger:
         windows: which loads bring sliding windows.
 
     Attributes:
-        windows: as given.
         front: where the request can go on; all chunks before it are there.
         missing: the first chunk that is not there, as `advance` has found it. Beyond `front` only for want of windows.
         again: whether the chunk that is being computed is there.

@@ -62,8 +62,6 @@ class Loaders:
     So no read, however late, can write to blocks that have become another request's.
 
     Args:
-        bound: the store.
-        layout: of a chunk.
         blocks: see `Blocks`.
         windows: of the engine's requests.
         beliefs: about costs.

@@ -110,7 +110,6 @@ def computes_as_generate(model: Any, engine: Engine, layout: ChunkLayout) -> boo
     Args:
         model: of the engine.
         engine: before its first step.
-        layout: of a chunk.
     """
     about = canonical(
         {**engine.metadata(), "attention": str(model.config._attn_implementation), "layout": layout.tensor_table}

@@ -118,8 +118,6 @@ class Requests:
         """Begins a request: has its chunks looked up, if it has any. Never waits.
 
         Args:
-            request_id: of the request.
-            tokens: of the prompt.
             children: requests that are forked from it before its last token.
             again: it is a request of the engine's own making, such as one that starts again since memory ran out; its report
                 goes on.

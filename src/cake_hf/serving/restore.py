@@ -39,7 +39,6 @@ class Restore:
     """The restore of one request's prompt.
 
     Attributes:
-        request_id, tokens: of the request.
         chunks: number of chunks to restore; at least one token is left to run.
         started: when the request came.
         report: counts what happens to it.

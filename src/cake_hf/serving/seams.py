@@ -310,7 +310,6 @@ class Engine:
         """Shares with a waiting request the chunks of its prompt that are in memory; returns their number.
 
         Args:
-            state: of the request.
             tokens_per_chunk: size of a chunk.
             most: number of chunks.
             exact: take only KV that is known to be as `generate` computes it.
@@ -378,7 +377,6 @@ class Engine:
         """Returns views of the memory of a request's tokens in layers that keep all: per block `[pieces, bytes]` uint8.
 
         Args:
-            request_id: of the request.
             start: first token; the start of a block.
             tokens: number of tokens; whole blocks.
             pieces: how many parts a block has: the keys, and the values, of each such layer; 0 if there are none.
@@ -405,7 +403,6 @@ class Engine:
         """Sets consecutive tokens of a request, of the layers with a window.
 
         Args:
-            state: of the request.
             position: of the first token.
             pieces: keys and values of each such layer, `[tokens, heads, head_dim]`; less tokens than a window.
         """

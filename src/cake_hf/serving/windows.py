@@ -37,8 +37,6 @@ class Windows:
         """Keeps a copy of the windows that a load has brought.
 
         Args:
-            restore: of the request.
-            index: of the chunk.
             payload: of the chunk, flat uint8; it may be longer.
         """
         everywhere = self._layout.everywhere

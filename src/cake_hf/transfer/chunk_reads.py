@@ -139,8 +139,6 @@ class ChunkReader:
         """Reads, checks and commits a chunk; False for a miss, or if nothing is wanted any more.
 
         Args:
-            key: of the chunk.
-            layout: of the chunk.
             landing: where its first pieces go; all, or fewer.
             ranges: in which it may be read if it is raw.
             landed: called with a number of layers when, of several ranges, those up to it are committed.

@@ -124,7 +124,6 @@ class CostMemory:
         """Records what one restore measured.
 
         Args:
-            pace: of the restore.
             timeline: of its report.
             chunk_bytes: bytes of one raw chunk.
             part: index on the absolute grid and seconds of the prompt's suffix, if it is a part of a chunk.

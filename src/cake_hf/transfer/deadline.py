@@ -110,7 +110,6 @@ class Question(Generic[T]):
     """A call that has been started in a thread of its own and whose answer is wanted later.
 
     Args:
-        call: to run.
         what: what it is about, in a word.
         late: calls that were given up earlier: while there are any, this one is not started. Nor is it if the budget of the
             prompt is used up.
@@ -152,7 +151,6 @@ def ask(call: Callable[[], T], seconds: float, what: str, late: Late | None = No
     Raises nothing but what the user's signal handlers raise.
 
     Args:
-        call: to run.
         seconds: to wait.
         what: what it is about, in a word.
         late: calls that were given up earlier: while there are any, this one is not started.

@@ -19,8 +19,6 @@ def read_first_pieces(
 
     Args:
         store: to read from.
-        key: of the chunk.
-        layout: of the chunk.
         room: for at least the largest chunk of that layout.
         count: how many of its first pieces are wanted.
         bases_alone: leave out the refinements.
@@ -51,7 +49,6 @@ def read_refinements(store: Store, layout: ChunkLayout, metadata: EncodedMetadat
 
     Args:
         store: to read from.
-        layout: of the chunk.
         metadata: of the chunk, as it was when its bases were read.
         count: how many of its first pieces are wanted.
 

@@ -105,7 +105,6 @@ def count_hits(store: Store, report: Report, limits: Limits, late: Late | None =
 
     Args:
         store: of the prompt's cache.
-        report: of the prompt.
         limits: how long the store may take to say where its notes are (`lookup_timeout`).
         late: questions to the store's place that were not answered in time; while there are any, nothing is asked.
     """

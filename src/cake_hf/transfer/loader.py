@@ -42,7 +42,6 @@ class LoadJob:
     Attributes:
         store: to read from.
         keys: of the prompt's chunks, in order.
-        layout: of a chunk.
         place: where chunks land.
         frontier: the ledger.
         record: called as `record(actor, chunk, start, end, outcome)` after each load that counted or was superseded.

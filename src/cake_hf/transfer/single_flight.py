@@ -195,7 +195,6 @@ class Sharing:
         (see `Frontier`), and if the caller computes and the leader loads, since the load may be late.
 
         Args:
-            key: of the chunk.
             owner: the restore.
             computes: whether it is about to compute the chunk, not to load it.
             saves: whether it will save the chunk to the store.

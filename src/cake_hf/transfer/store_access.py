@@ -41,7 +41,6 @@ class Found:
     Attributes:
         existed: whether the store is a directory that already had a store in it.
         store: the open store; None if opening failed.
-        place: of the store.
         sharing: of that place.
         saves: whether new chunks may be saved.
         error: why the store cannot be opened, or cannot be written to.
@@ -64,7 +63,6 @@ class Access:
 
     Args:
         spec: what the user named.
-        limits: of the session.
         save: whether new chunks are to be saved to the store.
         share: returns what all users of a store's place share.
 

@@ -45,7 +45,6 @@ class SaveJob:
 
     Attributes:
         metadata: of the chunk; the checksums are filled in by the writer.
-        layout: of the chunk.
         payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way. Or what a lossy codec
             has made of it.
         overwrite: whether the store has a chunk of this key that turned out to be unusable.

@@ -41,7 +41,6 @@ def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Enco
 
     Args:
         payload: the layout's pieces, back to back; writable.
-        layout: of the chunk.
         method: of encoding.
     """
     if payload.readonly or payload.nbytes != layout.nbytes:
@@ -82,7 +81,6 @@ def decode_chunk(
         bases: of these pieces, back to back.
         refinements: likewise.
         sizes: of the whole chunk, checked.
-        layout: of the chunk.
         parts: where the pieces go; as many as are decoded.
         method: by which the chunk is encoded.
 
