@@ -158,13 +158,16 @@ class Checkpoint:
     @classmethod
     def take(cls, layers: Sequence[Any], past: int, held: HeldBlocks, *, traced: bool = False) -> Checkpoint:
         """Records the current state. The hook before the forward calls it."""
+        frame = None if traced else _callers_frame()
+        if not past:  # `reset` is all that going back takes
+            return cls(0, held.copy(), {}, {}, frame, threading.get_ident())
         windows = {n: layer.content for n, layer in enumerate(layers) if isinstance(layer, SlidingWindowLayer)}
         replaced = {
             n: (layer.keys, layer.values)
             for n, layer in enumerate(layers)
             if isinstance(layer, TokenMajorLayer) and not layer.is_own
         }
-        return cls(past, held.copy(), windows, replaced, None if traced else _callers_frame(), threading.get_ident())
+        return cls(past, held.copy(), windows, replaced, frame, threading.get_ident())
 
     def is_over(self) -> bool:
         """Returns whether the forward has ended. If that cannot be determined, as in other threads, it counts as running."""

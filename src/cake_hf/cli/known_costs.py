@@ -21,7 +21,6 @@ from cake_hf.chunks.layout import dtype_name
 from cake_hf.cli.inspect_store import Namespace, StoredChunk, namespaces, read_chunk, take_inventory
 from cake_hf.errors import CakeError
 from cake_hf.layers.compat import named_for
-from cake_hf.report import Report
 from cake_hf.scheduling.costs import Costs
 from cake_hf.scheduling.pace import Pace
 from cake_hf.stores.base import Part, Store
@@ -190,17 +189,10 @@ def _prefill(
         report = cache.prefill(ids, whole=True)
         cache.flush()
         wanted = chunks if strategy == "load" else 0
-        if (
-            report.chunks_loaded != wanted
-            or report.chunks_computed + wanted != chunks
-            or (save and not _all_saved(report))
-        ):
+        unsaved = save and report.chunks_saved != report.chunks_computed
+        if report.chunks_loaded != wanted or report.chunks_computed + wanted != chunks or unsaved:
             raise CakeError(f"Costs cannot be measured with this model and store: {report.reason or report}")
         return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _all_saved(report: Report) -> bool:
-    return report.chunks_saved == report.chunks_computed
 
 
 def _last_chunk_seconds(

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from cake_hf.assets import RECALL_TINY
 from cake_hf.blocks import Block, blocks, checked_cuts
 from cake_hf.cache import chat_document
+from cake_hf.cli.console import console
 from cake_hf.cli.options import WarmedOptions
 
 HELP = f"A model's folder, its name on the Hugging Face Hub, or {RECALL_TINY.name}, which comes with the package."
@@ -191,6 +192,18 @@ def read_document(
     if system is not None and not chat:
         raise ValueError("--system is for --chat: without a chat template there is no system prompt.")
     return Document(read_text(path), chat, "" if system is None else read_text(system), tokens, tuple(boundaries))
+
+
+def load_with(name: str, documents: Sequence[Document], warmed: WarmedOptions) -> tuple[Any, list[torch.Tensor]]:
+    """Loads the model of warmed documents; returns it with their token ids, `[1, tokens]` each.
+
+    Raises:
+        CakeError, ValueError: the model cannot be loaded, or a document cannot be turned into ids (see `Document.ids`).
+    """
+    with console.status("loading the model"):
+        tokenizer = load_tokenizer(name)
+        ids = [document.ids(tokenizer) for document in documents]
+        return load_model(name, warmed.dtype.value, warmed.device), ids
 
 
 def read_warmed(path: Path, warmed: WarmedOptions) -> Document:

@@ -14,7 +14,7 @@ from cake_hf.blocks import Block, blocks
 from cake_hf.cli.console import console, errors, progress_bar
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
-from cake_hf.cli.models import load_model, load_tokenizer, read_warmed
+from cake_hf.cli.models import load_model, load_with, read_warmed
 from cake_hf.cli.options import Device, Dtype, DtypeOption, WarmedOptions, flat_options
 from cake_hf.packs.card import cache_line, prefill_line
 from cake_hf.packs.export import export_pack
@@ -112,10 +112,7 @@ def _prompt_of(store: str, published: Published, warmed: WarmedOptions) -> Itera
     """Returns the opened store, the loaded model, and the prompt's tokens, `[1, tokens]`."""
     document = read_warmed(published.prompt, warmed)
     with existing_store(store) as opened:
-        with console.status("loading the model"):
-            tokenizer = load_tokenizer(published.model)
-            ids = document.ids(tokenizer)
-            loaded = load_model(published.model, warmed.dtype.value, warmed.device)
+        loaded, [ids] = load_with(published.model, [document], warmed)
         yield opened, loaded, ids
 
 

@@ -25,7 +25,7 @@ from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.models import load_model, load_tokenizer, read_warmed, refuse_too_long
+from cake_hf.cli.models import load_with, read_warmed, refuse_too_long
 from cake_hf.cli.options import WarmedOptions
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import Pace
@@ -81,10 +81,7 @@ def recompute(job: RecomputeJob, store: Store) -> Recomputed:
         ValueError: the model or a file cannot be used.
     """
     documents = [read_warmed(path, job.warmed) for path in job.prompts]
-    with console.status("loading the model"):
-        tokenizer = load_tokenizer(job.model)
-        prompts = [document.ids(tokenizer) for document in documents]
-        model = load_model(job.model, job.warmed.dtype.value, job.warmed.device)
+    model, prompts = load_with(job.model, documents, job.warmed)
     found = []
     for path, ids in zip(job.prompts, prompts, strict=True):
         refuse_too_long(model.config, ids.shape[1], "give a shorter text.")

@@ -136,19 +136,17 @@ def _of_documents(
     """Returns for each document the keys up to its end (or to its last chunk, if the end was not declared), and the tails
     after these."""
     # These take seconds to import.
-    from cake_hf.cli.models import load_model, load_tokenizer, read_warmed
+    from cake_hf.cli.models import load_with, read_warmed
     from cake_hf.packs.contents import session_for
 
     documents = {path: read_warmed(path, warmed) for path in prompts}
-    tokenizer = load_tokenizer(model_name)
-    ids = {path: document.ids(tokenizer) for path, document in documents.items()}
-    model = load_model(model_name, warmed.dtype.value, warmed.device)
+    model, tokens = load_with(model_name, list(documents.values()), warmed)
     with session_for(model, store, **warmed.keyed) as session:
         namespace, size = session.bound_model.namespace(), session.chunk_size
     chains, tails = [], []
-    for path, document in documents.items():
-        named = document.blocks(ids[path].shape[1], size)
-        chain = block_keys(namespace, ids[path][0].tolist(), named, size)
+    for (path, document), ids in zip(documents.items(), tokens, strict=True):
+        named = document.blocks(ids.shape[1], size)
+        chain = block_keys(namespace, ids[0].tolist(), named, size)
         if not any(key in inventory.chunks for key in chain):
             raise StoreError(_nothing_of(path, size, len(chain) == 1 and not named[0].fills(size)))
         if len(chain) > 1 and not named[-1].fills(size):

@@ -17,7 +17,7 @@ from rich.text import Text
 from cake_hf.blocks import Block, tail_ends
 from cake_hf.cli.console import WRONG, console, progress_bar
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
-from cake_hf.cli.models import Document, load_model, load_tokenizer, read_warmed
+from cake_hf.cli.models import Document, load_with, read_warmed
 from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
 from cake_hf.keys import block_keys, state_key
 from cake_hf.packs.contents import session_for
@@ -146,10 +146,7 @@ def why_command(
         torch.set_num_threads(threads)
     document = read_warmed(prompt, warmed)
     with existing_store(store) as opened:
-        with console.status("loading the model"):
-            tokenizer = load_tokenizer(model)
-            ids = document.ids(tokenizer)
-            loaded = load_model(model, warmed.dtype.value, warmed.device)
+        loaded, [ids] = load_with(model, [document], warmed)
         found = _look(opened, loaded, document, ids, warmed)
     show_found(found, shown_url(store))
     if not found.stored and not found.end:
