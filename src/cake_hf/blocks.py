@@ -132,7 +132,7 @@ class HeldBlocks:
 
     Attributes:
         blocks: in order, from the prompt's first token.
-        keys: of these.
+        keys: their keys.
     """
 
     def __init__(self, blocks: Sequence[Block] = (), keys: Sequence[str] = ()) -> None:

@@ -72,7 +72,7 @@ def plot_timeline(report: Report, title: str = "") -> Figure:
     """Plots which thread handled each chunk, and from when to when: one lane per thread.
 
     Args:
-        report: of a `CakeCache`.
+        report: the report of a `CakeCache`.
         title: by default a short summary of the report.
 
     Returns:
@@ -96,7 +96,7 @@ def plot_ttft(seconds: Mapping[str, float], title: str = "Time to the first toke
 
     Args:
         seconds: name -> time, e.g. `{"cold": 1.9, "warm": 0.1}`.
-        title: of the figure.
+        title: the title of the figure.
 
     Returns:
         A matplotlib figure, as `plot_timeline` does.
@@ -128,10 +128,10 @@ def plot_split(costs: Costs, chunks: int, reports: Mapping[str, Report] | None =
     Both sides run at the same time, so a split takes as long as the slower side; the best split is about where the lines cross.
 
     Args:
-        costs: of computing and of loading, both known.
+        costs: the costs of computing and of loading, both known.
         chunks: the number of chunks of the prompt, all stored.
         reports: name -> report of a run, drawn at its meeting point and the time at which its last chunk was available.
-        title: of the figure.
+        title: the title of the figure.
 
     Returns:
         A matplotlib figure, as `plot_timeline` does.
@@ -180,7 +180,7 @@ def draw_lanes(figure: Figure, spans: Sequence[Span], seconds: float) -> Axes:
 
     Args:
         figure: an empty figure.
-        spans: of all actors.
+        spans: the spans of all actors.
         seconds: the time at which the first token was available.
     """
     from matplotlib.patches import Patch

@@ -46,7 +46,7 @@ def chat_document(
     The question goes into the same message: `{"role": "user", "content": document + separator + question}`.
 
     Args:
-        tokenizer: of a chat model.
+        tokenizer: the tokenizer of a chat model.
         document: the start of the user's first message.
         system: the system prompt; empty for the template's own, if it has one.
         separator: between document and question.
@@ -79,8 +79,8 @@ def chat_prompt(
     Each turn then finds what earlier turns have stored.
 
     Args:
-        tokenizer: of a chat model.
-        messages: of the conversation, each with "role" and "content".
+        tokenizer: the tokenizer of a chat model.
+        messages: the messages of the conversation, each with "role" and "content".
         add_generation_prompt: have the model answer.
         **options: of `apply_chat_template`.
 

@@ -42,10 +42,10 @@ class Turn:
     """The turn after one prompt, a single row without padding.
 
     Args:
-        begin: tokens before the suffix.
+        begin: the number of tokens before the suffix.
         ids: `[1, tokens]` of the suffix; zero tokens if it is known already.
-        namespace: in which the blocks before are known; empty if it was not determined.
-        look: at the model's weights, when the suffix was run.
+        namespace: the namespace in which the blocks before it are known; empty if it was not determined.
+        look: the signature of the model's weights when the suffix ran (`look_at_weights`).
 
     Attributes:
         begin, namespace, look: see above.

@@ -50,7 +50,7 @@ class RestoringCache(PromptCache):
 
     Args:
         session: what the cache shares with its rows and copies: model, store and settings.
-        layers: of the cache, empty.
+        layers: the layers of the cache, empty.
         refusal: why the model's prompts are computed plainly; None if they are restored.
         passive: the model, or the version of transformers, is not understood: be the plain cache that `DynamicCache` makes.
 

@@ -160,7 +160,7 @@ class SeenTokens:
 
         Args:
             prompt: `[rows, tokens]`, from its start on.
-            mask: of the same shape; None if nothing is masked.
+            mask: a mask of the same shape; None if nothing is masked.
             length: tokens in the cache.
             longer: the prompt must have more tokens than the cache.
 

@@ -146,7 +146,7 @@ def sealed_header(metadata: Mapping[str, object], table: Mapping[str, object], n
 
     Args:
         metadata: without that checksum.
-        table: of the tensors.
+        table: the table of the tensors.
         nbytes: including the 8 bytes of the length; at least as many as the header needs.
     """
     whole = {METADATA: {**metadata, "header": _seal(metadata, sorted_json(table))}, **table}

@@ -22,9 +22,9 @@ def decode_into(
 
     Args:
         codec: by which the chunk is encoded; a known one.
-        bases: of these pieces, back to back.
+        bases: the bases of these pieces, back to back.
         refinements: likewise.
-        sizes: of the whole chunk, checked.
+        sizes: the sizes of the whole chunk, checked.
         parts: where the pieces go; as many as are decoded.
 
     Raises:

@@ -39,7 +39,7 @@ def check_encoded(
     """Refuses encoded bytes that are not as they were written: to be called before they are decoded.
 
     Args:
-        bases: of `count` consecutive pieces, back to back.
+        bases: the bases of `count` consecutive pieces, back to back.
         refinements: likewise; empty if the bases alone are decoded.
         first: number of the first of these pieces in the chunk.
         count: of pieces; all that follow by default.

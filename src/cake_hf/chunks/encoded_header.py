@@ -75,9 +75,9 @@ class EncodedMetadata:
 
     Attributes:
         facts: what every chunk says; the checksums are those of the decoded pieces.
-        sizes: of the encoded pieces.
-        base_checksums: of all bases, `SHORT_DIGITS` hexadecimal digits each.
-        refinement_checksums: of all refinements.
+        sizes: the sizes of the encoded pieces.
+        base_checksums: the checksums of all bases, `SHORT_DIGITS` hexadecimal digits each.
+        refinement_checksums: the checksums of all refinements.
         codec: by which they are encoded.
     """
 
@@ -142,7 +142,7 @@ def check_encoded_header(raw: Buffer, key: str, layout: ChunkLayout) -> EncodedM
 
     Args:
         raw: the file's first `encoded_header_size(layout)` bytes, or more.
-        key: of the requested chunk.
+        key: the key of the requested chunk.
         layout: that the model needs.
 
     Raises:
@@ -198,7 +198,7 @@ def _described(written: re.Match[str], names: Sequence[str]) -> ChunkLayout:
 
     Args:
         written: the metadata.
-        names: of the tensors, in order: the first ones are those of bases, and of pieces as they are.
+        names: the names of the tensors, in order: the first ones are those of bases, and of pieces as they are.
     """
     pieces: list[Piece] = []
     tokens = int(written["tokens"])

@@ -64,7 +64,7 @@ class Piece:
     Attributes:
         name: e.g. "layers.0.keys".
         heads, head_dim: of the KV. The tensor's shape is `[chunk_size, heads, head_dim]`, token-major.
-        dtype: of the KV.
+        dtype: the dtype of the KV.
         layer: index of its layer.
         windowed: whether it belongs to a sliding-window layer and is needed only if a window reaches back to the chunk.
     """

@@ -36,7 +36,7 @@ class StoredChunk:
 
     Attributes:
         metadata: key, parent, place on the grid, namespace, model, checksums.
-        table: of its tensors; of those that an encoded chunk decodes to.
+        table: the table of its tensors; of those that an encoded chunk decodes to.
         file_bytes: size of header and payload.
         payload_bytes: of the file without its header.
         codec: "none", or that of an encoded chunk.

@@ -39,10 +39,10 @@ class CostQuery:
 
     Attributes:
         model: a folder, or a name on the Hub.
-        config: of that model.
+        config: the config of that model.
         device: that computes, as torch names it.
         chunk_size: tokens; None for any.
-        dtype: of the KV, as torch names it; "auto" for any.
+        dtype: the dtype of the KV, as torch names it; "auto" for any.
     """
 
     model: str
@@ -75,7 +75,7 @@ class KnownCosts:
     Attributes:
         namespace: digest.
         chunk_size: tokens per chunk.
-        dtype: of the KV, as safetensors names it.
+        dtype: the dtype of the KV, as safetensors names it.
         costs: at least one half of them is known.
     """
 

@@ -148,7 +148,7 @@ class Document:
     """A text, and how it becomes tokens; see the options of `cake-hf warm`.
 
     Attributes:
-        text: of the document.
+        text: the text of the document.
         chat: whether it is placed in the model's chat template.
         system: the system prompt; with `chat`.
         tokens: how many tokens to keep, from the start; None for all.

@@ -97,7 +97,7 @@ def forms_of(raw: LoadCost, codec: CodecCost | None, dtype: str, *, came_encoded
     Args:
         raw: what loading raw chunks costs.
         codec: as measured; None for typical numbers.
-        dtype: of the KV, as safetensors names it; empty if it is not known. Other KV than bfloat16 is not encoded.
+        dtype: the dtype of the KV, as safetensors names it; empty if it is not known. Other KV than bfloat16 is not encoded.
         came_encoded: whether chunks were encoded when they were last loaded.
     """
     if dtype not in ("", BFLOAT16):

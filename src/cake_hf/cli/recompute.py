@@ -48,7 +48,7 @@ class RecomputeJob:
         prompts: UTF-8 text files whose chunks, and tails, are sampled.
         share: of each prompt's stored chunks, but at least one of them; in (0, 1].
         warmed: how the prompts were warmed.
-        seed: of the choice. The same store, prompts and seed give the same sample.
+        seed: the seed of the choice. The same store, prompts and seed give the same sample.
     """
 
     model: str

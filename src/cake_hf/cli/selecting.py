@@ -61,7 +61,7 @@ class SelectedChunks:
 
     Attributes:
         chains: for each prompt, its keys from the first chunk to the last one, stored or not.
-        keys: of chunks that are not named by their prompt.
+        keys: the keys of chunks that are not named by their prompt.
     """
 
     chains: list[list[str]] = field(default_factory=list)

@@ -27,7 +27,7 @@ class Sheet:
 
     Attributes:
         title: above the table; empty for none.
-        headings: of the columns; one that starts with "<" marks a text column, aligned left.
+        headings: the headings of the columns; one that starts with "<" marks a text column, aligned left.
         rows: each with as many cells as there are headings; an empty row ends a section.
         names: how many columns, from the left, name the row.
         tight: one space between columns instead of two.

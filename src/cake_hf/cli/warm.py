@@ -45,7 +45,7 @@ class WarmJob:
         file: the document, UTF-8 text.
         store: as `CakeCache` takes it.
         chunk_size, salt, exact: as `CakeCache` takes them; without a size, "auto".
-        dtype: of the weights; see `options.Dtype`.
+        dtype: the dtype of the weights; see `options.Dtype`.
         device: as torch names it, or "auto".
         tokens: how many tokens to keep, from the start; None for all.
         keep_words: store the text's first words, for lists of the store's content.

@@ -28,7 +28,7 @@ class Warmed:
     """The result for several documents.
 
     Attributes:
-        reports: of the stored documents.
+        reports: the reports of the stored documents.
         left_out: why others are not stored.
     """
 

@@ -158,7 +158,7 @@ class TokenMajorLayer(DynamicLayer):  # type: ignore[misc]  # transformers is no
 
         Args:
             length: in tokens.
-            capacity: of the new buffers, in tokens; by default unchanged.
+            capacity: the capacity of the new buffers, in tokens; by default unchanged.
         """
         visible = _given(self.keys).shape[-2]
         capacity = _given(self._key_buffer).shape[1] if capacity is None else capacity

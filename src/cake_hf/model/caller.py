@@ -28,7 +28,7 @@ class GivenPrompt:
 
     Attributes:
         ids: `[rows, tokens]`, from the prompt's start on.
-        mask: of the same shape; None if nothing is masked.
+        mask: a mask of the same shape; None if nothing is masked.
     """
 
     ids: torch.Tensor

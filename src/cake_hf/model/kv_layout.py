@@ -145,7 +145,7 @@ class Made:
     """The kind of KV that a model computes.
 
     Attributes:
-        layers: of a `DynamicCache` that holds `TOKENS` tokens.
+        layers: the layers of a `DynamicCache` that holds `TOKENS` tokens.
         token: the layout of one token's KV.
         states: the layout of a snapshot of the recurrent states; without pieces if there are none.
     """

@@ -21,8 +21,8 @@ class Ranks:
     """The processes that compute a tensor-parallel model together, from the point of view of one process.
 
     Attributes:
-        group: of the processes.
-        rank: of this one.
+        group: the group of the processes.
+        rank: the rank of this process.
         size: the number of processes.
         device: the device from which the group can send numbers.
     """

@@ -67,7 +67,7 @@ def look_at(model: torch.nn.Module, arguments: dict[str, Any], past: int, accept
 
     Args:
         model: the model whose forward is called.
-        arguments: of the forward, by name.
+        arguments: the arguments of the forward, by name.
         past: the number of tokens in the cache before the call.
         accepts: names of the forward's arguments.
     """
@@ -101,7 +101,7 @@ class Vision:
 
     Args:
         model: the model whose forward is called.
-        arguments: of the forward, by name, with `input_ids`.
+        arguments: the arguments of the forward, by name, with `input_ids`.
         past: the number of tokens in the cache before the call.
         sliceable: whether the forward takes the vision part's features, so that a piece can contain a part of an image.
     """

@@ -26,7 +26,7 @@ class Offloaded:
 
     Attributes:
         source: the mapping in which the hook looks it up: a dictionary, or accelerate's loader of memory and files.
-        name: of the weight in the source.
+        name: the name of the weight in the source.
         device: the device to which the hook brings it.
     """
 

@@ -139,7 +139,7 @@ def expect(layer: Attending, keys: torch.Tensor, *, first: bool) -> None:
     """Sends this thread's attention call with these keys to a layer.
 
     Args:
-        layer: of a pressed cache.
+        layer: a layer of a pressed cache.
         keys: that its update returned.
         first: it is a forward's first layer, so what an earlier forward left, which ended with an error, is dropped.
 

@@ -30,7 +30,7 @@ class CascadingKV(Press):
             dropped later.
         caches: number of sub-caches.
         sinks: first tokens, which always stay.
-        decay: of the moving average.
+        decay: the decay of the moving average.
         window: recent tokens whose queries make the scores.
     """
 
@@ -58,7 +58,7 @@ class Cascade:
     """Which tokens stay, by their numbers. The newest token of a sub-cache is its last.
 
     Args:
-        sizes: of the sub-caches, the one for new tokens first.
+        sizes: the sizes of the sub-caches, the one for new tokens first.
         sinks: first tokens, which always stay.
     """
 
@@ -71,7 +71,7 @@ class Cascade:
 
         Args:
             token: its number.
-            score: of all tokens that are held, and of this one.
+            score: the score of all tokens that are held, and of this one.
         """
         if token < self.sinks:
             return None

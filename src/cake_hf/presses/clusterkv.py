@@ -28,7 +28,7 @@ class ClusterKV(Press):
         sinks: first tokens, which are not clustered.
         size: tokens per cluster, on average.
         every: decoded tokens that are clustered together.
-        iterations: of k-means, at most.
+        iterations: the most iterations of k-means.
         dense: first layers that keep and use everything, as in the paper's code.
     """
 

@@ -23,7 +23,7 @@ class ElasticCache(Press):
     Args:
         ratio: share of the entries that go. With 0 the output is bit for bit that of the full cache.
         sinks: first tokens, which always stay.
-        distance: of the fixed place from the end of what is kept of the prefix.
+        distance: the distance of the fixed place from the end of what is kept of the prefix.
         window: recent tokens whose queries decide.
     """
 

@@ -70,7 +70,7 @@ class LESS(Press):
     `rank * (head_dim + 1)` floats per head. If nothing is evicted, the output is bit for bit that of the full cache.
 
     Args:
-        kernels: of each layer; empty for none, which is plain eviction.
+        kernels: the kernels of each layer; empty for none, which is plain eviction.
         keep: share of the prompt's entries that are kept, half of them for the attention they have.
         first: tokens at the start that are never evicted.
         window: queries that are asked.
@@ -129,7 +129,7 @@ class LessLayer(PressedLayer):
         keys, values, seen: as for `PressedLayer`; the first `fixed` entries are never evicted.
         fixed: number of entries that are never evicted.
         recent: number of other entries.
-        kernels: of this layer; None for plain eviction.
+        kernels: the kernels of this layer; None for plain eviction.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ def with_state(
     """Returns attention `[1, heads, new, head_dim]`, float32, over kept entries and the state of the others.
 
     Args:
-        kernels: of the layer.
+        kernels: the kernels of the layer.
         query: `[1, heads, new, head_dim]`.
         keys, values: what is kept, `[1, key heads, entries, head_dim]`.
         outer, norm: H `[1, key heads, rank, head_dim]` and z `[1, key heads, rank, 1]`.
-        scaling: of the products.
+        scaling: the scaling of the products.
         mask: additive, over kept entries; None to see all.
     """
     groups = query.shape[1] // keys.shape[1]

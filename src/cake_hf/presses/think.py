@@ -53,7 +53,7 @@ class ThinLayer(PressedLayer):
         thin: older keys `[1, heads, tokens, kept channels]`.
         kept: `[1, heads, kept channels]`, the channels' numbers.
         keys: recent keys, with all channels.
-        values: of all tokens.
+        values: the values of all tokens.
         seen: as for `PressedLayer`.
     """
 

@@ -22,7 +22,7 @@ class VLCache(Press):
 
     Args:
         ratio: share of the entries of all layers that goes. With 0 the output is bit for bit that of the full cache.
-        threshold: of the sparsity.
+        threshold: the threshold of the sparsity.
         recent: share of a layer's entries that are the most recent ones.
         window: most tokens of the text behind the last image whose attention is measured.
     """

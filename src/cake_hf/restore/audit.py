@@ -86,7 +86,7 @@ class Audit:
     """The audit of one restore.
 
     Args:
-        session: of the cache. Without `exact`, equal bits are not expected, and nothing is compared.
+        session: the session of the cache. Without `exact`, equal bits are not expected, and nothing is compared.
         prompt: from `open_prompt`.
     """
 

@@ -53,7 +53,7 @@ class Row:
         number: in the batch.
         pad: columns of padding before its first token.
         chunks: how many full chunks are restored.
-        keys: of these chunks.
+        keys: the keys of these chunks.
     """
 
     number: int
@@ -66,12 +66,12 @@ class BatchRestore:
     """The counterpart of `Restore` for a batch. Use: `run`; the suffixes, with `keep` in each layer; `close`, or `abandon`.
 
     Args:
-        layers: of the cache, without content.
+        layers: the layers of the cache, without content.
         call: the forward that brought the batch; some of its rows have a chunk to be restored.
         started: when the call came.
 
     Attributes:
-        report: of all rows together.
+        report: the report of all rows together.
         start: the column at which the forward of the suffixes starts.
     """
 

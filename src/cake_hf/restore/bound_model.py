@@ -118,7 +118,7 @@ class BoundModel:
         Inspects all of it again.
 
         Args:
-            ids: of the prompt. The weights that only these tokens use are inspected more closely.
+            ids: the token ids of the prompt. The weights that only these tokens use are inspected more closely.
 
         Raises:
             ComputePlainly: with `exact=False`, the store does not say which model its KV is from.

@@ -88,11 +88,11 @@ class BoundStore:
     Args:
         store: what the user named.
         save: whether new chunks are saved to it.
-        codec: of new chunks, one of `CODECS`.
+        codec: the codec of new chunks, one of `CODECS`.
 
     Attributes:
         lossy: the lossy codec; None for an exact cache.
-        name: of the store, for display.
+        name: the name of the store, for display.
         access: the access to it.
 
     Raises:

@@ -35,11 +35,11 @@ class Carried:
     """The carrying layers of one cache, during one restore.
 
     Args:
-        layers: of the cache, all kinds.
+        layers: all layers of the cache, of any kind.
         template: the same layers with some tokens in them.
-        blocks: of the prompt, counted from chunk 0.
-        past: tokens in the layers now; chunk 0 comes after them.
-        state_layout: of a snapshot.
+        blocks: the blocks of the prompt, counted from chunk 0.
+        past: the number of tokens in the layers now; chunk 0 comes after them.
+        state_layout: the layout of a snapshot.
         loaded_block: returns a chunk's block if a load has brought it.
         read_state: returns the snapshot at the end of chunk `i`, `[anything]` per piece, if there is a usable one.
 

@@ -34,7 +34,7 @@ once `preempted()` says that the chunk has come from the store.
 """
 
 GATED = "gated"
-"""What a timeline calls a computed piece that waited for loads within its layers."""
+"""The outcome, in a timeline, of a computed piece that waited for loads within its layers."""
 
 
 class ForwardPreempted(Exception):
@@ -45,7 +45,7 @@ class Layers:
     """Counts the layers that a forward has reached.
 
     Args:
-        count: of the model's layers.
+        count: the number of the model's layers.
 
     Attributes:
         began: when its first layer started, in monotonic seconds.
@@ -104,7 +104,7 @@ class LossySchedule:
     states.
 
     Args:
-        method: of the cache; None for an exact cache, of which nothing is coded.
+        method: the codec of the cache; None for an exact cache, in which nothing is coded.
         prompt: from `open_prompt`.
         pieces: returns a block's pieces `[1, tokens, heads, head_dim]` in the layers.
     """
@@ -146,8 +146,8 @@ def lossy_tokens(blocks: Iterable[Block], layout: ChunkLayout, past: int) -> int
     """Returns how many tokens of these blocks a lossy codec codes.
 
     Args:
-        blocks: of a prompt, counted from the first one that is new.
-        layout: of a full chunk.
+        blocks: the blocks of a prompt, counted from the first one that is new.
+        layout: the layout of a full chunk.
         past: tokens of the prompt before the new ones.
     """
     if not any(map(is_coded, layout.pieces)):
@@ -160,8 +160,8 @@ class ChunkRuns:
 
     Args:
         prompt: from `open_prompt`.
-        layers: of the cache, all kinds.
-        kept: those of the layers that keep each token.
+        layers: all layers of the cache, of any kind.
+        kept: the layers that keep each token.
         forward: runs the model on one chunk.
         carried: what the model carries from chunk to chunk.
         frontier: the ledger.
@@ -170,7 +170,7 @@ class ChunkRuns:
         saver: saves each new chunk.
         lossy: codes each chunk that it has to.
         audit: compares computed chunks that are stored.
-        devices: that the model computes on.
+        devices: the devices that the model computes on.
 
     Attributes:
         waited: the piece that was last in the model waited for loads in its layers.

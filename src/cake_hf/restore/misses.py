@@ -83,7 +83,7 @@ class StoredElsewhere:
 
     Attributes:
         differences: between that namespace and the session's own.
-        keys: of the prompt's chunks there, see `MissedPrompt.keys`.
+        keys: the keys of the prompt's chunks there, see `MissedPrompt.keys`.
         stored: how many of these are stored.
     """
 

@@ -52,7 +52,7 @@ def new_pace(
     Args:
         prompt: from `open_prompt`.
         memory: the costs of earlier prompts.
-        costs: of chunks, from that memory; of raw ones if there is a deadline.
+        costs: the costs of chunks, from that memory; of raw ones if there is a deadline.
         deadline: see `deadline_of`.
         can_run, can_leave: see `RestorePace`.
     """
@@ -105,7 +105,7 @@ def note_savings(memory: CostMemory, prompt: Prompt, seconds: float) -> None:
 
     Args:
         memory: of costs, including those of this prompt.
-        prompt: of which at least one chunk was not computed.
+        prompt: a prompt of which at least one chunk was not computed.
         seconds: that the restore took, including the prompt's suffix if that is over.
     """
     compute = memory.costs().compute
@@ -147,9 +147,9 @@ def count_restore(
     The numbers are added, not set, since the rows of a batch share a report.
 
     Args:
-        outcomes: of its loads, by chunk.
+        outcomes: the outcomes of its loads, by chunk.
         overruled: chunks that were loaded, and then made again.
-        job: of the loaders.
+        job: the job of the loader threads.
         flown: chunks that the main thread got from another restore.
         states: the number of snapshots loaded.
         patience: seconds that a load was waited for.

@@ -54,7 +54,7 @@ def match_prefix(session: Session, keys: Sequence[str], states: Sequence[str]) -
     """Asks for blocks and snapshots in one question; all count as missing if the store fails or does not answer.
 
     Args:
-        keys: of blocks.
+        keys: the keys of blocks.
         states: keys of the snapshots at the end of each block; empty if the model has no recurrent state.
     """
     found, refusal = stored_mask(session, [*keys, *states])
@@ -107,9 +107,9 @@ class Prompt:
         keys: of the blocks; empty if the call is not on the canonical schedule, so that nothing of it may be loaded or saved.
         parent: key of the block before the first one; for the first block of a prompt, the namespace.
         match: which of the blocks the store has.
-        layout: of a full chunk.
+        layout: the layout of a full chunk.
         ends_document: the last of the blocks to restore ends where the call does, at a cut, and counts as a tail.
-        state_layout: of a snapshot; without pieces if the model has no recurrent state.
+        state_layout: the layout of a snapshot; without pieces if the model has no recurrent state.
         report: counts everything that happens to the prompt.
         started: when the call came.
         first_span: the index of the prompt's first span on the report's timeline; rows of a batch follow each other there.

@@ -29,9 +29,9 @@ class Refining:
     """The second pass of one restore, after its sides have met.
 
     Args:
-        job: of the loaders, which have ended.
+        job: the job of the loader threads, which have ended.
         pace: knows how much time is left.
-        limits: of the session: as many reads are under way as in the first pass.
+        limits: the limits of the session: as many reads are under way as in the first pass.
         pieces: returns a chunk's pieces `[1, tokens, heads, head_dim]` in the layers.
     """
 

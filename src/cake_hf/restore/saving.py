@@ -25,9 +25,9 @@ class Saver:
     """The saver of one prompt.
 
     Args:
-        layers: of the cache that keep each token.
+        layers: the layers of the cache that keep each token.
         prompt: from `open_prompt`.
-        audit: of the restore. Nothing is saved before the comparisons under way have found equal checksums.
+        audit: the audit of the restore. Nothing is saved before the comparisons under way have found equal checksums.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Saver:
         return [*kept, *(self._carried.block(index) or ())]
 
     def _is_due(self, index: int) -> bool:
-        """True around tails, at the end of what is stored of the prompt or shared with others, and every `snapshot_every`
-        chunks.
+        """Returns whether a snapshot is due: around tails, where what is stored or shared of the prompt ends, and every
+        `snapshot_every` chunks.
         """
         prompt, every = self._prompt, self._session.snapshot_every
         shared = next((i for i, has in enumerate(prompt.match.stored) if not has), len(prompt.match.stored))
@@ -131,7 +131,7 @@ class Flights:
 
     Args:
         prompt: from `open_prompt`.
-        restore: whose flights these are: any object of its own.
+        restore: identifies the restore; any object that no other restore uses.
         frontier: the ledger.
         saver: knows where chunks lie in the layers.
         alone: the restore computes everything itself.

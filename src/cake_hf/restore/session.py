@@ -32,7 +32,7 @@ class Session:
         bound_model: the model, with the hook on it.
         bound_store: the store, with the queue in front of it.
         model, chunk_size, exact, salt, strategy, limits, snapshot_every: as for `CakeCache`.
-        rules: of the restores.
+        rules: the rules of the restores.
         at_work: the prompts that are running now.
         is_closed: as `closed`; a plain attribute, which torch.compile can trace.
     """

@@ -238,7 +238,7 @@ def ranks_refusal(model: torch.nn.Module, call: ForwardCall, chunk_size: int, *,
     """Returns why the ranks of a tensor-parallel model cannot restore a prompt together; None for a model alone.
 
     Args:
-        model: of a kind that can be restored. If it is tensor-parallel, all ranks have to call this.
+        model: a model of a kind that can be restored. If it is tensor-parallel, all ranks have to call this.
         call: with the prompt.
         chunk_size: tokens.
         refused: this rank by itself would not restore it.

@@ -27,7 +27,7 @@ class Adapting(Pace):
 
     Args:
         costs: as learnt; of raw chunks.
-        forms: of each chunk, the finest first.
+        forms: the forms of each chunk, the finest first.
         chunk_bytes: of a raw chunk.
         deadline: when the first token should be there, by the frontier's clock.
     """

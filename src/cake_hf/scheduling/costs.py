@@ -222,7 +222,7 @@ def encoding_pays(costs: Costs) -> bool:
     `S/D > k*S/B`, and an encoded load takes longer than `q/k + S/B`, which is no less than what a raw one takes.
 
     Args:
-        costs: of raw chunks.
+        costs: the costs of raw chunks.
     """
     if costs.load is None or costs.codec is None:
         return True

@@ -92,8 +92,8 @@ class CostLearner:
         """Records what one restore measured.
 
         Args:
-            pace: of the restore, which has ended.
-            timeline: of its report.
+            pace: the pace of the restore, which has ended.
+            timeline: the timeline of its report.
             chunk_bytes: bytes of one raw chunk.
             brought: for each chunk that was read, what its load brought; without an entry, it was a raw one.
         """

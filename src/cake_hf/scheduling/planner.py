@@ -58,7 +58,7 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
     Both single methods are on that curve, as T(0) and T(n), so the prediction is never worse than the better of them.
 
     Args:
-        costs: of this machine, model and store.
+        costs: the costs of this machine, model and store.
         stored: for each chunk, whether the store has it.
         first: index of the first chunk on the absolute grid (earlier chunks are in the cache already).
         suffix_seconds: S, seconds to run the prompt's suffix once its prefix is in the cache.

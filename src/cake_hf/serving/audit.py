@@ -65,7 +65,7 @@ class EngineAudit:
 
     Args:
         session: with model and store. Without `exact`, equal bits are not expected, and nothing is compared.
-        saver: of computed chunks.
+        saver: the saver of computed chunks.
         wake: called, in another thread, when a comparison can be settled.
     """
 

@@ -53,7 +53,7 @@ def batching(
 
     Args:
         model, store, salt, save, strategy, limits: as for `CakeCache`.
-        generation_config: of all requests; the model's own by default.
+        generation_config: the generation config of all requests; the model's own by default.
         continuous_batching_config: a `ContinuousBatchingConfig`. Its `page_size` must be the chunk's size or divide it; by
             default it is the chunk's size.
         chunk_size: tokens per chunk. Caches and engines with the same size share a store's chunks.

@@ -63,7 +63,7 @@ class Loaders:
 
     Args:
         blocks: see `Blocks`.
-        windows: of the engine's requests.
+        windows: the windows of the engine's requests.
         beliefs: about costs.
         device: where the blocks are.
         wake: called after each load.

@@ -108,7 +108,7 @@ def computes_as_generate(model: Any, engine: Engine, layout: ChunkLayout) -> boo
     """Returns whether the engine's KV is that of `generate`, bit for bit. Runs a few chunks, once per model and engine.
 
     Args:
-        model: of the engine.
+        model: the model of the engine.
         engine: before its first step.
     """
     about = canonical(

@@ -57,7 +57,7 @@ class Restore:
         crowded: whether other restores shared the path to the store meanwhile, so that it shows nothing of its speed.
         first_token: whether the first token of its answer has come.
         recomputed: number of stored chunks that were computed.
-        comparisons: of such chunks with the store, that are under way.
+        comparisons: the comparisons of such chunks with the store, that are under way.
         unsaved: computed chunks that are to be saved if these find nothing, and the windows of each.
         windows: what loads have brought of sliding windows, by chunk, until the front has passed it.
     """

@@ -43,10 +43,10 @@ class Restorer(Watcher):
     Args:
         session: with model and store.
         engine: that calls this.
-        requests: of the manager.
-        loaders: of the engine.
-        windows: of the engine's requests.
-        audit: of computed chunks, which it has saved.
+        requests: the requests of the manager.
+        loaders: the loaders of the engine.
+        windows: the windows of the engine's requests.
+        audit: the audit of computed chunks, which it has saved.
         beliefs: about costs.
         stall: the share of steps that may be one restore's alone while requests decode.
         stepped_seconds: returns how long all steps so far took.

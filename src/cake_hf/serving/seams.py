@@ -403,7 +403,7 @@ class Engine:
         """Sets consecutive tokens of a request, of the layers with a window.
 
         Args:
-            position: of the first token.
+            position: the position of the first token.
             pieces: keys and values of each such layer, `[tokens, heads, head_dim]`; less tokens than a window.
         """
         slots = self._ring.get_write_indices(state.request_id, position, len(pieces[0]))

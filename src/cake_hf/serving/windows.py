@@ -37,7 +37,7 @@ class Windows:
         """Keeps a copy of the windows that a load has brought.
 
         Args:
-            payload: of the chunk, flat uint8; it may be longer.
+            payload: the payload of the chunk, flat uint8; it may be longer.
         """
         everywhere = self._layout.everywhere
         parts = payload[: self._layout.nbytes].split(self._layout.sizes)[everywhere:]

@@ -264,7 +264,7 @@ class LocalStore(Store):
         """Protects chunks from eviction until a date, which replaces an earlier one. `delete` still deletes them.
 
         Args:
-            keys: of chunks; keys that are not stored are skipped.
+            keys: the keys of chunks; keys that are not stored are skipped.
             until: seconds since the epoch.
 
         Returns:

@@ -158,7 +158,7 @@ def first(
 
     Args:
         places: the tiers.
-        key: of the value.
+        key: the key of the value.
         ask: asks one store; returns None for a miss.
         nbytes: bytes that are read, to be counted; None if `ask` does not read.
 

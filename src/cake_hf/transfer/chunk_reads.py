@@ -88,9 +88,9 @@ class ChunkReader:
     """The reads of one loader thread, which own the memory that they need beside the landings.
 
     Args:
-        store: to read from.
-        layout: of a full chunk; a tail's is not larger.
-        seen: in that place.
+        store: the store to read from.
+        layout: the layout of a full chunk; a tail's is not larger.
+        seen: the forms that were last read from that place.
         encodes: whether the cache writes encoded chunks.
         lossy: whether its codec is lossy, so that KV of other dtypes than bfloat16 may be encoded, too.
         pinned: whether encoded chunks are read into page-locked memory, since a device copies from there.

@@ -86,7 +86,7 @@ class CostMemory:
     """A learner, its lock and its file. Get it from `recall_costs`.
 
     Args:
-        file: of the note; None for no note.
+        file: the file of the note; None for no note.
         seconds: to wait for the note.
         may_write: returns whether the note may be written now.
     """
@@ -124,7 +124,7 @@ class CostMemory:
         """Records what one restore measured.
 
         Args:
-            timeline: of its report.
+            timeline: the timeline of its report.
             chunk_bytes: bytes of one raw chunk.
             part: index on the absolute grid and seconds of the prompt's suffix, if it is a part of a chunk.
             brought: see `CostLearner.saw_restore`.

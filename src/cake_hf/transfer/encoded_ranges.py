@@ -49,7 +49,7 @@ def read_refinements(store: Store, layout: ChunkLayout, metadata: EncodedMetadat
 
     Args:
         store: to read from.
-        metadata: of the chunk, as it was when its bases were read.
+        metadata: the metadata of the chunk, as it was when its bases were read.
         count: how many of its first pieces are wanted.
 
     Raises:

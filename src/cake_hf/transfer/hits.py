@@ -104,7 +104,7 @@ def count_hits(store: Store, report: Report, limits: Limits, late: Late | None =
     """Counts a finished prompt beside its store, soon, if the store has room for notes on this machine.
 
     Args:
-        store: of the prompt's cache.
+        store: the store of the prompt's cache.
         limits: how long the store may take to say where its notes are (`lookup_timeout`).
         late: questions to the store's place that were not answered in time; while there are any, nothing is asked.
     """

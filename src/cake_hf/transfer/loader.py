@@ -40,13 +40,13 @@ class LoadJob:
     """State shared by all loader threads of one restore.
 
     Attributes:
-        store: to read from.
-        keys: of the prompt's chunks, in order.
+        store: the store to read from.
+        keys: the keys of the prompt's chunks, in order.
         place: where chunks land.
         frontier: the ledger.
         record: called as `record(actor, chunk, start, end, outcome)` after each load that counted or was superseded.
         clock: monotonic seconds.
-        sharing: with the other restores of this process.
+        sharing: the state shared with the other restores of this process.
         most_reads: maximum number of reads under way, including those of other restores.
         patience: seconds to wait for a chunk that another restore loads or computes.
         gate: where layers of the last loads are waited for; None if all chunks are read whole.
@@ -56,7 +56,7 @@ class LoadJob:
         lossy: whether its codec is lossy.
         took: what was brought for each chunk that was read.
         rounded: the metadata of each chunk of which only the bases were read.
-        faults: of all loads.
+        faults: the faults of all loads.
     """
 
     store: Store

@@ -119,9 +119,9 @@ class Sharing:
         notes: the same for questions where notes about the place are.
         endings: the same for flushing and closing its stores.
         claims: the same for writing what a model computes (`model.reference`).
-        faults: of prefix matches; forgotten when one succeeds.
+        faults: the faults of prefix matches; forgotten when one succeeds.
         unsaved: faults of writing.
-        forms: of the chunks that were read.
+        forms: the forms of the chunks that were read.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

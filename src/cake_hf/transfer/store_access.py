@@ -41,7 +41,7 @@ class Found:
     Attributes:
         existed: whether the store is a directory that already had a store in it.
         store: the open store; None if opening failed.
-        sharing: of that place.
+        sharing: the state that the users of that place share.
         saves: whether new chunks may be saved.
         error: why the store cannot be opened, or cannot be written to.
         silent: whether there was no answer at all.
@@ -68,7 +68,7 @@ class Access:
 
     Attributes:
         store: the store in use; an empty one while there is none.
-        sharing: of the store's place.
+        sharing: the state that the users of the store's place share.
         writer: to the store.
         saves: whether new chunks may be saved.
 

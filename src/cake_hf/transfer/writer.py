@@ -31,7 +31,7 @@ class Coded:
     Attributes:
         codec: its name.
         encoded: the chunk as it is stored.
-        checksums: of what its pieces decode to.
+        checksums: the checksums of what its pieces decode to.
     """
 
     codec: str
@@ -44,7 +44,7 @@ class SaveJob:
     """One chunk on its way to the store.
 
     Attributes:
-        metadata: of the chunk; the checksums are filled in by the writer.
+        metadata: the metadata of the chunk; the checksums are filled in by the writer.
         payload: its bytes, in memory that is no longer changed; copies from a GPU may still be under way. Or what a lossy codec
             has made of it.
         overwrite: whether the store has a chunk of this key that turned out to be unusable.
@@ -71,7 +71,7 @@ class Writer:
         capacity: bytes of payload that may be under way, including those of other sessions.
         exit_flush_seconds: how long `close`, and leaving the interpreter, wait for what is queued.
         place: of the store, see `place_of`; the store is asked if it is not given.
-        faults: of all writers to that place; a new log if it is not given.
+        faults: the faults of all writers to that place; a new log if it is not given.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def code_chunk(payload: memoryview, layout: ChunkLayout, method: Method) -> Enco
 
     Args:
         payload: the layout's pieces, back to back; writable.
-        method: of encoding.
+        method: the method of encoding.
     """
     if payload.readonly or payload.nbytes != layout.nbytes:
         raise ValueError(f"{payload.nbytes} bytes cannot be coded in place: writable, they are {layout.nbytes}.")
@@ -78,9 +78,9 @@ def decode_chunk(
     """Decodes the first pieces of a chunk into writable buffers.
 
     Args:
-        bases: of these pieces, back to back.
+        bases: the bases of these pieces, back to back.
         refinements: likewise.
-        sizes: of the whole chunk, checked.
+        sizes: the sizes of the whole chunk, checked.
         parts: where the pieces go; as many as are decoded.
         method: by which the chunk is encoded.
 

@@ -21,8 +21,8 @@ class Groups:
     """The groups of one piece.
 
     Args:
-        shape: of the piece.
-        role: of the piece.
+        shape: the shape of the piece.
+        role: the role of the piece.
         tokens: of a group of keys; 0 for all.
         width: channels of a group of values; 0 for one head's.
     """

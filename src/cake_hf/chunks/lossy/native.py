@@ -30,11 +30,11 @@ class Kernels:
     """A method as the library knows it.
 
     Attributes:
-        kind: of codes.
+        kind: the kind of codes.
         bits: of a code; of each of the two if LAYERED.
         size: of a group, as for `Groups`.
         signs: 32 bytes, if ROTATED.
-        variant: of the kernels.
+        variant: the variant of the kernels.
         load: returns the library, or None.
     """
 
