@@ -1,7 +1,7 @@
 """One cell of a comparison: both ends against each alone, and against the best possible split.
 
 * ratio = T_both / min(T_compute, T_load): above 1, a single method would have been faster.
-* eta = T* / T_both: how near the run came to the best possible split (see `planner.optimum`; 1 is perfect). f_i is each
+* eta = T* / T_both: how near the run came to the best possible split (see `optimum`; 1 is perfect). f_i is each
   chunk's median time in the compute-only runs of the same rounds, l a chunk's time to load, S the suffix's time.
 * sigma = T_both / T_compute + T_both / T_load: 1 is the bound if all chunks cost the same to compute; below 1 is a gain from
   the front being cheaper than the back.
@@ -12,12 +12,28 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from benchmarks.figures import Figure, Goal
 from benchmarks.timing import Sample, ratio
 from benchmarks.workbench import Run, Workbench
 from cake_hf.scheduling.load_batches import busy_seconds
-from cake_hf.scheduling.planner import optimum
+
+
+def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_seconds: float = 0.0) -> float:
+    """Returns T*: the least time to first token when chunks are computed from the front and loaded from the back concurrently.
+
+    If the first m of n chunks are computed and the others loaded, both sides are done after
+    `max(f_0 + ... + f_(m-1), (n - m) * l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025).
+    The suffix follows.
+
+    Args:
+        compute_seconds: f_i, seconds to compute chunk i.
+        load_seconds: l, seconds to load one chunk (bytes over bandwidth).
+        suffix_seconds: S, seconds to run the prompt's suffix once its prefix is in the cache.
+    """
+    chunks, fronts = len(compute_seconds), accumulate(compute_seconds, initial=0.0)
+    return min(max(front, (chunks - m) * load_seconds) for m, front in enumerate(fronts)) + suffix_seconds
 
 
 @dataclass(frozen=True)

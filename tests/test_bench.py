@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks import command as bench_command
 from benchmarks import decoding, timing
+from benchmarks.cells import optimum
 from benchmarks.command import bench_app
 from benchmarks.figures import Figure, Goal, Result
 from benchmarks.machine import disturbance
@@ -29,7 +30,6 @@ from benchmarks.timing import Sample, interleave, ratio
 from benchmarks.workbench import Parity
 from cake_hf import StoreError
 from cake_hf.cli.console import console
-from cake_hf.scheduling.planner import optimum
 
 pytest_plugins = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

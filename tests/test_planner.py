@@ -12,10 +12,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import cells
+from benchmarks.cells import optimum
 from cake_hf.scheduling.costs import ComputeCost, Costs, LoadCost
 from cake_hf.scheduling.pace import LATE, TRIAL_SHARE, Pace
-from cake_hf.scheduling.planner import Plan, optimum, plan
+from cake_hf.scheduling.planner import Plan, plan
 
 computes = st.builds(ComputeCost, st.floats(0.01, 10), st.floats(0, 3))
 intervals = st.floats(0.01, 50)
@@ -168,10 +168,6 @@ def test_the_plan_of_a_stored_prefix_is_the_papers_optimum(
     assert plan(Costs(compute, load_cost(interval)), [True] * chunks, 0, suffix).predicted_seconds == pytest.approx(
         best
     )
-
-
-def test_there_is_one_optimum() -> None:
-    assert cells.optimum is optimum
 
 
 # The rule.

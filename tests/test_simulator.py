@@ -18,11 +18,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from benchmarks.cells import optimum
 from benchmarks.command import bench_app
 from benchmarks.simulation import command as command_module
 from benchmarks.simulation.command import BEYOND, PAPER, setting_of
 from benchmarks.simulation.simulator import MAX_CHUNKS, Cell, Policy, Setting, best_seconds, evaluate, simulate, steps
-from cake_hf.scheduling.planner import optimum
 
 Command = Callable[..., Result]
 

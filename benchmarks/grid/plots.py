@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.cells import optimum
 from benchmarks.grid.axes import BITS_PER_BYTE, GIGA
 from cake_hf.errors import CakeError
 from cake_hf.plots import BOTH, COMPUTE, LIMIT, LOAD, draw_lanes, new_figure, require_matplotlib
 from cake_hf.report import Span
-from cake_hf.scheduling.planner import optimum
 from cake_hf.util.sizes import seconds_text
 
 if TYPE_CHECKING:

@@ -241,7 +241,7 @@ def best_seconds(setting: Setting) -> float:
     """T*, the least time of any token-wise split whose last piece comes after all else:
     `min over m of max(f_0 + ... + f_(m-1), L(n - m)) + S`, and with holes what `planner.plan` says.
 
-    L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `planner.optimum`). No
+    L(k) is when k loads have ended, `k * l` where there is no latency (Jin et al., ICML 2025; see `cells.optimum`). No
     order of computing and loading is faster: the chunks that are computed are the first m, one after the other, and the
     n - m others are loads over the same line. (Running the last piece beside the last loads may be: eta then exceeds 1.)
     """

@@ -79,22 +79,6 @@ def plan(costs: Costs, stored: Sequence[bool], first: int = 0, suffix_seconds: f
     return Plan(_decision(stored, split), split, predicted, tuple(curve))
 
 
-def optimum(compute_seconds: Sequence[float], load_seconds: float, suffix_seconds: float = 0.0) -> float:
-    """Returns T*: the least time to first token when chunks are computed from the front and loaded from the back concurrently.
-
-    If the first m of n chunks are computed and the others loaded, both sides are done after
-    `max(f_0 + ... + f_(m-1), (n - m) * l)` seconds; the best m is the limit of any token-wise split (Jin et al., ICML 2025).
-    The suffix follows.
-
-    Args:
-        compute_seconds: f_i, seconds to compute chunk i.
-        load_seconds: l, seconds to load one chunk (bytes over bandwidth).
-        suffix_seconds: S, seconds to run the prompt's suffix once its prefix is in the cache.
-    """
-    all_stored = [True] * len(compute_seconds)
-    return min(_curve(compute_seconds, lambda count: count * load_seconds, all_stored, suffix_seconds))
-
-
 def _curve(
     compute: Sequence[float], finish: Callable[[int], float], stored: Sequence[bool], suffix: float
 ) -> list[float]:
