@@ -43,7 +43,7 @@ SEAMS = [
     ("ledger.Ledger", "claim"),
     ("fronts.Fronts", "choose"),
     ("fronts.Fronts", "front"),
-    ("saving.Saver", "chunk"),
+    ("audit.Saver", "chunk"),
     ("matching.Matching", "_look_up"),
     ("requests.Requests", "first_token_came"),
     ("requests.Requests", "_count"),
