@@ -12,9 +12,10 @@ import typer
 
 from cake_hf.blocks import Block, blocks
 from cake_hf.cli.console import console, errors, progress_bar
+from cake_hf.cli.documents import load_with, read_warmed
 from cake_hf.cli.inspect_store import existing_store
 from cake_hf.cli.models import HELP as MODEL
-from cake_hf.cli.models import load_model, load_with, read_warmed
+from cake_hf.cli.models import load_model
 from cake_hf.cli.options import Device, Dtype, DtypeOption, WarmedOptions, flat_options
 from cake_hf.packs.card import cache_line, prefill_line
 from cake_hf.packs.export import export_pack

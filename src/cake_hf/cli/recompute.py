@@ -25,7 +25,8 @@ from cake_hf.chunks.encoded_header import is_encoded
 from cake_hf.chunks.stored_forms import raw_file
 from cake_hf.chunks.tensor_table import offsets_of
 from cake_hf.cli.console import console, progress_bar
-from cake_hf.cli.models import load_with, read_warmed, refuse_too_long
+from cake_hf.cli.documents import load_with, read_warmed
+from cake_hf.cli.models import refuse_too_long
 from cake_hf.cli.options import WarmedOptions
 from cake_hf.cli.verify import BadChunk
 from cake_hf.cli.warm import Pace

@@ -136,7 +136,7 @@ def _of_documents(
     """Returns for each document the keys up to its end (or to its last chunk, if the end was not declared), and the tails
     after these."""
     # These take seconds to import.
-    from cake_hf.cli.models import load_with, read_warmed
+    from cake_hf.cli.documents import load_with, read_warmed
     from cake_hf.packs.contents import session_for
 
     documents = {path: read_warmed(path, warmed) for path in prompts}

@@ -20,8 +20,9 @@ from cake_hf.cache import CakeCache
 from cake_hf.cache.restoring import RestoringCache
 from cake_hf.chunks.codec import stored_bytes
 from cake_hf.cli.console import console, progress_bar
+from cake_hf.cli.documents import read_document
 from cake_hf.cli.keeping import refuse_over_budget
-from cake_hf.cli.models import load_model, load_tokenizer, read_document, refuse_too_long
+from cake_hf.cli.models import load_model, load_tokenizer, refuse_too_long
 from cake_hf.cli.sheets import Lanes, report_table
 from cake_hf.errors import CakeError
 from cake_hf.keys import canonical

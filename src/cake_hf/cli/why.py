@@ -16,8 +16,8 @@ from rich.text import Text
 
 from cake_hf.blocks import Block, tail_ends
 from cake_hf.cli.console import WRONG, console, progress_bar
+from cake_hf.cli.documents import Document, load_with, read_warmed
 from cake_hf.cli.inspect_store import Inventory, StoredChunk, existing_store, take_inventory
-from cake_hf.cli.models import Document, load_with, read_warmed
 from cake_hf.cli.options import StoreArgument, WarmedOptions, flat_options
 from cake_hf.keys import block_keys, state_key
 from cake_hf.packs.contents import session_for
