@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,9 @@ def test_notes_from_before_the_codec_stay_readable() -> None:
         ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 0.5]]),
         ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 4.5]]),
         ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW]]),
-        ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 1.0, 1.0]]),
+        ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 1.0, -1e-9]]),
+        ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 1.0, float("nan")]]),
+        ("loads", [[RAW, 4, 4.0, 1.0, 1, RAW, 0.0, 1.0, 0.0, 0.0]]),
     ],
 )
 def test_absurd_values_in_a_note_are_ignored(name: str, value: Any) -> None:
@@ -232,12 +235,15 @@ any_seconds = st.floats()
 
 
 @settings(max_examples=100)
-@given(st.lists(st.tuples(any_seconds, any_seconds, any_size, any_size, any_seconds), max_size=6))
-def test_no_measurement_makes_a_senseless_cost(rows: list[tuple[float, float, int, int, float]]) -> None:
+@given(st.lists(st.tuples(any_seconds, any_seconds, any_size, any_size, any_seconds, any_seconds), max_size=6))
+def test_no_measurement_makes_a_senseless_cost(rows: list[tuple[float, float, int, int, float, float]]) -> None:
     learner = CostLearner()
-    for start, end, nbytes, raw_bytes, decoding in rows:
-        learner.saw_loads(RAW, [(start, end)], [Brought(nbytes, raw_bytes, decoding)])
-    learner.saw_loads(RAW, [row[:2] for row in rows], [Brought(*row[2:]) for row in rows])
+    brought = [
+        Brought(nbytes, raw_bytes, decoding, working=working) for _, _, nbytes, raw_bytes, decoding, working in rows
+    ]
+    for (start, end, *_), one in zip(rows, brought, strict=True):
+        learner.saw_loads(RAW, [(start, end)], [one])
+    learner.saw_loads(RAW, [row[:2] for row in rows], brought)
     costs = learner.costs()
     if costs.load is not None:
         assert 0 <= costs.load.finish(1000) < float("inf")
@@ -256,6 +262,32 @@ def test_encoding_pays_only_where_chunks_come_no_slower(raw: LoadCost, codec: Co
     assert pays == (codec.load(raw).interval <= raw.interval)
     if raw.threads * codec.speed < raw.bandwidth * (1 - 1e-9):
         assert not pays
+
+
+@given(a_load, a_codec, st.floats(1e-12, 1e-6))
+def test_where_loads_wait_for_nothing_encoding_pays_if_it_is_less_work(
+    raw: LoadCost, codec: CodecCost, copying: float
+) -> None:
+    work = codec.ratio * copying + 1 / codec.speed
+    assert encoding_pays(Costs(None, replace(raw, copying=copying), codec)) == (work <= 0.9 * copying)
+
+
+@pytest.mark.parametrize("form", [True, False], ids=["encoded", "raw"])
+@pytest.mark.parametrize(("working", "of"), [(1, 1), (1, 3), (1, 5), (0, 1)])
+def test_work_is_told_from_waiting(form: bool, working: int, of: int) -> None:
+    """Loads of which each `of`-th has a processor all the time; the threads of the others wait, be it for a processor."""
+    spans, brought = loads([form] * 30, 2, 0.0, 4.0)
+    brought = [
+        one._replace(working=(end - start if index % of < working else one.decoding))
+        for index, ((start, end), one) in enumerate(zip(spans, brought, strict=True))
+    ]
+    learner = CostLearner()
+    learner.saw_loads(RAW, spans, brought)
+    load = learner.costs(RAW).load
+    assert load is not None
+    waits_for_nothing = bool(working) and of < 4
+    assert load.copying == pytest.approx((2.0 / RAW if waits_for_nothing else 0.0), rel=0.3)
+    assert again(learner.to_json(NOW)).costs(RAW) == learner.costs(RAW)
 
 
 @given(a_load, a_codec)
@@ -303,8 +335,10 @@ def model() -> torch.nn.Module:
     return shared_model("llama", "bfloat16")
 
 
-def learn(model: torch.nn.Module, store: Any, *, bandwidth: float, speed: float, threads: int = 2) -> None:
-    """Teaches a store's costs what was measured elsewhere."""
+def learn(
+    model: torch.nn.Module, store: Any, *, bandwidth: float, speed: float, threads: int = 2, work: float = 0.0
+) -> None:
+    """Teaches a store's costs what was measured elsewhere; `work` is the share of loads for which their threads worked."""
     with CakeCache(model, store, chunk_size=CHUNK, save=False) as cache:
         memory = cache._session.cost_memory(cache._session.bound_model.namespace())
         raw = stored_bytes(cache._session.bound_model.layout())
@@ -318,6 +352,7 @@ def learn(model: torch.nn.Module, store: Any, *, bandwidth: float, speed: float,
                 begin = free[thread]
                 path = max(path, begin) + brought.nbytes / bandwidth
                 free[thread] = path + brought.decoding
+                brought = brought._replace(working=work * (free[thread] - begin))
                 spans.append(Span(f"load-{thread}", index, begin, free[thread], "loaded"))
             memory.learn(Pace(Costs()), spans, raw, None, dict.fromkeys(range(16), brought))
 
@@ -339,6 +374,32 @@ def test_auto_goes_by_what_was_learnt(
     store = LocalStore(tmp_path)
     learn(model, store, bandwidth=bandwidth, speed=speed)
     assert saved_forms(model, store, "auto") == {encodes}
+
+
+@pytest.mark.parametrize(("work", "encodes"), [(1.0, False), (0.5, True), (0.0, True)])
+def test_auto_does_not_encode_what_comes_from_the_page_cache(
+    model: torch.nn.Module, tmp_path: Path, work: float, encodes: bool
+) -> None:
+    """The same times, in which threads have worked or waited: for a disk, fewer bytes are worth the decoding."""
+    store = LocalStore(tmp_path)
+    learn(model, store, bandwidth=5e9, speed=5e9, work=work)
+    assert saved_forms(model, store, "auto") == {encodes}
+
+
+@pytest.mark.parametrize(("works", "copying"), [(True, True), (False, False)])
+def test_a_restore_tells_work_from_waiting(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool, copying: bool
+) -> None:
+    """With a clock of the thread that runs all the time, or never."""
+    store = LocalStore(tmp_path)
+    saved_forms(model, store, "none")
+    monkeypatch.setattr(time, "thread_time", time.monotonic if works else lambda: 0.0)
+    for _ in range(2):
+        with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as cache:
+            run(model, prompt(), cache)
+            load = cache._session.cost_memory(cache._session.namespace()).costs().load
+    assert load is not None
+    assert (load.copying > 0) is copying
 
 
 @pytest.mark.parametrize("codec", ["none", "lossless"])

@@ -61,6 +61,8 @@ class LoadCost:
         chunk_bytes: bytes of one chunk on the path: as it is stored.
         threads: k, concurrent loads.
         decoding: seconds in which a thread decodes a chunk; 0 if chunks are raw.
+        copying: seconds for which a thread works on a stored byte, without decoding, if loads hardly wait for anything, as from
+            the page cache; 0 if they do.
 
     Raises:
         ValueError: a number is out of range, NaN or absurdly large.
@@ -71,6 +73,7 @@ class LoadCost:
     chunk_bytes: float
     threads: int = 1
     decoding: float = 0.0
+    copying: float = 0.0
 
     def __post_init__(self) -> None:
         check("load latency", self.latency, 0.0, MAX_SECONDS, "seconds")
@@ -78,6 +81,7 @@ class LoadCost:
         check("size of a chunk", self.chunk_bytes, 1.0, MAX_BYTES, "bytes")
         check("number of loader threads", self.threads, 1, 2**20, "threads")
         check("time of decoding", self.decoding, 0.0, MAX_SECONDS, "seconds")
+        check("time of copying", self.copying, 0.0, MAX_SECONDS, "seconds per byte")
 
     @property
     def seconds(self) -> float:
@@ -114,12 +118,14 @@ class Brought(NamedTuple):
         raw_bytes: bytes that would have come if the chunk were raw.
         decoding: seconds of the load in which its thread decoded.
         is_rounded: whether only the bases of an encoded chunk came, so that its KV is not exact.
+        working: seconds of the load for which its thread had a processor, decoding included.
     """
 
     nbytes: int
     raw_bytes: int
     decoding: float = 0.0
     is_rounded: bool = False
+    working: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,10 @@ BASE_SHARE = 17 / 32
 """Bytes of a base over those of its piece, at most as a rule: a byte of 2 per number, and 1/32 for windows and escapes."""
 
 
+CLEARLY_LESS = 0.9
+"""Fraction of the work on raw chunks that loading encoded ones may take, where loads are work and nothing else."""
+
+
 def levels_of(codec: CodecCost | None) -> tuple[CodecCost, CodecCost]:
     """Returns what a chunk of the lossless codec takes whole, and its bases alone; `codec` is the former as measured."""
     whole = codec or TYPICAL["lossless"]
@@ -217,15 +227,21 @@ def levels_of(codec: CodecCost | None) -> tuple[CodecCost, CodecCost]:
 def encoding_pays(costs: Costs) -> bool:
     """Returns whether encoded chunks load no slower than raw ones; True while that is not known.
 
-    A load of S raw bytes with r*S encoded ones, latency q, bandwidth B, decode speed D and k threads takes, in steady flow,
+    Where loads wait for a path, a load of S raw bytes with r*S encoded ones, latency q, bandwidth B, decode speed D and k threads takes, in steady flow,
     `max(r*S/B, (q + r*S/B + S/D) / k)`, and a raw one `max(S/B, (q + S/B) / k)`. So it never pays where `k*D < B`: then
     `S/D > k*S/B`, and an encoded load takes longer than `q/k + S/B`, which is no less than what a raw one takes.
+
+    Where they wait for nothing, no path is seen and B cannot be known. A thread then works for `c*r*S + S/D` seconds on an encoded
+    load and for `c*S` on a raw one, c being `LoadCost.copying`. Encoding pays if that is clearly less: what is not
+    proportional to the bytes (page faults of the KV buffers above all) makes c too high as measured by encoded loads.
 
     Args:
         costs: the costs of raw chunks.
     """
     if costs.load is None or costs.codec is None:
         return True
+    if (copying := costs.load.copying) > 0:
+        return costs.codec.ratio * copying + 1 / costs.codec.speed <= CLEARLY_LESS * copying
     return costs.codec.load(costs.load).interval <= costs.load.interval
 
 

@@ -22,6 +22,13 @@ from cake_hf.scheduling.costs import (
 
 ROUNDING = 1e-9
 
+WORK = 2 / 3
+"""Minimum fraction of a load for which its thread has a processor, if the load waits for nothing."""
+
+WORKING = 1 / 4
+"""Minimum fraction of loads that wait for nothing, if the store's path is not what limits them. The others may have waited for a
+processor, since a forward may run beside them."""
+
 
 class Load(NamedTuple):
     """One load: start and end, in seconds of one clock, and what it brought."""
@@ -38,10 +45,10 @@ class Load(NamedTuple):
     @property
     def is_possible(self) -> bool:
         """Whether this can have been measured."""
-        nbytes, raw_bytes, decoding, _ = self.brought
+        nbytes, raw_bytes, decoding, _, working = self.brought
         whole = isinstance(nbytes, int) and isinstance(raw_bytes, int)
         in_range = whole and min(nbytes, raw_bytes) >= 1 and max(nbytes, raw_bytes) <= MAX_BYTES
-        return in_range and 0 <= decoding <= self.end - self.start <= MAX_SECONDS
+        return in_range and 0 <= decoding <= self.end - self.start <= MAX_SECONDS and 0 <= working <= MAX_SECONDS
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class LoadBatch:
         shortest_bytes: bytes that the fastest load brought.
         decoding: seconds of decoding per load, on average.
         usual: seconds of a load, without its decoding, on average.
+        copying: see `LoadCost`.
     """
 
     chunk_bytes: int
@@ -67,6 +75,7 @@ class LoadBatch:
     shortest_bytes: int
     decoding: float
     usual: float
+    copying: float = 0.0
 
     def cost(self, chunk_bytes: float | None = None, decoding: float = 0.0) -> LoadCost:
         """Returns the model that reproduces these numbers: `finish(count) = busy` and, in steady flow, `seconds = shortest`.
@@ -79,7 +88,7 @@ class LoadBatch:
             chunk_bytes, decoding = self.chunk_bytes, self.decoding
         per_byte = self._transfer() / self.chunk_bytes
         latency = self.shortest - per_byte * self.shortest_bytes
-        return load_cost(latency, per_byte, chunk_bytes, self.threads, decoding)
+        return load_cost(latency, per_byte, chunk_bytes, self.threads, decoding, self.copying)
 
     def late_by(self, factor: float) -> LoadBatch:
         """Returns the same loads, if the store had taken that many times as long."""
@@ -99,7 +108,8 @@ class LoadBatch:
         sizes = 1 <= self.chunk_bytes <= MAX_BYTES and 1 <= self.shortest_bytes <= MAX_BYTES
         counts = 1 <= self.threads <= self.count <= MAX_INDEX
         seconds = 0.0 < self.shortest <= self.usual <= self.busy <= MAX_SECONDS
-        return sizes and counts and seconds and 0.0 <= self.decoding <= self.busy - self.shortest
+        work = 0.0 <= self.decoding <= self.busy - self.shortest and 0.0 <= self.copying <= MAX_SECONDS
+        return sizes and counts and seconds and work
 
     def _transfer(self) -> float:
         """Returns the seconds t for which an average load takes the path.
@@ -170,8 +180,19 @@ def batch_of(loads: Sequence[Load]) -> LoadBatch | None:
         fastest.brought.nbytes,
         min(fmean(load.brought.decoding for load in loads), max(0.0, busy - min(seconds))),
         min(max(fmean(seconds), min(seconds)), busy),
+        _copying(loads),
     )
     return batch if batch.is_valid else None
+
+
+def _copying(loads: Sequence[Load]) -> float:
+    """Returns `LoadCost.copying`, the median of those loads that wait for nothing."""
+    worked = [
+        max(0.0, load.brought.working - load.brought.decoding) / load.brought.nbytes
+        for load in loads
+        if load.brought.working >= WORK * (load.end - load.start) > 0
+    ]
+    return median(worked) if len(worked) >= WORKING * len(loads) else 0.0
 
 
 def codec_of(loads: Sequence[Load]) -> CodecCost | None:
@@ -210,7 +231,7 @@ def fit_load(batches: Sequence[LoadBatch], chunk_bytes: float | None) -> LoadCos
     decodes = last.rounds * last.decoding
     due = usual.cost(last.chunk_bytes, last.decoding).finish(last.count) - decodes
     level = level_of(last.busy - decodes, due)
-    return load_cost(cost.latency * level, level / cost.bandwidth, size, cost.threads, decoding)
+    return load_cost(cost.latency * level, level / cost.bandwidth, size, cost.threads, decoding, last.copying)
 
 
 def level_of(seconds: float, due: float) -> float:
@@ -220,11 +241,13 @@ def level_of(seconds: float, due: float) -> float:
     return min(max(seconds / due, 1 / MAX_SECONDS), MAX_SECONDS)
 
 
-def load_cost(latency: float, per_byte: float, chunk_bytes: float, threads: int, decoding: float = 0.0) -> LoadCost:
+def load_cost(
+    latency: float, per_byte: float, chunk_bytes: float, threads: int, decoding: float = 0.0, copying: float = 0.0
+) -> LoadCost:
     """Returns a cost with all numbers within bounds."""
     bandwidth = 1 / per_byte if per_byte * MAX_BYTES > 1 else float(MAX_BYTES)
     latency = min(max(latency, 0.0), MAX_SECONDS)
-    return LoadCost(latency, max(1.0, bandwidth), chunk_bytes, threads, decoding)
+    return LoadCost(latency, max(1.0, bandwidth), chunk_bytes, threads, decoding, copying)
 
 
 def batch_row(batch: LoadBatch) -> list[float]:

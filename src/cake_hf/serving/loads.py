@@ -226,7 +226,7 @@ class Loaders:
             if not reader.read(restore.keys[load.chunk], self._layout, slot, whole, lambda _: None, lambda: True):
                 return Outcome.MISSED
             raw_bytes = header_size(self._layout) + sum(self._layout.sizes[:count])
-            restore.took[load.chunk] = Brought(reader.nbytes, raw_bytes, reader.decoding)
+            restore.took[load.chunk] = reader.brought(raw_bytes)
             if _ledger(restore).land(load):
                 full = sum(self._layout.sizes[: self._layout.everywhere])
                 self._copy(memory.memory[:full], self._blocks(restore, load.chunk))

@@ -30,6 +30,7 @@ from cake_hf.chunks.stored_forms import (
     split,
 )
 from cake_hf.errors import CorruptChunk, NewerChunk
+from cake_hf.scheduling.costs import Brought
 from cake_hf.stores.base import Store, total_bytes
 from cake_hf.stores.pieces import copy
 from cake_hf.transfer.copy_streams import Slot
@@ -99,6 +100,7 @@ class ChunkReader:
     Attributes:
         nbytes: bytes of the store that the last chunk took.
         decoding: seconds in which it was checked and decoded; 0 if it was raw.
+        working: seconds for which the thread had a processor meanwhile.
         rounded: its metadata, if only its bases were read, so that its KV is rounded; else None.
     """
 
@@ -113,7 +115,7 @@ class ChunkReader:
         pinned: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.nbytes, self.decoding = 0, 0.0
+        self.nbytes, self.decoding, self.working = 0, 0.0, 0.0
         self.rounded: EncodedMetadata | None = None
         self._clock = clock
         self._store = store
@@ -151,6 +153,26 @@ class ChunkReader:
             StoreError: it cannot be read.
         """
         self.decoding, self.rounded = 0.0, None
+        begin = time.thread_time()
+        try:
+            return self._read(key, layout, landing, ranges, landed, is_wanted, bases_alone)
+        finally:
+            self.working = time.thread_time() - begin
+
+    def brought(self, raw_bytes: int) -> Brought:
+        """Returns what the last chunk's load brought, given the bytes that it would have had as a raw one."""
+        return Brought(self.nbytes, raw_bytes, self.decoding, self.rounded is not None, self.working)
+
+    def _read(
+        self,
+        key: str,
+        layout: ChunkLayout,
+        landing: Destination,
+        ranges: Sequence[LayerRange],
+        landed: Callable[[int], None],
+        is_wanted: Callable[[], bool],
+        bases_alone: bool,
+    ) -> bool:
         may_be_encoded = self._lossy or can_be_encoded(layout)
         if may_be_encoded and self._seen.expects_encoded(self._encodes):
             return self._read_encoded(key, layout, landing, is_wanted, bases_alone)

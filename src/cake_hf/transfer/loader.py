@@ -237,7 +237,7 @@ def _read(job: LoadJob, index: int, landing: Landing, reader: ChunkReader, *, ba
     if not reader.read(job.keys[index], layout, landing, ranges, landed, wanted, bases_alone=bases_alone):
         return Outcome.MISSED
     raw_bytes = header_size(layout) + total_bytes(landing.parts)
-    job.took[index] = Brought(reader.nbytes, raw_bytes, reader.decoding, reader.rounded is not None)
+    job.took[index] = reader.brought(raw_bytes)
     if reader.rounded is not None:
         job.rounded[index] = reader.rounded
     return Outcome.LOADED
