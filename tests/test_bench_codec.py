@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.codec import real_kv, speed
+from benchmarks.codec import real_kv, restore, speed
 from benchmarks.codec.real_kv import RealKv
 from cake_hf import CakeError
 from cake_hf.chunks.lossless import Encoded
@@ -38,6 +38,18 @@ def test_all_is_measured(tmp_path: Path) -> None:
     [kept] = real_kv.kept(tmp_path / "kv")
     assert kept.name == "words"
     assert kept.tokens == 64
+
+
+def test_restores_with_encoded_chunks_are_compared(tmp_path: Path) -> None:
+    """By a shape, with random weights."""
+    restore.main("tiny", tokens=128, chunk_size=16, rounds=1, out=tmp_path / "out.json")
+    outcome = json.loads((tmp_path / "out.json").read_text())
+    assert (outcome["model"], outcome["tokens"]) == ("tiny", 128)
+    assert outcome["size"] < 0.9
+    places = {"memory, load", "page cache, load", "page cache, load, auto"}
+    lines = {f"{strategy} at {share:g}" for strategy in ("both", "load") for share in restore.SHARES}
+    assert outcome["cells"].keys() == places | lines
+    assert all(cell["low"] <= cell["ratio"] <= cell["high"] for cell in outcome["cells"].values())
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:

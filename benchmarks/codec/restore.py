@@ -17,6 +17,8 @@ import torch
 import typer
 
 from benchmarks.machine import Machine
+from benchmarks.models import build_model, build_prompt
+from benchmarks.settings import SHAPES, Settings
 from cake_hf import CakeCache, LocalStore, MemoryStore
 from cake_hf.cli.models import load_model, load_tokenizer, quiet_transformers
 from cake_hf.stores.base import Store
@@ -75,14 +77,17 @@ def compared(run: Any, rounds: int, codec: str = "lossless") -> dict[str, Any]:
 
 
 def model_and_prompt(name: str, tokens: int) -> tuple[Any, torch.Tensor]:
-    """Returns a model in bfloat16, and a prompt of real text `[1, tokens]`."""
+    """Returns a model in bfloat16, and a prompt of real text `[1, tokens]`; of a shape, random weights and tokens."""
+    if name in SHAPES:
+        settings = Settings(shape=SHAPES[name], tokens=tokens, suffix_tokens=0, device="cpu")
+        return build_model(settings), build_prompt(settings)
     with quiet_transformers():
         model, tokenizer = load_model(name, "bfloat16", "cpu"), load_tokenizer(name)
     return model, tokenizer(real_text(8 * tokens), return_tensors="pt").input_ids[:, :tokens]
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Folder or name of a model.")],
+    model: Annotated[str, typer.Option(help=f"Folder or name of a model, or one of {', '.join(SHAPES)}.")],
     tokens: int = 1024,
     chunk_size: int = 128,
     rounds: int = 3,
