@@ -227,13 +227,14 @@ def levels_of(codec: CodecCost | None) -> tuple[CodecCost, CodecCost]:
 def encoding_pays(costs: Costs) -> bool:
     """Returns whether encoded chunks load no slower than raw ones; True while that is not known.
 
-    Where loads wait for a path, a load of S raw bytes with r*S encoded ones, latency q, bandwidth B, decode speed D and k threads takes, in steady flow,
-    `max(r*S/B, (q + r*S/B + S/D) / k)`, and a raw one `max(S/B, (q + S/B) / k)`. So it never pays where `k*D < B`: then
-    `S/D > k*S/B`, and an encoded load takes longer than `q/k + S/B`, which is no less than what a raw one takes.
+    Where loads wait for a path, a load of S raw bytes with r*S encoded ones, latency q, bandwidth B, decode speed D and k
+    threads takes, in steady flow, `max(r*S/B, (q + r*S/B + S/D) / k)`, and a raw one `max(S/B, (q + S/B) / k)`. So it never
+    pays where `k*D < B`: then `S/D > k*S/B`, and an encoded load takes longer than `q/k + S/B`, which is no less than what a
+    raw one takes.
 
-    Where they wait for nothing, no path is seen and B cannot be known. A thread then works for `c*r*S + S/D` seconds on an encoded
-    load and for `c*S` on a raw one, c being `LoadCost.copying`. Encoding pays if that is clearly less: what is not
-    proportional to the bytes (page faults of the KV buffers above all) makes c too high as measured by encoded loads.
+    Where they wait for nothing, no path is seen and B cannot be known. A thread then works for `c*r*S + S/D` seconds on an
+    encoded load and for `c*S` on a raw one, c being `LoadCost.copying`. Encoding pays if that is clearly less: work that is
+    not proportional to the bytes (page faults of the KV buffers above all) makes c too high as measured by encoded loads.
 
     Args:
         costs: the costs of raw chunks.

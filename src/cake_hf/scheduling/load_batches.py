@@ -26,8 +26,8 @@ WORK = 2 / 3
 """Minimum fraction of a load for which its thread has a processor, if the load waits for nothing."""
 
 WORKING = 1 / 4
-"""Minimum fraction of loads that wait for nothing, if the store's path is not what limits them. The others may have waited for a
-processor, since a forward may run beside them."""
+"""Minimum fraction of loads that wait for nothing, if the store's path is not what limits them. The others may have waited for
+a processor, since a forward may run beside them."""
 
 
 class Load(NamedTuple):

@@ -14,7 +14,6 @@ from cake_hf.chunks.codec import header_size
 from cake_hf.chunks.layout import ChunkLayout
 from cake_hf.chunks.stored_forms import EncodedPieces
 from cake_hf.restore.bound_store import BoundStore
-from cake_hf.scheduling.costs import Brought
 from cake_hf.scheduling.frontier import Outcome
 from cake_hf.scheduling.step_sharing import next_load
 from cake_hf.serving.beliefs import Beliefs
