@@ -397,7 +397,7 @@ def test_a_restore_tells_work_from_waiting(
     for _ in range(2):
         with CakeCache(model, store, chunk_size=CHUNK, strategy="load", save=False) as cache:
             run(model, prompt(), cache)
-            load = cache._session.cost_memory(cache._session.namespace()).costs().load
+            load = cache._session.cost_memory(cache._session.bound_model.namespace()).costs().load
     assert load is not None
     assert (load.copying > 0) is copying
 
