@@ -35,7 +35,7 @@ CELL_SECONDS = 120
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",  # bars and advice that nobody wants to read a year later
+    "TRANSFORMERS_VERBOSITY": "error",  # bars and advice are noise a year later
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for a package that draws its bars
     "OMP_NUM_THREADS": "1",  # models this small are slower on more threads, and far slower on a busy machine

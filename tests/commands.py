@@ -44,7 +44,7 @@ def write_text(path: Path, words: int, seed: int = 0) -> Path:
 
 
 def no_progress(done: int, total: int) -> None:
-    """Nobody is watching."""
+    """Not a terminal."""
 
 
 WIDE = 200

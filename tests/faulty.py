@@ -115,7 +115,7 @@ IDLE = ("cake-writer", "cake-tiers")
 
 
 class Hang:
-    """A fault: whoever calls it waits until `release`."""
+    """A fault: its caller waits until `release`."""
 
     def __init__(self) -> None:
         self.begun = 0

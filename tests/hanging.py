@@ -33,7 +33,7 @@ class Leaps(threading.Condition):
         if self._nothing_comes():
             self._leapt += PATIENCE
             return False
-        return super().wait(0.001)  # nobody says when a read hangs, or a loader ends
+        return super().wait(0.001)  # there is no signal when a read hangs, or a loader ends
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 PYTHONPATH=tests pytest -p late_copies tests/test_parity.py
 
-A GPU copies behind the processor's back. Here a copy is done when somebody waits for it, and not before: whoever forgets to
-wait sees what was in the buffers until then, and whoever fills a slot too early spoils a copy from it. What is saved is copied
-out when the model's stream is told to wait for that: whoever changes it before spoils what is stored.
+A GPU copies while the processor goes on. Here a copy is done when it is waited for, and not before. Code that forgets to wait
+sees what was in the buffers until then; code that fills a slot too early spoils a copy from it. What is saved is copied out
+when the model's stream is told to wait for that; code that changes it before spoils what is stored.
 """
 
 from __future__ import annotations

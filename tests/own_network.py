@@ -1,4 +1,4 @@
-"""Runs pytest in a network of its own, where a server that listens everywhere is heard by nobody outside.
+"""Runs pytest in a network of its own, where a server that listens everywhere is not heard outside.
 
 unshare --map-root-user --net ... python own_network.py PYTEST_ARGUMENTS
 """

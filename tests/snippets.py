@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Makes a chat model's tokenizer of ours: ChatML."""
-DOCUMENT = "Nobody knows who wrote this. It goes on like that for a while. " * 100
+DOCUMENT = "The author is not known. It goes on like that for a while. " * 100
 
 
 QUANTISED = "quantization_config"

@@ -4,7 +4,7 @@
 
 Some of them write and read chunks through the store, some generate with a `CakeCache` on a tiny model. The budget is a quarter
 of what they write. At the end, and all the time: nothing corrupt was served, the budget held, nothing was left behind, and
-nobody grew in threads, files or memory. Exit code 1 if any of that is not so.
+no process grew in threads, files or memory. Exit code 1 if any of that is not so.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def bytes_of(root: Path) -> int:
 
 
 def look_back(outcome: Outcome, root: Path, spared: list[Worker]) -> None:
-    """Judge it, now that nobody is at it any more."""
+    """Judge it, now that no process uses it any more."""
     from cake_hf.chunks.codec import check_file
     from cake_hf.stores import LocalStore
 

@@ -99,7 +99,7 @@ def test_a_prompt_that_begins_like_it_goes_on(way: str) -> None:
 
 
 def test_only_what_is_new_may_be_given() -> None:
-    """With a mask for all, as transformers has it: then nobody can tell what the prompt was before, and nothing is refused."""
+    """With a mask for all, as transformers has it: then it is not known what the prompt was before, and nothing is refused."""
     model, new = shared_model("llama"), prompt(20, seed=8)
     found = []
     for cache in (used_once(model), DynamicCache(config=model.config)):
@@ -279,7 +279,7 @@ def test_an_assistant_has_a_cache_of_its_own(caplog: pytest.LogCaptureFixture) -
 
 
 def test_trying_a_model_out_is_no_prompt_without_its_cache() -> None:
-    """The first prompt of a model has some small forwards run that nobody asked for."""
+    """The first prompt of a model also runs some small forwards of the package."""
     model: Any = build("llama", seed=5)
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         model.generate(prompt(), **given(cache), **OPTIONS)

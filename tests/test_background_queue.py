@@ -267,7 +267,7 @@ def test_a_note_that_waits_to_be_written_is_read_by_all_who_ask_for_it(tmp_path:
     busy = note_of(tmp_path / "notes" / "costs-0.json")
     assert busy.queue.offer(Task("busy", 0, gate))
     note_of(file).write("text")
-    gc.collect()  # nobody holds that note but its queue
+    gc.collect()  # only its queue holds that note
     assert note_of(file).read(PATIENCE) == "text"
     gate.go.set()
     assert flush_notes(PATIENCE)

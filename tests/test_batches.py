@@ -276,7 +276,7 @@ def test_equal_rows_are_one_that_is_repeated(dtype: str) -> None:
 
 
 def test_several_batches_at_the_same_time() -> None:
-    """They share reads and chunks in any order of rows, and nobody waits for ever."""
+    """They share reads and chunks in any order of rows, and no row waits for ever."""
     model, store, results = shared_model("llama"), MemoryStore(), {}
     orders = [(0, 1, 6), (6, 1, 0), (1, 0), (0,)]
 

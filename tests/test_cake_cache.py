@@ -395,7 +395,7 @@ def test_training_mode_is_left_alone() -> None:
         assert "training mode" in cache.report.reason
 
 
-def test_a_layer_kind_that_nobody_knows_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_layer_kind_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     class SinkLayer(DynamicLayer):  # type: ignore[misc]
         """Registered from elsewhere; what else it keeps is not ours to guess."""
 

@@ -188,7 +188,7 @@ def test_a_state_that_fails_is_computed(family: str, fault: str) -> None:
 
 @pytest.mark.parametrize("family", RECURRENT[:1])
 def test_states_that_hang_cost_no_more_threads_with_each_prompt(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where prompts follow each other long before these are known to hang: nobody waits for them here."""
+    """Also where prompts follow each other long before these are known to hang: nothing waits for them here."""
     model, store = family_model(family), filled_store(family_model(family), IDS)
     (key,) = keys_by_index(store, states=True).values()
     faulty = FaultStore(store, {key: "stall"})

@@ -1,4 +1,4 @@
-"""How large a chunk is where nobody says so."""
+"""How large a chunk is by default."""
 
 from __future__ import annotations
 

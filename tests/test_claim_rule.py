@@ -207,7 +207,7 @@ events = st.lists(
 
 @settings(max_examples=300)
 @given(present=st.lists(st.booleans(), min_size=1, max_size=9), moves=events, most=st.integers(0, 3))
-def test_the_main_thread_never_waits_for_what_nobody_will_load(
+def test_the_main_thread_never_waits_for_what_no_loader_will_load(
     present: list[bool], moves: list[tuple[str, int]], most: int
 ) -> None:
     """Two loaders. Beliefs change at any moment. Wherever the main thread waits, a load is under way or can be claimed."""
@@ -317,7 +317,7 @@ def test_with_unknown_costs_everything_is_loaded_and_may_be_late(costs: Costs) -
 
 
 def test_until_a_load_has_arrived_none_is_refused() -> None:
-    """Else nobody would find out that loading has become cheaper."""
+    """Otherwise no restore would find out that loading has become cheaper."""
     pace = Pace(Costs(ComputeCost(1.0), load_of(1000.0, 2)), threads=2)
     assert pace.slack(0, 3, 1, 0.0) == 1.0
     pace.loading(0.0)
@@ -387,7 +387,7 @@ any_setting = st.builds(
 @settings(max_examples=60)
 @given(where=any_setting)
 def test_the_rule_costs_no_time_and_saves_loads(where: Setting) -> None:
-    """With known costs. Without the rule, everything is loaded that nobody has computed by then."""
+    """With known costs. Without the rule, everything is loaded that was not computed by then."""
     ruled = simulate(where, "both")
     with pytest.MonkeyPatch.context() as patch:
         slack = Pace.slack

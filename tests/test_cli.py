@@ -388,7 +388,7 @@ def test_a_store_slower_than_the_model_is_waited_for(
     assert result.exit_code == 0, result.output
     assert len(list(store.keys())) == CHUNKS
     model, words = AutoModelForCausalLM.from_pretrained(model_folder), document.read_text().split()
-    with CakeCache(model, WritesWhenWaitedFor(hurried), chunk_size=CHUNK) as cache:  # negative control: nobody waits
+    with CakeCache(model, WritesWhenWaitedFor(hurried), chunk_size=CHUNK) as cache:  # negative control: no wait
         report = cache.prefill(torch.tensor([[int(word[1:]) for word in words]]))
         assert cache.flush(60)
     assert report.chunks_unsaved

@@ -1,4 +1,4 @@
-"""Caches that nobody closed: what the collector does for them, in whatever thread, at whatever moment."""
+"""Caches that were not closed: what the collector does for them, in whatever thread, at whatever moment."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_a_last_piece_that_is_compiled_is_not_stored() -> None:
 
 
 def test_compiled_code_runs_again_when_the_last_restore_is_over() -> None:
-    """For all threads at once it is put aside, and put back by whoever ends last."""
+    """It is put aside for all threads at once, and put back by the thread that ends last."""
     model = itself(tiny())
     first, second = as_it_is(model), as_it_is(model)
     with torch.no_grad():

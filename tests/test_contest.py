@@ -1,4 +1,4 @@
-"""Where the two sides meet, both may work on one chunk: whoever is done first wins, and no bit depends on who it was."""
+"""Where the two sides meet, both may work on one chunk: the first to be done wins, and no bit depends on which it was."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_staged_load_that_does_not_come_is_superseded(family: str, dtype: str)
         outcome = run(model, prompt(), cache)
         assert cache.report.chunks_failed == 0
         assert cache.report.chunks_computed >= held  # at least those whose reads the gate held back
-        gate.open()  # what comes now is nobody's
+        gate.open()  # what comes now belongs to no restore
         join_loaders()
         for layer, keys in zip(cache.layers, outcome.keys, strict=True):
             assert torch.equal(layer.keys, keys)
@@ -167,7 +167,7 @@ def test_conservation_under_any_interleaving(
         assert sum(frontier.is_staged(index) for index in loading if index not in done) <= most
 
     def _will_not_block() -> bool:
-        """What is waited for at the front nobody else could settle meanwhile."""
+        """The other side cannot settle what is waited for at the front meanwhile."""
         front = next((index for index in range(len(present)) if done.get(index) is None), None)
         if front is None:
             return True

@@ -1,4 +1,4 @@
-"""Costs are learnt while prompts go by, remembered, and used; a bad note about them harms nobody."""
+"""Costs are learnt while prompts go by, remembered, and used; a bad note about them does no harm."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.
     gate.set()
 
 
-def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(tmp_path: Path, hung: threading.Event) -> None:
+def test_a_note_that_hangs_costs_one_thread_and_stops_nothing(tmp_path: Path, hung: threading.Event) -> None:
     readers = {thread for thread in threading.enumerate() if thread.name == "cake-notes"}
     for _ in range(3):  # each time for another store object, as for another cache
         found = recall_costs(LocalStore(tmp_path), "ns", "cpu", Limits(lookup_timeout=0.01))
@@ -184,7 +184,7 @@ def test_a_note_that_hangs_costs_one_thread_and_stops_nobody(tmp_path: Path, hun
         assert not thread.is_alive()
 
 
-def test_nobody_else_waits_for_a_note_that_hangs(tmp_path: Path, hung: threading.Event) -> None:
+def test_no_other_thread_waits_for_a_note_that_hangs(tmp_path: Path, hung: threading.Event) -> None:
     waiting = threading.Thread(target=lambda: recall_costs(LocalStore(tmp_path), "ns", "cpu"), daemon=True)
     waiting.start()
     await_true(lambda: any(thread.name == "cake-notes" for thread in threading.enumerate()))

@@ -1,4 +1,4 @@
-"""A directory that nobody gave a budget: how much it may take, who is told, and that nothing that was there goes."""
+"""A directory without a budget of its own: how much it may take, who is told, and that nothing that was there goes."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_front_first_on_prompts_that_share_nothing(prompts: list[list[int]], see
         ),
     )
 )
-def test_front_first_leaves_nobody_out_whatever_headers_say(
+def test_front_first_leaves_no_document_out_whatever_headers_say(
     chunks: dict[str, tuple[int, ChunkPosition | None]],
 ) -> None:
     entries = [Entry(key, 1, used) for key, (used, _) in chunks.items()]
@@ -536,7 +536,7 @@ def test_a_lock_that_is_never_free_is_an_error_and_no_wait_for_ever(tmp_path: Pa
 
 
 def test_a_lock_on_a_deleted_account_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between our open and our lock the file may be deleted; a lock on it would keep out nobody who comes later."""
+    """Between our open and our lock the file may be deleted; a lock on it would not keep out a later process."""
     accounts, flock = ByteCount(tmp_path / "bytes"), fcntl.flock
 
     def delete_first(descriptor: int, how: int) -> None:
@@ -787,7 +787,7 @@ def test_a_chunk_that_is_evicted_while_its_writer_makes_it_durable_is_gone(
     assert left == [0]
 
 
-# A large directory: looking at it takes long, and nobody waits for that.
+# A large directory: looking at it takes long, and nothing waits for that.
 
 
 def test_others_write_while_one_looks_at_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_random_faults(seed: int, strategy: str) -> None:
     assert difference(outcome, expected()) == ""
     assert report.chunks_loaded + report.chunks_computed == CHUNKS
     unusable = report.chunks_missed + report.chunks_failed
-    # A bad load of a chunk that was computed meanwhile has harmed nobody, and is not counted.
+    # A bad load of a chunk that was computed meanwhile has done no harm, and is not counted.
     assert unusable == len(store.injected) if strategy == "load" else unusable <= len(store.injected)
 
 

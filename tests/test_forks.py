@@ -146,7 +146,7 @@ def locked_things(path: Path) -> dict[str, tuple[Any, Callable[[], object]]]:
     "Each lock is a new one in the child, and what only the parent's threads could end is forgotten there.",
 )
 @pytest.mark.parametrize("name", ["memory", "turns", "standing", "sharing", "queue", "note", "costs"])
-def test_a_lock_that_was_held_holds_nobody_up_in_the_child(name: str, tmp_path: Path) -> None:
+def test_a_lock_that_was_held_does_not_block_the_child(name: str, tmp_path: Path) -> None:
     lock, needs_it = locked_things(tmp_path)[name]
     assert held(lock)(lambda: in_child(needs_it)) == 0
 
@@ -176,7 +176,7 @@ def test_what_is_renewed_in_children_is_not_kept_alive() -> None:
     assert in_child(lambda: None) == 0
 
 
-def test_a_property_that_is_being_computed_holds_nobody_up_in_the_child() -> None:
+def test_a_property_that_is_being_computed_does_not_block_the_child() -> None:
     busy_one, other = Shape(), Shape()
     other.go_on.set()
     thread = threading.Thread(target=lambda: busy_one.size, daemon=True)

@@ -367,7 +367,7 @@ def test_load_alone_waits_for_a_loader_to_come() -> None:
 
 
 def test_load_alone_waits_as_long_as_the_loaders_get_on() -> None:
-    """The deadline of a chunk that nobody has claimed yet counts from the last load that ended."""
+    """The deadline of a chunk that is not claimed yet counts from the last load that ended."""
     clock = SignallingClock()
     frontier = Frontier([True, True], strategy=Strategy.LOAD, read_timeout=LONGER, clock=clock)
     assert frontier.claim() == 1
@@ -381,7 +381,7 @@ def test_load_alone_waits_as_long_as_the_loaders_get_on() -> None:
 
 
 @pytest.mark.parametrize("strategy", [Strategy.BOTH, Strategy.LOAD])
-def test_a_load_that_never_ends_holds_nobody_for_ever(strategy: Strategy) -> None:
+def test_a_load_that_never_ends_is_not_waited_for_for_ever(strategy: Strategy) -> None:
     """On the real clock: were the deadline not kept, this would hang into the test's own time limit."""
     frontier = Frontier([True, True], strategy=strategy, read_timeout=0.01)
     assert [frontier.claim(), frontier.claim()] == [1, 0]

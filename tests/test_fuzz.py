@@ -246,7 +246,7 @@ def read_as_a_restore_does(good: Sample, raw: bytes) -> None:
         raise CorruptChunk("another size")
     facts = check_header(raw[: good.split], good.key, good.layout)
     check_pieces(pieces_of(good, raw), facts)
-    assert raw[good.split :] == good.raw[good.split :], "a payload was taken that nobody has written"
+    assert raw[good.split :] == good.raw[good.split :], "a payload was taken that was never written"
 
 
 def inspect(good: Sample, raw: bytes) -> StoredChunk:

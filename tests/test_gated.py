@@ -255,7 +255,7 @@ def pass_by(parts: Sequence[memoryview]) -> None:
 
 
 @pytest.mark.parametrize(("family", "dtype"), VARIANTS)
-def test_an_overtaken_load_under_way_is_nobodys(family: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overtaken_load_under_way_is_dropped(family: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk 0 is computed while its load, aside, has brought garbage so far; then the last piece goes beyond chunk 1.
 
     By then all later chunks are loaded: two loaders claim from the back, and each of them is stuck at one of these two.

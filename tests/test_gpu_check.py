@@ -143,7 +143,7 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path: Path) -> None:
     try:
         assert Check(tmp_path, {"one": (script, done())}).run()["one"]["status"] == DONE
         os.set_blocking(reading, True)
-        assert os.read(reading, 1) == b""  # nobody has the other end any more
+        assert os.read(reading, 1) == b""  # the other end is closed
     finally:
         os.close(reading)
 
@@ -483,10 +483,10 @@ def test_a_check_that_is_told_to_end_ends_its_stage_and_removes_what_it_made(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_nobody_has_to_listen(tmp_path: Path) -> None:
+def test_output_needs_no_reader(tmp_path: Path) -> None:
     """The terminal is gone, or the pipe: what is measured is measured all the same."""
-    nobody, end = os.pipe()
-    os.close(nobody)
+    reader, end = os.pipe()
+    os.close(reader)
     process = subprocess.run(
         stubbed(GOOD, tmp_path / "out"), cwd=ROOT, stdout=end, stderr=subprocess.PIPE, timeout=LONG, check=False
     )

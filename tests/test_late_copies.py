@@ -40,7 +40,7 @@ def test_a_load_that_does_not_come_is_superseded_alone(held: int) -> None:
         outcome = run(model, prompt(), cache)
         report = cache.report
         assert (report.chunks_failed, report.chunks_loaded + report.chunks_computed) == (0, CHUNKS)
-        gate.open()  # what comes now is nobody's
+        gate.open()  # what comes now belongs to no restore
         join_loaders()
         for layer, keys in zip(cache.layers, outcome.keys, strict=True):
             assert torch.equal(layer.keys, keys)

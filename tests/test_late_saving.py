@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says abou
 def go_on(family: str, cache: CakeCache) -> None:
     """Change all that is saved: states by what follows them; KV, where a cache can go back, by another prompt in its place.
 
-    Nobody writes to windows: for layers of these it shows no more than that all is copied at last.
+    Windows are not written to: for layers of these it shows no more than that all is copied at last.
     """
     model: Any = family_model(family)
     if family in CROPPED:

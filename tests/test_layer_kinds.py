@@ -157,7 +157,7 @@ def test_same_content_after_any_operations(kind: str, steps: list[tuple[str, int
         outcome = apply(theirs, name, number, batch, seed)
         assert_equal(apply(ours, name, number, batch, seed), outcome)
         if isinstance(outcome, type):
-            return  # half done, and nobody goes on after that
+            return  # half done, and not continued after that
         batch = {"repeat": batch * number, "select": 1, "reset": 2 if not kept(theirs) else batch}.get(name, batch)
         assert kept(ours).keys() == kept(theirs).keys()
         assert all(torch.equal(tensor, kept(ours)[which]) for which, tensor in kept(theirs).items())

@@ -1,4 +1,4 @@
-"""The lossless codec: every bit comes back, whoever encoded it, and broken bytes are refused."""
+"""The lossless codec: every bit comes back, whichever encoder wrote it, and broken bytes are refused."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ ASKING = threading.Lock()
 
 
 def assert_free(root: Path) -> None:
-    """That nobody holds the lock that writers take."""
+    """Asserts that the lock that writers take is free."""
     assert not (root / "bytes.lock").exists()
     with ASKING, (root / "bytes").open() as account:
         fcntl.flock(account, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,8 +199,8 @@ def test_an_inventory_keeps_little_per_chunk(tmp_path: Path) -> None:
     assert kept < 300 * 2**10
 
 
-def test_tables_that_nobody_needs_are_not_kept() -> None:
-    """Whoever fills a store with odd tables takes no more than this."""
+def test_tables_that_are_not_needed_are_not_kept() -> None:
+    """A store filled with odd tables takes no more than this."""
     for tokens in range(1, 3 * MOST_KNOWN):
         parse_header(made(1, ChunkLayout(tokens, LAYOUT.pieces)))
     assert known_table.cache_info().currsize <= MOST_KNOWN

@@ -89,7 +89,7 @@ def test_every_error_that_reaches_people_is_explained() -> None:
     assert untold(iter(found)) == []
 
 
-def test_a_message_that_nobody_explains_is_noticed() -> None:
+def test_a_message_that_is_not_explained_is_noticed() -> None:
     module = ast.parse(
         'logger.warning("Something new: %s", error)\nraise StoreError(f"The {x} is new: {y}")\n'
         'refusal = Refusal("new", f"{x} is new here")'

@@ -270,7 +270,7 @@ def test_only_chunks_that_are_there_are_counted() -> None:
     assert reason(shared_model("llama"), store, exact=False) == NONE_YET
 
 
-def test_a_prompt_that_nobody_saved_is_told_as_before() -> None:
+def test_a_prompt_that_was_not_saved_is_told_as_before() -> None:
     store = fill_store(shared_model("llama"), MemoryStore())
     assert reason(shared_model("llama"), store, prompt(seed=7)) == NONE_YET
     assert reason(shared_model("llama"), store, prompt(seed=7), exact=False) == NONE_YET

@@ -233,7 +233,7 @@ def test_a_load_that_was_superseded_before_it_began_brings_nothing(kind: type[Pl
 def test_slots_go_round_once_there_are_enough() -> None:
     ring = SlotRing(16, 2, pinned=False)
     first, second = ring.take(), ring.take()
-    third = ring.take()  # all are taken: whoever takes more has a bound of its own
+    third = ring.take()  # all are taken: a user that takes more has a bound of its own
     assert len({id(slot.memory) for slot in (first, second, third)}) == 3
     for slot in (second, first, third):
         ring.give_back(slot)
@@ -474,7 +474,7 @@ def test_a_place_that_fails_is_an_outcome_too(owner: type, method: str, monkeypa
 
 @pytest.mark.parametrize("over", [False, True])
 def test_a_load_that_comes_too_late_is_told_apart(*, over: bool) -> None:
-    """What it took is worth knowing as long as the restore goes on, and nobody's business afterwards."""
+    """What it took counts as long as the restore goes on, and is dropped afterwards."""
     store = GateStore(filled_store())
     restore = Restore(store, DevicePlace(make_buffers(), LAYOUT))
     held = threading.Event()
@@ -732,14 +732,14 @@ def test_a_report_that_fails_does_not_end_the_saving(caplog: pytest.LogCaptureFi
     good = saving.job(0)
 
     def fail(durable: bool) -> None:
-        raise RuntimeError("nobody listens")
+        raise RuntimeError("no listener")
 
     writer = Writer(store, capacity=2**20, exit_flush_seconds=PATIENCE)
     writer.offer(SaveJob(good.metadata, good.layout, good.payload, False, fail))
     writer.offer(saving.job(1))
     assert writer.flush(PATIENCE) is True
     assert saving.done == {1: True}
-    assert "nobody listens" in caplog.text
+    assert "no listener" in caplog.text
     assert writer.close() is True
 
 
@@ -773,7 +773,7 @@ def test_many_threads_offer_and_the_budget_holds() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness per thread")
-def test_the_writer_yields_to_the_model_and_lowers_nobody_else() -> None:
+def test_the_writer_yields_to_the_model_and_lowers_no_other_thread() -> None:
     store, saving = GatedWrites(MemoryStore()), Saving()
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     writer = Writer(store, capacity=2**20, exit_flush_seconds=PATIENCE)

@@ -251,7 +251,7 @@ def test_nothing_writes_to_the_buffers_of_a_read_that_failed(
         under_way.wait(60)
         if request.start == 0:
             return Answer(403, error_of("AccessDenied").encode())
-        ended.append((request.start, over.wait(0.1)))  # long enough for a read that waits for nobody
+        ended.append((request.start, over.wait(0.1)))  # long enough for a read that waits for nothing
         return forward()
 
     gateway.handle = handle
@@ -278,7 +278,7 @@ def every_call(store: Store) -> list[Callable[[], object]]:
     ]
 
 
-def test_nobody_there_is_a_store_error(s3_server: S3Server) -> None:
+def test_an_unreachable_server_is_a_store_error(s3_server: S3Server) -> None:
     options = {**s3_server.options, "endpoint": f"http://127.0.0.1:{free_port()}"}
     with ObjectStore("s3://bucket/prefix", options=options, timeout=0.4) as store:
         for call in every_call(store):
@@ -399,7 +399,7 @@ def test_a_service_that_refuses_is_quoted_with_what_to_do(
 def test_a_large_value_is_uploaded_in_one_request(
     gateway: Gateway, through: Callable[..., ObjectStore], replace: bool
 ) -> None:
-    """Several would leave parts behind that cost storage and that nobody sees, if the last one did not come."""
+    """Several would leave parts behind that cost storage and are not listed, if the last one did not come."""
     assert through().write(key_of(1), [value_of(1, 6 * 2**20), b"more"], replace=replace) is True
     (upload,) = (request for request in gateway.asked if request.method != "HEAD")
     assert upload.method == "PUT"
@@ -455,7 +455,7 @@ def test_signatures_get_into_no_message() -> None:
 
 @pytest.fixture
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An environment that knows nobody; returns the folder of the profiles."""
+    """An environment without credentials; returns the folder of the profiles."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))

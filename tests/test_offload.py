@@ -267,7 +267,7 @@ def test_the_innermost_hook_says_where() -> None:
     assert devices_of(model) == [torch.device("xpu", 1)]
 
 
-def test_weights_that_nobody_brings_are_refused(tmp_path: Path) -> None:
+def test_weights_that_no_hook_brings_are_refused(tmp_path: Path) -> None:
     moved = accelerate.cpu_offload(build("llama"))
     accelerate.hooks.remove_hook_from_module(moved, recurse=True)
     moved.model.norm.to("meta")

@@ -139,7 +139,7 @@ def test_a_cache_on_somebodys_own_directory_is_refused_and_one_that_reads_is_not
 
 
 @pytest.mark.parametrize("name", ["lost+found", ".snapshot", ".DS_Store"])
-def test_what_filesystems_put_into_an_empty_directory_is_nobodys(tmp_path: Path, name: str) -> None:
+def test_what_filesystems_put_into_an_empty_directory_is_not_a_users(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert LocalStore(tmp_path).write(key_of(1), [b"value"])
 
@@ -366,7 +366,7 @@ def a_folder(path: Path) -> None:
 )
 @pytest.mark.parametrize("make", [a_pipe, a_socket, a_device, a_folder])
 @pytest.mark.parametrize("where", ["chunk", "leftover", "bytes", "note", "marker"])
-def test_a_pipe_or_device_under_a_name_of_ours_hangs_nobody(
+def test_a_pipe_or_device_under_a_name_of_ours_does_not_hang(
     tmp_path: Path, make: Callable[[Path], None], where: str
 ) -> None:
     root = tmp_path / "store"

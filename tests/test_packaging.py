@@ -46,7 +46,7 @@ def test_authors_and_licence_agree_with_the_citation() -> None:
 
 
 @pytest.mark.parametrize("name", ["SECURITY.md", "CODE_OF_CONDUCT.md"])
-def test_reports_need_nobodys_address(name: str) -> None:
+def test_reports_need_no_persons_address(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "Report a vulnerability" in text
     assert not re.search(r"[\w.+-]+@[\w-]+\.\w+", text)

@@ -481,7 +481,7 @@ def every_call(store: Store) -> list[Callable[[], object]]:
     ]
 
 
-def test_nobody_there_is_a_store_error() -> None:
+def test_an_unreachable_server_is_a_store_error() -> None:
     with RedisStore(f"redis://user:secret@127.0.0.1:{free_port()}/0") as store:
         for call in every_call(store):
             with pytest.raises(StoreError, match="start it, or correct the host and port") as caught:

@@ -1,4 +1,4 @@
-"""What nobody may see (passwords, tokens), and what no terminal may act on: neither gets into anything that is shown."""
+"""Passwords and tokens, and what a terminal would act on: neither gets into anything that is shown."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ AMBIGUOUS = {
     "redis://127.0.0.1:1/0?{}": "=",  # what stands before it is the name of an option
     "file:///nowhere/kv?budget=1GB&{}": "=",
 }
-"""Where nobody can tell what a character means, these are left out."""
+"""Where a character's meaning is not known, these are left out."""
 
 SPECS = [
     "redis://user:{}@127.0.0.1:1/0",

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Running]:
-    """One server for the tests that leave it as it is; nobody has asked it for a document of theirs."""
+    """One server for the tests that leave it as it is; it was not asked for their documents yet."""
     with running(folder, MemoryStore()) as server:
         yield server
 
@@ -218,7 +218,7 @@ def test_an_id_that_is_under_way_is_refused(streams: tuple[bool, bool], folder: 
 
 def test_a_report_that_is_unknown_is_not_found(served: Running) -> None:
     with pytest.raises(Exception, match="404"):
-        served.report("nobody's")
+        served.report("unknown")
 
 
 # Faults.

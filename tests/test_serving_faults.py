@@ -89,7 +89,7 @@ def test_reads_that_hang(strategy: str, stuck: Any) -> None:
     "In continuous batching, a store does not say what it has.",
     "Requests without stored chunks go on. After `Limits.lookup_timeout` the others are computed.",
 )
-def test_a_lookup_that_hangs_delays_nobody_else() -> None:
+def test_a_lookup_that_hangs_delays_no_other_request() -> None:
     class Mute(WrapperStore):
         def contains(self, keys: Any) -> Any:
             gate.wait(PATIENCE)

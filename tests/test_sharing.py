@@ -51,14 +51,14 @@ def test_a_second_prompt_copies_the_chunks_that_the_first_makes() -> None:
         assert again.followed is None
 
 
-def test_nothing_is_copied_where_nobody_follows() -> None:
+def test_nothing_is_copied_without_followers() -> None:
     sharing = Sharing()
     with sharing.flight("a", "first", computes=True) as leading:
-        leading.payload = lambda: pytest.fail("copied for nobody")
+        leading.payload = lambda: pytest.fail("copied without a follower")
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_a_copy_that_cannot_be_made_harms_nobody(error: type[Exception]) -> None:
+def test_a_copy_that_cannot_be_made_does_no_harm(error: type[Exception]) -> None:
     sharing = Sharing()
 
     def fail() -> torch.Tensor:
@@ -267,7 +267,7 @@ def test_a_chunk_that_another_prompt_loads_is_copied() -> None:
     reports = {}
 
     def generate(name: str) -> None:
-        # The budget is that of whoever asks: the second's loader may begin while the first's is at its one read.
+        # The budget is that of the cache that asks: the second's loader may begin while the first's is at its one read.
         limits = Limits(loader_threads=["first", "second"].index(name) + 1, read_timeout=PATIENCE)
         with CakeCache(model, gate, chunk_size=CHUNK, save=False, strategy="load", limits=limits) as cache:
             outcomes[name] = run(model, prompt(), cache)

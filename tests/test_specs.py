@@ -87,7 +87,7 @@ def test_a_misspelt_scheme_is_refused_with_the_right_form(spec: str, right: str,
 @pytest.mark.parametrize(
     "spec", ["htp://x", "https://host/kv", "kv:old", "localhost:6379", "://x", ":memory:", "a b:c"]
 )
-def test_what_has_a_scheme_that_nobody_knows_is_refused_with_all_that_are_known(spec: str) -> None:
+def test_an_unknown_scheme_is_refused_with_all_that_are_known(spec: str) -> None:
     said = refusal(spec)
     assert said.startswith(f"Unknown store URL '{spec}'")
     assert "file:///path, memory:4GB; s3://bucket/prefix" in said
@@ -142,7 +142,7 @@ def test_options_behind_a_path_are_refused_with_the_url(spec: str, right: str, b
         ("file:///k%00v", "character of value 0"),
     ],
 )
-def test_what_nobody_means_as_a_directorys_name_is_refused(spec: object, words: str) -> None:
+def test_text_that_is_no_directorys_name_is_refused(spec: object, words: str) -> None:
     assert words in refusal(spec)
 
 
@@ -201,10 +201,10 @@ def test_a_tilde_is_the_home_directory(bare_home: Path) -> None:
 @pytest.mark.fault("Files", "`~` stands for a home directory that cannot be found.", "One sentence says so.")
 @pytest.mark.parametrize("home", [None, "", "relative"])
 def test_no_home_directory_is_one_sentence(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody(uid: int) -> None:
+    def no_user(uid: int) -> None:
         raise KeyError(uid)
 
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", no_user)
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     for attempt in (
         lambda: open_store("~/kv"),
@@ -220,8 +220,8 @@ def test_no_home_directory_is_one_sentence(home: str | None, monkeypatch: pytest
     assert os.listdir() == []
 
 
-def test_a_user_whom_nobody_knows_is_one_sentence() -> None:
-    assert "write './~nobody-here/kv'" in refusal("~nobody-here/kv")
+def test_an_unknown_user_is_one_sentence() -> None:
+    assert "write './~unknown-user/kv'" in refusal("~unknown-user/kv")
 
 
 # Options.
@@ -313,7 +313,7 @@ def test_what_was_opened_before_a_bad_member_is_closed(lend: Lend) -> None:
         assert len(closed) == 2
 
 
-# Whoever takes a text that names a store.
+# All that take a text that names a store.
 
 
 def test_a_cache_refuses_before_anything_is_made() -> None:

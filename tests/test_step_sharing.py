@@ -137,7 +137,9 @@ def test_the_last_load_is_not_overtaken_for_little_while_others_decode(f: float,
 
 
 @given(f=seconds, load=st.none() | seconds, remaining=seconds, queued=seconds, waited=st.floats(0.0, 100.0))
-def test_nobody_yields_to_nobody(f: float, load: float | None, remaining: float, queued: float, waited: float) -> None:
+def test_without_others_no_request_yields(
+    f: float, load: float | None, remaining: float, queued: float, waited: float
+) -> None:
     assert not yields(f, load, remaining, queued, 0, waited)
 
 
@@ -154,7 +156,9 @@ def test_yielding_makes_the_sum_of_all_waits_least(
 
 
 @given(f=seconds, load=st.none() | seconds, remaining=seconds, queued=seconds, requests=st.integers(1, 30))
-def test_nobody_yields_for_ever(f: float, load: float | None, remaining: float, queued: float, requests: int) -> None:
+def test_no_request_yields_for_ever(
+    f: float, load: float | None, remaining: float, queued: float, requests: int
+) -> None:
     assert not yields(f, load, remaining, queued, requests, remaining / AGEING + 1e-6)
 
 
@@ -167,7 +171,9 @@ def test_a_restore_that_loads_on_yields_sooner(
 
 
 @given(queued=seconds, requests=st.integers(0, 30), delay=st.floats(0.0, 10.0), waited=st.floats(0.0, 100.0))
-def test_nobody_is_held_back_for_nothing_or_for_ever(queued: float, requests: int, delay: float, waited: float) -> None:
+def test_no_request_is_held_back_for_nothing_or_for_ever(
+    queued: float, requests: int, delay: float, waited: float
+) -> None:
     held = holds_back(queued, requests, delay, waited)
     assert not held or (requests > 0 and queued <= requests * delay / 2)
     assert not holds_back(queued, requests, delay, delay / AGEING)

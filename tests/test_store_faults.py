@@ -1,6 +1,6 @@
 """Each method of a store goes wrong in every way, from the first call on or later: prompts get the right tokens all the same.
 
-What a store raises, hangs at or returns stays where it belongs, and nobody waits longer than `Limits` say.
+What a store raises, hangs at or returns stays where it belongs, and no wait is longer than `Limits` say.
 """
 
 from __future__ import annotations

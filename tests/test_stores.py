@@ -427,7 +427,7 @@ def test_what_is_being_written_is_neither_listed_nor_swept(tmp_path: Path, monke
     assert partial_files(tmp_path) == []
 
 
-def test_a_leftover_that_nobody_holds_is_swept_when_the_store_is_first_written_to(tmp_path: Path) -> None:
+def test_a_leftover_that_is_not_held_is_swept_when_the_store_is_first_written_to(tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / f"{key_of(1)}.0123456789abcdef").write_bytes(b"half a va")
     store = LocalStore(tmp_path)
@@ -650,7 +650,7 @@ def test_reads_wait_at_the_gate() -> None:
     assert values == [b"value"] * 3
 
 
-def test_a_gate_that_nobody_opens_fails_instead_of_hanging() -> None:
+def test_a_gate_that_is_not_opened_fails_instead_of_hanging() -> None:
     store = GateStore(MemoryStore(), timeout=0.01)
     store.write(key_of(1), [b"value"])
     with pytest.raises(TimeoutError):

@@ -131,7 +131,7 @@ def test_units_and_buckets_are_for_seconds(meter: FakeMeter) -> None:
 
 
 @pytest.mark.parametrize("lost", ["opentelemetry", "opentelemetry.metrics", "get_meter"])
-def test_an_api_that_cannot_be_imported_is_said_once_and_in_nobodys_way(
+def test_an_api_that_cannot_be_imported_is_said_once_and_stops_nothing(
     fresh: None, lost: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is a dependency: without it, or with parts of it, the installation is broken."""
@@ -149,7 +149,7 @@ def test_an_api_that_cannot_be_imported_is_said_once_and_in_nobodys_way(
     assert len(caplog.messages) == 1
 
 
-def test_a_provider_that_raises_is_in_nobodys_way(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_raises_stops_nothing(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise RuntimeError("no provider")
 
@@ -202,7 +202,7 @@ def test_observations_without_a_meter_do_nothing(fresh: None) -> None:
     observe_everything()
 
 
-def test_an_instrument_that_raises_is_in_nobodys_way(meter: FakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instrument_that_raises_stops_nothing(meter: FakeMeter, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("the exporter is gone")
 
@@ -211,7 +211,7 @@ def test_an_instrument_that_raises_is_in_nobodys_way(meter: FakeMeter, monkeypat
     observe_everything()
 
 
-def test_an_older_api_is_said_once_and_in_nobodys_way(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_api_is_said_once_and_stops_nothing(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
     class OldMeter(FakeMeter):
         def create_histogram(self, name: str, unit: str = "", description: str = "") -> Recorded:  # type: ignore[override]
             return Recorded(name, unit, description)

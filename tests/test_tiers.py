@@ -316,7 +316,7 @@ def test_a_tier_that_fails_twice_in_a_row_is_left_alone_for_a_while() -> None:
     assert near.asked.count(("read_into", KEY)) == 3
 
 
-def test_a_tier_in_trouble_is_still_asked_for_what_nobody_else_has() -> None:
+def test_a_tier_in_trouble_is_still_asked_for_what_no_other_tier_has() -> None:
     near, far = Watched(1, 2, broken=["read_into"]), Watched(1)
     store = TierStore([near, far], clock=FakeClock())
     for _ in range(3):
@@ -556,7 +556,7 @@ def test_a_system_without_threads_promotes_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_comes_when_the_interpreter_ends_is_written_behind_all_the_same(tmp_path: Path) -> None:
-    """The writer's queue is flushed then, through a store that nobody has closed."""
+    """The writer's queue is flushed then, through a store that is still open."""
     script = """
 import atexit
 from cake_hf.stores import LocalStore, MemoryStore
@@ -628,7 +628,7 @@ def test_tiers_that_are_all_read_only_say_so() -> None:
             call()
 
 
-def test_a_tier_that_is_written_behind_keeps_nobody_waiting() -> None:
+def test_a_tier_that_is_written_behind_keeps_no_caller_waiting() -> None:
     far, value = Held(what="write", number=1), bytearray(VALUE)
     with TierStore([Watched(), Tier(far, write="behind")]) as store:
         assert store.write(KEY, [memoryview(value)]) is True
@@ -692,7 +692,7 @@ def test_replace_reaches_every_tier_that_has_the_value(write: Any, position: int
         assert store.flush(PATIENCE)
         assert get(store) == VALUE
         plain.inner.delete(KEY)
-        # What is only read keeps its wrong value, which is nobody's any more; the others have the good one.
+        # What is only read keeps its wrong value, which no reader gets any more; the others have the good one.
         assert get(store) == (None if write is False else VALUE)
         assert store.contains([KEY]) == [write is not False]
 
@@ -724,7 +724,7 @@ def test_a_wrong_value_that_cannot_be_replaced_is_not_read_again(deletable: bool
         assert read_parts(store, KEY, [6]) == b"better"  # and the tier's value counts again
 
 
-def test_a_replacement_that_nobody_takes_leaves_all_as_it_was() -> None:
+def test_a_replacement_that_no_tier_takes_leaves_all_as_it_was() -> None:
     store = TierStore([Watched(1, broken=["write"]), Watched(1, broken=["write"])])
     with pytest.raises(StoreError):
         store.write(KEY, [b"new"], replace=True)
@@ -933,7 +933,7 @@ def test_a_wrong_value_at_rest_is_replaced_wherever_it_is(tier: int) -> None:
 
 
 @pytest.mark.parametrize("tier", [0, 1])
-def test_a_hanging_tier_hangs_nobody(tier: int) -> None:
+def test_a_hanging_tier_hangs_no_caller(tier: int) -> None:
     stores = [MemoryStore(), MemoryStore()]
     keys = filled(TierStore(stores))
     faulty = FaultStore(stores[tier], dict.fromkeys(keys, "stall"))

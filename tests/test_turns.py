@@ -124,7 +124,7 @@ def take_up(folder: str, told: dict[str, Any]) -> None:
 
 
 def test_a_prompt_alone_is_stored_as_before() -> None:
-    """Nobody has said that anything goes on from the reply."""
+    """The reply was not declared as something that goes on."""
     store = MemoryStore()
     cake_hf.generate(shared_model("llama"), prompt(), store=store, chunk_size=CHUNK, **OPTIONS)
     assert len(list(store.keys())) == prompt().shape[1] // CHUNK

@@ -203,7 +203,7 @@ def test_a_sample_is_chosen_by_its_seed(store: LocalStore) -> None:
 def test_a_sample_is_computed_only_as_far_as_it_goes(
     store: LocalStore, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The forged chunk lies behind the sampled one, which is the first: nobody looks at it."""
+    """The forged chunk lies behind the sampled one, which is the first: it is not looked at."""
     keys = keys_in_order(store)
     computed: list[str] = []
 
@@ -235,7 +235,7 @@ def test_several_prompts(tmp_path: Path, store: LocalStore, model: Path, text: P
 
 
 def test_a_pack_is_recomputed_as_well(tmp_path: Path, model: Path, text: Path, store: LocalStore) -> None:
-    """What nobody can write to can be compared with all the same. The pack's digests are of the lie."""
+    """A read-only store can be compared with, too. The pack's digests are of the lie."""
     keys = keys_in_order(store)
     rewrite(store, keys[4], forge)
     content = {key: bytes(store.read(key) or b"") for key in keys}

@@ -605,7 +605,7 @@ def test_a_vision_part_that_fails_leaves_an_empty_cache(family: str, monkeypatch
         assert difference(ask(family, cache, inputs), reference) == ""
 
 
-def test_unread_images_are_the_vision_parts_output_to_whoever_asks() -> None:
+def test_unread_images_are_the_vision_parts_output_to_all_callers() -> None:
     family = "qwen3_vl"
     model, inputs = vision_model(family), standard(family)
     given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}

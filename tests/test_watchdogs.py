@@ -1,4 +1,4 @@
-"""What a signal handler raises in the main thread is the user's, wherever it comes out, and whoever wrote the handler."""
+"""What a signal handler raises in the main thread is the user's, wherever it comes out and whatever package it is from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ring(*_: object) -> None:
 
 
 def of_a_library(error: type[Exception]) -> Callable[..., None]:
-    """A handler that an installed package brings, which counts as nobody's own code."""
+    """A handler that an installed package brings, which does not count as the user's code."""
     source = "def fire(number, frame):\n    raise ERROR('too slow')\n"
     names: dict[str, Any] = {"__name__": "some_watchdog", "ERROR": error}
     exec(compile(source, f"{site.getsitepackages()[0]}/some_watchdog.py", "exec"), names)
@@ -50,7 +50,7 @@ def watched_by(handler: Any) -> Iterator[None]:
 
 
 class Bell:
-    """Rings in one of a model's forwards, counted from 1, whoever runs it."""
+    """Rings in one of a model's forwards, counted from 1, whatever runs it."""
 
     forward = runs = 0
 

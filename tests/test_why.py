@@ -97,7 +97,7 @@ def test_every_namespace_is_told(store: Path, model: Path, text: Path) -> None:
     assert said.count("Namespace ") == 2
 
 
-def test_a_prompt_that_nobody_saved(store: Path, model: Path, tmp_path: Path) -> None:
+def test_a_prompt_that_was_not_saved(store: Path, model: Path, tmp_path: Path) -> None:
     result = why(store, model, write_text(tmp_path / "other.txt", TOKENS, seed=5))
     assert result.exit_code == 1
     assert "0 of 5 chunks" in flat(result.output)

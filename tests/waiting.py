@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def await_true(condition: Callable[[], bool]) -> None:
-    """For a moment that nobody can signal: that a thread has come to where it waits, or is through with something."""
+    """For a moment that cannot be signalled: that a thread has come to where it waits, or is through with something."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline

@@ -85,7 +85,7 @@ Or pull it into a store of your own: `cake-hf pull {name} ~/.cache/cake_hf`
 
 Every chunk is checked against its blake3 digest in the manifest before it is used; one that does not match is computed
 instead. To mean these very bytes, name the commit: `hf://...@<40 digits>`. Digests say that the chunks are those that were
-published, not that they are what the model would compute: use packs of people you trust. Whoever has the model can
+published, not that they are what the model would compute: use packs of people you trust. Users who have the model can
 learn from a KV cache what the prompt was.
 """
 

@@ -50,7 +50,7 @@ class _Slot:
         """Does nothing: the chunk is copied to its blocks once all of it is there."""
 
     def decode(self, pieces: EncodedPieces) -> bool:
-        """Has the host decode: nobody knows yet where the chunk goes."""
+        """Returns False, so that the host decodes: it is not known yet where the chunk goes."""
         return False
 
 

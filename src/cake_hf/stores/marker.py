@@ -30,7 +30,7 @@ _CHUNK = re.compile(rf"([0-9a-f]{{40}}){re.escape(SUFFIX)}")
 _NOTE = re.compile(r"(?:costs-[0-9a-f]{16}\.json|namespace-[0-9a-f]{40}\.json|hits\.log)(?:\.[0-9a-f]{8})?")
 _PIN = re.compile(rb"(?:[0-9a-f]{40} [0-9]{1,12}\n(?s:.*))?")
 _NUMBER = re.compile(rb"(?:[0-9]{20}\n)?")
-_NOBODYS = re.compile(r"lost\+found|\.snapshots?|\.zfs|\.Trash.*|\.DS_Store|\.nfs.*|\.fuse_hidden.*")
+_OF_FILESYSTEMS = re.compile(r"lost\+found|\.snapshots?|\.zfs|\.Trash.*|\.DS_Store|\.nfs.*|\.fuse_hidden.*")
 """Files that filesystems and desktops put into an otherwise empty directory."""
 
 
@@ -48,7 +48,7 @@ def is_store(root: int) -> bool:
     """
     if status_of(MARKER, root) is not None:
         return True
-    found = [entry for entry in entries_of(root) if not _NOBODYS.fullmatch(entry.name)]
+    found = [entry for entry in entries_of(root) if not _OF_FILESYSTEMS.fullmatch(entry.name)]
     # A store whose chunks are all gone still has its folders.
     return any(_has_chunk(root, entry) for entry in found) or all(_is_ours(root, entry) for entry in found)
 
