@@ -267,6 +267,16 @@ def test_a_cache_that_is_left_out(way: Any, used_before: bool) -> None:
             assert cache.report.reason_code == "no-prompt-yet"
 
 
+def test_a_model_that_is_tried_out_within_generate_is_no_cache_left_out() -> None:
+    """Under autocast the layout of its KV is found out anew, by a short forward without the cache."""
+    model = build("llama")
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(prompt(40))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.generate(prompt(50), **given(cache), **OPTIONS)
+        assert cache.report.reason_code == "none-stored"
+
+
 def test_an_assistant_has_a_cache_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     """Also where it is the first layers of the same model."""
     model, store = shared_model("llama"), MemoryStore()

@@ -263,6 +263,22 @@ def test_what_follows_a_document_otherwise_is_not_stored(how: dict[str, Any]) ->
 
 @pytest.mark.fault(
     "Prompt",
+    "A question after `prefill` fails by an argument that the model does not take.",
+    "The error reaches the caller; the model's other prompts are restored as before.",
+)
+def test_a_question_that_fails_is_that_questions_fault_alone() -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        cache.prefill(prompt(40, seed=2))
+        with pytest.raises(TypeError):
+            model(prompt(5, seed=3), **given(cache), logits_to_keep=1, position_ids="none")
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        report = cache.prefill(prompt(40, seed=2))
+        assert (report.chunks_loaded, report.tails_loaded, report.reason) == (2, 1, "")
+
+
+@pytest.mark.fault(
+    "Prompt",
     "The next turn tells a reply in other tokens than were decoded.",
     "It goes on as with a `DynamicCache`, and nothing of it is stored.",
 )
