@@ -24,7 +24,7 @@ from cake_hf.layers.compat import chosen_functions
 from cake_hf.layers.recurrent import states_of
 from cake_hf.model.code import TORCHS_OWN, code_of
 from cake_hf.model.foreign_code import ReadsOnly, mode_refusal
-from cake_hf.model.look import attributes_of, devices_of, hooked_modules
+from cake_hf.model.look import devices_of, hooked_modules, modules_of
 from cake_hf.model.numerics import current_modes
 
 STRIDE = 4
@@ -224,7 +224,7 @@ class ModelSeal:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        attributes = attributes_of(model)
+        attributes = [vars(module) for _, module in modules_of(model)]
         brings_weights = any(getattr(hook, "offload", False) for _, _, hook in hooked_modules(model))
         names = _REGISTERED[:3] if brings_weights else _REGISTERED  # such hooks replace the weights in each forward
         registered = [each[name] for each in attributes for name in names]
