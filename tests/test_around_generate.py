@@ -267,6 +267,26 @@ def test_a_cache_that_is_left_out(way: Any, used_before: bool) -> None:
             assert cache.report.reason_code == "no-prompt-yet"
 
 
+def test_a_model_that_is_tried_out_within_generate_is_no_cache_left_out() -> None:
+    """Under autocast the layout of its KV is found out anew, by a short forward without the cache."""
+    model = build("llama")
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(prompt(40))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.generate(prompt(50), **given(cache), **OPTIONS)
+        assert cache.report.reason_code == "none-stored"
+
+
+def test_what_a_logits_processor_asks_the_model_is_no_cache_left_out() -> None:
+    """Guidance runs another prompt beside the one in the cache."""
+    model = shared_model("llama")
+    guided = {"guidance_scale": 1.5, "negative_prompt_ids": prompt(40, seed=9), **OPTIONS}
+    with CakeCache(model, filled_store(model), chunk_size=CHUNK, strategy="load") as cache:
+        found = model.generate(prompt(), **given(cache), **guided)
+        assert (cache.report.reason, cache.report.chunks_loaded) == ("", CHUNKS)
+    assert torch.equal(found, model.generate(prompt(), **given(DynamicCache(config=model.config)), **guided))
+
+
 def test_an_assistant_has_a_cache_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     """Also where it is the first layers of the same model."""
     model, store = shared_model("llama"), MemoryStore()

@@ -382,6 +382,37 @@ def test_a_plainly_computed_prompt_has_a_reason(model: torch.nn.Module, argument
     assert torch.equal(result, model.generate(**options))
 
 
+@pytest.mark.fault(
+    "Prompt",
+    "A mask is shorter than the prompt, or positions are counted from elsewhere.",
+    "The prompt is computed as it comes, and nothing of it is stored.",
+)
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ({"attention_mask": torch.ones(1, 20, dtype=torch.long)}, "mask"),
+        ({"cache_position": torch.arange(9, 9 + prompt().shape[1])}, "positions"),
+        ({"position_ids": torch.arange(9, 9 + prompt().shape[1])[None]}, "positions"),
+    ],
+    ids=["mask", "cache_position", "position_ids"],
+)
+def test_a_mask_or_positions_of_a_callers_own_are_not_stored(how: dict, code: str) -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        model(prompt(), **given(cache), logits_to_keep=1, **how)
+        assert cache.report.reason_code == code
+    assert list(store.keys()) == []
+
+
+def test_a_mask_of_all_tokens_is_plain() -> None:
+    """The negative control of the one above."""
+    model, store, ids = shared_model("llama"), MemoryStore(), prompt()
+    plain = {"attention_mask": torch.ones_like(ids), "cache_position": torch.arange(ids.shape[1])}
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        model(ids, **given(cache), logits_to_keep=1, **plain)
+    assert len(list(store.keys())) == CHUNKS
+
+
 def test_an_empty_store_is_said(model: torch.nn.Module) -> None:
     with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
         run(model, prompt(), cache)

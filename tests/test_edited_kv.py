@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from cake_hf import CakeCache, MemoryStore
+from families import family_model, here
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, prompt, run_ahead
 from naming import given
 
@@ -111,3 +112,29 @@ def test_unedited_kv_stays_known() -> None:
             plain(LONGER, **given(cache), **OPTIONS)
             assert cache.report.chunks_loaded > 0
             assert cache.report.reason == ""
+
+
+@pytest.mark.fault(
+    "KV",
+    "A sliding window or a recurrent state is edited in inference mode, in which the prompt ran as well.",
+    "It is noticed as any other edit: nothing that follows is saved.",
+)
+@pytest.mark.parametrize("edited", [True, False])
+@pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "falcon_h1"))
+def test_windows_and_states_edited_in_inference_mode(family: str, edited: bool) -> None:
+    model, store = family_model(family), MemoryStore()
+    with torch.inference_mode(), CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(FIRST, whole=True)
+        assert cache.flush(60)
+        before = set(store.keys())
+        for layer in cache.layers if edited else ():
+            if getattr(layer, "is_sliding", False):
+                layer.values[:, :, -3] *= 2
+            for number in range(getattr(layer, "number_of_states", 0)):
+                for states in (layer.conv_states, layer.recurrent_states):
+                    if states[number] is not None:
+                        states[number].mul_(2)
+        model.generate(LONGER, **given(cache), **OPTIONS)  # type: ignore[operator]
+        assert cache.flush(60)
+        assert (cache.report.reason_code == "off-schedule") is edited
+        assert (set(store.keys()) == before) is edited

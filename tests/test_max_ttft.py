@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -493,6 +495,17 @@ def test_bad_input_gets_one_sentence(options: dict[str, Any], message: str) -> N
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         cake_hf.generate(bfloat16_llama(), prompt(), store=MemoryStore(), **options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "seconds", [np.float32(LATE), np.float64(LATE), Fraction(LATE)], ids=lambda x: type(x).__name__
+)
+def test_any_kind_of_number_is_a_time(seconds: Any) -> None:
+    with CakeCache(
+        bfloat16_llama(), filled(), chunk_size=CHUNK, codec="lossless", exact=False, strategy="load", max_ttft=seconds
+    ) as cache:
+        assert torch.equal(run(bfloat16_llama(), prompt(), cache).tokens, after_bases_of(range(CHUNKS)).tokens)
+        assert cache.report.tokens_hurried == CHUNK * CHUNKS
 
 
 def test_generate_takes_it() -> None:

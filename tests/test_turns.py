@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from cake_hf import CakeCache, MemoryStore
 from cut_runs import pieces, run_piece
 from families import family_model, here
 from family_runs import Run, difference, generate
-from models import CHUNK, prompt, run_ahead, shared_model
+from models import CHUNK, build, prompt, run_ahead, shared_model
 from naming import given
+from test_changed_models import CHANGES, Change, embedding_of_one_token, weight_edited_behind_torchs_back
 from test_cuts import OPTIONS, any_model, forwards
 
 MODELS = ["llama float32", "llama bfloat16", *here("gemma3", "qwen3_next", "falcon_h1", "deepseek_v3")]
@@ -160,6 +163,118 @@ def test_what_is_not_known_is_not_stored(what: str) -> None:
             with torch.no_grad():
                 model.lm_head.weight -= 0.5
         assert said.shape[1] == 48
+
+
+@contextmanager
+def weights_and_back(model: Any) -> Iterator[None]:
+    weight = model.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        before = weight.clone()
+        weight.mul_(2)
+        yield
+        weight.copy_(before)
+
+
+@contextmanager
+def other_attention(model: Any) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    yield
+    model.set_attn_implementation("sdpa")
+
+
+def autocast(model: Any) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+UNDONE: list[Change] = [
+    change for change in CHANGES if change not in (weight_edited_behind_torchs_back, embedding_of_one_token)
+] + [weights_and_back, other_attention, autocast]
+
+
+def turn_under(change: Change, *, by_hand: bool) -> tuple[int, list[int]]:
+    """A turn behind a document, run while the model is changed: how many chunks it left in the store, and its cuts."""
+    model: Any = build("llama")
+    store, document = MemoryStore(), prompt(40, seed=2)
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        cache.prefill(document)
+        assert cache.flush(60)
+        before = len(list(store.keys()))
+        if by_hand:
+            model(prompt(5, seed=3), **given(cache), logits_to_keep=1)
+        with change(model):
+            if by_hand:
+                for token in prompt(8, seed=4)[0]:
+                    model(token.view(1, 1), **given(cache), logits_to_keep=1)
+            else:
+                said = torch.cat([document, prompt(5, seed=3)], dim=1)
+                model.generate(said, **given(cache), **{**OPTIONS, "max_new_tokens": 8})
+        ends = cache.end_turn()
+        assert cache.flush(60)
+        return len(list(store.keys())) - before, ends
+
+
+@pytest.mark.fault(
+    "Model",
+    "The model is changed while a turn runs (steered, another adapter, autocast), and is as before when the turn ends.",
+    "Nothing of that turn is stored.",
+)
+@pytest.mark.parametrize("by_hand", [False, True], ids=["generate", "token by token"])
+@pytest.mark.parametrize("change", UNDONE, ids=lambda change: change.__name__)
+def test_a_turn_of_a_model_that_was_changed_meanwhile(change: Change, by_hand: bool) -> None:
+    stored, ends = turn_under(change, by_hand=by_hand)
+    assert stored == 0
+    assert not ends or ends[-1] <= 40
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["generate", "token by token"])
+def test_a_turn_of_an_unchanged_model_is_stored(by_hand: bool) -> None:
+    """The negative control of the one above."""
+    stored, ends = turn_under(lambda model: nullcontext(), by_hand=by_hand)
+    assert stored
+    assert ends[-1] > 40
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "What follows a document in a cache has positions, or a mask, of its own.",
+    "It is computed as it comes, and nothing of it is stored.",
+)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"position_ids": torch.arange(140, 145)[None]},
+        {"cache_position": torch.arange(140, 145)},
+        {"attention_mask": torch.ones(1, 5, dtype=torch.long)},
+        {"output_attentions": True},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_what_follows_a_document_otherwise_is_not_stored(how: dict[str, Any]) -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        cache.prefill(prompt(40, seed=2))
+        assert cache.flush(60)
+        before = set(store.keys())
+        model(prompt(5, seed=3), **given(cache), logits_to_keep=1, **how)
+        assert cache.end_turn()[-1:] in ([], [40])
+        assert cache.flush(60)
+        assert set(store.keys()) == before
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "A question after `prefill` fails by an argument that the model does not take.",
+    "The error reaches the caller; the model's other prompts are restored as before.",
+)
+def test_a_question_that_fails_is_that_questions_fault_alone() -> None:
+    model, store = shared_model("llama"), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        cache.prefill(prompt(40, seed=2))
+        with pytest.raises(TypeError):
+            model(prompt(5, seed=3), **given(cache), logits_to_keep=1, position_ids="none")
+    with CakeCache(model, store, chunk_size=CHUNK, strategy="load") as cache:
+        report = cache.prefill(prompt(40, seed=2))
+        assert (report.chunks_loaded, report.tails_loaded, report.reason) == (2, 1, "")
 
 
 @pytest.mark.fault(

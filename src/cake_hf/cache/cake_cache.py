@@ -25,7 +25,7 @@ from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.vision import forget_numbering
 from cake_hf.model.which_model import resolve_model
 from cake_hf.report import Report
-from cake_hf.restore.bound_store import check_codec, check_max_ttft
+from cake_hf.restore.bound_store import check_codec, checked_max_ttft
 from cake_hf.restore.forwards import Progress, no_progress
 from cake_hf.restore.session import Session
 from cake_hf.restore.support import refuse_unusable
@@ -106,7 +106,7 @@ class CakeCache(RestoringCache):
     ) -> None:
         sides = Strategy(strategy)
         check_codec(codec, exact=exact)
-        check_max_ttft(max_ttft, codec, exact=exact)
+        max_ttft = checked_max_ttft(max_ttft, codec, exact=exact)
         given, model = model, resolve_model(model, store)
         refuse_unusable(model)
         layers, refusal = checked_layers(model)

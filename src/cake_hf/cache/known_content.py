@@ -16,7 +16,7 @@ import torch
 from cake_hf.blocks import Block, HeldBlocks, blocks
 from cake_hf.cache.guards import GuardedCache
 from cake_hf.cache.positions import HiddenBlock
-from cake_hf.cache.seals import Seals, SeenTokens
+from cake_hf.cache.seals import ModelSeal, Seals, SeenTokens
 from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.errors import CakeError
 from cake_hf.keys import block_keys, state_key
@@ -46,14 +46,15 @@ class Turn:
         ids: `[1, tokens]` of the suffix; zero tokens if it is known already.
         namespace: the namespace in which the blocks before it are known; empty if it was not determined.
         look: the signature of the model's weights when the suffix ran (`look_at_weights`).
+        seal: on the model that runs the suffix.
 
     Attributes:
-        begin, namespace, look: see above.
+        begin, namespace, look, seal: see above.
         end: tokens up to the last one.
     """
 
-    def __init__(self, begin: int, ids: torch.Tensor, namespace: str, look: int) -> None:
-        self.begin, self.namespace, self.look = begin, namespace, look
+    def __init__(self, begin: int, ids: torch.Tensor, namespace: str, look: int, seal: ModelSeal) -> None:
+        self.begin, self.namespace, self.look, self.seal = begin, namespace, look, seal
         self.end = begin + ids.shape[1]
         self._ends = [self.end] if ids.shape[1] else []
         self._ids = [ids.clone()]
@@ -74,6 +75,8 @@ class Turn:
     def decoded(self, ids: torch.Tensor, arguments: dict[str, Any], past: int) -> bool:
         """Adds a token `[1, 1]` that comes after `past` others; returns False if its KV cannot be predicted with certainty."""
         if past != self.end or ids.shape[0] != 1 or arguments.get(_OTHER_KERNELS) or not understands(arguments):
+            return False
+        if self.seal.is_broken():
             return False
         numbers, mask = arguments.get("position_ids"), arguments.get("attention_mask")
         if numbers is not None:
@@ -110,7 +113,7 @@ _TAIL: Literal["tail"] = "tail"
 def known_turn(session: Session, layers: list[Any], held: HeldBlocks, turn: Turn) -> tuple[HeldBlocks, str] | None:
     """Returns the blocks of a turn with their keys, and their namespace; None if their KV may not be what the keys say."""
     model = session.model
-    if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None:
+    if held.end != turn.begin or not turn.is_plain() or ranks_of(model) is not None or turn.seal.is_broken():
         return None
     if model.training or adapters_vary(model) or foreign_code_refusal(model):
         return None
@@ -291,8 +294,9 @@ class RememberingCache(GuardedCache):
     def _begin_turn(self, call: ForwardCall, known: int, namespace: str) -> None:
         """Starts a turn: the model runs a suffix after the first `known` new tokens, and later prompts may continue from it."""
         if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
-            look = 0 if namespace else look_at_weights(self._session.model)
-            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look)
+            model = self._session.model
+            look = 0 if namespace else look_at_weights(model)
+            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look, ModelSeal(model))
 
     def _forget_changed_reply(self, ids: torch.Tensor) -> None:
         """Forgets the turn if a prompt has other tokens for the reply, as text that is tokenized again may."""

@@ -133,7 +133,8 @@ class PromptCache(PrefixCache):
             self._seen.note(call.past, call.ids)
         if is_rest and prefilled is not None and not call.is_padded:
             self._work = Work(Phase.SUFFIX, prefilled, begin=time.monotonic())
-            self._begin_turn(call, 0, prefilled.namespace)
+            if not replace(call, for_kv=True).refusal():
+                self._begin_turn(call, 0, prefilled.namespace)
             return None
         if call.is_batch:
             return self._handle_batch(call)

@@ -264,9 +264,14 @@ class RestoringCache(PromptCache):
         self._checkpoint = None
 
     def _learn_from(self, error: BaseException | None) -> None:
-        """Handles a failed suffix: if we call the model in a way that it does not accept, its next prompts are plain calls."""
+        """Handles a failed suffix: if we call the model in a way that it does not accept, its next prompts are plain calls.
+
+        What comes after `prefill` is left as the caller made it, and so are its errors.
+        """
+        work = self._work
         if (
-            self._work.phase is Phase.SUFFIX
+            work.phase is Phase.SUFFIX
+            and (work.restore is not None or work.rows > 1)
             and isinstance(error, Exception)
             and is_misunderstanding(self._session.model, error)
         ):

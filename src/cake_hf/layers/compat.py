@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -278,6 +280,19 @@ def has_numbered_states(layer: Any) -> bool:
 def keeps_attention(layers: Iterable[Any]) -> bool:
     """Returns whether any of a cache's layers knows its length; recurrent layers alone do not."""
     return any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def counting_writes() -> AbstractContextManager[Any]:
+    """Has tensors that are made in inference mode count writes to them, as others do; edits of KV are found by that."""
+    if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _counting_writes()
+
+
+@contextmanager
+def _counting_writes() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def drop_content(layer: Any) -> None:

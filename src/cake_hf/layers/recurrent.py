@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.layers.compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from cake_hf.layers.compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer, counting_writes
 from cake_hf.layers.token_major import TokenMajorLayer
 
 OF_STATES = (
@@ -19,6 +19,10 @@ OF_STATES = (
 
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]  # transformers is not typed for us
     """A `LinearAttentionLayer` whose states can be read and replaced."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        with counting_writes():
+            LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
         """Drops the states, which transformers keeps as zeros: the next prompt may have another number of rows."""
@@ -57,7 +61,7 @@ class HybridLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, TokenMaj
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # As in transformers: attention passes two positional arguments, the other parts pass named ones.
-        (TokenMajorLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+        (TokenMajorLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
         RecurrentLayer.reset(self)

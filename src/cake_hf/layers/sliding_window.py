@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cake_hf.layers.compat import DynamicSlidingWindowLayer, drop_content
+from cake_hf.layers.compat import DynamicSlidingWindowLayer, counting_writes, drop_content
 
 Content = tuple[torch.Tensor | None, torch.Tensor | None, int]
 
@@ -36,7 +36,8 @@ class SlidingWindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # tr
         """Does the same as `DynamicSlidingWindowLayer.update`."""
         if self.watched:
             self.recent = key_states, value_states
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        with counting_writes():
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
         self._own = self.keys, self.values
         visible = self.reach + key_states.shape[-2]  # the layer keeps more while the past is being recorded
         return keys[:, :, -visible:], values[:, :, -visible:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -76,9 +76,10 @@ def cache_given_to_generate(model: torch.nn.Module, kind: type[T]) -> T | None:
     """Returns the cache of that class that was passed to the running `generate` of that model; None if there is none.
 
     A `generate` within another one may have its own cache, as an assistant model's has. If a custom generation function
-    (`custom_generate`) calls it, it should use the outer one's cache.
+    (`custom_generate`) calls it, it should use the outer one's cache. What a logits processor asks the model is no part of it.
     """
-    frames = [frame for frame in _stack(sys._getframe()) if _is_of(frame, "generate", model)]
+    stack = takewhile(lambda frame: not _processes_logits(frame), _stack(sys._getframe()))
+    frames = [frame for frame in stack if _is_of(frame, "generate", model)]
     asked = [*frames[:1], *(frame for frame in frames[1:] if frame.f_locals.get("custom_generate") is not None)]
     return next((value for frame in asked for value in _given(frame) if isinstance(value, kind)), None)
 
@@ -94,6 +95,10 @@ def _prefill_frame(model: torch.nn.Module) -> FrameType | None:
 
 def _is_of(frame: FrameType, name: str, model: torch.nn.Module) -> bool:
     return frame.f_code.co_name == name and frame.f_locals.get("self") is model
+
+
+def _processes_logits(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "__call__" and {"input_ids", "scores"} <= frame.f_locals.keys()
 
 
 def _brings(frame: FrameType, cache: Any) -> bool:

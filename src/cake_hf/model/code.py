@@ -26,7 +26,7 @@ _INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 MAX_DEPTH = 4
 """Maximum depth to which nested values are inspected."""
 
-_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 """Attributes that every module has."""
 
 
@@ -124,6 +124,13 @@ def _computing(kind: type) -> list[type]:
     ]
 
 
+def code_of(model: torch.nn.Module) -> list[Mapping[str, Any]]:
+    """Returns what the classes of a model's modules, and the files of these classes, hold by name."""
+    kinds = {parent for _, module in modules_of(model) for parent in _computing(type(module))}
+    files = {kind.__module__ for kind in kinds if kind.__module__ in sys.modules}
+    return [*map(vars, kinds), *(vars(sys.modules[name]) for name in files)]
+
+
 def _is_strange(function: Any, kind: type, name: str) -> bool:
     """Returns whether a function was not written in that class. A wrapper made with `functools.wraps` claims that it was."""
     says_otherwise = (function.__module__, function.__qualname__) != (kind.__module__, f"{kind.__qualname__}.{name}")
@@ -160,7 +167,7 @@ def _attributes(module: torch.nn.Module) -> Iterator[str]:
             if not _brings_weights(value) and getattr(value, "__func__", None) is not type(module).forward:
                 yield f"forward={function_fact(value)}"
             continue
-        if name in _TORCHS_OWN or name.startswith("_is_hf") or (is_model and type(value) not in (int, float)):
+        if name in TORCHS_OWN or name.startswith("_is_hf") or (is_model and type(value) not in (int, float)):
             continue
         if value is not None and (fact := _plain(value, MAX_DEPTH)) is not None:
             yield f"{name}={fact}"

@@ -79,7 +79,7 @@ def is_aside() -> bool:
 def foreign_code_refusal(model: torch.nn.Module) -> Refusal | None:
     """Returns why foreign code in the forward requires computing prompts plainly; None if there is no such code."""
     modules = modules_of(model)
-    return _hook_refusal(modules) or _mode_refusal() or _training_refusal(model, modules)
+    return _hook_refusal(modules) or mode_refusal() or _training_refusal(model, modules)
 
 
 def _hook_refusal(modules: Named) -> Refusal | None:
@@ -101,7 +101,8 @@ def _hook_refusal(modules: Named) -> Refusal | None:
     return None
 
 
-def _mode_refusal() -> Refusal | None:
+def mode_refusal() -> Refusal | None:
+    """Returns why a mode of torch that is active requires computing prompts plainly; None if there is none."""
     for kind, count, get in (
         ("function", torch._C._len_torch_function_stack, torch._C._get_function_stack_at),
         ("dispatch", torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at),

@@ -90,6 +90,17 @@ def autocast_modes(device_types: Iterable[str]) -> tuple[str, ...]:
     return tuple(map(autocast_metadata, device_types))
 
 
+def current_modes(device_types: Iterable[str]) -> list[object]:
+    """Returns what of `numerics_metadata` a program may switch between two forwards, except for the model's own config."""
+    return [
+        autocast_modes(device_types),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        _precision(),
+        _sdpa_metadata(),
+    ]
+
+
 def _attention_metadata(config: Any) -> Any:
     """Returns the attention kernels of the model, and of its parts if it has several (text, vision)."""
     own = str(getattr(config, "_attn_implementation", None))

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from cake_hf.keys import canonical
 from cake_hf.limits import Limits
 from cake_hf.model.reference import ReferencePlace
 from cake_hf.report import Report
-from cake_hf.scheduling.costs import MAX_SECONDS, encoding_pays, is_number
+from cake_hf.scheduling.costs import MAX_SECONDS, encoding_pays
 from cake_hf.stores.base import Store
 from cake_hf.stores.opening import StoreSpec, store_name
 from cake_hf.stores.records import Record, keep
@@ -64,15 +65,16 @@ def check_codec(codec: str, *, exact: bool) -> None:
         raise ValueError(f"codec {codec!r} is lossy: pass exact=False (--no-exact) with it, or take codec='lossless'.")
 
 
-def check_max_ttft(max_ttft: float | None, codec: str, *, exact: bool) -> None:
-    """Refuses a time to the first token that cannot be kept by leaving something out.
+def checked_max_ttft(max_ttft: Any, codec: str, *, exact: bool) -> float | None:
+    """Returns a time to the first token, of any kind of number, unless it cannot be kept by leaving something out.
 
     Raises:
         ValueError: it is not positive or too large, KV has to be exact, or the codec stores nothing that can be left out.
     """
     if max_ttft is None:
-        return
-    if not is_number(max_ttft, 0.0, MAX_SECONDS) or not max_ttft:
+        return None
+    is_number = isinstance(max_ttft, Real)
+    if not is_number or isinstance(max_ttft, bool) or not 0 < max_ttft <= MAX_SECONDS:
         raise ValueError(f"max_ttft must be positive, and at most {MAX_SECONDS:,.0f} s; got {shown(repr(max_ttft))}.")
     if exact:
         raise ValueError("With max_ttft, KV may be loaded in part, so that it is not exact: pass exact=False with it.")
@@ -80,6 +82,7 @@ def check_max_ttft(max_ttft: float | None, codec: str, *, exact: bool) -> None:
         raise ValueError(
             f"With codec {codec!r}, chunks have no part that max_ttft could leave out; take codec='lossless' or 'auto'."
         )
+    return float(max_ttft)  # sums with numpy's float32 would be rounded to milliseconds
 
 
 class BoundStore:

@@ -219,7 +219,9 @@ class ForwardCall:
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             return _UNKNOWN_MASK
         if not self.is_batch:
-            return None
+            # Tokens for which a mask has no entry are masked, although none of its entries is 0.
+            told = mask is None or (mask.shape[0] == 1 and mask.shape[1] >= self.past + self.tokens)
+            return None if told else _UNKNOWN_MASK
         if self.past:
             return Refusal("batch-continues", "a batch, or a prompt with padding, goes on from what is in the cache")
         if mask is None:
@@ -243,7 +245,9 @@ class ForwardCall:
 
     def _positions_are_plain(self) -> bool:
         """Returns whether each row's tokens are numbered from 0, not counting the padding."""
-        positions, mask = self.arguments.get("position_ids"), self._mask
+        positions, mask, places = self.arguments.get("position_ids"), self._mask, self.arguments.get("cache_position")
+        if places is not None and places.tolist() != list(range(self.past, self.past + self.tokens)):
+            return False
         if positions is None:
             return bool(mask.all())
         if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != self.tokens:
