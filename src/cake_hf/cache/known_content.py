@@ -16,7 +16,7 @@ import torch
 from cake_hf.blocks import Block, HeldBlocks, blocks
 from cake_hf.cache.guards import GuardedCache
 from cake_hf.cache.positions import HiddenBlock
-from cake_hf.cache.seals import ModelSeal, Seals, SeenTokens
+from cake_hf.cache.seals import Seals, SeenTokens
 from cake_hf.chunks.codec import ChunkMetadata
 from cake_hf.errors import CakeError
 from cake_hf.keys import block_keys, state_key
@@ -27,6 +27,7 @@ from cake_hf.model.fingerprint import adapters_vary, look_at_weights
 from cake_hf.model.foreign_code import foreign_code_refusal
 from cake_hf.model.kv_layout import kv_template
 from cake_hf.model.ranks import ranks_of
+from cake_hf.model.seal import ModelSeal
 from cake_hf.report import Refusal, Report
 from cake_hf.restore.audit import audit_refusal
 from cake_hf.restore.prompt import stored_mask
@@ -296,7 +297,7 @@ class RememberingCache(GuardedCache):
         if call.vision is None and not call.is_batch and call.tokens - known <= self._session.chunk_size:
             model = self._session.model
             look = 0 if namespace else look_at_weights(model)
-            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look, ModelSeal(model))
+            self._turn = Turn(call.past + known, call.ids[:, known:], namespace, look, self._session.bound_model.seal())
 
     def _forget_changed_reply(self, ids: torch.Tensor) -> None:
         """Forgets the turn if a prompt has other tokens for the reply, as text that is tokenized again may."""

@@ -1,5 +1,4 @@
-"""A cache's record of its content: the prompt tokens, and seals by which it detects that the KV of known chunks was edited,
-or that the model that makes it was changed meanwhile.
+"""A cache's record of its content: the prompt tokens, and seals by which it detects that the KV of known chunks was edited.
 
 Edited KV is never saved, and never treated as known. There are two checks for it, since neither sees everything. Version
 counters catch each write by torch that is not hidden (`.data`, numpy). A sample of each chunk catches hidden writes that change
@@ -8,24 +7,17 @@ more than single numbers. Layers themselves notice when their tensors are replac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import accumulate, chain
-from operator import call, is_
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.modules import module as torchs_modules
 
 from cake_hf.blocks import Block
 from cake_hf.chunks.codec import checksums_between
 from cake_hf.errors import CakeError
 from cake_hf.layers import RecurrentLayer, SlidingWindowLayer, TokenMajorLayer
-from cake_hf.layers.compat import chosen_functions
 from cake_hf.layers.recurrent import states_of
-from cake_hf.model.code import TORCHS_OWN, code_of
-from cake_hf.model.foreign_code import ReadsOnly, mode_refusal
-from cake_hf.model.look import devices_of, hooked_modules, modules_of
-from cake_hf.model.numerics import current_modes
 
 STRIDE = 4
 """In each layer one number is sampled per this many tokens, and one of each block's last token."""
@@ -207,70 +199,3 @@ class SeenTokens:
         if mask is not None and mask.shape == prompt.shape:
             unequal = unequal & (mask[:, start : start + common.shape[1]] != 0)
         return bool(unequal.any())
-
-
-_REGISTERED = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_parameters", "_buffers")
-_PLAIN = (bool, int, float, str, torch.dtype)
-
-
-class ModelSeal:
-    """The seal on a model: finds that something changed it, or how torch computes, even if that was undone meanwhile.
-
-    It compares by identity what modules, their classes and configs hold. For 400 modules that takes 0.4 milliseconds, little
-    enough to be done for each decoded token. Hidden edits of weights (`.data`, numpy) are not found.
-
-    Args:
-        model: as it is when a turn starts.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        attributes = [vars(module) for _, module in modules_of(model)]
-        brings_weights = any(getattr(hook, "offload", False) for _, _, hook in hooked_modules(model))
-        names = _REGISTERED[:3] if brings_weights else _REGISTERED  # such hooks replace the weights in each forward
-        registered = [each[name] for each in attributes for name in names]
-        registered += [torchs_modules._global_forward_hooks, torchs_modules._global_forward_pre_hooks]
-        configs = {id(config): vars(config) for each in attributes if hasattr(config := each.get("config"), "__dict__")}
-        inner = [
-            value for each in attributes for name, value in each.items()
-            if type(value) in (dict, list) and name not in TORCHS_OWN
-        ]  # fmt: skip
-        self._registered, self._noted = (
-            _values(registered),
-            _values([*attributes, *configs.values(), *code_of(model), *inner]),
-        )
-        self._tensors = [tensor for tensor in _held(self._registered) if isinstance(tensor, torch.Tensor)]
-        self._noted.append(lambda: chosen_functions(model.config).values())
-        self._device_types = {device.type for device in devices_of(model)}
-        self._before = self._look()
-
-    def is_broken(self) -> bool:
-        """Whether there was a change."""
-        (modes, versions, registered, noted), now = self._before, self._look()
-        if modes != now[0] or versions != now[1] or not _all(is_, registered, now[2]):
-            return True
-        return not _all(is_, noted, now[3]) and not _all(_is_same, noted, now[3])
-
-    def _look(self) -> tuple[object, object, list[Any], list[Any]]:
-        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self._tensors]
-        modes = [mode_refusal(), *current_modes(self._device_types)]
-        registered = [value for value in _held(self._registered) if type(value) is not ReadsOnly]
-        return modes, versions, registered, _held(self._noted)
-
-
-def _values(containers: Iterable[Any]) -> list[Callable[[], Iterable[Any]]]:
-    return [container.__iter__ if isinstance(container, list) else container.values for container in containers]
-
-
-def _held(sources: Iterable[Callable[[], Iterable[Any]]]) -> list[Any]:
-    return list(chain.from_iterable(map(call, sources)))
-
-
-def _all(is_alike: Callable[[Any, Any], bool], before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(map(is_alike, before, now))
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether a value is still the same; also if it is a note that a forward makes, such as a tensor of positions."""
-    if one is other or type(one) is not type(other):
-        return one is other
-    return one == other if isinstance(one, _PLAIN) else type(one) is torch.Tensor

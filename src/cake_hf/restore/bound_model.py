@@ -25,6 +25,7 @@ from cake_hf.model.numerics import numerics_metadata
 from cake_hf.model.plainly import ComputePlainly
 from cake_hf.model.ranks import parallel_metadata, ranks_of
 from cake_hf.model.reference import ReferencePlace, computes_otherwise
+from cake_hf.model.seal import ModelSeal
 from cake_hf.model.vision import family_of
 from cake_hf.report import Refusal
 from cake_hf.restore.hook import ModelHook
@@ -83,6 +84,7 @@ class BoundModel:
         self.vouched_for: str | None = None
         self.doubt: Refusal | None = None
         self._doubt_ends = 0.0
+        self._seal: ModelSeal | None = None
         self._reference_place = reference_place
         self.lossy = lossy
         self._options = (chunk_size, salt, exact, "" if lossy is None else lossy.name)
@@ -161,6 +163,13 @@ class BoundModel:
         """Returns the metadata of a namespace; None if it is no longer known."""
         latest = _latest.get(self.model, {}).get(self._options)
         return latest.metadata if latest is not None and latest.namespace == namespace else None
+
+    def seal(self) -> ModelSeal:
+        """Returns a seal on the model as it is now. To make one takes longer than to find that the last one still holds."""
+        seal = self._seal
+        if seal is None or seal.is_broken():
+            seal = self._seal = ModelSeal(self.model)
+        return seal
 
     def where_computed(self) -> str:
         """Returns the devices that the model computes on, in words; the costs of computing are those of these devices."""
