@@ -21,7 +21,7 @@ from cake_hf.serving.ledger import Ledger, Load
 from cake_hf.serving.restore import Restore
 from cake_hf.serving.windows import Windows
 from cake_hf.transfer.chunk_reads import ChunkReader
-from cake_hf.transfer.copy_streams import SlotRing
+from cake_hf.transfer.copy_streams import SlotRing, let_copies_out_end
 from cake_hf.transfer.landing import split_payload
 from cake_hf.transfer.single_flight import ReadSlot
 from cake_hf.transfer.telemetry import FaultLog
@@ -249,6 +249,7 @@ class Loaders:
                 bytes_of(block.detach().numpy(), whole[:, number])
             return
         with torch.inference_mode(), torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            let_copies_out_end()  # the blocks may have been another request's, whose chunks are still being saved
             for number, block in enumerate(blocks):
                 block.copy_(source[:, number], non_blocking=True)
         self._stream.synchronize()

@@ -13,7 +13,7 @@ import copy
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -249,6 +249,14 @@ class Engine:
         full = 0 if self._allocator is self._ring else int(self._allocator.bytes_per_block)
         return full, 0 if self._ring is None else int(self._ring.bytes_per_block)
 
+    def between_steps(self) -> AbstractContextManager[object]:
+        """Orders what the caller starts on a GPU: behind the steps so far, and before the next one.
+
+        Steps run in a stream of their own, which waits for no other one by itself.
+        """
+        stream = self._processor.inputs_and_outputs.compute_stream
+        return torch.cuda.stream(stream) if isinstance(stream, torch.cuda.Stream) else nullcontext()
+
     def metadata(self) -> dict[str, Any]:
         """Returns what of the engine may change how KV rounds."""
         config = self._processor.cb_config
@@ -412,8 +420,6 @@ class Engine:
         with torch.inference_mode():
             for view, piece in zip(memory, pieces, strict=True):
                 view.index_copy_(0, index, piece.to(view.device))
-        if index.is_cuda:  # steps run in a stream of their own
-            torch.cuda.current_stream(index.device).synchronize()
 
     def run_alone(self, model: Any, state: RequestState, tokens: int) -> None:
         """Runs the next tokens of a request that no scheduler knows, as a step of its own; for trials before the first step."""
@@ -477,7 +483,8 @@ class _Restoring:
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
         if self.hooks is None:
             return super().schedule_batch(token_budget, cache_budget)  # type: ignore[misc]
-        self._step = step = self.hooks.plan()
+        with nullcontext() if self.engine is None else self.engine.between_steps():
+            self._step = step = self.hooks.plan()
         if self.engine is not None:
             self.engine.see_windows(on=False)
         if step.alone is not None:
