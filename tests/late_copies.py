@@ -71,9 +71,14 @@ class Event:
 
 
 class LateCopiesOut:
-    """What is saved, on its way to the host."""
+    """What is saved or compared, on its way to the host.
+
+    Attributes:
+        awaited_by: the names of the threads that have waited for some of it.
+    """
 
     def __init__(self) -> None:
+        self.awaited_by: set[str] = set()
         self._queue: deque[tuple[Copy, threading.Event]] = deque()
         self._lock = Lock()
 
@@ -99,7 +104,9 @@ class CopiedOut:
         self._copies, self._done = copies, done
 
     def synchronize(self) -> None:
-        if threading.current_thread().name != "cake-writer":
+        name = threading.current_thread().name
+        self._copies.awaited_by.add(name)
+        if name != "cake-writer":
             self._copies.end()
         assert self._done.wait(PATIENCE)
 

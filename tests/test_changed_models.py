@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import cake_hf
 from cake_hf import CakeCache, MemoryStore, Report
 from cake_hf.keys import chunk_keys
+from late_copies import late_copies
 from models import CHUNK, CHUNKS, NEW_TOKENS, Outcome, build, difference, oracle, prompt, run
 from naming import given
 
@@ -386,6 +387,16 @@ def test_a_good_store_passes_the_comparison() -> None:
     answer(model, store)
     outcome, report = answer(model, store, strategy="compute")
     assert (report.reason, report.chunks_computed) == ("", CHUNKS)
+    assert difference(outcome, oracle(model, IDS)) == ""
+
+
+def test_the_comparison_makes_no_forward_wait_for_a_copy_from_the_gpu() -> None:
+    model, store = build("llama"), MemoryStore()
+    answer(model, store)
+    with late_copies() as copies:
+        outcome, report = answer(model, store, strategy="compute")
+    assert copies.awaited_by == {"cake-load-header"}
+    assert (report.chunks_computed, report.chunks_missed) == (CHUNKS, 0)
     assert difference(outcome, oracle(model, IDS)) == ""
 
 

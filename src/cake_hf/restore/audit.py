@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -21,6 +20,7 @@ from cake_hf.report import Refusal
 from cake_hf.restore.bound_store import BoundStore
 from cake_hf.restore.prompt import Prompt
 from cake_hf.restore.session import Session
+from cake_hf.transfer.copy_streams import Slot
 from cake_hf.transfer.landing import byte_view
 from cake_hf.transfer.single_reads import ReadBeside, read_facts
 from cake_hf.transfer.writer import pack
@@ -31,7 +31,10 @@ _lock = Lock()
 
 
 class Comparison:
-    """One computed chunk beside the checksums that the store has of it, which are read in the background.
+    """One computed chunk beside the checksums that the store has of it.
+
+    A thread of its own waits for the copy from the GPU, computes the chunk's checksums, and reads the stored ones. The main
+    thread goes on meanwhile.
 
     Args:
         bound_store: that has the chunk.
@@ -53,13 +56,21 @@ class Comparison:
         ended: Callable[[], None] | None = None,
     ) -> None:
         limits = bound_store.limits
-        packed = pack(pieces, layout)
-        packed.await_copy()
+        packed: Slot | None = pack(pieces, layout)
+
+        def compare() -> bool | None:
+            nonlocal packed
+            assert packed is not None
+            packed.await_copy()
+            computed = checksums(byte_view(packed.memory), layout)
+            packed = None  # a store may hang
+            facts = read_facts(bound_store.store, key, layout)
+            return None if facts is None else facts.checksums != computed
+
         self.chunk = chunk
         self.due = time.monotonic() + limits.read_timeout
-        self._computed = checksums(byte_view(packed.memory), layout)
         slot = bound_store.sharing.begin_beside(limits.loader_threads, limits.read_timeout)
-        self._read = ReadBeside(partial(read_facts, bound_store.store, key, layout), "header", slot, ended)
+        self._read = ReadBeside(compare, "header", slot, ended)
 
     def is_over(self) -> bool:
         """Returns whether `differs` would not wait."""
@@ -67,10 +78,10 @@ class Comparison:
 
     def differs(self) -> bool:
         """Waits for the store, until `due`. Returns whether it has other values; False if it does not say."""
-        metadata = self._read.wait(max(0.0, self.due - time.monotonic()))
-        if metadata is None:
+        found = self._read.wait(max(0.0, self.due - time.monotonic()))
+        if found is None:
             self.leave()
-        return metadata is not None and metadata.checksums != self._computed
+        return bool(found)
 
     def leave(self) -> None:
         """Abandons the read."""
