@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import cake_hf
@@ -265,6 +267,30 @@ def test_the_innermost_hook_says_where() -> None:
     hook.execution_device = torch.device("xpu", 1)  # never brought there: no forward is run
     add(model, hook)
     assert devices_of(model) == [torch.device("xpu", 1)]
+
+
+@pytest.mark.parametrize("what", ["", "cudnn.benchmark", "cudnn.deterministic", "order of kernels"])
+def test_what_a_gpu_chooses_its_kernels_by_is_among_the_numerics(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions, for one, are chosen by trial if `benchmark` is on. Without a change they are equal."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    model = build("llama")
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+    model._hf_hook.execution_device = torch.device("cuda", 0)  # no forward is run
+    before = numerics_metadata(model)
+    assert before["device"] == "cuda"
+    chosen: AbstractContextManager[object] = nullcontext()
+    if what == "order of kernels":
+        every = [
+            SDPBackend.MATH,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+        ]
+        chosen = sdpa_kernel(every, set_priority=True)
+    elif what:
+        monkeypatch.setattr(torch.backends.cudnn, what.split(".")[1], True)
+    with chosen:
+        assert (numerics_metadata(model) == before) == (not what)
 
 
 def test_weights_that_no_hook_brings_are_refused(tmp_path: Path) -> None:

@@ -25,10 +25,15 @@ _CUDA_SETTINGS = (
     "cuda.matmul.fp32_precision",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction_split_k",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction_split_k",
     "cuda.matmul.allow_fp16_accumulation",
     "cuda.preferred_blas_library",
     "cuda.fp16_bf16_reduction_math_sdp_allowed",
     "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cudnn.depthwise_kernel",
     "cudnn.fp32_precision",
     "cudnn.conv.fp32_precision",
     "cudnn.rnn.fp32_precision",
@@ -116,7 +121,7 @@ def _device_metadata(device: torch.device) -> dict[str, Any]:
         metadata["hardware"] = torch.cuda.get_device_name(device)
         settings = _CUDA_SETTINGS if _setting("fp32_precision") else _CUDA_SETTINGS + _OLD_CUDA_SETTINGS
         metadata["cuda"] = [torch.version.cuda, _said(torch.backends.cudnn.version), *map(_setting, settings)]
-        metadata["sdpa"] = _sdpa_metadata()
+        metadata["sdpa"] = [*_sdpa_metadata(), *_sdpa_choice()]
         metadata["variables"] = _variables(_CUDA_VARIABLES)
     elif device.type == "cpu":
         metadata["hardware"] = torch.backends.cpu.get_cpu_capability()
@@ -160,6 +165,13 @@ def _sdpa_metadata() -> list[bool]:
         backends.math_sdp_enabled(),
         backends.cudnn_sdp_enabled(),
     ]
+
+
+def _sdpa_choice() -> list[str]:
+    """Returns the order in which attention kernels are tried on a GPU, and the flash attention that is used, if torch tells."""
+    order = getattr(torch._C, "_get_sdp_priority_order", None)
+    flash = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return [_said(ask) for ask in (order, flash) if ask is not None]
 
 
 @cache
