@@ -6,6 +6,7 @@ Some are run with copies that are as late as they may be (see `late_copies`), as
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -254,17 +255,28 @@ def test_what_is_not_in_this_version_is_said(tmp_path: Path, monkeypatch: pytest
 
 
 def test_codecs_where_caches_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU makes chunks faster than a disk takes them: all of them must find room in the queue."""
     asked: list[str] = []
 
     def coded(model: Any, store: Any, *, codec: str = "none", **options: Any) -> CakeCache:
         asked.append(codec)
+        assert options["limits"].save_queue_bytes >= chunk * REHEARSAL.middle // REHEARSAL.chunk_size
         return CakeCache(model, store, **options)
 
+    chunk = desk(tmp_path)[0].bench(64).chunk_bytes()
     monkeypatch.setattr(newer, "CakeCache", coded)
+    monkeypatch.setenv("CAKE_HF_SAVE_QUEUE_BYTES", str(chunk))
     found = staged("codecs", tmp_path)
     assert (found["status"], found["reason"]) == (DONE, "")
     assert set(asked) == set(newer.CODECS)
     assert found["result"]["figures"]["size"]["value"] == 1.0
+
+
+def test_serving_where_transformers_has_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.17.0")
+    found = staged("serving", tmp_path)
+    assert found["status"] == NOT_HERE
+    assert "needs transformers 5.20" in found["reason"]
 
 
 def test_serving_where_there_is_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

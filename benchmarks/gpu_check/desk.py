@@ -64,6 +64,14 @@ class Desk:
         bench.plain_run("warm-up")
         return bench
 
+    def saving_bench(self) -> Workbench:
+        """A bench for a prompt of the middle length; its queue has room for all chunks, so that none stays unsaved."""
+        bench = self.bench(self.sizes.middle)
+        limits = bench.settings.limits
+        room = bench.settings.chunks * bench.chunk_bytes()
+        roomy = replace(limits, save_queue_bytes=max(limits.save_queue_bytes, room))
+        return replace(bench, settings=replace(bench.settings, limits=roomy))
+
     def _filled(self, longest: Workbench) -> LocalStore:
         """The store that an earlier stage has filled, or one that is filled now."""
         root = self.shared / "filled"

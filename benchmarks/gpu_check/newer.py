@@ -15,11 +15,11 @@ from benchmarks.cells import ttft
 from benchmarks.figures import Figure
 from benchmarks.gpu_check.desk import Desk, NotHere
 from benchmarks.grid.axes import BITS_PER_BYTE, GIGA
-from benchmarks.models import build_model, build_prompt
 from benchmarks.timing import Sample, interleave
 from benchmarks.workbench import Run, Workbench, synchronize
 from cake_hf import CakeCache
 from cake_hf.errors import CakeError
+from cake_hf.serving.support import require_engine
 from cake_hf.stores.local import LocalStore
 from cake_hf.testing import ThrottledStore
 
@@ -38,7 +38,7 @@ def run_codecs(desk: Desk) -> None:
     """
     if "codec" not in inspect.signature(CakeCache).parameters:
         raise NotHere("caches have no codec")
-    bench = desk.bench(desk.sizes.middle)
+    bench = desk.saving_bench()
     arms: dict[str, Callable[[], Run]] = {}
     stored: dict[str, int] = {}
     for codec in CODECS:
@@ -77,15 +77,19 @@ def run_serving(desk: Desk) -> None:
     """One long prompt that is stored and many short ones, at once: with a store, and by transformers alone.
 
     Raises:
-        NotHere: there is no `cake_hf.generate_batch`.
+        NotHere: there is no `cake_hf.generate_batch`, or this transformers has no engine for it.
     """
     serve = getattr(cake_hf, "generate_batch", None)
     if serve is None:
         raise NotHere("there is no cake_hf.generate_batch")
+    try:
+        require_engine()
+    except CakeError as error:
+        raise NotHere(str(error)) from None
     sizes = desk.sizes
-    settings = sizes.settings(tokens=sizes.middle)
-    model, prompt = build_model(settings), build_prompt(settings)
-    inputs = [prompt[0].tolist(), *_short_requests(settings.shape.vocabulary)]
+    bench = desk.saving_bench()
+    model, settings = bench.model, bench.settings
+    inputs = [bench.ids[0].tolist(), *_short_requests(settings.shape.vocabulary)]
     store = LocalStore(desk.folder / "served", budget=None)
 
     def timed(call: Callable[..., Any], **options: Any) -> float:
@@ -95,7 +99,7 @@ def run_serving(desk: Desk) -> None:
         synchronize(sizes.device)
         return time.perf_counter() - begin
 
-    ours = partial(timed, partial(serve, model), store=store)
+    ours = partial(timed, partial(serve, model), store=store, chunk_size=settings.chunk_size, limits=settings.limits)
     ours()  # the prefix is stored by this
     runs = interleave({"ours": ours, "plain": partial(timed, model.generate_batch)}, sizes.repeats)
     mine, plain = (Sample(tuple(runs[name])) for name in ("ours", "plain"))

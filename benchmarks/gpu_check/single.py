@@ -22,10 +22,6 @@ def run_decoding(desk: Desk) -> None:
 
 
 def run_saving(desk: Desk) -> None:
-    """A cold prompt with saving and without; the queue has room for all, so that no chunk stays unsaved."""
-    bench = desk.bench(desk.sizes.middle)
-    limits = bench.settings.limits
-    room = bench.settings.chunks * bench.chunk_bytes()
-    roomy = replace(limits, save_queue_bytes=max(limits.save_queue_bytes, room))
-    bench = replace(bench, settings=replace(bench.settings, limits=roomy))
+    """A cold prompt with saving and without."""
+    bench = desk.saving_bench()
     desk.keep(plain(saving.measure(bench), bench))
