@@ -6,7 +6,6 @@ Some are run with copies that are as late as they may be (see `late_copies`), as
 from __future__ import annotations
 
 import json
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -273,7 +272,7 @@ def test_codecs_where_caches_have_them(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_serving_where_transformers_has_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.17.0")
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
     found = staged("serving", tmp_path)
     assert found["status"] == NOT_HERE
     assert "needs transformers 5.20" in found["reason"]

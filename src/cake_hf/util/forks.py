@@ -13,14 +13,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from types import MethodType
 from typing import Any, TypeVar
 
-_renewals: set[weakref.WeakMethod[Callable[[], None]]] = set()
+_renewals: dict[weakref.ref[Any], Callable[[Any], None]] = {}
 
 
 def renewed_in_child(renew: Callable[[], None]) -> None:
-    """Registers a bound method to be called in each child forked while its object lives, before the child runs other code."""
-    _renewals.add(weakref.WeakMethod(renew, _renewals.discard))
+    """Registers a bound method to be called in each child forked while its object lives, before the child runs other code.
+
+    Each object has at most one. `weakref.WeakMethod` would complain on Python 3.12 as the interpreter ends.
+    """
+    assert isinstance(renew, MethodType)
+    _renewals[weakref.ref(renew.__self__, _renewals.pop)] = renew.__func__
 
 
 _locks: set[weakref.ref[threading.RLock]] = set()
@@ -44,10 +49,9 @@ def _renew_all() -> None:
     for lock in [found for one in list(_locks) if (found := one()) is not None]:
         if not _is_mine(lock):
             lock._at_fork_reinit()  # type: ignore[attr-defined]  # private, too
-    for method in list(_renewals):
-        renew = method()
-        if renew is not None:
-            renew()
+    for reference, renew in list(_renewals.items()):
+        if (owner := reference()) is not None:
+            renew(owner)
 
 
 if hasattr(os, "register_at_fork"):
