@@ -49,7 +49,7 @@ def _renew_all() -> None:
     for lock in [found for one in list(_locks) if (found := one()) is not None]:
         if not _is_mine(lock):
             lock._at_fork_reinit()  # type: ignore[attr-defined]  # private, too
-    for reference, renew in list(_renewals.items()):
+    for reference, renew in _renewals.copy().items():
         if (owner := reference()) is not None:
             renew(owner)
 
