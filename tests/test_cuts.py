@@ -384,3 +384,30 @@ def test_a_document_of_which_only_the_tail_is_new_was_found(stored: int) -> None
         report = cache.prefill(ids)
         assert (report.chunks_loaded, report.tails_computed) == (stored, 1)
         assert report.reason == ""
+
+
+@pytest.mark.fault(
+    "Prompt",
+    "An argument has a type of its own, such as a mask for each kind of layer, in a decoding step or with a prompt.",
+    "It goes to the model as it is; the model's other prompts are restored as before.",
+)
+@pytest.mark.parametrize(
+    ("name", "value", "decoding"),
+    [
+        ("attention_mask", {"full_attention": None, "sliding_attention": None}, True),
+        ("cache_position", [0, 1, 2], True),
+        ("cache_position", [0, 1, 2], False),
+    ],
+    ids=["a mask for each kind of layer", "a list in a decoding step", "a list with a prompt"],
+)
+@pytest.mark.parametrize("family", here("gemma3"))
+def test_arguments_of_other_types(family: str, name: str, value: Any, decoding: bool) -> None:
+    model, store = copy.deepcopy(family_model(family)), MemoryStore()
+    with CakeCache(model, store, chunk_size=CHUNK) as cache, torch.no_grad():
+        if decoding:
+            model(document(), **cache_given(cache), logits_to_keep=1)
+        new = prompt(1) if decoding else document()
+        model(new, **{name: value}, **cache_given(cache), logits_to_keep=1)
+        assert cache.report.reason_code == ("none-stored" if decoding else "positions")
+    with CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        assert cache.prefill(document()).reason_code == "none-stored"

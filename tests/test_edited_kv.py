@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from cake_hf import CakeCache, MemoryStore
+from cake_hf import CakeCache, CakeError, MemoryStore
 from families import family_model, here
 from models import CHUNK, CHUNKS, NEW_TOKENS, build, prompt, run_ahead
 from naming import given
@@ -114,27 +114,73 @@ def test_unedited_kv_stays_known() -> None:
             assert cache.report.reason == ""
 
 
+def in_place(tensor: torch.Tensor) -> None:
+    tensor.mul_(2)
+
+
+def behind_torchs_back(tensor: torch.Tensor) -> None:
+    tensor.numpy()[...] *= 2
+
+
+def not_at_all(tensor: torch.Tensor) -> None:
+    pass
+
+
 @pytest.mark.fault(
     "KV",
-    "A sliding window or a recurrent state is edited in inference mode, in which the prompt ran as well.",
+    "A sliding window or a recurrent state is edited after a prompt, in inference mode or behind torch's back.",
     "It is noticed as any other edit: nothing that follows is saved.",
 )
-@pytest.mark.parametrize("edited", [True, False])
+@pytest.mark.parametrize("edit", [in_place, behind_torchs_back, not_at_all], ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("document", [True, False], ids=["a document", "whole chunks"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
 @pytest.mark.parametrize("family", here("gemma3", "qwen3_next", "falcon_h1"))
-def test_windows_and_states_edited_in_inference_mode(family: str, edited: bool) -> None:
+def test_edited_windows_and_states(family: str, mode: Any, document: bool, edit: Callable[[Any], None]) -> None:
     model, store = family_model(family), MemoryStore()
-    with torch.inference_mode(), CakeCache(model, store, chunk_size=CHUNK) as cache:
-        cache.prefill(FIRST, whole=True)
+    with mode(), CakeCache(model, store, chunk_size=CHUNK) as cache:
+        cache.prefill(FIRST, whole=not document)
         assert cache.flush(60)
         before = set(store.keys())
-        for layer in cache.layers if edited else ():
+        for layer in cache.layers:
             if getattr(layer, "is_sliding", False):
-                layer.values[:, :, -3] *= 2
+                edit(layer.values)
             for number in range(getattr(layer, "number_of_states", 0)):
                 for states in (layer.conv_states, layer.recurrent_states):
                     if states[number] is not None:
-                        states[number].mul_(2)
+                        edit(states[number])
         model.generate(LONGER, **given(cache), **OPTIONS)  # type: ignore[operator]
         assert cache.flush(60)
+        assert (cache.report.reason_code == "off-schedule") is (edit is not not_at_all)
+        assert (set(store.keys()) == before) is (edit is not not_at_all)
+
+
+def the_same_document(model: Any, cache: Any) -> None:
+    cache.prefill(FIRST, whole=True)
+
+
+def another_document(model: Any, cache: Any) -> None:
+    with pytest.raises(CakeError):
+        cache.prefill(prompt(seed=9))
+
+
+def another_prompt(model: Any, cache: Any) -> None:
+    with pytest.raises(CakeError):
+        model.generate(prompt(2 * FIRST.shape[1], seed=9), **given(cache), **OPTIONS)
+
+
+@pytest.mark.fault(
+    "KV",
+    "KV is edited after a call that brought nothing: `prefill` of what is there, or an error about another prompt.",
+    "It is noticed as any other edit.",
+)
+@pytest.mark.parametrize("edited", [True, False])
+@pytest.mark.parametrize("call", [the_same_document, another_document, another_prompt], ids=lambda call: call.__name__)
+def test_an_edit_after_a_call_that_brought_nothing(call: Callable[[Any, Any], None], edited: bool) -> None:
+    model: Any = build("llama")
+    with torch.no_grad(), CakeCache(model, MemoryStore(), chunk_size=CHUNK) as cache:
+        cache.prefill(FIRST, whole=True)
+        call(model, cache)
+        if edited:
+            one_number(cache)
+        model.generate(LONGER, **given(cache), **OPTIONS)
         assert (cache.report.reason_code == "off-schedule") is edited
-        assert (set(store.keys()) == before) is edited

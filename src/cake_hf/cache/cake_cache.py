@@ -261,6 +261,7 @@ class CakeCache(RestoringCache):
                 return self._prefill_new(ids, 0 if whole else None if ends else 1, progress)
         finally:
             self._cuts = declared
+            self._seals.note(self.layers, self._sealed)
             self._session.at_work.end(self)
 
     def _prefill_new(self, ids: torch.Tensor, leave: int | None, progress: Progress) -> Report:
@@ -293,7 +294,6 @@ class CakeCache(RestoringCache):
             self._prefilled = prompt
             self.report.prefill_seconds = time.monotonic() - prompt.started
             self._session.bound_store.count(self.report)
-            self._seals.note(self.layers, self._held.blocks)
         return self.report
 
     @property

@@ -81,11 +81,11 @@ class Turn:
             return False
         numbers, mask = arguments.get("position_ids"), arguments.get("attention_mask")
         if numbers is not None:
-            if numbers.numel() != 1:
+            if not isinstance(numbers, torch.Tensor) or numbers.numel() != 1:
                 return False
             self._numbers.append(numbers.view(1) - past)
         if mask is not None:
-            if mask.ndim != 2 or mask.shape[1] != past + 1:
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != past + 1:
                 return False
             self._unmasked.append(mask.all().view(1))
         self._ids.append(ids.clone())

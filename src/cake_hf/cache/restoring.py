@@ -221,6 +221,7 @@ class RestoringCache(PromptCache):
                     self._go_back()
                 if isinstance(error, CakeError):  # our own error, raised before anything was changed
                     self._checkpoint = None
+                    self._seals.note(self.layers, self._sealed)
                 raise
             # The chunks did not run compiled, so this piece would differ; checked only if something depends on it.
             if (self._turn is not None or self._work.saved) and self._runs_compiled():
@@ -260,7 +261,7 @@ class RestoringCache(PromptCache):
     def _settle(self) -> None:
         """Ends a forward: the layers hold KV that the model made."""
         self._depth = 0
-        self._seals.note(self.layers, self._sealed)
+        self._seals.note(self.layers, self._sealed, decoding=True)
         self._checkpoint = None
 
     def _learn_from(self, error: BaseException | None) -> None:

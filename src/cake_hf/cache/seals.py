@@ -7,7 +7,7 @@ more than single numbers. Layers themselves notice when their tensors are replac
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +21,8 @@ from cake_hf.layers.recurrent import states_of
 
 STRIDE = 4
 """In each layer one number is sampled per this many tokens, and one of each block's last token."""
+MOST_PLACES = 256
+"""As many numbers are sampled of a window, or of a state, at most."""
 
 
 class Seals:
@@ -30,23 +32,36 @@ class Seals:
         self._samples: list[str] = []
         self._watched: list[torch.Tensor] = []
         self._versions: list[int] = []
+        self._moving: list[torch.Tensor] = []
+        self._moving_sample = b""
         self._broken = False
 
-    def note(self, layers: Sequence[Any], blocks: Sequence[Block]) -> None:
-        """Seals the known blocks after a forward of the model: what the layers hold is what the model made."""
+    def note(self, layers: Sequence[Any], blocks: Sequence[Block], *, decoding: bool = False) -> None:
+        """Seals the known blocks after a forward of the model: what the layers hold is what the model made.
+
+        Args:
+            layers: of the cache.
+            blocks: the known ones.
+            decoding: windows and states are sampled only if there are new blocks: each token changes them.
+        """
         del self._samples[len(blocks) :]
         if not blocks:
             return
         buffers = _buffers(layers)
         if new := blocks[len(self._samples) :]:
             self._samples += _samples(buffers, new)
-        self._watched = [tensor for tensor in (*buffers, *_others(layers)) if not tensor.is_inference()]
+        others = _others(layers)
+        if new or not decoding:
+            self._moving = [tensor for tensor in others if tensor.numel()]
+            self._moving_sample = _sample_of(self._moving)
+        self._watched = [tensor for tensor in (*buffers, *others) if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._watched]
 
     def look(self) -> None:
         """Checks, before a forward of the model, for writes since the last one. Holds no tensors afterwards."""
         self._broken |= self._versions != [tensor._version for tensor in self._watched]
-        self._watched, self._versions = [], []
+        self._broken |= self._moving_sample != _sample_of(self._moving)
+        self._let_go()
 
     def hold(self, layers: Sequence[Any], blocks: Sequence[Block]) -> bool:
         """Returns whether these blocks, all of them known, are still what the model made."""
@@ -57,7 +72,12 @@ class Seals:
 
     def forget(self) -> None:
         """Removes all seals: the cache is empty, or its content is no longer known."""
-        self._samples, self._watched, self._versions, self._broken = [], [], [], False
+        self._samples, self._broken = [], False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._watched, self._versions = [], []
+        self._moving, self._moving_sample = [], b""
 
     def copy(self, layers: Sequence[Any], copied: Sequence[Any], blocks: Sequence[Block]) -> Seals:
         """Returns the seals for a copy of the cache.
@@ -92,6 +112,27 @@ def _others(layers: Sequence[Any]) -> list[torch.Tensor]:
     return found
 
 
+def _sample_of(tensors: Sequence[torch.Tensor]) -> bytes:
+    """Returns the bytes of some numbers of each tensor, for windows and states; see `_spread_places`."""
+    places_of: dict[Hashable, torch.Tensor] = {}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        sampled = _picked(tensor.detach()[0], places_of, _spread_places)
+        by_device.setdefault(tensor.device, []).append(sampled.view(torch.uint8))
+    return b"".join(torch.cat(sampled).cpu().numpy().tobytes() for sampled in by_device.values())
+
+
+def _spread_places(row: torch.Tensor) -> torch.Tensor:
+    """Returns places spread along a tensor's longest dimension, its last entry among them; see `_places`."""
+    longest = max(row.shape)
+    numbers = torch.arange(min(longest, MOST_PLACES), device="cpu")
+    along = numbers * (longest - 1) // max(1, len(numbers) - 1)
+    found = torch.zeros_like(numbers)
+    for size, stride in zip(row.shape, row.stride(), strict=True):
+        found += (along if size == longest else numbers * 7 % size) * stride
+    return found
+
+
 def _samples(buffers: Sequence[torch.Tensor], blocks: Sequence[Block]) -> list[str]:
     """Returns a digest per block, of the same numbers wherever they lie in memory."""
     buffers = [buffer for buffer in buffers if buffer.numel()]
@@ -118,12 +159,18 @@ def _sampled(buffer: torch.Tensor, tokens: torch.Tensor, places_of: dict[Hashabl
         tokens: the sampled ones.
         places_of: where these numbers lie in memory, by the geometry of buffers; most buffers of a cache share one.
     """
-    row = buffer.detach()[0]
+    return _picked(buffer.detach()[0], places_of, lambda row: _places(row, tokens)).unsqueeze(1).view(torch.uint8)
+
+
+def _picked(
+    row: torch.Tensor, places_of: dict[Hashable, torch.Tensor], places: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Returns the numbers of a tensor that lie at these places in memory, which are determined once per geometry."""
     geometry = (row.device, row.shape, row.stride())
     if geometry not in places_of:
-        places_of[geometry] = _places(row, tokens).to(row.device)
+        places_of[geometry] = places(row).to(row.device)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(row.shape, row.stride(), strict=True))
-    return row.as_strided((reach,), (1,)).index_select(0, places_of[geometry]).unsqueeze(1).view(torch.uint8)
+    return row.as_strided((reach,), (1,)).index_select(0, places_of[geometry])
 
 
 def _places(row: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

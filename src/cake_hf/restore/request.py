@@ -246,7 +246,8 @@ class ForwardCall:
     def _positions_are_plain(self) -> bool:
         """Returns whether each row's tokens are numbered from 0, not counting the padding."""
         positions, mask, places = self.arguments.get("position_ids"), self._mask, self.arguments.get("cache_position")
-        if places is not None and places.tolist() != list(range(self.past, self.past + self.tokens)):
+        counted = list(range(self.past, self.past + self.tokens))
+        if places is not None and (not isinstance(places, torch.Tensor) or places.tolist() != counted):
             return False
         if positions is None:
             return bool(mask.all())
