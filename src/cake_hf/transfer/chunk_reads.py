@@ -153,42 +153,27 @@ class ChunkReader:
             StoreError: it cannot be read.
         """
         self.decoding, self.rounded = 0.0, None
-        begin = time.thread_time()
-        try:
-            return self._read(key, layout, landing, ranges, landed, is_wanted, bases_alone)
-        finally:
-            self.working = time.thread_time() - begin
+        with self._working():
+            may_be_encoded = self._lossy or can_be_encoded(layout)
+            if may_be_encoded and self._seen.expects_encoded(self._encodes):
+                return self._read_encoded(key, layout, landing, is_wanted, bases_alone)
+            check = Check(key, layout, self._header[: header_size(layout)], landing.parts)
+            try:
+                found = self._read_in_place(check, key, landing, ranges, landed)
+            except CorruptChunk as error:
+                if check.trusts_header:
+                    raise
+                if not may_be_encoded:
+                    refuse_newer_in(self._store, key)
+                    raise
+                return self._read_whole(key, layout, landing, is_wanted, error)
+            if found and may_be_encoded:
+                self._seen.saw(encoded=False)
+            return found
 
     def brought(self, raw_bytes: int) -> Brought:
         """Returns what the last chunk's load brought, given the bytes that it would have had as a raw one."""
         return Brought(self.nbytes, raw_bytes, self.decoding, self.rounded is not None, self.working)
-
-    def _read(
-        self,
-        key: str,
-        layout: ChunkLayout,
-        landing: Destination,
-        ranges: Sequence[LayerRange],
-        landed: Callable[[int], None],
-        is_wanted: Callable[[], bool],
-        bases_alone: bool,
-    ) -> bool:
-        may_be_encoded = self._lossy or can_be_encoded(layout)
-        if may_be_encoded and self._seen.expects_encoded(self._encodes):
-            return self._read_encoded(key, layout, landing, is_wanted, bases_alone)
-        check = Check(key, layout, self._header[: header_size(layout)], landing.parts)
-        try:
-            found = self._read_in_place(check, key, landing, ranges, landed)
-        except CorruptChunk as error:
-            if check.trusts_header:
-                raise
-            if not may_be_encoded:
-                refuse_newer_in(self._store, key)
-                raise
-            return self._read_whole(key, layout, landing, is_wanted, error)
-        if found and may_be_encoded:
-            self._seen.saw(encoded=False)
-        return found
 
     def _read_in_place(
         self,
@@ -329,6 +314,14 @@ class ChunkReader:
         landing.commit(len(landing.parts))
         self._seen.saw(encoded=encoded)
         self.nbytes = nbytes
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        begin = time.thread_time()
+        try:
+            yield
+        finally:
+            self.working = time.thread_time() - begin
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
